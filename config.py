@@ -1,0 +1,247 @@
+"""YAML <-> frozen dataclasses. An experiment is one YAML file; `key=value` arguments override it.
+
+Every value is checked against the type of its field, and an unknown key is an error that names the nearest known
+one. Modules never see a config: train.py turns it into plain keyword arguments.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from errors import UserError
+from yaml_files import parse_yaml, read_yaml
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures are. `root` and the splits are as datasets.open_dataset takes them."""
+
+    format: Literal["voc", "coco", "yolo", "kitti", "shapes"]
+    root: str
+    train: str = "train"
+    test: str = "test"
+    holdout_fraction: float = 0.0  # of the training pictures, never trained on: `best.pt` is chosen there
+    max_bad_fraction: float = 0.01  # more bad samples than this stop the run
+    cache: bool = True  # keep the decoded, resized uint8 pictures in memory (3 * image_size^2 bytes each)
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A detector: a name of models.build, and where its weights come from (none: fresh)."""
+
+    arch: str
+    weights: str | None = None  # a public checkpoint, or a checkpoint of ours
+    new_head: bool = False  # let a class head of another size start fresh
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A frozen model that teaches. Without weights, compare.py trains it in place on the same data."""
+
+    name: str
+    arch: str
+    weights: str | None = None
+    epochs: int | None = None  # of training in place; None: as long as the student
+    optimizer: dict[str, Any] = field(default_factory=dict)  # overrides for training in place
+
+
+@dataclass(frozen=True)
+class TermConfig:
+    """One distillation term: L = weight * schedule(epoch) * loss(adapter(student map), teacher map), summed over maps."""
+
+    teacher: str
+    loss: str  # a name in distill.criterion.LOSSES
+    weight: float
+    student_maps: tuple[str, ...]
+    teacher_maps: tuple[str, ...] = ()  # none: the same names as student_maps
+    name: str | None = None  # in the log; None: "<loss>_<teacher>"
+    adapter: Literal["none", "conv1x1", "conv1x1_norm", "conv3x3", "mlp"] = "none"
+    warmup_epochs: float = 0.0  # the weight rises linearly from 0
+    stop_epoch: float | None = None  # the term is off from here on
+    decay: Literal["none", "linear", "cosine"] = "none"  # of the weight, towards final_fraction at the last epoch
+    final_fraction: float = 0.0
+    parameters: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.01
+    final_fraction: float = 0.01  # learning rate at the end, as a fraction of the peak
+    schedule: Literal["linear", "cosine"] = "linear"
+    momentum: float = 0.937  # beta_1 of AdamW
+    weight_decay: float = 5e-4  # not on biases and normalisation
+    warmup_epochs: float = 3.0
+    warmup_momentum: float = 0.8
+    warmup_bias_learning_rate: float = 0.1
+    clip_norm: float = 10.0
+    accumulate: int = 1  # batches per optimizer step
+    sum_over_batch: bool = True  # multiply the loss by the batch size, as the published YOLO rates expect
+    ema_decay: float = 0.9999
+    ema_ramp_steps: float = 2000.0  # decay(step) = ema_decay * (1 - exp(-step / ramp))
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Probabilities and ranges of datasets.augment; all zero: the picture as it is."""
+
+    mosaic: float = 1.0  # probability
+    mixup: float = 0.0  # probability
+    scale: float = 0.5  # zoom in 1 - scale .. 1 + scale
+    translate: float = 0.1  # shift in +-translate of the size
+    degrees: float = 0.0
+    shear: float = 0.0
+    flip_horizontal: float = 0.5  # probability
+    flip_vertical: float = 0.0  # probability
+    hue: float = 0.015
+    saturation: float = 0.7
+    value: float = 0.4
+    close_mosaic_epochs: int = 10  # the last epochs train without mosaic and mixup
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every_epochs: int = 1  # 0: only at the end
+    protocol: Literal["coco", "voc07", "voc12"] = "coco"
+    score_threshold: float = 0.001
+    iou_threshold: float = 0.7
+    max_detections: int = 300
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment. The top level of the YAML file."""
+
+    name: str
+    data: DataConfig
+    student: ModelConfig
+    teachers: tuple[TeacherConfig, ...] = ()
+    terms: tuple[TermConfig, ...] = ()
+    epochs: int = 100
+    batch_size: int = 16
+    image_size: int = 640
+    seed: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = AugmentConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    device: str = "auto"  # cuda where there is one
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the hardware computes in it
+    channels_last: bool = True
+    compile: bool = False
+    patience: int = 0  # epochs without a better held-out mAP before stopping; 0: never
+    save_every_steps: int = 0  # besides every epoch's end; 0: only there
+    runs: str = "runs"
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The Config in a YAML file, after `section.key=value` overrides. UserError names the key and what was expected.
+
+    A list is addressed by index: `terms.0.weight=2.0`. A value is parsed as YAML: `teachers=[]` removes all.
+    """
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: found {type(tree).__name__}, expected keys and values")
+    for override in overrides:
+        apply_override(tree, override)
+    return from_tree(Config, tree, source=str(path))
+
+
+def apply_override(tree: dict, override: str) -> None:
+    """Set `a.b.0.c=value` in a tree of dicts and lists, in place; missing dicts are made."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"argument {override!r}: expected key=value")
+    value = parse_yaml(text, f"argument {override!r}") if text else ""
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_list_index(node, part, override)]
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            raise UserError(f"argument {override!r}: {part!r} is inside a plain value")
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"argument {override!r}: {last!r} is inside a plain value")
+
+
+def _list_index(node: list, part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"argument {override!r}: found {part!r}, expected an index 0..{len(node) - 1}")
+    return int(part)
+
+
+def from_tree(cls: type, tree: Any, *, source: str, key: str = "") -> Any:
+    """A frozen dataclass from a dict of plain values; every key known, every type checked."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: {key or 'top level'}: found {tree!r}, expected keys and values")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in tree:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            raise UserError(f"{source}: unknown key {_join(key, name)!r}, did you mean {_join(key, near[0])!r}?")
+    hints = typing.get_type_hints(cls)
+    values = {name: _convert(hints[name], tree[name], source, _join(key, name)) for name in tree}
+    for name, f in known.items():
+        if name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{source}: key {_join(key, name)!r} is missing")
+    return cls(**values)
+
+
+def _join(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
+    """`value` as the annotated type, or a UserError; ints pass for floats, nothing else is coerced."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+
+    def fail(expected: str) -> UserError:
+        return UserError(f"{source}: key {key!r}: found {value!r}, expected {expected}")
+
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, source, key)
+    if origin is Literal:
+        if value not in args:
+            raise fail("one of " + ", ".join(map(str, args)))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise fail("a list")
+        return tuple(_convert(args[0], item, source, f"{key}.{i}") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise fail("keys and values")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return from_tree(hint, value, source=source, key=key)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise fail({int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint])
+    return value
+
+
+def to_tree(config: Any) -> Any:
+    """Dataclasses back to plain dicts and lists; from_tree(Config, to_tree(c)) == c."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, list | tuple):
+        return [to_tree(item) for item in config]
+    if isinstance(config, dict):
+        return {k: to_tree(v) for k, v in config.items()}
+    return config

@@ -1,0 +1,43 @@
+"""The one exception for mistakes a user can make, and the one place that turns it into a line and an exit code."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in a path, key, label line, picture, checkpoint or argument.
+
+    The message is one line: the file, the line or key, what was found, and what was expected.
+    `exit_code` is 2 for usage and data; 3 non-finite numbers; 4 out of memory; 5 the disk.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(" ".join(message.split("\n")))
+        self.exit_code = exit_code
+
+
+def run_script(main: Callable[[list[str]], int | None]) -> None:
+    """Call `main(sys.argv[1:])` and exit with what it returns; a UserError becomes one line on stderr.
+
+    A reader that closes our output early (`| head`) ends the script without a traceback.
+    """
+    try:
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 141
+    raise SystemExit(code)
+
+
+def require(module: str, extra: str, purpose: str):
+    """Import an optional library, or say what to install. Call it before any work starts."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{purpose} needs the package {module!r}: pip install -r requirements-{extra}.txt") from None

@@ -1,0 +1,118 @@
+"""The types that cross folder walls: Targets, Detections, and the protocol every detector satisfies.
+
+Images are float (B, 3, H, W), RGB, in [0, 1]. Boxes are xyxy in pixels of the tensor they belong to, in
+continuous coordinates: a box covers x1..x2, and its width is x2 - x1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The objects of one batch of B images, as flat rows; N may be 0.
+
+    boxes_xyxy (N, 4) float, pixels of the batch's images; labels (N,) int64 in 0..K-1; image (N,) int64, the row
+    0..B-1 of the batch an object belongs to (any order); ignore (N,) bool: regions that are neither learnt nor
+    punished (VOC difficult, COCO crowd, KITTI DontCare).
+    """
+
+    boxes_xyxy: Tensor
+    labels: Tensor
+    image: Tensor
+    ignore: Tensor
+
+    def __post_init__(self) -> None:
+        count = len(self.labels)
+        if self.boxes_xyxy.shape != (count, 4) or self.image.shape != (count,) or self.ignore.shape != (count,):
+            shapes = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
+            raise ValueError(f"rows differ: {shapes}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor) -> "Targets":
+        """The rows chosen by an index or a mask (N,)."""
+        return Targets(self.boxes_xyxy[rows], self.labels[rows], self.image[rows], self.ignore[rows])
+
+    def to(self, device: torch.device | str) -> "Targets":
+        return Targets(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    @staticmethod
+    def empty(device: torch.device | str = "cpu") -> "Targets":
+        return Targets(
+            torch.zeros(0, 4, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros(0, dtype=torch.bool, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image: boxes_xyxy (M, 4), scores (M,) and labels (M,) int64, best first."""
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return zip(self.boxes_xyxy, self.scores, self.labels)
+
+    def to(self, device: torch.device | str) -> "Detections":
+        return Detections(self.boxes_xyxy.to(device), self.scores.to(device), self.labels.to(device))
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """What train.py, eval.py, predict.py and distill/ ask of a model. There is no base class.
+
+    num_classes: K.
+    strides, channels: for each name in `Output.features`, its stride in pixels and its channel count.
+    public_names: the rows of the table that maps the released checkpoint's names to ours (see weights.rename).
+    class_head: prefixes of our parameter names whose shape depends on K; a fresh start there is what `new_head` allows.
+    """
+
+    num_classes: int
+    strides: dict[str, int]
+    channels: dict[str, int]
+    public_names: list[tuple[str, str | None]]
+    class_head: tuple[str, ...]
+
+    def __call__(self, images: Tensor) -> Any:
+        """images (B, 3, H, W) -> the model's own output dataclass, the same in train and eval mode.
+
+        `output.features: dict[str, Tensor]` names the maps distillation taps, (B, channels[name], H/s, W/s) each.
+        Dense detectors also expose `output.class_logits` (B, A, K), and `output.box_logits` where they have them.
+        """
+        ...
+
+    def losses(self, output: Any, targets: Targets) -> dict[str, Tensor]:
+        """Named, weighted float32 scalars, normalised so that their size does not depend on B. Finite for N = 0."""
+        ...
+
+    def detect(
+        self, output: Any, *, score_threshold: float, iou_threshold: float, max_detections: int
+    ) -> list[Detections]:
+        """One Detections per image, in pixels of the tensor that went in."""
+        ...
+
+
+@runtime_checkable
+class DenseDetector(Detector, Protocol):
+    """A detector that predicts at A fixed locations (points or anchors)."""
+
+    def decode(self, output: Any) -> tuple[Tensor, Tensor]:
+        """boxes_xyxy (B, A, 4) in pixels and scores (B, A, K) in [0, 1]: every location, before NMS."""
+        ...
+
+    def class_logits_at(self, output: Any, boxes_per_image: list[Tensor]) -> Tensor:
+        """B tensors (N_b, 4) of boxes -> (sum N_b, K) logits: what the detector believes about given boxes."""
+        ...
