@@ -52,7 +52,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class TermConfig:
-    """One distillation term: L = weight * schedule(epoch) * loss(adapter(student map), teacher map), summed over maps."""
+    """One distillation term: weight * schedule(epoch) * loss(adapter(student map), teacher map), summed over maps."""
 
     teacher: str
     loss: str  # a name in distill.criterion.LOSSES
