@@ -1,0 +1,175 @@
+"""Pictures from disk: JPEG, PNG, BMP and WebP of at most 64 megapixels, as upright RGB.
+
+What becomes RGB how: grey (L, 1-bit) is repeated three times; 16-bit grey keeps its high byte; palettes are looked up;
+alpha (LA, PA, RGBA) is cut off, not blended, as OpenCV does; CMYK is converted without a colour profile; of an
+animation the first frame counts. EXIF orientation is applied; orientation that stands only in XMP is not read.
+
+Every limit is checked here rather than by turning Pillow's warnings into errors: warning filters belong to the
+whole process, and pictures are read in threads. A truncated file is an error, never filled up with grey.
+"""
+
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from errors import UserError
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
+MAX_PIXELS = 64_000_000
+
+# Pillow's own limit is looser than ours, which is checked before any pixel is decoded.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """The upright picture, uint8 (H, W, 3) RGB, contiguous. UserError names the file and the class of its fault."""
+    image = _open(path)
+    try:
+        if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I
+            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+            rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        else:
+            rgb = image.convert("RGB")
+        transpose = _TRANSPOSE.get(exif_orientation(image.info.get("exif", b"")))
+        if transpose is not None:
+            rgb = rgb.transpose(transpose)
+        return np.array(rgb)
+    except Exception as error:  # whatever a decoder says of bytes that were never a picture
+        raise UserError(f"{path}: {_decode_fault(error)}") from None
+    finally:
+        image.close()
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright picture, from the header. UserError as read_image."""
+    width, height, orientation = read_header(path)
+    return (height, width) if orientation >= 5 else (width, height)
+
+
+def read_header(path: str | Path) -> tuple[int, int, int]:
+    """(stored width, stored height, EXIF orientation 1..8), without decoding. UserError as read_image."""
+    try:
+        with open(path, "rb") as file:
+            header = _jpeg_header(file.read(65536))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    if header is not None and header[0] * header[1] <= MAX_PIXELS:
+        return header
+    with _open(path) as image:
+        return image.width, image.height, exif_orientation(image.info.get("exif", b""))
+
+
+def turn_boxes(boxes_xyxy: np.ndarray, orientation: int, width: int, height: int) -> np.ndarray:
+    """Boxes of the stored picture (N, 4), of size width x height -> boxes of the upright picture (N, 4).
+
+    A stored point (x, y) comes to rest at: 1 (x, y); 2 (w - x, y); 3 (w - x, h - y); 4 (x, h - y); 5 (y, x);
+    6 (h - y, x); 7 (h - y, w - x); 8 (y, w - x). (Exif 2.32, tag 0x0112.)
+    """
+    x, y = boxes_xyxy[:, 0::2], boxes_xyxy[:, 1::2]  # (N, 2) each
+    if orientation in (2, 3, 7, 8):
+        x = width - x[:, ::-1]
+    if orientation in (3, 4, 6, 7):
+        y = height - y[:, ::-1]
+    if orientation >= 5:
+        x, y = y, x
+    return np.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), axis=1)  # (N, 4)
+
+
+def exif_orientation(exif: bytes) -> int:
+    """The orientation tag of an EXIF block, 1..8; 1 where it is missing or broken."""
+    if exif.startswith(b"Exif\x00\x00"):
+        exif = exif[6:]
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(exif[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for row in range(count):
+            tag, kind, values, value = struct.unpack_from(order + "HHIH", exif, start + 2 + 12 * row)
+            if tag == 0x0112:
+                return value if (kind, values) == (3, 1) and 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """(width, height, orientation) if the frame header of a JPEG is in `data`, else None. Ten times Pillow's speed."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    at, orientation = 2, None
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if 0xC0 <= marker <= 0xC2:  # the frames that Pillow decodes: baseline, extended, progressive
+            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+            return (width, height, orientation or 1) if width and height else None
+        if not 0xC4 <= marker <= 0xFE or 0xD0 <= marker <= 0xDA:
+            return None
+        if marker == 0xE1 and orientation is None and data[at + 4 : at + 10] == b"Exif\x00\x00":
+            orientation = exif_orientation(data[at + 4 : at + 2 + length])
+        at += 2 + length
+    return None
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: too large, expected a picture of at most {MAX_PIXELS:,} pixels") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, expected a picture") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, expected a picture") from None
+    except Exception as error:  # UnidentifiedImageError, or what a header parser trips over
+        raise UserError(f"{path}: {_open_fault(path, error)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise UserError(
+            f"{path}: too large, {image.width} x {image.height}, expected a picture of at most {MAX_PIXELS:,} pixels"
+        )
+    return image
+
+
+def _open_fault(path: str | Path, error: Exception) -> str:
+    """What a file is that does not open as a picture."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError as unreadable:
+        return unreadable.strerror or str(unreadable)
+    expected = "expected a JPEG, PNG, BMP or WebP picture"
+    if not start:
+        return f"empty file, {expected}"
+    if start.lstrip()[:1] == b"<":
+        return f"HTML or XML text, {expected} (an error page saved by a download?)"
+    if start.startswith(b"version https://git-lfs"):
+        return f"a Git LFS pointer, {expected} (run `git lfs pull`)"
+    if start[:2] == b"\xff\xd8" or start[:8] == b"\x89PNG\r\n\x1a\n" or start[:4] == b"RIFF" or start[:2] == b"BM":
+        return f"truncated or broken header, {expected} ({_one_line(error)})"
+    return f"not a picture (starts with {start[:8]!r}), {expected}"
+
+
+def _decode_fault(error: Exception) -> str:
+    text = _one_line(error)
+    if "truncated" in text or "Truncated" in text or "ended unexpectedly" in text or isinstance(error, EOFError):
+        return f"truncated picture ({text})"
+    return f"broken picture ({text})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:200] or type(error).__name__
