@@ -1,0 +1,256 @@
+"""From an index of files to batches: decode, letterbox, collate. Everything random happens elsewhere, except the order.
+
+The order of an epoch is a pure function of (seed, epoch); so a batch is the same with any number of workers, and a
+run that stopped before batch k goes on with `epoch(e, start=k)` as if it had never stopped. There is no loader state.
+"""
+
+import mmap
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.images import read_image
+from datasets.letterbox import letterbox, letterbox_boxes, unletterbox
+from errors import UserError
+from structures import Targets
+
+MAX_CACHE_FRACTION = 0.5  # of the machine's memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pictures of one step.
+
+    images: uint8 RGB (B, 3, S, S), letterboxed: aspect kept, centred, surrounded by grey 114.
+    targets: boxes in pixels of `images`.
+    indices (B,) int64 into index.samples; scale (B,) and pad (B, 2) in x, y order, both float32: a corner of the
+    upright picture moves by x' = scale * x + pad.
+    """
+
+    images: Tensor
+    targets: Targets
+    indices: Tensor
+    scale: Tensor
+    pad: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Pictures and targets on the device; indices, scale and pad stay on the host, where they are read."""
+        images = self.images.to(device, non_blocking=True)
+        return Batch(images, self.targets.to(device), self.indices, self.scale, self.pad)
+
+    def unletterbox(self, row: int, boxes_xyxy: Tensor, width: int, height: int) -> Tensor:
+        """(N, 4) pixels of images[row] -> (N, 4) pixels of the original picture (width x height), clipped to it."""
+        return unletterbox(boxes_xyxy, float(self.scale[row]), self.pad[row], width, height)
+
+
+class Loader:
+    """Batches of an index of samples (datasets.index.DatasetIndex), by epoch.
+
+    Args:
+        index: anything with `samples`, each with image_path, boxes_xyxy (N, 4), labels (N,) and ignore (N,).
+        image_size: S, of the square that pictures are letterboxed to.
+        batch_size: pictures per batch on this rank. The last batch of an epoch may be smaller, unless `drop_last`.
+        seed: of the order.
+        workers: processes that decode (0: this one). They need an operating system with fork.
+        shuffle: True for training, False for evaluation (the order of the index).
+        cache: keep every letterboxed picture in memory, 3 S^2 bytes each, shared by the workers; filled as pictures
+            are first read. Refused with a warning where it would take more than half of the memory.
+        rank, world_size: this process among those of a distributed run. Batch k of all ranks together holds the
+            same pictures as batch k of one process with world_size times the batch size. When shuffling, the order
+            wraps around so that every rank has equally many; otherwise no picture is read twice, and a later
+            rank may have one picture (and so one batch) fewer.
+        timeout_s: of waiting for a worker.
+    """
+
+    def __init__(
+        self,
+        index,
+        *,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        shuffle: bool = True,
+        cache: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        timeout_s: float = 300.0,
+    ) -> None:
+        if not index.samples:
+            raise UserError("the dataset has no pictures, expected at least one")
+        if batch_size < 1 or image_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch_size {batch_size}, image_size {image_size}, rank {rank} of {world_size}")
+        if workers and "fork" not in multiprocessing.get_all_start_methods():
+            raise UserError(f"workers={workers}: loader processes need an operating system with fork, use workers=0")
+        self.index, self.batch_size, self.seed, self.workers = index, batch_size, seed, workers
+        self.shuffle, self.rank, self.world_size, self.drop_last = shuffle, rank, world_size, drop_last
+        self.timeout_s = timeout_s
+        self._reader = _Reader(index.samples, image_size, cache and _fits_in_memory(len(index.samples), image_size))
+        if drop_last and not len(self):
+            raise UserError(
+                f"{len(index.samples)} pictures on {world_size} processes make no full batch of {batch_size}"
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch on this rank."""
+        return len(self.batches(0))
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The rows of index.samples of every batch of an epoch on this rank."""
+        order = (
+            epoch_order(len(self.index.samples), self.seed, epoch) if self.shuffle else range(len(self.index.samples))
+        )
+        rows = shard(list(order), self.rank, self.world_size, wrap_around=self.shuffle)
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        return batches[:-1] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from the start-th on.
+
+        UserError names the file for a picture that cannot be read, and the files awaited when a worker dies or
+        takes longer than `timeout_s`. Workers end with the iterator, also when it is abandoned.
+        """
+        batches = self.batches(epoch)[start:]
+        if not batches:
+            return
+        if not self.workers:
+            for rows in batches:
+                yield _checked(self._reader[rows])
+            return
+        iterator = iter(
+            DataLoader(
+                self._reader,
+                sampler=batches,  # one "sample" is a batch: the reader makes it whole
+                batch_size=None,
+                collate_fn=_identity,
+                num_workers=min(self.workers, len(batches)),
+                multiprocessing_context="fork",
+                worker_init_fn=_ignore_interrupt,
+                timeout=self.timeout_s,
+                generator=torch.Generator(),  # otherwise each epoch draws a number from the global one
+            )
+        )
+        for rows in batches:
+            try:
+                result = next(iterator)
+            except (RuntimeError, OSError) as error:
+                if "DataLoader" not in str(error) and not isinstance(error, ConnectionError):
+                    raise
+                reason = str(error).splitlines()[0] or type(error).__name__
+                raise UserError(f"{self._reader.samples[rows[0]].image_path} or its batch: {reason}") from error
+            yield _checked(result)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(count): a pure function of its arguments."""
+    return torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all of the whole numbers (>= 0) and their order."""
+    words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def shard(rows: list[int], rank: int, world_size: int, *, wrap_around: bool) -> list[int]:
+    """Every world_size-th row from `rank` on; with `wrap_around` first rows repeat and all ranks get equally many."""
+    if not wrap_around:
+        return rows[rank::world_size]
+    per_rank = -(-len(rows) // world_size)
+    return [rows[(rank + i * world_size) % len(rows)] for i in range(per_rank)]
+
+
+class _Reader(Dataset):
+    """rows of samples -> Batch, or the message of the UserError met: a worker's exception would lose its type."""
+
+    def __init__(self, samples, image_size: int, cache: bool) -> None:
+        self.samples, self.image_size = samples, image_size
+        self.pictures = self.geometry = None
+        if cache:
+            # An anonymous shared map: forked workers fill it for everyone, it takes memory only where it is filled,
+            # and unlike /dev/shm it has no size limit of its own.
+            count, size = len(samples), image_size
+            self.pictures = np.frombuffer(mmap.mmap(-1, count * size * size * 3), np.uint8).reshape(
+                count, 3, size, size
+            )
+            self.geometry = np.frombuffer(mmap.mmap(-1, count * 24), np.float64).reshape(count, 3)  # scale 0: not read
+
+    def __getitem__(self, rows: list[int]) -> "Batch | str":
+        images = np.empty((len(rows), 3, self.image_size, self.image_size), np.uint8)
+        scale, pad = torch.empty(len(rows)), torch.empty(len(rows), 2)
+        boxes = []
+        for i, row in enumerate(rows):
+            try:
+                images[i], exact_scale, *exact_pad = self._read(row)
+            except UserError as error:
+                return str(error)
+            except Exception as error:
+                raise RuntimeError(f"while reading {self.samples[row].image_path}: {error!r}") from error
+            corners = torch.from_numpy(np.asarray(self.samples[row].boxes_xyxy, np.float64).reshape(-1, 4))
+            boxes.append(letterbox_boxes(corners, exact_scale, exact_pad).float())
+            scale[i], pad[i] = exact_scale, torch.tensor(exact_pad)
+        counts = torch.tensor([len(b) for b in boxes])
+        targets = Targets(
+            torch.cat(boxes),
+            torch.from_numpy(np.concatenate([np.asarray(self.samples[row].labels, np.int64) for row in rows])),
+            torch.arange(len(rows)).repeat_interleave(counts),
+            torch.from_numpy(np.concatenate([np.asarray(self.samples[row].ignore, bool) for row in rows])),
+        )
+        return Batch(torch.from_numpy(images), targets, torch.tensor(rows), scale, pad)
+
+    def _read(self, row: int) -> tuple[np.ndarray, float, float, float]:
+        """The letterboxed picture (3, S, S), scale, pad_x, pad_y."""
+        if self.geometry is not None and self.geometry[row, 0] > 0:
+            return self.pictures[row], *self.geometry[row].tolist()
+        square, scale, pad = letterbox(read_image(Path(self.samples[row].image_path)), self.image_size)
+        planes = np.moveaxis(square, 2, 0)  # (3, S, S)
+        if self.geometry is not None:
+            self.pictures[row] = planes
+            self.geometry[row] = scale, *pad  # after the pixels: a scale above 0 says that they are there
+        return planes, scale, *pad
+
+
+def _checked(result: "Batch | str") -> Batch:
+    if isinstance(result, str):
+        raise UserError(result)
+    return result
+
+
+def _identity(batch):
+    return batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the training process decides when the workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _fits_in_memory(count: int, image_size: int) -> bool:
+    if not hasattr(os, "sysconf"):  # Windows does not tell without further libraries
+        return True
+    needed = 3 * image_size**2 * count
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        memory = min(memory, int(limit.read_text()))
+    if needed > MAX_CACHE_FRACTION * memory:
+        warnings.warn(
+            f"not cached: {count} pictures of {image_size} px need {needed / 2**30:.1f} GiB, "
+            f"the machine has {memory / 2**30:.1f} GiB",
+            stacklevel=3,
+        )
+        return False
+    return True
