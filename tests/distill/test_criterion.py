@@ -1,0 +1,191 @@
+"""The criterion on two small stand-in detectors: terms, schedules, adapters, and every refusal."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from config import TermConfig
+from distill.adapters import build_adapter, resize_like
+from distill.criterion import Criterion, schedule_factor
+from errors import UserError
+from structures import Targets
+
+
+@dataclasses.dataclass
+class Output:
+    features: dict[str, Tensor]
+    class_logits: Tensor
+
+
+class TinyDetector(nn.Module):
+    """Two maps (strides 8 and 16) and class logits at the locations of the finer one."""
+
+    def __init__(self, width: int, num_classes: int = 3) -> None:
+        super().__init__()
+        self.p3 = nn.Conv2d(3, width, 8, 8)
+        self.p4 = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, 2 * width, 2, 2))
+        self.cls = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, images: Tensor) -> Output:
+        p3 = self.p3(images)
+        return Output({"p3": p3, "p4": self.p4(p3)}, self.cls(p3).flatten(2).transpose(1, 2))
+
+
+IMAGES = torch.rand(2, 3, 32, 32)
+
+
+def term(**changes) -> TermConfig:
+    fields = dict(teacher="big", loss="mse", weight=1.0, student_maps=("p3", "p4"), adapter="conv1x1")
+    return TermConfig(**{**fields, **changes})
+
+
+def build(*terms, student=None, teachers=None, epochs=10, **names) -> Criterion:
+    torch.manual_seed(0)
+    teachers = {"big": TinyDetector(6)} if teachers is None else teachers
+    return Criterion(
+        terms, student=student or TinyDetector(4), teachers=teachers, epochs=epochs, image_size=32, **names
+    )
+
+
+def test_terms_are_named_weighted_sums_over_maps():
+    student, teacher = TinyDetector(6), TinyDetector(6)
+    both = build(term(weight=2.0, adapter="none"), student=student, teachers={"big": teacher})
+    s, t = student(IMAGES), teacher(IMAGES)
+    losses = both(s, {"big": t}, Targets.empty(), epoch=0.0)
+    assert list(losses) == ["mse_big"]
+    expected = 2 * sum((s.features[m] - t.features[m]).square().mean() for m in ("p3", "p4"))
+    torch.testing.assert_close(losses["mse_big"], expected)
+
+
+def test_student_and_adapters_learn_and_the_teacher_does_not():
+    student, teacher = TinyDetector(4), TinyDetector(6)
+    criterion = build(
+        term(loss="cwd"), term(loss="soft_class", student_maps=("class_logits",), adapter="none"),
+        student=student, teachers={"big": teacher},
+    )  # fmt: skip
+    losses = criterion(student(IMAGES), {"big": teacher(IMAGES)}, Targets.empty(), epoch=0.0)
+    assert set(losses) == {"cwd_big", "soft_class_big"} and all(
+        v > 0 and v.dtype == torch.float32 for v in losses.values()
+    )
+    sum(losses.values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in student.p3.parameters())
+    weights = [p for n, p in criterion.named_parameters() if n.endswith("weight")]
+    assert len(weights) == 2 and all(p.grad.abs().sum() > 0 for p in weights)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_building_changes_nothing_in_the_models():
+    student, teacher = TinyDetector(4).train(), TinyDetector(6).eval()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    build(term(), student=student, teachers={"big": teacher})
+    assert student.training and student.p4[0].training and not teacher.training
+    assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "epoch", "expected"),
+    [
+        ({}, 3.0, 1.0),
+        (dict(warmup_epochs=4.0), 1.0, 0.25),
+        (dict(warmup_epochs=4.0), 6.0, 1.0),
+        (dict(stop_epoch=8.0), 7.99, 1.0),
+        (dict(stop_epoch=8.0), 8.0, 0.0),
+        (dict(decay="linear", final_fraction=0.2), 5.0, 0.6),
+        (dict(decay="cosine", final_fraction=0.1), 0.0, 1.0),
+        (dict(decay="cosine", final_fraction=0.1), 5.0, 0.55),
+        (dict(decay="cosine", final_fraction=0.1), 10.0, 0.1),
+        (dict(decay="linear", warmup_epochs=2.0), 1.0, 0.5 * 0.9),
+    ],
+)
+def test_schedule(changes, epoch, expected):
+    assert schedule_factor(term(**changes), epoch, epochs=10) == pytest.approx(expected)
+
+
+def test_schedule_scales_the_loss_and_a_stopped_term_is_logged_as_zero():
+    student, teacher = TinyDetector(6), TinyDetector(6)
+    criterion = build(term(adapter="none", decay="linear", stop_epoch=9.0), student=student, teachers={"big": teacher})
+    s, t = student(IMAGES), {"big": teacher(IMAGES)}
+    full, half, off = (criterion(s, t, Targets.empty(), epoch=e)["mse_big"] for e in (0.0, 5.0, 9.5))
+    torch.testing.assert_close(half, full / 2)
+    assert off == 0
+
+
+REFUSED = {
+    "unknown teacher": (dict(teacher="huge"), "terms.0.teacher: found 'huge', expected one of big"),
+    "unknown loss": (dict(loss="msee"), "terms.0.loss: found 'msee'"),
+    "zero weight": (dict(weight=0.0), "terms.0.weight"),
+    "nan weight": (dict(weight=float("nan")), "terms.0.weight"),
+    "never on": (dict(stop_epoch=0.0), "terms.0.stop_epoch"),
+    "no maps": (dict(student_maps=()), "terms.0.student_maps"),
+    "unknown map": (dict(student_maps=("p9",)), "'p9' is not among p3, p4, class_logits"),
+    "unequal lists": (dict(teacher_maps=("p3",)), "terms.0.teacher_maps: found 1, expected 2"),
+    "widths": (dict(adapter="none"), "widths differ (4 and 6 channels)"),
+    "parameter": (dict(parameters={"temprature": 2.0}), "found 'temprature'"),
+    "logits as maps": (dict(student_maps=("class_logits",)), "are not maps"),
+    "adapter on logits": (dict(loss="soft_class", student_maps=("class_logits",)), "adapter none"),
+    "maps as logits": (dict(loss="soft_class", student_maps=("p3",), adapter="none"), "must have equal shapes"),
+    "name": (dict(name="a.b"), "terms.0.name"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_term_that_could_never_act_is_refused(changes, message):
+    with pytest.raises(UserError) as caught:
+        build(term(**changes))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_name_for_two_terms_is_refused():
+    with pytest.raises(UserError, match="used twice"):
+        build(term(), term())
+
+
+def test_class_lists_must_agree_for_logits():
+    logits = term(loss="soft_class", student_maps=("class_logits",), adapter="none")
+    names = dict(class_names=("a", "b", "c"), teacher_class_names={"big": ("a", "c", "b")})
+    with pytest.raises(UserError, match="equal class lists"):
+        build(logits, **names)
+    build(term(), **names)  # maps do not care
+
+
+def test_no_terms_cost_nothing():
+    criterion = Criterion((), student=TinyDetector(4), teachers={}, epochs=1)
+    assert criterion(None, {}, Targets.empty(), epoch=0.0) == {} and not list(criterion.parameters())
+
+
+@pytest.mark.parametrize("kind", ["conv1x1", "conv1x1_norm", "conv3x3", "mlp"])
+def test_adapters_carry_widths_and_learn(kind):
+    adapter = build_adapter(kind, 3, 5)
+    out = adapter(torch.randn(2, 3, 4, 6))
+    assert out.shape == (2, 5, 4, 6)
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    if kind == "conv1x1_norm":
+        torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(5), atol=1e-5, rtol=0)
+        assert not [n for n, _ in adapter.named_parameters() if n.startswith("1.")]
+
+
+def test_resizing_keeps_points_in_place():
+    """A linear ramp over the picture is the same ramp on every grid, away from the border."""
+    ramp = lambda n: (torch.arange(n) + 0.5) / n
+    small, large = ramp(8).expand(1, 1, 8, 8), ramp(20).expand(1, 1, 20, 20)
+    up, down = resize_like(small, large), resize_like(large, small)
+    torch.testing.assert_close(up[..., 2:-2], large[..., 2:-2])
+    torch.testing.assert_close(down[..., 1:-1], small[..., 1:-1], atol=2e-3, rtol=0)
+    assert resize_like(small, small) is small
+
+
+def test_a_teacher_of_another_stride_is_resized():
+    class Coarse(TinyDetector):
+        def forward(self, images):
+            out = super().forward(images)
+            return Output({"tokens": out.features["p4"]}, out.class_logits)
+
+    student, teacher = TinyDetector(4), Coarse(6)
+    cross = term(student_maps=("p3",), teacher_maps=("tokens",))
+    criterion = build(cross, student=student, teachers={"big": teacher})
+    loss = criterion(student(IMAGES), {"big": teacher(IMAGES)}, Targets.empty(), 0.0)["mse_big"]
+    loss.backward()
+    assert loss > 0 and student.p3.weight.grad.abs().sum() > 0
