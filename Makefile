@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+
+.PHONY: setup demo test test-fast test-gpu lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt requirements-plots.txt requirements-test.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-test.txt
+	touch $(STAMP)
+
+demo: setup  ## Baseline, teacher and distilled student on the embedded set; ends with a table and a picture
+	$(BIN)/python compare.py configs/demo.yaml
+
+test: setup  ## Everything CI runs
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## Without the slow tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-gpu: setup  ## The tests that need a CUDA device
+	$(PYTHON) -m pytest -m gpu
+
+lint: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: setup
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+bench: setup  ## Every table of benchmarks/; peers are printed where they are installed
+	$(BIN)/python benchmarks/nms.py
+	$(BIN)/python benchmarks/augment.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/evaluator.py
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache
