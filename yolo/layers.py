@@ -1,0 +1,113 @@
+"""The layers both YOLO families are made of, and the folding of BatchNorm into convolutions for inference.
+
+Each layer maps (B, C_in, H, W) to (B, C_out, H', W') and keeps the memory format it is given: in channels_last
+nothing here copies a map to another layout.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BATCHNORM_EPS = 1e-3  # the released weights were trained with these two; a state dict does not hold them
+BATCHNORM_MOMENTUM = 0.03
+
+
+class ConvBNAct(nn.Module):
+    """Convolution without bias, BatchNorm, SiLU (arXiv:1702.03118): y = silu(bn(conv(x))).
+
+    Padding keeps H and W at stride 1: (kernel - 1) // 2 on every side (2 for the 6x6 stem of YOLOv5).
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=BATCHNORM_EPS, momentum=BATCHNORM_MOMENTUM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not in place: silu's backward needs its input, so autograd would clone it first.
+        return F.silu(self.bn(self.conv(x)))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Replace bn(conv(x)) by one convolution with a bias: what bn computes in eval mode is affine per channel.
+
+            w' = w * gamma / sqrt(var + eps),    b' = beta - mean * gamma / sqrt(var + eps)
+
+        The statistics must be final: the module cannot be trained on, and a second call does nothing.
+        """
+        bn, conv = self.bn, self.conv
+        if isinstance(bn, nn.Identity):
+            return
+        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()  # (C_out,)
+        bias = bn.bias.double() - bn.running_mean.double() * scale
+        dtype = conv.weight.dtype
+        conv.weight.copy_((conv.weight.double() * scale[:, None, None, None]).to(dtype))
+        conv.bias = nn.Parameter(bias.to(dtype))
+        self.bn = nn.Identity()
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode with every BatchNorm folded into its convolution; `model` is left as it was.
+
+    The copy computes the same to rounding, with fewer passes over memory. It is for inference alone: its state dict
+    has other keys.
+    """
+    fused = copy.deepcopy(model).eval()
+    for module in fused.modules():
+        if isinstance(module, ConvBNAct):
+            module.fold()
+    return fused
+
+
+class Bottleneck(nn.Module):
+    """Two convolutions and, with `shortcut`, the identity around them (ResNet, arXiv:1512.03385). C_out = C_in."""
+
+    def __init__(self, channels: int, kernels: tuple[int, int], shortcut: bool) -> None:
+        super().__init__()
+        self.conv1 = ConvBNAct(channels, channels, kernels[0])
+        self.conv2 = ConvBNAct(channels, channels, kernels[1])
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x))
+        return x + y if self.shortcut else y
+
+
+class SPPF(nn.Module):
+    """Spatial pyramid pooling (arXiv:1406.4729) at one stride: max over 5x5, 9x9 and 13x13 windows, concatenated.
+
+    A 5x5 maximum taken two and three times over is the 9x9 and the 13x13 maximum.
+    """
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.reduce = ConvBNAct(c_in, c_in // 2)
+        self.merge = ConvBNAct(4 * (c_in // 2), c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = [self.reduce(x)]
+        for _ in range(3):
+            windows.append(F.max_pool2d(windows[-1], 5, stride=1, padding=2))
+        return self.merge(torch.cat(windows, 1))
+
+
+def upsample(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 2H, 2W): every pixel becomes a 2x2 block."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def check_image_size(images: Tensor) -> tuple[int, int]:
+    """(H, W) of images (B, 3, H, W); ValueError unless both are positive multiples of 32, the coarsest stride."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
+    height, width = images.shape[2:]
+    if height % 32 or width % 32 or not height or not width:
+        raise ValueError(f"images are {height}x{width} pixels (height x width), expected multiples of 32")
+    return height, width
+
+
+def to_float(x: Tensor) -> Tensor:
+    """x in float32; float64 stays. Decoding and losses compute in this."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,364 @@
+"""YOLOv5 n, s, m, l, x (release 6 and later): a one-stage detector with anchors, and its anchor-free `u` variants.
+
+    images ── backbone (C3 blocks, SPPF) ── c3, c4, c5 ── neck (PANet) ── p3, p4, p5 ── head ── box, objectness, class
+
+There is no paper; the architecture is the released one. Its parts: cross-stage partial blocks (CSPNet,
+arXiv:1911.11929), SPP (arXiv:1406.4729), a top-down and a bottom-up path (PANet, arXiv:1803.01534), anchors and
+objectness (YOLO9000, arXiv:1612.08242; YOLOv3, arXiv:1804.02767). YOLOv5u puts the head and the losses of YOLOv8
+(yolo/yolov8.py) on the same backbone and neck. Losses and matching: yolo/losses.py.
+
+Differs from the released code, not in what it computes: `forward` returns the same in train and eval mode, and sizes
+are written out instead of multiplied out. Decoding and losses are float32 under autocast.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from boxes import cxcywh_to_xyxy
+from kernels.nms import select_detections
+from structures import Detections, Targets
+from yolo.assigners import make_points
+from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, to_float, upsample
+from yolo.losses import yolov5_losses
+from yolo.yolov8 import FEATURE_STRIDES, LEVEL_STRIDES, AnchorFreeDetector, level_sizes, read_at_boxes
+
+ANCHORS_PIXELS = (  # width, height; three per level p3, p4, p5; fitted to COCO by the authors of the released weights
+    ((10, 13), (16, 30), (33, 23)),
+    ((30, 61), (62, 45), (59, 119)),
+    ((116, 90), (156, 198), (373, 326)),
+)
+NUM_ANCHORS = 3  # per cell
+
+# channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32.
+SIZES = {
+    "n": dict(channels=(16, 32, 64, 128, 256), depths=(1, 2, 3, 1), neck_depth=1),
+    "s": dict(channels=(32, 64, 128, 256, 512), depths=(1, 2, 3, 1), neck_depth=1),
+    "m": dict(channels=(48, 96, 192, 384, 768), depths=(2, 4, 6, 2), neck_depth=2),
+    "l": dict(channels=(64, 128, 256, 512, 1024), depths=(3, 6, 9, 3), neck_depth=3),
+    "x": dict(channels=(80, 160, 320, 640, 1280), depths=(4, 8, 12, 4), neck_depth=4),
+}
+
+
+class C3(nn.Module):
+    """`depth` bottlenecks on one 1x1 projection, a second projection around them, and a 1x1 merge of both."""
+
+    def __init__(self, c_in: int, c_out: int, depth: int, shortcut: bool) -> None:
+        super().__init__()
+        self.main = ConvBNAct(c_in, c_out // 2)
+        self.bypass = ConvBNAct(c_in, c_out // 2)
+        self.blocks = nn.Sequential(*(Bottleneck(c_out // 2, (1, 3), shortcut) for _ in range(depth)))
+        self.merge = ConvBNAct(2 * (c_out // 2), c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(torch.cat((self.blocks(self.main(x)), self.bypass(x)), 1))  # (B, C_out, H, W)
+
+
+class Backbone(nn.Module):
+    """images (B, 3, H, W) -> c3, c4, c5 at strides 8, 16, 32. `stageN` works at stride 2^N."""
+
+    def __init__(self, channels: tuple[int, ...], depths: tuple[int, ...]) -> None:
+        super().__init__()
+        c1, c2, c3, c4, c5 = channels
+        self.stem = ConvBNAct(3, c1, 6, stride=2)
+        self.down2 = ConvBNAct(c1, c2, 3, stride=2)
+        self.stage2 = C3(c2, c2, depths[0], shortcut=True)
+        self.down3 = ConvBNAct(c2, c3, 3, stride=2)
+        self.stage3 = C3(c3, c3, depths[1], shortcut=True)
+        self.down4 = ConvBNAct(c3, c4, 3, stride=2)
+        self.stage4 = C3(c4, c4, depths[2], shortcut=True)
+        self.down5 = ConvBNAct(c4, c5, 3, stride=2)
+        self.stage5 = C3(c5, c5, depths[3], shortcut=True)
+        self.spp = SPPF(c5, c5)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        c2 = self.stage2(self.down2(self.stem(images)))
+        c3 = self.stage3(self.down3(c2))
+        c4 = self.stage4(self.down4(c3))
+        c5 = self.spp(self.stage5(self.down5(c4)))
+        return {"c3": c3, "c4": c4, "c5": c5}
+
+
+class Neck(nn.Module):
+    """c3, c4, c5 -> p3, p4, p5 of the same sizes and channels: coarse to fine, then fine to coarse again."""
+
+    def __init__(self, channels: tuple[int, ...], depth: int) -> None:
+        super().__init__()
+        c3, c4, c5 = channels[2:]
+        self.lateral5 = ConvBNAct(c5, c4)
+        self.top_down4 = C3(c4 + c4, c4, depth, shortcut=False)
+        self.lateral4 = ConvBNAct(c4, c3)
+        self.top_down3 = C3(c3 + c3, c3, depth, shortcut=False)
+        self.down3 = ConvBNAct(c3, c3, 3, stride=2)
+        self.bottom_up4 = C3(c3 + c3, c4, depth, shortcut=False)
+        self.down4 = ConvBNAct(c4, c4, 3, stride=2)
+        self.bottom_up5 = C3(c4 + c4, c5, depth, shortcut=False)
+
+    def forward(self, c: dict[str, Tensor]) -> dict[str, Tensor]:
+        mid5 = self.lateral5(c["c5"])
+        mid4 = self.lateral4(self.top_down4(torch.cat((upsample(mid5), c["c4"]), 1)))
+        p3 = self.top_down3(torch.cat((upsample(mid4), c["c3"]), 1))
+        p4 = self.bottom_up4(torch.cat((self.down3(p3), mid4), 1))
+        p5 = self.bottom_up5(torch.cat((self.down4(p4), mid5), 1))
+        return {"p3": p3, "p4": p4, "p5": p5}
+
+
+class AnchorHead(nn.Module):
+    """One 1x1 convolution per level: for each of 3 anchors in a cell, 4 box numbers, an objectness and K class logits.
+
+    `anchors` (3 levels, 3 anchors, 2) are widths and heights in CELLS of their level. They are part of the state dict,
+    because a released checkpoint may have been trained with anchors of its own.
+
+    Fresh weights start from a prior, as if an image of 640 px held 8 objects per level: the objectness bias is
+    log(8 / (640 / stride)^2), the class bias log(0.6 / (K - 0.99999)), near 1 / K (the idea is RetinaNet's,
+    arXiv:1708.02002, sec. 4.1).
+    """
+
+    def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.predict = nn.ModuleList(nn.Conv2d(c, NUM_ANCHORS * (5 + num_classes), 1) for c in channels)
+        strides = torch.tensor(LEVEL_STRIDES, dtype=torch.float32)[:, None, None]
+        self.register_buffer("anchors", torch.tensor(ANCHORS_PIXELS, dtype=torch.float32) / strides)
+        for conv, stride in zip(self.predict, LEVEL_STRIDES):
+            bias = conv.bias.detach().view(NUM_ANCHORS, 5 + num_classes)
+            bias[:, 4] = math.log(8 / (640 / stride) ** 2)
+            bias[:, 5:] = math.log(0.6 / (num_classes - 0.99999))
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4), objectness_logits (B, A), class_logits (B, A, K).
+
+        A = sum_l 3 H_l W_l, level by level; within a level anchor by anchor, each row by row:
+        index = (anchor * H_l + y) * W_l + x.
+        """
+        levels = []
+        for conv, x in zip(self.predict, maps):
+            raw = conv(x).unflatten(1, (NUM_ANCHORS, 5 + self.num_classes))  # (B, 3, 5 + K, H, W)
+            levels.append(raw.permute(0, 1, 3, 4, 2).flatten(1, 3))  # (B, 3 * H * W, 5 + K)
+        raw = torch.cat(levels, dim=1)  # (B, A, 5 + K)
+        return raw[..., :4], raw[..., 4], raw[..., 5:]
+
+
+def decode_anchor_boxes(box_logits: Tensor, corners: Tensor, strides: Tensor, anchors_pixels: Tensor) -> Tensor:
+    """box_logits (B, A, 4), corners (A, 2) in cells, strides (A, 1), anchors_pixels (A, 2) -> xyxy pixels (B, A, 4).
+
+        center = (2 sigmoid(t_xy) - 1/2 + corner) * stride,    size = (2 sigmoid(t_wh))^2 * anchor
+
+    `corner` is the top left of the cell. A center reaches half a cell beyond its own, a size 4 times its anchor.
+    """
+    t_xy, t_wh = box_logits.sigmoid().chunk(2, dim=-1)  # (B, A, 2) each
+    centers = (2 * t_xy - 0.5 + corners) * strides
+    return cxcywh_to_xyxy(torch.cat((centers, (2 * t_wh).square() * anchors_pixels), dim=-1))
+
+
+def joint_logits(objectness_logits: Tensor, class_logits: Tensor) -> Tensor:
+    """Logits of the scores the detector reports, sigmoid(o) sigmoid(c): (..., 1) and (..., K) -> (..., K).
+
+    With p = sigmoid(o) sigmoid(c):  logit(p) = log p / (1 - p) = -log(e^-o + e^-c + e^-(o + c))
+    """
+    objectness_logits = objectness_logits.expand_as(class_logits)
+    terms = torch.stack((-objectness_logits, -class_logits, -objectness_logits - class_logits))
+    return -terms.logsumexp(0)
+
+
+@dataclass(frozen=True)
+class YOLOv5Output:
+    """What YOLOv5.forward returns, in train and eval mode alike, for images (B, 3, H, W).
+
+    features: c3, c4, c5 (backbone) and p3, p4, p5 (neck, what the head reads), (B, C, H / s, W / s) each.
+    box_logits (B, A, 4) raw, objectness_logits (B, A) and class_logits (B, A, K) as AnchorHead orders them (a location
+    is a pair of anchor and cell); image_size is (H, W).
+    """
+
+    features: dict[str, Tensor]
+    box_logits: Tensor
+    objectness_logits: Tensor
+    class_logits: Tensor
+    image_size: tuple[int, int]
+
+
+class YOLOv5(nn.Module):
+    """YOLOv5 with the anchor head. Satisfies DenseDetector.
+
+    The gains weight the loss terms; the defaults are the released recipe's, which makes two of them depend on the task:
+    obj_gain is multiplied by H W / 640^2, cls_gain by K / 80.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        depths: tuple[int, ...],
+        neck_depth: int,
+        num_classes: int,
+        box_gain: float = 0.05,
+        obj_gain: float = 1.0,
+        cls_gain: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.backbone = Backbone(channels, depths)
+        self.neck = Neck(channels, neck_depth)
+        self.head = AnchorHead(channels[2:], num_classes)
+        self.num_classes = num_classes
+        self.strides = dict(FEATURE_STRIDES)
+        self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
+        self.public_names = PUBLIC_NAMES
+        self.class_head = ("head.predict.",)  # one convolution predicts boxes, objectness and classes
+        self.box_gain, self.obj_gain, self.cls_gain = box_gain, obj_gain, cls_gain
+
+    def forward(self, images: Tensor) -> YOLOv5Output:
+        """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
+        image_size = check_image_size(images)
+        features = self.backbone(images)
+        features |= self.neck(features)
+        box, objectness, classes = self.head([features["p3"], features["p4"], features["p5"]])
+        return YOLOv5Output(features, box, objectness, classes, image_size)
+
+    def anchors_pixels(self) -> Tensor:
+        """(3 levels, 3 anchors, 2) widths and heights in pixels, float32."""
+        anchors = to_float(self.head.anchors)
+        return anchors * anchors.new_tensor(LEVEL_STRIDES)[:, None, None]
+
+    def _locations(self, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Cell centers (A, 2) in cells, strides (A, 1) and anchors (A, 2) in pixels, in the order of the head."""
+        points, strides, anchors = [], [], []
+        for grid_size, stride, level_anchors in zip(level_sizes(image_size), LEVEL_STRIDES, self.anchors_pixels()):
+            level_points, level_strides = make_points([grid_size], [stride], level_anchors.device)
+            points.append(level_points.repeat(NUM_ANCHORS, 1))  # (3 * h * w, 2)
+            strides.append(level_strides.repeat(NUM_ANCHORS, 1))
+            anchors.append(level_anchors.repeat_interleave(len(level_points), dim=0))
+        return torch.cat(points), torch.cat(strides), torch.cat(anchors)
+
+    def decode(self, output: YOLOv5Output) -> tuple[Tensor, Tensor]:
+        """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = objectness * class."""
+        points, strides, anchors = self._locations(output.image_size)
+        with torch.autocast(output.box_logits.device.type, enabled=False):
+            boxes_xyxy = decode_anchor_boxes(to_float(output.box_logits), points - 0.5, strides, anchors)
+            objectness = to_float(output.objectness_logits).sigmoid()
+            return boxes_xyxy, objectness[..., None] * to_float(output.class_logits).sigmoid()
+
+    def losses(self, output: YOLOv5Output, targets: Targets) -> dict[str, Tensor]:
+        """box (CIoU), obj and cls (BCE), weighted by the gains: see losses.yolov5_losses."""
+        height, width = output.image_size
+        with torch.autocast(output.box_logits.device.type, enabled=False):
+            return yolov5_losses(
+                box_logits=to_float(output.box_logits),
+                objectness_logits=to_float(output.objectness_logits),
+                class_logits=to_float(output.class_logits),
+                grid_sizes=level_sizes(output.image_size),
+                strides=list(LEVEL_STRIDES),
+                anchors=self.anchors_pixels(),
+                targets=targets,
+                box_gain=self.box_gain,
+                obj_gain=self.obj_gain * height * width / 640**2,
+                cls_gain=self.cls_gain * self.num_classes / 80,
+            )
+
+    @torch.no_grad()
+    def detect(
+        self, output: YOLOv5Output, *, score_threshold: float, iou_threshold: float, max_detections: int
+    ) -> list[Detections]:
+        """Decoded locations after class-wise NMS, best first; a location may report several classes."""
+        boxes_xyxy, scores = self.decode(output)
+        return select_detections(
+            boxes_xyxy,
+            scores,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+        )
+
+    def class_logits_at(self, output: YOLOv5Output, boxes_per_image: list[Tensor]) -> Tensor:
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K): the joint logits of objectness and class (joint_logits),
+        by the rule of yolov8.read_at_boxes. Their sigmoid is comparable to a score of `decode`.
+        """
+        with torch.no_grad():
+            decoded_xyxy, _ = self.decode(output)
+            points, strides, _ = self._locations(output.image_size)
+        logits = joint_logits(to_float(output.objectness_logits)[..., None], to_float(output.class_logits))
+        return torch.cat(
+            [
+                read_at_boxes(z, decoded_xyxy=d, points=points * strides, boxes_xyxy=boxes_xyxy)
+                for z, d, boxes_xyxy in zip(logits, decoded_xyxy, boxes_per_image, strict=True)
+            ]
+        )
+
+
+# fmt: off
+TRUNK_NAMES = [  # backbone and neck, the same in both variants; each {} is one integer
+    # released checkpoint       ours
+    ("model.0.",                "backbone.stem."),
+    ("model.1.",                "backbone.down2."),
+    ("model.2.cv1.",            "backbone.stage2.main."),
+    ("model.2.cv2.",            "backbone.stage2.bypass."),
+    ("model.2.m.{}.cv{}.",      "backbone.stage2.blocks.{}.conv{}."),
+    ("model.2.cv3.",            "backbone.stage2.merge."),
+    ("model.3.",                "backbone.down3."),
+    ("model.4.cv1.",            "backbone.stage3.main."),
+    ("model.4.cv2.",            "backbone.stage3.bypass."),
+    ("model.4.m.{}.cv{}.",      "backbone.stage3.blocks.{}.conv{}."),
+    ("model.4.cv3.",            "backbone.stage3.merge."),
+    ("model.5.",                "backbone.down4."),
+    ("model.6.cv1.",            "backbone.stage4.main."),
+    ("model.6.cv2.",            "backbone.stage4.bypass."),
+    ("model.6.m.{}.cv{}.",      "backbone.stage4.blocks.{}.conv{}."),
+    ("model.6.cv3.",            "backbone.stage4.merge."),
+    ("model.7.",                "backbone.down5."),
+    ("model.8.cv1.",            "backbone.stage5.main."),
+    ("model.8.cv2.",            "backbone.stage5.bypass."),
+    ("model.8.m.{}.cv{}.",      "backbone.stage5.blocks.{}.conv{}."),
+    ("model.8.cv3.",            "backbone.stage5.merge."),
+    ("model.9.cv1.",            "backbone.spp.reduce."),
+    ("model.9.cv2.",            "backbone.spp.merge."),
+    ("model.10.",               "neck.lateral5."),
+    ("model.13.cv1.",           "neck.top_down4.main."),
+    ("model.13.cv2.",           "neck.top_down4.bypass."),
+    ("model.13.m.{}.cv{}.",     "neck.top_down4.blocks.{}.conv{}."),
+    ("model.13.cv3.",           "neck.top_down4.merge."),
+    ("model.14.",               "neck.lateral4."),
+    ("model.17.cv1.",           "neck.top_down3.main."),
+    ("model.17.cv2.",           "neck.top_down3.bypass."),
+    ("model.17.m.{}.cv{}.",     "neck.top_down3.blocks.{}.conv{}."),
+    ("model.17.cv3.",           "neck.top_down3.merge."),
+    ("model.18.",               "neck.down3."),
+    ("model.20.cv1.",           "neck.bottom_up4.main."),
+    ("model.20.cv2.",           "neck.bottom_up4.bypass."),
+    ("model.20.m.{}.cv{}.",     "neck.bottom_up4.blocks.{}.conv{}."),
+    ("model.20.cv3.",           "neck.bottom_up4.merge."),
+    ("model.21.",               "neck.down4."),
+    ("model.23.cv1.",           "neck.bottom_up5.main."),
+    ("model.23.cv2.",           "neck.bottom_up5.bypass."),
+    ("model.23.m.{}.cv{}.",     "neck.bottom_up5.blocks.{}.conv{}."),
+    ("model.23.cv3.",           "neck.bottom_up5.merge."),
+]
+PUBLIC_NAMES = [
+    *TRUNK_NAMES,
+    ("model.24.anchors",        "head.anchors"),
+    ("model.24.m.{}.",          "head.predict.{}."),
+]
+PUBLIC_NAMES_U = [
+    *TRUNK_NAMES,
+    ("model.24.cv2.{}.{}.",     "head.box.{}.{}."),
+    ("model.24.cv3.{}.{}.",     "head.cls.{}.{}."),
+    ("model.24.dfl.",           None),  # constant 0..R-1, counted in losses.decode_distances
+]
+# fmt: on
+
+
+def build_yolov5(size: str, num_classes: int) -> YOLOv5:
+    """A freshly initialised YOLOv5 with anchors; size is a key of SIZES. Draws from torch's global generator."""
+    return YOLOv5(**SIZES[size], num_classes=num_classes)
+
+
+def build_yolov5u(size: str, num_classes: int) -> AnchorFreeDetector:
+    """A freshly initialised YOLOv5u (anchor-free); size is a key of SIZES. Draws from torch's global generator."""
+    channels, depths, neck_depth = (SIZES[size][key] for key in ("channels", "depths", "neck_depth"))
+    return AnchorFreeDetector(
+        backbone=Backbone(channels, depths),
+        neck=Neck(channels, neck_depth),
+        channels=channels,
+        num_classes=num_classes,
+        public_names=PUBLIC_NAMES_U,
+    )

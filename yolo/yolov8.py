@@ -1,0 +1,325 @@
+"""YOLOv8 n, s, m, l, x: an anchor-free, one-stage detector. There is no paper; the architecture is the released one.
+
+    images ── backbone (C2f blocks, SPPF) ── c3, c4, c5 ── neck (PANet) ── p3, p4, p5 ── head ── box and class logits
+
+Its parts: cross-stage partial blocks (CSPNet, arXiv:1911.11929), SPP (arXiv:1406.4729), a top-down and a bottom-up
+path (FPN, arXiv:1612.03144; PANet, arXiv:1803.01534), one decoupled head per level (YOLOX, arXiv:2107.08430), box edges
+as distributions (Generalized Focal Loss, arXiv:2006.04388). Losses and assigner: yolo/losses.py.
+
+Differs from the released code, not in what it computes: the bins 0..R-1 are no parameter (losses.decode_distances counts
+them), `forward` returns the same in train and eval mode, and sizes are written out instead of multiplied out. Decoding
+and losses are float32 under autocast.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from boxes import box_iou
+from kernels.nms import select_detections
+from structures import Detections, Targets
+from yolo.assigners import make_points
+from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, to_float, upsample
+from yolo.losses import decode_distances, yolov8_losses
+
+LEVEL_STRIDES = (8, 16, 32)  # pixels, of p3, p4, p5
+FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
+NUM_BINS = 16  # R: an edge is at most 15 strides away from its point
+
+# channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32.
+SIZES = {
+    "n": dict(channels=(16, 32, 64, 128, 256), depths=(1, 2, 2, 1), neck_depth=1),
+    "s": dict(channels=(32, 64, 128, 256, 512), depths=(1, 2, 2, 1), neck_depth=1),
+    "m": dict(channels=(48, 96, 192, 384, 576), depths=(2, 4, 4, 2), neck_depth=2),
+    "l": dict(channels=(64, 128, 256, 512, 512), depths=(3, 6, 6, 3), neck_depth=3),
+    "x": dict(channels=(80, 160, 320, 640, 640), depths=(3, 6, 6, 3), neck_depth=3),
+}
+
+
+class C2f(nn.Module):
+    """Half of the channels go through `depth` bottlenecks in a row; every intermediate joins the final 1x1 merge."""
+
+    def __init__(self, c_in: int, c_out: int, depth: int, shortcut: bool) -> None:
+        super().__init__()
+        self.split = ConvBNAct(c_in, c_out)
+        self.blocks = nn.ModuleList(Bottleneck(c_out // 2, (3, 3), shortcut) for _ in range(depth))
+        self.merge = ConvBNAct((2 + depth) * (c_out // 2), c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.split(x).chunk(2, dim=1))  # 2 of (B, C_out / 2, H, W)
+        for block in self.blocks:
+            parts.append(block(parts[-1]))
+        return self.merge(torch.cat(parts, 1))  # (B, C_out, H, W)
+
+
+class Backbone(nn.Module):
+    """images (B, 3, H, W) -> c3, c4, c5 at strides 8, 16, 32. `stageN` works at stride 2^N."""
+
+    def __init__(self, channels: tuple[int, ...], depths: tuple[int, ...]) -> None:
+        super().__init__()
+        c1, c2, c3, c4, c5 = channels
+        self.stem = ConvBNAct(3, c1, 3, stride=2)
+        self.down2 = ConvBNAct(c1, c2, 3, stride=2)
+        self.stage2 = C2f(c2, c2, depths[0], shortcut=True)
+        self.down3 = ConvBNAct(c2, c3, 3, stride=2)
+        self.stage3 = C2f(c3, c3, depths[1], shortcut=True)
+        self.down4 = ConvBNAct(c3, c4, 3, stride=2)
+        self.stage4 = C2f(c4, c4, depths[2], shortcut=True)
+        self.down5 = ConvBNAct(c4, c5, 3, stride=2)
+        self.stage5 = C2f(c5, c5, depths[3], shortcut=True)
+        self.spp = SPPF(c5, c5)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        c2 = self.stage2(self.down2(self.stem(images)))
+        c3 = self.stage3(self.down3(c2))
+        c4 = self.stage4(self.down4(c3))
+        c5 = self.spp(self.stage5(self.down5(c4)))
+        return {"c3": c3, "c4": c4, "c5": c5}
+
+
+class Neck(nn.Module):
+    """c3, c4, c5 -> p3, p4, p5 of the same sizes and channels: coarse to fine, then fine to coarse again."""
+
+    def __init__(self, channels: tuple[int, ...], depth: int) -> None:
+        super().__init__()
+        c3, c4, c5 = channels[2:]
+        self.top_down4 = C2f(c5 + c4, c4, depth, shortcut=False)
+        self.top_down3 = C2f(c4 + c3, c3, depth, shortcut=False)
+        self.down3 = ConvBNAct(c3, c3, 3, stride=2)
+        self.bottom_up4 = C2f(c3 + c4, c4, depth, shortcut=False)
+        self.down4 = ConvBNAct(c4, c4, 3, stride=2)
+        self.bottom_up5 = C2f(c4 + c5, c5, depth, shortcut=False)
+
+    def forward(self, c: dict[str, Tensor]) -> dict[str, Tensor]:
+        mid4 = self.top_down4(torch.cat((upsample(c["c5"]), c["c4"]), 1))
+        p3 = self.top_down3(torch.cat((upsample(mid4), c["c3"]), 1))
+        p4 = self.bottom_up4(torch.cat((self.down3(p3), mid4), 1))
+        p5 = self.bottom_up5(torch.cat((self.down4(p4), c["c5"]), 1))
+        return {"p3": p3, "p4": p4, "p5": p5}
+
+
+class AnchorFreeHead(nn.Module):
+    """Per location K class logits and 4 distributions over R distances, from two branches of convolutions per level.
+
+    An edge distance, in units of the level's stride, is the expectation over the bins 0..R-1
+    (Generalized Focal Loss, arXiv:2006.04388):  d = sum_r r * softmax(z)_r
+
+    Fresh weights start from a prior: the class bias is log(5 / K / (640 / stride)^2), as if an image of 640 px held
+    5 objects spread over K classes and the level's locations (the idea is RetinaNet's, arXiv:1708.02002, sec. 4.1), and
+    every bin's bias is 1.
+    """
+
+    def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        box_width = max(16, channels[0] // 4, 4 * NUM_BINS)
+        class_width = max(channels[0], min(num_classes, 100))
+        self.box = nn.ModuleList(branch(c, box_width, 4 * NUM_BINS) for c in channels)
+        self.cls = nn.ModuleList(branch(c, class_width, num_classes) for c in channels)
+        for box, cls, stride in zip(self.box, self.cls, LEVEL_STRIDES):
+            nn.init.constant_(box[-1].bias, 1.0)
+            nn.init.constant_(cls[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4, R), class_logits (B, A, K), A = sum_l H_l W_l.
+
+        Locations run level by level, row by row; edges are left, top, right, bottom.
+        """
+        # Channels go last before the levels are joined: in channels_last memory that is one straight copy.
+        box = torch.cat([f(x).flatten(2).transpose(1, 2) for f, x in zip(self.box, maps)], dim=1)  # (B, A, 4R)
+        cls = torch.cat([f(x).flatten(2).transpose(1, 2) for f, x in zip(self.cls, maps)], dim=1)  # (B, A, K)
+        return box.unflatten(2, (4, NUM_BINS)), cls
+
+
+def branch(c_in: int, width: int, c_out: int) -> nn.Sequential:
+    return nn.Sequential(ConvBNAct(c_in, width, 3), ConvBNAct(width, width, 3), nn.Conv2d(width, c_out, 1))
+
+
+def level_sizes(image_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """(H, W) in pixels -> (h, w) in cells of p3, p4, p5."""
+    height, width = image_size
+    return [(height // stride, width // stride) for stride in LEVEL_STRIDES]
+
+
+def read_at_boxes(
+    logits: Tensor, *, decoded_xyxy: Tensor, points: Tensor, boxes_xyxy: Tensor, locations: int = 10
+) -> Tensor:
+    """What the locations of one image say about N given boxes: logits (A, K) -> (N, K), a weighted mean of them.
+
+        out_n = sum_a w_na z_a / sum_a w_na,    w_na = IoU(decoded_a, box_n) where point a lies in box n, else 0
+
+    over the `locations` largest w_na alone (the assigner of the training loss takes as many). A box that no such
+    location overlaps reads the point nearest to its center. decoded_xyxy (A, 4), points (A, 2) and boxes_xyxy (N, 4)
+    are pixels; the gradient flows into `logits`, not through w. N = 0 gives (0, K).
+    """
+    with torch.no_grad():
+        boxes_xyxy = boxes_xyxy.to(decoded_xyxy)
+        x, y = points[:, 0], points[:, 1]
+        x1, y1, x2, y2 = boxes_xyxy[:, :, None].unbind(1)  # (N, 1) each
+        is_inside = (x > x1) & (x < x2) & (y > y1) & (y < y2)  # (N, A)
+        weight = box_iou(boxes_xyxy, decoded_xyxy) * is_inside  # (N, A)
+        weight, index = weight.topk(min(locations, len(points)), dim=1)  # (N, k)
+        centers = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+        nearest = (centers[:, None] - points).square().sum(-1).argmin(1)  # (N,)
+        is_unseen = weight[:, 0] == 0
+        index[:, 0] = torch.where(is_unseen, nearest, index[:, 0])
+        weight[:, 0] = torch.where(is_unseen, 1.0, weight[:, 0])
+        weight = weight / weight.sum(1, keepdim=True)
+    return (weight[:, :, None] * logits[index]).sum(1)  # (N, k, K) -> (N, K)
+
+
+@dataclass(frozen=True)
+class AnchorFreeOutput:
+    """What AnchorFreeDetector.forward returns, in train and eval mode alike, for images (B, 3, H, W).
+
+    features: c3, c4, c5 (backbone) and p3, p4, p5 (neck, what the head reads), (B, C, H / s, W / s) each.
+    box_logits (B, A, 4, R) and class_logits (B, A, K) as the head orders them; image_size is (H, W).
+    """
+
+    features: dict[str, Tensor]
+    box_logits: Tensor
+    class_logits: Tensor
+    image_size: tuple[int, int]
+
+
+class AnchorFreeDetector(nn.Module):
+    """backbone -> neck -> anchor-free head: YOLOv8, and YOLOv5u (yolo/yolov5.py). Satisfies DenseDetector.
+
+    channels are the five of SIZES. The gains weight the loss terms; the defaults are the released recipe's.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        neck: nn.Module,
+        channels: tuple[int, ...],
+        num_classes: int,
+        public_names: list[tuple[str, str | None]],
+        box_gain: float = 7.5,
+        cls_gain: float = 0.5,
+        dfl_gain: float = 1.5,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = AnchorFreeHead(channels[2:], num_classes)
+        self.num_classes = num_classes
+        self.strides = dict(FEATURE_STRIDES)
+        self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
+        self.public_names = public_names
+        self.class_head = ("head.cls.",)
+        self.box_gain, self.cls_gain, self.dfl_gain = box_gain, cls_gain, dfl_gain
+
+    def forward(self, images: Tensor) -> AnchorFreeOutput:
+        """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
+        image_size = check_image_size(images)
+        features = self.backbone(images)
+        features |= self.neck(features)
+        box_logits, class_logits = self.head([features["p3"], features["p4"], features["p5"]])
+        return AnchorFreeOutput(features, box_logits, class_logits, image_size)
+
+    def decode(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:
+        """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = sigmoid(class_logits)."""
+        points, strides = make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.box_logits.device)
+        with torch.autocast(output.box_logits.device.type, enabled=False):
+            boxes_xyxy = decode_distances(to_float(output.box_logits), points, strides)
+            return boxes_xyxy, to_float(output.class_logits).sigmoid()
+
+    def losses(self, output: AnchorFreeOutput, targets: Targets) -> dict[str, Tensor]:
+        """box (CIoU), cls (BCE) and dfl, weighted by the gains: see losses.yolov8_losses."""
+        points, strides = make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.box_logits.device)
+        with torch.autocast(output.box_logits.device.type, enabled=False):
+            return yolov8_losses(
+                box_logits=to_float(output.box_logits),
+                class_logits=to_float(output.class_logits),
+                points=points,
+                strides=strides,
+                targets=targets,
+                box_gain=self.box_gain,
+                cls_gain=self.cls_gain,
+                dfl_gain=self.dfl_gain,
+            )
+
+    @torch.no_grad()
+    def detect(
+        self, output: AnchorFreeOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
+    ) -> list[Detections]:
+        """Decoded locations after class-wise NMS, best first; a location may report several classes."""
+        boxes_xyxy, scores = self.decode(output)
+        return select_detections(
+            boxes_xyxy,
+            scores,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+        )
+
+    def class_logits_at(self, output: AnchorFreeOutput, boxes_per_image: list[Tensor]) -> Tensor:
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of read_at_boxes."""
+        with torch.no_grad():
+            decoded_xyxy, _ = self.decode(output)
+            points, strides = make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.box_logits.device)
+        logits = to_float(output.class_logits)
+        return torch.cat(
+            [
+                read_at_boxes(z, decoded_xyxy=d, points=points * strides, boxes_xyxy=boxes_xyxy)
+                for z, d, boxes_xyxy in zip(logits, decoded_xyxy, boxes_per_image, strict=True)
+            ]
+        )
+
+
+# fmt: off
+PUBLIC_NAMES = [  # each {} is one integer
+    # released checkpoint       ours
+    ("model.0.",                "backbone.stem."),
+    ("model.1.",                "backbone.down2."),
+    ("model.2.cv1.",            "backbone.stage2.split."),
+    ("model.2.m.{}.cv{}.",      "backbone.stage2.blocks.{}.conv{}."),
+    ("model.2.cv2.",            "backbone.stage2.merge."),
+    ("model.3.",                "backbone.down3."),
+    ("model.4.cv1.",            "backbone.stage3.split."),
+    ("model.4.m.{}.cv{}.",      "backbone.stage3.blocks.{}.conv{}."),
+    ("model.4.cv2.",            "backbone.stage3.merge."),
+    ("model.5.",                "backbone.down4."),
+    ("model.6.cv1.",            "backbone.stage4.split."),
+    ("model.6.m.{}.cv{}.",      "backbone.stage4.blocks.{}.conv{}."),
+    ("model.6.cv2.",            "backbone.stage4.merge."),
+    ("model.7.",                "backbone.down5."),
+    ("model.8.cv1.",            "backbone.stage5.split."),
+    ("model.8.m.{}.cv{}.",      "backbone.stage5.blocks.{}.conv{}."),
+    ("model.8.cv2.",            "backbone.stage5.merge."),
+    ("model.9.cv1.",            "backbone.spp.reduce."),
+    ("model.9.cv2.",            "backbone.spp.merge."),
+    ("model.12.cv1.",           "neck.top_down4.split."),
+    ("model.12.m.{}.cv{}.",     "neck.top_down4.blocks.{}.conv{}."),
+    ("model.12.cv2.",           "neck.top_down4.merge."),
+    ("model.15.cv1.",           "neck.top_down3.split."),
+    ("model.15.m.{}.cv{}.",     "neck.top_down3.blocks.{}.conv{}."),
+    ("model.15.cv2.",           "neck.top_down3.merge."),
+    ("model.16.",               "neck.down3."),
+    ("model.18.cv1.",           "neck.bottom_up4.split."),
+    ("model.18.m.{}.cv{}.",     "neck.bottom_up4.blocks.{}.conv{}."),
+    ("model.18.cv2.",           "neck.bottom_up4.merge."),
+    ("model.19.",               "neck.down4."),
+    ("model.21.cv1.",           "neck.bottom_up5.split."),
+    ("model.21.m.{}.cv{}.",     "neck.bottom_up5.blocks.{}.conv{}."),
+    ("model.21.cv2.",           "neck.bottom_up5.merge."),
+    ("model.22.cv2.{}.{}.",     "head.box.{}.{}."),
+    ("model.22.cv3.{}.{}.",     "head.cls.{}.{}."),
+    ("model.22.dfl.",           None),  # constant 0..R-1, counted in losses.decode_distances
+]
+# fmt: on
+
+
+def build_yolov8(size: str, num_classes: int) -> AnchorFreeDetector:
+    """A freshly initialised YOLOv8; size is a key of SIZES. Draws from torch's global generator."""
+    channels, depths, neck_depth = (SIZES[size][key] for key in ("channels", "depths", "neck_depth"))
+    return AnchorFreeDetector(
+        backbone=Backbone(channels, depths),
+        neck=Neck(channels, neck_depth),
+        channels=channels,
+        num_classes=num_classes,
+        public_names=PUBLIC_NAMES,
+    )
