@@ -1,24 +1,117 @@
-"""Losses of the YOLO heads. `decode_distances` turns the anchor-free head's logits into boxes (detection uses it too).
+"""Losses of the YOLO heads, one pure function per term, and the decoding of their boxes.
 
-Returned scalars are weighted, float32 (float64 for float64 inputs), and not multiplied by the batch size.
+- Anchor-free heads (YOLOv8, YOLOv5u): `yolov8_losses`; boxes from `decode_distances`.
+- Anchor head (YOLOv5): `yolov5_losses`; boxes from `decode_anchor_offsets`.
+
+Every loss is computed in float32, also under autocast and for half-precision inputs, or in float64 for float64 inputs.
+Scalars come back weighted and normalised so that their size does not depend on the batch size. Without objects the
+box terms are 0, with zero gradients, and the others teach the background.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from boxes import distances_to_xyxy
+from boxes import cxcywh_to_xyxy, distances_to_xyxy, paired_ciou, xyxy_to_distances
 from structures import Targets
+from yolo.assigners import (
+    AnchorMatches,
+    Assignment,
+    anchor_ratio_matches,
+    assignment_of_matches,
+    in_ignored_box,
+    last_match,
+    make_anchors,
+    task_aligned_assignment,
+)
 
 
 def decode_distances(box_logits: Tensor, points: Tensor, strides: Tensor) -> Tensor:
     """box_logits (..., A, 4, R) in ltrb order, points (A, 2) in cells, strides (A, 1) -> xyxy pixels (..., A, 4).
 
-    An edge distance is the expectation over the bins (Generalized Focal Loss, arXiv:2006.04388):
-    d = sum_r r * softmax(z)_r, in units of the level's stride.
+    An edge distance, in cells, is the expectation over the integer bins 0..R-1 (Generalized Focal Loss,
+    arXiv:2006.04388):  d = sum_r r * softmax(z)_r
     """
     bins = torch.arange(box_logits.shape[-1], dtype=box_logits.dtype, device=box_logits.device)
-    ltrb = (box_logits.softmax(-1) * bins).sum(-1)  # (..., A, 4)
+    ltrb = (box_logits.softmax(-1) * bins).sum(-1)  # (..., A, 4); not a matmul, which autocast would round to bfloat16
     return distances_to_xyxy(points, ltrb) * strides
+
+
+def decode_anchor_offsets(box_logits: Tensor, points: Tensor, strides: Tensor, sizes: Tensor) -> Tensor:
+    """box_logits (..., A, 4); points (A, 2), strides (A, 1), sizes (A, 2) of make_anchors -> xyxy pixels (..., A, 4).
+
+        center = (cell + 2 sigmoid(z_xy) - 1/2) * stride,    width, height = (2 sigmoid(z_wh))^2 * anchor
+
+    `points` are cell centers, cell + 1/2. A center reaches half a cell beyond its own, a side four times its anchor.
+    """
+    xy, wh = (2 * box_logits.sigmoid()).chunk(2, dim=-1)  # (..., A, 2) each, in 0..2
+    return cxcywh_to_xyxy(torch.cat(((points - 1 + xy) * strides, wh.square() * sizes), dim=-1))
+
+
+# ---------------------------------------------------------------------------------------------------------- terms
+
+
+def classification_loss(class_logits: Tensor, target_scores: Tensor, is_ignored: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of every location and class against soft targets, summed.
+
+        L = sum_n sum_k -t_nk log sigmoid(z_nk) - (1 - t_nk) log(1 - sigmoid(z_nk))
+
+    class_logits and target_scores (..., K); locations with is_ignored (...) count 0. Returns a scalar.
+    """
+    if is_ignored is None or not is_ignored.any():
+        return F.binary_cross_entropy_with_logits(class_logits, target_scores, reduction="sum")
+    weight = (~is_ignored)[..., None].to(class_logits.dtype)
+    return F.binary_cross_entropy_with_logits(class_logits, target_scores, weight, reduction="sum")
+
+
+def ciou_loss(predicted_xyxy: Tensor, target_xyxy: Tensor) -> Tensor:
+    """1 - CIoU (arXiv:1911.08287), per pair: (N, 4), (N, 4) in one unit -> (N,) in [0, 2.5). 0 for equal boxes."""
+    return 1 - paired_ciou(predicted_xyxy, target_xyxy)
+
+
+def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
+    """Cross-entropy against the two bins around each true distance: (N, 4, R) and (N, 4) in bins -> (N,).
+
+    Li et al., "Generalized Focal Loss", arXiv:2006.04388, eq. 6, averaged over the four edges:
+
+        L_n = 1/4 sum_e -(l + 1 - d) log softmax(z_ne)_l - (d - l) log softmax(z_ne)_(l + 1),    l = floor(d)
+
+    d is clamped to 0..R-1-0.01 first (as public YOLO code does), so that bin l + 1 exists; R is at least 2.
+    """
+    last = box_logits.shape[-1] - 1
+    d = distances.clamp(min=0, max=last - 0.01)
+    low = d.floor()
+    log_p = box_logits.log_softmax(-1)  # (N, 4, R)
+    pair = torch.stack((low, low + 1), dim=-1).long()  # (N, 4, 2)
+    share = torch.stack((low + 1 - d, d - low), dim=-1)
+    return -(share * log_p.gather(-1, pair)).sum(-1).mean(-1)
+
+
+def objectness_loss(objectness_logits: Tensor, target: Tensor, level_sizes: list[int], balance: list[float]) -> Tensor:
+    """Binary cross-entropy against the overlap a location reached, averaged per level, levels weighted by `balance`.
+
+        L = sum_l balance_l / (B A_l) sum_(b, a in l) BCE(z_ba, o_ba)
+
+    objectness_logits and target o (B, A), A_l = level_sizes; a location with target -1 counts 0 in the sum.
+    """
+    bce = F.binary_cross_entropy_with_logits(objectness_logits, target.clamp(min=0), reduction="none")  # (B, A)
+    means = [x.mean() for x in torch.where(target < 0, 0, bce).split(level_sizes, dim=1)]
+    return sum(weight * mean for weight, mean in zip(balance, means, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ anchor-free heads
+
+
+def yolov8_assignment(
+    *, box_logits: Tensor, class_logits: Tensor, points: Tensor, strides: Tensor, targets: Targets, topk: int = 10
+) -> Assignment:
+    """task_aligned_assignment of the predictions as they are now; arguments as in yolov8_losses. No gradient."""
+    with torch.no_grad():
+        boxes_xyxy = decode_distances(_at_least_float32(box_logits), points, strides)  # (B, A, 4) pixels
+    logits = _at_least_float32(class_logits)
+    return task_aligned_assignment(
+        class_logits=logits, boxes_xyxy=boxes_xyxy, points=points, strides=strides, targets=targets, topk=topk
+    )
 
 
 def yolov8_losses(
@@ -31,9 +124,85 @@ def yolov8_losses(
     box_gain: float = 7.5,
     cls_gain: float = 0.5,
     dfl_gain: float = 1.5,
+    assignment: Assignment | None = None,
 ) -> dict[str, Tensor]:
-    """{"box", "cls", "dfl"} of box_logits (B, A, 4, R), class_logits (B, A, K), points (A, 2), strides (A, 1)."""
-    raise NotImplementedError
+    """The three terms of the anchor-free heads, over the task-aligned positives P with target scores t.
+
+        w_n = sum_k t_nk,    S = max(sum_n w_n, 1)
+        box = box_gain / S * sum_(n in P) w_n (1 - CIoU(b_n, g_n))         boxes in cells
+        cls = cls_gain / S * sum_(all n, k) BCE(z_nk, t_nk)
+        dfl = dfl_gain / S * sum_(n in P) w_n DFL(z_n, ltrb distances of g_n from point n)
+
+    Args:
+        box_logits: (B, A, 4, R), edges in ltrb order. class_logits: (B, A, K).
+        points: (A, 2) centers in cells. strides: (A, 1) in pixels. Both as from make_points.
+        targets: labels in 0..K-1; may be empty.
+        assignment: one made before by yolov8_assignment from the same predictions; made here when None.
+    Returns:
+        {"box", "cls", "dfl"}: scalars (), not multiplied by B.
+    """
+    box_logits, class_logits = _at_least_float32(box_logits), _at_least_float32(class_logits)
+    points, strides = points.to(box_logits.dtype), strides.to(box_logits.dtype)
+    if assignment is None:
+        assignment = yolov8_assignment(
+            box_logits=box_logits, class_logits=class_logits, points=points, strides=strides, targets=targets
+        )
+    image, n = assignment.is_positive.nonzero(as_tuple=True)  # (P,) each
+    row = assignment.gt_index[image, n]
+    weight = assignment.target_scores[image, n, targets.labels[row]]  # w (P,)
+    total = weight.sum().clamp(min=1)  # S
+
+    logits = box_logits[image, n]  # (P, 4, R)
+    gt_xyxy = targets.boxes_xyxy[row].to(logits.dtype) / strides[n]  # (P, 4) cells
+    predicted_xyxy = decode_distances(logits, points[n], torch.ones_like(strides[n]))  # (P, 4) cells
+    box = (weight * ciou_loss(predicted_xyxy, gt_xyxy)).sum() / total
+    dfl = (weight * distribution_focal_loss(logits, xyxy_to_distances(points[n], gt_xyxy))).sum() / total
+    cls = classification_loss(class_logits, assignment.target_scores, assignment.is_ignored) / total
+    return {"box": box_gain * box, "cls": cls_gain * cls, "dfl": dfl_gain * dfl}
+
+
+# ----------------------------------------------------------------------------------------------------- anchor head
+
+
+def yolov5_matches(
+    *,
+    box_logits: Tensor,
+    grid_sizes: list[tuple[int, int]],
+    strides: list[int],
+    anchors: Tensor,
+    targets: Targets,
+    ratio_threshold: float = 4.0,
+) -> tuple[AnchorMatches, Tensor]:
+    """The matches of anchor_ratio_matches, and the CIoU (M,) of each prediction with its object, with gradient."""
+    box_logits = _at_least_float32(box_logits)
+    anchors = anchors.to(box_logits.dtype)
+    matches = anchor_ratio_matches(
+        grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
+    )
+    points, steps, sizes = (x[matches.location] for x in make_anchors(grid_sizes, strides, anchors))
+    predicted_xyxy = decode_anchor_offsets(box_logits[matches.image, matches.location], points, steps, sizes)
+    gt_xyxy = targets.boxes_xyxy[matches.row].to(box_logits.dtype)
+    return matches, paired_ciou(predicted_xyxy / steps, gt_xyxy / steps)  # (M, 4) cells -> (M,)
+
+
+def yolov5_assignment(
+    *,
+    box_logits: Tensor,
+    class_logits: Tensor,
+    grid_sizes: list[tuple[int, int]],
+    strides: list[int],
+    anchors: Tensor,
+    targets: Targets,
+) -> Assignment:
+    """The anchor head's positives, arguments as in yolov5_losses; target scores are max(CIoU, 0). No gradient."""
+    with torch.no_grad():
+        matches, ciou = yolov5_matches(
+            box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets
+        )
+    points, steps, _ = make_anchors(grid_sizes, strides, anchors.to(ciou.dtype))
+    return assignment_of_matches(
+        matches, ciou.clamp(min=0), points=points, strides=steps, targets=targets, shape=tuple(class_logits.shape)
+    )
 
 
 def yolov5_losses(
@@ -48,6 +217,49 @@ def yolov5_losses(
     box_gain: float = 0.05,
     obj_gain: float = 1.0,
     cls_gain: float = 0.5,
+    ratio_threshold: float = 4.0,
+    balance: tuple[float, ...] = (4.0, 1.0, 0.4),
 ) -> dict[str, Tensor]:
-    """{"box", "obj", "cls"} of box_logits (B, A, 4), objectness_logits (B, A), class_logits (B, A, K)."""
-    raise NotImplementedError
+    """The three terms of the anchor head, over the matches M_l of each level l.
+
+        box = box_gain * sum_l 1 / |M_l| sum_(m in M_l) (1 - CIoU(b_m, g_m))                  boxes in cells
+        obj = obj_gain * sum_l balance_l * mean_(b, a in l) BCE(z_ba, o_ba),   o = max(CIoU, 0), detached; 0 elsewhere
+        cls = cls_gain * sum_l 1 / (|M_l| K) sum_(m in M_l) sum_k BCE(z_mk, [k is the label of g_m])
+
+    Args:
+        box_logits: (B, A, 4). objectness_logits: (B, A). class_logits: (B, A, K). A in the order of make_anchors.
+        anchors: (L, n, 2) in pixels. grid_sizes: L pairs (h, w). strides: L, pixels. balance: L weights.
+        targets: labels in 0..K-1; may be empty.
+    Returns:
+        {"box", "obj", "cls"}: scalars (), not multiplied by B.
+
+    Where two objects share a location, both count in box and cls, and o is that of the last match.
+    Differs from public YOLOv5 code: cls is there for K = 1 too; the gains are used as they are given (its train.py
+    scales cls by K / 80 and obj by (image size / 640)^2 first).
+    """
+    box_logits, objectness_logits, class_logits = map(_at_least_float32, (box_logits, objectness_logits, class_logits))
+    anchors = anchors.to(box_logits.dtype)
+    matches, ciou = yolov5_matches(
+        box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets,
+        ratio_threshold=ratio_threshold,
+    )  # fmt: skip
+    per_level = torch.bincount(matches.level, minlength=len(strides))
+    weight = 1 / per_level.to(ciou.dtype)[matches.level]  # 1 / |M_l| (M,)
+    box = (weight * (1 - ciou)).sum()
+
+    logits = class_logits[matches.image, matches.location]  # (M, K)
+    is_label = F.one_hot(targets.labels[matches.row], class_logits.shape[-1]).to(logits.dtype)
+    cls = (weight * F.binary_cross_entropy_with_logits(logits, is_label, reduction="none").mean(-1)).sum()
+
+    winner = last_match(matches, *objectness_logits.shape)  # (B, A)
+    target = torch.zeros_like(objectness_logits)
+    target[winner >= 0] = ciou.detach().clamp(min=0)[winner[winner >= 0]]
+    points, steps, _ = make_anchors(grid_sizes, strides, anchors)
+    target[in_ignored_box(points * steps, targets, len(target)) & (winner < 0)] = -1
+    sizes = [anchors.shape[1] * h * w for h, w in grid_sizes]
+    obj = objectness_loss(objectness_logits, target, sizes, balance)
+    return {"box": box_gain * box, "obj": obj_gain * obj, "cls": cls_gain * cls}
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
