@@ -1,0 +1,217 @@
+"""The COCO detection metric, equal to pycocotools' `COCOeval(iouType="bbox")` to the last digit of its numbers.
+
+Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312; the algorithm is that of the reference
+implementation (cocodataset/cocoapi). Precision is interpolated at 101 recalls: the best precision at that recall or
+above. Thresholds are float64 `np.linspace` values and every sort is stable, as there: a recall of 29/100 falls on the
+other side of a float32 threshold.
+
+Differences, on purpose: an object whose annotation id is 0 can be found (pycocotools takes that id for "unmatched");
+a detection of an unknown class is an error (pycocotools drops it).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from metrics.matching import Matches, match
+from metrics.tables import DetectionTable, GroundTruth
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+MAX_DETECTIONS = (1, 10, 100)  # of one class in one image
+AREA_RANGES = {  # square pixels, both ends included
+    "all": (0.0**2, 1e5**2),
+    "small": (0.0**2, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e5**2),
+}
+ABSENT = -1.0  # the value of a number with nothing to measure
+
+
+@dataclass(frozen=True, eq=False)
+class CocoResult:
+    """The COCO numbers. Everywhere -1 stands where there is nothing to measure (no object of that class or size).
+
+    names: the K class names.
+    iou_thresholds (T,), recall_thresholds (R,), area_names (A), max_detections (M).
+    precision (T, R, K, A, M): interpolated precision. recall (T, K, A, M): the highest recall reached.
+    num_objects (K, A): objects that count.
+    """
+
+    names: tuple[str, ...]
+    iou_thresholds: np.ndarray
+    recall_thresholds: np.ndarray
+    area_names: tuple[str, ...]
+    max_detections: tuple[int, ...]
+    precision: np.ndarray
+    recall: np.ndarray
+    num_objects: np.ndarray
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The 12 numbers in pycocotools' order: AP, AP50, AP75, AP_small.., AR_1, AR_10, AR_100, AR_small.."""
+        return self._numbers(slice(None))
+
+    @property
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """The same numbers for each class alone."""
+        return {name: self._numbers(slice(k, k + 1)) for k, name in enumerate(self.names)}
+
+    @property
+    def ap_per_iou(self) -> dict[float, float]:
+        """AP at each IoU threshold, over all classes and areas."""
+        return {
+            round(float(t), 10): mean_of_measured(self.precision[i, :, :, 0, -1])
+            for i, t in enumerate(self.iou_thresholds)
+        }
+
+    @property
+    def ap(self) -> np.ndarray:
+        """(K,): AP of each class over the IoU thresholds."""
+        return np.array([mean_of_measured(self.precision[:, :, k, 0, -1]) for k in range(len(self.names))])
+
+    @property
+    def ap50(self) -> np.ndarray:
+        """(K,): AP of each class at IoU 0.5."""
+        at = np.isclose(self.iou_thresholds, 0.5)
+        return np.array([mean_of_measured(self.precision[at, :, k, 0, -1]) for k in range(len(self.names))])
+
+    def _numbers(self, classes: slice) -> dict[str, float]:
+        precision, recall = self.precision[:, :, classes], self.recall[:, classes]
+        at50, at75 = np.isclose(self.iou_thresholds, 0.5), np.isclose(self.iou_thresholds, 0.75)
+        numbers = {
+            "AP": mean_of_measured(precision[..., 0, -1]),
+            "AP50": mean_of_measured(precision[at50][..., 0, -1]),
+            "AP75": mean_of_measured(precision[at75][..., 0, -1]),
+        }
+        for a, area in enumerate(self.area_names[1:], 1):
+            numbers[f"AP_{area}"] = mean_of_measured(precision[..., a, -1])
+        for m, limit in enumerate(self.max_detections):
+            numbers[f"AR_{limit}"] = mean_of_measured(recall[..., 0, m])
+        for a, area in enumerate(self.area_names[1:], 1):
+            numbers[f"AR_{area}"] = mean_of_measured(recall[..., a, -1])
+        return numbers
+
+
+def mean_of_measured(values: np.ndarray) -> float:
+    """The mean of the values that are not -1; -1 where all are."""
+    measured = values[values > ABSENT]
+    return float(np.mean(measured)) if measured.size else ABSENT
+
+
+def evaluate(
+    ground_truth: GroundTruth,
+    detections: DetectionTable,
+    *,
+    iou_thresholds: Sequence[float] = tuple(IOU_THRESHOLDS),
+    area_ranges: dict[str, tuple[float, float]] | None = None,
+    max_detections: Sequence[int] = MAX_DETECTIONS,
+    ignore_difficult: bool = False,
+) -> CocoResult:
+    """The COCO numbers of detections, given every image's objects.
+
+    Images with equal scores are ordered by `image`, equal scores in an image by row. Of each class in each image the
+    best max(max_detections) detections take part.
+
+    Args:
+        iou_thresholds: rising. With the area ranges at most 64 combinations.
+        area_ranges: name -> (low, high), square pixels, both included; the first is what AP and AR are taken over.
+            None: COCO's all, small, medium, large.
+        max_detections: rising; AP is taken at the last.
+        ignore_difficult: objects marked difficult are ignored, as one of a foreign size is. COCO itself knows no
+            such mark: by default they count.
+    """
+    area_ranges = AREA_RANGES if area_ranges is None else area_ranges
+    iou_thresholds = np.asarray(iou_thresholds, dtype=np.float64)
+    max_detections = tuple(max_detections)
+    if not max_detections or list(max_detections) != sorted(set(max_detections)) or max_detections[0] < 1:
+        raise ValueError(f"max_detections {max_detections}: expected rising numbers from 1")
+    matches = match(
+        ground_truth,
+        detections,
+        iou_thresholds=iou_thresholds,
+        area_ranges=list(area_ranges.values()),
+        max_detections=max_detections[-1],
+        ignore_difficult=ignore_difficult,
+    )
+    num_thresholds, num_classes, num_areas = len(iou_thresholds), len(ground_truth.names), len(area_ranges)
+    precision = np.full(
+        (num_thresholds, len(RECALL_THRESHOLDS), num_classes, num_areas, len(max_detections)), ABSENT
+    )
+    recall = np.full((num_thresholds, num_classes, num_areas, len(max_detections)), ABSENT)
+    labels = detections.labels[matches.rows]
+    class_starts = np.searchsorted(labels, np.arange(num_classes + 1))
+    for k in range(num_classes):
+        if not matches.num_objects[k].any():
+            continue
+        in_class = np.arange(class_starts[k], class_starts[k + 1])
+        # Within the class: by falling score; equal scores by image, then by place in the image.
+        in_class = in_class[np.argsort(-detections.scores[matches.rows[in_class]], kind="stable")]
+        for m, limit in enumerate(max_detections):
+            chosen = in_class[matches.rank[in_class] < limit]
+            precision[:, :, k, :, m], recall[:, k, :, m] = _curves(matches, chosen, k, num_thresholds)
+    return CocoResult(
+        ground_truth.names,
+        iou_thresholds,
+        RECALL_THRESHOLDS,
+        tuple(area_ranges),
+        max_detections,
+        precision,
+        recall,
+        matches.num_objects,
+    )
+
+
+def _curves(matches: Matches, chosen: np.ndarray, k: int, num_thresholds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision (T, R, A) and highest recall (T, A) of class k from its detections `chosen`, best first.
+
+    Only true positives can start a new recall or hold a highest precision, so the curve is computed at them alone.
+    """
+    num_objects = matches.num_objects[k]  # (A,)
+    num_areas = len(num_objects)
+    true = unpack_lanes(matches.true_positive[chosen], matches.num_lanes)  # (D, L)
+    counted = ~unpack_lanes(matches.ignored[chosen], matches.num_lanes).view(bool)
+    place, lane = np.nonzero(true)
+    num_true = np.cumsum(true, axis=0, dtype=np.int32)[place, lane]
+    num_counted = np.cumsum(counted, axis=0, dtype=np.int32)[place, lane]
+    # at[l, n - 1]: precision when lane l finds its n-th object; 0 for those it never finds
+    at = np.zeros((matches.num_lanes, max(num_objects.max(), 1)))
+    at[lane, num_true - 1] = num_true / (num_counted + np.spacing(1))
+    best_from = np.maximum.accumulate(at[:, ::-1], axis=1)[:, ::-1]  # at this recall or above
+    best_from = best_from.reshape(num_areas, num_thresholds, -1)
+    num_found = true.sum(axis=0, dtype=np.int64).reshape(num_areas, num_thresholds)
+
+    precision = np.full((num_thresholds, len(RECALL_THRESHOLDS), num_areas), ABSENT)
+    recall = np.full((num_thresholds, num_areas), ABSENT)
+    for a in np.flatnonzero(num_objects):
+        needed = np.searchsorted(np.arange(num_objects[a] + 1) / num_objects[a], RECALL_THRESHOLDS)  # objects to find
+        precision[:, :, a] = best_from[a][:, np.maximum(needed - 1, 0)]
+        recall[:, a] = num_found[a] / num_objects[a]
+    return precision, recall
+
+
+def unpack_lanes(bits: np.ndarray, num_lanes: int) -> np.ndarray:
+    """(D,) uint64 -> (D, L) uint8 of 0 and 1."""
+    as_bytes = bits.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)
+    return np.unpackbits(as_bytes, axis=1, bitorder="little", count=num_lanes)
+
+
+def format_numbers(result: CocoResult) -> str:
+    """The lines people know from pycocotools, one per number, and then one per IoU threshold."""
+    low, high = result.iou_thresholds[0], result.iou_thresholds[-1]
+    over_all = f"{low:.2f}:{high:.2f}" if len(result.iou_thresholds) > 1 else f"{low:.2f}"
+    lines = []
+    for name, value in result.numbers.items():
+        title = "Average Precision  (AP)" if name.startswith("AP") else "Average Recall     (AR)"
+        iou = {"AP50": "0.50", "AP75": "0.75"}.get(name, over_all)
+        suffix = name.partition("_")[2]
+        area = suffix if suffix in result.area_names else result.area_names[0]
+        limit = int(suffix) if suffix.isdigit() else result.max_detections[-1]
+        lines.append(f" {title} @[ IoU={iou:<9} | area={area:>6s} | maxDets={limit:>3d} ] = {value:0.3f}")
+    return "\n".join(lines)
+
+
+def format_per_iou(result: CocoResult) -> str:
+    """One line for each IoU threshold."""
+    return "\n".join(f" AP @ IoU={t:.2f} = {value:.4f}" for t, value in result.ap_per_iou.items())
