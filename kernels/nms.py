@@ -18,7 +18,7 @@ boxes: that rounds their coordinates, and a pair near the threshold can fall on 
 never touched. Non-finite boxes and scores are dropped, there they are kept or spoil their neighbours.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ from torch import Tensor
 from structures import Detections
 
 MAX_CANDIDATES = 30_000  # per image: the best of them enter suppression, as in the public YOLO evaluations
-BLOCK = 512  # candidates compared at once: three 1 MB float32 matrices, which stay in the cache
+BLOCK = 512  # candidates compared at once: a matrix is 1 MB of float32, and the few alive at a time stay in the cache
+FIRST_LOCATIONS = 1024  # where select_detections looks first, then four times as many, then everywhere
+
+Candidates = tuple[Tensor, Tensor, Tensor]  # row numbers (N,), boxes_xyxy (N, 4) float32, labels (N,); best first
 
 
 @torch.no_grad()
@@ -35,13 +38,14 @@ def batched_nms(
 ) -> Tensor:
     """Indices (M,) int64 of the survivors, best first, M <= max_detections.
 
-    boxes_xyxy (N, 4), scores (N,) and labels (N,) of any integer type; N may be 0. Boxes suppress only boxes of
-    their own label. Rows with a non-finite score or corner are never returned.
+    boxes_xyxy (N, 4), scores (N,) and labels (N,), integers of magnitude below 2^24; N may be 0. Boxes suppress only
+    boxes of their own label. Rows with a non-finite score or corner are never returned.
     """
     is_finite = boxes_xyxy.isfinite().all(1) & scores.isfinite()
     rows = is_finite.nonzero().squeeze(1)
     order = rows[scores[rows].sort(stable=True, descending=True).indices]
-    return _suppress(boxes_xyxy.float(), labels, order.split(BLOCK), iou_threshold, max_detections)
+    blocks = ((block, boxes_xyxy[block].float(), labels[block]) for block in order.split(BLOCK))
+    return _suppress(blocks, iou_threshold, max_detections)
 
 
 @torch.no_grad()
@@ -59,67 +63,117 @@ def select_detections(
 
     A candidate is a pair (location, class) whose score is above `score_threshold`: every such pair with
     `multi_label` (how mAP is measured), only the location's best class without. The best `max_candidates` of an
-    image, ties by location and then class, go through batched_nms. Scores come back in their own type.
+    image, ties by location and then class, are suppressed as in batched_nms. Detections keep the given dtypes.
     """
-    found = []
-    for boxes, image_scores in zip(boxes_xyxy, scores):
-        num_classes = image_scores.shape[1]
-        image_scores = image_scores.masked_fill(~boxes.isfinite().all(1, keepdim=True), -torch.inf)
-        if not multi_label:
-            is_best = torch.zeros_like(image_scores, dtype=torch.bool)
-            is_best.scatter_(1, image_scores.argmax(1, keepdim=True), True)
-            image_scores = image_scores.masked_fill(~is_best, -torch.inf)
-        flat = image_scores.flatten()
-        candidates = ((flat > score_threshold) & flat.isfinite()).nonzero().squeeze(1)
-        order = candidates[flat[candidates].sort(stable=True, descending=True).indices][:max_candidates]
-        locations, labels = order // num_classes, order % num_classes
-        boxes = boxes[locations]
-        blocks = torch.arange(len(order), device=order.device).split(BLOCK)
-        keep = _suppress(boxes.float(), labels, blocks, iou_threshold, max_detections)
-        found.append(Detections(boxes[keep], flat[order[keep]], labels[keep]))
-    return found
+    return [
+        _select(*image, score_threshold, iou_threshold, max_detections, multi_label, max_candidates)
+        for image in zip(boxes_xyxy, scores)
+    ]
 
 
-def _suppress(
-    boxes_xyxy: Tensor, labels: Tensor, blocks: Iterable[Tensor], iou_threshold: float, max_detections: int
-) -> Tensor:
-    """Greedy suppression over blocks of row numbers, best first; the rows that survive (M,), best first."""
+def _select(
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    score_threshold: float,
+    iou_threshold: float,
+    max_detections: int,
+    multi_label: bool,
+    max_candidates: int,
+) -> Detections:
+    """One image of select_detections: (A, 4), (A, K)."""
+    if scores.numel() == 0:
+        return Detections(boxes_xyxy[:0], scores.flatten(), torch.zeros(0, dtype=torch.int64, device=scores.device))
+    num_classes = scores.shape[1]
+    best_label = None
+    if not multi_label:
+        scores, best_label = scores.max(1, keepdim=True)  # (A, 1) each
+
+    def blocks() -> Iterator[Candidates]:
+        for pairs in _best_first(scores, boxes_xyxy.isfinite().all(1), score_threshold, max_candidates):
+            for block in pairs.split(BLOCK):
+                location = block // scores.shape[1]
+                labels = block % num_classes if best_label is None else best_label[location, 0]
+                yield block, boxes_xyxy[location].float(), labels
+
+    keep = _suppress(blocks(), iou_threshold, max_detections)
+    location = keep // scores.shape[1]
+    labels = keep % num_classes if best_label is None else best_label[location, 0]
+    return Detections(boxes_xyxy[location], scores.flatten()[keep], labels)
+
+
+def _best_first(scores: Tensor, is_usable: Tensor, score_threshold: float, max_candidates: int) -> Iterator[Tensor]:
+    """Pairs of scores (A, K) above the threshold, as location * K + class, best first, in a few growing pieces.
+
+    The best n pairs lie in the n locations with the best class scores, so a piece takes the pairs above the n-th
+    location's best score: the reader who stops early has not sorted the rest. Pieces are disjoint score ranges.
+    """
+    num_locations, num_classes = scores.shape
+    best = scores.amax(1)  # (A,), nan if any class is
+    if not (is_usable & best.isfinite()).all():
+        scores = scores.masked_fill(~(scores.isfinite() & is_usable[:, None]), -torch.inf)
+        best = scores.amax(1)
+    ceiling, count = torch.inf, FIRST_LOCATIONS
+    while max_candidates > 0 and ceiling > score_threshold:
+        floor = score_threshold
+        if count < num_locations:
+            floor = max(floor, best.topk(count).values[-1].item())
+        rows = (best > floor).nonzero().squeeze(1)
+        in_rows = scores[rows].flatten()
+        chosen = ((in_rows > floor) & (in_rows <= ceiling)).nonzero().squeeze(1)
+        values = in_rows[chosen]
+        if len(chosen) > max_candidates:
+            may_enter = values >= values.topk(max_candidates).values[-1]  # with all ties of the last
+            chosen, values = chosen[may_enter], values[may_enter]
+        chosen = chosen[values.sort(stable=True, descending=True).indices][:max_candidates]
+        yield rows[chosen // num_classes] * num_classes + chosen % num_classes
+        max_candidates -= len(chosen)
+        ceiling, count = floor, (4 * count if count == FIRST_LOCATIONS else num_locations)
+
+
+def _suppress(blocks: Iterable[Candidates], iou_threshold: float, max_detections: int) -> Tensor:
+    """Greedy suppression over blocks of candidates, best first: the row numbers (M,) that survive, best first."""
     threshold = _float32_at_most(iou_threshold)
-    keep = labels.new_zeros(0, dtype=torch.int64)
-    for block in blocks:
-        if len(keep) >= max_detections:
+    kept: Candidates | None = None
+    for candidates in blocks:
+        if kept is None:
+            kept = tuple(column[:0] for column in candidates)
+        if len(kept[0]) >= max_detections:
             break
-        for earlier in keep.split(BLOCK):
-            is_suppressed = _suppresses(
-                boxes_xyxy[earlier], labels[earlier], boxes_xyxy[block], labels[block], threshold
-            )
-            block = block[~is_suppressed.any(0)]
-        within = _suppresses(boxes_xyxy[block], labels[block], boxes_xyxy[block], labels[block], threshold)
-        keep = torch.cat((keep, block[_settle(within)]))
-    return keep[:max_detections]
+        for start in range(0, len(kept[0]), BLOCK):
+            _, boxes, labels = (column[start : start + BLOCK] for column in kept)
+            is_free = _suppression(boxes, labels, *candidates[1:], threshold).amax(0) == 0
+            candidates = tuple(column[is_free] for column in candidates)
+        _, boxes, labels = candidates
+        is_kept = _settle(_suppression(boxes, labels, boxes, labels, threshold))
+        kept = tuple(torch.cat((old, new[is_kept])) for old, new in zip(kept, candidates))
+    return torch.zeros(0, dtype=torch.int64) if kept is None else kept[0][:max_detections]
 
 
-def _suppresses(a: Tensor, a_labels: Tensor, b: Tensor, b_labels: Tensor, threshold: float) -> Tensor:
-    """(N, 4), (N,), (M, 4), (M,) -> (N, M) bool: same label, and IoU above the threshold."""
-    ax1, ay1, ax2, ay2 = a[:, :, None].unbind(1)  # (N, 1) each
+def _suppression(a: Tensor, a_labels: Tensor, b: Tensor, b_labels: Tensor, threshold: float) -> Tensor:
+    """(N, 4), (N,), (M, 4), (M,) -> (N, M) float32: 1 where labels are equal and IoU is above the threshold, else 0.
+
+    Comparisons are in place, hence float: PyTorch vectorises those, and is seven times slower at making a bool.
+    """
+    ax1, ay1, ax2, ay2 = a.T.contiguous()[:, :, None]  # (N, 1) each
     bx1, by1, bx2, by2 = b.T.contiguous()[:, None]  # (1, M) each
     width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)  # (N, M)
     intersection = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0).mul_(width)
     union = torch.add((ax2 - ax1) * (ay2 - ay1), (bx2 - bx1) * (by2 - by1)).sub_(intersection)
-    return (intersection.div_(union) > threshold).logical_and_(a_labels[:, None] == b_labels)
+    is_same = torch.sub(a_labels[:, None].float(), b_labels.float()).eq_(0)
+    return intersection.div_(union).gt_(threshold).mul_(is_same)  # gt_ makes the nan of 0 / 0 a zero
 
 
-def _settle(suppresses: Tensor) -> Tensor:
+def _settle(suppression: Tensor) -> Tensor:
     """Who survives among N candidates in order, given who would suppress whom (N, N): (N,) bool.
 
-    keep(i) = not any_{j < i} keep(j) and suppresses(j, i) has one solution. Iterating it from "all survive" makes
+    keep(i) = not any_{j < i} keep(j) and suppression(j, i) has one solution. Iterating it from "all survive" makes
     candidate i right after as many rounds as its longest chain of suppressors, usually fewer than ten; a round that
     changes nothing has found the solution.
     """
-    matrix = suppresses.triu(diagonal=1).float()
+    matrix = suppression.triu(diagonal=1)
     keep = matrix.new_ones(len(matrix))
     while True:
-        update = (keep @ matrix == 0).float()
+        update = (keep @ matrix).eq_(0)
         if torch.equal(update, keep):
             return keep.bool()
         keep = update

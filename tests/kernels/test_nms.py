@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from kernels.nms import BLOCK, batched_nms, select_detections
+from kernels.nms import BLOCK, batched_nms
 
 
 def reference_nms(boxes, scores, labels, iou_threshold: float, max_detections: int) -> list[int]:
