@@ -18,7 +18,7 @@ from PIL import Image
 from errors import UserError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
+SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp")
 MAX_PIXELS = 64_000_000
 
 # Pillow's own limit is looser than ours, which is checked before any pixel is decoded.
@@ -62,13 +62,6 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 def read_header(path: str | Path) -> tuple[int, int, int]:
     """(stored width, stored height, EXIF orientation 1..8), without decoding. UserError as read_image."""
-    try:
-        with open(path, "rb") as file:
-            header = _jpeg_header(file.read(65536))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    if header is not None and header[0] * header[1] <= MAX_PIXELS:
-        return header
     with _open(path) as image:
         return image.width, image.height, exif_orientation(image.info.get("exif", b""))
 
@@ -108,21 +101,13 @@ def exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
-    """(width, height, orientation) if the frame header of a JPEG is in `data`, else None. Ten times Pillow's speed."""
-    if data[:3] != b"\xff\xd8\xff":
-        return None
-    at, orientation = 2, None
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
-        if 0xC0 <= marker <= 0xC2:  # the frames that Pillow decodes: baseline, extended, progressive
-            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            return (width, height, orientation or 1) if width and height else None
-        if not 0xC4 <= marker <= 0xFE or 0xD0 <= marker <= 0xDA:
-            return None
-        if marker == 0xE1 and orientation is None and data[at + 4 : at + 10] == b"Exif\x00\x00":
-            orientation = exif_orientation(data[at + 4 : at + 2 + length])
-        at += 2 + length
+def find_picture(folder: Path, stem: str) -> Path | None:
+    """The picture `stem` with any of SUFFIXES, lower or upper case, in a folder; None where there is none."""
+    for suffix in SUFFIXES:
+        for spelled in (suffix, suffix.upper()):
+            path = folder / (stem + spelled)
+            if path.is_file():
+                return path
     return None
 
 

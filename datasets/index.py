@@ -17,7 +17,7 @@ annotation tools that honour EXIF; YOLO and KITTI labels always do.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -91,14 +91,13 @@ class DatasetIndex:
     """A split of a dataset.
 
     names: the K class names. samples: in the order of the split's list or of the sorted file names.
-    listed: how many pictures the split named, dropped ones included; None: as many as there are samples.
     category_ids: the K ids the classes have in a COCO file; None: 0..K-1.
+    format: the name of the format it was read from.
     """
 
     names: tuple[str, ...]
     samples: tuple[Sample, ...]
     faults: tuple[Fault, ...] = ()
-    listed: int | None = None
     category_ids: tuple[int, ...] | None = None
     format: str = ""
 
@@ -108,27 +107,4 @@ class DatasetIndex:
     def subset(self, rows: Sequence[int]) -> "DatasetIndex":
         """The chosen samples, in the given order, without the faults (they belong to the whole)."""
         samples = tuple(self.samples[row] for row in rows)
-        return DatasetIndex(self.names, samples, (), None, self.category_ids, self.format)
-
-
-@dataclass(eq=False)
-class SampleRows:
-    """The raw objects of one picture, as a reader collects them: parallel lists, with the line of each row.
-
-    boxes are corners in the frame of the index; difficult and crowd as in Sample. `area` may hold None: the box's.
-    """
-
-    boxes: list = field(default_factory=list)
-    labels: list = field(default_factory=list)
-    difficult: list = field(default_factory=list)
-    crowd: list = field(default_factory=list)
-    area: list = field(default_factory=list)
-    lines: list = field(default_factory=list)
-
-    def add(self, box, label, *, difficult=False, crowd=False, area=None, line=None) -> None:
-        self.boxes.append(box)
-        self.labels.append(label)
-        self.difficult.append(difficult)
-        self.crowd.append(crowd)
-        self.area.append(area)
-        self.lines.append(line)
+        return DatasetIndex(self.names, samples, (), self.category_ids, self.format)

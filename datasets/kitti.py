@@ -1,0 +1,99 @@
+"""KITTI object detection: one text file a frame, one object a line, boxes as left, top, right, bottom.
+
+Boxes are 0-based floats and taken as they are. `DontCare` is no class but a region that may hold unlabelled objects:
+it becomes an ignore region of ANY_CLASS. Of the 15 columns (16 with a score) the type and the box are read; truncation,
+occlusion and the 3D columns are not.
+
+Geiger et al., "Are we ready for Autonomous Driving? The KITTI Vision Benchmark Suite", CVPR 2012.
+"""
+
+from pathlib import Path
+
+from datasets.images import SUFFIXES, find_picture
+from datasets.index import ANY_CLASS, DatasetIndex
+from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
+from datasets.text_lines import read_lines, read_names
+from errors import UserError
+
+CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
+
+
+def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
+    """A split of a folder in KITTI's layout: image_2 and label_2, in root or in root/training.
+
+    split: a list in ImageSets/<split>.txt (in root or root/training), or `all`, every label file. Class names:
+    `names`, else the lines of classes.txt in root, else KITTI's 8; objects of other classes are dropped, which is a
+    fault unless `names` asked for it. UserError for a root or split that is not there.
+    """
+    root = Path(root)
+    base = next((folder for folder in (root / "training", root) if (folder / "label_2").is_dir()), None)
+    if base is None or not (base / "image_2").is_dir():
+        raise UserError(f"{root}: no folders image_2 and label_2, expected a KITTI dataset")
+    given = names is not None
+    if names is None:
+        names = read_names(root / "classes.txt") if (root / "classes.txt").is_file() else CLASSES
+    names = tuple(names)
+    log, samples = FaultLog(), []
+    for stem in _read_list(root, base, split, log):
+        label_path, image_path = base / "label_2" / f"{stem}.txt", find_picture(base / "image_2", stem)
+        if image_path is None:
+            reason = f"no picture {stem} in {base / 'image_2'}"
+            log.add(label_path, None, reason, "label without picture", "picture dropped", stem)
+            continue
+        try:
+            lines = read_lines(label_path)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{label_path}: ")
+            kind = "unreadable label file" if label_path.is_file() else "picture without label file"
+            log.add(label_path, None, reason, kind, "picture dropped", stem)
+            continue
+        frame = read_frame(image_path, log)
+        if frame is None:
+            continue
+        rows = LabelRows()
+        for number, line in lines:
+            fault = _add_line(line, number, names, rows)
+            if fault is not None:
+                reason, kind = fault
+                effect = "noted" if given and kind == "unknown class" else "object dropped"
+                log.add(label_path, number, reason, kind, effect, image_path.name)
+        samples.append(make_sample(rows, frame, log, image_path=image_path, image_id=stem, label_path=label_path))
+    return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "kitti")
+
+
+def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
+    choices = [folder / "ImageSets" / f"{split}.txt" for folder in dict.fromkeys((root, base))]
+    source = next((path for path in choices if path.is_file()), None)
+    if source is not None:
+        stems = [line for _, line in read_lines(source)]
+        for stem in stems:
+            if "/" in stem or "\\" in stem:
+                raise UserError(f"{source}: {stem!r}, expected the name of a frame")
+        for stem in {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else ():
+            log.add(source, None, f"{stem} is listed twice", "listed twice", "noted", stem)
+        return list(dict.fromkeys(stems))
+    if split != "all":
+        known = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
+        raise UserError(f"{choices[0]}: no such list, found {', '.join(known) or 'none'} (`all` takes every frame)")
+    stems = {path.stem for path in (base / "label_2").glob("*.txt")}
+    stems |= {path.stem for path in (base / "image_2").iterdir() if path.suffix.lower() in SUFFIXES}
+    return sorted(stems)
+
+
+def _add_line(line: str, number: int, names: tuple[str, ...], rows: LabelRows) -> tuple[str, str] | None:
+    """Add a row, or say why not: (reason, kind)."""
+    columns = line.split()
+    if len(columns) not in (15, 16):
+        return f"{len(columns)} columns, expected 15 (16 with a score)", "malformed row"
+    name = columns[0]
+    try:
+        box = [float(value) for value in columns[4:8]]
+    except ValueError as error:
+        return f"{error}, expected a number", "malformed row"
+    if name == "DontCare":
+        rows.add(box, ANY_CLASS, crowd=True, line=number)
+    elif name in names:
+        rows.add(box, names.index(name), line=number)
+    else:
+        return f"class {name!r}, expected one of {', '.join(names[:20])}", "unknown class"
+    return None
