@@ -1,7 +1,7 @@
 """Every detector by name: `build("yolov8n", num_classes=80)`. One table from names to builders, and nothing else."""
 
-import difflib
 from collections.abc import Callable
+from difflib import SequenceMatcher
 from functools import partial
 
 from torch import nn
@@ -36,7 +36,7 @@ def build(arch: str, num_classes: int) -> nn.Module:
     from torch's global generator, here and nowhere later: seed it before the call.
     """
     if arch not in ARCHITECTURES:
-        nearest = difflib.get_close_matches(str(arch).lower(), ARCHITECTURES, n=1, cutoff=0.0)[0]
+        nearest = max(ARCHITECTURES, key=lambda name: SequenceMatcher(None, name, str(arch).lower()).ratio())
         raise UserError(
             f"architecture {arch!r} is unknown, did you mean {nearest!r}? There are {', '.join(ARCHITECTURES)}"
         )

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from boxes import cxcywh_to_xyxy
 from kernels.nms import select_detections
 from structures import Detections, Targets
-from yolo.assigners import make_points
+from yolo.assigners import make_anchors
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, to_float, upsample
-from yolo.losses import yolov5_losses
+from yolo.losses import decode_anchor_offsets, yolov5_losses
 from yolo.yolov8 import FEATURE_STRIDES, LEVEL_STRIDES, AnchorFreeDetector, level_sizes, read_at_boxes
 
 ANCHORS_PIXELS = (  # width, height; three per level p3, p4, p5; fitted to COCO by the authors of the released weights
@@ -141,18 +140,6 @@ class AnchorHead(nn.Module):
         return raw[..., :4], raw[..., 4], raw[..., 5:]
 
 
-def decode_anchor_boxes(box_logits: Tensor, corners: Tensor, strides: Tensor, anchors_pixels: Tensor) -> Tensor:
-    """box_logits (B, A, 4), corners (A, 2) in cells, strides (A, 1), anchors_pixels (A, 2) -> xyxy pixels (B, A, 4).
-
-        center = (2 sigmoid(t_xy) - 1/2 + corner) * stride,    size = (2 sigmoid(t_wh))^2 * anchor
-
-    `corner` is the top left of the cell. A center reaches half a cell beyond its own, a size 4 times its anchor.
-    """
-    t_xy, t_wh = box_logits.sigmoid().chunk(2, dim=-1)  # (B, A, 2) each
-    centers = (2 * t_xy - 0.5 + corners) * strides
-    return cxcywh_to_xyxy(torch.cat((centers, (2 * t_wh).square() * anchors_pixels), dim=-1))
-
-
 def joint_logits(objectness_logits: Tensor, class_logits: Tensor) -> Tensor:
     """Logits of the scores the detector reports, sigmoid(o) sigmoid(c): (..., 1) and (..., K) -> (..., K).
 
@@ -221,40 +208,31 @@ class YOLOv5(nn.Module):
         anchors = to_float(self.head.anchors)
         return anchors * anchors.new_tensor(LEVEL_STRIDES)[:, None, None]
 
-    def _locations(self, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Cell centers (A, 2) in cells, strides (A, 1) and anchors (A, 2) in pixels, in the order of the head."""
-        points, strides, anchors = [], [], []
-        for grid_size, stride, level_anchors in zip(level_sizes(image_size), LEVEL_STRIDES, self.anchors_pixels()):
-            level_points, level_strides = make_points([grid_size], [stride], level_anchors.device)
-            points.append(level_points.repeat(NUM_ANCHORS, 1))  # (3 * h * w, 2)
-            strides.append(level_strides.repeat(NUM_ANCHORS, 1))
-            anchors.append(level_anchors.repeat_interleave(len(level_points), dim=0))
-        return torch.cat(points), torch.cat(strides), torch.cat(anchors)
+    def _locations(self, output: YOLOv5Output) -> tuple[Tensor, Tensor, Tensor]:
+        """Points (A, 2) in cells, strides (A, 1) and anchor sizes (A, 2) in pixels, in the order of the head."""
+        return make_anchors(level_sizes(output.image_size), LEVEL_STRIDES, self.anchors_pixels())
 
     def decode(self, output: YOLOv5Output) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = objectness * class."""
-        points, strides, anchors = self._locations(output.image_size)
-        with torch.autocast(output.box_logits.device.type, enabled=False):
-            boxes_xyxy = decode_anchor_boxes(to_float(output.box_logits), points - 0.5, strides, anchors)
-            objectness = to_float(output.objectness_logits).sigmoid()
-            return boxes_xyxy, objectness[..., None] * to_float(output.class_logits).sigmoid()
+        boxes_xyxy = decode_anchor_offsets(to_float(output.box_logits), *self._locations(output))
+        objectness = to_float(output.objectness_logits).sigmoid()
+        return boxes_xyxy, objectness[..., None] * to_float(output.class_logits).sigmoid()
 
     def losses(self, output: YOLOv5Output, targets: Targets) -> dict[str, Tensor]:
-        """box (CIoU), obj and cls (BCE), weighted by the gains: see losses.yolov5_losses."""
+        """box (CIoU), obj and cls (BCE), weighted by the gains: see losses.yolov5_losses. float32 under autocast."""
         height, width = output.image_size
-        with torch.autocast(output.box_logits.device.type, enabled=False):
-            return yolov5_losses(
-                box_logits=to_float(output.box_logits),
-                objectness_logits=to_float(output.objectness_logits),
-                class_logits=to_float(output.class_logits),
-                grid_sizes=level_sizes(output.image_size),
-                strides=list(LEVEL_STRIDES),
-                anchors=self.anchors_pixels(),
-                targets=targets,
-                box_gain=self.box_gain,
-                obj_gain=self.obj_gain * height * width / 640**2,
-                cls_gain=self.cls_gain * self.num_classes / 80,
-            )
+        return yolov5_losses(
+            box_logits=output.box_logits,
+            objectness_logits=output.objectness_logits,
+            class_logits=output.class_logits,
+            grid_sizes=level_sizes(output.image_size),
+            strides=LEVEL_STRIDES,
+            anchors=self.anchors_pixels(),
+            targets=targets,
+            box_gain=self.box_gain,
+            obj_gain=self.obj_gain * height * width / 640**2,
+            cls_gain=self.cls_gain * self.num_classes / 80,
+        )
 
     @torch.no_grad()
     def detect(
@@ -276,7 +254,7 @@ class YOLOv5(nn.Module):
         """
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
-            points, strides, _ = self._locations(output.image_size)
+            points, strides, _ = self._locations(output)
         logits = joint_logits(to_float(output.objectness_logits)[..., None], to_float(output.class_logits))
         return torch.cat(
             [

@@ -6,9 +6,9 @@ Its parts: cross-stage partial blocks (CSPNet, arXiv:1911.11929), SPP (arXiv:140
 path (FPN, arXiv:1612.03144; PANet, arXiv:1803.01534), one decoupled head per level (YOLOX, arXiv:2107.08430), box edges
 as distributions (Generalized Focal Loss, arXiv:2006.04388). Losses and assigner: yolo/losses.py.
 
-Differs from the released code, not in what it computes: the bins 0..R-1 are no parameter (losses.decode_distances counts
-them), `forward` returns the same in train and eval mode, and sizes are written out instead of multiplied out. Decoding
-and losses are float32 under autocast.
+Differs from the released code, not in what it computes: the bins 0..R-1 are no parameter (losses.decode_distances
+counts them), `forward` returns the same in train and eval mode, and sizes are written out instead of multiplied out.
+Decoding and losses are float32 under autocast.
 """
 
 import math
@@ -220,27 +220,28 @@ class AnchorFreeDetector(nn.Module):
         box_logits, class_logits = self.head([features["p3"], features["p4"], features["p5"]])
         return AnchorFreeOutput(features, box_logits, class_logits, image_size)
 
+    def _locations(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:
+        """Points (A, 2) in cells and strides (A, 1) in pixels, in the order of the head."""
+        return make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.box_logits.device)
+
     def decode(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = sigmoid(class_logits)."""
-        points, strides = make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.box_logits.device)
-        with torch.autocast(output.box_logits.device.type, enabled=False):
-            boxes_xyxy = decode_distances(to_float(output.box_logits), points, strides)
-            return boxes_xyxy, to_float(output.class_logits).sigmoid()
+        boxes_xyxy = decode_distances(to_float(output.box_logits), *self._locations(output))
+        return boxes_xyxy, to_float(output.class_logits).sigmoid()
 
     def losses(self, output: AnchorFreeOutput, targets: Targets) -> dict[str, Tensor]:
-        """box (CIoU), cls (BCE) and dfl, weighted by the gains: see losses.yolov8_losses."""
-        points, strides = make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.box_logits.device)
-        with torch.autocast(output.box_logits.device.type, enabled=False):
-            return yolov8_losses(
-                box_logits=to_float(output.box_logits),
-                class_logits=to_float(output.class_logits),
-                points=points,
-                strides=strides,
-                targets=targets,
-                box_gain=self.box_gain,
-                cls_gain=self.cls_gain,
-                dfl_gain=self.dfl_gain,
-            )
+        """box (CIoU), cls (BCE) and dfl, weighted by the gains: see losses.yolov8_losses. float32 under autocast."""
+        points, strides = self._locations(output)
+        return yolov8_losses(
+            box_logits=output.box_logits,
+            class_logits=output.class_logits,
+            points=points,
+            strides=strides,
+            targets=targets,
+            box_gain=self.box_gain,
+            cls_gain=self.cls_gain,
+            dfl_gain=self.dfl_gain,
+        )
 
     @torch.no_grad()
     def detect(
@@ -260,7 +261,7 @@ class AnchorFreeDetector(nn.Module):
         """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of read_at_boxes."""
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
-            points, strides = make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.box_logits.device)
+            points, strides = self._locations(output)
         logits = to_float(output.class_logits)
         return torch.cat(
             [
