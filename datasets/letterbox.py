@@ -28,8 +28,8 @@ def letterbox_geometry(width: int, height: int, image_size: int) -> tuple[float,
     return scale, (image_size - fitted_width) // 2, (image_size - fitted_height) // 2, fitted_width, fitted_height
 
 
-def letterbox(picture: np.ndarray, image_size: int) -> tuple[np.ndarray, float, tuple[int, int]]:
-    """uint8 RGB (h, w, 3) -> uint8 (S, S, 3), scale s, pad (p_x, p_y).
+def letterbox(picture: np.ndarray, image_size: int) -> tuple[np.ndarray, float, tuple[int, int, int, int]]:
+    """uint8 RGB (h, w, 3) -> uint8 (S, S, 3), scale s, and the corners (p_x, p_y, right, bottom) of the picture in it.
 
     Shrinking averages over the area a pixel covers (Pillow's bilinear filter widens with the step; large steps
     first reduce by whole boxes), so that fine patterns do not alias; enlarging is bilinear.
@@ -44,7 +44,7 @@ def letterbox(picture: np.ndarray, image_size: int) -> tuple[np.ndarray, float, 
         )
         picture = np.asarray(resized)
     square[pad_y : pad_y + fitted_height, pad_x : pad_x + fitted_width] = picture
-    return square, scale, (pad_x, pad_y)
+    return square, scale, (pad_x, pad_y, pad_x + fitted_width, pad_y + fitted_height)
 
 
 def letterbox_boxes(boxes_xyxy: Tensor, scale: float | Tensor, pad: Tensor | tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ class Batch:
     targets: boxes in pixels of `images`.
     indices (B,) int64 into index.samples; scale (B,) and pad (B, 2) in x, y order, both float32: a corner of the
     upright picture moves by x' = scale * x + pad.
+    content_xyxy (B, 4) float32: the part of each image that is picture, not padding.
     """
 
     images: Tensor
@@ -41,14 +42,14 @@ class Batch:
     indices: Tensor
     scale: Tensor
     pad: Tensor
+    content_xyxy: Tensor
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Pictures and targets on the device; indices, scale and pad stay on the host, where they are read."""
-        images = self.images.to(device, non_blocking=True)
-        return Batch(images, self.targets.to(device), self.indices, self.scale, self.pad)
+        """Pictures and targets on the device; the rest stays on the host, where it is read."""
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=self.targets.to(device))
 
     def unletterbox(self, row: int, boxes_xyxy: Tensor, width: int, height: int) -> Tensor:
         """(N, 4) pixels of images[row] -> (N, 4) pixels of the original picture (width x height), clipped to it."""
@@ -186,22 +187,22 @@ class _Reader(Dataset):
             self.pictures = np.frombuffer(mmap.mmap(-1, count * size * size * 3), np.uint8).reshape(
                 count, 3, size, size
             )
-            self.geometry = np.frombuffer(mmap.mmap(-1, count * 24), np.float64).reshape(count, 3)  # scale 0: not read
+            self.geometry = np.frombuffer(mmap.mmap(-1, count * 40), np.float64).reshape(count, 5)  # scale 0: not read
 
     def __getitem__(self, rows: list[int]) -> "Batch | str":
         images = np.empty((len(rows), 3, self.image_size, self.image_size), np.uint8)
-        scale, pad = torch.empty(len(rows)), torch.empty(len(rows), 2)
+        scale, content = torch.empty(len(rows)), torch.empty(len(rows), 4)
         boxes = []
         for i, row in enumerate(rows):
             try:
-                images[i], exact_scale, *exact_pad = self._read(row)
+                images[i], exact_scale, *picture_xyxy = self._read(row)
             except UserError as error:
                 return str(error)
             except Exception as error:
                 raise RuntimeError(f"while reading {self.samples[row].image_path}: {error!r}") from error
             corners = torch.from_numpy(np.asarray(self.samples[row].boxes_xyxy, np.float64).reshape(-1, 4))
-            boxes.append(letterbox_boxes(corners, exact_scale, exact_pad).float())
-            scale[i], pad[i] = exact_scale, torch.tensor(exact_pad)
+            boxes.append(letterbox_boxes(corners, exact_scale, picture_xyxy[:2]).float())
+            scale[i], content[i] = exact_scale, torch.tensor(picture_xyxy)
         counts = torch.tensor([len(b) for b in boxes])
         targets = Targets(
             torch.cat(boxes),
@@ -209,18 +210,18 @@ class _Reader(Dataset):
             torch.arange(len(rows)).repeat_interleave(counts),
             torch.from_numpy(np.concatenate([np.asarray(self.samples[row].ignore, bool) for row in rows])),
         )
-        return Batch(torch.from_numpy(images), targets, torch.tensor(rows), scale, pad)
+        return Batch(torch.from_numpy(images), targets, torch.tensor(rows), scale, content[:, :2].clone(), content)
 
-    def _read(self, row: int) -> tuple[np.ndarray, float, float, float]:
-        """The letterboxed picture (3, S, S), scale, pad_x, pad_y."""
+    def _read(self, row: int) -> tuple[np.ndarray, float, float, float, float, float]:
+        """The letterboxed picture (3, S, S), scale, and the corners of its content."""
         if self.geometry is not None and self.geometry[row, 0] > 0:
             return self.pictures[row], *self.geometry[row].tolist()
-        square, scale, pad = letterbox(read_image(Path(self.samples[row].image_path)), self.image_size)
+        square, scale, content_xyxy = letterbox(read_image(self.samples[row].image_path), self.image_size)
         planes = np.moveaxis(square, 2, 0)  # (3, S, S)
         if self.geometry is not None:
             self.pictures[row] = planes
-            self.geometry[row] = scale, *pad  # after the pixels: a scale above 0 says that they are there
-        return planes, scale, *pad
+            self.geometry[row] = scale, *content_xyxy  # after the pixels: a scale above 0 says that they are there
+        return planes, scale, *content_xyxy
 
 
 def _checked(result: "Batch | str") -> Batch:
