@@ -1,0 +1,364 @@
+"""Augmentation of whole batches on the device they are on: mosaic, affine, flip, mixup, HSV. The loader only decodes.
+
+    draw(...)            every random number, in one place, from one CPU generator: the same on every device
+    mosaic_layout(...)   which four pictures meet where: a view is cut out of an endless canvas
+    affine_matrices(...) canvas -> view: zoom, rotation, shear, shift, flips, as one matrix for each picture
+    sample_mosaic(...)   pixels: one bilinear lookup through the inverse matrix, whatever the steps were
+    mosaic_targets(...)  boxes: the same offsets, then move_boxes(...) by the same matrix, then drop_hidden(...)
+    mixup(...), jitter_hsv(...)
+    augment(...)         all of the above
+
+Mosaic: Bochkovskiy et al., "YOLOv4", arXiv:2004.10934. Mixup: Zhang et al., arXiv:1710.09412. Ranges and thresholds
+follow the public YOLO recipes. Differences from them:
+- The partners of a mosaic are other pictures of the batch, so nothing is decoded twice.
+- A mosaic has no outer edge at twice the picture size, where the recipes cut it.
+- Mosaic, affine and flip resample once instead of up to three times.
+- Values mix (mixup) and move (HSV) in float, without rounding to bytes between the steps.
+
+Coordinates are continuous: pixel column i covers i..i+1 and its center is i + 1/2.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from boxes import box_area, clip_boxes
+from errors import UserError
+from structures import Targets
+
+FILL = 114 / 255  # grey beside the pictures, as in letterbox
+MIN_VISIBLE_FRACTION = 0.1  # an object is dropped when less of its moved box stays inside the view,
+MIN_SIDE_PX = 2.0  # or a side is shorter than this,
+MAX_ASPECT_RATIO = 100.0  # or the box is this thin
+
+PROBABILITIES = ("mosaic", "mixup", "flip_horizontal", "flip_vertical")
+GEOMETRY = ("mosaic", "scale", "translate", "degrees", "shear", "flip_horizontal", "flip_vertical")
+COLOUR = ("hue", "saturation", "value")
+
+
+@torch.no_grad()
+def augment(
+    images: Tensor,
+    targets: Targets,
+    *,
+    generator: torch.Generator,
+    settings,
+    content_xyxy: Tensor | None = None,
+) -> tuple[Tensor, Targets]:
+    """A batch of square pictures -> the augmented batch, as many and as large, and its targets.
+
+    Args:
+        images: (B, 3, S, S) RGB, uint8 or float in [0, 1]; not changed.
+        targets: boxes in pixels of the images. Ignore rows move like the others, and are kept while any of them is
+            in view. The order of rows may change. May live on another device than the images.
+        generator: on the CPU, wherever the images are. As many numbers are drawn whatever the settings, so equal
+            states give equal pictures for uint8 and float input, and switching one step off leaves the others alone.
+        settings: an object with the fields of config.AugmentConfig. All zero: images / 255 and targets as they came.
+        content_xyxy: (B, 4) the part of each image that is picture, not padding; None: all of it. Pictures of a
+            mosaic meet at the edges of their content, without grey bars between them.
+    Returns:
+        images float32 (B, 3, S, S) in [0, 1]; targets, clipped to the images.
+    """
+    check_settings(settings)
+    count, _, height, width = images.shape
+    if height != width:
+        raise ValueError(f"images of {height} x {width}, expected squares")
+    parameters = draw(count, generator=generator, settings=settings)
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    if any(getattr(settings, name) for name in GEOMETRY):
+        matrices = affine_matrices(parameters, image_size=width)
+        if parameters.use_mosaic.any():
+            layout = mosaic_layout(parameters, content_xyxy, image_size=width)
+            images, targets = sample_mosaic(images, layout, matrices), mosaic_targets(targets, layout)
+        else:
+            images = sample_affine(images, matrices @ centring_matrix(width))
+            targets = shift_boxes(targets, -width / 2)
+        moved = move_boxes(targets.boxes_xyxy, matrices.to(targets.boxes_xyxy.device)[targets.image])
+        targets = drop_hidden(targets, moved, image_size=width)
+    if parameters.mixup_weight.lt(1).any():
+        images, targets = mixup(images, targets, parameters.mixup_partner, parameters.mixup_weight)
+    if any(getattr(settings, name) for name in COLOUR):
+        images = jitter_hsv(images, parameters.hue_shift, parameters.saturation_gain, parameters.value_gain)
+    return images, targets
+
+
+def check_settings(settings) -> None:
+    """UserError for a probability outside 0..1 or a range that could turn a picture inside out."""
+    for name in PROBABILITIES:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise UserError(f"augment.{name}: found {getattr(settings, name)}, expected a probability 0..1")
+    for name, limit in {"scale": 1, "saturation": 1, "value": 1, "hue": 0.5, "shear": 45}.items():
+        value = getattr(settings, name)
+        if not (0 <= value < limit or (value == limit and name in COLOUR)):
+            raise UserError(f"augment.{name}: found {value}, expected 0 or more and below {limit}")
+    for name in ("translate", "degrees"):
+        if not (0 <= getattr(settings, name) < math.inf):
+            raise UserError(f"augment.{name}: found {getattr(settings, name)}, expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What was drawn for the B pictures of a batch; everything on the CPU.
+
+    use_mosaic (B,) bool; neighbours (B, 4) int64: the picture itself and three others (repeated where B < 4);
+    joint (B, 2) in -1/2..1/2: where they meet, in picture sizes from the middle of the unmoved view.
+    zoom (B,); shift (B, 2) in picture sizes; rotation (B,) and shear (B, 2) in radians; flip (B, 2) bool, x and y.
+    mixup_partner (B,) int64; mixup_weight (B,) of the picture itself, 1 where nothing is mixed in.
+    hue_shift (B,) in turns; saturation_gain (B,); value_gain (B,).
+    """
+
+    use_mosaic: Tensor
+    neighbours: Tensor
+    joint: Tensor
+    zoom: Tensor
+    shift: Tensor
+    rotation: Tensor
+    shear: Tensor
+    flip: Tensor
+    mixup_partner: Tensor
+    mixup_weight: Tensor
+    hue_shift: Tensor
+    saturation_gain: Tensor
+    value_gain: Tensor
+
+
+def draw(count: int, *, generator: torch.Generator, settings) -> Parameters:
+    """Parameters for `count` pictures. How many numbers are drawn depends on `count` alone."""
+    chance = torch.rand(count, 4, generator=generator, dtype=torch.float64)
+    spread = torch.rand(count, 11, generator=generator, dtype=torch.float64) * 2 - 1  # -1..1
+    keys = torch.rand(count, count, generator=generator, dtype=torch.float64)
+    mixing = torch.rand(count, 63, generator=generator, dtype=torch.float64)
+
+    keys.fill_diagonal_(-1.0)  # sorted, each row starts with the picture itself; then come the others in random order
+    order = keys.argsort(dim=1)  # (B, B)
+    # The median of 63 uniform numbers follows Beta(32, 32), the weight the public recipes draw.
+    weight = torch.where(chance[:, 1] < settings.mixup, mixing.median(dim=1).values, 1.0)
+    return Parameters(
+        use_mosaic=chance[:, 0] < settings.mosaic,
+        neighbours=order[:, torch.arange(4) % count],
+        joint=spread[:, 0:2] / 2,
+        zoom=1 + spread[:, 2] * settings.scale,
+        shift=spread[:, 3:5] * settings.translate,
+        rotation=torch.deg2rad(spread[:, 5] * settings.degrees),
+        shear=torch.deg2rad(spread[:, 6:8] * settings.shear),
+        flip=torch.stack((chance[:, 2] < settings.flip_horizontal, chance[:, 3] < settings.flip_vertical), dim=1),
+        mixup_partner=order[:, -1],
+        mixup_weight=weight,
+        hue_shift=spread[:, 8] * settings.hue,
+        saturation_gain=1 + spread[:, 9] * settings.saturation,
+        value_gain=1 + spread[:, 10] * settings.value,
+    )
+
+
+def affine_matrices(parameters: Parameters, *, image_size: int) -> Tensor:
+    """(B, 3, 3) float64: a point of the canvas, as a column (x, y, 1) with the origin at the middle, -> view pixels.
+
+        M = flip . shift to S/2 (1 + 2 t) . shear . zoom . rotation
+
+    rotation by a > 0 turns x towards y (clockwise on the screen); shear is [[1, tan a_x], [tan a_y, 1]].
+    """
+    p, size = parameters, image_size
+    cos, sin = torch.cos(p.rotation) * p.zoom, torch.sin(p.rotation) * p.zoom
+    turn = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), dim=-2)  # (B, 2, 2)
+    tangent, one = torch.tan(p.shear), torch.ones_like(p.zoom)
+    slant = torch.stack((one, tangent[:, 0], tangent[:, 1], one), dim=-1).view(-1, 2, 2)  # (B, 2, 2)
+    sign = 1 - 2 * p.flip.double()  # (B, 2)
+    linear = sign[:, :, None] * (slant @ turn)  # (B, 2, 2)
+    offset = size / 2 + sign * p.shift * size  # a flip x' = S - x keeps the middle where it is
+    matrices = torch.zeros(len(one), 3, 3, dtype=torch.float64)
+    matrices[:, :2, :2], matrices[:, :2, 2], matrices[:, 2, 2] = linear, offset, 1
+    return matrices
+
+
+def centring_matrix(image_size: int) -> Tensor:
+    """(3, 3) float64: pixels of a picture -> the canvas, with the picture's middle at the origin."""
+    half = image_size / 2
+    return torch.tensor([[1, 0, -half], [0, 1, -half], [0, 0, 1]], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class MosaicLayout:
+    """Four pictures around a joint, for each of B views: top left, top right, bottom left, bottom right.
+
+    joint (B, 2): on the canvas, in pixels; +inf where a view has the first picture only.
+    sources (B, 4) int64: rows of the batch. offsets (B, 4, 2): where on the canvas a picture's pixel 0, 0 lies.
+    """
+
+    joint: Tensor
+    sources: Tensor
+    offsets: Tensor
+
+
+def mosaic_layout(parameters: Parameters, content_xyxy: Tensor | None, *, image_size: int) -> MosaicLayout:
+    """Each picture touches the joint with a corner of its content; a view without mosaic centres its own picture."""
+    size, sources = float(image_size), parameters.neighbours
+    if content_xyxy is None:
+        content_xyxy = torch.tensor([0.0, 0.0, size, size]).expand(len(sources), 4)
+    # The corner that touches: bottom right of the top left picture, and so on.
+    corner_x, corner_y = torch.tensor([2, 0, 2, 0]), torch.tensor([3, 3, 1, 1])
+    content = content_xyxy.cpu().double()[sources]  # (B, 4, 4)
+    rows = torch.arange(4)
+    corners = torch.stack((content[:, rows, corner_x], content[:, rows, corner_y]), dim=-1)  # (B, 4, 2)
+    joint = parameters.joint * size
+    alone = ~parameters.use_mosaic[:, None]
+    return MosaicLayout(
+        joint.masked_fill(alone, math.inf),
+        torch.where(alone, sources[:, :1], sources),
+        (joint[:, None] - corners).masked_fill(alone[:, None], -size / 2),
+    )
+
+
+def sample_mosaic(images: Tensor, layout: MosaicLayout, matrices: Tensor) -> Tensor:
+    """float (B, 3, S, S) in [0, 1], matrices (B, 3, 3) canvas -> view: the views (B, 3, S, S), grey where nothing is.
+
+    Every view pixel looks up one picture of the batch, through one grid_sample over an atlas: all pictures below one
+    another, each in a frame of grey pixels. Differentiable in `images`.
+    """
+    count, _, size, _ = images.shape
+    slot = size + 2
+    atlas = images.new_full((3, count, slot, slot), FILL)
+    atlas[:, :, 1:-1, 1:-1] = images.transpose(0, 1)
+    atlas = atlas.view(1, 3, count * slot, slot).expand(count, -1, -1, -1)
+
+    x, y = _view_to_source_lines(torch.linalg.inv(matrices), size, images)
+    joint = layout.joint.to(images)[:, :, None, None]  # (B, 2, 1, 1)
+    is_right, is_below = x >= joint[:, 0], y >= joint[:, 1]
+    offsets = layout.offsets.to(images)[..., None, None]  # (B, 4, 2, 1, 1)
+    slots = (layout.sources * slot).to(images)[..., None, None]  # (B, 4, 1, 1): first row in the atlas
+    u = _pick(is_right, is_below, [x - offsets[:, q, 0] for q in range(4)])
+    # Clamped to the centers of the frame's pixels: farther away is grey, and no other slot is touched.
+    v = _pick(is_right, is_below, [(y - offsets[:, q, 1]).clamp(-0.5, size + 0.5) + slots[:, q] for q in range(4)])
+    grid = torch.empty(count, size, size, 2, dtype=images.dtype, device=images.device)
+    grid[..., 0] = (u.clamp(-0.5, size + 0.5) + 1) * (2 / slot) - 1
+    grid[..., 1] = (v + 1) * (2 / (count * slot)) - 1
+    return F.grid_sample(atlas, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _view_to_source_lines(inverse: Tensor, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Canvas x and y of the view's pixel centers: (B, S, S), or (B, 1, S) and (B, S, 1) where nothing is slanted.
+
+    The thin shapes are why the usual case (no rotation, no shear) costs little: what follows broadcasts late.
+    """
+    m = inverse.to(like)[:, :2, :, None, None]  # (B, 2, 3, 1, 1)
+    column = (torch.arange(size, dtype=like.dtype, device=like.device) + 0.5).view(1, 1, size)
+    row = column.view(1, size, 1)
+    x, y = m[:, 0, 0] * column + m[:, 0, 2], m[:, 1, 1] * row + m[:, 1, 2]  # (B, 1, S), (B, S, 1)
+    if inverse[:, 0, 1].any() or inverse[:, 1, 0].any():
+        x, y = x + m[:, 0, 1] * row, y + m[:, 1, 0] * column  # (B, S, S)
+    return x, y
+
+
+def _pick(is_right: Tensor, is_below: Tensor, choices: list[Tensor]) -> Tensor:
+    """The choice of each pixel's quadrant."""
+    top = torch.where(is_right, choices[1], choices[0])
+    bottom = torch.where(is_right, choices[3], choices[2])
+    return torch.where(is_below, bottom, top)
+
+
+def sample_affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """float (B, 3, S, S) in [0, 1] moved by matrices (B, 3, 3) from pixels to pixels; grey where nothing is.
+
+    out(M p) = in(p), bilinear between pixel centers. Differentiable in `images`. The same values as sample_mosaic
+    for views without mosaic, with less memory.
+    """
+    count, _, size, _ = images.shape
+    x, y = _view_to_source_lines(torch.linalg.inv(matrices), size, images)
+    grid = torch.empty(count, size, size, 2, dtype=images.dtype, device=images.device)
+    grid[..., 0], grid[..., 1] = x * (2 / size) - 1, y * (2 / size) - 1
+    # Zeros are the only constant that grid_sample pads with.
+    return F.grid_sample(images - FILL, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + FILL
+
+
+def shift_boxes(targets: Targets, offset_xy: Tensor | float) -> Targets:
+    """Targets moved by one number, or by (N, 2)."""
+    offset = offset_xy if isinstance(offset_xy, float) else offset_xy.to(targets.boxes_xyxy).repeat(1, 2)
+    return Targets(targets.boxes_xyxy + offset, targets.labels, targets.image, targets.ignore)
+
+
+def mosaic_targets(targets: Targets, layout: MosaicLayout) -> Targets:
+    """The targets of every picture in every view, on the canvas; an object may appear in several views."""
+    device = targets.image.device
+    is_used = torch.ones_like(layout.sources, dtype=torch.bool)
+    is_used[:, 1:] = layout.joint[:, :1].isfinite()  # (B, 4)
+    sources = layout.sources.masked_fill(~is_used, -1).to(device)
+    view, quadrant, row = (sources[:, :, None] == targets.image).nonzero().unbind(1)
+    shown = targets[row]
+    shown = Targets(shown.boxes_xyxy, shown.labels, view, shown.ignore)
+    return shift_boxes(shown, layout.offsets.to(device)[view, quadrant])
+
+
+def move_boxes(boxes_xyxy: Tensor, matrices: Tensor) -> Tensor:
+    """(N, 4) through (N, 3, 3): the smallest upright box around the four moved corners, (N, 4)."""
+    x1, y1, x2, y2 = boxes_xyxy.unbind(1)
+    corners = torch.stack((x1, x2, x2, x1, y1, y1, y2, y2), dim=1).view(-1, 2, 4)  # (N, 2, 4)
+    matrices = matrices.to(boxes_xyxy.dtype)
+    moved = matrices[:, :2, :2] @ corners + matrices[:, :2, 2:]  # (N, 2, 4)
+    return torch.cat((moved.amin(2), moved.amax(2)), dim=1)
+
+
+def drop_hidden(targets: Targets, moved_xyxy: Tensor, *, image_size: int) -> Targets:
+    """Targets with boxes moved_xyxy (N, 4) clipped to the S x S view; those of which too little is left are gone.
+
+    Kept: at least MIN_VISIBLE_FRACTION of the moved box's area inside, both sides longer than MIN_SIDE_PX, sides'
+    ratio below MAX_ASPECT_RATIO. An ignore row is kept while any of it is inside.
+    """
+    clipped = clip_boxes(moved_xyxy, image_size, image_size)
+    side = clipped[:, 2:] - clipped[:, :2]  # (N, 2)
+    short, long = side.amin(1), side.amax(1)
+    keep = box_area(clipped) >= MIN_VISIBLE_FRACTION * box_area(moved_xyxy)
+    keep &= (short > MIN_SIDE_PX) & (long < MAX_ASPECT_RATIO * short)
+    keep |= targets.ignore & (short > 0)
+    return Targets(clipped, targets.labels, targets.image, targets.ignore)[keep]
+
+
+def mixup(images: Tensor, targets: Targets, partner: Tensor, weight: Tensor) -> tuple[Tensor, Targets]:
+    """images[b] w_b + images[partner_b] (1 - w_b), with the objects of both. w (B,); at 1 only those of b itself.
+
+    Boxes and labels are not weighted: an object half seen through is still an object.
+    """
+    w = weight.to(images)[:, None, None, None]
+    mixed = torch.lerp(images[partner.to(images.device)], images, w)
+    guest = torch.where(weight < 1, partner, -1).to(targets.image.device)
+    view, row = (guest[:, None] == targets.image).nonzero().unbind(1)
+    guests = targets[row]
+    joined = Targets(
+        torch.cat((targets.boxes_xyxy, guests.boxes_xyxy)),
+        torch.cat((targets.labels, guests.labels)),
+        torch.cat((targets.image, view)),
+        torch.cat((targets.ignore, guests.ignore)),
+    )
+    return mixed, joined
+
+
+def jitter_hsv(images: Tensor, hue_shift: Tensor, saturation_gain: Tensor, value_gain: Tensor) -> Tensor:
+    """float (B, 3, H, W) in [0, 1] with hue, saturation and value changed, all (B,): H + shift, S gain, V gain.
+
+    Hue is in turns and wraps; saturation and value stop at 1. The exact HSV of colorsys:
+
+        V = max(R, G, B),  C = V - min(R, G, B),  S = C / V,  H in sixths of a turn from the largest channel
+        out = V' (1 - S' (1 - w(H'))),  w_R = clamp(|H' - 3| - 1), w_G = clamp(2 - |H' - 2|), w_B = clamp(2 - |H' - 4|)
+
+    with clamp to 0..1.
+    """
+    hue_shift, saturation_gain, value_gain = (
+        p.to(images)[:, None, None] for p in (hue_shift, saturation_gain, value_gain)
+    )
+    red, green, blue = images.unbind(1)  # (B, H, W) each
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    reach = 1 / chroma.clamp(min=1e-8)  # grey has no hue: any will do, its chroma is 0
+    hue = torch.where(value == green, (blue - red).mul_(reach).add_(2), (red - green).mul_(reach).add_(4))
+    hue = torch.where(value == red, (green - blue).mul_(reach), hue).add_(6 * hue_shift).remainder_(6)
+    new_value = (value * value_gain).clamp_(max=1)
+    # C' = V' S'
+    chroma = chroma.div_(value.clamp_(min=1e-8)).mul_(saturation_gain).clamp_(max=1).mul_(new_value)
+    floor = new_value - chroma
+    channels = (
+        (hue - 3).abs_().sub_(1).clamp_(0, 1),
+        (hue - 2).abs_().neg_().add_(2).clamp_(0, 1),
+        (hue - 4).abs_().neg_().add_(2).clamp_(0, 1),
+    )
+    return torch.stack([torch.addcmul(floor, chroma, w) for w in channels], dim=1)  # (B, 3, H, W)
