@@ -54,12 +54,11 @@ def overlapping_pairs(
     """
     first = np.searchsorted(object_group, group, side="left")
     count = np.searchsorted(object_group, group, side="right") - first
-    found = [
-        _pairs_of_rows(rows, first, count, boxes_xyxy, box_area, object_boxes_xyxy, object_area, object_is_crowd)
-        for rows in _row_chunks(count)
-    ]
     kept = []
-    for detection, obj, overlap in found:
+    for rows in _row_chunks(count):
+        detection, obj, overlap = _pairs_of_rows(
+            rows, first, count, boxes_xyxy, box_area, object_boxes_xyxy, object_area, object_is_crowd
+        )
         is_kept = overlap >= min_overlap
         kept.append((detection[is_kept], obj[is_kept], overlap[is_kept]))
     if not kept:
