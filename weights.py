@@ -1,16 +1,231 @@
 """Public weight files -> named tensors -> our models, without running anything a file names.
 
-`rename` maps released names to ours by a table with one row per name pattern; `load_public` applies a model's own
-table strictly both ways.
+`read_state_dict` reads a file (containers: weight_files; pickles: inert_pickle) and finds the weights in it; `rename`
+maps released names to ours by a table with one row per name pattern; `load_public` applies a model's own table
+strictly both ways. `python -m weights inspect FILE` says what a file is.
 """
 
+import argparse
+import hashlib
 import re
-from dataclasses import dataclass
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, run_script
+from inert_pickle import Inert, Refused, TensorRecord, short
+from weight_files import Content, open_weights
+
+MAX_TENSORS = 100_000
+MAX_MODULE_DEPTH = 64
+STATE_PLACES = (  # where a checkpoint keeps its weights; the running mean first, as the published loaders do
+    ("ema",),
+    ("ema", "module"),
+    ("model",),
+    ("state_dict",),
+    ("model_state_dict",),
+    ("module",),
+)
+# Released files of torch.hub end in the first digits of their SHA-256: resnet18-f37072fd.pth
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)$")
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What a file says about itself.
+
+    container: torch zip, TorchScript zip, legacy torch, safetensors or npz. layout: where in it the weights were.
+    names: class names, () where the file has none. image_size: of training, in pixels, where the file says it.
+    num_parameters: elements of all tensors but BatchNorm's running statistics and counters. dtypes: tensors of each.
+    uses_ema: the weights are the running mean. train_args: the plain values among the training arguments.
+    globals_seen: every name the pickle mentions; none was looked up. is_hash_checked: the file's name or the caller
+    gave a SHA-256, and it was right. has_checksum: the container has a CRC-32 of every tensor, which was right.
+    """
+
+    container: str
+    layout: str
+    family: str | None
+    names: tuple[str, ...]
+    image_size: int | None
+    num_tensors: int
+    num_parameters: int
+    dtypes: dict[str, int]
+    sha256: str
+    is_hash_checked: bool
+    has_checksum: bool
+    uses_ema: bool
+    train_args: dict[str, Any] = field(default_factory=dict)
+    globals_seen: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """The named tensors of a public weights file, in the file's order and dtypes, each in memory of its own.
+
+    Nothing the file names is imported or called. Of a checkpoint with a running mean (`ema`), that is what is read.
+    A flipped bit is noticed where the container has checksums (zip, npz); legacy torch files and safetensors have
+    none: give `sha256`, or keep the released name that ends in its first digits, and it is checked.
+
+    Raises UserError, in one line, for every file that is not whole, not weights, not finite or not harmless. The one
+    infinity allowed is in an entry named attn_mask, which is made of it.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file, expected weights")
+        with path.open("rb") as file:
+            digest, is_checked = _check_hash(path, file, sha256)
+            content = open_weights(file, status.st_size)
+            layout, records, carriers = _find_weights(content)
+            state = {name: _load_entry(name, record, content) for name, record in records.items()}
+    except Refused as refusal:
+        raise UserError(f"{path}: {refusal}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}, expected a weights file") from None
+    except MemoryError:
+        raise UserError(f"{path}: its tensors do not fit in memory", exit_code=4) from None
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    info = WeightsInfo(
+        container=content.container,
+        layout=layout,
+        family=guess_family({name: tuple(tensor.shape) for name, tensor in state.items()}),
+        names=next((names for carrier in carriers if (names := _class_names(carrier.get("names")))), ()),
+        image_size=_image_size(carriers),
+        num_tensors=len(state),
+        num_parameters=sum(tensor.numel() for name, tensor in state.items() if not name.endswith(statistics)),
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())),
+        sha256=digest,
+        is_hash_checked=is_checked,
+        has_checksum=content.container in {"torch zip", "TorchScript zip", "npz"},
+        uses_ema="'ema" in layout,
+        train_args=_train_args(carriers),
+        globals_seen=tuple(sorted(content.globals_seen)),
+        metadata=content.metadata,
+    )
+    return state, info
+
+
+def _check_hash(path: Path, file: BinaryIO, expected: str | None) -> tuple[str, bool]:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    in_name = HASH_IN_NAME.search(path.name)
+    if expected is not None and expected.lower() != digest:
+        raise Refused(f"its SHA-256 is {digest}, expected {expected.lower()}")
+    if in_name and not digest.startswith(in_name[1]) and not in_name[1].isdecimal():  # decimal: may be a date
+        raise Refused(f"its name promises SHA-256 {in_name[1]}..., it is {digest[:16]}...: damaged or another file")
+    return digest, expected is not None or bool(in_name and digest.startswith(in_name[1]))
+
+
+def _find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict]]:
+    """(layout, name -> TensorRecord or Tensor, the dicts that may hold class names and training arguments)."""
+    top = content.value
+    found, layout, carriers = top, "", [top] if isinstance(top, dict) else []
+    if isinstance(top, dict) and not _is_flat(top):
+        for place in STATE_PLACES:
+            found = top
+            for key in place:
+                found = found.get(key) if isinstance(found, dict) else None
+            if isinstance(found, Inert) or (isinstance(found, dict) and _is_flat(found)):
+                layout = f" under {'.'.join(place)!r}"
+                break
+        else:
+            odd = next((key for key, value in top.items() if isinstance(value, TensorRecord | Tensor)), None)
+            what = f"beside tensors such as {short(odd)} it holds others" if odd else "it holds no tensors"
+            raise Refused(f"no state dict: {what}; its keys are {', '.join(short(key) for key in list(top)[:6])}")
+    if isinstance(found, Inert):
+        if isinstance(found.state, dict):
+            carriers.insert(0, found.state)
+        records: dict[str, Any] = {}
+        _walk(found, "", records, content.attributes, depth=0, visits=[0])
+        layout = f"{'TorchScript' if content.attributes else 'pickled'} module {found.name}{layout}"
+    elif isinstance(found, dict) and found:
+        records, layout = found, f"state dict{layout}"
+    else:
+        raise Refused(f"no state dict: it holds {short(found)}")
+    if not records:
+        raise Refused("it holds no tensors")
+    if all(name.startswith("module.") for name in records):  # saved from inside DistributedDataParallel
+        records, layout = {name.removeprefix("module."): r for name, r in records.items()}, f"{layout}, parallel"
+    return layout, records, carriers
+
+
+def _is_flat(value: dict) -> bool:
+    return bool(value) and all(isinstance(k, str) and isinstance(v, TensorRecord | Tensor) for k, v in value.items())
+
+
+def _walk(module: Inert, prefix: str, records: dict, attributes: dict, *, depth: int, visits: list[int]) -> None:
+    """Adds what `state_dict()` of the module would hold, in its order: parameters, persistent buffers, children."""
+    visits[0] += 1
+    if depth > MAX_MODULE_DEPTH or visits[0] > MAX_TENSORS or len(records) > MAX_TENSORS:
+        raise Refused(f"its modules nest deeper than {MAX_MODULE_DEPTH} or are more than {MAX_TENSORS:,}")
+    state = module.state
+    if not isinstance(state, dict):
+        raise Refused(f"{module.name} has no state: not a module")
+    if module.name.startswith("__torch__."):
+        if module.name not in attributes:
+            raise Refused(f"class {module.name} is not in the archive's code")
+        own = {name: state.get(name) for name in attributes[module.name]}
+        children = {name: value for name, value in state.items() if isinstance(value, Inert)}
+    else:
+        parts = [state.get(key) for key in ("_parameters", "_buffers", "_modules")]
+        unsaved = state.get("_non_persistent_buffers_set", set())
+        if not all(isinstance(part, dict) for part in parts) or not isinstance(unsaved, set | frozenset | list):
+            raise Refused(f"{module.name} has no parameters, buffers and modules: not a module")
+        own = {**parts[0], **{name: value for name, value in parts[1].items() if name not in unsaved}}
+        children = parts[2]
+    for name, value in own.items():
+        if value is not None:
+            if not isinstance(name, str) or f"{prefix}{name}" in records:
+                raise Refused(f"entry {short(name)} of {short(prefix)} is given twice or is not named by text")
+            records[f"{prefix}{name}"] = value
+    for name, child in children.items():
+        if child is not None:
+            if not isinstance(child, Inert) or not isinstance(name, str):
+                raise Refused(f"module {short(name)} of {short(prefix)} is {short(child)}")
+            _walk(child, f"{prefix}{name}.", records, attributes, depth=depth + 1, visits=visits)
+
+
+def _load_entry(name: str, record: Any, content: Content) -> Tensor:
+    if not isinstance(name, str) or not 0 < len(name) <= 512 or not name.isprintable():
+        raise Refused(f"an entry named {short(name)}")
+    if not isinstance(record, TensorRecord | Tensor):
+        raise Refused(f"{name} is {short(record)}, not a tensor")
+    tensor = record if isinstance(record, Tensor) else content.load(record)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not name.endswith("attn_mask") or torch.isnan(tensor).any():
+            raise Refused(f"{name} holds numbers that are not finite")
+    return tensor
+
+
+def _class_names(value: Any) -> tuple[str, ...]:
+    """("person", ...) of a list of texts, or of a dict 0..K-1 -> text; () of anything else."""
+    if isinstance(value, dict):
+        value = [value.get(k) for k in range(len(value))]
+    is_list = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return tuple(name if name.isprintable() else short(name) for name in value) if is_list else ()
+
+
+def _train_args(carriers: list[dict]) -> dict[str, Any]:
+    for carrier in carriers:
+        for key in ("train_args", "opt", "args"):
+            given = carrier.get(key)
+            given = given.state if isinstance(given, Inert) else given
+            if isinstance(given, dict) and given:
+                plain = str | int | float | bool | None
+                return {k: v for k, v in given.items() if isinstance(k, str) and isinstance(v, plain)}
+    return {}
+
+
+def _image_size(carriers: list[dict]) -> int | None:
+    args = _train_args(carriers)
+    places = [args.get("imgsz"), args.get("img_size"), *(carrier.get("image_size") for carrier in carriers)]
+    return next((size for size in places if type(size) is int and 0 < size < 1 << 16), None)
 
 
 def rename(state: dict[str, Tensor], table: list[tuple[str, str | None]]) -> dict[str, Tensor]:
@@ -102,8 +317,111 @@ def _some(names: list[str], count: int = 3) -> str:
 
 
 def _family_hint(model: nn.Module, state: dict[str, Tensor]) -> str:
-    return ""
+    """ "; these are yolov8s weights, the model is yolov8n", where the names and shapes give it away."""
+    theirs = guess_family({name: tuple(tensor.shape) for name, tensor in state.items()})
+    ours = guess_family(_public_shapes(model))
+    if theirs is None or theirs == ours:
+        return ""
+    return f"; these are {theirs} weights, the model is {ours or type(model).__name__}"
 
 
-def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], None]:
-    raise UserError(f"{path}: reading files is not written yet")
+def _public_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's entries under their released names: its table, read from right to left."""
+    rows = [(re.escape(new).replace(r"\{\}", r"(\d+)"), old) for old, new in model.public_names if new is not None]
+    rows.sort(key=lambda row: len(row[0]), reverse=True)  # the most specific row first
+    shapes = {}
+    for name, value in model.state_dict().items():
+        for pattern, old in rows:
+            if (match := re.match(pattern, name)) and old.count("{}") == len(match.groups()):
+                shapes[old.format(*match.groups()) + name[match.end() :]] = tuple(value.shape)
+                break
+    return shapes
+
+
+YOLO_SIZES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the first convolution
+# fmt: off
+FAMILIES = [  # names that are all there -> what it is; the first row that holds
+    (("model.0.stem1.conv.weight", "model.28.dec_score_head.0.weight"), "rtdetr-l (Ultralytics)"),
+    (("model.0.stem1.conv.weight", "model.32.dec_score_head.0.weight"), "rtdetr-x (Ultralytics)"),
+    (("backbone.conv1.conv1_1.conv.weight", "decoder.dec_score_head.0.weight"), "rtdetr (authors' layout)"),
+    (("model.decoder.class_embed.0.weight", "model.backbone.model.embedder.embedder.0.convolution.weight"),
+     "rtdetr (Hugging Face layout)"),
+    (("model.0.conv.conv.weight",), "yolov5 before release 6 (Focus stem)"),
+    (("roi_heads.box_predictor.cls_score.weight", "backbone.fpn.layer_blocks.0.1.weight"),
+     "fasterrcnn_resnet50_fpn_v2"),
+    (("roi_heads.box_predictor.cls_score.weight", "backbone.body.conv1.weight"), "fasterrcnn_resnet50_fpn"),
+    (("roi_heads.box_predictor.cls_score.weight", "backbone.body.0.0.weight"), "fasterrcnn_mobilenet_v3_large_fpn"),
+    (("conv1.weight", "layer3.22.conv3.weight"), "resnet101"),
+    (("conv1.weight", "layer3.5.conv3.weight"), "resnet50"),
+    (("conv1.weight", "layer3.5.conv2.weight"), "resnet34"),
+    (("conv1.weight", "layer4.1.conv2.weight"), "resnet18"),
+    (("features.0.0.weight", "features.16.0.weight", "classifier.3.weight"), "mobilenet_v3_large"),
+    (("features.0.0.weight", "features.12.0.weight", "classifier.3.weight"), "mobilenet_v3_small"),
+    (("blocks.0.ls1.gamma", "register_tokens"), "dinov2 with registers"),
+    (("blocks.0.ls1.gamma",), "dinov2"),
+    (("encoder.layer.0.layer_scale1.lambda1",), "dinov2 (Hugging Face layout)"),
+    (("visual.conv1.weight", "text_projection"), "clip"),
+    (("vision_model.pre_layrnorm.weight", "visual_projection.weight"), "clip (Hugging Face layout)"),
+    (("cls_token", "pos_embed", "head.weight"), "vit or deit"),
+]
+# fmt: on
+
+
+def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The model that released names and shapes look like ("yolov8n"); None where nothing is recognised."""
+    stem = shapes.get("model.0.conv.weight", ())
+    if len(stem) == 4 and stem[1] == 3:
+        size = YOLO_SIZES.get(stem[0], "?")
+        if stem[2] == 6 and "model.24.m.0.weight" in shapes:
+            return f"yolov5{size}" + ("-seg" if "model.24.proto.cv1.conv.weight" in shapes else "")
+        if stem[2] == 6 and "model.24.cv2.0.0.conv.weight" in shapes:
+            return f"yolov5{size}u"
+        if stem[2] == 3 and "model.22.cv2.0.0.conv.weight" in shapes:
+            is_segment, has_fourth = (
+                "model.22.proto.cv1.conv.weight" in shapes,
+                "model.22.cv4.0.0.conv.weight" in shapes,
+            )
+            return f"yolov8{size}" + ("-seg" if is_segment else "-pose or -obb" if has_fourth else "")
+        if stem[2] == 3 and "model.9.linear.weight" in shapes:
+            return f"yolov8{size}-cls"
+        heads = [match[1] for name in shapes if (match := re.match(r"model\.(\d+)\.cv2\.0\.0\.conv\.weight", name))]
+        return f"another Ultralytics YOLO (its head is layer {heads[-1]})" if heads else None
+    return next((family for names, family in FAMILIES if all(name in shapes for name in names)), None)
+
+
+def describe(path: str | Path, num_first: int = 5) -> str:
+    """What a weights file is, in lines of text."""
+    state, info = read_state_dict(path)
+    classes = f"{len(info.names)}: {', '.join(info.names[:10])}{', ...' if len(info.names) > 10 else ''}"
+    checks = ["CRC-32 of every entry" if info.has_checksum else "the container has no checksum"]
+    checks += ["SHA-256 as promised"] if info.is_hash_checked else []
+    rows = {
+        "file": f"{path} ({Path(path).stat().st_size:,} bytes)",
+        "sha256": info.sha256,
+        "checked": "; ".join(checks),
+        "container": info.container,
+        "layout": info.layout,
+        "family": info.family or "not recognised",
+        "classes": classes if info.names else "not in the file",
+        "image size": info.image_size or "not in the file",
+        "tensors": f"{info.num_tensors} ({', '.join(f'{count} {dtype}' for dtype, count in info.dtypes.items())})",
+        "parameters": f"{info.num_parameters:,}",
+        "first": "",
+    }
+    lines = [f"{key:<11}{value}".rstrip() for key, value in rows.items()]
+    for name, tensor in list(state.items())[:num_first]:
+        lines.append(f"  {name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(prog="python -m weights", description="Say what a public weights file is.")
+    parser.add_argument("command", choices=["inspect"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--tensors", type=int, default=5, help="how many entries to list (default 5)")
+    arguments = parser.parse_args(argv)
+    print(describe(arguments.file, max(arguments.tensors, 0)))
+
+
+if __name__ == "__main__":
+    run_script(main)
