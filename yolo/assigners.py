@@ -127,18 +127,20 @@ def task_aligned_assignment(
 
     gt, point = _is_inside(centers, _widen(gt_boxes, smallest)).nonzero(as_tuple=True)  # (P,) pairs, by gt, then point
     image = gt_images[gt]
-    overlap = paired_ciou(boxes_xyxy[image, point], gt_boxes[gt]).clamp(min=0)  # u (P,)
+    location = image * A + point  # (P,) in 0..B*A-1
+    overlap = paired_ciou(boxes_xyxy.reshape(-1, 4).index_select(0, location), gt_boxes.index_select(0, gt))
+    overlap = overlap.clamp(min=0)  # u (P,)
     score = class_logits[image, point, gt_labels[gt]].to(overlap.dtype).sigmoid()
     metric = score**alpha * overlap**beta  # t (P,)
-    gt, point, overlap, metric = (x[metric > 0] for x in (gt, point, overlap, metric))
+    some = metric.nonzero()[:, 0]
+    gt, location, overlap, metric = (x[some] for x in (gt, location, overlap, metric))
 
-    location = gt_images[gt] * A + point  # (P,) in 0..B*A-1
     chosen = _largest_per_group(metric, gt, len(rows), topk)  # (P,) bool
     claims = torch.bincount(location[chosen], minlength=B * A)[location]  # (P,)
     best = overlap.new_zeros(B * A).scatter_reduce_(0, location, overlap, "amax")[location] == overlap
     first = location.new_full((B * A,), len(rows))
     first.scatter_reduce_(0, location[best], gt[best], "amin")  # equal overlaps: the lower row
-    wins = torch.where(claims > 1, gt == first[location], chosen & (claims == 1))
+    wins = torch.where(claims > 1, gt == first[location], chosen & (claims == 1)).nonzero()[:, 0]
     gt, location, overlap, metric = (x[wins] for x in (gt, location, overlap, metric))  # one pair per location now
 
     largest_metric = metric.new_zeros(len(rows)).scatter_reduce_(0, gt, metric, "amax")  # (N,)
@@ -263,9 +265,25 @@ def _widen(boxes_xyxy: Tensor, smallest: Tensor) -> Tensor:
 
 
 def _largest_per_group(values: Tensor, group: Tensor, num_groups: int, count: int) -> Tensor:
-    """values (P,), group (P,) ascending -> (P,) bool: the `count` largest of each group; of equal ones, the first."""
-    order = values.argsort(descending=True, stable=True)
-    order = order[group[order].argsort(stable=True)]  # by group, then by falling value, then by position
+    """values (P,) > 0, group (P,) ascending -> (P,) bool: the `count` largest of each group; of equal ones, the first.
+
+    Padding to one row per group and topk takes a third of the time of two stable sorts; only topk's values are used,
+    since which of equal entries it takes is not defined.
+    """
     sizes = torch.bincount(group, minlength=num_groups)
-    rank = torch.arange(len(values), device=values.device) - (sizes.cumsum(0) - sizes)[group]
-    return torch.zeros_like(group, dtype=torch.bool).index_fill_(0, order[rank < count], True)
+    longest = int(sizes.max()) if len(values) else 0
+    if longest <= count:
+        return torch.ones_like(group, dtype=torch.bool)
+    padded = values.new_zeros(num_groups, longest)
+    padded[group, _rank_in_group(group, sizes)] = values
+    last = padded.topk(count, dim=1).values[:, -1].contiguous()[group]  # (P,) 0 where all of the group are taken
+    is_above, is_tie = values > last, values == last
+    room = (count - torch.bincount(group[is_above], minlength=num_groups))[group[is_tie]]
+    ties = torch.bincount(group[is_tie], minlength=num_groups)
+    is_above[is_tie] = _rank_in_group(group[is_tie], ties) < room
+    return is_above
+
+
+def _rank_in_group(group: Tensor, sizes: Tensor) -> Tensor:
+    """group (P,) ascending, sizes = its counts -> (P,): 0, 1, 2, ... within each group."""
+    return torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
