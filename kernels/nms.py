@@ -45,7 +45,7 @@ def batched_nms(
     rows = is_finite.nonzero().squeeze(1)
     order = rows[scores[rows].sort(stable=True, descending=True).indices]
     blocks = ((block, boxes_xyxy[block].float(), labels[block]) for block in order.split(BLOCK))
-    return _suppress(blocks, iou_threshold, max_detections)
+    return _suppress(blocks, iou_threshold, max_detections)[0]
 
 
 @torch.no_grad()
@@ -63,7 +63,8 @@ def select_detections(
 
     A candidate is a pair (location, class) whose score is above `score_threshold`: every such pair with
     `multi_label` (how mAP is measured), only the location's best class without. The best `max_candidates` of an
-    image, ties by location and then class, are suppressed as in batched_nms. Detections keep the given dtypes.
+    image, ties by location and then class, are suppressed as in batched_nms; detections keep the given dtypes.
+    B, A and K may be 0, max_candidates is at least 1.
     """
     return [
         _select(*image, score_threshold, iou_threshold, max_detections, multi_label, max_candidates)
@@ -83,37 +84,35 @@ def _select(
     """One image of select_detections: (A, 4), (A, K)."""
     if scores.numel() == 0:
         return Detections(boxes_xyxy[:0], scores.flatten(), torch.zeros(0, dtype=torch.int64, device=scores.device))
-    num_classes = scores.shape[1]
+    best = scores.amax(1)  # (A,), nan or inf where any class is
+    if not (boxes_xyxy.isfinite().all() and best.isfinite().all()):
+        scores = scores.masked_fill(~(boxes_xyxy.isfinite().all(1, keepdim=True) & scores.isfinite()), -torch.inf)
+        best = scores.amax(1)
     best_label = None
     if not multi_label:
-        scores, best_label = scores.max(1, keepdim=True)  # (A, 1) each
+        scores, best_label = scores.max(1, keepdim=True)  # (A, 1) each: one pair a location
+    columns = scores.shape[1]
 
     def blocks() -> Iterator[Candidates]:
-        for pairs in _best_first(scores, boxes_xyxy.isfinite().all(1), score_threshold, max_candidates):
+        for pairs in _best_first(scores, best, score_threshold, max_candidates):
             for block in pairs.split(BLOCK):
-                location = block // scores.shape[1]
-                labels = block % num_classes if best_label is None else best_label[location, 0]
+                location = block // columns
+                labels = block % columns if best_label is None else best_label[location, 0]
                 yield block, boxes_xyxy[location].float(), labels
 
-    keep = _suppress(blocks(), iou_threshold, max_detections)
-    location = keep // scores.shape[1]
-    labels = keep % num_classes if best_label is None else best_label[location, 0]
-    return Detections(boxes_xyxy[location], scores.flatten()[keep], labels)
+    pairs, _, labels = _suppress(blocks(), iou_threshold, max_detections)
+    return Detections(boxes_xyxy[pairs // columns], scores.flatten()[pairs], labels)
 
 
-def _best_first(scores: Tensor, is_usable: Tensor, score_threshold: float, max_candidates: int) -> Iterator[Tensor]:
-    """Pairs of scores (A, K) above the threshold, as location * K + class, best first, in a few growing pieces.
+def _best_first(scores: Tensor, best: Tensor, score_threshold: float, max_candidates: int) -> Iterator[Tensor]:
+    """Pairs of finite scores (A, C) above the threshold, as location * C + column, best first, in a few growing pieces.
 
-    The best n pairs lie in the n locations with the best class scores, so a piece takes the pairs above the n-th
-    location's best score: the reader who stops early has not sorted the rest. Pieces are disjoint score ranges.
+    best (A,): each location's highest score. The best n pairs lie in the n best locations, so a piece takes the pairs
+    above the n-th location's best: a reader who stops early has not sorted the rest. Pieces are disjoint score ranges.
     """
-    num_locations, num_classes = scores.shape
-    best = scores.amax(1)  # (A,), nan if any class is
-    if not (is_usable & best.isfinite()).all():
-        scores = scores.masked_fill(~(scores.isfinite() & is_usable[:, None]), -torch.inf)
-        best = scores.amax(1)
+    num_locations, columns = scores.shape
     ceiling, count = torch.inf, FIRST_LOCATIONS
-    while max_candidates > 0 and ceiling > score_threshold:
+    while True:
         floor = score_threshold
         if count < num_locations:
             floor = max(floor, best.topk(count).values[-1].item())
@@ -125,18 +124,22 @@ def _best_first(scores: Tensor, is_usable: Tensor, score_threshold: float, max_c
             may_enter = values >= values.topk(max_candidates).values[-1]  # with all ties of the last
             chosen, values = chosen[may_enter], values[may_enter]
         chosen = chosen[values.sort(stable=True, descending=True).indices][:max_candidates]
-        yield rows[chosen // num_classes] * num_classes + chosen % num_classes
+        yield rows[chosen // columns] * columns + chosen % columns
         max_candidates -= len(chosen)
+        if floor == score_threshold or max_candidates == 0:
+            return
         ceiling, count = floor, (4 * count if count == FIRST_LOCATIONS else num_locations)
 
 
-def _suppress(blocks: Iterable[Candidates], iou_threshold: float, max_detections: int) -> Tensor:
-    """Greedy suppression over blocks of candidates, best first: the row numbers (M,) that survive, best first."""
+def _suppress(blocks: Iterable[Candidates], iou_threshold: float, max_detections: int) -> Candidates:
+    """Greedy suppression over blocks of candidates, best first: those that survive, best first, M <= max_detections.
+
+    There is at least one block, which may be empty.
+    """
     threshold = _float32_at_most(iou_threshold)
-    kept: Candidates | None = None
+    kept: Candidates = ()
     for candidates in blocks:
-        if kept is None:
-            kept = tuple(column[:0] for column in candidates)
+        kept = kept or tuple(column[:0] for column in candidates)
         if len(kept[0]) >= max_detections:
             break
         for start in range(0, len(kept[0]), BLOCK):
@@ -146,7 +149,7 @@ def _suppress(blocks: Iterable[Candidates], iou_threshold: float, max_detections
         _, boxes, labels = candidates
         is_kept = _settle(_suppression(boxes, labels, boxes, labels, threshold))
         kept = tuple(torch.cat((old, new[is_kept])) for old, new in zip(kept, candidates))
-    return torch.zeros(0, dtype=torch.int64) if kept is None else kept[0][:max_detections]
+    return tuple(column[:max_detections] for column in kept)
 
 
 def _suppression(a: Tensor, a_labels: Tensor, b: Tensor, b_labels: Tensor, threshold: float) -> Tensor:
