@@ -1,0 +1,289 @@
+"""Rewrite a dataset in another format, pictures included.
+
+    python -m datasets.convert SRC_FORMAT SRC_ROOT SRC_SPLIT[,SPLIT...] DST_FORMAT DST_ROOT
+
+What is written is read back to the same boxes, classes and flags wherever the format can hold them. What each one
+cannot hold (the command counts it):
+
+    voc     mask areas, numeric image ids, the difference of crowd and difficult, regions of no class
+    coco    nothing; a region of no class becomes one crowd region a class, a difficult object has `ignore`: 1
+    yolo    ignored objects (difficult, crowd, regions of no class), mask areas, numeric image ids
+    kitti   mask areas, numeric image ids, the class of ignored objects (they become DontCare), spaces in class names
+
+Labels always refer to upright pixels and state the upright size, so pictures keep their bytes, EXIF included.
+Truncation, poses, masks and 3D columns are not read, hence not written. The destination appears whole or not at all.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+
+from datasets.index import ANY_CLASS, DatasetIndex, Sample
+from datasets.open import READERS, open_dataset
+from datasets.scan import check, scan
+from errors import UserError, run_script
+from yaml_files import dump_yaml
+
+Indices = dict[str, DatasetIndex]  # by split
+Names = tuple[str, ...]
+Pictures = dict[Path, str]  # the file name a picture is written under
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff\ud800-\udfff]")  # as text lines or as XML 1.0
+
+
+def convert(
+    src_format: str,
+    src_root: str | Path,
+    src_splits: list[str],
+    dst_format: str,
+    dst_root: str | Path,
+    *,
+    max_bad_fraction: float = 0.01,
+) -> tuple[dict[str, DatasetIndex], Counter]:
+    """Convert splits of a dataset into one new dataset with the same splits.
+
+    Returns the indices that were written, by the name of the new split, and what was lost: a count by description.
+    UserError for a destination that is not empty, names the format cannot write, or too many bad samples.
+    """
+    dst_root = Path(dst_root)
+    if dst_format not in WRITERS:
+        raise UserError(f"format {dst_format!r}, expected one of {', '.join(WRITERS)}")
+    if dst_root.exists() and (not dst_root.is_dir() or any(dst_root.iterdir())):
+        raise UserError(f"{dst_root}: not empty, expected a new folder")
+    indices = {}
+    for split in src_splits:
+        index = open_dataset(src_format, src_root, split)
+        check(scan(index, title=f"{src_format} {src_root} {split}"), max_bad_fraction)
+        indices[re.sub(r"[^\w.-]+", "_", split)] = index
+    names = {index.names for index in indices.values()}
+    if len(names) > 1 or len(indices) < len(src_splits):
+        raise UserError(f"{src_root}: splits {', '.join(src_splits)} differ in their classes or share a name")
+
+    losses: Counter = Counter()
+    class_names = _class_names(next(iter(names)), dst_format, losses)
+    pictures = _picture_names(indices)
+    temporary = None
+    try:
+        dst_root.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{dst_root.name}.", dir=dst_root.parent))
+        os.chmod(temporary, 0o755)  # mkdtemp makes it private
+        WRITERS[dst_format](temporary, indices, class_names, pictures, losses)
+        os.replace(temporary, dst_root)
+    except OSError as error:
+        raise UserError(f"{dst_root}: {error.strerror or error}", exit_code=5) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return indices, losses
+
+
+def _class_names(names: tuple[str, ...], dst_format: str, losses: Counter) -> tuple[str, ...]:
+    """The names as the format can write them; UserError where it would change them into one another."""
+    if dst_format == "kitti":
+        written = tuple(re.sub(r"\s+", "_", name) for name in names)
+        losses["class names with spaces, written with _"] += sum(a != b for a, b in zip(names, written))
+        if "DontCare" in written:
+            raise UserError("class 'DontCare' means no class in KITTI files, expected another name")
+    else:
+        written = names
+    for name in written:
+        if dst_format != "coco" and (name != name.strip() or not name or UNWRITABLE.search(name)):
+            raise UserError(f"class {name!r}: spaces around it or control characters cannot be written as {dst_format}")
+    if len(set(written)) < len(written):
+        raise UserError(f"two classes would have the name {Counter(written).most_common(1)[0][0]!r}")
+    return written
+
+
+def _picture_names(indices: dict[str, DatasetIndex]) -> dict[Path, str]:
+    """A file name for every picture: its own, numbered where the stem is taken (as label files share a folder)."""
+    names, taken = {}, set()
+    for sample in (sample for index in indices.values() for sample in index.samples):
+        path = sample.image_path
+        if path in names:
+            continue
+        if path.stem != path.stem.strip() or UNWRITABLE.search(path.name):
+            raise UserError(f"{path}: spaces around the name or control characters in it cannot be written")
+        stem, number = path.stem, 1
+        while stem.casefold() in taken:
+            number += 1
+            stem = f"{path.stem}_{number}"
+        taken.add(stem.casefold())
+        names[path] = stem + path.suffix
+    return names
+
+
+def _copy(sample: Sample, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / name).exists():  # a picture in two splits
+        shutil.copyfile(sample.image_path, folder / name)
+
+
+def _count_common_losses(sample: Sample, losses: Counter) -> None:
+    size = sample.boxes_xyxy[:, 2:] - sample.boxes_xyxy[:, :2]
+    losses["mask areas"] += int((~np.isclose(sample.area, size.prod(1), rtol=1e-9)).sum())
+    losses["numeric image ids"] += isinstance(sample.image_id, int)
+
+
+def write_voc(folder: Path, indices: Indices, class_names: Names, picture_names: Pictures, losses: Counter) -> None:
+    """Annotations/*.xml, JPEGImages, ImageSets/Main/<split>.txt and classes.txt."""
+    (folder / "Annotations").mkdir()
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    _write(folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
+    for split, index in indices.items():
+        stems = []
+        for sample in index.samples:
+            name = picture_names[sample.image_path]
+            stems.append(Path(name).stem)
+            _copy(sample, folder / "JPEGImages", name)
+            _write(folder / "Annotations" / f"{stems[-1]}.xml", _voc_xml(sample, name, class_names))
+            _count_common_losses(sample, losses)
+            losses["crowd flags (written as difficult)"] += int((sample.crowd & (sample.labels != ANY_CLASS)).sum())
+            losses["regions of no class (left out)"] += int((sample.labels == ANY_CLASS).sum())
+        _write(folder / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
+
+
+def _voc_xml(sample: Sample, name: str, class_names: tuple[str, ...]) -> str:
+    lines = [
+        "<annotation>",
+        f"\t<filename>{escape(name)}</filename>",
+        f"\t<size><width>{sample.width}</width><height>{sample.height}</height><depth>3</depth></size>",
+    ]
+    for (x1, y1, x2, y2), label, ignore in zip(sample.boxes_xyxy.tolist(), sample.labels, sample.ignore):
+        if label == ANY_CLASS:
+            continue
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), (x1 + 1, y1 + 1, x2, y2))
+        box = "".join(f"<{key}>{_number(value)}</{key}>" for key, value in corners)
+        lines += [
+            "\t<object>",
+            f"\t\t<name>{escape(class_names[label])}</name>",
+            f"\t\t<difficult>{int(ignore)}</difficult>",
+            f"\t\t<bndbox>{box}</bndbox>",
+            "\t</object>",
+        ]
+    return "\n".join([*lines, "</annotation>", ""])
+
+
+def write_coco(folder: Path, indices: Indices, class_names: Names, picture_names: Pictures, losses: Counter) -> None:
+    """annotations/instances_<split>.json and images/<split>."""
+    (folder / "annotations").mkdir()
+    for split, index in indices.items():
+        category_ids = index.category_ids or tuple(range(1, len(class_names) + 1))
+        ids = [sample.image_id for sample in index.samples]
+        if not all(isinstance(image_id, int) for image_id in ids):
+            ids = list(range(1, len(ids) + 1))
+        images, annotations = [], []
+        for image_id, sample in zip(ids, index.samples):
+            name = picture_names[sample.image_path]
+            _copy(sample, folder / "images" / split, name)
+            images.append({"id": image_id, "file_name": name, "width": sample.width, "height": sample.height})
+            rows = zip(sample.boxes_xyxy.tolist(), sample.labels, sample.ignore, sample.crowd, sample.area.tolist())
+            for (x1, y1, x2, y2), label, ignore, crowd, area in rows:
+                for category in category_ids if label == ANY_CLASS else (category_ids[label],):
+                    row = {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": category,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": area,
+                        "iscrowd": int(crowd),
+                    }
+                    annotations.append(row | ({"ignore": 1} if ignore and not crowd else {}))
+        categories = [{"id": category, "name": name} for category, name in zip(category_ids, class_names)]
+        tree = {"images": images, "annotations": annotations, "categories": categories}
+        _write(folder / "annotations" / f"instances_{split}.json", json.dumps(tree, allow_nan=False) + "\n")
+
+
+def write_yolo(folder: Path, indices: Indices, class_names: Names, picture_names: Pictures, losses: Counter) -> None:
+    """data.yaml, images/<split> and labels/<split>."""
+    tree = {"path": ".", **{split: f"images/{split}" for split in indices}, "nc": len(class_names)}
+    if set(indices) & {"path", "names", "nc", "download"}:
+        raise UserError(f"split {', '.join(indices)}: expected names other than the keys of data.yaml")
+    _write(folder / "data.yaml", dump_yaml(tree | {"names": dict(enumerate(class_names))}))
+    for split, index in indices.items():
+        (folder / "labels" / split).mkdir(parents=True)
+        for sample in index.samples:
+            name = picture_names[sample.image_path]
+            _copy(sample, folder / "images" / split, name)
+            _count_common_losses(sample, losses)
+            losses["ignored objects (left out)"] += int(sample.ignore.sum())
+            lines = []
+            for (x1, y1, x2, y2), label in zip(sample.boxes_xyxy[~sample.ignore], sample.labels[~sample.ignore]):
+                center = (x1 + x2) / 2 / sample.width, (y1 + y2) / 2 / sample.height
+                row = *center, (x2 - x1) / sample.width, (y2 - y1) / sample.height
+                lines.append(f"{label} " + " ".join(_number(float(value)) for value in row))
+            _write(folder / "labels" / split / f"{Path(name).stem}.txt", "".join(f"{line}\n" for line in lines))
+
+
+def write_kitti(folder: Path, indices: Indices, class_names: Names, picture_names: Pictures, losses: Counter) -> None:
+    """training/image_2, training/label_2, ImageSets/<split>.txt, classes.txt; unknown columns as KITTI marks them."""
+    (folder / "training" / "label_2").mkdir(parents=True)
+    (folder / "ImageSets").mkdir()
+    _write(folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
+    for split, index in indices.items():
+        stems = []
+        for sample in index.samples:
+            name = picture_names[sample.image_path]
+            stems.append(Path(name).stem)
+            _copy(sample, folder / "training" / "image_2", name)
+            _count_common_losses(sample, losses)
+            losses["classes of ignored objects (DontCare)"] += int((sample.ignore & (sample.labels >= 0)).sum())
+            lines, regions = [], set()
+            for box, label, ignore in zip(sample.boxes_xyxy.tolist(), sample.labels, sample.ignore):
+                kind = "DontCare" if ignore else class_names[label]
+                corners = " ".join(map(_number, box))
+                if ignore and corners in regions:
+                    continue  # COCO files hold such a region once a class
+                regions.update([corners] if ignore else [])
+                lines.append(f"{kind} -1 -1 -10 {corners} -1 -1 -1 -1000 -1000 -1000 -10\n")
+            _write(folder / "training" / "label_2" / f"{stems[-1]}.txt", "".join(lines))
+        _write(folder / "ImageSets" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
+
+
+WRITERS = {"voc": write_voc, "coco": write_coco, "yolo": write_yolo, "kitti": write_kitti}
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads back to the same float; whole numbers without a point."""
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasets.convert", description="Rewrite a dataset, with pictures.")
+    parser.add_argument("src_format", choices=tuple(READERS))
+    parser.add_argument("src_root")
+    parser.add_argument("src_split", help="a split, or several joined by commas")
+    parser.add_argument("dst_format", choices=tuple(WRITERS))
+    parser.add_argument("dst_root", help="a folder that does not exist, or is empty")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.01)
+    arguments = parser.parse_args(argv)
+    indices, losses = convert(
+        arguments.src_format,
+        arguments.src_root,
+        arguments.src_split.split(","),
+        arguments.dst_format,
+        arguments.dst_root,
+        max_bad_fraction=arguments.max_bad_fraction,
+    )
+    for split, index in indices.items():
+        print(f"{split}: {len(index)} pictures, {sum(map(len, index.samples))} objects")
+        for fault in index.faults:
+            print(f"  {fault}")
+    for what, count in losses.items():
+        if count:
+            print(f"not kept: {count} {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

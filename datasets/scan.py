@@ -1,0 +1,210 @@
+"""What a dataset holds and what is wrong with it, in one table, before anything trains on it.
+
+    python -m datasets.scan FORMAT ROOT SPLIT [--decode] [--out FOLDER] [--max-bad-fraction 0.01]
+
+Opening a dataset has already checked every label row and every picture's header; `decode` also decodes every picture,
+which finds truncated ones. Box sizes are COCO's: small below 32 x 32 pixels of area, large from 96 x 96.
+"""
+
+import argparse
+import csv
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from datasets.images import read_image
+from datasets.index import ANY_CLASS, DatasetIndex, Fault
+from datasets.open import READERS, open_dataset
+from errors import UserError, run_script
+
+SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
+SHOWN_NAME = 24  # characters of a class name in the table
+
+
+@dataclass(frozen=True, eq=False)
+class ScanReport:
+    """index: the dataset without the pictures that did not decode, with all faults, theirs included."""
+
+    index: DatasetIndex
+    title: str
+    decoded: bool
+
+    @property
+    def dropped_pictures(self) -> int:
+        return sum(fault.effect == "picture dropped" for fault in self.index.faults)
+
+    @property
+    def dropped_objects(self) -> int:
+        return sum(fault.effect == "object dropped" for fault in self.index.faults)
+
+    @property
+    def bad_fraction(self) -> float:
+        """The larger of: dropped pictures among all pictures, dropped objects among all objects (0 for none).
+
+        Dropped exact duplicates and what is only noted do not count; objects of a dropped picture are not known.
+        """
+        objects = sum(map(len, self.index.samples))
+        of_pictures = self.dropped_pictures / max(len(self.index) + self.dropped_pictures, 1)
+        return max(of_pictures, self.dropped_objects / max(objects + self.dropped_objects, 1))
+
+    def table(self) -> str:
+        """The report as text, without a newline at its end. Ignored objects are counted in no other column."""
+        samples, names = self.index.samples, self.index.names
+        picture = np.repeat(np.arange(len(samples)), [len(sample) for sample in samples])
+        labels = _join([sample.labels for sample in samples], np.int64)
+        ignore = _join([sample.ignore for sample in samples], bool)
+        area = _join([sample.area for sample in samples], np.float64)
+        rows = [("class", "pictures", "objects", "ignored", "small", "medium", "large")]
+        groups = [(name, labels == label) for label, name in enumerate(names)]
+        if (labels == ANY_CLASS).any():
+            groups.append(("(of any class)", labels == ANY_CLASS))
+        for name, chosen in [*groups, ("all", np.ones(len(labels), dtype=bool))]:
+            learnt = chosen & ~ignore
+            small, large = area[learnt] < SMALL_AREA, area[learnt] >= LARGE_AREA
+            counts = len(np.unique(picture[chosen])), learnt.sum(), (chosen & ignore).sum()
+            counts = *counts, small.sum(), learnt.sum() - small.sum() - large.sum(), large.sum()
+            shown = name if len(name) <= SHOWN_NAME else name[: SHOWN_NAME - 1] + "…"
+            rows.append((shown, *(str(count) for count in counts)))
+        empty = sum(len(sample) == 0 for sample in samples)
+        lines = [
+            self.title,
+            f"{len(samples)} pictures{_sizes(self.index)}, {empty} without objects, {len(names)} classes; "
+            + ("every picture decoded" if self.decoded else "headers read, pictures not decoded"),
+            "",
+            *_align(rows),
+            "",
+            *self._fault_lines(),
+            f"bad: {self.dropped_pictures} pictures, {self.dropped_objects} objects ({100 * self.bad_fraction:.2f} %)",
+        ]
+        return "\n".join(lines)
+
+    def _fault_lines(self) -> list[str]:
+        faults = self.index.faults
+        if not faults:
+            return ["nothing dropped, nothing noted"]
+        counts = Counter((fault.effect, fault.kind) for fault in faults)
+        first: dict[tuple[str, str], Fault] = {}
+        for fault in faults:
+            first.setdefault((fault.effect, fault.kind), fault)
+        rows = [("count", "effect", "what", "first")]
+        for key, count in sorted(counts.items()):
+            fault = first[key]
+            where = fault.path if fault.line is None else f"{fault.path}:{fault.line}"
+            rows.append((str(count), *key, where))
+        return [*_align(rows, right=(0,)), ""]
+
+    def write(self, folder: str | Path) -> None:
+        """Write dataset_report.txt (the table) and dataset_report.csv (one row a fault) into a folder."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "dataset_report.txt").write_text(self.table() + "\n", encoding="utf-8")
+            with open(folder / "dataset_report.csv", "w", encoding="utf-8", newline="") as file:
+                rows = csv.writer(file)
+                rows.writerow(("effect", "kind", "path", "line", "picture", "reason"))
+                for fault in self.index.faults:
+                    rows.writerow((fault.effect, fault.kind, fault.path, fault.line, fault.picture, fault.reason))
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror or error}", exit_code=5) from None
+
+
+def scan(
+    index: DatasetIndex,
+    decode: bool = False,
+    *,
+    title: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ScanReport:
+    """Count an index; with `decode`, decode every picture in threads and leave out those that fail.
+
+    `progress(done, total)` is called from this thread after each decoded picture.
+    """
+    title = title or f"{index.format or 'dataset'}"
+    if not decode:
+        return ScanReport(index, title, decoded=False)
+    kept, faults = [], list(index.faults)
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        for done, (sample, fault) in enumerate(zip(index.samples, pool.map(_decode_fault, index.samples)), 1):
+            if fault is None:
+                kept.append(sample)
+            else:
+                faults.append(fault)
+            if progress is not None:
+                progress(done, len(index))
+    return ScanReport(replace(index, samples=tuple(kept), faults=tuple(faults)), title, decoded=True)
+
+
+def check(report: ScanReport, max_bad_fraction: float = 0.01) -> None:
+    """UserError where more than `max_bad_fraction` of the pictures or objects was dropped; it names the first."""
+    if report.bad_fraction > max_bad_fraction:
+        first = next(fault for fault in report.index.faults if fault.effect in ("picture dropped", "object dropped"))
+        raise UserError(
+            f"{report.title}: {report.dropped_pictures} pictures and {report.dropped_objects} objects are bad "
+            f"({100 * report.bad_fraction:.2f} %), expected at most {100 * max_bad_fraction:g} % (max_bad_fraction); "
+            f"first: {first}"
+        )
+
+
+def _decode_fault(sample) -> Fault | None:
+    try:
+        pixels = read_image(sample.image_path)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{sample.image_path}: ")
+    else:
+        if pixels.shape == (sample.height, sample.width, 3):
+            return None
+        reason = f"decoded to {pixels.shape[1]} x {pixels.shape[0]}, expected {sample.width} x {sample.height}"
+    name = sample.image_path.name
+    return Fault(str(sample.image_path), None, reason, "unreadable picture", "picture dropped", name)
+
+
+def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *arrays])
+
+
+def _sizes(index: DatasetIndex) -> str:
+    if not index.samples:
+        return ""
+    widths, heights = [s.width for s in index.samples], [s.height for s in index.samples]
+    low, high = f"{min(widths)} x {min(heights)}", f"{max(widths)} x {max(heights)}"
+    return f" of {low}" if low == high else f" of {low} to {high}"
+
+
+def _align(rows: list[tuple[str, ...]], right: tuple[int, ...] | None = None) -> list[str]:
+    """Columns of equal width; those in `right` (default: all but the first) flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = tuple(range(1, len(widths))) if right is None else right
+    cells = []
+    for row in rows:
+        padded = enumerate(zip(row, widths))
+        cells.append([text.rjust(width) if column in right else text.ljust(width) for column, (text, width) in padded])
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasets.scan", description="What a dataset holds, in one table.")
+    parser.add_argument("format", choices=tuple(READERS))
+    parser.add_argument("root")
+    parser.add_argument("split")
+    parser.add_argument("--decode", action="store_true", help="decode every picture")
+    parser.add_argument("--out", help="folder for dataset_report.txt and dataset_report.csv")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.01)
+    arguments = parser.parse_args(argv)
+    index = open_dataset(arguments.format, arguments.root, arguments.split)
+    title = f"{arguments.format} {arguments.root} {arguments.split}"
+    report = scan(index, decode=arguments.decode, title=title)
+    print(report.table())
+    if arguments.out:
+        report.write(arguments.out)
+    check(report, arguments.max_bad_fraction)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
