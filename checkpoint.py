@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import models
+import weights
 from errors import UserError
 
 FORMAT = 1
@@ -152,8 +154,6 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
     A checkpoint of ours, also one of a run in progress, says what it is. For a public checkpoint (read by
     weights.read_state_dict) `arch` names the model; its class count is read off the class head.
     """
-    import models
-
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file, expected a checkpoint")
     state = load(path) if arch is None else _load_if_ours(path)
@@ -191,10 +191,26 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     model.load_state_dict(state, strict=True)
 
 
-def _load_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
-    import models
-    import weights
+def load_into(model: nn.Module, path: str | Path, *, new_head: bool = False) -> None:
+    """Fill `model` with the (averaged) weights of a file, ours or public, strictly.
 
+    new_head: a class head of another size keeps the model's own values, and a line says so.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file, expected a weights file")
+    saved = _load_if_ours(path)
+    if saved is None:
+        weights.load_public(model, path, new_head=new_head)
+        return
+    state, own = dict(saved["ema"]), model.state_dict()
+    fresh = [name for name in own if name in state and state[name].shape != own[name].shape]
+    if new_head and fresh and all(name.startswith(tuple(model.class_head)) for name in fresh):
+        print(f"{path}: {len(fresh)} entries of the class head start fresh: {', '.join(fresh)}")
+        state |= {name: own[name] for name in fresh}
+    load_state(model, state, path)
+
+
+def _load_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
     state, said = weights.read_state_dict(path)
     said = said if isinstance(said, dict) else vars(said)
     names = said.get("names")
@@ -208,9 +224,6 @@ def _load_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo
 
 def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:
     """K of a public state dict: the length of the class head's last bias grows by the same amount with each class."""
-    import models
-    import weights
-
     with torch.device("meta"):
         one, two = (models.build(arch, k) for k in (1, 2))
     try:

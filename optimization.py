@@ -1,0 +1,114 @@
+"""What moves the weights: parameter groups, optimizers, the schedules of their rates, and the running mean (EMA).
+
+SGD with Nesterov momentum (Sutskever et al., ICML 2013) and AdamW (arXiv:1711.05101) are torch's own. The schedules
+are pure functions of the step, so a resumed run needs nothing but its step number.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
+    """Three groups over the trainable parameters: `weights` decay; `norms` (other vectors) and `biases` do not.
+
+    The order is the modules' own, so that an optimizer state saved by one process fits the next.
+    """
+    rows: dict[str, list[Tensor]] = {"weights": [], "norms": [], "biases": []}
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                is_bias = name.rpartition(".")[2] == "bias"
+                rows["biases" if is_bias else "weights" if parameter.dim() > 1 else "norms"].append(parameter)
+    decay = {"weights": weight_decay, "norms": 0.0, "biases": 0.0}
+    return [{"name": name, "params": rows[name], "weight_decay": decay[name]} for name in rows]
+
+
+def build_optimizer(
+    modules: Iterable[nn.Module], *, name: str, learning_rate: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """`sgd` (Nesterov momentum) or `adamw` (betas = momentum, 0.999) over parameter_groups(modules)."""
+    groups = [group for group in parameter_groups(modules, weight_decay) if group["params"]]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999), fused=True)
+    raise ValueError(f"optimizer {name!r}: expected sgd or adamw")
+
+
+def schedule_factor(progress: float, *, final_fraction: float, schedule: str) -> float:
+    """From 1 at progress 0 to final_fraction f at progress 1:
+
+    linear  1 - (1 - f) progress
+    cosine  f + (1 - f) (1 + cos(pi progress)) / 2        (SGDR, arXiv:1608.03983, without restarts)
+    """
+    if schedule == "linear":
+        return 1 - (1 - final_fraction) * progress
+    if schedule == "cosine":
+        return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+    raise ValueError(f"schedule {schedule!r}: expected linear or cosine")
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    learning_rate: float,
+    final_fraction: float,
+    schedule: str,
+    momentum: float,
+    warmup_momentum: float,
+    warmup_bias_learning_rate: float,
+) -> float:
+    """Set the rates for optimizer step `step` of 0..total_steps-1 and return the scheduled learning rate.
+
+    During the first warmup_steps the rates rise linearly to the schedule's: learning rates from 0, SGD's momentum
+    from warmup_momentum. SGD's biases come down from warmup_bias_learning_rate, which lets a fresh detector find the
+    base rate of its classes in a few steps; AdamW does not need it, and its biases rise from 0 as the rest.
+    """
+    target = learning_rate * schedule_factor(step / total_steps, final_fraction=final_fraction, schedule=schedule)
+    warmth = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    is_sgd = isinstance(optimizer, torch.optim.SGD)
+    for group in optimizer.param_groups:
+        start = warmup_bias_learning_rate if is_sgd and group["name"] == "biases" else 0.0
+        group["lr"] = start + (target - start) * warmth
+        if is_sgd:
+            group["momentum"] = warmup_momentum + (momentum - warmup_momentum) * warmth
+    return target
+
+
+class Ema:
+    """The running mean of a model's weights and buffers (Polyak averaging; Tarvainen & Valpola, arXiv:1703.01780).
+
+        d(step) = decay (1 - exp(-step / ramp_steps)),   mean <- d mean + (1 - d) model
+
+    The ramp forgets the random start quickly. Integer buffers are copied. `model` is a detached copy in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float, ramp_steps: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.ramp_steps = decay, ramp_steps
+        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+        floats = [(mean, value) for mean, value in pairs if mean.is_floating_point()]
+        others = [(mean, value) for mean, value in pairs if not mean.is_floating_point()]
+        self._means, self._values = [m for m, _ in floats], [v for _, v in floats]
+        self._counts, self._counted = [m for m, _ in others], [v for _, v in others]
+
+    def decay_at(self, step: int) -> float:
+        return self.decay * (1 - math.exp(-step / self.ramp_steps)) if self.ramp_steps > 0 else self.decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step number `step` (the first is 1). Reads the model given at construction, in place."""
+        torch._foreach_lerp_(self._means, self._values, 1 - self.decay_at(step))
+        if self._counts:
+            torch._foreach_copy_(self._counts, self._counted)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in model.state_dict(keep_vars=True).values()]

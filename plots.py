@@ -1,0 +1,143 @@
+"""The pictures of a run: results.png, confusion_matrix.png, pr_curve.png (matplotlib) and predictions.jpg (Pillow)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import run_folder
+from boxes import clip_boxes
+from datasets.images import read_image
+from datasets.index import DatasetIndex
+from datasets.loader import Loader
+from drawing import draw_detections
+from metrics.report import DetectionReport
+from structures import Detections
+
+LEGEND_CLASSES = 20  # more lines than this get one colour and no legend
+
+
+def is_available() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _figure(width: float, height: float):
+    """A figure that is drawn to files only: no window, no global state of pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_results(metrics_csv: Path, path: Path) -> None:
+    """One small plot for each column of metrics.csv over the epochs."""
+    rows = run_folder.read_metrics(metrics_csv)
+    if not rows:
+        return
+    names = [name for name in rows[0] if name not in ("epoch", "time") and any(row[name] for row in rows)]
+    columns = min(5, len(names))
+    lines = -(-len(names) // columns)
+    figure = _figure(3 * columns, 2.4 * lines)
+    for name, axis in zip(names, figure.subplots(lines, columns, squeeze=False).flat):
+        points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
+        axis.plot(*zip(*points), marker="." if len(points) < 30 else None, linewidth=1.2)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in figure.axes[len(names) :]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def draw_confusion(report: DetectionReport, path: Path) -> None:
+    """Of the objects of each class (columns), the fractions found as each class or missed (rows).
+
+    The last column holds, as counts, the detections where no object is.
+    """
+    counts = report.confusion.astype(np.float64)  # (K + 1, K + 1)
+    totals = counts.sum(axis=0, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    names = [*report.names, "background"]
+    size = min(4 + 0.45 * len(names), 24)
+    figure = _figure(size, size)
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 30:
+        for i, j in np.ndindex(counts.shape):
+            if counts[i, j]:
+                text = f"{int(counts[i, j])}" if j == len(names) - 1 else f"{shares[i, j]:.2f}"
+                axis.text(j, i, text, ha="center", va="center", fontsize=7, color="w" if shares[i, j] > 0.5 else "k")
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xlabel("true")
+    axis.set_ylabel("predicted")
+    given = report.given.score_threshold
+    axis.set_title(f"IoU {report.iou_threshold:g}, score {given:g} and above", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def draw_pr_curve(report: DetectionReport, path: Path) -> None:
+    """Interpolated precision over recall, one line a class that has objects, and their mean."""
+    figure = _figure(6.5, 5)
+    axis = figure.subplots()
+    measured = [k for k in range(len(report.names)) if np.isfinite(report.pr_precision[k]).all()]
+    has_legend = len(measured) <= LEGEND_CLASSES
+    for k in measured:
+        label = f"{report.names[k]} {report.pr_precision[k].mean():.3f}" if has_legend else None
+        axis.plot(report.recalls, report.pr_precision[k], linewidth=1, label=label, color=None if has_legend else "0.8")
+    if measured:
+        mean = report.pr_precision[measured].mean(axis=0)  # (101,)
+        axis.plot(report.recalls, mean, linewidth=2.5, color="tab:blue", label=f"all classes {mean.mean():.3f}")
+        axis.legend(fontsize=7)
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axis.set_title(f"IoU {report.iou_threshold:g}; the numbers are areas", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: nn.Module,
+    index: DatasetIndex,
+    path: Path,
+    *,
+    image_size: int,
+    device: torch.device,
+    score_threshold: float = 0.25,
+    iou_threshold: float = 0.7,
+    count: int = 12,
+    columns: int = 4,
+) -> None:
+    """What the model finds in `count` pictures spread over the split, as one picture."""
+    rows = np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)
+    chosen = index.subset(sorted(set(rows.tolist())))
+    tiles = []
+    loader = Loader(chosen, image_size=image_size, batch_size=columns, seed=0, shuffle=False)
+    for batch in loader.epoch(0):
+        output = model(batch.images.to(device).float() / 255)
+        found = model.detect(output, score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=100)
+        for row, detections in enumerate(found):
+            sample = chosen.samples[int(batch.indices[row])]
+            boxes = batch.unletterbox(row, detections.boxes_xyxy.float().cpu(), sample.width, sample.height)
+            boxes = clip_boxes(boxes, sample.height, sample.width)
+            shown = Detections(boxes, detections.scores.float().cpu(), detections.labels.cpu())
+            tiles.append(draw_detections(read_image(sample.image_path), shown, index.names))
+    contact_sheet(tiles, columns).save(path, quality=90)
+
+
+def contact_sheet(tiles: Sequence[Image.Image], columns: int, side: int = 320) -> Image.Image:
+    """The pictures, each fitted into a square, row by row on white."""
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (side * min(columns, len(tiles)), side * rows), "white")
+    for i, tile in enumerate(tiles):
+        tile = tile.copy()
+        tile.thumbnail((side - 4, side - 4))
+        sheet.paste(tile, (i % columns * side + 2, i // columns * side + 2))
+    return sheet

@@ -1,0 +1,91 @@
+"""What a run says while it works: a bar on a terminal, else a line now and then; scalars for TensorBoard."""
+
+import sys
+import time
+from pathlib import Path
+
+LINE_EVERY_SECONDS = 30.0
+
+
+class Progress:
+    """Progress through the steps of an epoch.
+
+    On a terminal with tqdm installed it is a bar; otherwise a line every LINE_EVERY_SECONDS. `quiet`: nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bar = None
+        self._tqdm = _import_tqdm() if not quiet and sys.stdout.isatty() else None
+
+    def start(self, label: str, total: int, done: int = 0) -> None:
+        self.label, self.total, self.done = label, total, done
+        self._spoke = time.monotonic()
+        if self._tqdm is not None:
+            self._bar = self._tqdm(total=total, initial=done, desc=label, leave=False, file=sys.stdout)
+
+    def advance(self, terms: dict[str, float]) -> None:
+        """One step further; `terms` are the values to show."""
+        self.done += 1
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(words(terms), refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._spoke >= LINE_EVERY_SECONDS:
+            self._spoke = time.monotonic()
+            print(f"{self.label}  step {self.done}/{self.total}  {words(terms)}", flush=True)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def words(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+
+
+def _import_tqdm():
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
+
+
+class ScalarLog:
+    """Scalars for TensorBoard under the names of metrics.csv; does nothing where TensorBoard is missing."""
+
+    def __init__(self, folder: Path, *, purge_step: int | None = None, enabled: bool = True) -> None:
+        self._writer = None
+        self.missing = ""
+        if not enabled:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.missing = "tensorboard"
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)  # a resumed run replaces what it redoes
+
+    def add(self, row: dict[str, float], step: int) -> None:
+        if self._writer is None:
+            return
+        for name, value in row.items():
+            if name not in ("epoch", "time") and value is not None:
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,407 @@
+"""The one training loop: any student, zero or more teachers, one process or many.
+
+    python train.py configs/shapes_yolov8n.yaml [key=value ...]
+    python train.py CONFIG --dry-run           every loss term of one batch, and nothing written
+    python train.py --resume runs/NAME         go on after a signal, a crash or a full disk
+    torchrun --nproc-per-node 2 train.py CONFIG
+
+`batch_size` counts the pictures of one batch over all processes. Each step is a pure function of the seed, its number
+and the weights, so a run that was killed and resumed ends with the same bytes as one that was not (on the same machine,
+with the same torch and number of threads).
+
+Exit codes: 0 done; 2 usage or data; 3 a number that is not finite; 4 out of memory; 5 the disk; 130, 143 stopped by
+SIGINT or SIGTERM after saving. Under 3, 4 and 5 the last good checkpoint stays as it was.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import checkpoint
+import eval as evaluation
+import plots
+import run_folder
+from config import Config, load_config
+from datasets.index import DatasetIndex
+from datasets.loader import Batch, seeded_generator
+from errors import UserError, run_script
+from interruption import StopRequested, StopSignals
+from metrics.report import DetectionReport
+from processes import Processes
+from progress import Progress, ScalarLog, words
+from run_folder import RunFolder
+from training_parts import Parts, build, count_parameters
+from training_state import Position, describe_model, position_from, position_tree, refuse_changes
+
+NOT_FINITE_EXIT_CODE, MEMORY_EXIT_CODE = 3, 4
+
+
+def train(parts: Parts, position: Position, folder: RunFolder, progress: Progress, stop: StopSignals) -> None:
+    """From `position` to the end of the last epoch. Raises StopRequested after saving where a signal asked to stop."""
+    config, optimizer = parts.config, parts.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scalars = ScalarLog(
+        folder.path, purge_step=position.epoch + 1, enabled=parts.processes.is_first and not progress.quiet
+    )
+    if scalars.missing:
+        progress.say(f"without TensorBoard events: {scalars.missing} is not installed")
+    stop.may_raise = False
+    while not position.is_over(config):
+        epoch = position.epoch
+        parts.objective.train()
+        progress.start(f"epoch {epoch + 1}/{config.epochs}", parts.batches_per_epoch, position.batch)
+        began = time.perf_counter()
+        for batches in in_groups(parts.loader.epoch(epoch, start=position.batch), config.optimizer.accumulate):
+            parts.set_rates(position.step)
+            torch.manual_seed(seeded_generator(config.seed, position.step, parts.processes.rank, 1).initial_seed())
+            rows = []
+            for number, batch in enumerate(batches, position.batch):
+                images, targets = parts.prepare(batch, epoch, number)
+                t_outputs = parts.teach(images)
+                is_last = number == position.batch + len(batches) - 1
+                with contextlib.nullcontext() if is_last else no_sync(parts.objective):
+                    terms = parts.objective(images, targets, t_outputs, epoch + number / parts.batches_per_epoch)
+                    rows.append(torch.stack([term.detach() for term in terms.values()]))
+                    scale = len(batch) * parts.processes.count if config.optimizer.sum_over_batch else 1 / len(batches)
+                    (sum(terms.values()) * scale).backward()
+            norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
+            values = torch.cat([*rows, norm[None]]).tolist()  # the one wait for the device in a step
+            check_finite(values, list(terms), batches, parts.splits.train, position, folder)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            position.step += 1
+            parts.ema.update(position.step)
+
+            for i, batch in enumerate(batches):
+                row = dict(zip(terms, values[i * len(terms) :]))
+                position.count(row, len(batch) * parts.processes.count)
+                progress.advance(row)
+            position.seconds += time.perf_counter() - began  # with the wait for data, without saving
+            wants_stop = parts.processes.any(stop.received is not None)
+            if wants_stop or (config.save_every_steps and position.step % config.save_every_steps == 0):
+                save(parts, position, folder)
+            if wants_stop:
+                progress.finish()
+                raise StopRequested
+            began = time.perf_counter()
+        progress.finish()
+        finish_epoch(parts, position, folder, progress, scalars, stop)
+    stop.may_raise = True  # nothing is lost from here on
+    scalars.close()
+
+
+def in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive batches, `size` at a time, as long as there are any; the last group may be smaller."""
+    while group := list(itertools.islice(batches, size)):
+        yield group
+
+
+def no_sync(objective: nn.Module) -> contextlib.AbstractContextManager:
+    """Gradients stay in this process: DistributedDataParallel averages them with those of the group's last batch."""
+    return objective.no_sync() if hasattr(objective, "no_sync") else contextlib.nullcontext()
+
+
+def check_finite(
+    values: list[float],
+    names: list[str],
+    batches: list[Batch],
+    index: DatasetIndex,
+    position: Position,
+    folder: RunFolder,
+) -> None:
+    """Stop before the weights take it in: UserError with the terms and the pictures, all of them in nonfinite.json."""
+    if all(map(math.isfinite, values)):
+        return
+    *terms, norm = values
+    found = {f"{name}": value for name, value in zip(names * len(batches), terms) if not math.isfinite(value)}
+    found = found or {"the gradient's norm": norm}
+    pictures = [str(index.samples[row].image_path) for batch in batches for row in batch.indices.tolist()]
+    with contextlib.suppress(UserError):
+        details = {"step": position.step, "terms": {k: str(v) for k, v in found.items()}, "pictures": pictures}
+        run_folder.write_text(folder.path / "nonfinite.json", json.dumps(details, indent=2) + "\n")
+    shown = ", ".join(pictures[:8]) + (f" and {len(pictures) - 8} more" if len(pictures) > 8 else "")
+    raise UserError(
+        f"step {position.step}: {', '.join(f'{name} is {value}' for name, value in found.items())}, expected finite "
+        f"numbers; pictures of the batch: {shown}; the last checkpoint is untouched",
+        NOT_FINITE_EXIT_CODE,
+    )
+
+
+def finish_epoch(
+    parts: Parts, position: Position, folder: RunFolder, progress: Progress, scalars: ScalarLog, stop: StopSignals
+) -> None:
+    """Evaluate where it is due, keep the best, write the row of the epoch, save, and move to the next one."""
+    config, epoch = parts.config, position.epoch + 1
+    every = config.evaluation.every_epochs
+    index = parts.splits.holdout or parts.splits.test
+    results: dict[str, float] = {}
+    if every and (epoch % every == 0 or epoch == config.epochs):
+        save(parts, position, folder)  # a signal may end the evaluation at once
+        stop.may_raise = True
+        if stop.received is not None:
+            raise StopRequested
+        if parts.processes.is_first:
+            results, _ = evaluate(parts, parts.ema.model, index)
+        stop.may_raise = False
+        results = parts.processes.from_first(results)
+    is_best = parts.splits.holdout is not None and bool(results)
+    is_best = is_best and (position.best is None or results["mAP50-95"] > position.best)
+    if is_best:
+        position.best, position.best_epoch = results["mAP50-95"], epoch
+    row = {"epoch": epoch, "time": position.seconds} | {f"train/{k}": v for k, v in position.means().items()}
+    row |= {name: results.get(name.removeprefix("metrics/")) for name in run_folder.METRIC_COLUMNS}
+    row["lr"] = parts.set_rates(position.step - 1)
+    position.next_epoch()
+    if parts.processes.is_first:
+        if is_best:
+            best = {"epoch": epoch, "step": position.step, "ema": parts.ema.model.state_dict()}
+            checkpoint.save(folder.best, describe_model(config, parts.splits.names) | best)
+        run_folder.append_metrics(folder.metrics, row)
+        scalars.add(row, epoch)
+    save(parts, position, folder)
+    shown = {name.split("/")[-1]: value for name, value in row.items() if name not in ("epoch",)}
+    progress.say(f"epoch {epoch}/{config.epochs}  {words(shown)}")
+
+
+def save(parts: Parts, position: Position, folder: RunFolder) -> None:
+    """weights/last.pt: everything --resume needs, and no teacher."""
+    if not parts.processes.is_first:
+        return
+    state = describe_model(parts.config, parts.splits.names) | {
+        "epoch": position.epoch,
+        "step": position.step,
+        "position": position_tree(position),
+        "model": parts.student.state_dict(),
+        "ema": parts.ema.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "criterion": parts.criterion.state_dict(),
+        "data": parts.data,
+        "machine": parts.machine(),
+    }
+    checkpoint.save(folder.last, state, keep_previous=True)
+
+
+def restore(parts: Parts, state: dict[str, Any], folder: RunFolder, progress: Progress) -> Position:
+    """Fill the models and the optimizer from a checkpoint of this run."""
+    if state["data"] != parts.data:
+        raise UserError(f"{folder.path}: the training pictures or labels are not those the run was started with")
+    for key, value in parts.machine().items():
+        if state["machine"][key] != value:
+            progress.say(
+                f"resuming with {key} {value}, before {state['machine'][key]}: the bytes may differ from then on"
+            )
+    checkpoint.load_state(parts.student, state["model"], folder.last)
+    checkpoint.load_state(parts.ema.model, state["ema"], folder.last)
+    checkpoint.load_state(parts.criterion, state["criterion"], folder.last)
+    parts.optimizer.load_state_dict(state["optimizer"])
+    return position_from(state)
+
+
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    teachers: dict[str, nn.Module] | None = None,
+    quiet: bool = False,
+    allow_change: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Train a config to its end and return the report that is also written to runs/<name>/report.json.
+
+    Args:
+        resume: go on with runs/<name>, which must be of the same config; otherwise a new folder <name>, <name>2, ...
+        teachers: modules by the names in config.teachers, in place of their weights; put in eval mode, frozen.
+        quiet: print nothing but the line about a signal.
+        allow_change: keys that a resumed run may change.
+    Raises UserError (see the exit codes above), or StopRequested after a signal, when all is saved.
+    """
+    processes = Processes(config.device)
+    progress = Progress(quiet=quiet or not processes.is_first)
+    state, folder, position = None, None, Position()
+    try:
+        with processes, StopSignals() as stop:
+            try:
+                if resume:
+                    folder = run_folder.find(Path(config.runs) / config.name)
+                    state = checkpoint.load_newest(folder.last, progress.say)
+                    refuse_changes(state["config"], config, allow_change, str(folder.path))
+                parts = build(config, processes, teachers, progress.say)
+                folder, parts.config = processes.from_first(open_folder(folder, config) if processes.is_first else None)
+                if processes.is_first:
+                    for role, report in parts.splits.reports.items():
+                        report.write(folder.path / "dataset" / role)
+                if state is not None:
+                    position = restore(parts, state, folder, progress)
+                progress.say(f"{folder.path}: {parts}")
+                train(parts, position, folder, progress, stop)
+                return finish(parts, position, folder, progress)
+            except StopRequested:
+                if processes.is_first:
+                    print(how_to_go_on(position, folder), flush=True)
+                raise SystemExit(stop.exit_code) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}; use a smaller "
+            f"batch_size (with optimizer.accumulate) or image_size; the last checkpoint is untouched",
+            MEMORY_EXIT_CODE,
+        ) from None
+
+
+def open_folder(folder: RunFolder | None, config: Config) -> tuple[RunFolder, Config]:
+    """The folder of a resumed run, with its config as it is now; or a new folder, and the config under its name."""
+    if folder is None:
+        return run_folder.create(config)
+    folder.remove_stale()
+    run_folder.write_config(folder, config)
+    return folder, config
+
+
+def how_to_go_on(position: Position, folder: RunFolder | None) -> str:
+    if folder is None or not folder.last.is_file():
+        return "stopped before the first step; nothing was saved"
+    return f"stopped at step {position.step}; go on with: python train.py --resume {folder.path}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch raises its own class on CUDA and a plain RuntimeError where the CPU has no memory left."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text or "bad_alloc" in text
+    )
+
+
+def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Evaluate the last EMA weights, and the held-out best, on the test split; write the report and the pictures."""
+    config, report = parts.config, None
+    if parts.processes.is_first:
+        test, details = evaluate(parts, parts.ema.model, parts.splits.test)
+        best = None
+        if position.best_epoch is not None:
+            model, info = checkpoint.load_model(folder.best, device=str(parts.processes.device))
+            scores, _ = evaluate(parts, model, parts.splits.test)
+            best = {"epoch": info.epoch, "holdout mAP50-95": position.best, "test": scores}
+        report = {
+            "name": config.name,
+            "arch": config.student.arch,
+            "parameters": count_parameters(parts.student),
+            "seed": config.seed,
+            "epochs": position.epoch,
+            "steps": position.step,
+            "weights": "last EMA weights",
+            "split": config.data.test,
+            "test": test,
+            "best_on_holdout": best,
+            "seconds": position.seconds,
+            "images_per_second": position.images / position.seconds if position.seconds else None,
+            **run_folder.environment(),
+            **parts.machine(),
+        }
+        run_folder.write_report(folder.report, report)
+        draw(parts, details, folder, progress)
+        progress.say(f"{config.data.test}: {words(test)}\nwritten: {folder.path}")
+    return parts.processes.from_first(report)
+
+
+def evaluate(parts: Parts, model: nn.Module, index: DatasetIndex) -> tuple[dict[str, float], DetectionReport]:
+    """The numbers of metrics.csv and report.json for a model on a split, and what the plots are drawn from."""
+    settings = parts.config.evaluation
+    results = evaluation.evaluate_model(
+        model,
+        index,
+        image_size=parts.config.image_size,
+        batch_size=settings.batch_size,
+        device=parts.processes.device,
+        score_threshold=settings.score_threshold,
+        iou_threshold=settings.iou_threshold,
+        max_detections=settings.max_detections,
+    )
+    best = results.report.best
+    numbers = {
+        "precision": best.mean_precision,
+        "recall": best.mean_recall,
+        "f1": best.mean_f1,
+        "mAP50": results.coco.numbers["AP50"],
+        "mAP50-95": results.coco.numbers["AP"],
+    }
+    return numbers, results.report
+
+
+def draw(parts: Parts, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:
+    """The pictures of a finished run."""
+    settings = parts.config.evaluation
+    plots.draw_predictions(
+        parts.ema.model,
+        parts.splits.test,
+        folder.path / "predictions.jpg",
+        image_size=parts.config.image_size,
+        device=parts.processes.device,
+        iou_threshold=settings.iou_threshold,
+    )
+    if not plots.is_available():
+        progress.say("without plots: matplotlib is not installed (pip install -r requirements-plots.txt)")
+        return
+    plots.draw_results(folder.metrics, folder.path / "results.png")
+    plots.draw_confusion(details, folder.path / "confusion_matrix.png")
+    plots.draw_pr_curve(details, folder.path / "pr_curve.png")
+
+
+def dry_run(config: Config) -> None:
+    """One batch forward, and what the loop would do with it, printed; nothing is written."""
+    parts = build(config, Processes(config.device), None, print)
+    batch = next(parts.loader.epoch(0))
+    images, targets = parts.prepare(batch, 0, 0)
+    with torch.no_grad():
+        parts.objective.train()
+        epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
+        terms = parts.objective(images, targets, parts.teach(images), epoch)
+    print(parts)
+    print(f"batch: {len(batch)} pictures, {len(targets)} objects after augmentation")
+    for name, value in terms.items():
+        print(f"  {name:<24} {value.item():.6g}")
+    print(f"  {'sum':<24} {sum(terms.values()).item():.6g}")
+    print(f"adapters: {count_parameters(parts.criterion):,} parameters")
+    total = parts.config.epochs * parts.steps_per_epoch
+    for step in sorted({0, total // 2, total - 1}):
+        parts.set_rates(step)
+        rates = ", ".join(f"{g['name']} ({len(g['params'])}) {g['lr']:.3g}" for g in parts.optimizer.param_groups)
+        print(f"learning rates at step {step} of {total}: {rates}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a detector, with or without teachers.")
+    parser.add_argument("config", nargs="?", help="a YAML file; with --resume: not needed")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the config")
+    parser.add_argument("--resume", metavar="RUN", help="the folder of a run to go on with")
+    parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help="may differ when resuming")
+    parser.add_argument("--dry-run", action="store_true", help="print every loss term of one batch and exit")
+    arguments = parser.parse_intermixed_args(argv)
+    source, overrides = arguments.config, arguments.overrides
+    if source and "=" in source and not Path(source).exists():
+        source, overrides = None, [source, *overrides]
+    if arguments.resume:
+        folder = run_folder.find(arguments.resume)
+        config = load_config(source or folder.config, overrides)
+        config = dataclasses.replace(config, name=folder.path.name, runs=str(folder.path.parent))
+    elif source:
+        config = load_config(source, overrides)
+    else:
+        raise UserError("no config given, expected: train.py CONFIG [key=value ...], or --resume RUN")
+    if arguments.dry_run:
+        dry_run(config)
+    else:
+        run(config, resume=bool(arguments.resume), allow_change=tuple(arguments.allow_change))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,279 @@
+"""From a config to what a run is made of: data splits, student, teachers, criterion, optimizer, EMA."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import models
+from config import AugmentConfig, Config
+from datasets.augment import augment
+from datasets.index import DatasetIndex
+from datasets.loader import Batch, Loader, seeded_generator
+from datasets.open import open_dataset
+from datasets.scan import ScanReport, check, scan
+from distill.criterion import Criterion
+from errors import UserError
+from optimization import Ema, build_optimizer, set_rates
+from processes import Processes, use_bfloat16
+from structures import Targets
+from training_state import fingerprint
+
+DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a larger one the headers are read
+
+
+class Objective(nn.Module):
+    """Student and criterion as one module, so that DistributedDataParallel averages the gradients of both."""
+
+    def __init__(self, student: nn.Module, criterion: Criterion, bfloat16: bool) -> None:
+        super().__init__()
+        self.student, self.criterion, self.bfloat16 = student, criterion, bfloat16
+
+    def forward(self, images: Tensor, targets: Targets, t_outputs: dict[str, Any], epoch: float) -> dict[str, Tensor]:
+        """Every term by name, weighted float32 scalars: the student's detection losses, then those of distillation."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            s_output = self.student(images)
+        return self.student.losses(s_output, targets) | self.criterion(s_output, t_outputs, targets, epoch)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The pictures of a run. `holdout` is a part of the training pictures that is never trained on, or None."""
+
+    names: tuple[str, ...]
+    train: DatasetIndex
+    holdout: DatasetIndex | None
+    test: DatasetIndex
+    reports: dict[str, ScanReport]
+
+
+@dataclass
+class Parts:
+    """All that the training loop works with."""
+
+    config: Config
+    processes: Processes
+    splits: Splits
+    loader: Loader
+    batches_per_epoch: int
+    student: nn.Module
+    teachers: dict[str, nn.Module]
+    criterion: Criterion
+    objective: nn.Module  # Objective, under DistributedDataParallel where there are several processes
+    optimizer: torch.optim.Optimizer
+    ema: Ema
+    bfloat16: bool
+    data: str  # training_state.fingerprint of the training pictures
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.batches_per_epoch / self.config.optimizer.accumulate)
+
+    def prepare(self, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
+        """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
+        generator = seeded_generator(self.config.seed, epoch, number, self.processes.rank)
+        settings = augmentation_at(self.config, epoch)
+        # The targets stay on the host until their number is known.
+        images = batch.images.to(self.processes.device, non_blocking=True)
+        images, targets = augment(
+            images, batch.targets, generator=generator, settings=settings, content_xyxy=batch.content_xyxy
+        )
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, targets.to(self.processes.device)
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> dict[str, Any]:
+        """Each teacher's output, without gradients."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            return {name: teacher(images) for name, teacher in self.teachers.items()}
+
+    def set_rates(self, step: int) -> float:
+        """Rates of the optimizer for a step of the run; returns the scheduled learning rate."""
+        settings = self.config.optimizer
+        return set_rates(
+            self.optimizer,
+            step,
+            total_steps=self.config.epochs * self.steps_per_epoch,
+            warmup_steps=round(settings.warmup_epochs * self.steps_per_epoch),
+            learning_rate=settings.learning_rate,
+            final_fraction=settings.final_fraction,
+            schedule=settings.schedule,
+            momentum=settings.momentum,
+            warmup_momentum=settings.warmup_momentum,
+            warmup_bias_learning_rate=settings.warmup_bias_learning_rate,
+        )
+
+    def machine(self) -> dict[str, Any]:
+        """What the bytes of a run depend on besides its config."""
+        device = self.processes.device
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "precision": "bfloat16" if self.bfloat16 else "float32",
+            "processes": self.processes.count,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+
+    def __str__(self) -> str:
+        facts = self.machine()
+        teachers = "".join(f", teacher {name} ({count_parameters(t):,})" for name, t in self.teachers.items())
+        return (
+            f"{self.config.student.arch} ({count_parameters(self.student):,} parameters){teachers}, "
+            f"{len(self.splits.train)} pictures, {self.config.epochs} epochs of {self.steps_per_epoch} steps, "
+            f"{facts['device']}, {facts['precision']}, {facts['processes']} x {facts['threads']} threads"
+        )
+
+
+def build(
+    config: Config, processes: Processes, teachers: dict[str, nn.Module] | None, say: Callable[[str], None]
+) -> Parts:
+    """The parts of a run. Every reason not to start it is found here, before anything is written."""
+    if config.batch_size % processes.count:
+        raise UserError(
+            f"key 'batch_size': found {config.batch_size}, expected a multiple of {processes.count} processes"
+        )
+    if config.patience and not config.data.holdout_fraction:
+        raise UserError("key 'patience': needs held-out pictures to judge by, expected data.holdout_fraction above 0")
+    splits = open_splits(config, say)
+    data = fingerprint(splits.train)
+    processes.check_same("set of training pictures", data)
+    loader = Loader(
+        splits.train,
+        image_size=config.image_size,
+        batch_size=config.batch_size // processes.count,
+        seed=config.seed,
+        workers=config.data.workers,
+        cache=config.data.cache,
+        rank=processes.rank,
+        world_size=processes.count,
+    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    student = build_student(config, splits.names).to(processes.device, memory_format=memory_format)
+    teachers, teacher_names = build_teachers(config, splits.names, teachers)
+    for teacher in teachers.values():
+        teacher.to(processes.device, memory_format=memory_format).eval().requires_grad_(False)
+    torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
+    criterion = Criterion(
+        config.terms,
+        student=student,
+        teachers=teachers,
+        epochs=config.epochs,
+        image_size=config.image_size,
+        class_names=splits.names,
+        teacher_class_names=teacher_names,
+    ).to(processes.device)
+    settings = config.optimizer
+    ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
+    optimizer = build_optimizer(
+        (student, criterion),
+        name=settings.name,
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    if config.compile:
+        for module in (student, *teachers.values()):
+            module.compile()
+    bfloat16 = use_bfloat16(config.precision, processes.device)
+    # A term whose schedule is 0 leaves its adapter without gradients: find_unused.
+    objective = processes.wrap(Objective(student, criterion, bfloat16), find_unused=bool(config.terms))
+    return Parts(
+        config,
+        processes,
+        splits,
+        loader,
+        len(loader),
+        student,
+        teachers,
+        criterion,
+        objective,
+        optimizer,
+        ema,
+        bfloat16,
+        data,
+    )
+
+
+def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
+    """Read and check the dataset; hold out a part of the training pictures where the config asks for it.
+
+    Which pictures are held out depends on the dataset and the fraction alone, not on the seed: runs of several seeds
+    train on the same pictures.
+    """
+    data = config.data
+    reports = {}
+    for role, split in (("train", data.train), ("test", data.test)):
+        index = open_dataset(data.format, data.root, split)
+        reports[role] = scan(index, decode=len(index) <= DECODE_AT_MOST, title=f"{data.format} {data.root} {split}")
+        say(reports[role].table() + "\n")
+        check(reports[role], data.max_bad_fraction)
+    train, test = reports["train"].index, reports["test"].index
+    if train.names != test.names:
+        raise UserError(f"{data.root}: the classes of {data.train!r} and {data.test!r} differ")
+    fraction = data.holdout_fraction
+    if not 0 <= fraction < 1:
+        raise UserError(f"key 'data.holdout_fraction': found {fraction}, expected 0 up to less than 1")
+    if fraction == 0:
+        return Splits(train.names, train, None, test, reports)
+    held = round(fraction * len(train))
+    if not 0 < held < len(train):
+        raise UserError(f"key 'data.holdout_fraction': {fraction} of {len(train)} pictures is {held}, expected some")
+    order = np.random.default_rng(0).permutation(len(train))
+    kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
+    return Splits(train.names, train.subset(kept), train.subset(held_out), test, reports)
+
+
+def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:
+    """The student, fresh from config.seed, or with the weights its config names."""
+    torch.manual_seed(config.seed)
+    student = models.build(config.student.arch, len(names))
+    if config.student.weights is not None:
+        checkpoint.load_into(student, config.student.weights, new_head=config.student.new_head)
+    return student
+
+
+def build_teachers(
+    config: Config, names: tuple[str, ...], given: dict[str, nn.Module] | None
+) -> tuple[dict[str, nn.Module], dict[str, tuple[str, ...]]]:
+    """Every teacher of the config by name, and the class names each of them knows.
+
+    `given` modules stand in for weights and know the dataset's classes.
+    """
+    given = given or {}
+    for name in given:
+        if name not in {teacher.name for teacher in config.teachers}:
+            raise UserError(f"teacher {name!r} is not among the teachers of the config")
+    teachers, known = {}, {}
+    for index, teacher in enumerate(config.teachers):
+        if teacher.name in teachers:
+            raise UserError(f"key 'teachers.{index}.name': {teacher.name!r} is used twice")
+        if teacher.name in given:
+            teachers[teacher.name], known[teacher.name] = given[teacher.name], names
+        elif teacher.weights is None:
+            raise UserError(
+                f"key 'teachers.{index}.weights': found none, expected a file; compare.py trains a teacher in place"
+            )
+        else:
+            model, info = checkpoint.load_model(teacher.weights, teacher.arch)
+            has_names = info.names != tuple(map(str, range(len(info.names))))
+            teachers[teacher.name] = model
+            known[teacher.name] = info.names if has_names or len(info.names) != len(names) else names
+    return teachers, known
+
+
+def augmentation_at(config: Config, epoch: int) -> AugmentConfig:
+    """The last epochs see whole pictures again: without mosaic and mixup."""
+    if epoch >= config.epochs - config.augment.close_mosaic_epochs:
+        return dataclasses.replace(config.augment, mosaic=0.0, mixup=0.0)
+    return config.augment
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,101 @@
+"""Where a run is, what is saved of it, and what may differ when it is resumed."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import checkpoint
+from config import Config, to_tree
+from errors import UserError
+
+# Nothing in the result depends on these, so a resumed run may change them without being asked.
+FREE_KEYS = ("name", "runs", "save_every_steps", "data.root", "data.workers", "data.cache")
+
+
+@dataclass
+class Position:
+    """How far a run is. `sums` are of each loss term over the batches of the epoch in progress."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # in progress, from 0
+    batch: int = 0  # batches of that epoch done
+    images: int = 0  # seen so far, by all processes
+    seconds: float = 0.0  # of training so far, evaluation and saving left out
+    sums: dict[str, float] = field(default_factory=dict)
+    best: float | None = None  # held-out mAP50-95 of the best epoch
+    best_epoch: int | None = None  # from 1
+
+    def count(self, terms: dict[str, float], images: int) -> None:
+        """One batch further."""
+        self.batch += 1
+        self.images += images
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {name: total / max(self.batch, 1) for name, total in self.sums.items()}
+
+    def next_epoch(self) -> None:
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+
+    def is_over(self, config: Config) -> bool:
+        """All epochs done, or `patience` of them without a better held-out result."""
+        waited = self.epoch - self.best_epoch if self.best_epoch is not None else 0
+        return self.epoch >= config.epochs or bool(config.patience and waited >= config.patience)
+
+
+def describe_model(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+    """The part of a checkpoint that says what its model is; enough for checkpoint.load_model beside `ema`."""
+    return {
+        "arch": config.student.arch,
+        "names": list(names),
+        "image_size": config.image_size,
+        "config": to_tree(config),
+        "versions": {"torch": str(torch.__version__), "format": checkpoint.FORMAT},
+    }
+
+
+def fingerprint(index) -> str:
+    """A hash of the pictures' names and sizes and of all objects, in order. Folders above the files do not matter."""
+    digest = hashlib.sha256("\n".join(index.names).encode())
+    for sample in index.samples:
+        digest.update(f"\n{sample.image_path.name} {sample.width} {sample.height} ".encode())
+        digest.update(sample.boxes_xyxy.tobytes() + sample.labels.tobytes() + sample.ignore.tobytes())
+    return digest.hexdigest()
+
+
+def refuse_changes(saved: dict[str, Any], config: Config, allowed: tuple[str, ...], source: str) -> None:
+    """UserError naming the first key whose value differs from the saved config tree, FREE_KEYS and `allowed` apart."""
+    before, now = _flat(saved), _flat(to_tree(config))
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key) and not _covers((*FREE_KEYS, *allowed), key):
+            raise UserError(
+                f"{source}: key {key!r}: the run was started with {before.get(key)!r}, found {now.get(key)!r}; "
+                f"a resumed run would not be the same run (--allow-change {key} if that is meant)"
+            )
+
+
+def _covers(allowed: tuple[str, ...], key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in allowed)
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    """{"optimizer.momentum": 0.9, "terms.0.weight": 1.0, ...}; an empty list or dict is a value of its own."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if items is None or not tree:
+        return {key: tree if items is None else []}
+    flat: dict[str, Any] = {}
+    for name, value in items:
+        flat |= _flat(value, f"{key}.{name}" if key else str(name))
+    return flat
+
+
+def position_tree(position: Position) -> dict[str, Any]:
+    return dataclasses.asdict(position)
+
+
+def position_from(state: dict[str, Any]) -> Position:
+    return Position(**state["position"])
