@@ -28,7 +28,7 @@ def ciou_alpha(a, b, eps=1e-7):
 
 
 def ciou(a, b, eps=1e-7, alpha=None):
-    """IoU - rho^2 / c^2 - alpha v, eps where the contract of boxes.paired_ciou has it; alpha by its formula or given."""
+    """IoU - rho^2 / c^2 - alpha v, eps as in the contract of boxes.paired_ciou; alpha by its formula or given."""
     (wa, ha), (wb, hb) = ((x[2] - x[0], x[3] - x[1] + eps) for x in (a, b))
     overlap = intersection(a, b)
     ratio = overlap / (wa * ha + wb * hb - overlap + eps)
@@ -36,3 +36,14 @@ def ciou(a, b, eps=1e-7, alpha=None):
     rho2 = ((a[0] + a[2] - b[0] - b[2]) / 2) ** 2 + ((a[1] + a[3] - b[1] - b[3]) / 2) ** 2
     own_alpha, v = ciou_alpha(a, b, eps)
     return ratio - rho2 / (hull_w**2 + hull_h**2 + eps) - (own_alpha if alpha is None else alpha) * v
+
+
+def numeric_gradient(f, x, step=1e-6):
+    """Central differences of a scalar function of a list of numbers."""
+    gradient = []
+    for i in range(len(x)):
+        up, down = list(x), list(x)
+        up[i] += step
+        down[i] -= step
+        gradient.append((f(up) - f(down)) / (2 * step))
+    return gradient

@@ -43,7 +43,7 @@ def decode(logits, point, stride):
 
 
 def task_aligned(scores, boxes, centers, gt_boxes, gt_labels, topk=10, alpha=0.5, beta=6.0, eps=1e-9):
-    """One image. scores (A, K), boxes (A, 4), centers (A, 2) pixels -> each location's object or -1, its target score."""
+    """One image: scores (A, K), boxes (A, 4), centers (A, 2) pixels -> object of each location or -1, target score."""
     A, G = len(boxes), len(gt_boxes)
     overlap, metric, chosen = np.zeros((G, A)), np.zeros((G, A)), np.zeros((G, A), dtype=bool)
     for g in range(G):
