@@ -107,15 +107,17 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
         if rows and "filename" not in rows[0]:
             raise UserError(f"{part.source}:1: columns {', '.join(map(str, rows[0]))}, expected one called filename")
         lines = list(dict.fromkeys(row["filename"].strip() for row in rows))  # one row an object
-    return [_stem(line, part.source) for line in lines]
+    return [_stem(line, part) for line in lines]
 
 
-def _stem(line: str, source: Path) -> str:
+def _stem(line: str, part: _Part) -> str:
     """A picture's name in a list, without the suffix of a picture; it may not leave the dataset's folder."""
     path = PurePosixPath(line)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{source}: {line!r} leaves the dataset's folder")
-    return str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else line
+        raise UserError(f"{part.source}: {line!r} leaves the dataset's folder")
+    if path.suffix.lower() in SUFFIXES and not (part.annotations / f"{line}.xml").is_file():
+        return str(path.with_suffix(""))
+    return line
 
 
 def _log_unlabelled(part: _Part, stems: set[str], log: FaultLog) -> None:

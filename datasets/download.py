@@ -1,0 +1,281 @@
+"""Fetch public datasets, only when asked to.
+
+    python -m datasets.download bccd|voc2007|voc2012|coco2017|kitti --root data [--dry-run]
+
+Sizes and hashes are checked where they are publicly known: VOC's MD5 sums are those torchvision publishes, sizes and
+the SHA-256 sums of COCO and KITTI those TensorFlow Datasets publishes. For BCCD, an archive made on demand, nothing is
+published: the digest of the first download is recorded, and a later one that differs is refused.
+
+An interrupted download goes on where it stopped (HTTP Range), if its hash is known: without one nothing could notice a
+file of two halves, and it starts again. Archives and manifest.json (url, bytes, sha256 of each) are kept in
+<root>/downloads. A dataset is unpacked beside its place and moved there whole.
+
+    name      pictures and labels then lie in            open_dataset(...)
+    bccd      <root>/bccd                                "voc", "<root>/bccd", "trainval"
+    voc2007   <root>/VOCdevkit/VOC2007                   "voc", "<root>/VOCdevkit", "2007/trainval"
+    voc2012   <root>/VOCdevkit/VOC2012                   "voc", "<root>/VOCdevkit", "2012/trainval"
+    coco2017  <root>/coco                                "coco", "<root>/coco", "train2017"
+    kitti     <root>/kitti                               "kitti", "<root>/kitti", "all"
+"""
+
+import argparse
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from errors import UserError, run_script
+
+CHUNK_BYTES = 1 << 20
+MAX_UNKNOWN_BYTES = 1 << 30  # of an archive whose size is not published
+MAX_EXPANSION = 20  # unpacked bytes per archive byte
+MAX_MEMBERS = 1_000_000
+TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A .zip or .tar file: where it is, its size in bytes and its digest ("md5:..." or "sha256:..."), where known.
+
+    `saved_as`: the file's name here, where the address does not end in one.
+    """
+
+    url: str
+    bytes: int | None = None
+    digest: str | None = None
+    saved_as: str | None = None
+
+    @property
+    def filename(self) -> str:
+        return self.saved_as or self.url.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class PublicDataset:
+    """Archives that unpack together; their folder `inside` becomes <root>/<folder>."""
+
+    archives: tuple[Archive, ...]
+    folder: str
+    inside: str = "."
+
+
+_VOC = "http://host.robots.ox.ac.uk/pascal/VOC"
+_COCO = "http://images.cocodataset.org"
+_KITTI = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
+
+# fmt: off
+DATASETS = {
+    "bccd": PublicDataset((
+        Archive("https://codeload.github.com/Shenggan/BCCD_Dataset/zip/refs/heads/master", saved_as="BCCD_Dataset.zip"),
+    ), "bccd", "BCCD_Dataset-master/BCCD"),
+    "voc2007": PublicDataset((
+        Archive(f"{_VOC}/voc2007/VOCtrainval_06-Nov-2007.tar", 460032000, "md5:c52e279531787c972589f7e41ab4ae64"),
+        Archive(f"{_VOC}/voc2007/VOCtest_06-Nov-2007.tar", 451020800, "md5:b6e924de25625d8de591ea690078ad9f"),
+    ), "VOCdevkit/VOC2007", "VOCdevkit/VOC2007"),
+    "voc2012": PublicDataset((
+        Archive(f"{_VOC}/voc2012/VOCtrainval_11-May-2012.tar", 1999639040, "md5:6cd6e144f989b92b3379bac3b3de84fd"),
+    ), "VOCdevkit/VOC2012", "VOCdevkit/VOC2012"),
+    "coco2017": PublicDataset((
+        Archive(f"{_COCO}/annotations/annotations_trainval2017.zip", 252907541,
+                "sha256:113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
+        Archive(f"{_COCO}/zips/val2017.zip", 815585330,
+                "sha256:4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
+        Archive(f"{_COCO}/zips/train2017.zip", 19336861798,
+                "sha256:69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
+    ), "coco"),
+    "kitti": PublicDataset((
+        Archive(f"{_KITTI}/data_object_label_2.zip", 5601213,
+                "sha256:4efc76220d867e1c31bb980bbf8cbc02599f02a9cb4350effa98dbb04aaed880"),
+        Archive(f"{_KITTI}/data_object_image_2.zip", 12569945557,
+                "sha256:351c5a2aa0cd9238b50174a3a62b846bc5855da256b82a196431d60ff8d43617"),
+    ), "kitti"),
+}
+# fmt: on
+
+
+def download(dataset: PublicDataset, root: str | Path, *, say: Callable[[str], None] = print) -> Path:
+    """Fetch, check, unpack. Returns the folder; where it is there already, nothing happens. UserError otherwise."""
+    root = Path(root)
+    target = root / dataset.folder
+    if target.exists():
+        say(f"{target} is there already")
+        return target
+    archives_folder = root / "downloads"
+    try:
+        archives_folder.mkdir(parents=True, exist_ok=True)
+        archives = [fetch(archive, archives_folder, say=say) for archive in dataset.archives]
+        with tempfile.TemporaryDirectory(prefix=".unpack.", dir=root) as temporary:
+            for path in archives:
+                say(f"unpacking {path.name}")
+                unpack(path, Path(temporary))
+            source = Path(temporary) / dataset.inside
+            if dataset.inside == ".":
+                source = Path(temporary) / "all"
+                source.mkdir()
+                for item in list(Path(temporary).iterdir()):
+                    if item != source:
+                        item.rename(source / item.name)
+            if not source.is_dir():
+                raise UserError(f"{archives[0]}: no folder {dataset.inside} inside, expected the dataset there")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror or error}", exit_code=5) from None
+    say(f"{target} is complete")
+    return target
+
+
+def fetch(archive: Archive, folder: Path, *, say: Callable[[str], None] = print) -> Path:
+    """The checked archive in `folder`, downloaded if need be. UserError for a cut, a wrong size or a wrong hash."""
+    path = folder / archive.filename
+    if path.is_file():
+        say(f"checking {path.name}")
+        _check(path, archive)
+        return path
+    part = path.with_name(path.name + ".part")
+    start = part.stat().st_size if part.exists() and archive.digest is not None else 0
+    if archive.bytes is not None:
+        free = shutil.disk_usage(folder).free
+        if free < archive.bytes - start:
+            raise UserError(
+                f"{folder}: {free} bytes free, expected {archive.bytes - start} for {path.name}", exit_code=5
+            )
+    if archive.bytes is None or start < archive.bytes:
+        say(f"fetching {archive.url}" + (f" from byte {start}" if start else ""))
+        _stream(archive, part, start)
+    try:
+        _check(part, archive)
+    except UserError:
+        part.unlink()  # nothing that follows could make it right
+        raise
+    os.replace(part, path)
+    return path
+
+
+def _stream(archive: Archive, part: Path, start: int) -> None:
+    """Append the bytes from `start` to the part file; it may be called again after an error."""
+    request = urllib.request.Request(archive.url, headers={"User-Agent": "retort", "Accept-Encoding": "identity"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+            if response.status != 206:
+                start = 0  # the server sends the whole file
+            elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+                raise UserError(f"{archive.url}: answered with the range {response.headers.get('Content-Range')}")
+            length = response.headers.get("Content-Length")
+            total = start + int(length) if length and length.isdecimal() else None
+            if archive.bytes is not None and total is not None and total != archive.bytes:
+                raise UserError(f"{archive.url}: {total} bytes offered, expected {archive.bytes}")
+            limit = archive.bytes if archive.bytes is not None else MAX_UNKNOWN_BYTES
+            with open(part, "r+b" if start else "wb") as file:
+                file.seek(start)
+                written = start
+                while chunk := response.read(CHUNK_BYTES):
+                    written += len(chunk)
+                    if written > limit:
+                        raise UserError(f"{archive.url}: more than {limit} bytes, expected no more")
+                    file.write(chunk)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        done = part.stat().st_size if part.exists() else 0
+        again = "run again to go on" if archive.digest is not None else "run again to start anew"
+        raise UserError(f"{archive.url}: {getattr(error, 'reason', None) or error} at byte {done}; {again}") from None
+    expected = archive.bytes if archive.bytes is not None else total
+    if expected is not None and written < expected:
+        again = "run again to go on" if archive.digest is not None else "run again to start anew"
+        raise UserError(f"{archive.url}: cut off at byte {written} of {expected}; {again}")
+
+
+def _check(path: Path, archive: Archive) -> None:
+    """Compare size and digest with what is published, else with the manifest; then write the manifest."""
+    size = path.stat().st_size
+    if archive.bytes is not None and size != archive.bytes:
+        raise UserError(f"{path}: {size} bytes, expected {archive.bytes}; delete it to fetch it again")
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            sha256.update(chunk)
+            md5.update(chunk)
+    manifest_path = path.with_name("manifest.json")
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.exists() else {}
+        recorded = manifest.get(archive.filename, {}).get("sha256")
+    except (ValueError, AttributeError):
+        raise UserError(f"{manifest_path}: not a manifest of ours; delete it to start anew") from None
+    expected = archive.digest or (f"sha256:{recorded}" if recorded else None)
+    if expected is not None:
+        kind, _, value = expected.partition(":")
+        found = {"sha256": sha256, "md5": md5}[kind].hexdigest()
+        if found != value:
+            source = "published" if archive.digest else f"recorded in {manifest_path}"
+            raise UserError(f"{path}: {kind} {found}, expected {value} ({source}); delete it to fetch it again")
+    checked = archive.digest or "recorded on first download"
+    manifest[archive.filename] = {"url": archive.url, "bytes": size, "sha256": sha256.hexdigest(), "checked": checked}
+    temporary = manifest_path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, manifest_path)
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Unpack plain files and folders of a .zip or .tar below `folder`.
+
+    A link, a device, a path that leaves the folder, or more than 20 times the archive's bytes is a UserError.
+    """
+    limit = MAX_EXPANSION * path.stat().st_size + (1 << 20)
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+                _check_members(path, limit, [(m.filename, m.file_size, _zip_is_plain(m)) for m in members])
+                archive.extractall(folder)  # reads no more of a member than its stated size, and checks its CRC
+        else:
+            with tarfile.open(path) as archive:
+                members = archive.getmembers()
+                _check_members(path, limit, [(m.name, m.size, m.isreg() or m.isdir()) for m in members])
+                archive.extractall(folder, filter="data")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be unpacked: {error}") from None
+
+
+def _zip_is_plain(member: zipfile.ZipInfo) -> bool:
+    mode = stat.S_IFMT(member.external_attr >> 16)
+    return not member.flag_bits & 1 and mode in (0, stat.S_IFREG, stat.S_IFDIR)
+
+
+def _check_members(path: Path, limit: int, members: list[tuple[str, int, bool]]) -> None:
+    """members: (name, bytes, is a plain file or folder)."""
+    if len(members) > MAX_MEMBERS or sum(size for _, size, _ in members) > limit:
+        raise UserError(f"{path}: unpacks to more than {limit} bytes or {MAX_MEMBERS} files")
+    for name, _, is_plain in members:
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if not is_plain or parts.is_absolute() or ".." in parts.parts:
+            raise UserError(f"{path}: member {name!r} is a link, a device, or leaves the folder")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasets.download", description="Fetch a public dataset.")
+    parser.add_argument("name", choices=tuple(DATASETS))
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and stop")
+    arguments = parser.parse_args(argv)
+    dataset = DATASETS[arguments.name]
+    for archive in dataset.archives:
+        size = f"{archive.bytes / 1e6:,.1f} MB" if archive.bytes else "size not published"
+        print(f"{archive.url}  {size}  {archive.digest or 'no published hash: recorded on first download'}")
+    if not arguments.dry_run:
+        download(dataset, arguments.root)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
