@@ -4,6 +4,7 @@ The order of an epoch is a pure function of (seed, epoch); so a batch is the sam
 run that stopped before batch k goes on with `epoch(e, start=k)` as if it had never stopped. There is no loader state.
 """
 
+import contextlib
 import mmap
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from datasets.images import read_image
 from datasets.letterbox import letterbox, letterbox_boxes, unletterbox
@@ -99,7 +100,9 @@ class Loader:
         self.index, self.batch_size, self.seed, self.workers = index, batch_size, seed, workers
         self.shuffle, self.rank, self.world_size, self.drop_last = shuffle, rank, world_size, drop_last
         self.timeout_s = timeout_s
-        self._reader = _Reader(index.samples, image_size, cache and _fits_in_memory(len(index.samples), image_size))
+        self._reader = _Reader(
+            index.samples, image_size, cache and _fits_in_memory(len(index.samples), image_size), workers
+        )
         if drop_last and not len(self):
             raise UserError(
                 f"{len(index.samples)} pictures on {world_size} processes make no full batch of {batch_size}"
@@ -121,7 +124,7 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from the start-th on.
 
-        UserError names the file for a picture that cannot be read, and the files awaited when a worker dies or
+        UserError names the file for a picture that cannot be read, and the files being read when a worker dies or
         takes longer than `timeout_s`. Workers end with the iterator, also when it is abandoned.
         """
         batches = self.batches(epoch)[start:]
@@ -131,6 +134,7 @@ class Loader:
             for rows in batches:
                 yield _checked(self._reader[rows])
             return
+        self._reader.reading[:] = 0
         iterator = iter(
             DataLoader(
                 self._reader,
@@ -144,15 +148,20 @@ class Loader:
                 generator=torch.Generator(),  # otherwise each epoch draws a number from the global one
             )
         )
-        for rows in batches:
-            try:
-                result = next(iterator)
-            except (RuntimeError, OSError) as error:
-                if "DataLoader" not in str(error) and not isinstance(error, ConnectionError):
-                    raise
-                reason = str(error).splitlines()[0] or type(error).__name__
-                raise UserError(f"{self._reader.samples[rows[0]].image_path} or its batch: {reason}") from error
-            yield _checked(result)
+        try:
+            for _ in batches:
+                yield _checked(next(iterator))
+        except (RuntimeError, OSError) as error:
+            if not str(error).startswith("DataLoader ") and not isinstance(error, ConnectionError):
+                raise
+            files = ", ".join(str(self._reader.samples[row].image_path) for row in self._reader.rows_being_read())
+            reason = " ".join(str(error).split())
+            raise UserError(f"a loader process died or hung while reading {files or 'nothing'}: {reason}") from error
+        finally:
+            # There is no public way. Until it is done, a worker that died raises at any later line, out of torch's
+            # signal handler: also inside this call, which still completes.
+            with contextlib.suppress(RuntimeError):
+                iterator._shutdown_workers()
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -161,8 +170,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all of the whole numbers (>= 0) and their order."""
-    words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    """A CPU generator whose stream depends on all of the numbers, whole and in 0..2^64 - 1, and on their order."""
+    # The length and fixed-width numbers: SeedSequence itself takes (0,) and (0, 0) for the same.
+    entropy = [len(numbers), *(word for n in numbers for word in (n & 0xFFFFFFFF, n >> 32))]
+    words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
@@ -177,8 +188,9 @@ def shard(rows: list[int], rank: int, world_size: int, *, wrap_around: bool) -> 
 class _Reader(Dataset):
     """rows of samples -> Batch, or the message of the UserError met: a worker's exception would lose its type."""
 
-    def __init__(self, samples, image_size: int, cache: bool) -> None:
+    def __init__(self, samples, image_size: int, cache: bool, workers: int) -> None:
         self.samples, self.image_size = samples, image_size
+        self.reading = np.frombuffer(mmap.mmap(-1, 8 * max(1, workers)), np.int64)  # 1 + row, per worker; 0: nothing
         self.pictures = self.geometry = None
         if cache:
             # An anonymous shared map: forked workers fill it for everyone, it takes memory only where it is filled,
@@ -193,7 +205,10 @@ class _Reader(Dataset):
         images = np.empty((len(rows), 3, self.image_size, self.image_size), np.uint8)
         scale, content = torch.empty(len(rows)), torch.empty(len(rows), 4)
         boxes = []
+        worker = get_worker_info()
+        slot = worker.id if worker else 0
         for i, row in enumerate(rows):
+            self.reading[slot] = 1 + row
             try:
                 images[i], exact_scale, *picture_xyxy = self._read(row)
             except UserError as error:
@@ -203,6 +218,7 @@ class _Reader(Dataset):
             corners = torch.from_numpy(np.asarray(self.samples[row].boxes_xyxy, np.float64).reshape(-1, 4))
             boxes.append(letterbox_boxes(corners, exact_scale, picture_xyxy[:2]).float())
             scale[i], content[i] = exact_scale, torch.tensor(picture_xyxy)
+        self.reading[slot] = 0
         counts = torch.tensor([len(b) for b in boxes])
         targets = Targets(
             torch.cat(boxes),
@@ -211,6 +227,10 @@ class _Reader(Dataset):
             torch.from_numpy(np.concatenate([np.asarray(self.samples[row].ignore, bool) for row in rows])),
         )
         return Batch(torch.from_numpy(images), targets, torch.tensor(rows), scale, content[:, :2].clone(), content)
+
+    def rows_being_read(self) -> list[int]:
+        """Of samples, by the workers of an epoch."""
+        return (self.reading[self.reading > 0] - 1).tolist()
 
     def _read(self, row: int) -> tuple[np.ndarray, float, float, float, float, float]:
         """The letterboxed picture (3, S, S), scale, and the corners of its content."""
