@@ -35,7 +35,7 @@ EVALUATORS = {"ours": "metrics.coco", "pycocotools": "pycocotools", "faster-coco
 
 
 def generate(num_images: int, seed: int) -> dict[str, np.ndarray]:
-    """A COCO-like set: boxes as x, y, width, height in hundredths of a pixel; sizes, classes and scores as skewed as COCO's.
+    """A COCO-like set, its sizes, classes and scores skewed as there; boxes are x, y, width, height in 1/100 pixel.
 
     Objects (about 7.5 an image, 1.2 % crowd): object_image, object_label, object_xywh, object_area, object_crowd.
     Detections (100 an image; some 0.31 AP): image, label, xywh, score.
@@ -64,7 +64,9 @@ def generate(num_images: int, seed: int) -> dict[str, np.ndarray]:
     noise = rng.normal(0, 1, (len(source), 4)) * spread
     around = object_xywh[source]
     near = np.concatenate((around[:, :2] + noise[:, :2] * around[:, 2:], around[:, 2:] * np.exp(noise[:, 2:])), axis=1)
-    near_label = np.where(rng.random(len(source)) < 0.9, object_label[source], rng.integers(0, NUM_CLASSES, len(source)))
+    near_label = np.where(
+        rng.random(len(source)) < 0.9, object_label[source], rng.integers(0, NUM_CLASSES, len(source))
+    )
     near_score = (0.25 + 0.6 * quality) * 0.75**nth * rng.uniform(0.5, 1.0, len(source))
     far_image = np.repeat(np.arange(num_images), DETECTIONS_PER_IMAGE)
     far_size = np.exp(rng.normal(3.9, 1.0, (len(far_image), 2))).clip(4, 470)
@@ -124,7 +126,13 @@ def run_ours(data: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
 def run_peer(data: dict[str, np.ndarray], coco_class: type, eval_class: type) -> tuple[float, dict[str, float]]:
     start = time.process_time()
     ground_truth = coco_class()
-    columns = (data["object_image"], data["object_label"], data["object_xywh"], data["object_area"], data["object_crowd"])
+    columns = (
+        data["object_image"],
+        data["object_label"],
+        data["object_xywh"],
+        data["object_area"],
+        data["object_crowd"],
+    )
     ground_truth.dataset = {
         "images": [{"id": i, "width": WIDTH, "height": HEIGHT} for i in range(int(data["num_images"]))],
         "categories": [{"id": k, "name": str(k)} for k in range(NUM_CLASSES)],

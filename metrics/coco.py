@@ -136,9 +136,7 @@ def evaluate(
         ignore_difficult=ignore_difficult,
     )
     num_thresholds, num_classes, num_areas = len(iou_thresholds), len(ground_truth.names), len(area_ranges)
-    precision = np.full(
-        (num_thresholds, len(RECALL_THRESHOLDS), num_classes, num_areas, len(max_detections)), ABSENT
-    )
+    precision = np.full((num_thresholds, len(RECALL_THRESHOLDS), num_classes, num_areas, len(max_detections)), ABSENT)
     recall = np.full((num_thresholds, num_classes, num_areas, len(max_detections)), ABSENT)
     labels = detections.labels[matches.rows]
     class_starts = np.searchsorted(labels, np.arange(num_classes + 1))

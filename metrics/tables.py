@@ -105,7 +105,7 @@ Table = TypeVar("Table", GroundTruth, DetectionTable)
 def inclusive_to_continuous(table: Table) -> Table:
     """Boxes that hold their first and last pixel (Pascal VOC files: width = xmax - xmin + 1) -> continuous corners.
 
-    x1 and y1 move by -1: right for VOC's 1-based pixels, and shifted as a whole, which no metric sees, for 0-based ones.
+    x1 and y1 move by -1: right for VOC's 1-based pixels; 0-based ones end up shifted by a pixel, which no metric sees.
     The area changes with them where it was the box's.
     """
     boxes = table.boxes_xyxy - np.array([1.0, 1.0, 0.0, 0.0])
