@@ -184,3 +184,19 @@ def yolov5(
         cls += np.mean(cls_terms) if cls_terms else 0.0
         start += count
     return dict(zip(("box", "obj", "cls"), np.multiply(gains, (box, obj, cls)))), matches
+
+
+# ---------------------------------------------------------------------------------------------- scenes to compare on
+
+
+def random_objects(rng, num_images, count, size, num_classes, ignored=0.0):
+    """Boxes (N, 4) inside 0..size, labels, image rows, ignore flags; images in any order, sides from 3 pixels."""
+    sides = rng.uniform(3, 0.7 * size, (count, 2))
+    corner = rng.uniform(0, 1, (count, 2)) * (size - sides)
+    boxes = np.concatenate((corner, corner + sides), axis=1)
+    return (
+        boxes,
+        rng.integers(num_classes, size=count),
+        rng.integers(num_images, size=count),
+        rng.random(count) < ignored,
+    )

@@ -1,0 +1,310 @@
+"""The assigners against loops over objects and cells, on scenes where the answer is known, and on awkward boxes."""
+
+import numpy as np
+import pytest
+import torch
+
+from structures import Targets
+from tests.golden.recipe import uniform
+from tests.reference import yolo_losses as reference
+from yolo.assigners import (
+    anchor_ratio_matches,
+    assignment_of_matches,
+    last_match,
+    make_anchors,
+    make_points,
+    task_aligned_assignment,
+)
+
+GRIDS, STRIDES = [(8, 8), (4, 4), (2, 2)], [8, 16, 32]  # 64 x 64 pixels, A = 84
+ANCHORS = torch.tensor([[[5, 6], [8, 14], [15, 11]], [[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]]])
+ANCHORS = ANCHORS.double()  # (3, 3, 2) pixels
+POINTS, STEPS = make_points(GRIDS, STRIDES, dtype=torch.float64)
+
+
+def targets_of(boxes, labels=None, image=None, ignore=None):
+    boxes = torch.as_tensor(np.asarray(boxes, dtype=np.float64).reshape(-1, 4))
+    N = len(boxes)
+    return Targets(
+        boxes,
+        torch.zeros(N, dtype=torch.int64) if labels is None else torch.as_tensor(labels),
+        torch.zeros(N, dtype=torch.int64) if image is None else torch.as_tensor(image),
+        torch.zeros(N, dtype=torch.bool) if ignore is None else torch.as_tensor(ignore),
+    )
+
+
+def assign(logits, predicted, targets, **options):
+    return task_aligned_assignment(
+        class_logits=logits, boxes_xyxy=predicted, points=POINTS, strides=STEPS, targets=targets, **options
+    )
+
+
+def cells_of_equal_merit(box, B=1, K=1):
+    """Every location predicts `box` with the same score."""
+    return torch.zeros(B, 84, K).double(), torch.tensor(box).double().expand(B, 84, 4).clone()
+
+
+# ------------------------------------------------------------------------------------------------ the grids
+
+
+def test_points_are_cell_centers_level_by_level():
+    points, strides = make_points([(2, 3), (1, 2)], [8, 16])
+    assert points.tolist() == reference.cell_centers([(2, 3), (1, 2)]).tolist()
+    assert points[:4].tolist() == [[0.5, 0.5], [1.5, 0.5], [2.5, 0.5], [0.5, 1.5]]  # x first, row by row
+    assert strides[:, 0].tolist() == [8] * 6 + [16] * 2
+    assert make_points([(2, 3)], [8], dtype=torch.float64)[0].dtype == torch.float64
+
+
+def test_anchor_order_is_level_anchor_row_column():
+    grids = [(2, 3), (1, 2)]
+    points, strides, sizes = make_anchors(grids, [8, 16], ANCHORS[:2])
+    start = 0
+    for level, (h, w) in enumerate(grids):
+        for anchor in range(3):
+            for y in range(h):
+                for x in range(w):
+                    index = start + (anchor * h + y) * w + x
+                    assert points[index].tolist() == [x + 0.5, y + 0.5]
+                    assert sizes[index].tolist() == ANCHORS[level, anchor].tolist()
+                    assert strides[index].item() == [8, 16][level]
+        start += 3 * h * w
+    assert len(points) == start
+
+
+# ------------------------------------------------------------------------------------------------ task-aligned
+
+
+def random_predictions(rng, boxes, image, B, K):
+    """Half of the locations predict near an object of their image, so that many compete; others anything."""
+    predicted = np.sort(rng.uniform(-5, 70, (B, 84, 2, 2)), axis=2).reshape(B, 84, 4)
+    for b in range(B):
+        rows = np.flatnonzero(image == b)
+        for a in range(84):
+            if len(rows) and rng.random() < 0.6:
+                predicted[b, a] = boxes[rng.choice(rows)] + rng.normal(scale=2, size=4)
+    predicted[..., 2:] = np.maximum(predicted[..., 2:], predicted[..., :2])
+    return predicted, rng.normal(-1, 2, (B, 84, K))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [0, 1, 12, 60])
+def test_task_aligned_matches_reference(seed, count):
+    rng = np.random.default_rng([seed, count])
+    B, K = 3, 4
+    boxes, labels, image, ignore = reference.random_objects(rng, B, count, 64, K, ignored=0.1)
+    boxes[: count // 6] = np.clip(boxes[: count // 6], 20, 60)  # crowd some of them, duplicates and empty ones too
+    boxes[:, 2:] = np.maximum(boxes[:, :2] + 8.5, boxes[:, 2:])  # sides below 8 have candidates of their own: see below
+    predicted, logits = random_predictions(rng, boxes, image, B, K)
+    got = assign(torch.tensor(logits), torch.tensor(predicted), targets_of(boxes, labels, image, ignore))
+    for b in range(B):
+        rows = np.flatnonzero((image == b) & ~ignore)
+        owner, score = reference.task_aligned(
+            1 / (1 + np.exp(-logits[b])), predicted[b], (POINTS * STEPS).numpy(), boxes[rows], labels[rows]
+        )
+        expected = np.where(owner >= 0, rows[owner] if len(rows) else -1, -1)
+        assert got.gt_index[b].tolist() == expected.tolist()
+        dense = np.zeros((84, K))
+        dense[owner >= 0, labels[expected[owner >= 0]]] = score[owner >= 0]
+        np.testing.assert_allclose(got.target_scores[b].numpy(), dense, rtol=1e-9, atol=1e-12)
+    assert torch.equal(got.is_positive, got.gt_index >= 0)
+
+
+def test_golden_assignment(golden):
+    arrays, meta = golden("loss_yolov8")
+    H, W = meta["height"], meta["width"]
+    rows = torch.tensor(arrays["targets"])
+    cx, cy, w, h = (rows[:, 2:] * torch.tensor([W, H, W, H])).unbind(1)
+    targets = targets_of(
+        torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), 1), rows[:, 1].long(), rows[:, 0].long()
+    )
+    points, strides = make_points([(H // s, W // s) for s in STRIDES], STRIDES, dtype=torch.float64)
+    A = len(points)
+    z = torch.tensor(3 * uniform(meta["salt"] + "v8.boxes", (3, 64, A))).unflatten(1, (4, 16))
+    ltrb = (z.softmax(2) * torch.arange(16.0)[:, None]).sum(2).transpose(1, 2)
+    predicted = torch.cat((points - ltrb[..., :2], points + ltrb[..., 2:]), -1) * strides
+    logits = torch.tensor(2 * uniform(meta["salt"] + "v8.scores", (3, meta["nc"], A)) - 2).transpose(1, 2)
+    got = task_aligned_assignment(
+        class_logits=logits, boxes_xyxy=predicted, points=points, strides=strides, targets=targets
+    )
+    assert np.array_equal(got.is_positive.numpy(), arrays["foreground"])
+    first_row = torch.searchsorted(targets.image, torch.arange(3))  # the file counts objects within their image
+    index = got.gt_index - first_row[:, None]
+    assert torch.equal(index[got.is_positive], torch.tensor(arrays["assigned_gt"])[got.is_positive])
+
+
+def test_shared_location_goes_to_the_largest_overlap_even_if_it_did_not_choose_it():
+    logits, predicted = cells_of_equal_merit([0, 0, 64, 64], K=2)
+    a, b, c = [0, 0, 64, 60.0], [0, 0, 64, 58.0], [0, 0, 64, 62.0]
+    logits[0, :, 1] = -30  # object c's label has no score anywhere: at most an accident chooses for it
+    logits[0, 40:, 1] = 0
+    got = assign(logits, predicted, targets_of([a, b, c], labels=[0, 0, 1]), topk=5)
+    # a and b choose locations 0..4, c chooses 40..44; c overlaps most, so it takes the shared ones as well
+    assert got.gt_index[0, :5].tolist() == [2] * 5 and got.gt_index[0, 40:45].tolist() == [2] * 5
+    assert got.is_positive.sum() == 10
+    assert got.target_scores[0, 40:45, 1].min() > 0.9 and (got.target_scores[0, :, 0] == 0).all()
+
+
+def test_equal_candidates_lower_location_first_and_equal_objects_lower_row_first():
+    logits, predicted = cells_of_equal_merit([4, 4, 60, 60])
+    got = assign(logits, predicted, targets_of([[4, 4, 60, 60]] * 3), topk=7)
+    inside = ((POINTS * STEPS > 4) & (POINTS * STEPS < 60)).all(-1).nonzero()[:7, 0]
+    assert got.is_positive[0].nonzero()[:, 0].tolist() == inside.tolist()
+    assert (got.gt_index[got.is_positive] == 0).all()
+
+
+def test_best_location_of_an_object_gets_its_overlap_as_target():
+    """max_a of the normalised scores is max_a u_ga, and a worse location gets the share of its metric."""
+    logits, predicted = cells_of_equal_merit([0, 0, 32, 32])
+    predicted[0, 9] = torch.tensor([0, 0, 16, 32.0])  # overlap 1/2, and no shape like the object's
+    got = assign(logits, predicted, targets_of([[0, 0, 32, 32]]), topk=100)
+    scores = got.target_scores[0, :, 0]
+    assert scores.max().item() == pytest.approx(1, abs=1e-6)
+    ciou = reference.ciou([0, 0, 16, 32], [0, 0, 32, 32])
+    assert scores[9].item() == pytest.approx(ciou**6, rel=1e-5)  # (1/2)^alpha u^beta against (1/2)^alpha 1^beta
+
+
+def test_images_do_not_touch_one_another():
+    rng = np.random.default_rng(4)
+    boxes, labels, image, ignore = reference.random_objects(rng, 3, 40, 64, 4)
+    predicted, logits = map(torch.tensor, random_predictions(rng, boxes, image, 3, 4))
+    both = assign(logits, predicted, targets_of(boxes, labels, image, ignore))
+    for b in range(3):
+        rows = np.flatnonzero(image == b)
+        alone = assign(logits[b : b + 1], predicted[b : b + 1], targets_of(boxes[rows], labels[rows]))
+        torch.testing.assert_close(alone.target_scores[0], both.target_scores[b], rtol=0, atol=0)
+        expected = torch.tensor(rows)[alone.gt_index[0]].where(alone.is_positive[0], -1)
+        assert torch.equal(expected, both.gt_index[b])
+
+
+def test_one_pixel_box_between_the_centers_is_still_learnt():
+    logits, predicted = cells_of_equal_merit([15, 15, 18, 18])
+    got = assign(logits, predicted, targets_of([[15.6, 15.6, 16.6, 16.6]]))
+    centers = (POINTS * STEPS)[got.is_positive[0]]
+    assert len(centers) == 6  # four of stride 8, one of stride 16, one of stride 32
+    assert ((centers - 16.1).abs() < 8).all()
+    assert got.target_scores.max() > 0
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[20, 20, 20, 20], [20, 10, 20, 50], [10, 20, 50, 20], [50, 50, 10, 10], [-90, -90, -10, -10], [100, 0, 164, 64]],
+    ids=["point", "upright line", "flat line", "inside out", "left of the image", "right of the image"],
+)
+def test_boxes_that_nothing_can_learn(box):
+    logits, predicted = cells_of_equal_merit([0, 0, 64, 64])
+    got = assign(logits, predicted, targets_of([box]))
+    assert not got.is_positive.any() and (got.gt_index == -1).all() and (got.target_scores == 0).all()
+    matches = anchor_ratio_matches(grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets_of([box]))
+    assert len(matches.row) == 0
+
+
+def test_ignored_rows():
+    logits, predicted = cells_of_equal_merit([0, 0, 64, 64])
+    targets = targets_of([[0, 0, 64, 64], [0, 0, 20, 20], [0, 0, 64, 64]], [0, 0, 0], [0, 0, 1], [False, True, True])
+    logits, predicted = logits.repeat(2, 1, 1), predicted.repeat(2, 1, 1)
+    got = assign(logits, predicted, targets, topk=2)
+    assert got.gt_index[0, :2].tolist() == [0, 0] and got.is_positive.sum() == 2  # an ignored row teaches nothing
+    is_inside = ((POINTS * STEPS) < 20).all(-1)
+    assert torch.equal(got.is_ignored[0], is_inside & ~got.is_positive[0])  # a positive stays a positive
+    assert got.is_ignored[1].all()
+
+
+def test_many_objects_and_many_classes():
+    rng = np.random.default_rng(5)
+    boxes, labels, image, ignore = reference.random_objects(rng, 2, 400, 64, 80)
+    boxes[100:200] = boxes[:100]
+    labels[100:200], image[100:200] = labels[:100], image[:100]  # duplicates
+    predicted, logits = map(torch.tensor, random_predictions(rng, boxes, image, 2, 80))
+    got = assign(logits.float(), predicted.float(), targets_of(boxes, labels, image, ignore))
+    assert got.target_scores.isfinite().all() and got.target_scores.max() <= 1 and got.target_scores.min() >= 0
+    assert torch.equal(got.target_scores.sum(-1) > 0, got.is_positive)
+    assert not ((got.gt_index >= 100) & (got.gt_index < 200)).any()  # the first of two equal rows
+
+
+def test_saturated_predictions():
+    logits, predicted = cells_of_equal_merit([0, 0, 64, 64])
+    for value in (-1e4, 1e4):
+        got = assign(logits + value, predicted, targets_of([[0, 0, 64, 64]]))
+        assert got.target_scores.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ anchor ratio
+
+
+def matches_of(targets, anchors=ANCHORS):
+    return anchor_ratio_matches(grid_sizes=GRIDS, strides=STRIDES, anchors=anchors, targets=targets)
+
+
+def matches_of_reference(boxes, image, ignore=None):
+    found, start = [], 0
+    for level, ((h, w), stride) in enumerate(zip(GRIDS, STRIDES)):
+        for n, a, y, x in reference.anchor_matches(boxes, ANCHORS[level].numpy(), (h, w), stride):
+            if ignore is None or not ignore[n]:
+                found.append((n, int(image[n]), start + (a * h + y) * w + x, level))
+        start += 3 * h * w
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_anchor_ratio_matches_reference(seed):
+    rng = np.random.default_rng(seed)
+    boxes, labels, image, ignore = reference.random_objects(rng, 3, 80, 64, 4, ignored=0.2)
+    boxes[::5] = np.round(boxes[::5])  # centers on borders and at exactly half a cell
+    boxes[1::9] -= 25  # some centers outside the image
+    got = matches_of(targets_of(boxes, labels, image, ignore))
+    pairs = list(zip(*(x.tolist() for x in (got.row, got.image, got.location, got.level))))
+    assert pairs == matches_of_reference(boxes, image, ignore)
+    assert len(pairs) > 100 and len(set(pairs)) == len(pairs)
+
+
+def test_anchor_ratio_by_hand():
+    one_anchor = torch.tensor([[[8.0, 8.0]]] * 3).double()
+    # center (20, 11): on stride 8 cell (2, 1), at 0.5 and 0.375 of it: no left or right neighbour, the one above
+    box = [[20 - 6, 11 - 7, 20 + 6, 11 + 7]]
+    got = matches_of(targets_of(box), one_anchor)
+    cells = [(location % 8, location // 8) for location in got.location[got.level == 0].tolist()]
+    assert cells == [(2, 1), (2, 0)]
+    for side, taken in ((31.9, True), (32.1, False), (2.1, True), (1.9, False)):
+        box = [[20 - side / 2, 8, 20 + side / 2, 16]]
+        assert bool(len(matches_of(targets_of(box), one_anchor).row)) == taken  # side / 8 and 8 / side below 4
+
+
+@pytest.mark.parametrize("center", [(0, 0), (64, 64), (0, 64), (32, 64), (32, 32), (63.99, 0.01)])
+def test_centers_on_borders_stay_inside_the_grid(center):
+    x, y = center
+    got = matches_of(targets_of([[x - 5, y - 5, x + 5, y + 5]]))
+    sizes = torch.tensor([3 * h * w for h, w in GRIDS])
+    start = (sizes.cumsum(0) - sizes)[got.level]
+    assert len(got.row) and ((got.location >= start) & (got.location < start + sizes[got.level])).all()
+    assert len(set(got.location.tolist())) == len(got.row)  # each cell once
+    points, strides, _ = make_anchors(GRIDS, STRIDES, ANCHORS)
+    distance = (points[got.location] - torch.tensor(center) / strides[got.location]).abs()
+    assert (distance <= 1).all()  # the decoder reaches one cell from the center
+
+
+def test_last_match_decides_a_shared_location():
+    same = [[10, 10, 22, 22]] * 2
+    targets = targets_of(same, labels=[1, 3])
+    matches = matches_of(targets)
+    A = 3 * 84
+    winner = last_match(matches, 1, A)
+    assert set(matches.row[winner[winner >= 0]].tolist()) == {1}
+    points, strides, _ = make_anchors(GRIDS, STRIDES, ANCHORS)
+    scores = torch.linspace(0.1, 0.9, len(matches.row)).double()
+    got = assignment_of_matches(matches, scores, points=points, strides=strides, targets=targets, shape=(1, A, 4))
+    assert (got.gt_index[got.is_positive] == 1).all() and (got.gt_index[~got.is_positive] == -1).all()
+    assert sorted(got.is_positive[0].nonzero()[:, 0].tolist()) == sorted(set(matches.location.tolist()))
+    for index, location in enumerate(matches.location.tolist()):
+        if matches.row[index] == 1:
+            assert got.target_scores[0, location].tolist() == [0, 0, 0, scores[index].item()]
+
+
+def test_no_objects_at_all():
+    none = Targets.empty()
+    logits, predicted = cells_of_equal_merit([0, 0, 64, 64], B=2, K=3)
+    got = assign(logits, predicted, none)
+    assert got.target_scores.shape == (2, 84, 3) and got.target_scores.sum() == 0
+    assert not got.is_positive.any() and not got.is_ignored.any() and (got.gt_index == -1).all()
+    matches = matches_of(none)
+    assert matches.row.shape == matches.image.shape == matches.location.shape == matches.level.shape == (0,)
+    assert (last_match(matches, 2, 252) == -1).all()

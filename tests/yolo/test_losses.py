@@ -1,0 +1,496 @@
+"""The YOLO losses against loops in float64, recorded public outputs, their own identities, and awkward inputs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from boxes import distances_to_xyxy
+from structures import Targets
+from tests.golden.recipe import uniform
+from tests.reference import boxes as box_reference
+from tests.reference import yolo_losses as reference
+from yolo import losses
+from yolo.assigners import make_anchors, make_points
+
+GRIDS, STRIDES = [(8, 8), (4, 4), (2, 2)], [8, 16, 32]  # 64 x 64 pixels
+A8, A5, K = 84, 252, 4
+POINTS, STEPS = make_points(GRIDS, STRIDES, dtype=torch.float64)
+ANCHORS = torch.tensor([[[5, 6], [8, 14], [15, 11]], [[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]]])
+ANCHORS = ANCHORS.double()
+
+
+def targets_of(boxes, labels, image, ignore=None):
+    ignore = np.zeros(len(boxes), dtype=bool) if ignore is None else ignore
+    return Targets(*(torch.as_tensor(np.asarray(x)) for x in (np.reshape(boxes, (-1, 4)), labels, image, ignore)))
+
+
+def scene(seed, B=3, count=12, ignored=0.0, dtype=torch.float64):
+    rng = np.random.default_rng([seed, count])
+    arrays = reference.random_objects(rng, B, count, 64, K, ignored)
+    make = lambda *shape: torch.tensor(2 * rng.normal(size=shape), dtype=dtype).requires_grad_()
+    return targets_of(*arrays), make
+
+
+def v8(box_logits, class_logits, targets, **options):
+    points, steps = POINTS.to(box_logits), STEPS.to(box_logits)
+    return losses.yolov8_losses(
+        box_logits=box_logits, class_logits=class_logits, points=points, strides=steps, targets=targets, **options
+    )
+
+
+def v5(box_logits, objectness_logits, class_logits, targets, **options):
+    return losses.yolov5_losses(
+        box_logits=box_logits, objectness_logits=objectness_logits, class_logits=class_logits,
+        grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets, **options,
+    )  # fmt: skip
+
+
+def v8_logits(make, B=3):
+    return make(B, A8, 4, 16), make(B, A8, K)
+
+
+def v5_logits(make, B=3):
+    return make(B, A5, 4), make(B, A5), make(B, A5, K)
+
+
+HEADS = {"v8": (v8, v8_logits), "v5": (v5, v5_logits)}
+both_heads = pytest.mark.parametrize("head", ["v8", "v5"])
+
+
+def values(terms):
+    return {name: term.item() for name, term in terms.items()}
+
+
+# ------------------------------------------------------------------------------------------------ public outputs
+
+
+def golden_targets(arrays, meta):
+    rows, (W, H) = arrays["targets"], (meta["width"], meta["height"])
+    (cx, cy), (w, h) = (rows[:, 2:4] * [W, H]).T, (rows[:, 4:] * [W, H]).T
+    boxes = np.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), axis=1)
+    return targets_of(boxes, rows[:, 1].astype(np.int64), rows[:, 0].astype(np.int64))
+
+
+def test_golden_yolov8(golden):
+    arrays, meta = golden("loss_yolov8")
+    B, H, W = meta["batch"], meta["height"], meta["width"]
+    points, strides = make_points([(H // s, W // s) for s in STRIDES], STRIDES, dtype=torch.float64)
+    raw_boxes = torch.tensor(3 * uniform(meta["salt"] + "v8.boxes", (B, 64, len(points)))).requires_grad_()
+    raw_scores = torch.tensor(
+        2 * uniform(meta["salt"] + "v8.scores", (B, meta["nc"], len(points))) - 2
+    ).requires_grad_()
+    terms = losses.yolov8_losses(
+        box_logits=raw_boxes.unflatten(1, (4, 16)).permute(0, 3, 1, 2), class_logits=raw_scores.transpose(1, 2),
+        points=points, strides=strides, targets=golden_targets(arrays, meta),
+    )  # fmt: skip
+    got = B * torch.stack([terms["box"], terms["cls"], terms["dfl"]])  # the file's are multiplied by the batch size
+    np.testing.assert_allclose(got.detach().numpy(), arrays["loss"], rtol=1e-6)
+    got.sum().backward()
+    for leaf, name in ((raw_boxes, "grad_boxes"), (raw_scores, "grad_scores")):  # recorded in float32
+        assert np.linalg.norm(leaf.grad.numpy() - arrays[name]) <= 1e-6 * np.linalg.norm(arrays[name])
+
+
+def test_golden_yolov5(golden):
+    arrays, meta = golden("loss_yolov5")
+    B, H, W = meta["batch"], meta["height"], meta["width"]
+    grids = [(H // s, W // s) for s in STRIDES]
+    raw = [
+        torch.tensor(2 * uniform(meta["salt"] + f"v5.raw{i}", (B, 3, h, w, 5 + meta["nc"]))).requires_grad_()
+        for i, (h, w) in enumerate(grids)
+    ]
+    flat = torch.cat([x.flatten(1, 3) for x in raw], dim=1)  # (B, A, 5 + K)
+    terms = losses.yolov5_losses(
+        box_logits=flat[..., :4], objectness_logits=flat[..., 4], class_logits=flat[..., 5:], grid_sizes=grids,
+        strides=STRIDES, anchors=torch.tensor(meta["anchors"]), targets=golden_targets(arrays, meta),
+    )  # fmt: skip
+    got = [terms[name].item() for name in ("box", "obj", "cls")]
+    np.testing.assert_allclose(got, arrays["items"], rtol=1e-6)
+    total = B * sum(terms.values())
+    np.testing.assert_allclose(total.item(), arrays["loss"].item(), rtol=1e-6)
+    total.backward()
+    for i, leaf in enumerate(raw):
+        assert np.linalg.norm(leaf.grad.numpy() - arrays[f"grad{i}"]) <= 1e-6 * np.linalg.norm(arrays[f"grad{i}"])
+
+
+# ------------------------------------------------------------------------------------------------ loops
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_yolov8_matches_reference(count, ignored):
+    targets, make = scene(0, count=count, ignored=ignored)
+    wide = (targets.boxes_xyxy[:, 2:] - targets.boxes_xyxy[:, :2]).amin(-1) > 8  # smaller ones: see test_assigners
+    targets = targets[wide]
+    box_logits, class_logits = v8_logits(make)
+    expected, owners, _ = reference.yolov8(
+        box_logits.detach().numpy(), class_logits.detach().numpy(), POINTS.numpy(), STEPS[:, 0].numpy(),
+        *(x.numpy() for x in (targets.boxes_xyxy, targets.labels, targets.image, targets.ignore)),
+    )  # fmt: skip
+    got = values(v8(box_logits, class_logits, targets))
+    assert got == pytest.approx(expected, rel=1e-9)
+    assignment = losses.yolov8_assignment(
+        box_logits=box_logits, class_logits=class_logits, points=POINTS, strides=STEPS, targets=targets
+    )
+    assert np.array_equal(assignment.gt_index.numpy(), owners)
+    assert values(v8(box_logits, class_logits, targets, assignment=assignment)) == got
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_yolov5_matches_reference(count, ignored):
+    targets, make = scene(1, count=count, ignored=ignored)
+    logits = v5_logits(make)
+    expected, matches = reference.yolov5(
+        *(x.detach().numpy() for x in logits), GRIDS, STRIDES, ANCHORS.numpy(),
+        *(x.numpy() for x in (targets.boxes_xyxy, targets.labels, targets.image, targets.ignore)),
+    )  # fmt: skip
+    assert values(v5(*logits, targets)) == pytest.approx(expected, rel=1e-9)
+    assignment = losses.yolov5_assignment(
+        box_logits=logits[0],
+        class_logits=logits[2],
+        grid_sizes=GRIDS,
+        strides=STRIDES,
+        anchors=ANCHORS,
+        targets=targets,
+    )
+    last = {(b, location): n for n, b, location in matches}  # the last match of a location stays
+    assert {(b, a): n for (b, a), n in np.ndenumerate(assignment.gt_index.numpy()) if n >= 0} == last
+
+
+# ------------------------------------------------------------------------------------------------ terms and decoders
+
+
+def test_decode_distances():
+    logits = torch.full((1, 2, 4, 16), -50.0).double()
+    for edge, bin_index in enumerate((1, 2, 3, 4)):
+        logits[0, :, edge, bin_index] = 50
+    points = torch.tensor([[4.5, 6.5], [4.5, 6.5]]).double()
+    got = losses.decode_distances(logits, points, torch.tensor([[8.0], [16.0]]).double())
+    torch.testing.assert_close(got[0, 0], torch.tensor([3.5, 4.5, 7.5, 10.5]).double() * 8)
+    torch.testing.assert_close(got[0, 1], torch.tensor([3.5, 4.5, 7.5, 10.5]).double() * 16)
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(3, A8, 4, 16))
+    expected = [[reference.decode(z[b, a], POINTS[a].numpy(), STEPS[a].item()) for a in range(A8)] for b in range(3)]
+    np.testing.assert_allclose(losses.decode_distances(torch.tensor(z), POINTS, STEPS), expected, rtol=1e-10)
+
+
+def test_decode_anchor_offsets():
+    points, strides, sizes = make_anchors(GRIDS, STRIDES, ANCHORS)
+    middle = losses.decode_anchor_offsets(torch.zeros(1, A5, 4).double(), points, strides, sizes)[0]
+    torch.testing.assert_close((middle[:, :2] + middle[:, 2:]) / 2, points * strides)  # sigmoid(0): the cell's center
+    torch.testing.assert_close(middle[:, 2:] - middle[:, :2], sizes)  # and the anchor's size
+    far = losses.decode_anchor_offsets(torch.full((1, A5, 4), 60.0).double(), points, strides, sizes)[0]
+    torch.testing.assert_close((far[:, :2] + far[:, 2:]) / 2, (points + 1) * strides)
+    torch.testing.assert_close(far[:, 2:] - far[:, :2], 4 * sizes)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3], ids=["usual", "large", "saturated"])
+def test_classification_loss_matches_reference(scale):
+    rng = np.random.default_rng(2)
+    z, t = scale * rng.normal(size=(5, 7)), rng.random((5, 7)) * rng.integers(0, 2, (5, 7))
+    skip = rng.random(5) < 0.4
+    pairwise = np.vectorize(reference.cross_entropy)(z, t)
+    got = losses.classification_loss(torch.tensor(z), torch.tensor(t))
+    assert got.item() == pytest.approx(pairwise.sum(), rel=1e-12)
+    got = losses.classification_loss(torch.tensor(z), torch.tensor(t), torch.tensor(skip))
+    assert got.item() == pytest.approx(pairwise[~skip].sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3], ids=["usual", "saturated"])
+@pytest.mark.parametrize("bins", [2, 16])
+def test_distribution_focal_loss_matches_reference(scale, bins):
+    rng = np.random.default_rng(3)
+    z, d = scale * rng.normal(size=(20, 4, bins)), rng.uniform(-2, bins + 2, (20, 4))  # beyond both ends as well
+    d[0] = [0, 1, bins - 1, bins - 1.01]  # on the bins
+    expected = [np.mean([reference.focal_distribution(z[n, e], d[n, e]) for e in range(4)]) for n in range(20)]
+    got = losses.distribution_focal_loss(torch.tensor(z), torch.tensor(d))
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10)
+
+
+def test_distribution_focal_loss_is_least_at_the_two_bins_of_the_target():
+    d = torch.tensor([[0.25, 3.0, 7.5, 13.9]]).double()
+    low = d.floor().long()
+    p = torch.zeros(1, 4, 16).double()
+    p.scatter_(-1, low[..., None], (low + 1 - d)[..., None])
+    p.scatter_add_(-1, low[..., None] + 1, (d - low)[..., None])
+    logits = p.clamp(min=1e-30).log().requires_grad_()
+    loss = losses.distribution_focal_loss(logits, d)
+    entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean(-1)
+    torch.testing.assert_close(loss, entropy)  # the cross-entropy's lower bound
+    loss.sum().backward()
+    assert logits.grad.abs().max() < 1e-12
+    point = torch.zeros(1, 2).double()
+    decoded = losses.decode_distances(logits, point, torch.ones(1, 1).double())
+    torch.testing.assert_close(
+        decoded, distances_to_xyxy(point, d)
+    )  # and what minimises the loss decodes to the target
+
+
+def test_ciou_loss_of_a_perfect_box_is_zero():
+    boxes = torch.tensor([[1.0, 2.0, 30.0, 60.0], [5.0, 5.0, 6.0, 6.0]]).double()
+    assert losses.ciou_loss(boxes, boxes).abs().max() < 1e-6
+    expected = 1 - box_reference.ciou([1, 2, 30, 60], [5, 5, 6, 6])
+    assert losses.ciou_loss(boxes[0], boxes[1]).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_objectness_loss_weighs_levels_and_leaves_out_marked_locations():
+    rng = np.random.default_rng(4)
+    z, o = rng.normal(size=(2, 9)), rng.random((2, 9))
+    o[0, 1] = o[1, 8] = -1
+    bce = np.where(o < 0, 0, np.vectorize(reference.cross_entropy)(z, np.maximum(o, 0)))
+    expected = 4 * bce[:, :6].sum() / 12 + 0.5 * bce[:, 6:].sum() / 6
+    got = losses.objectness_loss(torch.tensor(z), torch.tensor(o), [6, 3], [4.0, 0.5])
+    assert got.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_of_the_terms():
+    make = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64).requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    d = 4 * torch.rand(3, 4, generator=rng, dtype=torch.float64) + 0.1
+    t = torch.rand(3, 5, generator=rng, dtype=torch.float64)
+    skip = torch.tensor([True, False, False])
+    points, strides = torch.tensor([[0.5, 1.5], [2.5, 0.5]]).double(), torch.tensor([[8.0], [16.0]]).double()
+    check = torch.autograd.gradcheck
+    assert check(lambda z: losses.distribution_focal_loss(z, d), make(3, 4, 6))
+    assert check(lambda z: losses.classification_loss(z, t, skip), make(3, 5))
+    assert check(lambda z: losses.objectness_loss(z, t, [2, 3], [4.0, 1.0]), make(3, 5))
+    assert check(lambda z: losses.decode_distances(z, points, strides), make(1, 2, 4, 5))
+    assert check(lambda z: losses.decode_anchor_offsets(z, points, strides, 10 * points), make(1, 2, 4))
+
+
+def test_gradient_of_the_v5_box_term_with_alpha_fixed():
+    """One object, one match per level: the chain from logits through decoding and CIoU, against differences."""
+    box = np.array([20.3, 18.1, 33.0, 30.9])
+    targets = targets_of([box], [0], [0])
+    rng = torch.Generator().manual_seed(1)
+    z = torch.randn(1, A5, 4, generator=rng, dtype=torch.float64).requires_grad_()
+    matches, ciou = losses.yolov5_matches(
+        box_logits=z, grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets
+    )
+    ciou.sum().backward()
+    points, strides, sizes = make_anchors(GRIDS, STRIDES, ANCHORS)
+    assert len(matches.row) >= 9
+    for location in matches.location.tolist():
+        x, y = (points[location] - 0.5).tolist()
+        s, (aw, ah) = strides[location].item(), sizes[location].tolist()
+
+        def decode(v, x=x, y=y, s=s, aw=aw, ah=ah):
+            u = [2 * reference.sigmoid(c) for c in v]
+            cx, cy, w, h = x + u[0] - 0.5, y + u[1] - 0.5, u[2] ** 2 * aw / s, u[3] ** 2 * ah / s
+            return [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+
+        logits = z[0, location].tolist()
+        alpha, _ = box_reference.ciou_alpha(decode(logits), box / s)
+        expected = box_reference.numeric_gradient(
+            lambda v, d=decode, s=s, alpha=alpha: box_reference.ciou(d(v), box / s, alpha=alpha), logits
+        )
+        np.testing.assert_allclose(z.grad[0, location].numpy(), expected, rtol=1e-5, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------ identities
+
+
+def test_perfect_v8_predictions():
+    """Boxes that decode to the object: no CIoU loss; the class target of every positive with the same score is 1."""
+    box = torch.tensor([8.0, 8.0, 56.0, 56.0]).double()
+    d = torch.cat((POINTS - box[:2] / STEPS, box[2:] / STEPS - POINTS), dim=-1)  # (A, 4)
+    bins = torch.arange(16).double()
+    logits = (1 - (d.clamp(0, 14.99)[..., None] - bins).abs()).clamp(min=1e-30).log()[None]  # the two nearest bins
+    targets = targets_of([box.numpy()], [2], [0])
+    class_logits = torch.full((1, A8, K), -40.0).double()
+    class_logits[..., 2] = 40
+    got = losses.yolov8_assignment(
+        box_logits=logits, class_logits=class_logits, points=POINTS, strides=STEPS, targets=targets
+    )
+    assert got.is_positive.sum() == 10 and got.target_scores[got.is_positive][:, 2].min() > 1 - 1e-5
+    class_logits[..., 2] = torch.where(got.is_positive, 40.0, -40.0)
+    terms = v8(logits, class_logits, targets, assignment=got)
+    assert terms["box"] < 1e-5 and terms["cls"] < 1e-3
+    entropy = -(got.is_positive[0, :, None] * _two_bin_entropy(d)).sum() / 4 / 10
+    assert terms["dfl"].item() == pytest.approx(-1.5 * entropy.item(), rel=1e-4)
+
+
+def _two_bin_entropy(d):
+    share = d - d.floor()
+    return -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share))
+
+
+@both_heads
+def test_order_of_images_and_objects_does_not_matter(head):
+    compute, logits_of = HEADS[head]
+    targets, make = scene(5, count=20, ignored=0.2)
+    if head == "v5":  # no two objects meet in a location, where the order of rows would count
+        corners = np.array([[4, 3, 14, 17], [44, 41, 60, 62], [2, 5, 18, 13], [43, 47, 61, 58], [3, 40, 20, 60]], float)
+        targets = targets_of(corners, [0, 1, 2, 3, 0], [0, 0, 2, 2, 1], np.array([0, 0, 0, 0, 1], bool))
+    logits = logits_of(make)
+    expected = values(compute(*logits, targets))
+    order = torch.tensor([2, 0, 1])
+    row_of = order.argsort()
+    moved = Targets(targets.boxes_xyxy, targets.labels, row_of[targets.image], targets.ignore)
+    assert values(compute(*(x[order] for x in logits), moved)) == pytest.approx(expected, rel=1e-12)
+    shuffled = targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))]
+    assert values(compute(*logits, shuffled)) == pytest.approx(expected, rel=1e-12)
+
+
+@both_heads
+def test_size_does_not_depend_on_the_batch(head):
+    compute, logits_of = HEADS[head]
+    targets, make = scene(6, count=20)
+    logits = logits_of(make)
+    boxes, labels, image, ignore = (
+        torch.cat((x, x)) for x in (targets.boxes_xyxy, targets.labels, targets.image, targets.ignore)
+    )
+    image[len(targets) :] += 3
+    twice = compute(*(x.repeat(2, *[1] * (x.dim() - 1)) for x in logits), Targets(boxes, labels, image, ignore))
+    expected = values(compute(*logits, targets))
+    assert values(twice) == pytest.approx(expected, rel=1e-9)
+
+
+@both_heads
+def test_gains_multiply(head):
+    compute, logits_of = HEADS[head]
+    targets, make = scene(7)
+    logits = logits_of(make)
+    names = {"v8": ("box", "cls", "dfl"), "v5": ("box", "obj", "cls")}[head]
+    ones = values(compute(*logits, targets, **{f"{name}_gain": 1.0 for name in names}))
+    defaults = values(compute(*logits, targets))
+    assert tuple(ones) == names
+    gains = {"v8": (7.5, 0.5, 1.5), "v5": (0.05, 1.0, 0.5)}[head]
+    assert [defaults[name] / ones[name] for name in names] == pytest.approx(gains)
+
+
+def test_targets_carry_no_gradient():
+    targets, make = scene(8)
+    box_logits, class_logits = v8_logits(make)
+    v8(box_logits, class_logits, targets)["cls"].backward()
+    assert box_logits.grad is None or (box_logits.grad == 0).all()  # the class target depends on the box, detached
+    box_logits, objectness_logits, class_logits = v5_logits(make)
+    v5(box_logits, objectness_logits, class_logits, targets)["obj"].backward()
+    assert box_logits.grad is None and class_logits.grad is None  # the objectness target is a detached overlap
+
+
+def test_v5_objectness_target_is_at_least_zero():
+    """Predictions far from the object have CIoU < 0; their target is 0, that of a perfect one is 1."""
+    targets = targets_of([[16.0, 16.0, 32.0, 46.0]], [0], [0])
+    box_logits, objectness = torch.zeros(1, A5, 4).double(), torch.zeros(1, A5).double().requires_grad_()
+    matches, ciou = losses.yolov5_matches(
+        box_logits=box_logits, grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets
+    )
+    box_logits[0, matches.location[::2]] = torch.tensor([-40.0, 40.0, -9.0, 1.5]).double()  # small and aside
+    matches, ciou = losses.yolov5_matches(
+        box_logits=box_logits, grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets
+    )
+    assert (ciou < 0).any() and (ciou > 0.3).any()
+    v5(box_logits, objectness, torch.zeros(1, A5, K).double(), targets, balance=(1.0, 1.0, 1.0))["obj"].backward()
+    counts = torch.tensor([192.0, 48.0, 12.0]).double()[matches.level]
+    got = 0.5 - objectness.grad[0, matches.location] * counts  # d BCE / dz = sigmoid(0) - o
+    torch.testing.assert_close(got, ciou.clamp(min=0))
+
+
+@both_heads
+def test_ignored_locations_get_no_gradient(head):
+    compute, logits_of = HEADS[head]
+    _, make = scene(9)
+    targets = targets_of([[0.0, 0.0, 33.0, 33.0]], [0], [1], [True])
+    logits = logits_of(make)
+    sum(compute(*logits, targets).values()).backward()
+    points, steps = (POINTS, STEPS) if head == "v8" else make_anchors(GRIDS, STRIDES, ANCHORS)[:2]
+    is_inside = ((points * steps) < 33).all(-1)
+    gradient = logits[1].grad.reshape(3, len(points), -1).abs().sum(-1)
+    assert (gradient[1][is_inside] == 0).all() and (gradient[1][~is_inside] > 0).all() and (gradient[::2] > 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ awkward inputs
+
+AWKWARD = {
+    "none": [],
+    "one pixel": [[15.6, 15.6, 16.6, 16.6]],
+    "tenth of a pixel": [[15.6, 15.6, 15.7, 15.7]],
+    "no area": [[20, 20, 20, 20], [20, 10, 20, 50], [10, 20, 50, 20]],
+    "inside out": [[50, 50, 10, 10]],
+    "outside": [[-90, -90, -10, -10], [60, 60, 300, 300], [1e6, 1e6, 2e6, 2e6]],
+    "larger than the image": [[-100, -100, 200, 200]],
+    "hair": [[0, 31.9, 64, 32.1]],
+    "duplicates": [[10, 10, 40, 40]] * 8,
+    "hundreds": [[x, y, x + 9, y + 9] for x in range(0, 54, 4) for y in range(0, 54, 4)],
+}
+
+
+@both_heads
+@pytest.mark.parametrize("scale", [1.0, 0.0, 300.0], ids=["usual", "zero", "saturated"])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_boxes_are_finite_with_finite_gradients(head, name, scale):
+    compute, logits_of = HEADS[head]
+    boxes = np.array(AWKWARD[name], dtype=np.float32).reshape(-1, 4)
+    targets = targets_of(boxes, np.arange(len(boxes)) % K, np.zeros(len(boxes), dtype=np.int64))  # image 1 has none
+    _, make = scene(10, dtype=torch.float32)
+    leaves = [(scale * x.detach()).requires_grad_() for x in logits_of(make, B=2)]
+    terms = compute(*leaves, targets)
+    sum(terms.values()).backward()
+    assert all(term.isfinite() and term >= 0 and term.dtype == torch.float32 for term in terms.values())
+    assert all(x.grad.isfinite().all() for x in leaves)
+    if name in ("none", "no area", "inside out"):
+        assert terms["box"] == 0 and (leaves[0].grad == 0).all()
+
+
+@both_heads
+def test_collapsed_predictions_have_finite_gradients(head):
+    """Predicted boxes of no width or height (all mass in bin 0; sigmoid at 0): atan(w / h) and 1 / union survive."""
+    compute, logits_of = HEADS[head]
+    targets = targets_of([[8.0, 8.0, 40.0, 56.0]], [0], [0])
+    _, make = scene(11, dtype=torch.float32)
+    leaves = [torch.zeros_like(x) for x in logits_of(make, B=1)]
+    if head == "v8":
+        leaves[0][..., 0] = 200.0
+    else:
+        leaves[0][..., 2:] = -200.0
+    leaves = [x.requires_grad_() for x in leaves]
+    if head == "v8":  # a box of no size overlaps nothing and so is no positive; hand the positives over
+        is_positive = torch.ones(1, A8, dtype=torch.bool)
+        scores = torch.zeros(1, A8, K)
+        scores[..., 0] = 1
+        given = losses.Assignment(is_positive, torch.zeros(1, A8, dtype=torch.int64), scores, ~is_positive)
+        terms = compute(*leaves, targets, assignment=given)
+    else:
+        terms = compute(*leaves, targets)
+    sum(terms.values()).backward()
+    assert terms["box"] > 0 and all(term.isfinite() for term in terms.values())
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
+@both_heads
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(head, dtype):
+    compute, logits_of = HEADS[head]
+    targets, make = scene(12, dtype=torch.float32)
+    leaves = [x.detach().to(dtype).requires_grad_() for x in logits_of(make)]
+    with torch.autocast("cpu", dtype=dtype):
+        terms = compute(*leaves, targets)
+    expected = compute(*(x.detach().float() for x in leaves), targets)
+    sum(terms.values()).backward()
+    assert values(terms) == values(expected)  # bit for bit
+    assert all(term.dtype == torch.float32 for term in terms.values())
+    assert all(x.grad.dtype == dtype and x.grad.isfinite().all() for x in leaves)
+
+
+@both_heads
+def test_same_bytes_every_time(head):
+    compute, logits_of = HEADS[head]
+    targets, make = scene(13, count=60, dtype=torch.float32)
+    targets = Targets(torch.cat((targets.boxes_xyxy, targets.boxes_xyxy)), *(
+        torch.cat((x, x)) for x in (targets.labels, targets.image, targets.ignore)
+    ))  # fmt: skip
+    logits = [torch.zeros_like(x) for x in logits_of(make)]  # as at the start of training: ties everywhere
+    first = values(compute(*logits, targets))
+    assert all(values(compute(*logits, targets)) == first for _ in range(3))
+    assert all(math.isfinite(x) for x in first.values())
+
+
+@both_heads
+def test_one_class(head):
+    targets, make = scene(14)
+    targets = Targets(targets.boxes_xyxy, 0 * targets.labels, targets.image, targets.ignore)
+    logits = [make(3, A8, 4, 16), make(3, A8, 1)] if head == "v8" else [make(3, A5, 4), make(3, A5), make(3, A5, 1)]
+    assert all(term > 0 for term in HEADS[head][0](*logits, targets).values())
