@@ -69,9 +69,10 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
         for stem in stems:
             if "/" in stem or "\\" in stem:
                 raise UserError(f"{source}: {stem!r}, expected the name of a frame")
-        for stem in {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else ():
-            log.add(source, None, f"{stem} is listed twice", "listed twice", "noted", stem)
-        return list(dict.fromkeys(stems))
+        unique = list(dict.fromkeys(stems))
+        if len(unique) < len(stems):
+            log.add(source, None, f"{len(stems) - len(unique)} frames are listed twice", "listed twice", "noted")
+        return unique
     if split != "all":
         known = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
         raise UserError(f"{choices[0]}: no such list, found {', '.join(known) or 'none'} (`all` takes every frame)")

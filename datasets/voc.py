@@ -47,10 +47,7 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
     for part in parts:
         for stem in _read_list(part, log):
             image_id = stem if stem not in seen else f"{part.folder.name}/{stem}"
-            if image_id in seen:
-                log.add(part.source, None, f"{stem} is listed twice", "listed twice", "noted", stem)
-                continue
-            seen.add(image_id)
+            seen.add(stem)
             sample = _read_sample(part, stem, image_id, names, given, log)
             if sample is not None:
                 samples.append(sample)
@@ -107,7 +104,11 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
         if rows and "filename" not in rows[0]:
             raise UserError(f"{part.source}:1: columns {', '.join(map(str, rows[0]))}, expected one called filename")
         lines = list(dict.fromkeys(row["filename"].strip() for row in rows))  # one row an object
-    return [_stem(line, part) for line in lines]
+    stems = [_stem(line, part) for line in lines]
+    unique = list(dict.fromkeys(stems))
+    if len(unique) < len(stems):
+        log.add(part.source, None, f"{len(stems) - len(unique)} pictures are listed twice", "listed twice", "noted")
+    return unique
 
 
 def _stem(line: str, part: _Part) -> str:
@@ -259,7 +260,7 @@ def read_annotation(path: Path) -> Annotation:
     parser.CharacterDataHandler = text.append
     try:
         parser.Parse(data, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError, ValueError) as error:  # the last two: an encoding Python does not know
         raise UserError(f"{path}: not well-formed XML: {error}") from None
     annotation.filename = texts.get(("filename",), "")
     try:

@@ -1,0 +1,218 @@
+"""datasets.images: every mode, every EXIF orientation, every class of broken file."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import images
+from datasets.images import exif_orientation, find_picture, read_header, read_image, read_size, turn_boxes
+from errors import UserError
+
+HEIGHT, WIDTH = 40, 64
+BOX = (8, 4, 40, 20)  # in stored pixels: white on black
+
+
+def stored_pixels() -> np.ndarray:
+    pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    pixels[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 255
+    return pixels
+
+
+def save_with_orientation(path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored_pixels()).save(path, exif=exif.tobytes())
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_and_boxes_turn_together(tmp_path, orientation, suffix):
+    path = tmp_path / f"turned{suffix}"
+    save_with_orientation(path, orientation)
+    picture = read_image(path)
+    assert read_header(path) == (WIDTH, HEIGHT, orientation)
+    assert read_size(path) == (picture.shape[1], picture.shape[0])
+    box = turn_boxes(np.array([BOX], dtype=float), orientation, WIDTH, HEIGHT)[0]
+    ys, xs = np.nonzero(picture[:, :, 0] > 128)
+    np.testing.assert_allclose([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], box, atol=1)
+
+
+def test_orientations_agree_with_pillow(tmp_path):
+    from PIL import ImageOps
+
+    for orientation in range(1, 9):
+        save_with_orientation(tmp_path / "a.png", orientation)
+        with Image.open(tmp_path / "a.png") as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png"), expected)
+
+
+def test_turning_keeps_corners_in_order_and_takes_no_boxes():
+    boxes = np.array([[1.0, 2, 30, 4], [0, 0, 64, 40]])
+    for orientation in range(1, 9):
+        turned = turn_boxes(boxes, orientation, WIDTH, HEIGHT)
+        assert (turned[:, 2:] > turned[:, :2]).all()
+        full = [0, 0, HEIGHT, WIDTH] if orientation >= 5 else [0, 0, WIDTH, HEIGHT]
+        np.testing.assert_array_equal(turned[1], full)
+        assert turn_boxes(np.zeros((0, 4)), orientation, WIDTH, HEIGHT).shape == (0, 4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_exif_block_by_hand(order):
+    def block(value, kind=3, count=1, offset=8):
+        mark = b"II*\x00" if order == "<" else b"MM\x00*"
+        rows = struct.pack(order + "HHII", 0x010F, 2, 4, 0) + struct.pack(
+            order + "HHIHH", 0x0112, kind, count, value, 0
+        )
+        return mark + struct.pack(order + "I", offset) + struct.pack(order + "H", 2) + rows
+
+    assert exif_orientation(block(6)) == 6
+    assert exif_orientation(b"Exif\x00\x00" + block(8)) == 8
+    for broken in (block(0), block(9), block(6, kind=4), block(6, count=2), block(6)[:20], block(6, offset=4_000_000)):
+        assert exif_orientation(broken) == 1
+    assert exif_orientation(b"") == exif_orientation(b"garbage") == 1
+
+
+def test_modes(tmp_path):
+    grey = np.arange(HEIGHT * WIDTH, dtype=np.int64).reshape(HEIGHT, WIDTH) % 256
+    as_rgb = np.repeat(grey[:, :, None], 3, axis=2)
+
+    def round_trip(image, name="x.png"):
+        image.save(tmp_path / name)
+        pixels = read_image(tmp_path / name)
+        assert pixels.dtype == np.uint8 and pixels.shape == (HEIGHT, WIDTH, 3) and pixels.flags.c_contiguous
+        return pixels
+
+    grey8 = Image.fromarray(grey.astype(np.uint8))
+    np.testing.assert_array_equal(round_trip(grey8), as_rgb)
+    np.testing.assert_array_equal(round_trip(Image.fromarray((grey * 257).astype(np.uint16))), as_rgb)  # 16-bit
+    np.testing.assert_array_equal(round_trip(Image.fromarray((grey * 256 + 255).astype(np.uint16))), as_rgb)
+    bits = Image.fromarray(grey.astype(np.uint8)).point(lambda value: 255 * (value > 127)).convert("1")
+    np.testing.assert_array_equal(round_trip(bits), 255 * (as_rgb > 127))
+    red = Image.new("RGB", (WIDTH, HEIGHT), (200, 30, 10))
+    for image in (red, red.convert("P", palette=Image.Palette.ADAPTIVE), red.convert("RGBA")):
+        assert (round_trip(image) == (200, 30, 10)).all()
+    transparent = Image.new("RGBA", (WIDTH, HEIGHT), (200, 30, 10, 0))
+    assert (round_trip(transparent) == (200, 30, 10)).all()  # alpha is cut off, not blended
+    np.testing.assert_array_equal(round_trip(grey8.convert("LA")), as_rgb)
+    cmyk = round_trip(Image.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)), "x.jpg")
+    assert abs(cmyk.astype(int) - (255, 0, 0)).max() < 12
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ((255, 0, 0), (0, 255, 0))]
+    for name, options in (("a.webp", {"lossless": True}), ("a.png", {})):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert (read_image(tmp_path / name) == (255, 0, 0)).all()
+
+
+def test_one_pixel_high(tmp_path):
+    Image.new("RGB", (300, 1)).save(tmp_path / "a.jpg")
+    assert read_image(tmp_path / "a.jpg").shape == (1, 300, 3)
+
+
+def test_wrong_suffix_is_read_by_content(tmp_path):
+    Image.fromarray(stored_pixels()).save(tmp_path / "a.jpg", format="PNG")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), stored_pixels())
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that says it is that large; its pixel data is missing."""
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BROKEN = [
+    (b"", "empty file"),
+    (b"<!DOCTYPE html><html>404</html>", "HTML"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
+    (b"\x00" * 100, "not a picture"),
+    (b"GIF89a" + b"\x00" * 100, "not a picture"),
+    (b"\xff\xd8\xff\xe0", "truncated or broken header"),
+    (png_of_size(8001, 8000), "too large"),
+    (png_of_size(20000, 20000), "too large"),
+    (png_of_size(30, 30), "picture"),
+]
+
+
+@pytest.mark.parametrize("content, words", BROKEN)
+def test_broken_files_are_named_and_classed(tmp_path, content, words):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read_image(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(UserError, match=f"{tmp_path}: a folder|not a picture"):
+        read_size(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP"])
+def test_every_cut_is_refused(tmp_path, format):
+    """A file cut in its pixel data is refused, never filled up with grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, format=format)
+    data, path = buffer.getvalue(), tmp_path / "cut"
+    for cut in np.linspace(0, 0.97 * len(data), 40).astype(int):
+        path.write_bytes(data[:cut])
+        with pytest.raises(UserError):
+            read_image(path)
+
+
+def test_flipped_bytes_never_crash(tmp_path):
+    rng = np.random.default_rng(1)
+    for format in images.FORMATS:
+        buffer = io.BytesIO()
+        Image.fromarray(stored_pixels()).save(buffer, format=format)
+        for _ in range(60):
+            data = bytearray(buffer.getvalue())
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            (tmp_path / "flipped").write_bytes(data)
+            try:
+                pixels = read_image(tmp_path / "flipped")
+            except UserError:
+                continue
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+
+
+def test_find_picture(tmp_path):
+    for name in ("a.JPG", "b.png", "c.d.jpeg"):
+        (tmp_path / name).touch()
+    assert find_picture(tmp_path, "a") == tmp_path / "a.JPG"
+    assert find_picture(tmp_path, "b") == tmp_path / "b.png"
+    assert find_picture(tmp_path, "c.d") == tmp_path / "c.d.jpeg"
+    assert find_picture(tmp_path, "c") is None
+
+
+def test_odd_photos(shared_data):
+    odd = shared_data / "photos" / "odd"
+    upright = read_image(odd / "hopper.jpg").astype(int)
+    for orientation in (3, 6):
+        path = odd / f"hopper_orientation_{orientation}.jpg"
+        assert read_header(path)[2] == orientation
+        assert abs(read_image(path).astype(int) - upright).mean() < 12  # the same portrait, compressed again
+    grey = read_image(odd / "hopper_gray.jpg")
+    assert (grey[:, :, 0] == grey[:, :, 1]).all() and abs(grey.astype(int).mean() - upright.mean()) < 6
+    with Image.open(odd / "pil_sample_cmyk.jpg") as image:
+        assert image.mode == "CMYK"
+    assert read_image(odd / "pil_sample_cmyk.jpg").shape == (100, 100, 3)
+
+
+def test_grey_photos_of_the_datasets(shared_data):
+    for name in ("coco128/images/train2017/000000000086.jpg", "raccoon/images/raccoon-150.jpg"):
+        with Image.open(shared_data / name) as image:
+            assert image.mode == "L"
+        assert read_image(shared_data / name).shape[2] == 3
