@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -140,7 +141,16 @@ def _cell(value: Any) -> str:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    write_text(path, json.dumps(report, indent=2, allow_nan=True, default=float) + "\n")
+    """JSON; a number that is not one (precision of nothing) becomes null."""
+    write_text(path, json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def environment() -> dict[str, Any]:

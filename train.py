@@ -150,10 +150,8 @@ def finish_epoch(
         stop.may_raise = True
         if stop.received is not None:
             raise StopRequested
-        if parts.processes.is_first:
-            results, _ = evaluate(parts, parts.ema.model, index)
+        results, _ = evaluate(parts, parts.ema.model, index, precision=config.precision)
         stop.may_raise = False
-        results = parts.processes.from_first(results)
     is_best = parts.splits.holdout is not None and bool(results)
     is_best = is_best and (position.best is None or results["mAP50-95"] > position.best)
     if is_best:
@@ -283,58 +281,61 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Evaluate the last EMA weights, and the held-out best, on the test split; write the report and the pictures."""
-    config, report = parts.config, None
-    if parts.processes.is_first:
-        test, details = evaluate(parts, parts.ema.model, parts.splits.test)
-        best = None
-        if position.best_epoch is not None:
-            model, info = checkpoint.load_model(folder.best, device=str(parts.processes.device))
-            scores, _ = evaluate(parts, model, parts.splits.test)
-            best = {"epoch": info.epoch, "holdout mAP50-95": position.best, "test": scores}
-        report = {
-            "name": config.name,
-            "arch": config.student.arch,
-            "parameters": count_parameters(parts.student),
-            "seed": config.seed,
-            "epochs": position.epoch,
-            "steps": position.step,
-            "weights": "last EMA weights",
-            "split": config.data.test,
-            "test": test,
-            "best_on_holdout": best,
-            "seconds": position.seconds,
-            "images_per_second": position.images / position.seconds if position.seconds else None,
-            **run_folder.environment(),
-            **parts.machine(),
-        }
+    config, is_first = parts.config, parts.processes.is_first
+    test, details = evaluate(parts, parts.ema.model, parts.splits.test)
+    best = None
+    if position.best_epoch is not None:
+        model, info = checkpoint.load_model(folder.best, device=str(parts.processes.device))
+        scores, _ = evaluate(parts, model, parts.splits.test)
+        best = {"epoch": info.epoch, "holdout mAP50-95": position.best, "test": scores}
+    report = {
+        "name": config.name,
+        "arch": config.student.arch,
+        "parameters": count_parameters(parts.student),
+        "seed": config.seed,
+        "epochs": position.epoch,
+        "steps": position.step,
+        "weights": "last EMA weights",
+        "split": config.data.test,
+        "test": test,
+        "best_on_holdout": best,
+        "seconds": position.seconds,
+        "images_per_second": position.images / position.seconds if position.seconds else None,
+        **run_folder.environment(),
+        **parts.machine(),
+    }
+    if is_first:
         run_folder.write_report(folder.report, report)
         draw(parts, details, folder, progress)
-        progress.say(f"{config.data.test}: {words(test)}\nwritten: {folder.path}")
-    return parts.processes.from_first(report)
+        shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
+        progress.say(f"{config.data.test}: {words(shown)}\nwritten: {folder.path}")
+    return report
 
 
-def evaluate(parts: Parts, model: nn.Module, index: DatasetIndex) -> tuple[dict[str, float], DetectionReport]:
-    """The numbers of metrics.csv and report.json for a model on a split, and what the plots are drawn from."""
+def evaluate(
+    parts: Parts, model: nn.Module, index: DatasetIndex, *, precision: str = "float32"
+) -> tuple[dict[str, float], DetectionReport]:
+    """The numbers of metrics.csv and report.json for a model on a split, and what the plots are drawn from.
+
+    Every process calls this and gets the whole result of its and the others' pictures.
+    """
     settings = parts.config.evaluation
-    results = evaluation.evaluate_model(
+    result = evaluation.evaluate_model(
         model,
         index,
         image_size=parts.config.image_size,
         batch_size=settings.batch_size,
         device=parts.processes.device,
+        precision=precision,
         score_threshold=settings.score_threshold,
         iou_threshold=settings.iou_threshold,
         max_detections=settings.max_detections,
+        protocol=settings.protocol,
+        loader=parts.evaluation_loader(index),
+        sharded=True,
     )
-    best = results.report.best
-    numbers = {
-        "precision": best.mean_precision,
-        "recall": best.mean_recall,
-        "f1": best.mean_f1,
-        "mAP50": results.coco.numbers["AP50"],
-        "mAP50-95": results.coco.numbers["AP"],
-    }
-    return numbers, results.report
+    numbers = {"f1" if name == "F1" else name: value for name, value in result.numbers.items()}
+    return numbers, result.report
 
 
 def draw(parts: Parts, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:

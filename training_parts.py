@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class Parts:
     ema: Ema
     bfloat16: bool
     data: str  # training_state.fingerprint of the training pictures
+    evaluation_loaders: dict[int, Loader] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,6 +110,22 @@ class Parts:
             warmup_momentum=settings.warmup_momentum,
             warmup_bias_learning_rate=settings.warmup_bias_learning_rate,
         )
+
+    def evaluation_loader(self, index: DatasetIndex) -> Loader:
+        """The pictures of a split in their order; made once, so that what is cached stays."""
+        if id(index) not in self.evaluation_loaders:
+            self.evaluation_loaders[id(index)] = Loader(
+                index,
+                image_size=self.config.image_size,
+                batch_size=self.config.evaluation.batch_size,
+                seed=0,
+                workers=self.config.data.workers,
+                shuffle=False,
+                cache=self.config.data.cache and self.config.evaluation.every_epochs > 0,
+                rank=self.processes.rank,
+                world_size=self.processes.count,
+            )
+        return self.evaluation_loaders[id(index)]
 
     def machine(self) -> dict[str, Any]:
         """What the bytes of a run depend on besides its config."""

@@ -1,0 +1,273 @@
+"""checkpoint.py: atomic on a full disk and under SIGKILL, and nothing damaged is ever read as if it were whole."""
+
+import errno
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import models
+from errors import UserError
+
+
+def small_state(value: float = 1.0) -> dict:
+    generator = torch.Generator().manual_seed(int(value))
+    return {
+        "arch": "yolov8n",
+        "names": ["a", "b"],
+        "image_size": 64,
+        "step": int(value),
+        "ema": {"w": torch.randn(40, 50, generator=generator), "n": torch.tensor(3)},
+        "nested": [1, 2.5, None, {"x": "y"}],
+    }
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_round_trip_and_plain_torch_load(tmp_path):
+    path = tmp_path / "weights" / "last.pt"
+    checkpoint.save(path, small_state())
+    assert same(checkpoint.load(path), {"format": 1, **small_state()})
+    assert same(torch.load(path, weights_only=True), {"format": 1, **small_state()})
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_keeps_the_one_before(tmp_path):
+    path = tmp_path / "last.pt"
+    for step in (1, 2, 3):
+        checkpoint.save(path, small_state(step), keep_previous=True)
+    assert checkpoint.load(path)["step"] == 3
+    assert checkpoint.load(tmp_path / "last.prev.pt")["step"] == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        checkpoint.save(path, small_state(step), keep_previous=True)
+    assert checkpoint.load(path)["step"] == 2 and checkpoint.load(checkpoint.previous_path(path))["step"] == 1
+
+
+@pytest.mark.parametrize("fraction", np.linspace(0, 0.999, 20).tolist())
+def test_full_disk_at_any_byte(tmp_path, fraction):
+    """The file size limit makes the write fail after some bytes, as a full disk does."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, small_state(1))
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(before) * fraction), hard))
+    try:
+        with pytest.raises(UserError) as error:
+            checkpoint.save(path, small_state(2), keep_previous=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.exit_code == 5 and str(path) in str(error.value) and "untouched" in str(error.value)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    checkpoint.save(path, small_state(2), keep_previous=True)  # after space is freed
+    assert checkpoint.load(path)["step"] == 2
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_disk_errors_elsewhere(tmp_path, monkeypatch, call):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, small_state(1))
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(UserError, match="No space left") as error:
+            checkpoint.save(path, small_state(2))
+    assert error.value.exit_code == 5 and path.read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError) as error:
+        checkpoint.save(tmp_path / "last.pt", small_state())
+    assert error.value.exit_code == 5
+
+
+def test_killed_at_every_system_call_of_a_save(tmp_path):
+    """A child is killed before its n-th call, for every n: the newest readable checkpoint is the old or the new one."""
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        checkpoint.save(path, small_state(step), keep_previous=True)
+    survived, kills = False, 0
+    while not survived:
+        child = os.fork()
+        if child == 0:
+            _die_before_call(kills)
+            checkpoint.save(path, small_state(3), keep_previous=True)
+            os._exit(0)
+        survived = os.waitpid(child, 0)[1] == 0
+        kills += not survived
+        said = []
+        step = checkpoint.load_newest(path, said.append)["step"]
+        assert step in (2, 3) and not said and checkpoint.load(checkpoint.previous_path(path))["step"] in (1, 2, 3)
+        for number in (1, 2):
+            checkpoint.save(path, small_state(number), keep_previous=True)
+    assert kills >= 6
+
+
+def _die_before_call(number: int) -> None:
+    calls = [0]
+    for name in ("fsync", "link", "replace", "open"):
+        original = getattr(os, name)
+
+        def counted(*args, _original=original, **kwargs):
+            if calls[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls[0] += 1
+            return _original(*args, **kwargs)
+
+        setattr(os, name, counted)
+
+
+def test_bit_flips_are_noticed(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, small_state())
+    good, whole = path.read_bytes(), checkpoint.load(path)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for offset in rng.integers(0, len(good), 300).tolist():
+        damaged = bytearray(good)
+        damaged[offset] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            assert same(checkpoint.load(path), whole), f"byte {offset}: read as something else"
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 200  # the rest hit padding and dates
+
+
+def test_truncations_are_noticed(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, small_state())
+    good = path.read_bytes()
+    for length in np.linspace(0, len(good) - 1, 60).astype(int).tolist():
+        path.write_bytes(good[:length])
+        with pytest.raises(UserError, match=r"last\.pt"):
+            checkpoint.load(path)
+
+
+def test_falls_back_with_a_line(tmp_path):
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        checkpoint.save(path, small_state(step), keep_previous=True)
+    path.write_bytes(path.read_bytes()[:-100])
+    said = []
+    assert checkpoint.load_newest(path, said.append)["step"] == 1
+    assert len(said) == 1 and "last.prev.pt (step 1)" in said[0]
+    checkpoint.previous_path(path).unlink()
+    with pytest.raises(UserError):
+        checkpoint.load_newest(path)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.load(path)
+    torch.save(nn.Linear(2, 2), path)  # a pickled module: its class would have to be imported
+    with pytest.raises(UserError, match="more than tensors"):
+        checkpoint.load(path)
+    torch.save({"model": {"w": torch.ones(2)}}, path)
+    with pytest.raises(UserError, match="no key 'format'"):
+        checkpoint.load(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(UserError, match="found checkpoint format 99, this code reads 1"):
+        checkpoint.load(path)
+    path.write_text("<html>not found</html>")
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        checkpoint.load(path)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    torch.manual_seed(0)
+    model = models.build("yolov8n", 2)
+    path = tmp_path_factory.mktemp("weights") / "best.pt"
+    state = {"arch": "yolov8n", "names": ["no", "1e3"], "image_size": 64, "epoch": 3, "step": 30}
+    checkpoint.save(path, state | {"ema": model.state_dict(), "model": {"other": torch.ones(1)}})
+    return path, model
+
+
+def test_load_model(shipped):
+    path, model = shipped
+    loaded, info = checkpoint.load_model(path)
+    assert info == checkpoint.CheckpointInfo("yolov8n", ("no", "1e3"), 64, 3, 30)
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(UserError, match="holds yolov8n, expected yolov8s"):
+        checkpoint.load_model(path, "yolov8s")
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.load_model(path.with_name("absent.pt"))
+
+
+def test_load_into(shipped, capsys):
+    path, model = shipped
+    same_classes, more_classes = models.build("yolov8n", 2), models.build("yolov8n", 5)
+    checkpoint.load_into(same_classes, path)
+    assert same(dict(same_classes.state_dict()), dict(model.state_dict()))
+    before = {key: value.clone() for key, value in more_classes.state_dict().items()}
+    with pytest.raises(UserError, match="do not fit"):
+        checkpoint.load_into(more_classes, path)
+    assert same(dict(more_classes.state_dict()), before)
+    checkpoint.load_into(more_classes, path, new_head=True)
+    assert "start fresh" in capsys.readouterr().out
+    for key, value in more_classes.state_dict().items():
+        source = model.state_dict()[key]
+        assert torch.equal(value, source if source.shape == value.shape else before[key]), key
+    with pytest.raises(UserError, match="do not fit"):
+        checkpoint.load_into(models.build("yolov8s", 2), path, new_head=True)
+
+
+@pytest.mark.parametrize("arch", ["yolov8n", "yolov5n", "yolov5nu"])
+def test_class_count_of_a_public_state(arch):
+    model = models.build(arch, 7)
+    state = {_public_name(name, model.public_names): tensor for name, tensor in model.state_dict().items()}
+    state |= {f"{public}x": torch.zeros(1) for public, ours in model.public_names if ours is None}
+    assert checkpoint.count_classes(state, arch, "x.pt") == 7
+
+
+def _public_name(name: str, table) -> str:
+    """The released name of one of ours: the table read backwards."""
+    import re
+
+    for public, ours in table:
+        if ours is None:
+            continue
+        match = re.match(re.escape(ours).replace(r"\{\}", r"(\d+)"), name)
+        if match:
+            return public.format(*match.groups()) + name[match.end() :]
+    raise KeyError(name)
+
+
+def test_public_checkpoint(shared_data):
+    files = sorted((shared_data / "public_weights").glob("*.pt"))
+    if not files:
+        pytest.skip("no public checkpoint among the small real data")
+    model, info = checkpoint.load_model(files[0], "yolov5n")
+    assert info.source == "public" and model.num_classes == len(info.names)
