@@ -15,7 +15,7 @@ def test_table_holds_every_name_once_and_builds_what_it_says():
 
 
 @pytest.mark.parametrize(
-    "arch, nearest", [("yolov8", "yolov8n"), ("YOLOv5su", "yolov5su"), ("yolo8x", "yolov8x"), ("", "yolov")]
+    "arch, nearest", [("yolov8", "yolov8n"), ("YOLOv5su", "yolov5su"), ("yolo8x", "yolov8x"), ("YOLOV8S", "yolov8s")]
 )
 def test_unknown_architecture_names_the_nearest(arch, nearest):
     with pytest.raises(UserError, match=f"did you mean '{nearest}"):

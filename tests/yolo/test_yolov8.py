@@ -170,6 +170,16 @@ def test_one_seed_one_model_and_forward_draws_nothing(arch):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(
+    "arch, num_classes, count",
+    [("yolov5nu", 1, 2508659), ("yolov5nu", 90, 2746286), ("yolov5nu", 365, 2924051), ("yolov8x", 3, 68155497)],
+)
+def test_head_widths_follow_the_number_of_classes(arch, num_classes, count):
+    """Parameter counts of the released implementation (Ultralytics 8.4.190) built for other class counts."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(arch, num_classes).parameters()) + 16 == count
+
+
 def test_released_head_of_other_size_needs_new_head(golden):
     _, meta = golden("yolov8n")
     state = public_state(meta, {"model.22.dfl.conv.weight": np.arange(16.0)})
