@@ -87,8 +87,6 @@ def open_weights(file: BinaryIO, size: int) -> Content:
     """file: opened for reading, of `size` bytes. Raises Refused, with one line, for whatever is not weights."""
     if size == 0:
         raise Refused("the file is empty")
-    if size > MAX_FILE_BYTES:
-        raise Refused(f"{size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
     head = file.read(512)
     file.seek(0)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -173,6 +171,10 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
     value = reader.read(pickle_file)
     if pickle_file.read(1):
         raise Refused("data.pkl has bytes after its end")
+
+    for name in names:  # TorchScript's other pickles hold no weights; they may not hold code either
+        if name.endswith(".pkl") and name != pickles[0] and not name.startswith((f"{root}code/", f"{root}extra/")):
+            InertReader().read(io.BytesIO(_read_entry(archive, name, MAX_PICKLE_BYTES)))
 
     def read_bytes(storage: StorageRecord) -> bytes:
         name, expected = f"{root}data/{storage.key}", storage.numel * storage.dtype.itemsize

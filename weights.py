@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import re
 import stat
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from errors import UserError, run_script
 from inert_pickle import Inert, Refused, TensorRecord, short
-from weight_files import Content, open_weights
+from weight_files import MAX_FILE_BYTES, Content, open_weights
 
 MAX_TENSORS = 100_000
 MAX_MODULE_DEPTH = 64
@@ -79,7 +80,10 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: not a regular file, expected weights")
-        with path.open("rb") as file:
+        if status.st_size > MAX_FILE_BYTES:
+            raise Refused(f"{status.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
+        # broken text makes pickletools and numpy warn before they raise; the refusal says it all
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             digest, is_checked = _check_hash(path, file, sha256)
             content = open_weights(file, status.st_size)
             layout, records, carriers = _find_weights(content)
@@ -137,7 +141,9 @@ def _find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict]]:
         else:
             odd = next((key for key, value in top.items() if isinstance(value, TensorRecord | Tensor)), None)
             what = f"beside tensors such as {short(odd)} it holds others" if odd else "it holds no tensors"
-            raise Refused(f"no state dict: {what}; its keys are {', '.join(short(key) for key in list(top)[:6])}")
+            raise Refused(
+                f"no state dict: {what}; its keys are {', '.join(short(key) for key in list(top)[:6]) or 'none'}"
+            )
     if isinstance(found, Inert):
         if isinstance(found.state, dict):
             carriers.insert(0, found.state)
