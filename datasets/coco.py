@@ -127,6 +127,8 @@ def _records(tree: Any, key: str, path: Path) -> list[dict]:
 
 def _read_categories(records: list[dict], path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Names and ids in id order. A class list with a fault is a fault of everything: always a UserError."""
+    if not records:
+        raise UserError(f"{path}: no categories, expected at least one class")
     for record in records:
         if not isinstance(record.get("name"), str) or not _is_int(record.get("id")):
             raise UserError(f"{path}: category {record!r}, expected an integer id and a name")

@@ -2,12 +2,13 @@
 
     python -m datasets.convert SRC_FORMAT SRC_ROOT SRC_SPLIT[,SPLIT...] DST_FORMAT DST_ROOT
 
-What is written is read back to the same boxes, classes and flags wherever the format can hold them. What each one
-cannot hold (the command counts it):
+What is written is read back to the same boxes (to 1e-8 pixel), classes and flags wherever the format can hold them.
+What each one cannot hold (the command counts it, but for the order):
 
-    voc     mask areas, numeric image ids, the difference of crowd and difficult, regions of no class
+    voc     mask areas, numeric image ids, the difference of crowd and difficult, regions of no class, objects at most
+            one pixel wide or high (VOC cannot tell them from the points its readers drop)
     coco    nothing; a region of no class becomes one crowd region a class, a difficult object has `ignore`: 1
-    yolo    ignored objects (difficult, crowd, regions of no class), mask areas, numeric image ids
+    yolo    ignored objects (difficult, crowd, regions of no class), mask areas, numeric image ids, the pictures' order
     kitti   mask areas, numeric image ids, the class of ignored objects (they become DontCare), spaces in class names
 
 Labels always refer to upright pixels and state the upright size, so pictures keep their bytes, EXIF included.
@@ -146,6 +147,7 @@ def write_voc(folder: Path, indices: Indices, class_names: Names, picture_names:
             _count_common_losses(sample, losses)
             losses["crowd flags (written as difficult)"] += int((sample.crowd & (sample.labels != ANY_CLASS)).sum())
             losses["regions of no class (left out)"] += int((sample.labels == ANY_CLASS).sum())
+            losses["objects at most one pixel wide or high (left out)"] += int((~_is_wide(sample)).sum())
         _write(folder / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
 
 
@@ -155,8 +157,9 @@ def _voc_xml(sample: Sample, name: str, class_names: tuple[str, ...]) -> str:
         f"\t<filename>{escape(name)}</filename>",
         f"\t<size><width>{sample.width}</width><height>{sample.height}</height><depth>3</depth></size>",
     ]
-    for (x1, y1, x2, y2), label, ignore in zip(sample.boxes_xyxy.tolist(), sample.labels, sample.ignore):
-        if label == ANY_CLASS:
+    rows = zip(sample.boxes_xyxy.tolist(), sample.labels, sample.ignore, _is_wide(sample))
+    for (x1, y1, x2, y2), label, ignore, is_wide in rows:
+        if label == ANY_CLASS or not is_wide:
             continue
         corners = zip(("xmin", "ymin", "xmax", "ymax"), (x1 + 1, y1 + 1, x2, y2))
         box = "".join(f"<{key}>{_number(value)}</{key}>" for key, value in corners)
@@ -168,6 +171,11 @@ def _voc_xml(sample: Sample, name: str, class_names: tuple[str, ...]) -> str:
             "\t</object>",
         ]
     return "\n".join([*lines, "</annotation>", ""])
+
+
+def _is_wide(sample: Sample) -> np.ndarray:
+    """(N,) bool: wider and higher than one pixel, by more than rounding."""
+    return (sample.boxes_xyxy[:, 2:] - sample.boxes_xyxy[:, :2] > 1 + 1e-6).all(axis=1)
 
 
 def write_coco(folder: Path, indices: Indices, class_names: Names, picture_names: Pictures, losses: Counter) -> None:
@@ -217,7 +225,7 @@ def write_yolo(folder: Path, indices: Indices, class_names: Names, picture_names
             for (x1, y1, x2, y2), label in zip(sample.boxes_xyxy[~sample.ignore], sample.labels[~sample.ignore]):
                 center = (x1 + x2) / 2 / sample.width, (y1 + y2) / 2 / sample.height
                 row = *center, (x2 - x1) / sample.width, (y2 - y1) / sample.height
-                lines.append(f"{label} " + " ".join(_number(float(value)) for value in row))
+                lines.append(f"{label} " + " ".join(_number(float(value), 12) for value in row))
             _write(folder / "labels" / split / f"{Path(name).stem}.txt", "".join(f"{line}\n" for line in lines))
 
 
@@ -249,8 +257,9 @@ def write_kitti(folder: Path, indices: Indices, class_names: Names, picture_name
 WRITERS = {"voc": write_voc, "coco": write_coco, "yolo": write_yolo, "kitti": write_kitti}
 
 
-def _number(value: float) -> str:
-    """The shortest text that reads back to the same float; whole numbers without a point."""
+def _number(value: float, digits: int = 9) -> str:
+    """The shortest text of a rounded number; whole numbers without a point."""
+    value = round(value, digits)
     return str(int(value)) if value.is_integer() else repr(value)
 
 
