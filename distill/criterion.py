@@ -133,7 +133,10 @@ class Criterion(nn.Module):
         entry = LOSSES[term.loss]
         values = []
         for adapter, s_name, t_name in zip(self.adapters[name], term.student_maps, term.teacher_maps):
-            s, t = adapter(named_map(s_output, s_name)), named_map(t_output, t_name).detach()
+            s, t = named_map(s_output, s_name), named_map(t_output, t_name).detach()
+            is_half = s.dtype in (torch.bfloat16, torch.float16)
+            with torch.autocast(s.device.type, dtype=s.dtype if is_half else None, enabled=is_half):
+                s = adapter(s)  # in the precision the student's map came in
             if entry.argument == "map":
                 t = resize_like(t, s)
             pair = {f"s_{entry.argument}": s, f"t_{entry.argument}": t}

@@ -76,6 +76,22 @@ def test_student_and_adapters_learn_and_the_teacher_does_not():
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("adapter", ["conv1x1", "conv1x1_norm", "conv3x3", "mlp"])
+def test_bfloat16_maps_are_adapted_in_bfloat16_and_compared_in_float32(adapter):
+    """Outside of autocast too: the maps carry their precision."""
+    student, teacher = TinyDetector(4), TinyDetector(6)
+    criterion = build(term(adapter=adapter), student=student, teachers={"big": teacher})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s, t = student(IMAGES), teacher(IMAGES)
+    assert s.features["p3"].dtype == torch.bfloat16
+    half = criterion(s, {"big": t}, Targets.empty(), 0.0)["mse_big"]
+    full = criterion(student(IMAGES), {"big": teacher(IMAGES)}, Targets.empty(), 0.0)["mse_big"]
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.05, atol=1e-3)
+    half.backward()
+    assert student.p3.weight.grad.abs().sum() > 0
+
+
 def test_building_changes_nothing_in_the_models():
     student, teacher = TinyDetector(4).train(), TinyDetector(6).eval()
     before = {k: v.clone() for k, v in student.state_dict().items()}
