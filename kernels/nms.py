@@ -27,6 +27,7 @@ from structures import Detections
 
 MAX_CANDIDATES = 30_000  # per image: the best of them enter suppression, as in the public YOLO evaluations
 BLOCK = 512  # candidates compared at once: a matrix is 1 MB of float32, and the few alive at a time stay in the cache
+MANY = 4096  # wanted survivors from which batched_nms takes one class after another
 FIRST_LOCATIONS = 1024  # where select_detections looks first, then four times as many, then everywhere
 
 Candidates = tuple[Tensor, Tensor, Tensor]  # row numbers (N,), boxes_xyxy (N, 4) float32, labels (N,); best first
@@ -43,9 +44,21 @@ def batched_nms(
     """
     is_finite = boxes_xyxy.isfinite().all(1) & scores.isfinite()
     rows = is_finite.nonzero().squeeze(1)
-    order = rows[scores[rows].sort(stable=True, descending=True).indices]
-    blocks = ((block, boxes_xyxy[block].float(), labels[block]) for block in order.split(BLOCK))
-    return _suppress(blocks, iou_threshold, max_detections)[0]
+    rows = rows[scores[rows].sort(stable=True, descending=True).indices]  # best first
+    boxes_xyxy, labels = boxes_xyxy[rows].float(), labels[rows]
+
+    def walk(order: Tensor) -> Tensor:
+        blocks = ((block, boxes_xyxy[block], labels[block]) for block in order.split(BLOCK))
+        return _suppress(blocks, iou_threshold, max_detections)[0]
+
+    order = torch.arange(len(rows), device=rows.device)
+    if min(max_detections, len(rows)) <= MANY:
+        return rows[walk(order)]
+    # So many survivors are wanted that stopping early gains less than comparing each class with itself alone.
+    labels_in_turn, order = labels.sort(stable=True)
+    class_sizes = labels_in_turn.unique_consecutive(return_counts=True)[1].tolist()
+    keep = torch.cat([walk(of_class) for of_class in order.split(class_sizes)])
+    return rows[keep.sort().values[:max_detections]]
 
 
 @torch.no_grad()
@@ -88,20 +101,19 @@ def _select(
     if not (boxes_xyxy.isfinite().all() and best.isfinite().all()):
         scores = scores.masked_fill(~(boxes_xyxy.isfinite().all(1, keepdim=True) & scores.isfinite()), -torch.inf)
         best = scores.amax(1)
-    best_label = None
-    if not multi_label:
-        scores, best_label = scores.max(1, keepdim=True)  # (A, 1) each: one pair a location
-    columns = scores.shape[1]
+    pair_scores = scores if multi_label else best[:, None]  # (A, C)
+    columns = pair_scores.shape[1]
 
     def blocks() -> Iterator[Candidates]:
-        for pairs in _best_first(scores, best, score_threshold, max_candidates):
+        for pairs in _best_first(pair_scores, best, score_threshold, max_candidates):
             for block in pairs.split(BLOCK):
                 location = block // columns
-                labels = block % columns if best_label is None else best_label[location, 0]
+                labels = block % columns if multi_label else scores[location].argmax(1)
                 yield block, boxes_xyxy[location].float(), labels
 
     pairs, _, labels = _suppress(blocks(), iou_threshold, max_detections)
-    return Detections(boxes_xyxy[pairs // columns], scores.flatten()[pairs], labels)
+    location = pairs // columns
+    return Detections(boxes_xyxy[location], scores[location, labels], labels)
 
 
 def _best_first(scores: Tensor, best: Tensor, score_threshold: float, max_candidates: int) -> Iterator[Tensor]:

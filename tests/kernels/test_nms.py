@@ -121,6 +121,15 @@ def test_thirty_thousand_boxes_of_one_class(spread):
     assert len(keep) == 2000 or len(np.setdiff1d(np.arange(30_000), keep)) >= len(lost)
 
 
+def test_many_survivors_are_found_class_by_class(monkeypatch):
+    rng = np.random.default_rng(11)
+    boxes, labels = random_boxes(rng, 900), rng.integers(0, 5, 900)
+    scores = rng.integers(1, 50, 900) / 64
+    monkeypatch.setattr(nms, "MANY", 300)
+    for limit in (300, 301, 500, 900, 1000):
+        assert run(boxes, scores, labels, 0.3, limit) == reference_nms(boxes, scores, labels, 0.3, limit)
+
+
 def test_non_finite_rows_are_never_returned_and_suppress_nothing():
     rng = np.random.default_rng(2)
     boxes, scores, labels = random_boxes(rng, 400), rng.random(400).astype("f4"), rng.integers(0, 2, 400)
