@@ -3,29 +3,32 @@
 import numpy as np
 
 
-def feature_mse(s: np.ndarray, t: np.ndarray) -> float:
+def feature_mse(s_map: np.ndarray, t_map: np.ndarray) -> float:
     total = 0.0
-    for s_value, t_value in zip(s.ravel(), t.ravel()):
-        total += (s_value - t_value) ** 2
-    return total / max(s.size, 1)
+    for s, t in zip(s_map.ravel(), t_map.ravel()):
+        total += (s - t) ** 2
+    return total / max(s_map.size, 1)
 
 
-def channel_wise_kl(s: np.ndarray, t: np.ndarray, temperature: float) -> float:
-    batch, channels = s.shape[:2]
+def channel_wise_kl(s_map: np.ndarray, t_map: np.ndarray, temperature: float = 1.0) -> float:
+    batch, channels = s_map.shape[:2]
+    if s_map.size == 0:
+        return 0.0
     total = 0.0
     for b in range(batch):
         for c in range(channels):
             log_s, log_t = (
-                z / temperature - np.logaddexp.reduce(z / temperature) for z in (s[b, c].ravel(), t[b, c].ravel())
+                z / temperature - np.logaddexp.reduce(z / temperature)
+                for z in (s_map[b, c].ravel(), t_map[b, c].ravel())
             )
             total += np.sum(np.exp(log_t) * (log_t - log_s))
     return temperature**2 * total / max(batch * channels, 1)
 
 
-def soft_class_targets(s: np.ndarray, t: np.ndarray, temperature: float, power: float) -> float:
-    classes = s.shape[-1]
+def soft_class_targets(s_logits: np.ndarray, t_logits: np.ndarray, temperature: float, power: float) -> float:
+    classes = s_logits.shape[-1]
     total = weights = 0.0
-    for s_row, t_row in zip(s.reshape(-1, classes), t.reshape(-1, classes)):
+    for s_row, t_row in zip(s_logits.reshape(-1, classes), t_logits.reshape(-1, classes)):
         weight = np.exp(-np.logaddexp(0, -t_row.max())) ** power
         row = 0.0
         for s_k, t_k in zip(s_row / temperature, t_row / temperature):
