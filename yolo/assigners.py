@@ -194,7 +194,7 @@ def anchor_ratio_matches(
         inside = ((center >= 0) & (center <= size)).all(-1)  # (N,)
         cell = center.floor().minimum(size - 1)  # a center on the right or lower border belongs to the last cell
         low = ((center - cell < 0.5) & (cell > 0)).T  # (2, N): the left, the upper neighbour
-        high = ((center - cell > 0.5) & (cell + 1 < size) & (center < size)).T
+        high = ((center - cell > 0.5) & (cell + 1 < size)).T
         near = torch.cat((inside[None], low & inside, high & inside))  # (5, N)
 
         k, anchor, g = (near[:, None] & fits).nonzero(as_tuple=True)  # (5, n, N) -> (M_l,) each
@@ -277,7 +277,7 @@ def _largest_per_group(values: Tensor, group: Tensor, num_groups: int, count: in
     padded = values.new_zeros(num_groups, longest)
     padded[group, _rank_in_group(group, sizes)] = values
     last = padded.topk(count, dim=1).values[:, -1].contiguous()[group]  # (P,) 0 where all of the group are taken
-    is_above, is_tie = values > last, values == last
+    is_above, is_tie = ~(values <= last), values == last  # nan counts as above, so that the loss shows it
     room = (count - torch.bincount(group[is_above], minlength=num_groups))[group[is_tie]]
     ties = torch.bincount(group[is_tie], minlength=num_groups)
     is_above[is_tie] = _rank_in_group(group[is_tie], ties) < room

@@ -344,6 +344,17 @@ def test_half_precision_is_computed_in_float32(head, dtype):
 
 
 @both_heads
+def test_predictions_that_are_not_numbers_reach_the_loss(head):
+    """A loss that leaves out what it cannot compare would train on beside a broken network."""
+    compute, logits_of = HEADS[head]
+    targets, make = scene(15, count=20)
+    for broken, name in ((0, "box"), (-1, "cls")):
+        logits = [x.detach() for x in logits_of(make)]
+        logits[broken].fill_(math.nan)
+        assert compute(*logits, targets)[name].isnan()
+
+
+@both_heads
 def test_same_bytes_every_time(head):
     compute, logits_of = HEADS[head]
     targets, make = scene(13, count=60, dtype=torch.float32)
