@@ -1,0 +1,115 @@
+"""A distilled run proves that it distils: terms act and are logged, adapters learn, the teacher stays what it is."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import models
+import run_folder
+import train
+from errors import UserError
+from tests.tiny_training import SIZE, tiny_config, write_dataset
+
+TERMS = [
+    {"teacher": "big", "loss": "mse", "weight": 0.5, "student_maps": ["p3", "p4", "p5"], "adapter": "conv1x1"},
+    {"teacher": "big", "loss": "cwd", "weight": 1.0, "student_maps": ["p3", "p4"], "adapter": "conv1x1_norm"},
+    {"teacher": "big", "loss": "soft_class", "weight": 2.0, "student_maps": ["class_logits"]},
+]
+NAMES = ("mse_big", "cwd_big", "soft_class_big")
+
+
+def save_teacher(path: Path, arch: str = "yolov5nu", names: tuple[str, ...] = ("green", "red")) -> Path:
+    """A checkpoint of ours with fresh weights; yolov5nu is quick, and its maps are as wide as YOLOv8n's."""
+    torch.manual_seed(1)
+    model = models.build(arch, len(names))
+    state = {"arch": arch, "names": list(names), "image_size": SIZE, "ema": model.state_dict()}
+    checkpoint.save(path, state)
+    return path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """One short distilled run, shared by the tests below."""
+    root = tmp_path_factory.mktemp("distilled")
+    write_dataset(root / "data")
+    teacher = save_teacher(root / "teacher.pt")
+    before = digest(teacher)
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(teacher)}]
+    config = tiny_config(root / "data", root / "runs", teachers=teachers, terms=TERMS)
+    model, _ = checkpoint.load_model(teacher)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    report = train.run(config, teachers={"big": model}, quiet=True)
+    return config, report, model, kept, (before, digest(teacher))
+
+
+def test_every_term_is_logged_and_above_zero(distilled):
+    config, *_ = distilled
+    rows = run_folder.read_metrics(Path(config.runs) / config.name / "metrics.csv")
+    assert len(rows) == 2
+    for row in rows:
+        for name in ("box", "cls", "dfl", *NAMES):
+            assert float(row[f"train/{name}"]) > 0, name
+
+
+def test_the_teacher_is_unchanged(distilled):
+    _, _, model, kept, digests = distilled
+    state = model.state_dict()
+    assert all(torch.equal(kept[name], state[name]) for name in kept)  # running statistics too
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert digests[0] == digests[1]
+
+
+def test_adapters_learn_and_the_checkpoint_holds_no_teacher(distilled):
+    config, *_ = distilled
+    state = checkpoint.load(Path(config.runs) / config.name / "weights" / "last.pt")
+    student = models.build("yolov8n", 2)
+    assert set(state["model"]) == set(state["ema"]) == set(student.state_dict())
+    shapes = {name: tuple(value.shape) for name, value in state["criterion"].items() if name.endswith("weight")}
+    assert len(shapes) == 5 and all(shape[2:] == (1, 1) for shape in shapes.values())
+    optimizer_rows = state["optimizer"]["state"]
+    assert len(optimizer_rows) == len(list(student.parameters())) + 5 + 3  # adapters: five weights, three biases
+    total = sum(value.numel() for part in ("model", "ema", "criterion") for value in state[part].values())
+    expected = 2 * sum(v.numel() for v in student.state_dict().values()) + sum(
+        v.numel() for v in state["criterion"].values()
+    )
+    assert total == expected
+
+
+def test_adapters_move_during_training(tmp_path):
+    """The same run stopped after one epoch and after two has different adapters."""
+    write_dataset(tmp_path / "data", train=8, test=2)
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    found = []
+    for epochs in (1, 2):
+        config = tiny_config(
+            tmp_path / "data", tmp_path / "runs", name=f"e{epochs}", epochs=epochs, teachers=teachers, terms=TERMS[:1],
+            optimizer={"schedule": "linear", "final_fraction": 1.0, "warmup_epochs": 0.0},
+        )  # fmt: skip
+        train.run(config, quiet=True)
+        found.append(checkpoint.load(tmp_path / "runs" / f"e{epochs}" / "weights" / "last.pt")["criterion"])
+    assert found[0].keys() == found[1].keys()
+    assert all(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_distilled_student_ships_like_any_other(distilled):
+    config, *_ = distilled
+    model, info = checkpoint.load_model(Path(config.runs) / config.name / "weights" / "last.pt")
+    assert info.arch == "yolov8n" and info.names == ("green", "red")
+    model(torch.zeros(1, 3, SIZE, SIZE))
+
+
+def test_a_teacher_of_other_classes_is_refused_for_logits(tmp_path):
+    write_dataset(tmp_path / "data", train=8, test=2)
+    teacher = save_teacher(tmp_path / "teacher.pt", names=("red", "green"))
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(teacher)}]
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=teachers, terms=TERMS[2:])
+    with pytest.raises(UserError, match="equal class lists"):
+        train.run(config, quiet=True)
+    assert not (tmp_path / "runs").exists()
