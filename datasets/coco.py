@@ -57,8 +57,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: {constant} in the file, expected finite numbers")
 
     try:
-        # Only digits and brackets, so it cannot run past the mask; a quote inside a string is escaped and no match.
-        data = re.sub(rb'(?<!\\)"segmentation"\s*:\s*\[[-+.eE\d\s,\[\]]*\]', b'"segmentation":[]', data)
+        # No quote or brace, so it ends with the mask; no NaN or Infinity, so they are still refused. A quote inside a
+        # string is escaped, and no match.
+        data = re.sub(rb'(?<!\\)"segmentation"\s*:\s*\[[^"{}NaI]*\]', b'"segmentation":[]', data)
         return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -111,44 +111,50 @@ def make_sample(
         boxes = turn_boxes(boxes, frame.orientation, *stored)
 
     limit = np.array([frame.width, frame.height], dtype=np.float64)
+    low, high = boxes[:, :2], boxes[:, 2:]  # (N, 2) each
+    is_good = (low < high) & (low >= -EDGE_TOLERANCE) & (high <= limit + EDGE_TOLERANCE) & (low < limit) & (high > 0)
     is_kept = np.ones(len(boxes), dtype=bool)
+    if not is_good.all():  # a few pictures of a set
+        boxes, is_kept = _sort_out(boxes, limit, rows, log, image_path, label_path)
+    if drop_duplicates:
+        seen = set()
+        for row, key in enumerate(zip(map(tuple, rows.boxes), rows.labels, rows.difficult, rows.crowd)):
+            if key in seen and is_kept[row]:
+                _log_row(row, "duplicate box", "duplicate dropped", boxes, limit, rows, log, image_path, label_path)
+                is_kept[row] = False
+            seen.add(key)
+
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    if any(value is not None for value in rows.area):
+        area = np.array([b if a is None else a for a, b in zip(rows.area, area)], dtype=np.float64)
+    ignore = difficult | crowd
+    if not is_kept.all():
+        boxes, labels, ignore, area, crowd = (array[is_kept] for array in (boxes, labels, ignore, area, crowd))
+    return Sample(image_path, image_id, frame.width, frame.height, boxes, labels, ignore, area, crowd)
+
+
+def _sort_out(boxes, limit, rows: LabelRows, log: FaultLog, image_path: Path, label_path: Path):
+    """(boxes (N, 4) with those past the edge clipped, is_kept (N,) bool), every change logged."""
     with np.errstate(invalid="ignore", over="ignore"):
-        size = boxes[:, 2:] - boxes[:, :2]  # (N, 2)
+        low, high = boxes[:, :2], boxes[:, 2:]  # (N, 2) each
         tests = (
             ("not a number", ~np.isfinite(boxes).all(1)),
-            ("box turned inside out", (size < 0).any(1)),
-            ("zero-size box", (size == 0).any(1)),
-            ("box outside the picture", ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= limit)).any(1)),
+            ("box turned inside out", (high < low).any(1)),
+            ("zero-size box", (high == low).any(1)),
+            ("box outside the picture", ((high <= 0) | (low >= limit)).any(1)),
         )
-        is_past = ((boxes[:, :2] < -EDGE_TOLERANCE) | (boxes[:, 2:] > limit + EDGE_TOLERANCE)).any(1)
-
-    def log_row(row: int, kind: str, effect: Effect) -> None:
-        corners = ", ".join(f"{value:g}" for value in boxes[row])
-        reason = f"{kind}: ({corners}) in a picture of {frame.width} x {frame.height}"
-        log.add(label_path, rows.lines[row], reason, kind, effect, image_path.name)
-
+        is_past = ((low < -EDGE_TOLERANCE) | (high > limit + EDGE_TOLERANCE)).any(1)
+    is_kept = np.ones(len(boxes), dtype=bool)
     for kind, is_faulty in tests:
         for row in np.flatnonzero(is_faulty & is_kept):
-            log_row(row, kind, "object dropped")
+            _log_row(row, kind, "object dropped", boxes, limit, rows, log, image_path, label_path)
         is_kept &= ~is_faulty
-    if drop_duplicates and len(boxes) > 1:
-        keys = np.column_stack((boxes, labels, difficult, crowd))
-        first = np.unique(keys, axis=0, return_index=True)[1]
-        is_repeated = is_kept.copy()
-        is_repeated[first] = False
-        for row in np.flatnonzero(is_repeated):
-            log_row(row, "duplicate box", "duplicate dropped")
-        is_kept &= ~is_repeated
-    if (is_past & is_kept).any():
-        for row in np.flatnonzero(is_past & is_kept):
-            log_row(row, "box past the edge", "noted")
-        clipped = np.clip(boxes, 0, np.tile(limit, 2))
-        boxes = np.where(is_past[:, None], clipped, boxes)
+    for row in np.flatnonzero(is_past & is_kept):
+        _log_row(row, "box past the edge", "noted", boxes, limit, rows, log, image_path, label_path)
+    return np.where(is_past[:, None], np.clip(boxes, 0, np.tile(limit, 2)), boxes), is_kept
 
-    boxes = boxes[is_kept]
-    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    stated_area = [value for value, kept in zip(rows.area, is_kept) if kept]
-    if any(value is not None for value in stated_area):
-        area = np.array([b if a is None else a for a, b in zip(stated_area, area)], dtype=np.float64)
-    ignore = (difficult | crowd)[is_kept]
-    return Sample(image_path, image_id, frame.width, frame.height, boxes, labels[is_kept], ignore, area, crowd[is_kept])
+
+def _log_row(row, kind: str, effect: Effect, boxes, limit, rows: LabelRows, log: FaultLog, image_path, label_path):
+    corners = ", ".join(f"{value:g}" for value in boxes[row])
+    reason = f"{kind}: ({corners}) in a picture of {limit[0]:g} x {limit[1]:g}"
+    log.add(label_path, rows.lines[row], reason, kind, effect, image_path.name)
