@@ -1,0 +1,187 @@
+"""predict.py: which pictures are taken, boxes in their pixels, what the files hold, what happens to broken ones."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import checkpoint
+import models
+import predict
+from errors import UserError
+from structures import Detections
+
+NAMES = ("red thing", "blue thing")
+
+
+class ColourDetector(nn.Module):
+    """Finds one solid red and one solid blue rectangle by looking at the pixels: a detector whose truth is known."""
+
+    num_classes = 2
+
+    def forward(self, images):
+        assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+        return images
+
+    def detect(self, output, *, score_threshold, iou_threshold, max_detections):
+        found = []
+        for image in output:
+            rows = []
+            for label, channel in enumerate((0, 2)):
+                others = [c for c in range(3) if c != channel]
+                y, x = ((image[channel] > 0.75) & (image[others] < 0.25).all(0)).nonzero(as_tuple=True)
+                if len(x) and 0.9 - 0.3 * label > score_threshold:
+                    rows.append([*map(float, (x.min(), y.min(), x.max() + 1, y.max() + 1)), 0.9 - 0.3 * label, label])
+            table = torch.tensor(rows).reshape(-1, 6)[:max_detections]
+            found.append(Detections(table[:, :4], table[:, 4], table[:, 5].long()))
+        return found
+
+
+def scene(width: int, height: int, red=None, blue=None) -> Image.Image:
+    pixels = np.full((height, width, 3), 200, dtype=np.uint8)
+    for box, color in ((red, (255, 0, 0)), (blue, (0, 0, 255))):
+        if box is not None:
+            pixels[box[1] : box[3], box[0] : box[2]] = color
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def colour_model(monkeypatch):
+    info = checkpoint.CheckpointInfo("colours", NAMES, 160)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **kwargs: (ColourDetector(), info))
+
+
+@pytest.mark.parametrize("size", [(160, 160), (320, 100), (75, 300), (1000, 700), (40, 33)])
+def test_boxes_are_in_pixels_of_the_picture(size):
+    width, height = size
+    red = (width // 8, height // 4, width // 2, height * 3 // 4)
+    blue = (width * 5 // 8, 0, width, height // 2)
+    predictor = predict.Predictor(ColourDetector(), image_size=160)
+    pictures = [np.asarray(scene(width, height, red, blue)), np.asarray(scene(60, 60))]
+    found, nothing = predictor(pictures)
+    step = max(1.0, max(size) / 160)  # one pixel of what the model saw
+    np.testing.assert_allclose(found.boxes_xyxy.numpy(), [red, blue], atol=1.5 * step)
+    assert (found.boxes_xyxy <= torch.tensor([width, height] * 2)).all() and (found.boxes_xyxy >= 0).all()
+    assert found.labels.tolist() == [0, 1] and len(nothing) == 0
+
+
+def test_writes_pictures_json_and_text(tmp_path, colour_model, capsys):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    scene(200, 100, red=(20, 40, 60, 80), blue=(100, 0, 200, 50)).save(tmp_path / "in" / "b.png")
+    scene(100, 200).save(tmp_path / "in" / "deep" / "c.PNG")
+    scene(80, 80, red=(0, 0, 80, 80)).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    output = tmp_path / "out"
+    code = predict.main(["weights.pt", str(tmp_path / "in"), "--output", str(output), "--json", "--txt"])
+    assert code == 0
+    assert "3 pictures, 3 detections (2 red thing, 1 blue thing), 0 skipped" in capsys.readouterr().out
+
+    rows = json.loads((output / "predictions.json").read_text())
+    assert [(row["image_id"], row["category_id"], row["category_name"]) for row in rows] == [
+        (0, 0, "red thing"),
+        (1, 0, "red thing"),
+        (1, 1, "blue thing"),
+    ]
+    assert rows[1]["file_name"] == str(tmp_path / "in" / "b.png")
+    np.testing.assert_allclose(rows[1]["bbox"], [20, 40, 40, 40], atol=2)  # x, y, width, height
+    assert rows[1]["score"] == pytest.approx(0.9)
+
+    lines = [line.split() for line in (output / "labels" / "b.txt").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["0", "1"]
+    np.testing.assert_allclose(np.float64(lines)[0, 1:], [0.2, 0.6, 0.2, 0.4, 0.9], atol=0.02)
+    np.testing.assert_allclose(np.float64(lines)[1, 1:], [0.75, 0.25, 0.5, 0.5, 0.6], atol=0.02)
+    assert (output / "labels" / "deep" / "c.txt").read_text() == ""
+
+    for name, size in (("a", (80, 80)), ("b", (200, 100)), ("deep/c", (100, 200))):
+        with Image.open(output / f"{name}.jpg") as drawn:
+            assert drawn.size == size
+    assert np.abs(np.asarray(Image.open(output / "deep" / "c.jpg")).astype(int) - 200).max() < 3  # nothing drawn
+    assert np.asarray(Image.open(output / "b.jpg"))[:, :, 1].min() < 60  # boxes and letters are not grey
+
+
+def test_broken_pictures_are_named_and_left_out(tmp_path, colour_model, capsys):
+    scene(64, 64, red=(0, 0, 30, 30)).save(tmp_path / "good.png")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    (tmp_path / "words.txt").write_text("words")
+    sources = [str(tmp_path), str(tmp_path / "words.txt")]
+    code = predict.main(["w.pt", *sources, "--output", str(tmp_path / "out"), "--txt", "--batch-size", "1"])
+    said = capsys.readouterr().out
+    assert code == 1 and "1 picture, 1 detection (1 red thing), 3 skipped" in said
+    for name in ("empty.jpg", "cut.png", "words.txt"):
+        assert f"skipped: {tmp_path / name}: " in said
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"good.jpg", "good.txt"}
+
+
+def test_finds_each_picture_once_under_a_name_of_its_own(tmp_path):
+    for name in ("a.png", "a.jpg", "sub/a.png", "sub/b.JPEG", "other/a.png", "other/[x].png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = predict.find_pictures([str(tmp_path / "a.jpg"), str(tmp_path), str(tmp_path / "sub" / "*.png")])
+    assert [str(picture.name) for picture in found] == ["a", "a-2", "other/[x]", "other/a", "sub/a", "sub/b"]
+    assert len({picture.path for picture in found}) == 6
+    assert [p.name.name for p in predict.find_pictures([str(tmp_path / "other" / "[x].png")])] == ["[x]"]
+    assert len(predict.find_pictures([str(tmp_path / "**" / "a.*")])) == 4
+    for source in (tmp_path / "absent", tmp_path / "no*match", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=source.name.replace("*", r"\*")):
+            predict.find_pictures([str(source)])
+
+
+def test_never_overwrites_a_source(tmp_path, colour_model):
+    scene(64, 64).save(tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    with pytest.raises(UserError, match="would overwrite"):
+        predict.main(["w.pt", str(tmp_path), "--output", str(tmp_path)])
+    assert (tmp_path / "a.jpg").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        predict.main(["w.pt", str(tmp_path / "a.jpg"), "--output", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize(
+    "option", [("--image-size", "100"), ("--score-threshold", "1.5"), ("--batch-size", "0"), ("--nms-iou", "x")]
+)
+def test_bad_options_are_usage_errors(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        predict.parse_arguments(["w.pt", "a.jpg", *option])
+    assert stop.value.code == 2 and option[0] in capsys.readouterr().err
+
+
+def test_options_reach_the_detector(tmp_path, colour_model, capsys):
+    scene(64, 64, red=(0, 0, 30, 30), blue=(40, 40, 60, 60)).save(tmp_path / "a.png")
+    arguments = ["w.pt", str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "--quiet", "--no-pictures"]
+    predict.main(arguments)
+    assert capsys.readouterr().out.startswith("1 picture, 2 detections")
+    predict.main([*arguments, "--score-threshold", "0.7"])
+    predict.main([*arguments, "--max-detections", "1"])
+    assert capsys.readouterr().out.count("1 detection (1 red thing)") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_ours(tmp_path):
+    torch.manual_seed(0)
+    model = models.build("yolov8n", num_classes=2)
+    state = {"arch": "yolov8n", "names": list(NAMES), "image_size": 64, "ema": model.state_dict()}
+    checkpoint.save(tmp_path / "last.pt", state)
+    scene(90, 60, red=(0, 0, 30, 30)).save(tmp_path / "a.png")
+    arguments = [str(tmp_path / "last.pt"), str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "--json"]
+    assert predict.main([*arguments, "--score-threshold", "0", "--max-detections", "7"]) == 0
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(rows) == 7 and {row["category_name"] for row in rows} <= set(NAMES)
+
+
+def test_a_full_disk_is_one_line(tmp_path, colour_model, monkeypatch):
+    scene(64, 64).save(tmp_path / "a.png")
+
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device", str(tmp_path / "out" / "a.jpg"))
+
+    monkeypatch.setattr(predict, "draw_detections", lambda *args: SimpleNamespace(save=refuse))
+    with pytest.raises(UserError, match=r"a\.jpg: could not be written: No space left on device") as error:
+        predict.main(["w.pt", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")])
+    assert error.value.exit_code == 5
