@@ -37,6 +37,7 @@ from errors import UserError
 
 FORMAT = 1
 DISK_EXIT_CODE = 5
+PUBLIC_IMAGE_SIZE = 640  # of a public file that does not say
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,10 @@ def load_into(model: nn.Module, path: str | Path, *, new_head: bool = False) -> 
 
 def _load_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
     state, said = weights.read_state_dict(path)
-    said = said if isinstance(said, dict) else vars(said)
-    names = said.get("names")
-    names = tuple(names.values() if isinstance(names, dict) else names) if names else ()
-    num_classes = len(names) or count_classes(state, arch, path)
-    model = models.build(arch, num_classes)
+    names = said.names or tuple(map(str, range(count_classes(state, arch, path))))
+    model = models.build(arch, len(names))
     weights.load_public(model, state)
-    names = names or tuple(str(k) for k in range(num_classes))
-    return model, CheckpointInfo(arch, names, int(said.get("image_size") or 640), source="public")
+    return model, CheckpointInfo(arch, names, said.image_size or PUBLIC_IMAGE_SIZE, source="public")
 
 
 def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:

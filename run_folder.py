@@ -60,7 +60,7 @@ class RunFolder:
 
 def create(config: Config) -> tuple[RunFolder, Config]:
     """A new folder runs/<name>, or <name>2, <name>3, ... where that is taken, and the config under that name."""
-    if not config.name or Path(config.name).name != config.name:
+    if config.name in ("", ".", "..") or Path(config.name).name != config.name:
         raise UserError(f"key 'name': found {config.name!r}, expected the name of a folder")
     number = 1
     while True:
