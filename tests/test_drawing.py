@@ -50,7 +50,16 @@ def test_boxes_beyond_the_picture_and_tiny_pictures(box, size):
 
 @pytest.mark.parametrize(
     "box",
-    [(math.nan, 0, 10, 10), (0, 0, math.inf, 10), (30, 30, 20, 20), (-9, -9, -1, -1), (70, 0, 90, 9), (0, 48, 9, 60)],
+    [
+        (math.nan, 0, 10, 10),
+        (math.nan, 1, 10, 10),
+        (1, 1, math.inf, 10),
+        (0, 0, math.inf, 10),
+        (30, 30, 20, 20),
+        (-9, -9, -1, -1),
+        (70, 0, 90, 9),
+        (0, 48, 9, 60),
+    ],
 )
 def test_boxes_with_nothing_to_see_are_left_out(box):
     drawn = draw_detections(grey(64, 48), detections([(*box, 0.9, 0)]), ["a"])
