@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-MAX_OPCODES = 2_000_000  # a YOLOv5n has 34 thousand
+MAX_OPCODES = 1_000_000  # a YOLOv5n has 34 thousand
 MAX_STRING_BYTES = 1 << 20
 MAX_MARK_DEPTH = 1_000
 MAX_DIMS = 16
@@ -193,7 +193,7 @@ class InertReader:
         elif name == "BUILD":
             self._set_state()
         elif name == "BINPERSID":
-            stack.append(self._storage(stack.pop()))
+            stack.append(self._persistent(stack.pop()))
         elif name == "POP":
             self.stack.pop() if self.stack else self._pop_mark()
         elif name == "POP_MARK":
@@ -288,7 +288,10 @@ class InertReader:
             raise Refused(f"damaged pickle: BUILD on {short(target)}")
         target.state, target.built = state, True
 
-    def _storage(self, identity: Any) -> StorageRecord:
+    def _persistent(self, identity: Any) -> StorageRecord | Global:
+        if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+            if isinstance(identity[1], Global):  # a module's class, in legacy files: with its source, which we leave
+                return identity[1]
         if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
             raise Refused("damaged pickle: a persistent id that is not a storage")
         _, kind, key, _, numel, *view = identity

@@ -118,7 +118,7 @@ def bomb_files(folder: Path) -> Iterator[Case]:
         "frame-2-63": (b"\x80\x04\x95" + struct.pack("<Q", 2**63) + b"}.", "no state dict"),
         "number-long": (b"\x80\x02\x8b" + struct.pack("<i", 1 << 20) + b"\x7f" * (1 << 20) + b".", "huge whole number"),
         "number-digits": (b"L" + b"9" * 50_000 + b"L\n.", "damaged pickle"),
-        "opcodes": (b"N0" * 1_100_000 + b"N.", "more than 2,000,000 opcodes"),
+        "opcodes": (b"N0" * 550_000 + b"N.", "more than 1,000,000 opcodes"),
         "set-again-and-again": (
             b"](" + b"K\x01" * 50_000 + b"eq\x000" + b"cbuiltins\nset\nh\x00\x85R0" * 1000 + b"N.",
             "copies more than",

@@ -1,0 +1,163 @@
+"""Renaming by tables, filling models strictly both ways, and naming the family of weights that do not fit."""
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from errors import UserError
+from weights import guess_family, load_public, rename
+
+# rename -------------------------------------------------------------------------------------------------------------
+
+
+def test_rename():
+    state = {"m.0.w": 1, "m.12.q.3.w": 2, "m.0.b": 3, "dfl.x": 4}
+    table = [("m.0.", "stem."), ("m.12.q.{}.", "stage{}.q."), ("dfl.", None)]
+    assert rename(state, table) == {"stem.w": 1, "stage3.q.w": 2, "stem.b": 3}
+    assert list(rename(state, table)) == ["stem.w", "stage3.q.w", "stem.b"]
+
+
+@pytest.mark.parametrize(
+    ("state", "table", "reason"),
+    [
+        ({"a.w": 1, "b.w": 1}, [("a.", "x.")], "'b.w' is claimed by no row"),
+        ({"a.b.w": 1}, [("a.", "x."), ("a.b.", "y.")], r"'a.b.w' is claimed by \['a.', 'a.b.'\]"),
+        ({"a.w": 1}, [("a.", "x."), ("b.", "y.")], r"rows no key used: \['b.'\]"),
+        ({"a.w": 1}, [("a.", "x."), ("a.", "y.")], "is claimed by"),
+        ({"a.1.w": 1, "a.2.w": 1}, [("a.{}.", "x.")], "both become 'x.w'"),
+        ({"a.one.w": 1}, [("a.{}.", "x.{}.")], "no row"),
+        ({"axw": 1}, [("a.w", "x")], "no row"),  # a dot is a dot
+        ({"z.a.w": 1}, [("a.", "x.")], "no row"),  # rows match the start
+        ({}, [("a.", None)], "rows no key used"),
+    ],
+)
+def test_rename_refuses(state, table, reason):
+    with pytest.raises(KeyError, match=reason):
+        rename(state, table)
+
+
+# load_public --------------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    public_names = [("model.0.", "stem."), ("model.1.m.{}.", "blocks.{}."), ("model.2.", "head."), ("dfl", None)]  # noqa: RUF012
+    class_head = ("head.",)
+
+    def __init__(self, num_classes: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.head = nn.Linear(4, num_classes)
+
+
+def public_state(model: nn.Module) -> dict:
+    table = [("stem.", "model.0."), ("blocks.{}.", "model.1.m.{}."), ("head.", "model.2.")]
+    return {**rename(model.state_dict(), table), "dfl": torch.arange(16.0)}
+
+
+def assert_untouched(model, before):
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_load_public_fills_everything_and_casts():
+    source, model = Small(), Small()
+    state = {name: t.half() if t.is_floating_point() else t for name, t in public_state(source).items()}
+    report = load_public(model, state)
+    assert set(report.loaded) == set(model.state_dict()) and report.fresh == ()
+    for name, value in model.state_dict().items():
+        expected = source.state_dict()[name]
+        assert value.dtype == expected.dtype
+        assert torch.equal(value, expected.half().to(value.dtype) if value.is_floating_point() else expected)
+
+
+def test_load_public_reads_a_path(tmp_path):
+    source, model = Small(), Small()
+    torch.save({"model": public_state(source)}, tmp_path / "a.pt")
+    assert load_public(model, tmp_path / "a.pt").source == str(tmp_path / "a.pt")
+    assert_untouched(model, source.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s.pop("model.1.m.1.bias"), r"1 missing \(blocks.1.bias\)"),
+        (lambda s: s.update({"model.1.m.2.bias": torch.ones(4)}), r"1 unexpected \(blocks.2.bias\)"),
+        (lambda s: s.update({"model.3.bias": torch.ones(4)}), "'model.3.bias' is claimed by no row"),
+        (lambda s: s.pop("dfl"), r"rows no key used: \['dfl'\]"),
+        (
+            lambda s: s.update({"model.1.m.1.bias": torch.ones(1, 4)}),
+            r"blocks.1.bias is \(1, 4\), the model's is \(4,\)",
+        ),
+        (lambda s: s.update({"model.1.m.1.bias": torch.ones(4).long()}), "blocks.1.bias is torch.int64"),
+        (lambda s: s.update({"model.2.bias": torch.ones(3)}), "new_head=True starts it fresh"),
+    ],
+)
+def test_load_public_refuses_and_leaves_the_model(change, reason):
+    model, state = Small(), public_state(Small())
+    change(state)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=reason):
+        load_public(model, state)
+    assert_untouched(model, before)
+
+
+def test_load_public_without_counters():
+    state = public_state(Small())
+    del state["model.0.1.num_batches_tracked"]
+    assert "stem.1.num_batches_tracked" not in load_public(Small(), state).loaded
+
+
+def test_new_head(capsys):
+    source, model = Small(80), Small(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_public(model, public_state(source), new_head=True)
+    assert report.fresh == ("head.weight", "head.bias")
+    assert "head.weight, head.bias" in capsys.readouterr().out
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name in report.fresh else source.state_dict()[name])
+    state = public_state(source)
+    state["model.1.m.0.bias"] = torch.ones(5)
+    with pytest.raises(UserError, match=r"blocks\.0\.bias"):  # only the class head may differ
+        load_public(Small(3), state, new_head=True)
+    assert load_public(Small(80), public_state(source), new_head=True).fresh == ()
+
+
+# families -----------------------------------------------------------------------------------------------------------
+
+
+def golden_shapes(meta: dict) -> dict:
+    return {name: tuple(shape) for name, shape, *_ in meta["keys"]}
+
+
+YOLO = [f"{family}{size}" for family in ("yolov8", "yolov5") for size in "nsmlx"] + [f"yolov5{s}u" for s in "nsmlx"]
+
+
+@pytest.mark.parametrize("arch", YOLO)
+def test_families_of_released_names(arch, golden):
+    assert guess_family(golden_shapes(golden(arch)[1])) == arch
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("yolov8n", "yolov8s"),
+        ("yolov8n", "yolov8m"),
+        ("yolov5nu", "yolov5n"),
+        ("yolov5n", "yolov5nu"),
+        ("yolov5n", "yolov8n"),
+    ],
+)
+def test_wrong_family_is_named(theirs, ours, golden):
+    shapes = golden_shapes(golden(theirs)[1])
+    state = {name: torch.zeros(shape, dtype=torch.float32 if shape else torch.int64) for name, shape in shapes.items()}
+    with pytest.raises(UserError, match=f"these are {theirs} weights, the model is {ours}"):
+        load_public(models.build(ours, 80), state)
+
+
+def test_unknown_families_are_not_guessed():
+    assert guess_family({}) is None
+    assert guess_family({"w": (3,)}) is None
+    assert guess_family({"model.0.conv.weight": (16, 3, 3, 3)}) is None
+    eleven = {"model.0.conv.weight": (16, 3, 3, 3), "model.23.cv2.0.0.conv.weight": (64, 64, 3, 3)}
+    assert "layer 23" in guess_family(eleven)
