@@ -1,13 +1,17 @@
 """Feature distillation: the student's maps imitate the teacher's.
 
 Every loss is a pure function of one pair of maps with equal shapes; an adapter (distill.adapters) has joined
-different widths before. Computed in float32 for half-precision inputs, in float64 for float64. Student gradients
-only: the teacher's map is detached. An empty map (B = 0, or no pixels) gives 0.
+different widths before, and the criterion has brought the teacher's map to the student's grid. Computed in float32
+for half-precision inputs, in float64 for float64. Student gradients only: the teacher's map is detached. An empty map
+(B = 0, or no pixels) gives 0.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+TINY = 1e-24  # a vector no longer than 1e-12 has no direction
+CONSTANT = 1e-10  # a row whose variance is below this share of its mean square is constant, up to float32 rounding
 
 
 def feature_mse(*, s_map: Tensor, t_map: Tensor) -> Tensor:
@@ -23,8 +27,26 @@ def feature_mse(*, s_map: Tensor, t_map: Tensor) -> Tensor:
         scalar ().
     Differs from the paper: the mean, not half the sum, so that a weight means the same at every map size.
     """
-    s_map, t_map = _as_pair(s_map, t_map)
+    s_map, t_map = as_map_pair(s_map, t_map)
     return (s_map - t_map).square().sum() / max(s_map.numel(), 1)
+
+
+def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
+    """One minus the cosine of the two feature vectors of each pixel, on average.
+
+        L = 1 / (B H W) * sum_bp (1 - cos(s_bp, t_bp)),    s_bp in R^C
+
+    The loss by which a foundation model teaches the deepest map of a detector (RT-DETRv4). Invariant to the length of
+    every feature vector; 0 at the teacher, 1 where the two are orthogonal, 2 where they are opposite.
+
+    Args:
+        s_map, t_map: (B, C, H, W).
+    Returns:
+        scalar (). A vector of zeros is orthogonal to all others, and passes no gradient.
+    """
+    s_map, t_map = as_map_pair(s_map, t_map)
+    cosine = (unit_vectors(s_map, dim=1) * unit_vectors(t_map, dim=1)).sum(1)  # (B, H, W)
+    return (1 - cosine).sum() / max(cosine.numel(), 1)
 
 
 def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -> Tensor:
@@ -43,7 +65,7 @@ def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -
     Returns:
         scalar ().
     """
-    s_map, t_map = _as_pair(s_map, t_map)
+    s_map, t_map = as_map_pair(s_map, t_map)
     if s_map.numel() == 0:
         return s_map.sum()
     log_q_s = F.log_softmax(s_map.flatten(2) / temperature, dim=-1)  # (B, C, H*W)
@@ -52,10 +74,100 @@ def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -
     return temperature**2 * kl.mean()
 
 
-def _as_pair(s_map: Tensor, t_map: Tensor) -> tuple[Tensor, Tensor]:
-    if s_map.shape != t_map.shape or s_map.dim() != 4:
+def channel_correlation(*, s_map: Tensor, t_map: Tensor) -> Tensor:
+    """Pearson distillation (PKD): each channel of the student correlates with the teacher's.
+
+    Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
+    arXiv:2207.02039.
+
+        L = 1 / C * sum_c (1 - r_c) = 1/2 mean_{bchw} (n(s) - n(t))^2
+
+    n(.) has zero mean and unit standard deviation per channel, over the batch and the pixels together (B H W values),
+    and r_c is the Pearson correlation of channel c. Invariant to any scale above 0 and any shift of each channel of
+    either map, so that no level and no channel outweighs the others.
+
+    Args:
+        s_map, t_map: (B, C, H, W).
+    Returns:
+        scalar (), in [0, 2].
+    Differs from the released code: the standard deviation is the biased one, which makes the second equality exact;
+    and instead of 1e-6 added to it, a channel whose spread is below 1e-5 of its root mean square (a constant, up to
+    rounding) has no correlation: it passes no gradient and costs 1/2 beside a channel that varies.
+    """
+    s_map, t_map = as_map_pair(s_map, t_map)
+    s_unit, t_unit = (unit_deviations(m.transpose(0, 1).flatten(1)) for m in (s_map, t_map))  # (C, B*H*W)
+    return (s_unit - t_unit).square().sum() / max(2 * len(s_unit), 1)
+
+
+def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> Tensor:
+    """Attention transfer: where the student's channels together are strong, they shall be as the teacher's.
+
+    Zagoruyko and Komodakis, "Paying More Attention to Attention", arXiv:1612.03928, sec. 3.1, activation-based.
+
+        L   = 1 / (2 B) * sum_b |Q^s_b - Q^t_b|^2,    Q_b = a_b / |a_b|,    a_bp = sum_c |map_bcp|^power
+
+    With |.| the Euclidean length over the H*W pixels, so L = mean_b (1 - cos(a^s_b, a^t_b)). Invariant to the scale of
+    either map, to the signs and to the order of the channels. The widths of the two maps may differ: no adapter.
+
+    Args:
+        s_map (B, C_s, H, W), t_map (B, C_t, H, W).
+        power: at least 1; larger looks at the strongest pixels.
+    Returns:
+        scalar (), in [0, 1].
+    Differs from the paper, which does not square the length: the square has gradient 0 at the teacher. The released
+    code squares too, and averages over pixels: its loss is ours * 2 / (H W).
+    """
+    s_map, t_map = as_map_pair(s_map, t_map, same_width=False)
+    s_unit, t_unit = (unit_vectors(m.abs().pow(power).sum(1).flatten(1), dim=1) for m in (s_map, t_map))  # (B, H*W)
+    return (s_unit - t_unit).square().sum() / max(2 * len(s_unit), 1)
+
+
+def score_weighted_l2(*, s_map: Tensor, t_map: Tensor, weight: Tensor) -> Tensor:
+    """Squared difference of two maps, where the teacher is confident: the loss of Ultralytics' own distillation.
+
+        L    = sum_bcp w_bp (s_bcp - t_bcp)^2 / (C sum_bp w_bp + 1e-9)
+        w_bp = max_k sigmoid(class logit k of the teacher at pixel p)
+
+    Args:
+        s_map, t_map: (B, C, H, W).
+        weight: (B, H, W), w >= 0, see masks.score_maps. Detached.
+    Returns:
+        scalar (); 0 where no pixel has weight.
+    Differs from theirs: one map, unweighted, where they sum over maps, multiply by 6 and by the batch size.
+    """
+    s_map, t_map = as_map_pair(s_map, t_map)
+    if weight.shape != (len(s_map), *s_map.shape[2:]):
+        raise ValueError(f"weight {tuple(weight.shape)} must be (B, H, W) of the map {tuple(s_map.shape)}")
+    weight = weight.detach().to(s_map.dtype)
+    difference = (s_map - t_map).square().sum(1)  # (B, H, W)
+    return (weight * difference).sum() / (s_map.shape[1] * weight.sum() + 1e-9)
+
+
+def as_map_pair(s_map: Tensor, t_map: Tensor, *, same_width: bool = True) -> tuple[Tensor, Tensor]:
+    """Both maps in float32 (float64 stays), the teacher's detached.
+
+    Raises ValueError unless they are (B, C, H, W) of equal shapes; with same_width=False, C may differ.
+    """
+    s_shape, t_shape = list(s_map.shape), list(t_map.shape)
+    if not same_width:
+        s_shape[1:2] = t_shape[1:2] = []
+    if s_shape != t_shape or s_map.dim() != 4 or t_map.dim() != 4:
         raise ValueError(
             f"student map {tuple(s_map.shape)} and teacher map {tuple(t_map.shape)} must be equal (B, C, H, W)"
         )
     dtype = s_map.dtype if s_map.dtype.itemsize >= 4 else torch.float32
     return s_map.to(dtype), t_map.detach().to(dtype)
+
+
+def unit_vectors(values: Tensor, dim: int) -> Tensor:
+    """values / |values| along dim; 0, with gradient 0, where |values| <= 1e-12 and there is no direction."""
+    square = values.square().sum(dim, keepdim=True)
+    return values * torch.where(square > TINY, square.clamp(min=TINY).rsqrt(), 0)
+
+
+def unit_deviations(rows: Tensor) -> Tensor:
+    """Each row of (N, D) less its mean, at length 1; 0 for a row that is constant up to rounding."""
+    deviations = rows - rows.sum(1, keepdim=True) / max(rows.shape[1], 1)
+    square = deviations.square().sum(1, keepdim=True)
+    varies = square > CONSTANT * rows.square().sum(1, keepdim=True)
+    return deviations * torch.where(varies, torch.where(varies, square, 1).rsqrt(), 0)

@@ -68,12 +68,12 @@ CASES = [
             "absolute difference": Edit(".square()", ".abs()"),
             "mean over the batch only": Edit("s_map.numel()", "len(s_map)"),
             "nan when empty": Edit("max(s_map.numel(), 1)", "s_map.numel()"),
-            "teacher learns": Edit("t_map.detach()", "t_map", within="_as_pair"),
-            "student detached": Edit("s_map.to(dtype)", "s_map.detach().to(dtype).requires_grad_()", within="_as_pair"),
+            "teacher learns": Edit("t_map.detach()", "t_map", within="as_map_pair"),
+            "student detached": Edit("s_map.to(dtype)", "s_map.detach().to(dtype).requires_grad_()", within="as_map_pair"),
             "computes in half precision": Edit(
-                "s_map.dtype if s_map.dtype.itemsize >= 4 else torch.float32", "s_map.dtype", within="_as_pair"
+                "s_map.dtype if s_map.dtype.itemsize >= 4 else torch.float32", "s_map.dtype", within="as_map_pair"
             ),
-            "broadcasts a narrow teacher": Edit("s_map.shape != t_map.shape or", "", within="_as_pair"),
+            "broadcasts a narrow teacher": Edit("s_shape != t_shape or", "", within="as_map_pair"),
         },
     ),
     LossCase(
@@ -96,7 +96,7 @@ CASES = [
             "student without temperature": Edit("s_map.flatten(2) / temperature", "s_map.flatten(2)"),
             "swapped roles": Edit("log_q_t.exp() * (log_q_t - log_q_s)", "log_q_s.exp() * (log_q_s - log_q_t)"),
             "cross-entropy": cross_entropy_over_pixels,
-            "teacher learns": Edit("t_map.detach()", "t_map", within="_as_pair"),
+            "teacher learns": Edit("t_map.detach()", "t_map", within="as_map_pair"),
             "log of a softmax": Edit(
                 "F.log_softmax(s_map.flatten(2) / temperature, dim=-1)",
                 "(s_map.flatten(2) / temperature).softmax(-1).log()",

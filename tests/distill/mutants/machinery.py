@@ -16,7 +16,7 @@ in table.py):
         ),
         mutants={
             "no T^2": Edit("temperature**2 * kl.mean()", "kl.mean()"),
-            "teacher learns": Edit("t_map.detach()", "t_map", within="_as_pair"),
+            "teacher learns": Edit("t_map.detach()", "t_map", within="as_map_pair"),
             "mean over pixels": lambda *, s_map, t_map, temperature=1.0: ...,  # where an edit would be long
         },
     )
