@@ -67,7 +67,7 @@ def augment(
     if height != width:
         raise ValueError(f"images of {height} x {width}, expected squares")
     parameters = draw(count, generator=generator, settings=settings)
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
     if any(getattr(settings, name) for name in GEOMETRY):
         matrices = affine_matrices(parameters, image_size=width)
         if parameters.use_mosaic.any():

@@ -78,6 +78,22 @@ def test_what_the_set_is_made_of():
     assert np.std(means) > 20  # dark and bright grounds
 
 
+def test_objects_overlap_but_none_is_hidden(monkeypatch):
+    painted, paint = [], shapes.paint
+    monkeypatch.setattr(shapes, "paint", lambda canvas, mask, rng: painted.append(mask) or paint(canvas, mask, rng))
+    fractions = []
+    for index in range(30):
+        painted.clear()
+        _, boxes, labels = shapes.draw_picture(0, "train", index, 96)
+        masks = painted[-len(labels) :]  # the ground's own layers come first
+        for i, mask in enumerate(masks):
+            covered = np.prod([1 - later for later in masks[i + 1 :]], axis=0)
+            fractions.append((mask * covered).sum() / mask.sum())
+            centers = np.stack(np.nonzero(mask > 0.5)[::-1], axis=1) + 0.5
+            assert (centers >= boxes[i, :2] - 0.5).all() and (centers <= boxes[i, 2:] + 0.5).all()
+    assert min(fractions) > shapes.MIN_VISIBLE and np.mean(np.array(fractions) < 0.9) > 0.05
+
+
 def test_the_folder_is_a_yolo_dataset(tmp_path):
     root = tmp_path / "set"
     assert shapes.make_shapes(root, train=5, test=3, image_size=64, seed=3) is True
