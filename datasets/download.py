@@ -37,6 +37,7 @@ from pathlib import Path, PurePosixPath
 from errors import UserError, run_script
 
 CHUNK_BYTES = 1 << 20
+SAY_BYTES = 256 << 20  # a line of progress each
 MAX_UNKNOWN_BYTES = 1 << 30  # of an archive whose size is not published
 MAX_EXPANSION = 20  # unpacked bytes per archive byte
 MAX_MEMBERS = 1_000_000
@@ -152,7 +153,7 @@ def fetch(archive: Archive, folder: Path, *, say: Callable[[str], None] = print)
             )
     if archive.bytes is None or start < archive.bytes:
         say(f"fetching {archive.url}" + (f" from byte {start}" if start else ""))
-        _stream(archive, part, start)
+        _stream(archive, part, start, say)
     try:
         _check(part, archive)
     except UserError:
@@ -162,7 +163,7 @@ def fetch(archive: Archive, folder: Path, *, say: Callable[[str], None] = print)
     return path
 
 
-def _stream(archive: Archive, part: Path, start: int) -> None:
+def _stream(archive: Archive, part: Path, start: int, say: Callable[[str], None]) -> None:
     """Append the bytes from `start` to the part file; it may be called again after an error."""
     request = urllib.request.Request(archive.url, headers={"User-Agent": "retort", "Accept-Encoding": "identity"})
     if start:
@@ -186,6 +187,8 @@ def _stream(archive: Archive, part: Path, start: int) -> None:
                     if written > limit:
                         raise UserError(f"{archive.url}: more than {limit} bytes, expected no more")
                     file.write(chunk)
+                    if written // SAY_BYTES > (written - len(chunk)) // SAY_BYTES:
+                        say(f"  {written / 1e6:,.0f} MB" + (f" of {total / 1e6:,.0f} MB" if total else ""))
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         done = part.stat().st_size if part.exists() else 0
         again = "run again to go on" if archive.digest is not None else "run again to start anew"

@@ -23,6 +23,7 @@ MAX_PIXELS = 64_000_000
 
 # Pillow's own limit is looser than ours, which is checked before any pixel is decoded.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Palette images with Transparency")  # alpha is cut off here, on purpose
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -99,6 +100,11 @@ def exif_orientation(exif: bytes) -> int:
     except struct.error:
         pass
     return 1
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file in a folder of pictures is one of them: a known suffix, not a hidden file such as `._x.jpg`."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def find_picture(folder: Path, stem: str) -> Path | None:

@@ -9,7 +9,7 @@ Geiger et al., "Are we ready for Autonomous Driving? The KITTI Vision Benchmark 
 
 from pathlib import Path
 
-from datasets.images import SUFFIXES, find_picture
+from datasets.images import find_picture, is_picture_name
 from datasets.index import ANY_CLASS, DatasetIndex
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
 from datasets.text_lines import read_lines, read_names
@@ -76,8 +76,8 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
     if split != "all":
         known = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
         raise UserError(f"{choices[0]}: no such list, found {', '.join(known) or 'none'} (`all` takes every frame)")
-    stems = {path.stem for path in (base / "label_2").glob("*.txt")}
-    stems |= {path.stem for path in (base / "image_2").iterdir() if path.suffix.lower() in SUFFIXES}
+    stems = {path.stem for path in (base / "label_2").glob("*.txt") if not path.name.startswith(".")}
+    stems |= {path.stem for path in (base / "image_2").iterdir() if is_picture_name(path.name)}
     return sorted(stems)
 
 

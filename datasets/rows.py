@@ -74,18 +74,18 @@ def read_frame(
         return None
     turned = orientation >= 5
     width, height = (stored_height, stored_width) if turned else (stored_width, stored_height)
-    if stated is None or (stated == (width, height) and orientation == 1):
+    if orientation == 1 and stated in (None, (width, height)):
         return Frame(width, height)
 
     def note(reason: str, kind: str) -> None:
-        log.add(label_path, None, reason, kind, "noted", image_path.name)
+        log.add(label_path or image_path, None, reason, kind, "noted", image_path.name)
 
-    if stated == (width, height):
-        if not turned or width == height:
+    if stated in (None, (width, height)):
+        if stated is None or not turned or width == height:  # else the size tells whose frame it is
             note(f"EXIF orientation {orientation}; labels taken as of the upright picture", "EXIF orientation")
         return Frame(width, height)
     found = f"says {stated[0]} x {stated[1]}, the picture is {width} x {height}"
-    if turned and stated == (stored_width, stored_height):
+    if stated == (stored_width, stored_height):
         note(f"{found} upright (EXIF orientation {orientation}); boxes turned with it", "boxes turned with EXIF")
         return Frame(width, height, orientation)
     note(f"{found}; the picture is believed", "wrong size stated")

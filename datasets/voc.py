@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from xml.parsers import expat
 
-from datasets.images import SUFFIXES, find_picture
+from datasets.images import SUFFIXES, find_picture, is_picture_name
 from datasets.index import DatasetIndex
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
 from datasets.text_lines import read_lines, read_names
@@ -95,7 +95,8 @@ def _first_folder(folder: Path, choices: tuple[str, ...]) -> Path:
 def _read_list(part: _Part, log: FaultLog) -> list[str]:
     """The stems a split names, in its order."""
     if part.source.is_dir():
-        stems = sorted(path.relative_to(part.source).with_suffix("").as_posix() for path in part.source.rglob("*.xml"))
+        files = [path.relative_to(part.source) for path in part.source.rglob("*.xml") if not path.name.startswith(".")]
+        stems = sorted(path.with_suffix("").as_posix() for path in files)
         _log_unlabelled(part, set(stems), log)
         return stems
     lines = [line for _, line in read_lines(part.source)]
@@ -123,7 +124,8 @@ def _stem(line: str, part: _Part) -> str:
 
 def _log_unlabelled(part: _Part, stems: set[str], log: FaultLog) -> None:
     for path in sorted(part.pictures.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.relative_to(part.pictures).with_suffix("").as_posix() not in stems:
+        stem = path.relative_to(part.pictures).with_suffix("").as_posix()
+        if is_picture_name(path.name) and stem not in stems:
             log.add(path, None, "no annotation file", "picture without label file", "picture dropped", path.name)
 
 

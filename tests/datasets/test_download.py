@@ -117,6 +117,14 @@ def test_fetch_unpack_and_manifest(server, archive, tmp_path):
     assert len(server.requests) == 1  # it is there already
 
 
+def test_progress_is_said(server, archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "SAY_BYTES", 100_000)
+    monkeypatch.setattr(download, "CHUNK_BYTES", 10_000)
+    said = []
+    fetch(archive, tmp_path, say=said.append)
+    assert said[0].startswith("fetching http") and len(said) == 1 + archive.bytes // 100_000
+
+
 def test_several_archives_into_the_root_itself(server, tmp_path):
     archives = []
     for name, member in (("a.zip", "x/1.txt"), ("b.zip", "x/2.txt"), ("c.tar", "y/3.txt")):
@@ -207,6 +215,13 @@ def test_without_a_published_hash_the_first_digest_counts(server, archive, tmp_p
     server.files["set.zip"] = zip_bytes([("top/data/other", b"1")])
     with pytest.raises(UserError, match="recorded in"):
         fetch(unknown, tmp_path, say=quiet)
+
+
+def test_an_unknown_size_has_a_limit(server, archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "MAX_UNKNOWN_BYTES", 1000)
+    with pytest.raises(UserError, match="more than 1000 bytes"):
+        fetch(Archive(archive.url), tmp_path, say=quiet)
+    assert not (tmp_path / "set.zip").exists()
 
 
 def test_no_server_and_no_file(server, archive, tmp_path):

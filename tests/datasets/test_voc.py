@@ -248,6 +248,19 @@ def test_crlf_and_bom(make, tmp_path, start, end):
     assert [sample.image_id for sample in index.samples] == ["good", "x"] and not index.faults
 
 
+@pytest.mark.parametrize("orientation", [2, 3, 4, 6])
+def test_where_the_size_cannot_tell_labels_mean_the_upright_picture(make, tmp_path, orientation):
+    make(annotation_xml(""))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    size = (80, 80) if orientation == 6 else (100, 80)
+    Image.new("RGB", size).save(tmp_path / "JPEGImages" / "x.jpg", exif=exif.tobytes())
+    (tmp_path / "Annotations" / "x.xml").write_text(annotation_xml(object_xml((11, 21, 30, 40)), size=size))
+    index = read_voc(tmp_path, "train", ("cell",))
+    np.testing.assert_array_equal(index.samples[1].boxes_xyxy, [[10, 20, 30, 40]])
+    assert kinds(index) == [("noted", "EXIF orientation")]
+
+
 def test_utf16_xml(make):
     xml = '<?xml version="1.0" encoding="utf-16"?>' + annotation_xml(object_xml((1, 1, 9, 9)))
     assert len(make(xml.encode("utf-16")).samples[1]) == 1

@@ -163,7 +163,9 @@ def test_labels_mean_the_upright_picture(make, tmp_path):
     exif[0x0112] = 6
     stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
     stored.save(tmp_path / "images/train/x.jpg", exif=exif.tobytes())
-    sample = read_yolo(tmp_path, "train").samples[0]
+    index = read_yolo(tmp_path, "train")
+    assert kinds(index) == [("noted", "EXIF orientation")]
+    sample = index.samples[0]
     assert (sample.width, sample.height) == (80, 100)
     x1, y1, x2, y2 = sample.boxes_xyxy[0].round().astype(int)
     assert (x1, y1, x2, y2) == (32, 30, 48, 70)
@@ -255,6 +257,14 @@ def test_subfolders_and_equal_stems(make, tmp_path):
     index = read_yolo(tmp_path, "train")
     assert len(index) == 3 and len({sample.image_id for sample in index.samples}) == 3 and not index.faults
     assert [len(sample) for sample in index.samples] == [1, 1, 1]
+
+
+def test_hidden_files_are_no_pictures(make, tmp_path):
+    make(ROW)
+    for name in ("images/train/._x.jpg", "labels/train/._x.txt", "images/train/.DS_Store"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    index = read_yolo(tmp_path, "train")
+    assert len(index) == 1 and not index.faults
 
 
 def test_label_path_of():
