@@ -9,8 +9,8 @@
 and the weights, so a run that was killed and resumed ends with the same bytes as one that was not (on the same machine,
 with the same torch and number of threads).
 
-Exit codes: 0 done; 2 usage or data; 3 a number that is not finite; 4 out of memory; 5 the disk; 130, 143 stopped by
-SIGINT or SIGTERM after saving. Under 3, 4 and 5 the last good checkpoint stays as it was.
+Exit codes: 0 done; 1 another process of the run is gone; 2 usage or data; 3 a number that is not finite; 4 out of
+memory; 5 the disk; 130, 143 stopped by SIGINT or SIGTERM after saving. The last good checkpoint always stays whole.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from run_folder import RunFolder
 from training_parts import Parts, build, count_parameters
 from training_state import Position, describe_model, position_from, position_tree, refuse_changes
 
-NOT_FINITE_EXIT_CODE, MEMORY_EXIT_CODE = 3, 4
+LOST_EXIT_CODE, NOT_FINITE_EXIT_CODE, MEMORY_EXIT_CODE = 1, 3, 4
 
 
 def train(parts: Parts, position: Position, folder: RunFolder, progress: Progress, stop: StopSignals) -> None:
@@ -220,7 +220,7 @@ def run(
         teachers: modules by the names in config.teachers, in place of their weights; put in eval mode, frozen.
         quiet: print nothing but the line about a signal.
         allow_change: keys that a resumed run may change.
-    Raises UserError (see the exit codes above), or StopRequested after a signal, when all is saved.
+    Raises UserError, or SystemExit after a signal, when all is saved; both with the exit codes above.
     """
     processes = Processes(config.device)
     progress = Progress(quiet=quiet or not processes.is_first)
@@ -242,11 +242,15 @@ def run(
                 progress.say(f"{folder.path}: {parts}")
                 train(parts, position, folder, progress, stop)
                 return finish(parts, position, folder, progress)
-            except StopRequested:
-                if processes.is_first:
-                    print(how_to_go_on(position, folder), flush=True)
+            except (StopRequested, UserError) as error:
+                if isinstance(error, UserError) and (stop.received is None or "DataLoader worker" not in str(error)):
+                    raise
+                if processes.is_first:  # a signal to the whole process group has ended the loader's workers as well
+                    print(how_to_go_on(folder), flush=True)
                 raise SystemExit(stop.exit_code) from None
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error):
+            raise UserError("another process of this run is gone; go on with --resume", LOST_EXIT_CODE) from None
         if not is_out_of_memory(error):
             raise
         raise UserError(
@@ -265,10 +269,11 @@ def open_folder(folder: RunFolder | None, config: Config) -> tuple[RunFolder, Co
     return folder, config
 
 
-def how_to_go_on(position: Position, folder: RunFolder | None) -> str:
+def how_to_go_on(folder: RunFolder | None) -> str:
     if folder is None or not folder.last.is_file():
-        return "stopped before the first step; nothing was saved"
-    return f"stopped at step {position.step}; go on with: python train.py --resume {folder.path}"
+        return "stopped before the first checkpoint; nothing was saved"
+    step = checkpoint.load(folder.last)["step"]
+    return f"stopped, saved at step {step}; go on with: python train.py --resume {folder.path}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -370,7 +370,10 @@ def test_signals_save_and_say_how_to_go_on(make, monkeypatch, capsys, number, co
         with pytest.raises(SystemExit) as stop:
             train.run(config, quiet=True)
     assert stop.value.code == code and signal.getsignal(number) == before
-    assert capsys.readouterr().out == f"stopped at step 2; go on with: python train.py --resume {config.runs}/tiny\n"
+    assert (
+        capsys.readouterr().out
+        == f"stopped, saved at step 2; go on with: python train.py --resume {config.runs}/tiny\n"
+    )
     assert checkpoint.load(f"{config.runs}/tiny/weights/last.pt")["step"] == 2
     assert train.run(config, resume=True, quiet=True)["steps"] == 6
 
@@ -381,7 +384,7 @@ def test_a_signal_during_evaluation_stops_at_once(make, monkeypatch, capsys):
         patch.setattr(train, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as stop:
             train.run(config, quiet=True)
-    assert stop.value.code == 143 and "stopped at step 3" in capsys.readouterr().out
+    assert stop.value.code == 143 and "saved at step 3" in capsys.readouterr().out
     assert train.run(config, resume=True, quiet=True)["steps"] == 6
     rows = run_folder.read_metrics(run_folder.Path(config.runs) / "tiny" / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"] and all(row["metrics/mAP50"] for row in rows)
