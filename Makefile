@@ -15,6 +15,7 @@ $(STAMP): requirements.txt requirements-plots.txt requirements-test.txt constrai
 	touch $(STAMP)
 
 demo: setup  ## Baseline, teacher and distilled student on the embedded set; ends with a table and a picture
+	$(BIN)/python -m datasets.shapes data/shapes --train 480 --test 120 --image-size 160
 	$(BIN)/python compare.py configs/demo.yaml
 
 test: setup  ## Everything CI runs
