@@ -323,7 +323,7 @@ def _some(names: list[str], count: int = 3) -> str:
 
 
 def _family_hint(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """ "; these are yolov8s weights, the model is yolov8n", where the names and shapes give it away."""
+    """Whose weights these are and what the model is, where the names and shapes of both tell it; else nothing."""
     theirs = guess_family({name: tuple(tensor.shape) for name, tensor in state.items()})
     ours = guess_family(_public_shapes(model))
     if theirs is None or theirs == ours:

@@ -233,6 +233,11 @@ def code_files(folder: Path) -> Iterator[Case]:
         yield Case(f"code-opcode-{name}", torch_zip(program), named + "|damaged pickle")
     yield Case("code-opcode-extension", torch_zip(b"\x80\x02\x82\x01."), "EXT1|extension")
     yield Case("code-opcode-text-id", torch_zip(b"Pstorage\n."), "PERSID")
+    # legacy files keep a module's class with its source beside it: the class is checked, the source is only text
+    with_source = b"\x80\x02(X\x06\x00\x00\x00module%bS'a.py'\nS'import os; os.system(\"touch %b\")'\ntQ)\x81}b."
+    good_class, bad_class = b"cmodels.yolo\nModel\n", b"cposix\nsystem\n"
+    yield Case("code-in-module-source", legacy(with_source % (good_class, path)), "models.yolo.Model has no parameters")
+    yield Case("code-in-module-class", legacy(with_source % (bad_class, path)), named)
     setstate = b"\x80\x02cmodels.yolo\nModel\n)\x81}X\x0c\x00\x00\x00__setstate__cmodels.yolo\nrun\nsb."
     yield Case("code-set-attribute", torch_zip(setstate), "not a module")
     on_class = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x08\x00\x00\x00__code__K\x01sb."
