@@ -153,6 +153,31 @@ def test_a_crowd_absorbs_by_intersection_over_detection_area():
     assert excused == pytest.approx(1.0) and punished == pytest.approx(1 / 3)
 
 
+LEFT, RIGHT, BETWEEN = [0.0, 0.0, 40.0, 40.0], [20.0, 0.0, 60.0, 40.0], [10.0, 0.0, 50.0, 40.0]
+
+
+@pytest.mark.parametrize(("objects", "recall"), [([LEFT, RIGHT], 1.0), ([RIGHT, LEFT], 0.5)], ids=["last", "first"])
+def test_of_equal_overlaps_the_last_object_is_taken(objects, recall):
+    """BETWEEN overlaps both by 0.6 and chooses first; whether LEFT is still free decides the second detection."""
+    xywh = lambda box: [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    dataset = {
+        "info": {},
+        "images": [{"id": 1}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": 1, "bbox": xywh(box), "area": 1600.0, "iscrowd": 0}
+            for n, box in enumerate(objects, 1)
+        ],
+    }
+    results = [
+        {"image_id": 1, "category_id": 1, "bbox": xywh(box), "score": score}
+        for box, score in ((BETWEEN, 0.9), (LEFT, 0.8))
+    ]
+    result = coco.evaluate(*one_class(objects, [BETWEEN, LEFT], [0.9, 0.8]))
+    assert result.recall[0, 0, 0, -1] == recall
+    np.testing.assert_array_equal(result.recall, run_pycocotools(dataset, results).eval["recall"])
+
+
 def test_difficult_objects_count_unless_asked():
     tables = one_class([BOX, [100.0, 0.0, 140.0, 40.0]], [BOX], [0.5], difficult=[False, True])
     assert coco.evaluate(*tables).numbers["AR_100"] == pytest.approx(0.5)

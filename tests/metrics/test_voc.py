@@ -101,6 +101,15 @@ def test_a_detection_looks_at_its_best_object_only():
     assert result.numbers["AP50"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("is_left_first", [True, False])
+def test_of_equal_overlaps_the_first_object_is_taken(is_left_first):
+    """The first detection overlaps both objects by 0.6; the second is the left one, a duplicate if it was taken."""
+    left, right = [0.0, 0.0, 40.0, 40.0], [20.0, 0.0, 60.0, 40.0]
+    objects = [left, right] if is_left_first else [right, left]
+    recall, _ = voc.evaluate(*one_class(objects, [[10.0, 0.0, 50.0, 40.0], left], [0.9, 0.8]), style="voc12").curves[0]
+    assert recall[-1] == (0.5 if is_left_first else 1.0)
+
+
 @pytest.mark.parametrize("style", ["voc07", "voc12"])
 def test_empty_and_perfect(style):
     assert voc.evaluate(*one_class([], [], []), style=style).numbers == {"AP": -1.0, "AP50": -1.0}
