@@ -51,7 +51,7 @@ def head_of_candidates(count: int, lowest: float, generator: torch.Generator) ->
     boxes, labels = clustered_boxes(8400, generator)
     scores = torch.zeros(8400, NUM_CLASSES)
     chosen = torch.randperm(8400, generator=generator)[:count]
-    values = lowest + (0.95 - lowest) * torch.rand(count, generator=generator) ** 3
+    values = 1.01 * lowest + (0.95 - lowest) * torch.rand(count, generator=generator) ** 3
     scores[chosen, labels[chosen]] = values
     return torch.cat((boxes, scores), 1).T[None].contiguous()
 
