@@ -9,7 +9,6 @@ from PIL import Image
 from torch import nn
 
 import run_folder
-from boxes import clip_boxes
 from datasets.images import read_image
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
@@ -17,6 +16,7 @@ from drawing import draw_detections
 from metrics.report import DetectionReport
 from structures import Detections
 
+TILE = 320  # pixels of a picture in predictions.jpg
 LEGEND_CLASSES = 20  # more lines than this get one colour and no legend
 
 
@@ -126,18 +126,18 @@ def draw_predictions(
         for row, detections in enumerate(found):
             sample = chosen.samples[int(batch.indices[row])]
             boxes = batch.unletterbox(row, detections.boxes_xyxy.float().cpu(), sample.width, sample.height)
-            boxes = clip_boxes(boxes, sample.height, sample.width)
-            shown = Detections(boxes, detections.scores.float().cpu(), detections.labels.cpu())
-            tiles.append(draw_detections(read_image(sample.image_path), shown, index.names))
+            scale = TILE / max(sample.width, sample.height)  # drawn at the size shown, so that labels can be read
+            size = (max(1, round(scale * sample.width)), max(1, round(scale * sample.height)))
+            picture = Image.fromarray(read_image(sample.image_path)).resize(size, Image.Resampling.BILINEAR)
+            shown = Detections(boxes * scale, detections.scores.float().cpu(), detections.labels.cpu())
+            tiles.append(draw_detections(picture, shown, index.names))
     contact_sheet(tiles, columns).save(path, quality=90)
 
 
-def contact_sheet(tiles: Sequence[Image.Image], columns: int, side: int = 320) -> Image.Image:
-    """The pictures, each fitted into a square, row by row on white."""
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (side * min(columns, len(tiles)), side * rows), "white")
+def contact_sheet(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of at most TILE x TILE, row by row on white."""
+    rows, gap = -(-len(tiles) // columns), 4
+    sheet = Image.new("RGB", ((TILE + gap) * min(columns, len(tiles)), (TILE + gap) * rows), "white")
     for i, tile in enumerate(tiles):
-        tile = tile.copy()
-        tile.thumbnail((side - 4, side - 4))
-        sheet.paste(tile, (i % columns * side + 2, i // columns * side + 2))
+        sheet.paste(tile, (i % columns * (TILE + gap), i // columns * (TILE + gap)))
     return sheet

@@ -249,7 +249,7 @@ def run(
                     print(how_to_go_on(folder), flush=True)
                 raise SystemExit(stop.exit_code) from None
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error):
+        if isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
             raise UserError("another process of this run is gone; go on with --resume", LOST_EXIT_CODE) from None
         if not is_out_of_memory(error):
             raise

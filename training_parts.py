@@ -199,8 +199,9 @@ def build(
         for module in (student, *teachers.values()):
             module.compile()
     bfloat16 = use_bfloat16(config.precision, processes.device)
-    # A term whose schedule is 0 leaves its adapter without gradients: find_unused.
-    objective = processes.wrap(Objective(student, criterion, bfloat16), find_unused=bool(config.terms))
+    # A term that is off for a while leaves its adapter without gradients.
+    find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
+    objective = processes.wrap(Objective(student, criterion, bfloat16), find_unused=find_unused)
     return Parts(
         config,
         processes,

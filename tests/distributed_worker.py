@@ -3,17 +3,22 @@
 torchrun --nproc-per-node 2 -m tests.distributed_worker DATA OUT
 """
 
-import dataclasses
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import train
 import training_parts
+from datasets.loader import Loader
+from errors import run_script
+from optimization import Ema
 from processes import Processes
 from structures import Targets
-from tests.tiny_training import tiny_config
+from tests.tiny_training import SIZE, tiny_config
 
 PLAIN = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
 
@@ -37,8 +42,7 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
         module.train(not isinstance(module, nn.BatchNorm2d))
     batch = next(parts.loader.epoch(0))
     if kind == "detection":  # the same pictures for every process: losses are divided by its own positives
-        whole = dataclasses.replace(config, batch_size=4)
-        batch = next(training_parts.build(whole, Processes("cpu"), None, lambda line: None).loader.epoch(0))
+        batch = next(Loader(parts.splits.train, image_size=SIZE, batch_size=4, seed=0).epoch(0))
     images, targets = parts.prepare(batch, 0, 0)
     sum(parts.objective(images, targets, parts.teach(images), 0.0).values()).backward()
     named = [*parts.student.named_parameters(), *parts.criterion.named_parameters()]
@@ -47,7 +51,13 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    data, out = Path(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[1] == "killed":
+        if os.environ["RANK"] == "1":
+            update = Ema.update
+            die = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if step == 3 else update(self, step)
+            Ema.update = die
+        run_script(lambda arguments: train.main(arguments[1:]))
+    data, out = Path(sys.argv[2]), Path(sys.argv[3])
     with Processes("cpu") as processes:
         result = {kind: gradients(data, out, processes, kind) for kind in ("plain", "distilled", "detection")}
         torch.save(result, out / f"rank{processes.rank}.pt")

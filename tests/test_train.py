@@ -17,6 +17,7 @@ import train
 import training_parts
 from config import load_config
 from errors import UserError
+from interruption import StopSignals
 from optimization import Ema
 from processes import Processes, choose_device, use_bfloat16
 from tests.tiny_training import tiny_config, write_dataset
@@ -98,7 +99,7 @@ def test_files_of_a_run(distilled):
     assert load_config(run / "config.yaml") == config
     assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
     with Image.open(run / "predictions.jpg") as picture:
-        assert picture.size == (4 * 320, 2 * 320)
+        assert picture.size == (4 * 324, 2 * 324)
 
 
 def test_plots(distilled):
@@ -376,6 +377,15 @@ def test_signals_save_and_say_how_to_go_on(make, monkeypatch, capsys, number, co
     )
     assert checkpoint.load(f"{config.runs}/tiny/weights/last.pt")["step"] == 2
     assert train.run(config, resume=True, quiet=True)["steps"] == 6
+
+
+def test_a_second_signal_is_left_to_the_system():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT and stop.exit_code == 130
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_signal_during_evaluation_stops_at_once(make, monkeypatch, capsys):
