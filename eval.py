@@ -211,7 +211,8 @@ def evaluate_model(
 
     Args:
         score_threshold, iou_threshold, max_detections: of model.detect, max_detections for each image.
-        loader: unshuffled, over all of `index`; made from image_size, batch_size, workers and cache where None.
+        loader: unshuffled, over all of `index`, or with `sharded` over this process's part of it; made from image_size,
+            batch_size, workers and cache where None.
         sharded: every process of the torch.distributed group calls this at the same time and takes its part of
             the pictures; all of them get the whole result. Otherwise the caller works alone.
         on_batch: called with batches done and batches in all.
