@@ -1,6 +1,6 @@
 """What augmentation costs: milliseconds per batch, and as a share of a YOLOv8n training step on the same machine.
 
-    python -m benchmarks.augment [--image-size 320] [--batch-size 16] [--device cpu]
+    python benchmarks/augment.py [--image-size 320] [--batch-size 16] [--device cpu]
 
 Both are timed in turns, so that a busy machine slows both; each figure is the median of its rounds, and the share
 the median of the shares of the rounds. A step is forward, losses, backward and SGD with bfloat16 autocast where the
@@ -9,9 +9,13 @@ processor computes in it, and channels_last, as train.py does by default.
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
 from config import AugmentConfig
@@ -21,7 +25,7 @@ from structures import Targets
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.augment", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/augment.py", description=__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
