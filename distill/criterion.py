@@ -7,9 +7,7 @@ could never act is refused when the criterion is built, before any training step
 """
 
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,25 +15,9 @@ from torch import Tensor, nn
 
 from config import TermConfig
 from distill.adapters import build_adapter, resize_like
-from distill.features import channel_wise_kl, feature_mse
-from distill.logits import soft_class_targets
+from distill.terms import LOSSES, Scene, TermLoss, parameters_of
 from errors import UserError
 from structures import Targets
-
-
-@dataclasses.dataclass(frozen=True)
-class LossEntry:
-    """function(**{s_<argument>: ..., t_<argument>: ...}, **parameters); `argument` is "map" or "logits"."""
-
-    function: Callable[..., Tensor]
-    argument: str
-
-
-LOSSES = {
-    "mse": LossEntry(feature_mse, "map"),
-    "cwd": LossEntry(channel_wise_kl, "map"),
-    "soft_class": LossEntry(soft_class_targets, "logits"),
-}
 
 
 def named_map(output: Any, name: str) -> Tensor:
@@ -66,7 +48,7 @@ def schedule_factor(term: TermConfig, epoch: float, epochs: int) -> float:
 
 
 class Criterion(nn.Module):
-    """All distillation terms of a run, with their adapters.
+    """All distillation terms of a run, with their adapters and the trained parts of their losses.
 
     Args:
         terms: from the config; none gives a criterion that returns {}.
@@ -94,6 +76,7 @@ class Criterion(nn.Module):
         self.terms = {}
         self.epochs = epochs
         self.adapters = nn.ModuleDict()
+        self.losses = nn.ModuleDict()
         if not terms:
             return
         s_probe = probe(student, image_size)
@@ -110,8 +93,11 @@ class Criterion(nn.Module):
                     f"{key}: teacher {term.teacher!r} knows the classes {', '.join(listed)}, "
                     f"the student {', '.join(class_names)}; logits need equal class lists"
                 )
-            self.adapters[term.name] = build_adapters(term, key, s_probe, t_probes[term.teacher])
+            t_probe = t_probes[term.teacher]
+            self.adapters[term.name] = build_adapters(term, key, s_probe, t_probe)
+            self.losses[term.name] = build_losses(term, key, t_probe)
             self.terms[term.name] = term
+            self._try_term(term, key, s_probe, t_probe)
 
     def forward(self, s_output: Any, t_outputs: dict[str, Any], targets: Targets, epoch: float) -> dict[str, Tensor]:
         """Named, weighted float32 scalars, one per term, in the order of the config; 0 where its schedule is off.
@@ -125,24 +111,40 @@ class Criterion(nn.Module):
             if factor == 0:
                 losses[name] = torch.zeros((), device=targets.boxes_xyxy.device)
                 continue
-            total = self._term_loss(name, term, s_output, t_outputs[term.teacher])
-            losses[name] = term.weight * factor * total
+            losses[name] = term.weight * factor * self._term_loss(term, s_output, t_outputs[term.teacher], targets)
         return losses
 
-    def _term_loss(self, name: str, term: TermConfig, s_output: Any, t_output: Any) -> Tensor:
-        entry = LOSSES[term.loss]
+    def _term_loss(self, term: TermConfig, s_output: Any, t_output: Any, targets: Targets) -> Tensor:
+        number = list(self.terms).index(term.name)
+        seed = (torch.initial_seed() + number) % 2**63  # the training loop seeds torch anew for every step
+        scene = Scene(targets, s_output.image_size, t_output, seed)
         values = []
-        for adapter, s_name, t_name in zip(self.adapters[name], term.student_maps, term.teacher_maps):
+        pairs = zip(term.student_maps, term.teacher_maps, self.adapters[term.name], self.losses[term.name])
+        for s_name, t_name, adapter, loss in pairs:
             s, t = named_map(s_output, s_name), named_map(t_output, t_name).detach()
             is_half = s.dtype in (torch.bfloat16, torch.float16)
             with torch.autocast(s.device.type, dtype=s.dtype if is_half else None, enabled=is_half):
                 s = adapter(s)  # in the precision the student's map came in
-            if entry.argument == "map":
+            if loss.argument == "map":
                 t = resize_like(t, s)
-            pair = {f"s_{entry.argument}": s, f"t_{entry.argument}": t}
             with torch.autocast(s.device.type, enabled=False):  # losses compute in float32
-                values.append(entry.function(**pair, **term.parameters))
+                values.append(loss(s, t, scene))
         return torch.stack(values).sum()
+
+    @torch.no_grad()
+    def _try_term(self, term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> None:
+        """Compute a term once, for one object in the probe picture: what cannot be computed is refused here."""
+        height, width = s_probe.image_size
+        device = named_map(s_probe, term.student_maps[0]).device
+        box = torch.tensor([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]], device=device)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        self.to(device).eval()
+        try:
+            self._term_loss(term, s_probe, t_probe, Targets(box, zero, zero, zero.bool()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{key}: {error}") from None
+        finally:
+            self.train()
 
 
 @torch.no_grad()
@@ -174,8 +176,7 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: in
         raise UserError(
             f"{key}.teacher_maps: found {len(teacher_maps)}, expected {len(term.student_maps)}, one per student map"
         )
-    entry = LOSSES[term.loss]
-    known = set(inspect.signature(entry.function).parameters) - {f"s_{entry.argument}", f"t_{entry.argument}"}
+    known = parameters_of(LOSSES[term.loss])
     for name in term.parameters:
         if name not in known:
             expected = ", ".join(sorted(known)) or "none"
@@ -204,8 +205,20 @@ def build_adapters(term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> nn
             continue
         if s.dim() != 4 or t.dim() != 4:
             raise UserError(f"{key}: {s_name} {tuple(s.shape)} and {t_name} {tuple(t.shape)} are not maps (B, C, H, W)")
+        if term.adapter == "none" and not LOSSES[term.loss].same_width:
+            adapters.append(nn.Identity())
+            continue
         try:
             adapters.append(build_adapter(term.adapter, s.shape[1], t.shape[1]))
         except ValueError as error:
             raise UserError(f"{key}: {s_name} and {t_name}: {error}") from None
     return adapters
+
+
+def build_losses(term: TermConfig, key: str, t_probe: Any) -> nn.ModuleList:
+    """One loss per pair of maps, as wide as the teacher's map; UserError for parameters it does not take."""
+    try:
+        widths = [named_map(t_probe, name).shape[1] for name in term.teacher_maps]
+        return nn.ModuleList(TermLoss(LOSSES[term.loss], width, term.parameters) for width in widths)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{key}.parameters: {error}") from None

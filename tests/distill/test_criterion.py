@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from config import TermConfig
 from distill.adapters import build_adapter, resize_like
 from distill.criterion import Criterion, schedule_factor
+from distill.terms import LOSSES
 from errors import UserError
 from structures import Targets
 
@@ -17,20 +18,23 @@ from structures import Targets
 class Output:
     features: dict[str, Tensor]
     class_logits: Tensor
+    image_size: tuple[int, int] = (32, 32)
 
 
 class TinyDetector(nn.Module):
-    """Two maps (strides 8 and 16) and class logits at the locations of the finer one."""
+    """Two maps (strides 8 and 16) and class logits at the locations of both."""
 
     def __init__(self, width: int, num_classes: int = 3) -> None:
         super().__init__()
         self.p3 = nn.Conv2d(3, width, 8, 8)
         self.p4 = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, 2 * width, 2, 2))
-        self.cls = nn.Conv2d(width, num_classes, 1)
+        self.cls = nn.ModuleList(nn.Conv2d(c, num_classes, 1) for c in (width, 2 * width))
 
     def forward(self, images: Tensor) -> Output:
         p3 = self.p3(images)
-        return Output({"p3": p3, "p4": self.p4(p3)}, self.cls(p3).flatten(2).transpose(1, 2))
+        p4 = self.p4(p3)
+        logits = [conv(p).flatten(2) for conv, p in zip(self.cls, (p3, p4))]  # (B, K, H*W) each
+        return Output({"p3": p3, "p4": p4}, torch.cat(logits, dim=2).transpose(1, 2))
 
 
 IMAGES = torch.rand(2, 3, 32, 32)
@@ -143,6 +147,9 @@ REFUSED = {
     "adapter on logits": (dict(loss="soft_class", student_maps=("class_logits",)), "adapter none"),
     "maps as logits": (dict(loss="soft_class", student_maps=("p3",), adapter="none"), "must have equal shapes"),
     "name": (dict(name="a.b"), "terms.0.name"),
+    "mask": (dict(loss="masked_mse", parameters={"mask": "ovals"}), "terms.0: mask: found 'ovals'"),
+    "module parameter": (dict(loss="mgd", parameters={"drop": 1.5}), "terms.0.parameters: drop 1.5"),
+    "no head on the grid": (dict(loss="score_weighted_l2", student_maps=("c2",)), "'c2' is not among"),
 }
 
 
@@ -151,6 +158,51 @@ def test_a_term_that_could_never_act_is_refused(changes, message):
     with pytest.raises(UserError) as caught:
         build(term(**changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+TARGETS = Targets(
+    torch.tensor([[2.0, 3.0, 20.0, 25.0], [10.0, 0.0, 31.0, 31.0]]), torch.tensor([0, 2]), torch.tensor([0, 1]),
+    torch.tensor([False, False]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_of_the_list_acts_through_the_criterion(name):
+    """Above zero, with gradients for the student and for whatever the loss trains; the same for the same seed."""
+    student, teacher = TinyDetector(4), TinyDetector(6)
+    entry = LOSSES[name]
+    is_map = entry.argument == "map"
+    maps = dict(student_maps=("p3",) if is_map else ("class_logits",), adapter="conv1x1" if is_map else "none")
+    criterion = build(term(loss=name, **maps), student=student, teachers={"big": teacher})
+    with torch.no_grad():
+        t = {"big": teacher(IMAGES)}
+    torch.manual_seed(3)
+    loss = criterion(student(IMAGES), t, TARGETS, epoch=0.0)[f"{name}_big"]
+    torch.manual_seed(3)
+    assert torch.equal(criterion(student(IMAGES), t, TARGETS, epoch=0.0)[f"{name}_big"], loss)
+    loss.backward()
+    assert loss > 0 and loss.isfinite() and student.p3.weight.grad.abs().sum() > 0
+    trained = dict(criterion.losses.named_parameters())
+    assert bool(trained) == (name in ("fgd", "mgd"))
+    assert all(p.grad is not None for p in trained.values())
+    without_objects = criterion(student(IMAGES), t, Targets.empty(), epoch=0.0)[f"{name}_big"]
+    assert without_objects.isfinite()
+
+
+def test_options_of_masks_reach_them():
+    student, teacher = TinyDetector(4), TinyDetector(6)
+    values = []
+    for parameters in ({}, {"mask": "anchors"}, {"mask": "anchors", "psi": 0.0}):
+        criterion = build(
+            term(loss="masked_mse", student_maps=("p3",), parameters=parameters), student=student,
+            teachers={"big": teacher},
+        )  # fmt: skip
+        values.append(criterion(student(IMAGES), {"big": teacher(IMAGES)}, TARGETS, 0.0)["masked_mse_big"].item())
+    assert len(set(values)) == 3
+
+
+def test_relations_need_no_adapter():
+    build(term(loss="attention", adapter="none"))
 
 
 def test_one_name_for_two_terms_is_refused():
