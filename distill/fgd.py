@@ -91,7 +91,8 @@ def fgd_global(
     if s_map.numel() == 0:
         return s_map.sum()
     with torch.autocast(s_map.device.type, enabled=False):  # the convolutions inside, too, in float32
-        return (t_context(t_map) - s_context(s_map)).square().sum() / len(s_map)
+        t_related = t_context(t_map.clone())  # a copy: autograd may not save what comes from torch.inference_mode
+        return (t_related - s_context(s_map)).square().sum() / len(s_map)
 
 
 def attention(feature_map: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,27 @@ def only_student_learns(arguments: Arguments, *, also: tuple[str, ...] = ()) -> 
     return check_gradients
 
 
+def takes_inference_teacher(arguments: Arguments) -> Check:
+    """A teacher that ran under torch.inference_mode, whose tensors autograd may not save, gives the same result."""
+    students, teachers = roles(arguments)
+
+    def check_inference_teacher(loss: Callable) -> None:
+        given = tensors(arguments, torch.float32)
+        with torch.inference_mode():
+            frozen = {t: given[t].clone() for t in teachers}
+        gradients = []
+        for case in (given, given | frozen):
+            leaves = {s: given[s].clone().requires_grad_() for s in students}
+            try:
+                loss(**case | leaves).backward()
+            except RuntimeError as error:
+                raise AssertionError(str(error)) from None
+            gradients.append([leaf.grad for leaf in leaves.values()])
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+    return check_inference_teacher
+
+
 def gradient_is_right(arguments: Arguments) -> Check:
     """The gradient in float64 equals finite differences."""
     students, _ = roles(arguments)

@@ -22,6 +22,7 @@ from tests.distill.properties import (
     minimum_at_teacher,
     only_student_learns,
     refuses,
+    takes_inference_teacher,
     unchanged_by,
     zero_when_empty,
 )
@@ -219,6 +220,7 @@ CASES = [
             zero_when_empty(maps(0, 3, 4, 5, weight=SCORES[:0]), maps(weight=0 * SCORES)),
             minimum_at_teacher(maps(weight=SCORES)),
             only_student_learns(maps(weight=SCORES), also=("weight",)),
+            takes_inference_teacher(maps(weight=SCORES)),
             gradient_is_right(maps(weight=SCORES)),
             computes_in_float32(maps(weight=SCORES)),
             finite_when_saturated(maps(scale=1e3, weight=0 * SCORES)),

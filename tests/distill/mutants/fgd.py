@@ -14,6 +14,7 @@ from tests.distill.properties import (
     minimum_at_teacher,
     only_student_learns,
     refuses,
+    takes_inference_teacher,
     zero_when_empty,
 )
 from tests.reference import feature_distillation as reference
@@ -106,6 +107,18 @@ def check_both_contexts_learn(fgd_class) -> None:
     assert s_map.grad.abs().sum() > 0 and t_map.grad is None
 
 
+def check_inference_teacher(fgd_class) -> None:
+    """A trained layer looks at the teacher's map, which autograd cannot save as it comes from inference mode."""
+    with torch.inference_mode():
+        t_map = torch.randn(2, 4, 3, 3)
+    s_map = torch.randn(2, 4, 3, 3, requires_grad=True)
+    try:
+        fgd_class(4)(s_map=s_map, t_map=t_map, foreground=torch.rand(2, 1, 3, 3)).backward()
+    except RuntimeError as error:
+        raise AssertionError(str(error)) from None
+    assert s_map.grad.abs().sum() > 0
+
+
 def check_published_weights(fgd_class) -> None:
     module = fgd_class(2)
     names = ("temperature", "foreground_weight", "background_weight", "attention_weight", "global_weight")
@@ -133,6 +146,7 @@ CASES = [
             zero_when_empty(focal(DENSITY[:0], 0, 3, 4, 5), focal(DENSITY[:, :, :0], 2, 3, 0, 5)),
             minimum_at_teacher(focal(**LOUD)),
             only_student_learns(focal(**LOUD), also=("foreground",)),
+            takes_inference_teacher(focal(**LOUD)),
             gradient_is_right(focal(**LOUD)),
             computes_in_float32(focal(**LOUD)),
             finite_when_saturated(focal(scale=1e3)),
@@ -197,6 +211,7 @@ CASES = [
             zero_when_empty(both(t_context, 0, 3, 4, 5), both(t_context, 2, 3, 0, 5)),
             minimum_at_teacher(both()),
             only_student_learns(both(s_context)),
+            takes_inference_teacher(both(s_context)),
             gradient_is_right(both(s_context)),
             computes_in_float32(both(torch.nn.Conv2d(3, 3, 1))),
             finite_when_saturated(both(s_context, scale=1e3)),
@@ -204,9 +219,9 @@ CASES = [
         mutants={
             "mean": Edit(" / len(s_map)", " / s_map.numel()"),
             "sum over images": Edit(" / len(s_map)", ""),
-            "one context for both": Edit("t_context(t_map)", "s_context(t_map)"),
-            "no context": Edit("(t_context(t_map) - s_context(s_map))", "(t_map - s_map)"),
-            "swapped maps": Edit("(t_context(t_map) - s_context(s_map))", "(t_context(s_map) - s_context(t_map))"),
+            "one context for both": Edit("t_context(t_map.clone())", "s_context(t_map)"),
+            "no context": Edit("(t_related - s_context(s_map))", "(t_map - s_map)"),
+            "swapped maps": Edit("(t_related - s_context(s_map))", "(t_context(s_map) - s_context(t_map))"),
             "absolute difference": Edit(".square()", ".abs()"),
             "autocast inside": Edit("enabled=False", "enabled=torch.is_autocast_enabled('cpu')"),
             "detached contexts": Edit("s_context(s_map)", "s_context(s_map).detach().requires_grad_()"),
@@ -228,8 +243,9 @@ CASES = [
     LossCase(
         "fgd",
         FGD,
-        checks=(check_whole_matches, check_both_contexts_learn, check_published_weights),
+        checks=(check_whole_matches, check_both_contexts_learn, check_inference_teacher, check_published_weights),
         mutants={
+            "the teacher's map as it came": Edit("t_map.clone()", "t_map", within="fgd_global"),
             "no global part": Edit("+ self.global_weight * related", ""),
             "no attention part": Edit("+ self.attention_weight * attended", ""),
             "attention not weighted": Edit("self.attention_weight * attended", "attended"),

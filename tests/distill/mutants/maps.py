@@ -7,6 +7,7 @@ from tests.distill.properties import (
     minimum_at_teacher,
     only_student_learns,
     random_pair,
+    takes_inference_teacher,
     zero_when_empty,
 )
 
@@ -33,6 +34,7 @@ def every_map_loss(**others) -> tuple:
         zero_when_empty(maps(0, 3, 4, 5, **others), maps(2, 3, 0, 5, **others)),
         minimum_at_teacher(maps(**others)),
         only_student_learns(maps(**others)),
+        takes_inference_teacher(maps(**others)),
         gradient_is_right(maps(2, 3, 3, 3, **others)),
         computes_in_float32(maps(**others)),
         finite_when_saturated(maps(scale=1e3, **others)),

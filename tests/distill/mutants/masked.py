@@ -13,6 +13,7 @@ from tests.distill.properties import (
     minimum_at_teacher,
     only_student_learns,
     refuses,
+    takes_inference_teacher,
     unchanged_by,
     zero_when_empty,
 )
@@ -53,6 +54,7 @@ CASES = [
             zero_when_empty(FGFI["no images"], FGFI["no pixels"], FGFI["nothing"]),
             minimum_at_teacher(FGFI["usual"]),
             only_student_learns(FGFI["soft"], also=("mask",)),
+            takes_inference_teacher(FGFI["soft"]),
             gradient_is_right(FGFI["usual"]),
             computes_in_float32(FGFI["soft"]),
             finite_when_saturated(FGFI["nothing"], FGFI["saturated"]),
@@ -83,6 +85,7 @@ CASES = [
             zero_when_empty(DEFEAT["no images"], DEFEAT["no pixels"]),
             minimum_at_teacher(DEFEAT["usual"]),
             only_student_learns(DEFEAT["soft"], also=("foreground",)),
+            takes_inference_teacher(DEFEAT["soft"]),
             gradient_is_right(DEFEAT["usual"]),
             computes_in_float32(DEFEAT["soft"]),
             finite_when_saturated(DEFEAT["nothing"], DEFEAT["all"]),

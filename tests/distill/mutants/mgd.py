@@ -13,6 +13,7 @@ from tests.distill.properties import (
     minimum_at_teacher,
     only_student_learns,
     refuses,
+    takes_inference_teacher,
     tensors,
     zero_when_empty,
 )
@@ -113,6 +114,7 @@ CASES = [
             zero_when_empty(masked(KEEP[:0], 0, 3, 4, 5), masked(KEEP[:, :, :0], 2, 3, 0, 5)),
             minimum_at_teacher(masked(KEEP | True, **IDENTITY)),
             only_student_learns(masked(KEEP.astype(float)), also=("keep",)),
+            takes_inference_teacher(masked(KEEP.astype(float))),
             gradient_is_right(masked()),
             computes_in_float32(masked()),
             finite_when_saturated(masked(scale=1e3)),

@@ -15,6 +15,7 @@ from tests.distill.properties import (
     only_student_learns,
     random_pair,
     refuses,
+    takes_inference_teacher,
     unchanged_by,
     zero_when_empty,
 )
@@ -133,6 +134,7 @@ CASES = [
             zero_when_empty(rows(0), rows(1), rows(image=np.arange(7))),
             minimum_at_teacher(rows()),
             only_student_learns(rows()),
+            takes_inference_teacher(rows()),
             gradient_is_right(rows()),
             computes_in_float32(rows()),
             finite_when_saturated(rows(scale=1e4), equal_rows(rows())),
