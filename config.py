@@ -24,6 +24,7 @@ class DataConfig:
     root: str
     train: str = "train"
     test: str = "test"
+    max_samples: int = 0  # train on at most this many pictures, a random choice that is always the same; 0: all
     holdout_fraction: float = 0.0  # of the training pictures, never trained on: `best.pt` is chosen there
     max_bad_fraction: float = 0.01  # more bad samples than this stop the run
     cache: bool = True  # keep the decoded, resized uint8 pictures in memory (3 * image_size^2 bytes each)

@@ -220,15 +220,19 @@ def build(
 
 
 def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
-    """Read and check the dataset; hold out a part of the training pictures where the config asks for it.
+    """Read and check the dataset; take at most data.max_samples of the training pictures, and hold out a part of those.
 
-    Which pictures are held out depends on the dataset and the fraction alone, not on the seed: runs of several seeds
-    train on the same pictures.
+    Which pictures are taken and held out depends on the dataset and these keys alone, not on the seed: runs of several
+    seeds train on the same pictures. The test split stays whole.
     """
     data = config.data
+    if data.max_samples < 0:
+        raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or 0 for all")
     reports = {}
     for role, split in (("train", data.train), ("test", data.test)):
         index = open_dataset(data.format, data.root, split)
+        if role == "train" and 0 < data.max_samples < len(index):
+            index = take(index, data.max_samples)
         reports[role] = scan(index, decode=len(index) <= DECODE_AT_MOST, title=f"{data.format} {data.root} {split}")
         say(reports[role].table() + "\n")
         check(reports[role], data.max_bad_fraction)
@@ -246,6 +250,14 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
     order = np.random.default_rng(0).permutation(len(train))
     kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
     return Splits(train.names, train.subset(kept), train.subset(held_out), test, reports)
+
+
+def take(index: DatasetIndex, count: int) -> DatasetIndex:
+    """`count` pictures of an index in its order, at random but always the same ones, and the faults that are theirs."""
+    rows = np.sort(np.random.default_rng(0).permutation(len(index))[:count]).tolist()
+    taken = index.subset(rows)
+    theirs = {"", *(sample.image_path.name for sample in taken.samples)}  # "": a fault of a whole file
+    return dataclasses.replace(taken, faults=tuple(fault for fault in index.faults if fault.picture in theirs))
 
 
 def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:

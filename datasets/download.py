@@ -15,7 +15,7 @@ file of two halves, and it starts again. Archives and manifest.json (url, bytes,
     voc2007   <root>/VOCdevkit/VOC2007                   "voc", "<root>/VOCdevkit", "2007/trainval"
     voc2012   <root>/VOCdevkit/VOC2012                   "voc", "<root>/VOCdevkit", "2012/trainval"
     coco2017  <root>/coco                                "coco", "<root>/coco", "train2017"
-    kitti     <root>/kitti                               "kitti", "<root>/kitti", "all"
+    kitti     <root>/kitti                               "kitti", "<root>/kitti", "train"
 """
 
 import argparse

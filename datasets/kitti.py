@@ -21,9 +21,12 @@ CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tr
 def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
     """A split of a folder in KITTI's layout: image_2 and label_2, in root or in root/training.
 
-    split: a list in ImageSets/<split>.txt (in root or root/training), or `all`, every label file. Class names:
-    `names`, else the lines of classes.txt in root, else KITTI's 8; objects of other classes are dropped, which is a
-    fault unless `names` asked for it. UserError for a root or split that is not there.
+    split: a list in ImageSets/<split>.txt (in root or root/training), or `all`, every label file. The labels of the
+    benchmark's own test frames are not public, and its archives bring no lists: where there are none, `val` is every
+    fifth labelled frame by name, and `train` the others. Frames were published shuffled, so both hold frames of the
+    same drives; a list made by drives is the stricter test, and takes precedence. Class names: `names`, else the lines
+    of classes.txt in root, else KITTI's 8; objects of other classes are dropped, which is a fault unless `names` asked
+    for it. UserError for a root or split that is not there.
     """
     root = Path(root)
     base = next((folder for folder in (root / "training", root) if (folder / "label_2").is_dir()), None)
@@ -73,12 +76,14 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
         if len(unique) < len(stems):
             log.add(source, None, f"{len(stems) - len(unique)} frames are listed twice", "listed twice", "noted")
         return unique
-    if split != "all":
-        known = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
+    known = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
+    if split != "all" and (known or split not in ("train", "val")):
         raise UserError(f"{choices[0]}: no such list, found {', '.join(known) or 'none'} (`all` takes every frame)")
     stems = {path.stem for path in (base / "label_2").glob("*.txt") if not path.name.startswith(".")}
     stems |= {path.stem for path in (base / "image_2").iterdir() if is_picture_name(path.name)}
-    return sorted(stems)
+    if split == "all":
+        return sorted(stems)
+    return [stem for number, stem in enumerate(sorted(stems)) if (number % 5 == 4) == (split == "val")]
 
 
 def _add_line(line: str, number: int, names: tuple[str, ...], rows: LabelRows) -> tuple[str, str] | None:

@@ -100,6 +100,22 @@ def test_missing_partners_and_lists(make, tmp_path):
         read_kitti(tmp_path, "train")
 
 
+def test_train_and_val_where_there_are_no_lists(make, tmp_path):
+    make(line())
+    for number in range(1, 12):
+        (tmp_path / f"training/label_2/{number:06}.txt").write_text(line())
+        Image.new("RGB", (200, 100)).save(tmp_path / f"training/image_2/{number:06}.png")
+    stems = {split: [sample.image_id for sample in read_kitti(tmp_path, split).samples] for split in ("train", "val")}
+    assert stems["val"] == ["000004", "000009"] and len(stems["train"]) == 10
+    assert not set(stems["train"]) & set(stems["val"])
+    with pytest.raises(UserError, match="found none"):
+        read_kitti(tmp_path, "test")
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets" / "mine.txt").write_text("000001\n")
+    with pytest.raises(UserError, match="found mine"):  # half of somebody's lists is not completed by ours
+        read_kitti(tmp_path, "val")
+
+
 def test_not_a_kitti_folder(tmp_path):
     with pytest.raises(UserError, match="image_2 and label_2"):
         read_kitti(tmp_path, "all")
