@@ -34,10 +34,13 @@ def feature_mse(*, s_map: Tensor, t_map: Tensor) -> Tensor:
 def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     """One minus the cosine of the two feature vectors of each pixel, on average.
 
+    The loss by which a foundation model teaches the deepest map of a detector in Liao et al., "RT-DETRv4",
+    arXiv:2510.25257.
+
         L = 1 / (B H W) * sum_bp (1 - cos(s_bp, t_bp)),    s_bp in R^C
 
-    The loss by which a foundation model teaches the deepest map of a detector (RT-DETRv4). Invariant to the length of
-    every feature vector; 0 at the teacher, 1 where the two are orthogonal, 2 where they are opposite.
+    Invariant to the length of every feature vector; a pixel costs 0 at the teacher, 1 where the two are orthogonal, 2
+    where they are opposite.
 
     Args:
         s_map, t_map: (B, C, H, W).

@@ -100,14 +100,22 @@ def positive_masks(
 
 @torch.no_grad()
 def score_maps(
-    t_class_logits: Tensor, *, grid_sizes: list[tuple[int, int]], anchors_per_pixel: int = 1
+    t_class_logits: Tensor,
+    *,
+    grid_sizes: list[tuple[int, int]],
+    anchors_per_pixel: int = 1,
+    t_objectness_logits: Tensor | None = None,
 ) -> list[Tensor]:
     """The best class score of a dense teacher at each pixel, max_k sigmoid(logit_k), one map (B, H, W) per level.
 
     t_class_logits: (B, A, K), ordered as in level_maps. Of several anchors the best one counts. K = 0 gives 0.
+    t_objectness_logits: (B, A), of a head that has them (YOLOv5), whose class scores alone mean nothing on background:
+        the score is then sigmoid(objectness) * max_k sigmoid(logit_k).
     """
     best = t_class_logits.float().amax(-1) if t_class_logits.shape[-1] else t_class_logits.new_full((1, 1), -torch.inf)
     scores = best.sigmoid().expand(t_class_logits.shape[:2])  # (B, A)
+    if t_objectness_logits is not None:
+        scores = scores * t_objectness_logits.float().sigmoid()
     return [level.amax(1) for level in level_maps(scores, grid_sizes, anchors_per_pixel)]
 
 

@@ -1,9 +1,10 @@
 """Relational distillation: not the features themselves, but how they relate to one another.
 
-Two relations with published detector results: between the locations of a map (structured knowledge distillation, which
-reports FCOS), and between the objects of an image (the relation term of general instance distillation, which reports
-RetinaNet, FCOS and Faster R-CNN). Neither needs equal widths: a relation of C_s-vectors is compared with one of
-C_t-vectors. Correlation between the channels of two maps is features.channel_correlation.
+Two relations of methods with published detector results: between the locations of a map (structured knowledge
+distillation, tested on detection beside segmentation and depth), and between the objects of an image (general instance
+distillation, which reports RetinaNet R50 from 36.2 to 39.1 AP with all its terms). Neither needs equal widths: a
+relation of C_s-vectors is compared with one of C_t-vectors. Correlation between the channels of two maps is
+features.channel_correlation.
 
 Computed in float32 for half-precision inputs, in float64 for float64; the teacher is detached; nothing to relate
 gives 0.

@@ -113,6 +113,10 @@ def check_scores(split) -> None:
     np.testing.assert_allclose(got[0].numpy(), best[:, :18].reshape(2, 3, 2, 3).max(1), rtol=1e-6)
     np.testing.assert_allclose(got[1].numpy(), best[:, 18:].reshape(2, 3, 1, 2).max(1), rtol=1e-6)
     assert split(given.bfloat16(), grid_sizes=GRIDS, anchors_per_pixel=3)[0].dtype == torch.float32
+    objectness = rng.normal(size=(2, 24))
+    scaled = split(given, grid_sizes=GRIDS, anchors_per_pixel=3, t_objectness_logits=torch.tensor(objectness))
+    expected = best / (1 + np.exp(-objectness))
+    np.testing.assert_allclose(scaled[0].numpy(), expected[:, :18].reshape(2, 3, 2, 3).max(1), rtol=1e-6)
     none = split(torch.zeros(2, 8, 0), grid_sizes=GRIDS)
     assert none[0].shape == (2, 2, 3) and not none[0].any()
 
@@ -216,7 +220,8 @@ CASES = [
             "softmax": Edit("t_class_logits.float().amax(-1)", "t_class_logits.float().log_softmax(-1).amax(-1)"),
             "mean anchor": Edit("level.amax(1)", "level.mean(1)"),
             "first anchor": Edit("level.amax(1)", "level[:, 0]"),
-            "half precision": Edit(".float()", ""),
+            "half precision": Edit("t_class_logits.float()", "t_class_logits"),
+            "objectness forgotten": Edit("scores * t_objectness_logits.float().sigmoid()", "scores"),
         },
     ),
 ]
