@@ -106,7 +106,7 @@ def main(folder: Path, workers: int, kills: int, seed: int) -> dict:
     rng = random.Random(seed)
     kinds = ["step", "call", "time", "interrupt", "terminate"]
     deaths, statuses = [], []
-    while len([s for s in statuses if os.WIFSIGNALED(s)]) < kills:
+    while len([s for s in statuses if os.WIFSIGNALED(s)]) < kills or len(deaths) < len(kinds):
         kind = kinds[len(deaths) % len(kinds)] if len(deaths) < 2 * len(kinds) else rng.choice(kinds[:3])
         limits = {"step": (0, 4), "call": (0, 14), "time": (0, took / 3), "interrupt": (0, 2), "terminate": (0, 2)}[
             kind

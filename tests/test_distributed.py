@@ -24,7 +24,7 @@ from tests.distributed_worker import gradients
 from tests.tiny_training import environment, tiny_config, write_dataset
 from yaml_files import dump_yaml
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess:

@@ -33,10 +33,11 @@ def assert_same_bytes(a, b, where=""):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path, workers):
     arguments = [sys.executable, "-m", "tests.resume_driver", str(tmp_path), str(workers), str(KILLS), "0"]
-    child = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    child = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=850)
     assert child.returncode == 0, child.stderr[-2000:]
     result = json.loads(child.stdout.splitlines()[-1])
     assert result["whole"] == 0 and result["codes"][-1] == 0, (result, child.stderr[-2000:])
