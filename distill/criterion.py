@@ -115,12 +115,12 @@ class Criterion(nn.Module):
         return losses
 
     def _term_loss(self, term: TermConfig, s_output: Any, t_output: Any, targets: Targets) -> Tensor:
-        number = list(self.terms).index(term.name)
-        seed = (torch.initial_seed() + number) % 2**63  # the training loop seeds torch anew for every step
-        scene = Scene(targets, s_output.image_size, t_output, seed)
+        number = 1000 * list(self.terms).index(term.name)
         values = []
         pairs = zip(term.student_maps, term.teacher_maps, self.adapters[term.name], self.losses[term.name])
-        for s_name, t_name, adapter, loss in pairs:
+        for index, (s_name, t_name, adapter, loss) in enumerate(pairs):
+            seed = (torch.initial_seed() + number + index) % 2**63  # the training loop seeds torch for every step
+            scene = Scene(targets, s_output.image_size, t_output, seed)
             s, t = named_map(s_output, s_name), named_map(t_output, t_name).detach()
             is_half = s.dtype in (torch.bfloat16, torch.float16)
             with torch.autocast(s.device.type, dtype=s.dtype if is_half else None, enabled=is_half):

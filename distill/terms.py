@@ -24,9 +24,9 @@ from distill.features import (
 from distill.fgd import FGD
 from distill.logits import soft_class_targets
 from distill.masked import decoupled_mse, masked_mse
-from distill.masks import anchor_mask, box_density, box_mask, make_anchor_sizes, score_maps
+from distill.masks import anchor_mask, box_density, box_mask, make_anchor_sizes, objects, score_maps
 from distill.mgd import MGD
-from distill.relations import location_similarity
+from distill.relations import instance_distance, location_similarity, pool_boxes
 from structures import Targets
 
 
@@ -35,7 +35,7 @@ class Scene:
     """What is known of a batch beyond the maps that are compared.
 
     targets: its objects, in pixels of images of image_size (H, W). t_output: all that the teacher said.
-    seed: of this step, for losses that draw.
+    seed: of this step and pair of maps, for losses that draw.
     """
 
     targets: Targets
@@ -85,14 +85,28 @@ def teacher_scores(scene: Scene, s_map: Tensor) -> Tensor:
         raise ValueError("the teacher has no class_logits to weight the map with")
     grids = [tuple(m.shape[2:]) for name, m in scene.t_output.features.items() if name.startswith("p")]
     anchors = logits.shape[1] // max(sum(h * w for h, w in grids), 1)
-    levels = score_maps(logits, grid_sizes=grids, anchors_per_pixel=anchors)
+    objectness = getattr(scene.t_output, "objectness_logits", None)
+    levels = score_maps(logits, grid_sizes=grids, anchors_per_pixel=anchors, t_objectness_logits=objectness)
     if tuple(s_map.shape[2:]) not in grids:
         raise ValueError(f"the teacher has no head on a grid of {tuple(s_map.shape[2:])}, only on {grids}")
     return levels[grids.index(tuple(s_map.shape[2:]))]
 
 
 def step_generator(scene: Scene, s_map: Tensor) -> torch.Generator:
-    return torch.Generator(s_map.device).manual_seed(scene.seed)
+    """One for each step and pair of maps; on the CPU, so that every device draws the same."""
+    return torch.Generator().manual_seed(scene.seed)
+
+
+def scene_itself(scene: Scene, s_map: Tensor) -> Scene:
+    return scene
+
+
+def _related_objects(*, s_map: Tensor, t_map: Tensor, scene: Scene) -> Tensor:
+    """relations.instance_distance between the batch's objects, each as the maps have it inside its box."""
+    rows = objects(scene.targets)
+    where = dict(boxes_xyxy=rows.boxes_xyxy, image=rows.image, image_size=scene.image_size)
+    s_features, t_features = pool_boxes(s_map, **where), pool_boxes(t_map, **where)
+    return instance_distance(s_features=s_features, t_features=t_features, image=rows.image)
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,7 @@ LOSSES = {
     "fgd": LossEntry(FGD, extras={"foreground": foreground_density}),
     "mgd": LossEntry(MGD, extras={"generator": step_generator}),
     "location_similarity": LossEntry(location_similarity, same_width=False),
+    "instance_distance": LossEntry(_related_objects, extras={"scene": scene_itself}, same_width=False),
     "soft_class": LossEntry(soft_class_targets, "logits"),
 }
 

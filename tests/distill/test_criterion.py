@@ -161,8 +161,8 @@ def test_a_term_that_could_never_act_is_refused(changes, message):
 
 
 TARGETS = Targets(
-    torch.tensor([[2.0, 3.0, 20.0, 25.0], [10.0, 0.0, 31.0, 31.0]]), torch.tensor([0, 2]), torch.tensor([0, 1]),
-    torch.tensor([False, False]),
+    torch.tensor([[2.0, 3.0, 20.0, 25.0], [10.0, 0.0, 31.0, 31.0], [0.0, 16.0, 12.0, 32.0], [4.0, 1.0, 15.0, 9.0]]),
+    torch.tensor([0, 2, 1, 0]), torch.tensor([0, 1, 0, 0]), torch.zeros(4, dtype=torch.bool),
 )  # fmt: skip
 
 
