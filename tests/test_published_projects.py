@@ -1,0 +1,136 @@
+"""Every shipped config names what exists, and the published projects run from end to end on a few pictures."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import compare
+import models
+import run_folder
+from config import load_config
+from datasets.download import DATASETS
+from distill.criterion import Criterion
+from tests.conftest import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+NAMES = ("a", "b", "c")
+
+
+@cache
+def fresh(arch):
+    torch.manual_seed(0)
+    return models.build(arch, len(NAMES)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_can_be_built(path):
+    """Its keys, architectures, losses, parameters, maps and adapters exist and fit together."""
+    config = load_config(path)
+    teachers = {teacher.name: fresh(teacher.arch) for teacher in config.teachers}
+    listed = dict.fromkeys(teachers, NAMES)
+    criterion = Criterion(
+        config.terms,
+        student=fresh(config.student.arch),
+        teachers=teachers,
+        epochs=config.epochs,
+        image_size=64,
+        class_names=NAMES,
+        teacher_class_names=listed,
+    )
+    assert len(criterion.terms) == len(config.terms)
+    assert {term.teacher for term in config.terms} == set(teachers)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_begins_with_its_command(path):
+    config = load_config(path)
+    script = "compare.py" if config.teachers else "train.py"
+    command = path.read_text(encoding="utf-8").splitlines()[0]
+    assert command.startswith("# ") and f"python {script} configs/{path.name}" in command
+    assert config.name == path.stem and config.runs == "runs"
+    for part in command.split(" && "):
+        if "datasets.download" in part:
+            name, root = part.split("datasets.download ")[1].split(" --root ")
+            target = Path(root, DATASETS[name].folder)
+            assert config.data.root in map(str, (target, *target.parents))
+
+
+@pytest.fixture(scope="module")
+def few_cells(shared_data, tmp_path_factory):
+    """Nine training and three test pictures of BCCD, in its own layout."""
+    root = tmp_path_factory.mktemp("bccd")
+    for folder in ("Annotations", "JPEGImages"):
+        (root / folder).symlink_to(shared_data / "bccd" / folder)
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "classes.txt").write_text("Platelets\nRBC\nWBC\n")
+    for split, count in (("trainval", 9), ("test", 3)):
+        lines = (shared_data / "bccd" / "ImageSets" / "Main" / f"{split}.txt").read_text().splitlines()[:count]
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def run_small(name, tmp_path, *overrides):
+    """compare.py on a shipped config: one epoch at 64 px, a nano teacher; the rows, and the rows as written."""
+    config = load_config(
+        ROOT / "configs" / f"{name}.yaml",
+        [
+            "image_size=64", "epochs=1", "batch_size=2", "evaluation.every_epochs=0", "optimizer.accumulate=1",
+            "data.workers=0", "device=cpu", "precision=float32", f"runs={tmp_path}", *overrides,
+        ],
+    )  # fmt: skip
+    rows = compare.compare(config, seeds=1)
+    written = json.loads((tmp_path / name / "comparison.json").read_text())
+    assert (tmp_path / name / "comparison.png").stat().st_size > 10_000
+    assert "distilled - baseline: mAP" in (tmp_path / name / "comparison.md").read_text()
+    return rows, written
+
+
+def logged(row, name):
+    """A column of metrics.csv of a row's only run."""
+    return [float(line[name]) for line in run_folder.read_metrics(row.folders[0] / "metrics.csv")]
+
+
+def check_rows(rows, written, teacher):
+    assert [row.name for row in rows] == ["baseline", f"teacher_{teacher}", "distilled", "longer"]
+    assert [row["name"] for row in written["rows"]] == [row.name for row in rows]
+    assert [row.epochs for row in rows] == [1, 1, 1, 2]
+    for row in rows:
+        assert all(0 <= row.values(metric)[0] <= 1 for metric in compare.METRICS)
+
+
+@pytest.mark.slow
+def test_kitti_from_baseline_to_comparison(shared_data, tmp_path):
+    rows, written = run_small(
+        "kitti_yolov8n_from_yolov8m", tmp_path,
+        f"data.root={shared_data / 'kitti_mini'}", "data.train=frames", "data.test=frames", "data.max_samples=4",
+        "teachers.0.arch=yolov5nu", "terms.1.parameters.temperature=2.0",
+    )  # fmt: skip
+    check_rows(rows, written, "yolov8m")
+    baseline, teacher, distilled, _ = rows
+    assert (baseline.arch, teacher.arch, distilled.arch) == ("yolov8n", "yolov5nu", "yolov8n")
+    for name in ("cwd_yolov8m", "soft_class_yolov8m"):
+        assert logged(distilled, f"train/{name}")[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bccd_yolov5n_from_yolov5x", "bccd_yolov5n_from_yolov5s", "voc_yolov5n_from_yolov5x"])
+def test_masked_imitation_from_baseline_to_comparison(name, few_cells, tmp_path):
+    rows, written = run_small(
+        name, tmp_path,
+        f"data.root={few_cells}", "data.train=trainval", "data.test=test", "data.max_samples=4",
+        "data.max_bad_fraction=0.1", "teachers.0.arch=yolov5n",
+    )  # fmt: skip
+    teacher = name.rsplit("_", 1)[1]
+    check_rows(rows, written, teacher)
+    assert {row.arch for row in rows} == {"yolov5n"}
+    for loss in ("masked_mse", "soft_class"):
+        assert logged(rows[2], f"train/{loss}_{teacher}")[0] > 0
+        assert f"train/{loss}_{teacher}" not in run_folder.read_metrics(rows[0].folders[0] / "metrics.csv")[0]
+
+
+def test_a_yolov5n_for_bccd_has_the_published_size():
+    """1.77 M parameters, as the published comparison on BCCD says of its student."""
+    assert round(sum(p.numel() for p in fresh("yolov5n").parameters()) / 1e6, 2) == 1.77
