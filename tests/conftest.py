@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from tests.tiny_training import tiny_config, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -29,3 +32,27 @@ def read_golden(name: str) -> tuple[dict[str, np.ndarray], dict]:
 @pytest.fixture(scope="session")
 def golden():
     return read_golden
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of PyTorch, so that tiny pictures are not shared out among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """The dataset of tests.tiny_training; nobody changes it."""
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "set")
+
+
+@pytest.fixture
+def make_tiny(tiny_data, tmp_path, monkeypatch):
+    """make_tiny(**changes): a tiny_config whose runs are in a folder of this test; plots are left to other tests."""
+    import train
+
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    return lambda **changes: tiny_config(tiny_data, tmp_path / "runs", **changes)

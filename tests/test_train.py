@@ -1,9 +1,7 @@
 """The training loop: what a run writes, what it refuses, and how it stops."""
 
 import dataclasses
-import errno
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -17,31 +15,12 @@ import train
 import training_parts
 from config import load_config
 from errors import UserError
-from interruption import StopSignals
 from optimization import Ema
 from processes import Processes, choose_device, use_bfloat16
-from tests.tiny_training import tiny_config, write_dataset
-from training_state import Position, refuse_changes
+from tests.tiny_training import tiny_config
+from training_state import Position
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture
-def make(data, tmp_path, monkeypatch):
-    """tiny_config in a folder of this test; plots are left to the one test that looks at them."""
-    monkeypatch.setattr(train, "draw", lambda *args: None)
-    return lambda **changes: tiny_config(data, tmp_path / "runs", **changes)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def teacher_file(folder, names=("green", "red")):
@@ -60,12 +39,12 @@ TERMS = [
 
 
 @pytest.fixture(scope="module")
-def distilled(data, tmp_path_factory):
+def distilled(tiny_data, tmp_path_factory):
     """One run with everything on: teacher, terms, held-out pictures, evaluation each epoch, plots."""
     folder = tmp_path_factory.mktemp("distilled")
     path, teacher = teacher_file(folder)
     config = tiny_config(
-        data,
+        tiny_data,
         folder / "runs",
         teachers=[{"name": "t", "arch": "yolov5nu", "weights": str(path)}],
         terms=TERMS,
@@ -157,7 +136,7 @@ def test_teacher_is_untouched_and_not_saved(distilled):
     assert not {"model", "optimizer", "criterion"} & set(checkpoint.load(run / "weights" / "best.pt"))
 
 
-def test_adapters_learn(distilled, data):
+def test_adapters_learn(distilled):
     run, config, _, _, _ = distilled
     state = checkpoint.load(run / "weights" / "last.pt")["criterion"]
     fresh = training_parts.build(config, Processes("cpu"), None, lambda line: None).criterion.state_dict()
@@ -173,8 +152,8 @@ def test_last_checkpoint_loads_as_a_model(distilled):
     assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
 
 
-def test_same_seed_same_bytes_and_next_name(make):
-    config = make(epochs=1)
+def test_same_seed_same_bytes_and_next_name(make_tiny):
+    config = make_tiny(epochs=1)
     states = []
     for name in ("tiny", "tiny2"):
         report = train.run(config, quiet=True)
@@ -187,8 +166,8 @@ def test_same_seed_same_bytes_and_next_name(make):
         assert not all(torch.equal(value, different[part][name]) for name, value in states[0][part].items())
 
 
-def test_accumulation_counts_steps(make):
-    config = make(epochs=2, optimizer={"accumulate": 2})
+def test_accumulation_counts_steps(make_tiny):
+    config = make_tiny(epochs=2, optimizer={"accumulate": 2})
     report = train.run(config, quiet=True)
     assert report["steps"] == 4  # 3 batches an epoch: groups of 2 and 1
     state = checkpoint.load(f"{config.runs}/tiny/weights/last.pt")
@@ -196,11 +175,11 @@ def test_accumulation_counts_steps(make):
 
 
 @pytest.mark.parametrize("sum_over_batch", [True, False])
-def test_accumulated_gradient(make, monkeypatch, sum_over_batch):
+def test_accumulated_gradient(make_tiny, monkeypatch, sum_over_batch):
     """What the optimizer sees after two batches is the sum of each batch's loss times its size, or the mean."""
     off = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
     settings = {"accumulate": 2, "clip_norm": 0.0, "sum_over_batch": sum_over_batch, "warmup_epochs": 0}
-    config = make(epochs=1, batch_size=16, optimizer=settings, augment=off)
+    config = make_tiny(epochs=1, batch_size=16, optimizer=settings, augment=off)
     parts = training_parts.build(config, Processes("cpu"), None, lambda line: None)
     expected = None
     for number, batch in enumerate(parts.loader.epoch(0)):
@@ -231,8 +210,8 @@ def test_accumulated_gradient(make, monkeypatch, sum_over_batch):
         torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_gradient_is_clipped(make, monkeypatch):
-    config = make(epochs=1, optimizer={"clip_norm": 0.5})
+def test_gradient_is_clipped(make_tiny, monkeypatch):
+    config = make_tiny(epochs=1, optimizer={"clip_norm": 0.5})
     norms = []
     update = Ema.update
     build = train.build
@@ -254,216 +233,17 @@ def test_gradient_is_clipped(make, monkeypatch):
     assert norms == [pytest.approx(0.5, rel=1e-3)] * 3
 
 
-def fail_at(monkeypatch, calls, error):
-    """Make the student's losses raise, or return a value, at the given call."""
-    from yolo.yolov8 import AnchorFreeDetector
-
-    losses, count = AnchorFreeDetector.losses, [0]
-
-    def patched(self, output, targets):
-        terms = losses(self, output, targets)
-        count[0] += 1
-        if count[0] == calls:
-            if isinstance(error, BaseException):
-                raise error
-            terms["cls"] = terms["cls"] * error
-        return terms
-
-    monkeypatch.setattr(AnchorFreeDetector, "losses", patched)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_stops_the_run(make, monkeypatch, value):
-    config = make(save_every_steps=1)
-    fail_at(monkeypatch, 5, value)
-    with pytest.raises(UserError) as error:
-        train.run(config, quiet=True)
-    text = str(error.value)
-    assert error.value.exit_code == 3 and "\n" not in text
-    assert "step 4" in text and "cls is" in text and "box is" not in text and ".png" in text
-    state = checkpoint.load(f"{config.runs}/tiny/weights/last.pt")
-    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["model"].values())
-    details = json.loads((run_folder.Path(config.runs) / "tiny" / "nonfinite.json").read_text())
-    assert len(details["pictures"]) == 8 and list(details["terms"]) == ["cls"]
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(make, monkeypatch):
-    config = make(save_every_steps=1)
-    build = train.build
-
-    def spoil(*args):
-        parts = build(*args)
-        next(parts.student.parameters()).register_hook(lambda gradient: gradient * float("inf"))
-        return parts
-
-    monkeypatch.setattr(train, "build", spoil)
-    with pytest.raises(UserError, match="the gradient's norm is") as error:
-        train.run(config, quiet=True)
-    assert error.value.exit_code == 3
-
-
-@pytest.mark.parametrize(
-    "failure",
-    [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 99 bytes"),
-    ],
-    ids=["python", "cuda", "cpu"],
-)
-def test_out_of_memory(make, monkeypatch, failure):
-    config = make(save_every_steps=1)
-    fail_at(monkeypatch, 3, failure)
-    with pytest.raises(UserError, match="batch_size") as error:
-        train.run(config, quiet=True)
-    assert error.value.exit_code == 4
-    assert checkpoint.load(f"{config.runs}/tiny/weights/last.pt")["step"] == 2
-
-
-def test_other_errors_are_not_hidden(make, monkeypatch):
-    fail_at(monkeypatch, 1, RuntimeError("a bug"))
-    with pytest.raises(RuntimeError, match="a bug"):
-        train.run(make(), quiet=True)
-
-
-def test_full_disk_and_resume(make, monkeypatch):
-    """The third save fails: the checkpoint of the second stays, and the run ends as if nothing had happened."""
-    config = make(save_every_steps=1)
-    write, count = checkpoint.write_durably, [0]
-
-    def full(path, data):
-        count[0] += path.name.startswith("last.pt")
-        if count[0] == 3 and path.name.startswith("last.pt"):
-            path.write_bytes(bytes(data)[:1000])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_durably", full)
-        with pytest.raises(UserError, match="No space left") as error:
-            train.run(config, quiet=True)
-    assert error.value.exit_code == 5
-    assert checkpoint.load(f"{config.runs}/tiny/weights/last.pt")["step"] == 2
-    train.run(config, resume=True, quiet=True)
-    train.run(dataclasses.replace(config, name="whole"), quiet=True)
-    ends = [checkpoint.load(f"{config.runs}/{name}/weights/last.pt") for name in ("tiny", "whole")]
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, ends[1][part][name]) for name, value in ends[0][part].items())
-
-
-def interrupt_after(monkeypatch, step, number=signal.SIGINT):
-    update = Ema.update
-
-    def patched(self, done):
-        update(self, done)
-        if done == step:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(Ema, "update", patched)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_say_how_to_go_on(make, monkeypatch, capsys, number, code):
-    config = make()
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2, number)
-        with pytest.raises(SystemExit) as stop:
-            train.run(config, quiet=True)
-    assert stop.value.code == code and signal.getsignal(number) == before
-    assert (
-        capsys.readouterr().out
-        == f"stopped, saved at step 2; go on with: python train.py --resume {config.runs}/tiny\n"
-    )
-    assert checkpoint.load(f"{config.runs}/tiny/weights/last.pt")["step"] == 2
-    assert train.run(config, resume=True, quiet=True)["steps"] == 6
-
-
-def test_a_second_signal_is_left_to_the_system():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopSignals() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.received == signal.SIGINT and stop.exit_code == 130
-        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_a_signal_during_evaluation_stops_at_once(make, monkeypatch, capsys):
-    config = make(evaluation={"every_epochs": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(SystemExit) as stop:
-            train.run(config, quiet=True)
-    assert stop.value.code == 143 and "saved at step 3" in capsys.readouterr().out
-    assert train.run(config, resume=True, quiet=True)["steps"] == 6
-    rows = run_folder.read_metrics(run_folder.Path(config.runs) / "tiny" / "metrics.csv")
-    assert [row["epoch"] for row in rows] == ["1", "2"] and all(row["metrics/mAP50"] for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate"),
-        ({"epochs": 3}, "epochs"),
-        ({"student": {"arch": "yolov8s"}}, "student.arch"),
-        ({"seed": 1}, "seed"),
-        ({"terms": TERMS}, "terms"),
-    ],
-)
-def test_resume_refuses_another_config(make, monkeypatch, changes, key):
-    config = make(epochs=1)
-    if not (run_folder.Path(config.runs) / "tiny").exists():
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "finish", lambda *args: {})
-            train.run(config, quiet=True)
-    with pytest.raises(UserError, match=f"key '{key}") as error:
-        train.run(make(**{"epochs": 1} | changes), resume=True, quiet=True)
-    assert "--allow-change" in str(error.value)
-
-
-def test_what_a_resumed_run_may_change(make):
-    config = make()
-    tree = training_parts.dataclasses.asdict(config)
-    free = make(data={"workers": 2, "cache": False}, save_every_steps=7)
-    refuse_changes(tree, dataclasses.replace(free, runs="elsewhere"), (), "x")
-    longer = make(epochs=5)
-    refuse_changes(tree, longer, ("epochs",), "x")
-    with pytest.raises(UserError, match="started with 2, found 5"):
-        refuse_changes(tree, longer, ("optimizer",), "x")
-
-
-def test_resume_refuses_other_pictures(make, tmp_path):
-    data = write_dataset(tmp_path / "other")
-    config = make(epochs=2, data={"root": str(data)})
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(SystemExit):
-            train.run(config, quiet=True)
-    label = data / "labels" / "train" / "003.txt"
-    label.write_text("0 0.5 0.5 0.25 0.25\n")
-    with pytest.raises(UserError, match="not those the run was started with"):
-        train.run(config, resume=True, quiet=True)
-
-
-def test_resume_finds_the_run(tmp_path):
-    with pytest.raises(UserError, match="no such run"):
-        run_folder.find(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="before its first checkpoint"):
-        run_folder.find(tmp_path / "empty")
-
-
-def test_early_stopping(make, monkeypatch):
+def test_early_stopping(make_tiny, monkeypatch):
     scores = iter([0.3, 0.5, 0.4, 0.45, 0.9, 0.9])
     numbers = lambda value: {"mAP50-95": value, "mAP50": value, "precision": value, "recall": value, "f1": value}
     monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: (numbers(next(scores)), None))
-    config = make(epochs=10, patience=2, data={"holdout_fraction": 0.25}, evaluation={"every_epochs": 1})
+    config = make_tiny(epochs=10, patience=2, data={"holdout_fraction": 0.25}, evaluation={"every_epochs": 1})
     report = train.run(config, quiet=True)
     assert report["epochs"] == 4  # best at 2, then two without a better one
     assert report["best_on_holdout"]["epoch"] == 2 and report["best_on_holdout"]["holdout mAP50-95"] == 0.5
     assert checkpoint.load_model(f"{config.runs}/tiny/weights/best.pt")[1].epoch == 2
     with pytest.raises(UserError, match="patience"):
-        train.run(make(patience=2), quiet=True)
+        train.run(make_tiny(patience=2), quiet=True)
 
 
 def test_position_is_over():
@@ -473,9 +253,9 @@ def test_position_is_over():
     assert not Position(epoch=3, best=0.1, best_epoch=2).is_over(config)
 
 
-def test_holdout_is_a_partition_and_the_same_for_every_seed(make):
+def test_holdout_is_a_partition_and_the_same_for_every_seed(make_tiny):
     quiet = lambda line: None
-    config = make(data={"holdout_fraction": 0.25})
+    config = make_tiny(data={"holdout_fraction": 0.25})
     splits = training_parts.open_splits(config, quiet)
     names = lambda index: [sample.image_path.name for sample in index.samples]
     kept, held = names(splits.train), names(splits.holdout)
@@ -484,19 +264,19 @@ def test_holdout_is_a_partition_and_the_same_for_every_seed(make):
     assert names(other.holdout) == held
     for fraction in (0.001, 1.0, -0.1):
         with pytest.raises(UserError, match="holdout_fraction"):
-            training_parts.open_splits(make(data={"holdout_fraction": fraction}), quiet)
+            training_parts.open_splits(make_tiny(data={"holdout_fraction": fraction}), quiet)
 
 
-def test_mosaic_closes(make):
-    config = make(epochs=12, augment={"mixup": 0.3, "close_mosaic_epochs": 4})
+def test_mosaic_closes(make_tiny):
+    config = make_tiny(epochs=12, augment={"mixup": 0.3, "close_mosaic_epochs": 4})
     closed = [training_parts.augmentation_at(config, epoch).mosaic == 0 for epoch in range(12)]
     assert closed == [False] * 8 + [True] * 4
     assert training_parts.augmentation_at(config, 11).scale == config.augment.scale
 
 
-def test_dry_run(make, tmp_path, capsys):
+def test_dry_run(make_tiny, tmp_path, capsys):
     path, _ = teacher_file(tmp_path)
-    config = make(teachers=[{"name": "t", "arch": "yolov5nu", "weights": str(path)}], terms=TERMS)
+    config = make_tiny(teachers=[{"name": "t", "arch": "yolov5nu", "weights": str(path)}], terms=TERMS)
     train.dry_run(config)
     out = capsys.readouterr().out
     values = dict(line.split() for line in out.splitlines() if line.startswith("  ") and len(line.split()) == 2)
@@ -506,43 +286,43 @@ def test_dry_run(make, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_teachers_must_fit(make, tmp_path):
+def test_teachers_must_fit(make_tiny, tmp_path):
     path, module = teacher_file(tmp_path)
     entry = {"name": "t", "arch": "yolov5nu"}
     with pytest.raises(UserError, match=r"teachers\.0\.weights"):
-        train.run(make(teachers=[entry], terms=TERMS), quiet=True)
+        train.run(make_tiny(teachers=[entry], terms=TERMS), quiet=True)
     with pytest.raises(UserError, match="used twice"):
-        train.run(make(teachers=[entry | {"weights": str(path)}] * 2, terms=TERMS), quiet=True)
+        train.run(make_tiny(teachers=[entry | {"weights": str(path)}] * 2, terms=TERMS), quiet=True)
     with pytest.raises(UserError, match="not among"):
-        train.run(make(), teachers={"x": module}, quiet=True)
+        train.run(make_tiny(), teachers={"x": module}, quiet=True)
     other, _ = teacher_file(tmp_path, names=("green", "blue"))
     with pytest.raises(UserError, match="class"):
-        train.run(make(teachers=[entry | {"weights": str(other)}], terms=TERMS), quiet=True)
+        train.run(make_tiny(teachers=[entry | {"weights": str(other)}], terms=TERMS), quiet=True)
 
 
-def test_given_teacher(make):
+def test_given_teacher(make_tiny):
     torch.manual_seed(3)
     teacher = models.build("yolov8n", 2).train()
-    config = make(epochs=1, teachers=[{"name": "t", "arch": "yolov8n"}], terms=TERMS)
+    config = make_tiny(epochs=1, teachers=[{"name": "t", "arch": "yolov8n"}], terms=TERMS)
     train.run(config, teachers={"t": teacher}, quiet=True)
     assert not teacher.training
     rows = run_folder.read_metrics(run_folder.Path(config.runs) / "tiny" / "metrics.csv")
     assert float(rows[0]["train/mse_t"]) > 0
 
 
-def test_starts_from_weights(make, distilled):
-    config = make(student={"arch": "yolov8n", "weights": str(distilled[0] / "weights" / "best.pt")})
+def test_starts_from_weights(make_tiny, distilled):
+    config = make_tiny(student={"arch": "yolov8n", "weights": str(distilled[0] / "weights" / "best.pt")})
     splits = training_parts.open_splits(config, lambda line: None)
     student = training_parts.build_student(config, splits.names)
     ema = checkpoint.load(distilled[0] / "weights" / "best.pt")["ema"]
     assert all(torch.equal(value, ema[name]) for name, value in student.state_dict().items())
 
 
-def test_bfloat16_and_contiguous(make):
+def test_bfloat16_and_contiguous(make_tiny):
     """The other precision and layout give the same loss to bfloat16's rounding."""
     losses = []
     for changes in ({"precision": "bfloat16"}, {"channels_last": False}, {}):
-        parts = training_parts.build(make(**changes), Processes("cpu"), None, lambda line: None)
+        parts = training_parts.build(make_tiny(**changes), Processes("cpu"), None, lambda line: None)
         images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
         assert images.is_contiguous(memory_format=torch.channels_last) == parts.config.channels_last
         terms = parts.objective(images, targets, {}, 0.0)
@@ -551,7 +331,7 @@ def test_bfloat16_and_contiguous(make):
     assert losses[0] == pytest.approx(losses[2], rel=0.05) and losses[1] == pytest.approx(losses[2], rel=1e-4)
 
 
-def test_without_optional_libraries(data, tmp_path, monkeypatch, capsys):
+def test_without_optional_libraries(tiny_data, tmp_path, monkeypatch, capsys):
     import builtins
 
     real = builtins.__import__
@@ -562,19 +342,19 @@ def test_without_optional_libraries(data, tmp_path, monkeypatch, capsys):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    train.run(tiny_config(data, tmp_path / "runs", epochs=1))
+    train.run(tiny_config(tiny_data, tmp_path / "runs", epochs=1))
     out = capsys.readouterr().out
     assert "tensorboard is not installed" in out and "matplotlib is not installed" in out
     assert (tmp_path / "runs" / "tiny" / "report.json").is_file()
     assert (tmp_path / "runs" / "tiny" / "predictions.jpg").is_file()
 
 
-def test_command_line(data, tmp_path, monkeypatch):
+def test_command_line(tiny_data, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(train, "run", lambda config, **options: calls.append((config, options)))
     path = tmp_path / "c.yaml"
     path.write_text(
-        f"name: x\ndata: {{format: yolo, root: '{data}'}}\nstudent: {{arch: yolov8n}}\nruns: {tmp_path}/runs\n"
+        f"name: x\ndata: {{format: yolo, root: '{tiny_data}'}}\nstudent: {{arch: yolov8n}}\nruns: {tmp_path}/runs\n"
     )
     train.main([str(path), "epochs=3", "optimizer.momentum=0.5"])
     assert calls[-1][0].epochs == 3 and calls[-1][1] == {"resume": False, "allow_change": ()}
@@ -599,11 +379,11 @@ def test_metrics_are_replaced_not_duplicated(tmp_path):
     assert [(row["epoch"], row["train/box"], row["train/kd"]) for row in rows] == [("1", "0.5", ""), ("2", "0.9", "1")]
 
 
-def test_names_of_runs(make):
+def test_names_of_runs(make_tiny):
     with pytest.raises(UserError, match="name of a folder"):
-        run_folder.create(make(name="a/b"))
+        run_folder.create(make_tiny(name="a/b"))
     with pytest.raises(UserError, match="name of a folder"):
-        run_folder.create(make(name=".."))
+        run_folder.create(make_tiny(name=".."))
 
 
 def test_devices():
