@@ -1,0 +1,198 @@
+"""Write docs/losses.md: one row for every loss a config can name, from its docstring.
+
+    python -m distill.document [--check]
+
+Name, summary, paper, equation, needs and parameters come from distill.terms.LOSSES and the docstrings, so the page
+cannot say something else than the code; a test compares the committed file with what would be written. Only what no
+docstring holds is listed here: PUBLISHED, what others measured.
+"""
+
+import argparse
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distill.terms import LOSSES, LossEntry, parameters_of
+from errors import UserError, run_script
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
+ARXIV = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What others report for a method on detection. heads: where it fits, if not every detector with maps."""
+
+    gain: str
+    source: str = ""
+    heads: str = ""
+
+
+# Box AP on COCO val unless it says otherwise, student alone -> distilled (teacher).
+# fmt: off
+PUBLISHED = {
+    "mse": Published("GFL R101 to R50, 1x: 40.1 -> 40.7 (44.9)", "README of HikariTJU/LD, many methods alike"),
+    "cosine": Published(
+        "DINOv3 ViT-B/16 to RT-DETRv4-S: 49.8, beside 48.5 for D-FINE-S, which has no teacher and is another model",
+        "arXiv:2510.25257; the 48.5 at second hand"),
+    "cwd": Published(
+        "GFL R101 to R50, 1x: 40.2 -> 41.9 (44.7). RTMDet l to m: 49.3 -> 50.2. DAMO-YOLO S to T: 42.0 -> 43.6",
+        "MMRazor; mmyolo; DAMO-YOLO"),
+    "pkd": Published(
+        "Faster R-CNN R101 to R50, 2x: 38.4 -> 40.3 (39.8). Mask R-CNN Swin-S to RetinaNet R50: 37.4 -> 41.5 (48.2)",
+        "MMRazor"),
+    "score_weighted_l2": Published("YOLO26 s to n: 40.9 -> 41.5; m to s: 48.6 -> 49.2", "Ultralytics' guide",
+        "dense heads, for the teacher's scores"),
+    "masked_mse": Published(
+        "Faster R-CNN VGG16 to VGG11, VOC07 AP50: 59.6 -> 67.6 (70.1). GFL R101 to R50, 1x: 40.1 -> 41.1 (44.9)",
+        "README of FGFI; README of HikariTJU/LD"),
+    "decoupled_mse": Published("GFL R101 to R50, 1x: 40.1 -> 40.8 (44.9)", "README of HikariTJU/LD"),
+    "fgd": Published(
+        "RetinaNet X101 to R50, 2x: 37.4 -> 40.7 (41.0). YOLOX-l to YOLOX-m: 45.9 -> 46.6", "the authors' README"),
+    "mgd": Published("RetinaNet X101 to R50, 2x: 37.4 -> 41.0", "the authors' README; MMRazor repeats it"),
+    "soft_class": Published(
+        "YOLOv3 R34 to MobileNetV1, with box and objectness terms beside the classes: 29.4 -> 31.0", "PaddleDetection",
+        "dense sigmoid heads with equal locations and classes"),
+}
+# fmt: on
+
+NEEDS = {  # what a function of distill.terms that makes an extra of a loss looks at; others are called by their name
+    "imitation_mask": "labelled boxes (mask)",
+    "foreground_mask": "labelled boxes (mask)",
+    "foreground_density": "labelled boxes (mask)",
+    "scene_itself": "labelled boxes",
+    "teacher_scores": "class scores of the teacher",
+    "step_generator": "a random draw each step",
+}
+
+INTRODUCTION = """\
+# Distillation losses
+
+Written by `python -m distill.document` from the docstrings; change those. `name` is what a term of a config gives as
+`loss`; `parameters` are the keys it may give, with their defaults. Each loss is one function or module in `distill/`,
+whose docstring also says its reduction, its empty cases and how it differs from the published code. An adapter is a
+small layer of the criterion that brings the student's map to the teacher's width.
+
+Published gains are those of others, with their detectors and schedules: box AP on COCO val unless it says otherwise,
+student alone -> distilled (teacher). Between strongly augmented YOLO models they were 0.6 to 1.7.
+
+"""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m distill.document", description="Write docs/losses.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
+    arguments = parser.parse_args(argv)
+    text = page()
+    if arguments.check:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+            raise UserError(f"{PAGE}: differs from the docstrings, expected what python -m distill.document writes")
+        return
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"written: {PAGE}", file=sys.stderr)
+
+
+def page() -> str:
+    """The whole page, ending in a newline."""
+    heading = ("name", "loss", "equation", "needs", "parameters", "heads it fits", "published gain")
+    lines = [heading, ("---",) * len(heading), *(row(name, entry) for name, entry in LOSSES.items())]
+    return INTRODUCTION + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def row(name: str, entry: LossEntry) -> tuple[str, ...]:
+    """The cells of one loss."""
+    published = PUBLISHED.get(name, Published(""))
+    gain = published.gain + (f" [{published.source}]" if published.source else "")
+    heads = published.heads or ("any detector with maps" if entry.argument == "map" else "equal outputs")
+    parameters = ", ".join(f"`{key}={value!r}`" for key, value in defaults(entry).items())
+    loss = documented(entry.loss)
+    equations = "<br>".join(f"`{cell(line)}`" for line in equation(loss))
+    where = f"`{loss.__module__.replace('.', '/')}.py`, `{loss.__name__}`"
+    title = f"{cell(summary(loss))}<br>{where}" + "".join(f"<br>{paper}" for paper in papers(loss))
+    return f"`{name}`", title, equations, cell(needs(entry)), cell(parameters) or "-", cell(heads), cell(gain) or "-"
+
+
+def documented(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss itself; for a function of distill.terms that only brings it what it needs, the one its docstring names.
+
+    Such a docstring begins with `module.function`, of a module of distill.
+    """
+    if loss.__module__ != LossEntry.__module__:
+        return loss
+    named = re.match(r"(\w+)\.(\w+)", inspect.getdoc(loss) or "")
+    if not named:
+        raise UserError(
+            f"{loss.__module__}.{loss.__name__}: its docstring begins with no `module.function` of its loss"
+        )
+    return getattr(importlib.import_module(f"distill.{named[1]}"), named[2])
+
+
+def describe(loss: Callable[..., Any]) -> list[str]:
+    """The docstrings that describe a loss. A class is described by its file: its head, then its functions."""
+    if not isinstance(loss, type):
+        return [inspect.getdoc(loss) or ""]
+    module = sys.modules[loss.__module__]
+    functions = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+    return [inspect.getdoc(part) or "" for part in (module, *functions)]
+
+
+def summary(loss: Callable[..., Any]) -> str:
+    """The first paragraph, on one line."""
+    return describe(loss)[0].split("\n\n")[0].replace("\n", " ")
+
+
+def equation(loss: Callable[..., Any]) -> list[str]:
+    """The first indented lines of a docstring that define L, up to the next empty one, without their indent."""
+    for text in describe(loss):
+        for block in text.split("\n\n"):
+            lines = [line.rstrip().removeprefix("    ") for line in block.splitlines()]
+            if block.startswith("    ") and re.match(r"L\s*=", lines[0]):
+                return lines
+    raise UserError(f"{loss.__module__}.{loss.__name__}: found no docstring with an equation, expected `    L = ...`")
+
+
+def papers(loss: Callable[..., Any]) -> list[str]:
+    """Links to the papers that the head of its file, which may be about one method, and its docstring name."""
+    texts = [inspect.getdoc(part) or "" for part in (sys.modules[loss.__module__], loss)]
+    numbers = dict.fromkeys(number for text in texts for number in ARXIV.findall(text))
+    return [f"[arXiv:{number}](https://arxiv.org/abs/{number})" for number in numbers]
+
+
+def needs(entry: LossEntry) -> str:
+    """What a term needs beside student and teacher."""
+    if entry.argument != "map":
+        found = [f"{entry.argument} of equal shapes"]
+    else:
+        found = ["maps of equal width, or an adapter"] if entry.same_width else ["maps of any widths"]
+    found += [NEEDS.get(made.__name__, made.__name__.replace("_", " ")) for made in entry.extras.values()]
+    if isinstance(entry.loss, type) and issubclass(entry.loss, nn.Module):
+        found.append("trained parts")
+    return "; ".join(found)
+
+
+def defaults(entry: LossEntry) -> dict[str, Any]:
+    """The parameters a term may give, and what each is when it does not; required ones are `...`."""
+    found = {}
+    for function in (entry.loss, *entry.extras.values()):
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name in parameters_of(entry):
+                is_required = parameter.default is inspect.Parameter.empty
+                found[parameter.name] = ... if is_required else parameter.default
+    return found
+
+
+def cell(text: str) -> str:
+    """Text as it may stand between the bars of a table, in code too."""
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    run_script(main)
