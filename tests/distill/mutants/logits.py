@@ -1,6 +1,19 @@
 """Logit losses: their checks, and wrong variants of each."""
 
-from distill.logits import soft_class_targets
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distill.logits import (
+    decoupled_kl,
+    image_kl,
+    objectness_scaled,
+    prediction_correlation,
+    probability_correlation,
+    quality_focal,
+    soft_class_targets,
+    softmax_kl,
+)
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.properties import (
     computes_in_float32,
@@ -11,13 +24,95 @@ from tests.distill.properties import (
     only_student_learns,
     random_pair,
     refuses,
+    takes_inference_teacher,
+    unchanged_by,
     zero_when_empty,
 )
-from tests.reference import distillation as reference
+from tests.reference import distillation
+from tests.reference import logit_distillation as reference
+
+ROW_WEIGHTS = np.random.default_rng(3).random(6)
+LABELS = np.array([0, 4, 2, 2, 1, 3])
 
 
 def logits(*shape: int, **others) -> dict:
     return random_pair("logits", shape or (2, 6, 3), **others)
+
+
+def rows(n: int = 6, k: int = 5, **others) -> dict:
+    return logits(n, k, **others)
+
+
+def probabilities(n: int = 6, k: int = 5) -> dict:
+    return {name.replace("logits", "prob"): np.exp(z) for name, z in rows(n, k).items()}
+
+
+def labelled(n: int = 6, k: int = 5, **others) -> dict:
+    return rows(n, k, labels=LABELS[:n] % k, **others)
+
+
+def outputs(*shape: int, scale: float = 1.0, classes: int = 3, **others) -> dict:
+    """Box, objectness and class logits of one YOLOv5 output, for student and teacher."""
+    shape = shape or (2, 5)
+    return (
+        random_pair("box_logits", (*shape, 4), scale=scale, seed=1)
+        | random_pair("objectness_logits", shape, scale=scale, seed=2)
+        | random_pair("class_logits", (*shape, classes), scale=scale, seed=3)
+        | others
+    )
+
+
+def same_row_constant(arguments: dict) -> dict:
+    """A constant added to all logits of a row, in the student and in the teacher."""
+    return {
+        "s_logits": arguments["s_logits"] + arguments["t_logits"][..., :1],
+        "t_logits": arguments["t_logits"] + 3 * arguments["s_logits"][..., 1:2],
+    }
+
+
+def other_scale_and_shift(arguments: dict) -> dict:
+    """Each row of the student's probabilities scaled and shifted by its own numbers, and the teacher's by others."""
+    s, t = arguments["s_prob"], arguments["t_prob"]
+    return {"s_prob": (0.1 + t[:, :1] ** 2) * s - t[:, 1:2], "t_prob": 7 * t + s[:, 2:3]}
+
+
+def with_constant_rows(arguments: dict) -> dict:
+    """One row constant in the student only, one in the teacher only, one in both."""
+    s, t = (arguments[k].copy() for k in ("s_prob", "t_prob"))
+    s[0], t[1], s[2], t[2] = 0.1, 0.7, 0.3, 0.0
+    return arguments | {"s_prob": s, "t_prob": t}
+
+
+def decoupled_by_probabilities(*, s_logits, t_logits, labels, target_weight=1.0, other_weight=0.25, **others):
+    """The logarithm of 1 - p_y, which is -inf for a saturated row."""
+    temperature, index = others.get("temperature", 1.0), labels[:, None]
+    p_s, p_t = ((z / temperature).softmax(1) for z in (s_logits, t_logits.detach()))
+    b_s, b_t = (torch.cat((p.gather(1, index), 1 - p.gather(1, index)), 1) for p in (p_s, p_t))
+    is_label = torch.zeros_like(p_s).scatter_(1, index, 1).bool()
+    q_s, q_t = (p[~is_label].view(len(p), -1) / (1 - p.gather(1, index)) for p in (p_s, p_t))
+    binary = (b_t * (b_t.log() - b_s.log())).sum(1)
+    return temperature**2 * (target_weight * binary + other_weight * (q_t * (q_t.log() - q_s.log())).sum(1)).mean()
+
+
+def cross_entropy_of_rows(*, s_logits, t_logits, weight=None, temperature=1.0):
+    """Hinton's loss as written, without the teacher's entropy."""
+    log_p_s = F.log_softmax(s_logits / temperature, -1)
+    rows = -((t_logits.detach() / temperature).softmax(-1) * log_p_s).sum(-1)
+    weight = torch.ones_like(rows) if weight is None else weight.detach()
+    return temperature**2 * (weight * rows).sum() / weight.sum().clamp(min=1)
+
+
+def every_logit_loss(make, *, empty: tuple[dict, ...], scale: float = 1e4, **others) -> tuple:
+    """Checks that hold for every loss of one pair of logits; `make` is called as make(**others)."""
+    return (
+        zero_when_empty(*empty),
+        minimum_at_teacher(make(**others)),
+        only_student_learns(make(**others), also=("weight",) if "weight" in others else ()),
+        takes_inference_teacher(make(**others)),
+        gradient_is_right(make(**others)),
+        computes_in_float32(make(**others)),
+        finite_when_saturated(make(scale=scale)),
+    )
 
 
 CASES = [
@@ -26,7 +121,7 @@ CASES = [
         soft_class_targets,
         checks=(
             matches_reference(
-                reference.soft_class_targets,
+                distillation.soft_class_targets,
                 {
                     "usual": logits(temperature=2.0, power=1.0),
                     "no temperature": logits(temperature=1.0, power=2.0),
@@ -39,6 +134,7 @@ CASES = [
             zero_when_empty(logits(0, 4), logits(2, 0, 3)),
             minimum_at_teacher(logits(temperature=2.0)),
             only_student_learns(logits(temperature=2.0)),
+            takes_inference_teacher(logits(temperature=2.0)),
             gradient_is_right(logits(temperature=2.0)),
             computes_in_float32(logits()),
             finite_when_saturated(logits(scale=1e4)),
@@ -59,7 +155,290 @@ CASES = [
                 "F.logsigmoid(t_logits) - F.logsigmoid(s_logits)", "-F.logsigmoid(s_logits)", "bernoulli_kl"
             ),
             "positive half only": Edit("p * positive + (1 - p) * negative", "p * positive", "bernoulli_kl"),
-            "teacher learns": Edit("t_logits.detach()", "t_logits"),
+            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
+        },
+    ),
+    LossCase(
+        "softmax_kl",
+        softmax_kl,
+        checks=(
+            matches_reference(
+                reference.softmax_kl,
+                {
+                    "usual": rows(temperature=2.0),
+                    "default": rows(),
+                    "weighted": rows(weight=ROW_WEIGHTS, temperature=3.0),
+                    "hardly weighted": rows(weight=0.01 * ROW_WEIGHTS),
+                    "weighted nowhere": rows(weight=0 * ROW_WEIGHTS),
+                    "batch": logits(2, 3, 4, temperature=2.0),
+                    "one class": rows(k=1),
+                    "none": rows(0, temperature=2.0),
+                    "saturated": rows(scale=1e3, temperature=2.0),
+                },
+            ),
+            unchanged_by(same_row_constant, rows(temperature=2.0)),
+            refuses(rows(weight=ROW_WEIGHTS[:1]), "weight"),
+            refuses(rows(5, 3) | {"t_logits": rows(5, 1)["t_logits"]}, "differ"),
+            *every_logit_loss(rows, empty=(rows(0), rows(weight=0 * ROW_WEIGHTS)), weight=ROW_WEIGHTS, temperature=2.0),
+        ),
+        mutants={
+            "no T^2": Edit("return temperature**2 * weighted", "return weighted"),
+            "T, not T^2": Edit("temperature**2", "temperature"),
+            "mean over classes": Edit(".sum(-1)", ".mean(-1)"),
+            "sum over rows": Edit("values.sum() / max(values.numel(), 1)", "values.sum()", "weighted_mean"),
+            "normaliser counts the rows": Edit("weight.sum().clamp(min=1)", "len(weight)", "weighted_mean"),
+            "normaliser not held above 1": Edit(".clamp(min=1)", "", "weighted_mean"),
+            "unweighted": Edit(".sum(-1), weight)", ".sum(-1), None)"),
+            "weights learn": Edit("weight.detach()", "weight", "as_weight"),
+            "broadcasts the weights": Edit("weight.shape != values.shape", "False", "as_weight"),
+            "softmax over rows": Edit(
+                "F.log_softmax(z / temperature, dim=-1)", "F.log_softmax(z / temperature, dim=0)"
+            ),
+            "swapped roles": Edit("log_p_t.exp() * (log_p_t - log_p_s)", "log_p_s.exp() * (log_p_s - log_p_t)"),
+            "cross-entropy": cross_entropy_of_rows,
+            "log of a softmax": Edit("F.log_softmax(z / temperature, dim=-1)", "(z / temperature).softmax(-1).log()"),
+            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
+            "computes in half precision": Edit(
+                "s_logits.dtype if s_logits.dtype.itemsize >= 4 else torch.float32", "s_logits.dtype", "as_logit_pair"
+            ),
+        },
+    ),
+    LossCase(
+        "image_kl",
+        image_kl,
+        checks=(
+            matches_reference(
+                reference.softmax_kl,
+                {
+                    "usual": rows(temperature=2.0),
+                    "default": rows(),
+                    "scaled cosines": rows(scale=30.0, temperature=4.0),
+                },
+            ),
+            unchanged_by(same_row_constant, rows(temperature=2.0)),
+            refuses(logits(2, 3, 4), "one row per image"),
+            *every_logit_loss(rows, empty=(rows(0),), temperature=2.0),
+        ),
+        mutants={
+            "temperature not passed on": Edit(", temperature=temperature)", ")"),
+            "no T^2": Edit("return softmax_kl(", "return temperature**-2 * softmax_kl("),
+            "sum over images": Edit("return softmax_kl(", "return len(s_logits) * softmax_kl("),
+            "swapped roles": Edit(
+                "s_logits=s_logits, t_logits=t_logits", "s_logits=t_logits.detach(), t_logits=s_logits"
+            ),
+            "takes locations": Edit("s_logits.dim() != 2", "False"),
+            "cross-entropy": cross_entropy_of_rows,
+        },
+    ),
+    LossCase(
+        "decoupled_kl",
+        decoupled_kl,
+        checks=(
+            matches_reference(
+                reference.decoupled_kl,
+                {
+                    "usual": labelled(temperature=2.0),
+                    "default": labelled(),
+                    "loud": labelled(target_weight=0.7, other_weight=8.0, temperature=4.0),
+                    "weighted": labelled(weight=ROW_WEIGHTS),
+                    "target only": labelled(other_weight=0.0),
+                    "two classes": labelled(k=2),
+                    "one class": labelled(k=1),
+                    "none": labelled(0),
+                    "saturated": labelled(scale=1e3, temperature=2.0),
+                },
+            ),
+            unchanged_by(same_row_constant, labelled(temperature=2.0)),
+            refuses(labelled() | {"labels": LABELS[:1]}, "labels"),
+            *every_logit_loss(labelled, empty=(labelled(0), labelled(k=1)), weight=ROW_WEIGHTS, temperature=2.0),
+        ),
+        mutants={
+            "no T^2": Edit("return temperature**2 * weighted", "return weighted"),
+            "as Hinton couples them": Edit(
+                "other_weight * other", "other_weight * (1 - (t_label - t_rest.logsumexp(1)).sigmoid()) * other"
+            ),
+            "swapped weights": Edit(
+                "target_weight * target + other_weight * other", "other_weight * target + target_weight * other"
+            ),
+            "no target part": Edit("target_weight * target + ", ""),
+            "mean over the other classes": Edit("(log_q_t - log_q_s)).sum(1)", "(log_q_t - log_q_s)).mean(1)"),
+            "label among the others": Edit("others + (others >= labels[:, None])", "others.expand(len(labels), -1)"),
+            "swapped roles": Edit("log_q_t.exp() * (log_q_t - log_q_s)", "log_q_s.exp() * (log_q_s - log_q_t)"),
+            "student's log-odds by the largest": Edit("s_rest.logsumexp(1)", "s_rest.amax(1)"),
+            "label without temperature": Edit(
+                "z.gather(1, labels[:, None])[:, 0] / temperature", "z.gather(1, labels[:, None])[:, 0]"
+            ),
+            "log of 1 - p": decoupled_by_probabilities,
+            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
+        },
+    ),
+    LossCase(
+        "prediction_correlation",
+        prediction_correlation,
+        checks=(
+            matches_reference(
+                reference.prediction_correlation,
+                {
+                    "usual": rows(temperature=2.0),
+                    "default": rows(),
+                    "weighted": rows(class_weight=0.3, sample_weight=2.0, temperature=4.0),
+                    "one row": rows(1),
+                    "one class": rows(k=1),
+                    "none": rows(0),
+                    "saturated": rows(scale=1e3),
+                },
+            ),
+            unchanged_by(same_row_constant, rows(temperature=2.0)),
+            refuses(logits(2, 3, 4), "(N, K)"),
+            *every_logit_loss(rows, empty=(rows(0),), temperature=2.0),
+        ),
+        mutants={
+            "no T^2": Edit("temperature**2 * (class_weight", "(class_weight"),
+            "classes only": Edit(" + sample_weight * over_samples", ""),
+            "samples only": Edit("class_weight * over_classes + ", ""),
+            "swapped weights": Edit(
+                "class_weight * over_classes + sample_weight * over_samples",
+                "sample_weight * over_classes + class_weight * over_samples",
+            ),
+            "logits, not probabilities": Edit("((z / temperature).softmax(1)", "(z / temperature"),
+            "sigmoid": Edit("(z / temperature).softmax(1)", "(z / temperature).sigmoid()"),
+            "softmax over samples": Edit(".softmax(1)", ".softmax(0)"),
+            "no temperature": Edit("(z / temperature)", "z"),
+            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
+        },
+    ),
+    LossCase(
+        "probability_correlation",
+        probability_correlation,
+        checks=(
+            matches_reference(
+                reference.probability_correlation,
+                {
+                    "usual": probabilities(),
+                    "constant rows": with_constant_rows(probabilities()),
+                    "one column": probabilities(k=1),
+                    "none": probabilities(0),
+                },
+            ),
+            unchanged_by(other_scale_and_shift, probabilities()),
+            zero_when_empty(probabilities(0), probabilities(6, 0)),
+            minimum_at_teacher(probabilities()),
+            only_student_learns(probabilities()),
+            gradient_is_right(probabilities()),
+            computes_in_float32(probabilities()),
+            finite_when_saturated(with_constant_rows(probabilities())),
+        ),
+        mutants={
+            "not halved": Edit("max(2 * len(s_unit), 1)", "max(len(s_unit), 1)"),
+            "sum over rows": Edit(" / max(2 * len(s_unit), 1)", " / 2"),
+            "mean over columns": Edit("max(2 * len(s_unit), 1)", "max(2 * s_unit.numel(), 1)"),
+            "cosine": Edit(
+                "unit_deviations(s_prob), unit_deviations(t_prob)", "F.normalize(s_prob), F.normalize(t_prob)"
+            ),
+            "covariance": Edit(
+                "unit_deviations(s_prob), unit_deviations(t_prob)", "(p - p.mean(1, True) for p in (s_prob, t_prob))"
+            ),
+            "only the student normalised": Edit("unit_deviations(t_prob)", "t_prob"),
+            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
+        },
+    ),
+    LossCase(
+        "quality_focal",
+        quality_focal,
+        checks=(
+            matches_reference(
+                reference.quality_focal,
+                {
+                    "default": logits(),
+                    "squared": logits(beta=2.0),
+                    "plain": logits(beta=0.0),
+                    "positives": logits(normaliser=np.array(3)),
+                    "no positives": logits(normaliser=0.0),
+                    "weighted": rows(weight=ROW_WEIGHTS, beta=1.5),
+                    "one": logits(1, 1),
+                    "none": logits(0, 4),
+                    "background": logits() | {"t_logits": logits()["t_logits"] - 8},
+                    "saturated": logits(scale=500.0),
+                },
+            ),
+            refuses(logits(beta=0.5), "beta"),
+            refuses(logits(beta=-1.0), "beta"),
+            refuses(rows(weight=ROW_WEIGHTS[:1]), "weight"),
+            only_student_learns(rows(normaliser=np.array(2.5)), also=("normaliser",)),
+            *every_logit_loss(rows, empty=(rows(0), rows(k=0)), weight=ROW_WEIGHTS),
+        ),
+        mutants={
+            "no factor": Edit("if beta:", "if False:"),
+            "signed factor": Edit("(s_logits.sigmoid() - t_prob).abs()", "(t_prob - s_logits.sigmoid())"),
+            "always beta 1": Edit(".abs() ** beta", ".abs()"),
+            "detached factor": Edit("(s_logits.sigmoid() - t_prob)", "(s_logits.detach().sigmoid() - t_prob)"),
+            "mean over classes": Edit("cross_entropy.sum(-1)", "cross_entropy.mean(-1)"),
+            "mean over locations": Edit("per_location.sum() /", "per_location.mean() /"),
+            "normaliser not held above 1": Edit(".clamp(min=1)", ""),
+            "normaliser ignored": Edit(
+                "t_prob.amax(-1).sum() if normaliser is None else normaliser", "t_prob.amax(-1).sum()"
+            ),
+            "normaliser learns": Edit("count.detach()", "count"),
+            "student's confidence as normaliser": Edit("t_prob.amax(-1).sum()", "s_logits.sigmoid().amax(-1).sum()"),
+            "unweighted": Edit("if weight is not None:", "if False:"),
+            "hard targets": Edit(
+                "F.binary_cross_entropy_with_logits(s_logits, t_prob,",
+                "F.binary_cross_entropy_with_logits(s_logits, t_prob.round(),",
+            ),
+            "swapped roles": Edit(
+                "F.binary_cross_entropy_with_logits(s_logits, t_prob,",
+                "F.binary_cross_entropy_with_logits(t_logits, s_logits.sigmoid(),",
+            ),
+            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
+        },
+    ),
+    LossCase(
+        "objectness_scaled",
+        objectness_scaled,
+        checks=(
+            matches_reference(
+                reference.objectness_scaled,
+                {
+                    "default": outputs(),
+                    "weighted": outputs(objectness_weight=0.3, class_weight=2.0, box_weight=5.0),
+                    "one": outputs(1, 1, classes=1),
+                    "no classes": outputs(classes=0),
+                    "none": outputs(0, 5),
+                    "background": outputs() | {"t_objectness_logits": outputs()["t_objectness_logits"] - 9},
+                    "saturated": outputs(scale=500.0),
+                },
+            ),
+            refuses(outputs() | random_pair("class_logits", (2, 4, 3)), "(..., K)"),
+            refuses(outputs() | random_pair("box_logits", (2, 5, 5)), "(..., 4)"),
+            *every_logit_loss(outputs, empty=(outputs(0, 5), outputs(2, 0)), class_weight=2.0),
+        ),
+        mutants={
+            "student's objectness": Edit("t_object.sigmoid())", "s_object.sigmoid())"),
+            "not scaled": Edit(
+                "class_weight * class_kl + box_weight * box, t_object.sigmoid()",
+                "class_weight * class_kl + box_weight * box, None",
+            ),
+            "classes not scaled": Edit(
+                "return objectness_weight * objectness + scaled",
+                "return objectness_weight * objectness + scaled + class_kl.mean() * 0.1",
+            ),
+            "objectness scaled too": Edit(
+                "bernoulli_kl(s_object, t_object).sum()",
+                "(t_object.sigmoid() * bernoulli_kl(s_object, t_object)).sum()",
+            ),
+            "no objectness part": Edit("objectness_weight * objectness + scaled", "scaled"),
+            "mean over classes": Edit(
+                "bernoulli_kl(s_class, t_class).sum(-1)", "bernoulli_kl(s_class, t_class).mean(-1)"
+            ),
+            "raw boxes": Edit("(2 * (s_box.sigmoid() - t_box.sigmoid()))", "(s_box - t_box)"),
+            "boxes in sigmoids": Edit("2 * (s_box.sigmoid()", "(s_box.sigmoid()"),
+            "absolute difference": Edit(".square()", ".abs()"),
+            "swapped weights": Edit(
+                "class_weight * class_kl + box_weight * box", "box_weight * class_kl + class_weight * box"
+            ),
+            "swapped roles": Edit("bernoulli_kl(s_class, t_class)", "bernoulli_kl(t_class, s_class)"),
+            "sum over locations": Edit(".sum() / max(s_object.numel(), 1)", ".sum()"),
+            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
         },
     ),
 ]

@@ -1,6 +1,17 @@
 """All rows: one LossCase per loss."""
 
-from tests.distill.mutants import features, fgd, logits, masked, masks, mgd, relations
+from tests.distill.mutants import (
+    beliefs,
+    crosskd,
+    features,
+    fgd,
+    localization,
+    logits,
+    masked,
+    masks,
+    mgd,
+    relations,
+)
 
 CASES = [
     *features.CASES,
@@ -10,4 +21,7 @@ CASES = [
     *relations.CASES,
     *masks.CASES,
     *logits.CASES,
+    *localization.CASES,
+    *crosskd.CASES,
+    *beliefs.CASES,
 ]
