@@ -41,6 +41,7 @@ bench: setup  ## Every table of benchmarks/; peers are printed where they are in
 	$(BIN)/python benchmarks/nms.py
 	$(BIN)/python benchmarks/augment.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/distill_step.py
 	$(BIN)/python benchmarks/evaluator.py
 
 clean:
