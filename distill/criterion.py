@@ -88,10 +88,10 @@ class Criterion(nn.Module):
             if term.name in self.terms:
                 raise UserError(f"{key}: the name {term.name!r} is used twice; give one of the terms another `name`")
             listed = names.get(term.teacher, class_names)
-            if LOSSES[term.loss].argument == "logits" and listed != tuple(class_names):
+            if "class_logits" in term.student_maps and listed != tuple(class_names):
                 raise UserError(
                     f"{key}: teacher {term.teacher!r} knows the classes {', '.join(listed)}, "
-                    f"the student {', '.join(class_names)}; logits need equal class lists"
+                    f"the student {', '.join(class_names)}; class logits need equal class lists"
                 )
             t_probe = t_probes[term.teacher]
             self.adapters[term.name] = build_adapters(term, key, s_probe, t_probe)

@@ -22,7 +22,8 @@ from distill.features import (
     score_weighted_l2,
 )
 from distill.fgd import FGD
-from distill.logits import soft_class_targets
+from distill.localization import localization_kl
+from distill.logits import quality_focal, soft_class_targets
 from distill.masked import decoupled_mse, masked_mse
 from distill.masks import anchor_mask, box_density, box_mask, make_anchor_sizes, objects, score_maps
 from distill.mgd import MGD
@@ -92,6 +93,19 @@ def teacher_scores(scene: Scene, s_map: Tensor) -> Tensor:
     return levels[grids.index(tuple(s_map.shape[2:]))]
 
 
+def location_scores(scene: Scene, s_logits: Tensor) -> Tensor:
+    """The dense teacher's best class score at each location, (B, A): where it sees something."""
+    logits = getattr(scene.t_output, "class_logits", None)
+    if logits is None:
+        raise ValueError("the teacher has no class_logits to weight its locations with")
+    return logits.detach().float().amax(-1).sigmoid()
+
+
+def score_sum(scene: Scene, s_logits: Tensor) -> Tensor:
+    """Their sum, (): about the number of locations where the teacher sees something."""
+    return location_scores(scene, s_logits).sum()
+
+
 def step_generator(scene: Scene, s_map: Tensor) -> torch.Generator:
     """One for each step and pair of maps; on the CPU, so that every device draws the same."""
     return torch.Generator().manual_seed(scene.seed)
@@ -139,6 +153,8 @@ LOSSES = {
     "location_similarity": LossEntry(location_similarity, same_width=False),
     "instance_distance": LossEntry(_related_objects, extras={"scene": scene_itself}, same_width=False),
     "soft_class": LossEntry(soft_class_targets, "logits"),
+    "quality_focal": LossEntry(quality_focal, "logits", extras={"normaliser": score_sum}),
+    "localization": LossEntry(localization_kl, "logits", extras={"weight": location_scores}),
 }
 
 

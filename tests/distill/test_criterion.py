@@ -18,23 +18,25 @@ from structures import Targets
 class Output:
     features: dict[str, Tensor]
     class_logits: Tensor
+    box_logits: Tensor
     image_size: tuple[int, int] = (32, 32)
 
 
 class TinyDetector(nn.Module):
-    """Two maps (strides 8 and 16) and class logits at the locations of both."""
+    """Two maps (strides 8 and 16), class logits and edge distributions at the locations of both."""
 
     def __init__(self, width: int, num_classes: int = 3) -> None:
         super().__init__()
         self.p3 = nn.Conv2d(3, width, 8, 8)
         self.p4 = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, 2 * width, 2, 2))
         self.cls = nn.ModuleList(nn.Conv2d(c, num_classes, 1) for c in (width, 2 * width))
+        self.box = nn.ModuleList(nn.Conv2d(c, 4 * 5, 1) for c in (width, 2 * width))
 
     def forward(self, images: Tensor) -> Output:
         p3 = self.p3(images)
         p4 = self.p4(p3)
-        logits = [conv(p).flatten(2) for conv, p in zip(self.cls, (p3, p4))]  # (B, K, H*W) each
-        return Output({"p3": p3, "p4": p4}, torch.cat(logits, dim=2).transpose(1, 2))
+        read = lambda convs: torch.cat([c(p).flatten(2) for c, p in zip(convs, (p3, p4))], 2).transpose(1, 2)
+        return Output({"p3": p3, "p4": p4}, read(self.cls), read(self.box).unflatten(2, (4, 5)))
 
 
 IMAGES = torch.rand(2, 3, 32, 32)
@@ -139,7 +141,7 @@ REFUSED = {
     "nan weight": (dict(weight=float("nan")), "terms.0.weight"),
     "never on": (dict(stop_epoch=0.0), "terms.0.stop_epoch"),
     "no maps": (dict(student_maps=()), "terms.0.student_maps"),
-    "unknown map": (dict(student_maps=("p9",)), "'p9' is not among p3, p4, class_logits"),
+    "unknown map": (dict(student_maps=("p9",)), "'p9' is not among p3, p4, class_logits, box_logits"),
     "unequal lists": (dict(teacher_maps=("p3",)), "terms.0.teacher_maps: found 1, expected 2"),
     "widths": (dict(adapter="none"), "widths differ (4 and 6 channels)"),
     "parameter": (dict(parameters={"temprature": 2.0}), "found 'temprature'"),
@@ -171,8 +173,9 @@ def test_every_loss_of_the_list_acts_through_the_criterion(name):
     """Above zero, with gradients for the student and for whatever the loss trains; the same for the same seed."""
     student, teacher = TinyDetector(4), TinyDetector(6)
     entry = LOSSES[name]
+    of_logits = "box_logits" if name == "localization" else "class_logits"
     is_map = entry.argument == "map"
-    maps = dict(student_maps=("p3",) if is_map else ("class_logits",), adapter="conv1x1" if is_map else "none")
+    maps = dict(student_maps=("p3" if is_map else of_logits,), adapter="conv1x1" if is_map else "none")
     criterion = build(term(loss=name, **maps), student=student, teachers={"big": teacher})
     with torch.no_grad():
         t = {"big": teacher(IMAGES)}
@@ -249,7 +252,7 @@ def test_a_teacher_of_another_stride_is_resized():
     class Coarse(TinyDetector):
         def forward(self, images):
             out = super().forward(images)
-            return Output({"tokens": out.features["p4"]}, out.class_logits)
+            return Output({"tokens": out.features["p4"]}, out.class_logits, out.box_logits)
 
     student, teacher = TinyDetector(4), Coarse(6)
     cross = term(student_maps=("p3",), teacher_maps=("tokens",))
