@@ -6,23 +6,80 @@ A branch of a dense head is a row of convolutions. The student's map after its i
 follows the i-th convolution of the teacher's branch, frozen. The gradient reaches the student through the teacher's
 layers, and leaves the end of the student's own branch to the annotations, with which the teacher may disagree.
 
-CrossKD is a way to make logits, not a loss of its own: `CrossHead` gives cross-head logits (B, A, C), and they take the
-student's place in a loss against what the teacher predicted:
-
-    classes   logits.quality_focal(s_logits=cross, t_logits=the teacher's class logits, normaliser=positives)
-    edges     localization.localization_kl(s_logits=cross.unflatten(2, (4, R)), t_logits=the teacher's edge logits,
-              weight=the teacher's best class score at each location, temperature=1)
-
-Differs from the paper: where the widths differ, a 1x1 convolution, trained with the student, comes first (there, heads
-are equally wide). Maps are taken after the activation (there, before it, and activated once more). The released
-weights are 1 for the classes and 4 for the edges.
+Differs from the paper: where the widths differ, an adapter, trained with the student, comes first (there, heads are
+equally wide). Maps are taken after the activation (there, before it, and activated once more). Each function is for
+one level of one branch; with the `normaliser` of the whole head, the sum over levels is the published one. Of its
+detectors with edge distributions, those weigh the classes 1 and the edges 4, and have a third term, GIoU, not here.
 """
 
 import torch
 from torch import Tensor, nn
 
-from distill.adapters import build_adapter
 from distill.features import as_map_pair, unit_deviations
+from distill.localization import localization_kl
+from distill.logits import quality_focal
+
+TRAINS_OTHERWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+def crosskd_classes(
+    *,
+    s_map: Tensor,
+    t_map: Tensor,
+    t_tail: nn.Module,
+    normaliser: Tensor | float | None = None,
+    beta: float = 1.0,
+    rescale: bool = True,
+) -> Tensor:
+    """CrossKD of classes: the teacher's head makes of the student's class map what it makes of its own.
+
+        L = logits.quality_focal(s = tail(r(s_map)), t = tail(t_map)),    r as in cross_logits
+
+    Args:
+        s_map, t_map: (B, C, H, W), after the same convolution of the class branch of one level.
+        t_tail: the rest of the teacher's branch, (B, C, H, W) -> (B, K, H, W), see cross_logits.
+        normaliser: the number of positives of the batch. None: what the teacher believes in on this level.
+        beta: see quality_focal.
+        rescale: see cross_logits.
+    Returns:
+        scalar ().
+    """
+    t_logits = teacher_logits(t_map, t_tail)  # (B, K, H, W)
+    cross = cross_logits(s_map=s_map, t_map=t_map, t_tail=t_tail, rescale=rescale)
+    s_logits, t_logits = cross.permute(0, 2, 3, 1), t_logits.permute(0, 2, 3, 1)  # (B, H, W, K)
+    return quality_focal(s_logits=s_logits, t_logits=t_logits, beta=beta, normaliser=normaliser)
+
+
+def crosskd_edges(
+    *,
+    s_map: Tensor,
+    t_map: Tensor,
+    t_tail: nn.Module,
+    weight: Tensor,
+    normaliser: Tensor | float | None = None,
+    temperature: float = 1.0,
+    rescale: bool = True,
+) -> Tensor:
+    """CrossKD of edge distributions: the same with the box branch of a head with bins.
+
+        L = localization.localization_kl(s = tail(r(s_map)), t = tail(t_map)),    r as in cross_logits
+
+    Args:
+        s_map, t_map: (B, C, H, W), after the same convolution of the box branch of one level.
+        t_tail: the rest of the teacher's branch, (B, C, H, W) -> (B, 4 R, H, W), edge by edge; see cross_logits.
+        weight: (B, H, W), w >= 0; published: the teacher's best class score, masks.score_maps.
+        normaliser: the sum of all weights, of every level. None: the sum of these.
+        temperature: T > 0.
+        rescale: see cross_logits.
+    Returns:
+        scalar ().
+    """
+    t_logits = teacher_logits(t_map, t_tail)  # (B, 4 R, H, W)
+    cross = cross_logits(s_map=s_map, t_map=t_map, t_tail=t_tail, rescale=rescale)
+    s_edges, t_edges = (z.permute(0, 2, 3, 1).unflatten(3, (4, -1)) for z in (cross, t_logits))  # (B, H, W, 4, R)
+    return localization_kl(
+        s_logits=s_edges, t_logits=t_edges, weight=weight, normaliser=normaliser, temperature=temperature
+    )
 
 
 def cross_logits(*, s_map: Tensor, t_map: Tensor, t_tail: nn.Module, rescale: bool = True) -> Tensor:
@@ -45,15 +102,11 @@ def cross_logits(*, s_map: Tensor, t_map: Tensor, t_tail: nn.Module, rescale: bo
     for name, parameter in t_tail.named_parameters():
         if parameter.requires_grad:
             raise ValueError(f"the teacher's layers must be frozen, {name} is not")
-    # Of layers, not of containers: a slice of a Sequential in eval mode says that it trains.
-    if any(module.training for module in t_tail.modules() if not list(module.children())):
+    # Of the layers it matters to: a slice of a Sequential in eval mode, and a folded BatchNorm, say that they train.
+    if any(module.training for module in t_tail.modules() if isinstance(module, TRAINS_OTHERWISE)):
         raise ValueError("the teacher's layers must be in eval mode, or its statistics would follow the student")
-    dtype = next((p.dtype for p in t_tail.parameters()), s_map.dtype)
     s_map, t_map = as_map_pair(s_map, t_map)
-    if rescale:
-        s_map = like_teacher(s_map, t_map)
-    with torch.autocast(s_map.device.type, enabled=False):
-        return t_tail(s_map.to(dtype))
+    return run_tail(t_tail, like_teacher(s_map, t_map) if rescale else s_map)
 
 
 def like_teacher(s_map: Tensor, t_map: Tensor) -> Tensor:
@@ -67,33 +120,13 @@ def like_teacher(s_map: Tensor, t_map: Tensor) -> Tensor:
     return (s_unit * t_length + t_mean).unflatten(1, (b, h, w)).transpose(0, 1)
 
 
-class CrossHead(nn.Module):
-    """Cross-head logits of one branch, all levels, in the order of a dense head. Its convolutions join the optimizer.
+@torch.no_grad()
+def teacher_logits(t_map: Tensor, t_tail: nn.Module) -> Tensor:
+    """What the teacher predicts, from its own map."""
+    return run_tail(t_tail, t_map)
 
-    Args:
-        student_channels, teacher_channels: per level, of the maps after the chosen convolution. Where the two are
-            equal the map goes on as it is.
-        rescale: see cross_logits.
-    """
 
-    def __init__(
-        self, *, student_channels: tuple[int, ...], teacher_channels: tuple[int, ...], rescale: bool = True
-    ) -> None:
-        super().__init__()
-        if len(student_channels) != len(teacher_channels):
-            raise ValueError(f"{len(student_channels)} levels of the student, {len(teacher_channels)} of the teacher")
-        self.rescale = rescale
-        self.align = nn.ModuleList(
-            build_adapter("none" if s == t else "conv1x1", s, t) for s, t in zip(student_channels, teacher_channels)
-        )
-
-    def forward(self, *, s_maps: list[Tensor], t_maps: list[Tensor], t_tails: list[nn.Module]) -> Tensor:
-        """One map and one tail per level, see cross_logits -> (B, A, C_out), A = sum_l H_l W_l.
-
-        Locations run level by level, row by row, as in the class and edge logits of the anchor-free heads.
-        """
-        rows = []
-        for align, s_map, t_map, t_tail in zip(self.align, s_maps, t_maps, t_tails, strict=True):
-            out = cross_logits(s_map=align(s_map), t_map=t_map, t_tail=t_tail, rescale=self.rescale)
-            rows.append(out.flatten(2).transpose(1, 2))  # (B, H*W, C_out)
-        return torch.cat(rows, dim=1)
+def run_tail(t_tail: nn.Module, feature_map: Tensor) -> Tensor:
+    dtype = next((p.dtype for p in t_tail.parameters()), feature_map.dtype)
+    with torch.autocast(feature_map.device.type, enabled=False):
+        return t_tail(feature_map.to(dtype))

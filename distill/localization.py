@@ -20,10 +20,17 @@ from distill.logits import as_logit_pair, weighted_mean
 from structures import Targets
 
 
-def localization_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor, temperature: float = 10.0) -> Tensor:
+def localization_kl(
+    *,
+    s_logits: Tensor,
+    t_logits: Tensor,
+    weight: Tensor,
+    normaliser: Tensor | float | None = None,
+    temperature: float = 10.0,
+) -> Tensor:
     """Localization distillation (LD): KL of the softened edge distributions, with T^2.
 
-        L    = T^2 / max(sum_n w_n, 1) * sum_n w_n * 1/4 sum_{e in ltrb} KL(p^t_ne || p^s_ne)
+        L    = T^2 / max(M, 1) * sum_n w_n * 1/4 sum_{e in ltrb} KL(p^t_ne || p^s_ne)
         p_ne = softmax over the R bins of logit_ne / T
 
     T^2 undoes the 1/T^2 shrinkage of the gradient (Hinton et al., arXiv:1503.02531, sec. 2). Invariant to a constant
@@ -32,6 +39,7 @@ def localization_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor, tempe
     Args:
         s_logits, t_logits: (..., 4, R), before the softmax; every leading index is one location n.
         weight: w_n >= 0, (...,), bool or float. All zeros gives 0.
+        normaliser: M. None: sum_n w_n.
         temperature: T > 0. CrossKD (arXiv:2306.11369) takes T = 1, and the teacher's best class score as weight.
     Returns:
         scalar ().
@@ -43,7 +51,7 @@ def localization_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor, tempe
         raise ValueError(f"edge logits {tuple(s_logits.shape)} must be (..., 4, R)")
     log_p_s, log_p_t = (F.log_softmax(z / temperature, dim=-1) for z in (s_logits, t_logits))  # (..., 4, R)
     kl = (log_p_t.exp() * (log_p_t - log_p_s)).sum(-1).mean(-1)  # (...,)
-    return temperature**2 * weighted_mean(kl, weight)
+    return temperature**2 * weighted_mean(kl, weight, normaliser)
 
 
 @torch.no_grad()

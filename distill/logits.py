@@ -228,11 +228,8 @@ def quality_focal(
     cross_entropy = F.binary_cross_entropy_with_logits(s_logits, t_prob, reduction="none")  # (..., K)
     if beta:
         cross_entropy = (s_logits.sigmoid() - t_prob).abs() ** beta * cross_entropy
-    per_location = cross_entropy.sum(-1)  # (...,)
-    if weight is not None:
-        per_location = as_weight(weight, per_location) * per_location
-    count = torch.as_tensor(t_prob.amax(-1).sum() if normaliser is None else normaliser, device=s_logits.device)
-    return per_location.sum() / count.detach().to(s_logits.dtype).clamp(min=1)
+    believed = t_prob.amax(-1).sum()
+    return weighted_mean(cross_entropy.sum(-1), weight, believed if normaliser is None else normaliser)
 
 
 def objectness_scaled(
@@ -299,12 +296,16 @@ def as_logit_pair(s_logits: Tensor, t_logits: Tensor) -> tuple[Tensor, Tensor]:
     return s_logits.to(dtype), t_logits.detach().to(dtype)
 
 
-def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
-    """sum(w v) / max(sum(w), 1); the mean for None; 0 for no values."""
-    if weight is None:
-        return values.sum() / max(values.numel(), 1)
-    weight = as_weight(weight, values)
-    return (weight * values).sum() / weight.sum().clamp(min=1)
+def weighted_mean(values: Tensor, weight: Tensor | None, normaliser: Tensor | float | None = None) -> Tensor:
+    """sum(w v) / max(M, 1). Without weight, w = 1; without normaliser, M = sum(w). No values give 0."""
+    weight = torch.ones_like(values) if weight is None else as_weight(weight, values)
+    if normaliser is None:
+        total = weight.sum()
+    elif isinstance(normaliser, Tensor):
+        total = normaliser.detach().to(values)
+    else:
+        total = values.new_full((), normaliser)
+    return (weight * values).sum() / total.clamp(min=1)
 
 
 def as_weight(weight: Tensor, values: Tensor) -> Tensor:

@@ -96,12 +96,12 @@ def objectness_scaled(
     return objectness_weight * objectness / max(s_objectness_logits.size, 1) + scaled / max(believed, 1.0)
 
 
-def localization_kl(s_logits, t_logits, weight, temperature=10.0):
+def localization_kl(s_logits, t_logits, weight, normaliser=None, temperature=10.0):
     total = 0.0
     for n in np.ndindex(*weight.shape):
         for s, t in zip(s_logits[n], t_logits[n]):  # the four edges
             total += weight[n] / 4 * kl(log_softmax(t / temperature), log_softmax(s / temperature))
-    return temperature**2 * total / max(weight.sum(), 1.0)
+    return temperature**2 * total / max(weight.sum() if normaliser is None else float(normaliser), 1.0)
 
 
 def diou(a, b):
@@ -166,3 +166,24 @@ def tail(feature_map, weight3, bias3, weight1, bias1):
         z = np.sum(weight3[d] * padded[i, :, y : y + 3, x : x + 3]) + bias3[d]
         hidden[i, d, y, x] = z * sigmoid(z)
     return np.einsum("dc,bchw->bdhw", weight1, hidden) + bias1[None, :, None, None]
+
+
+def rows_of(feature_map):
+    """(B, C, H, W) -> (B * H * W, C), image by image, row by row."""
+    b, c, h, w = feature_map.shape
+    return np.array([feature_map[i, :, y, x] for i, y, x in np.ndindex(b, h, w)]).reshape(b * h * w, c)
+
+
+def crosskd_classes(s_map, t_map, t_tail, normaliser=None, beta=1.0, rescale=True):
+    """t_tail: (B, C, H, W) -> (B, K, H, W)."""
+    cross = t_tail(like_teacher(s_map, t_map) if rescale else s_map)
+    return quality_focal(rows_of(cross), rows_of(t_tail(t_map)), beta=beta, normaliser=normaliser)
+
+
+def crosskd_edges(s_map, t_map, t_tail, weight, normaliser=None, temperature=1.0, rescale=True):
+    """t_tail: (B, C, H, W) -> (B, 4 R, H, W)."""
+    cross = rows_of(t_tail(like_teacher(s_map, t_map) if rescale else s_map))
+    own = rows_of(t_tail(t_map))
+    bins = cross.shape[1] // 4
+    cross, own = cross.reshape(len(cross), 4, bins), own.reshape(len(own), 4, bins)
+    return localization_kl(cross, own, weight.ravel(), normaliser, temperature)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.crosskd import CrossHead, cross_logits
+from distill.crosskd import cross_logits, crosskd_classes, crosskd_edges
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.mutants.maps import maps
 from tests.distill.properties import (
@@ -14,11 +14,14 @@ from tests.distill.properties import (
     computes_in_float32,
     finite_when_saturated,
     gradient_is_right,
+    matches_reference,
     minimum_at_teacher,
     only_student_learns,
+    refuses,
     takes_inference_teacher,
     tensors,
     unchanged_by,
+    zero_when_empty,
 )
 from tests.reference import logit_distillation as reference
 
@@ -80,10 +83,9 @@ def check_matches_reference(cross) -> None:
             rescaled = reference.like_teacher(**given) if rescale else given["s_map"]
             got = cross(**tensors(given), t_tail=TAIL, rescale=rescale)
             assert got.dtype == torch.float64
-            np.testing.assert_allclose(got.numpy(), PLAIN_TAIL(rescaled), rtol=1e-8, atol=1e-8, err_msg=name)
-        np.testing.assert_allclose(
-            cross(**tensors(given), t_tail=TAIL), cross(**tensors(given), t_tail=TAIL, rescale=True)
-        )
+            np.testing.assert_allclose(got.detach().numpy(), PLAIN_TAIL(rescaled), rtol=1e-8, atol=1e-8, err_msg=name)
+        default, rescaled = cross(**tensors(given), t_tail=TAIL), cross(**tensors(given), t_tail=TAIL, rescale=True)
+        torch.testing.assert_close(default, rescaled)
 
 
 def check_refuses_layers_that_learn(cross) -> None:
@@ -106,68 +108,26 @@ def check_tail_keeps_its_precision(cross) -> None:
     assert cross(**tensors(crossed(tail=half), torch.bfloat16)).dtype == torch.bfloat16
 
 
-LEVELS = [(2, 3, 4, 5), (2, 3, 2, 3), (2, 3, 1, 1)]
-TAILS = [random_tail(seed=seed) for seed in range(3)]
+def as_numpy_tail(module: nn.Module) -> Callable:
+    """The same tail for the reference."""
+    return PLAIN_EDGES if module is EDGE_TAIL else PLAIN_TAIL
 
 
-def levels() -> dict:
-    pairs = [tensors(maps(*shape, seed=seed)) for seed, shape in enumerate(LEVELS)]
-    return dict(
-        s_maps=[p["s_map"] for p in pairs], t_maps=[p["t_map"] for p in pairs], t_tails=[tail for _, tail in TAILS]
-    )
+def with_plain_tail(loss: Callable) -> Callable:
+    return lambda *, t_tail, **others: loss(**others, t_tail=as_numpy_tail(t_tail))
 
 
-def build_head(head_class, student_channels=(3, 3, 3), **others) -> nn.Module:
-    torch.manual_seed(0)
-    return head_class(student_channels=student_channels, teacher_channels=(3, 3, 3), **others).double()
+PLAIN_EDGES, EDGE_TAIL = random_tail(out=12, seed=1)
+FLOAT_EDGES = random_tail(out=12, seed=1)[1].float()
+SCORES = np.random.default_rng(2).random((2, 4, 5))
 
 
-def check_order_of_locations(head_class) -> None:
-    for rescale in (True, False):
-        got = build_head(head_class, rescale=rescale)(**levels())
-        rows = []
-        for (plain, _), s_map, t_map in zip(TAILS, levels()["s_maps"], levels()["t_maps"]):
-            s_map, t_map = s_map.numpy(), t_map.numpy()
-            out = plain(reference.like_teacher(s_map, t_map) if rescale else s_map)
-            rows += [out[:, :, y, x] for y in range(out.shape[2]) for x in range(out.shape[3])]
-        np.testing.assert_allclose(got.detach().numpy(), np.stack(rows, axis=1), rtol=1e-8, atol=1e-8)
+def edges(*shape: int, tail: nn.Module = EDGE_TAIL, weight: np.ndarray = SCORES, **others) -> dict:
+    return crossed(*shape, tail=tail, weight=weight, **others)
 
 
-def check_rescales_by_default(head_class) -> None:
-    torch.testing.assert_close(build_head(head_class)(**levels()), build_head(head_class, rescale=True)(**levels()))
-
-
-def check_equal_widths_need_no_alignment(head_class) -> None:
-    assert not list(build_head(head_class).parameters())
-    assert len(list(build_head(head_class, student_channels=(3, 5, 3)).parameters())) == 2
-
-
-def check_alignment_learns(head_class) -> None:
-    head = build_head(head_class, student_channels=(2, 4, 5))
-    s_maps = [torch.randn(2, c, *shape[2:], dtype=torch.float64) for c, shape in zip((2, 4, 5), LEVELS)]
-    for s_map in s_maps:
-        s_map.requires_grad_()
-    given = levels() | {"s_maps": s_maps}
-    head(**given).square().sum().backward()
-    weights = [p for name, p in head.named_parameters() if name.endswith("weight")]
-    assert len(weights) == 3 and all(w.grad is not None and w.grad.abs().sum() > 0 for w in weights)
-    assert all(s_map.grad.abs().sum() > 0 for s_map in s_maps)
-    assert all(p.grad is None for tail in given["t_tails"] for p in tail.parameters())
-
-
-def check_refuses_missing_levels(head_class) -> None:
-    for given in (levels() | {"t_tails": levels()["t_tails"][:2]}, levels() | {"s_maps": levels()["s_maps"][:2]}):
-        try:
-            build_head(head_class)(**given)
-        except ValueError:
-            continue
-        raise AssertionError("left a level out")
-    try:
-        head_class(student_channels=(3, 3), teacher_channels=(3,))
-    except ValueError as error:
-        assert "2 levels" in str(error)
-    else:
-        raise AssertionError("left a level out")
+def moved_channels(arguments: dict) -> dict:
+    return {"s_map": 7 * arguments["s_map"] + arguments["t_map"].mean((0, 2, 3), True)}
 
 
 CASES = [
@@ -184,11 +144,11 @@ CASES = [
             imitated(gradient_is_right(crossed(2, 3, 3, 2))),
             imitated(computes_in_float32(crossed(tail=FLOAT_TAIL))),
             imitated(finite_when_saturated(crossed(tail=FLOAT_TAIL, scale=1e4))),
-            imitated(unchanged_by(lambda a: {"s_map": 7 * a["s_map"] + a["t_map"].mean((0, 2, 3), True)}, crossed())),
+            imitated(unchanged_by(moved_channels, crossed())),
         ),
         mutants={
-            "no rescaling": Edit("if rescale:", "if False:"),
-            "always rescaled": Edit("if rescale:", "if True:"),
+            "no rescaling": Edit("like_teacher(s_map, t_map) if rescale else s_map", "s_map"),
+            "always rescaled": Edit("like_teacher(s_map, t_map) if rescale else s_map", "like_teacher(s_map, t_map)"),
             "off by default": Edit("rescale: bool = True", "rescale: bool = False"),
             "mean only": Edit("s_unit * t_length + t_mean", "s_unit + t_mean", "like_teacher"),
             "no mean": Edit("s_unit * t_length + t_mean", "s_unit * t_length", "like_teacher"),
@@ -204,35 +164,99 @@ CASES = [
                 "t_map[:1].expand_as(t_map).transpose(0, 1).flatten(1)",
                 "like_teacher",
             ),
-            "teacher's own prediction": Edit("t_tail(s_map.to(dtype))", "t_tail(t_map.to(dtype)) + 0 * s_map.sum()"),
+            "teacher's own prediction": Edit(
+                "return run_tail(t_tail, ", "return run_tail(t_tail, t_map) + 0 * run_tail(t_tail, "
+            ),
             "takes layers that learn": Edit("if parameter.requires_grad:", "if False:"),
             "takes layers in training": Edit("if any(module.training", "if False and any(module.training"),
-            "autocast inside": Edit("enabled=False", "enabled=torch.is_autocast_enabled('cpu')"),
-            "always float32": Edit("t_tail(s_map.to(dtype))", "t_tail.float()(s_map.float())"),
-            "detached": Edit("t_tail(s_map.to(dtype))", "t_tail(s_map.detach().to(dtype).requires_grad_())"),
+            "autocast inside": Edit("enabled=False", "enabled=torch.is_autocast_enabled('cpu')", "run_tail"),
+            "always float32": Edit("feature_map.to(dtype))", "feature_map.to(dtype)).float()", "run_tail"),
+            "detached": Edit("feature_map.to(dtype))", "feature_map.detach().to(dtype).requires_grad_())", "run_tail"),
             "teacher learns": Edit("s_map, t_map = as_map_pair(s_map, t_map)", "as_map_pair(s_map, t_map)"),
         },
     ),
     LossCase(
-        "cross_head",
-        CrossHead,
+        "crosskd_classes",
+        crosskd_classes,
         checks=(
-            check_order_of_locations,
-            check_rescales_by_default,
-            check_equal_widths_need_no_alignment,
-            check_alignment_learns,
-            check_refuses_missing_levels,
+            matches_reference(
+                with_plain_tail(reference.crosskd_classes),
+                {
+                    "default": crossed(),
+                    "squared": crossed(beta=2.0),
+                    "positives": crossed(normaliser=np.array(3)),
+                    "not rescaled": crossed(rescale=False),
+                    "large": crossed(scale=1e2),
+                    "no images": crossed(0, 3, 4, 5),
+                },
+                rtol=1e-8,
+            ),
+            zero_when_empty(crossed(0, 3, 4, 5, tail=FLOAT_TAIL)),
+            unchanged_by(moved_channels, crossed()),
+            minimum_at_teacher(crossed(beta=2.0)),
+            only_student_learns(crossed(normaliser=np.array(2.5)), also=("normaliser",)),
+            takes_inference_teacher(crossed(tail=FLOAT_TAIL)),
+            gradient_is_right(crossed(2, 3, 3, 2)),
+            computes_in_float32(crossed(tail=FLOAT_TAIL)),
+            finite_when_saturated(crossed(tail=FLOAT_TAIL, scale=1e4)),
         ),
         mutants={
-            "levels from coarse to fine": Edit("torch.cat(rows, dim=1)", "torch.cat(rows[::-1], dim=1)"),
-            "column by column": Edit("out.flatten(2)", "out.transpose(2, 3).flatten(2)"),
-            "one tail for all": Edit("t_tail=t_tail", "t_tail=t_tails[0]"),
-            "alignment of equal widths": Edit('"none" if s == t else "conv1x1"', '"conv1x1"'),
-            "alignment does not learn": Edit("s_map=align(s_map)", "s_map=align(s_map).detach().requires_grad_()"),
-            "rescaling not passed on": Edit(", rescale=self.rescale", ""),
+            "the student's own map as the target": Edit(
+                "teacher_logits(t_map, t_tail)", "teacher_logits(s_map, t_tail)"
+            ),
+            "swapped maps": Edit(
+                "cross_logits(s_map=s_map, t_map=t_map, t_tail=t_tail, rescale=rescale)",
+                "cross_logits(s_map=t_map.clone(), t_map=s_map, t_tail=t_tail, rescale=rescale) + 0 * s_map.sum()",
+            ),
+            "rescaling not passed on": Edit(", rescale=rescale", ""),
             "off by default": Edit("rescale: bool = True", "rescale: bool = False"),
-            "drops levels": Edit("t_tails, strict=True", "t_tails"),
-            "takes unequal levels": Edit("if len(student_channels) != len(teacher_channels):", "if False:"),
+            "beta not passed on": Edit(", beta=beta", ""),
+            "normaliser not passed on": Edit(", normaliser=normaliser", ""),
+            "classes last but one": Edit("t_logits.permute(0, 2, 3, 1)", "t_logits.permute(0, 2, 3, 1).flip(3)"),
+            "rows of the other layout": Edit("cross.permute(0, 2, 3, 1)", "cross.permute(0, 2, 3, 1).flip(2)"),
+        },
+    ),
+    LossCase(
+        "crosskd_edges",
+        crosskd_edges,
+        checks=(
+            matches_reference(
+                with_plain_tail(reference.crosskd_edges),
+                {
+                    "default": edges(),
+                    "warm": edges(temperature=3.0),
+                    "all levels": edges(normaliser=np.array(40.0)),
+                    "hardly confident": edges(weight=0.01 * SCORES),
+                    "not rescaled": edges(rescale=False),
+                    "no images": edges(0, 3, 4, 5, weight=SCORES[:0]),
+                },
+                rtol=1e-8,
+            ),
+            zero_when_empty(
+                edges(0, 3, 4, 5, weight=SCORES[:0], tail=FLOAT_EDGES), edges(weight=0 * SCORES, tail=FLOAT_EDGES)
+            ),
+            refuses(edges(weight=SCORES[:1]), "weight"),
+            unchanged_by(moved_channels, edges()),
+            minimum_at_teacher(edges()),
+            only_student_learns(edges(normaliser=np.array(40.0)), also=("weight", "normaliser")),
+            takes_inference_teacher(edges(tail=FLOAT_EDGES)),
+            gradient_is_right(edges(2, 3, 3, 2, weight=SCORES[:, :3, :2])),
+            computes_in_float32(edges(tail=FLOAT_EDGES)),
+            finite_when_saturated(edges(tail=FLOAT_EDGES, scale=1e4)),
+        ),
+        mutants={
+            "bin by bin": Edit(
+                "(4, -1)) for z in (cross, t_logits)", "(-1, 4)).transpose(3, 4) for z in (cross, t_logits)"
+            ),
+            "the student's own map as the target": Edit(
+                "teacher_logits(t_map, t_tail)", "teacher_logits(s_map, t_tail)"
+            ),
+            "unweighted": Edit("weight=weight", "weight=torch.ones_like(weight)"),
+            "temperature not passed on": Edit(", temperature=temperature", ", temperature=1.0"),
+            "temperature of LD": Edit(", temperature=temperature", ""),
+            "normaliser not passed on": Edit(", normaliser=normaliser", ""),
+            "rescaling not passed on": Edit(", rescale=rescale", ""),
+            "off by default": Edit("rescale: bool = True", "rescale: bool = False"),
         },
     ),
 ]

@@ -141,6 +141,8 @@ CASES = [
                     "batch": edges(weight=np.random.default_rng(5).random((2, 7))),
                     "mask": edges(weight=np.array([1.0, 0.0, 1.0])),
                     "hardly weighted": edges(weight=np.array([0.01, 0.2])),
+                    "normaliser of all levels": edges(normaliser=np.array(7.5)),
+                    "small normaliser": edges(normaliser=0.3),
                     "nowhere": edges(weight=np.zeros(3)),
                     "one bin": edges(bins=1),
                     "none": edges(0),
@@ -154,6 +156,7 @@ CASES = [
             zero_when_empty(edges(0), edges(weight=np.zeros(3))),
             minimum_at_teacher(edges(temperature=2.0)),
             only_student_learns(edges(temperature=2.0), also=("weight",)),
+            only_student_learns(edges(normaliser=np.array(7.5)), also=("normaliser",)),
             takes_inference_teacher(edges()),
             gradient_is_right(edges(temperature=2.0)),
             computes_in_float32(edges()),
@@ -164,15 +167,18 @@ CASES = [
             "T, not T^2": Edit("temperature**2", "temperature"),
             "mean over bins": Edit(".sum(-1).mean(-1)", ".mean(-1).mean(-1)"),
             "sum over edges": Edit(".sum(-1).mean(-1)", ".sum(-1).sum(-1)"),
-            "mean over locations": Edit("weighted_mean(kl, weight)", "(weight.detach() * kl).sum() / max(len(kl), 1)"),
-            "unweighted": Edit("weighted_mean(kl, weight)", "weighted_mean(kl, None)"),
+            "mean over locations": Edit(
+                "weighted_mean(kl, weight, normaliser)", "(weight.detach() * kl).sum() / max(len(kl), 1)"
+            ),
+            "unweighted": Edit("weighted_mean(kl, weight, normaliser)", "weighted_mean(kl, None, normaliser)"),
             "normaliser not held above 1": Edit(
-                "weighted_mean(kl, weight)", "(weight.detach() * kl).sum() / weight.detach().sum()"
+                "weighted_mean(kl, weight, normaliser)", "(weight.detach() * kl).sum() / weight.detach().sum()"
             ),
             "weights learn": Edit(
-                "weighted_mean(kl, weight)",
+                "weighted_mean(kl, weight, normaliser)",
                 "(weight * kl).sum() / weight.sum().clamp(min=1) + 0 * weighted_mean(kl, weight)",
             ),
+            "normaliser ignored": Edit("weighted_mean(kl, weight, normaliser)", "weighted_mean(kl, weight)"),
             "softmax over edges": Edit(
                 "F.log_softmax(z / temperature, dim=-1)", "F.log_softmax(z / temperature, dim=-2)"
             ),

@@ -185,8 +185,8 @@ CASES = [
             "no T^2": Edit("return temperature**2 * weighted", "return weighted"),
             "T, not T^2": Edit("temperature**2", "temperature"),
             "mean over classes": Edit(".sum(-1)", ".mean(-1)"),
-            "sum over rows": Edit("values.sum() / max(values.numel(), 1)", "values.sum()", "weighted_mean"),
-            "normaliser counts the rows": Edit("weight.sum().clamp(min=1)", "len(weight)", "weighted_mean"),
+            "sum over rows": Edit(" / total.clamp(min=1)", "", "weighted_mean"),
+            "normaliser counts the rows": Edit("weight.sum()", "values.new_full((), len(values))", "weighted_mean"),
             "normaliser not held above 1": Edit(".clamp(min=1)", "", "weighted_mean"),
             "unweighted": Edit(".sum(-1), weight)", ".sum(-1), None)"),
             "weights learn": Edit("weight.detach()", "weight", "as_weight"),
@@ -373,14 +373,15 @@ CASES = [
             "always beta 1": Edit(".abs() ** beta", ".abs()"),
             "detached factor": Edit("(s_logits.sigmoid() - t_prob)", "(s_logits.detach().sigmoid() - t_prob)"),
             "mean over classes": Edit("cross_entropy.sum(-1)", "cross_entropy.mean(-1)"),
-            "mean over locations": Edit("per_location.sum() /", "per_location.mean() /"),
-            "normaliser not held above 1": Edit(".clamp(min=1)", ""),
-            "normaliser ignored": Edit(
-                "t_prob.amax(-1).sum() if normaliser is None else normaliser", "t_prob.amax(-1).sum()"
+            "mean over locations": Edit(
+                "believed if normaliser is None else normaliser", "cross_entropy[..., 0].numel()"
             ),
-            "normaliser learns": Edit("count.detach()", "count"),
+            "normaliser not held above 1": Edit(".clamp(min=1)", "", "weighted_mean"),
+            "normaliser ignored": Edit("believed if normaliser is None else normaliser", "believed"),
+            "normaliser learns": Edit("normaliser.detach()", "normaliser", "weighted_mean"),
+            "sum of the weights as normaliser": Edit("believed if normaliser is None else normaliser", "normaliser"),
             "student's confidence as normaliser": Edit("t_prob.amax(-1).sum()", "s_logits.sigmoid().amax(-1).sum()"),
-            "unweighted": Edit("if weight is not None:", "if False:"),
+            "unweighted": Edit("cross_entropy.sum(-1), weight", "cross_entropy.sum(-1), None"),
             "hard targets": Edit(
                 "F.binary_cross_entropy_with_logits(s_logits, t_prob,",
                 "F.binary_cross_entropy_with_logits(s_logits, t_prob.round(),",
