@@ -162,6 +162,8 @@ class Loader:
             # signal handler: also inside this call, which still completes.
             with contextlib.suppress(RuntimeError):
                 iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.join(1)  # one that had to be terminated stays a zombie otherwise (torch 2.11)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
