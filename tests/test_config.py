@@ -74,7 +74,7 @@ def test_missing_key_and_wrong_top_level(write):
         load_config(write("name: x\ndata: {format: yolo, root: r}\n"))
     with pytest.raises(UserError, match="expected keys and values"):
         load_config(write("- 1\n"))
-    with pytest.raises(UserError, match="nowhere.yaml"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
         load_config("nowhere.yaml")
 
 
