@@ -152,9 +152,11 @@ CASES = [
                 "bernoulli_kl(t_logits / temperature, s_logits / temperature)",
             ),
             "cross-entropy": Edit(
-                "F.logsigmoid(t_logits) - F.logsigmoid(s_logits)", "-F.logsigmoid(s_logits)", "bernoulli_kl"
+                "softplus(s_logits) - softplus(t_logits) + t_logits.sigmoid() * (t_logits - s_logits)",
+                "softplus(s_logits) - t_logits.sigmoid() * s_logits",
+                "bernoulli_kl",
             ),
-            "positive half only": Edit("p * positive + (1 - p) * negative", "p * positive", "bernoulli_kl"),
+            "student's probability": Edit("t_logits.sigmoid()", "s_logits.sigmoid()", "bernoulli_kl"),
             "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
         },
     ),
