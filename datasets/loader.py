@@ -5,10 +5,13 @@ run that stopped before batch k goes on with `epoch(e, start=k)` as if it had ne
 """
 
 import contextlib
+import functools
 import mmap
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -143,7 +146,7 @@ class Loader:
                 collate_fn=_identity,
                 num_workers=min(self.workers, len(batches)),
                 multiprocessing_context="fork",
-                worker_init_fn=_ignore_interrupt,
+                worker_init_fn=functools.partial(_start_worker, os.getpid()),
                 timeout=self.timeout_s,
                 generator=torch.Generator(),  # otherwise each epoch draws a number from the global one
             )
@@ -256,9 +259,17 @@ def _identity(batch):
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
+def _start_worker(parent: int, worker: int) -> None:
     """Ctrl-C reaches the whole process group; the training process decides when the workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A killed process leaves no workers behind. PyTorch's own watch misses a death right after the fork."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _fits_in_memory(count: int, image_size: int) -> bool:

@@ -2,15 +2,22 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import checkpoint
+from datasets.loader import Loader
+from datasets.yolo_txt import read_yolo
 from tests.conftest import ROOT
-from tests.tiny_training import environment
+from tests.tiny_training import environment, write_dataset
 
 KILLS = 6  # for each number of workers, besides the signals
 
@@ -70,3 +77,39 @@ def read_rows(run):
         del row["time"]
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     return rows
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
+def test_no_loader_process_outlives_a_killed_run(tmp_path):
+    """Also when the run is killed right after it started them, before PyTorch's own watch over it has begun."""
+    index = read_yolo(write_dataset(tmp_path / "set"), "train")
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            batches = Loader(index, image_size=64, batch_size=4, seed=0, workers=2).epoch(0)
+            threading.Timer(0.02, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+            list(batches)
+            time.sleep(5)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    deadline = time.monotonic() + 20
+    while left := [pid for child in children for pid in processes_of_group(child)]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.2)
+
+
+def processes_of_group(group: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it ended in between
+        if int(process_group) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
