@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: setup demo test test-fast test-gpu lint format bench clean
+.PHONY: setup demo test test-fast gpu lint format bench clean
 
 setup: $(STAMP)
 
@@ -24,10 +24,11 @@ test: setup  ## Everything CI runs
 	$(BIN)/python -m pytest
 
 test-fast: setup  ## Without the slow tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow"
 
-test-gpu: setup  ## The tests that need a CUDA device
-	$(PYTHON) -m pytest -m gpu
+gpu:  ## On a machine with a CUDA device, its own PyTorch and data/bccd: the tests, then BCCD at 640 px, three seeds
+	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) compare.py configs/bccd_yolov8n_from_yolov8s.yaml --seeds 3 name=bccd_640 image_size=640
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -235,33 +235,14 @@ def evaluate_model(
             rank=rank,
             world_size=world_size,
         )
-    device = torch.device(device)
-    bfloat16 = use_bfloat16(precision, device)
-    tables, seconds, was_training = [], {"loading": 0.0, "inference": 0.0}, model.training
+    settings = dict(score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=max_detections)
+    device, was_training = torch.device(device), model.training
     model.eval()
     try:
-        began = time.perf_counter()
-        for number, batch in enumerate(loader.epoch(0), 1):
-            seconds["loading"] += time.perf_counter() - began
-            began = time.perf_counter()
-            with torch.inference_mode():
-                images = batch.images.to(device, non_blocking=True).float() / 255  # (B, 3, S, S)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                    output = model(images)
-                found = model.detect(
-                    output,
-                    score_threshold=score_threshold,
-                    iou_threshold=iou_threshold,
-                    max_detections=max_detections,
-                )
-            tables.append(to_table(found, batch, index))
-            seconds["inference"] += time.perf_counter() - began
-            if on_batch is not None:
-                on_batch(number, len(loader))
-            began = time.perf_counter()
+        bfloat16 = use_bfloat16(precision, device)
+        detections, seconds = detect_all(model, index, loader, device, bfloat16, settings, on_batch)
     finally:
         model.train(was_training)
-    detections = DetectionTable.concatenate(tables)
     if world_size > 1:
         parts: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(parts, detections)
@@ -276,6 +257,36 @@ def evaluate_model(
         report_score=report_score,
         seconds=seconds,
     )
+
+
+@torch.inference_mode()
+def detect_all(
+    model: nn.Module,
+    index: DatasetIndex,
+    loader: Loader,
+    device: torch.device,
+    bfloat16: bool,
+    settings: dict[str, Any],
+    on_batch: Callable[[int, int], None] | None,
+) -> tuple[DetectionTable, dict[str, float]]:
+    """What a model in eval mode finds in the loader's pictures, and the seconds of "loading" and "inference".
+
+    settings: keyword arguments of model.detect.
+    """
+    tables, seconds = [], {"loading": 0.0, "inference": 0.0}
+    began = time.perf_counter()
+    for number, batch in enumerate(loader.epoch(0), 1):
+        seconds["loading"] += time.perf_counter() - began
+        began = time.perf_counter()
+        images = batch.images.to(device, non_blocking=True).float() / 255  # (B, 3, S, S)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            output = model(images)
+        tables.append(to_table(model.detect(output, **settings), batch, index))
+        seconds["inference"] += time.perf_counter() - began
+        if on_batch is not None:
+            on_batch(number, len(loader))
+        began = time.perf_counter()
+    return DetectionTable.concatenate(tables), seconds
 
 
 def to_table(found: list[Detections], batch: Batch, index: DatasetIndex) -> DetectionTable:
