@@ -67,8 +67,8 @@ def draw_bars(axis, rows: list["Row"]) -> None:
             axis.annotate(f"{mean:.3f}", (position, mean), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(rows)), [f"{row.name}\n{row.arch}" for row in rows], fontsize=8)
     axis.set_ylabel("on the test split, last EMA weights")
-    axis.margins(y=0.12)
-    axis.legend(loc="lower right")
+    axis.margins(y=0.2)
+    axis.legend(loc="upper left")
 
 
 def draw_curves(axis, rows: list["Row"]) -> None:
@@ -102,7 +102,8 @@ def picture_strips(config: Config, rows: list["Row"]) -> dict[str, list[np.ndarr
         )
         for sample in samples
     ]
-    strips = {"labels": [np.asarray(draw_detections(p, d, index.names)) for p, d in zip(pictures, labels)]}
+    drawn = [draw_detections(p, d, index.names, show_scores=False) for p, d in zip(pictures, labels)]
+    strips = {"labels": [np.asarray(picture) for picture in drawn]}
     for row in rows:
         model, info = checkpoint.load_model(row.folders[0] / "weights" / "last.pt")
         found = Predictor(model, image_size=info.image_size, score_threshold=SCORE_THRESHOLD)(pictures)
