@@ -154,11 +154,13 @@ class Loader:
         try:
             for _ in batches:
                 yield _checked(next(iterator))
-        except (RuntimeError, OSError) as error:
-            if not str(error).startswith("DataLoader ") and not isinstance(error, ConnectionError):
+        except (RuntimeError, OSError, EOFError) as error:
+            # What fails inside a worker arrives as text or as another RuntimeError; OSError and EOFError are of a
+            # worker that died while it handed a batch over.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
                 raise
             files = ", ".join(str(self._reader.samples[row].image_path) for row in self._reader.rows_being_read())
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) or "it closed the connection"
             raise UserError(f"a loader process died or hung while reading {files or 'nothing'}: {reason}") from error
         finally:
             # There is no public way. Until it is done, a worker that died raises at any later line, out of torch's

@@ -271,6 +271,17 @@ class TestWorkers:
         with pytest.raises(UserError, match=r"died or hung while reading \S*002\.png: "):
             list(Loader(index, image_size=32, batch_size=1, seed=0, workers=1, shuffle=False).epoch(0))
 
+    @pytest.mark.parametrize(
+        "error", [EOFError(), FileNotFoundError(2, "no socket"), ConnectionResetError(104, "reset")]
+    )
+    def test_a_worker_that_dies_while_it_hands_a_batch_over_is_an_error_too(self, index, monkeypatch, error):
+        def receive(iterator):
+            raise error
+
+        monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", receive)
+        with pytest.raises(UserError, match="a loader process died or hung"):
+            list(Loader(index, image_size=32, batch_size=4, seed=0, workers=1).epoch(0))
+
     def test_a_hanging_worker_ends_in_a_timeout(self, index, monkeypatch):
         before = worker_ids()
         monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # of a polite end
