@@ -56,7 +56,7 @@ class TermConfig:
     """One distillation term: weight * schedule(epoch) * loss(adapter(student map), teacher map), summed over maps."""
 
     teacher: str
-    loss: str  # a name in distill.criterion.LOSSES
+    loss: str  # a name in distill.terms.LOSSES
     weight: float
     student_maps: tuple[str, ...]
     teacher_maps: tuple[str, ...] = ()  # none: the same names as student_maps

@@ -90,6 +90,7 @@ class Detector(Protocol):
         """images (B, 3, H, W) -> the model's own output dataclass, the same in train and eval mode.
 
         `output.features: dict[str, Tensor]` names the maps distillation taps, (B, channels[name], H/s, W/s) each.
+        `output.image_size` is (H, W) of the images.
         Dense detectors also expose `output.class_logits` (B, A, K), and `output.box_logits` where they have them.
         """
         ...
