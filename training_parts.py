@@ -274,7 +274,8 @@ def build_teachers(
 ) -> tuple[dict[str, nn.Module], dict[str, tuple[str, ...]]]:
     """Every teacher of the config by name, and the class names each of them knows.
 
-    `given` modules stand in for weights and know the dataset's classes.
+    `given` modules stand in for weights and know the dataset's classes. UserError for a teacher that no term names:
+    its forward pass would cost time and teach nothing.
     """
     given = given or {}
     for name in given:
@@ -284,6 +285,10 @@ def build_teachers(
     for index, teacher in enumerate(config.teachers):
         if teacher.name in teachers:
             raise UserError(f"key 'teachers.{index}.name': {teacher.name!r} is used twice")
+        if teacher.name not in {term.teacher for term in config.terms}:
+            raise UserError(
+                f"key 'teachers.{index}.name': no term names the teacher {teacher.name!r}, it could never act"
+            )
         if teacher.name in given:
             teachers[teacher.name], known[teacher.name] = given[teacher.name], names
         elif teacher.weights is None:

@@ -105,6 +105,15 @@ def test_a_distilled_student_ships_like_any_other(distilled):
     model(torch.zeros(1, 3, SIZE, SIZE))
 
 
+def test_a_teacher_without_a_term_is_refused(tmp_path):
+    write_dataset(tmp_path / "data", train=8, test=2)
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=teachers, terms=[])
+    with pytest.raises(UserError, match="no term names the teacher 'big'"):
+        train.run(config, quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_teacher_of_other_classes_is_refused_for_logits(tmp_path):
     write_dataset(tmp_path / "data", train=8, test=2)
     teacher = save_teacher(tmp_path / "teacher.pt", names=("red", "green"))
