@@ -224,7 +224,7 @@ def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:
     with torch.device("meta"):
         one, two = (models.build(arch, k) for k in (1, 2))
     try:
-        ours = weights.rename(state, one.public_names)
+        ours, _ = weights.rename_public(one, state)
     except KeyError as error:
         raise UserError(f"{path}: is not {arch}: {error.args[0]}") from None
     sizes = {name: (len(t), len(two.state_dict()[name])) for name, t in one.state_dict().items() if t.dim() == 1}

@@ -76,7 +76,8 @@ class Detector(Protocol):
 
     num_classes: K.
     strides, channels: for each name in `Output.features`, its stride in pixels and its channel count.
-    public_names: the rows of the table that maps the released checkpoint's names to ours (see weights.rename).
+    public_names: the rows of the table that maps the released checkpoint's names to ours (see weights.rename). A model
+        released in several layouts also has `public_layouts: tuple[weights.PublicLayout, ...]`, this table's first.
     class_head: prefixes of our parameter names whose shape depends on K; a fresh start there is what `new_head` allows.
     """
 

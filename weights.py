@@ -11,6 +11,7 @@ import re
 import stat
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from errors import UserError, run_script
 from inert_pickle import Inert, Refused, TensorRecord, short
+from weight_families import guess_family
 from weight_files import MAX_FILE_BYTES, Content, open_weights
 
 MAX_TENSORS = 100_000
@@ -234,13 +236,18 @@ def _image_size(carriers: list[dict]) -> int | None:
     return next((size for size in places if type(size) is int and 0 < size < 1 << 16), None)
 
 
+def row_pattern(start: str) -> re.Pattern[str]:
+    """One side of a table's row as a pattern for the start of a name: each {} is one integer, the rest is literal."""
+    return re.compile(re.escape(start).replace(r"\{\}", r"(\d+)"))
+
+
 def rename(state: dict[str, Tensor], table: list[tuple[str, str | None]]) -> dict[str, Tensor]:
     """Rename each key by the one row that matches its start; each {} is one integer, and a None row drops the key.
 
     Raises KeyError for a key claimed by no row or by two, for a row no key used, and for two keys with one
     target. Values are never touched: a transpose or split gets a named function of its own, with a test.
     """
-    rows = [(old, re.compile(re.escape(old).replace(r"\{\}", r"(\d+)")), new) for old, new in table]
+    rows = [(old, row_pattern(old), new) for old, new in table]
     renamed: dict[str, Tensor] = {}
     unused = [old for old, _ in table]
     for key, value in state.items():
@@ -261,17 +268,76 @@ def rename(state: dict[str, Tensor], table: list[tuple[str, str | None]]) -> dic
 
 
 @dataclass(frozen=True)
+class PublicLayout:
+    """One way a model's weights were released: what the file's names become, and what is done to values before.
+
+    table: the rows of `rename`. convert: state -> state, splits, joins or transposes entries, still under released
+    names; what it does not know it hands on, and where an entry it needs is absent it raises KeyError with one line.
+    """
+
+    name: str
+    table: list[tuple[str, str | None]]
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+
+
+def layouts_of(model: nn.Module) -> tuple[PublicLayout, ...]:
+    """`model.public_layouts`, the most usual first; a model without has the one of `model.public_names`."""
+    return getattr(model, "public_layouts", None) or (PublicLayout("released", model.public_names),)
+
+
+def rename_public(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], PublicLayout]:
+    """Released weights under our names, and the layout they came in: the first of the model's whose names fit.
+
+    Where none fits it is the one that claims most of the names. KeyError as `rename` raises it, about that one; names
+    that are missing or too many, and shapes, are for the caller to check.
+    """
+    layouts = layouts_of(model)
+    own = model.state_dict().keys()
+    for layout in layouts:
+        try:
+            renamed = _apply_layout(layout, state)
+        except KeyError:
+            continue
+        if all(name.endswith("num_batches_tracked") for name in own ^ renamed.keys()):
+            return renamed, layout
+    nearest = max(layouts, key=lambda layout: _count_claimed(layout, state))  # the first of equals
+    try:
+        return _apply_layout(nearest, state), nearest
+    except KeyError as error:
+        where = f" (read as the {nearest.name} layout)" if len(layouts) > 1 else ""
+        raise KeyError(f"{error.args[0]}{where}") from None
+
+
+def _apply_layout(layout: PublicLayout, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return rename(layout.convert(dict(state)) if layout.convert else state, layout.table)
+
+
+def _count_claimed(layout: PublicLayout, state: dict[str, Tensor]) -> int:
+    try:
+        state = layout.convert(dict(state)) if layout.convert else state
+    except KeyError:
+        return 0
+    patterns = [row_pattern(old) for old, _ in layout.table]
+    return sum(any(pattern.match(key) for pattern in patterns) for key in state)
+
+
+@dataclass(frozen=True)
 class LoadReport:
-    """What `load_public` did: `loaded` names of ours that were filled, `fresh` class-head names left as they were."""
+    """What `load_public` did: `loaded` names of ours that were filled, `fresh` class-head names left as they were.
+
+    layout: the name of the PublicLayout the file was read by.
+    """
 
     source: str
     loaded: tuple[str, ...]
     fresh: tuple[str, ...]
+    layout: str
 
 
 def load_public(model: nn.Module, state_or_path: dict[str, Tensor] | str | Path, new_head: bool = False) -> LoadReport:
-    """Fill `model` with public weights: every released name is claimed by one row of `model.public_names`, every
-    parameter and buffer of ours is filled, every shape is equal; values are cast to the dtype of the parameter.
+    """Fill `model` with public weights: every released name is claimed by one row of the table of one of the model's
+    layouts (`public_layouts`, or the one of `public_names`), every parameter and buffer of ours is filled, every shape
+    is equal; values are cast to the dtype of the parameter.
 
     Args:
         state_or_path: public names -> tensors, or a file that `read_state_dict` reads.
@@ -285,7 +351,7 @@ def load_public(model: nn.Module, state_or_path: dict[str, Tensor] | str | Path,
     else:
         source, state = str(state_or_path), read_state_dict(state_or_path)[0]
     try:
-        renamed = rename(state, model.public_names)
+        renamed, layout = rename_public(model, state)
     except KeyError as error:
         raise UserError(f"{source}: {error.args[0]}{_family_hint(model, state)}") from None
     own = model.state_dict()
@@ -315,7 +381,7 @@ def load_public(model: nn.Module, state_or_path: dict[str, Tensor] | str | Path,
     model.load_state_dict({**own, **{name: renamed[name].to(own[name].dtype) for name in loaded}}, strict=True)
     if fresh:
         print(f"{source}: {len(fresh)} entries of the class head start fresh: {', '.join(fresh)}")
-    return LoadReport(source, loaded, tuple(fresh))
+    return LoadReport(source, loaded, tuple(fresh), layout.name)
 
 
 def _some(names: list[str], count: int = 3) -> str:
@@ -328,12 +394,15 @@ def _family_hint(model: nn.Module, state: dict[str, Tensor]) -> str:
     ours = guess_family(_public_shapes(model))
     if theirs is None or theirs == ours:
         return ""
+    if ours and len(layouts_of(model)) > 1 and theirs.partition(" (")[0] == ours.partition(" (")[0]:
+        return ""  # "dinov2 (Hugging Face layout)" is dinov2
     return f"; these are {theirs} weights, the model is {ours or type(model).__name__}"
 
 
 def _public_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's entries under their released names: its table, read from right to left."""
-    rows = [(re.escape(new).replace(r"\{\}", r"(\d+)"), old) for old, new in model.public_names if new is not None]
+    """Shapes of the model's entries under their released names: its first layout's table, read from right to left."""
+    table = layouts_of(model)[0].table
+    rows = [(row_pattern(new).pattern, old) for old, new in table if new is not None]
     rows.sort(key=lambda row: len(row[0]), reverse=True)  # the most specific row first
     shapes = {}
     for name, value in model.state_dict().items():
@@ -342,57 +411,6 @@ def _public_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
                 shapes[old.format(*match.groups()) + name[match.end() :]] = tuple(value.shape)
                 break
     return shapes
-
-
-YOLO_SIZES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the first convolution
-# fmt: off
-FAMILIES = [  # names that are all there -> what it is; the first row that holds
-    (("model.0.stem1.conv.weight", "model.28.dec_score_head.0.weight"), "rtdetr-l (Ultralytics)"),
-    (("model.0.stem1.conv.weight", "model.32.dec_score_head.0.weight"), "rtdetr-x (Ultralytics)"),
-    (("backbone.conv1.conv1_1.conv.weight", "decoder.dec_score_head.0.weight"), "rtdetr (authors' layout)"),
-    (("model.decoder.class_embed.0.weight", "model.backbone.model.embedder.embedder.0.convolution.weight"),
-     "rtdetr (Hugging Face layout)"),
-    (("model.0.conv.conv.weight",), "yolov5 before release 6 (Focus stem)"),
-    (("roi_heads.box_predictor.cls_score.weight", "backbone.fpn.layer_blocks.0.1.weight"),
-     "fasterrcnn_resnet50_fpn_v2"),
-    (("roi_heads.box_predictor.cls_score.weight", "backbone.body.conv1.weight"), "fasterrcnn_resnet50_fpn"),
-    (("roi_heads.box_predictor.cls_score.weight", "backbone.body.0.0.weight"), "fasterrcnn_mobilenet_v3_large_fpn"),
-    (("conv1.weight", "layer3.22.conv3.weight"), "resnet101"),
-    (("conv1.weight", "layer3.5.conv3.weight"), "resnet50"),
-    (("conv1.weight", "layer3.5.conv2.weight"), "resnet34"),
-    (("conv1.weight", "layer4.1.conv2.weight"), "resnet18"),
-    (("features.0.0.weight", "features.16.0.weight", "classifier.3.weight"), "mobilenet_v3_large"),
-    (("features.0.0.weight", "features.12.0.weight", "classifier.3.weight"), "mobilenet_v3_small"),
-    (("blocks.0.ls1.gamma", "register_tokens"), "dinov2 with registers"),
-    (("blocks.0.ls1.gamma",), "dinov2"),
-    (("encoder.layer.0.layer_scale1.lambda1",), "dinov2 (Hugging Face layout)"),
-    (("visual.conv1.weight", "text_projection"), "clip"),
-    (("vision_model.pre_layrnorm.weight", "visual_projection.weight"), "clip (Hugging Face layout)"),
-    (("cls_token", "pos_embed", "head.weight"), "vit or deit"),
-]
-# fmt: on
-
-
-def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """The model that released names and shapes look like ("yolov8n"); None where nothing is recognised."""
-    stem = shapes.get("model.0.conv.weight", ())
-    if len(stem) == 4 and stem[1] == 3:
-        size = YOLO_SIZES.get(stem[0], "?")
-        if stem[2] == 6 and "model.24.m.0.weight" in shapes:
-            return f"yolov5{size}" + ("-seg" if "model.24.proto.cv1.conv.weight" in shapes else "")
-        if stem[2] == 6 and "model.24.cv2.0.0.conv.weight" in shapes:
-            return f"yolov5{size}u"
-        if stem[2] == 3 and "model.22.cv2.0.0.conv.weight" in shapes:
-            is_segment, has_fourth = (
-                "model.22.proto.cv1.conv.weight" in shapes,
-                "model.22.cv4.0.0.conv.weight" in shapes,
-            )
-            return f"yolov8{size}" + ("-seg" if is_segment else "-pose or -obb" if has_fourth else "")
-        if stem[2] == 3 and "model.9.linear.weight" in shapes:
-            return f"yolov8{size}-cls"
-        heads = [match[1] for name in shapes if (match := re.match(r"model\.(\d+)\.cv2\.0\.0\.conv\.weight", name))]
-        return f"another Ultralytics YOLO (its head is layer {heads[-1]})" if heads else None
-    return next((family for names, family in FAMILIES if all(name in shapes for name in names)), None)
 
 
 def describe(path: str | Path, num_first: int = 5) -> str:

@@ -1,0 +1,53 @@
+"""Which released model a set of names and shapes looks like, for messages and `python -m weights inspect`."""
+
+import re
+
+YOLO_SIZES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the first convolution
+# fmt: off
+FAMILIES = [  # names that are all there -> what it is; the first row that holds
+    (("model.0.stem1.conv.weight", "model.28.dec_score_head.0.weight"), "rtdetr-l (Ultralytics)"),
+    (("model.0.stem1.conv.weight", "model.32.dec_score_head.0.weight"), "rtdetr-x (Ultralytics)"),
+    (("backbone.conv1.conv1_1.conv.weight", "decoder.dec_score_head.0.weight"), "rtdetr (authors' layout)"),
+    (("model.decoder.class_embed.0.weight", "model.backbone.model.embedder.embedder.0.convolution.weight"),
+     "rtdetr (Hugging Face layout)"),
+    (("model.0.conv.conv.weight",), "yolov5 before release 6 (Focus stem)"),
+    (("roi_heads.box_predictor.cls_score.weight", "backbone.fpn.layer_blocks.0.1.weight"),
+     "fasterrcnn_resnet50_fpn_v2"),
+    (("roi_heads.box_predictor.cls_score.weight", "backbone.body.conv1.weight"), "fasterrcnn_resnet50_fpn"),
+    (("roi_heads.box_predictor.cls_score.weight", "backbone.body.0.0.weight"), "fasterrcnn_mobilenet_v3_large_fpn"),
+    (("conv1.weight", "layer3.22.conv3.weight"), "resnet101"),
+    (("conv1.weight", "layer3.5.conv3.weight"), "resnet50"),
+    (("conv1.weight", "layer3.5.conv2.weight"), "resnet34"),
+    (("conv1.weight", "layer4.1.conv2.weight"), "resnet18"),
+    (("features.0.0.weight", "features.16.0.weight", "classifier.3.weight"), "mobilenet_v3_large"),
+    (("features.0.0.weight", "features.12.0.weight", "classifier.3.weight"), "mobilenet_v3_small"),
+    (("blocks.0.ls1.gamma", "register_tokens"), "dinov2 with registers"),
+    (("blocks.0.ls1.gamma",), "dinov2"),
+    (("encoder.layer.0.layer_scale1.lambda1",), "dinov2 (Hugging Face layout)"),
+    (("visual.conv1.weight", "text_projection"), "clip"),
+    (("vision_model.pre_layrnorm.weight", "visual_projection.weight"), "clip (Hugging Face layout)"),
+    (("cls_token", "pos_embed", "head.weight"), "vit or deit"),
+]
+# fmt: on
+
+
+def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The model that released names and shapes look like ("yolov8n"); None where nothing is recognised."""
+    stem = shapes.get("model.0.conv.weight", ())
+    if len(stem) == 4 and stem[1] == 3:
+        size = YOLO_SIZES.get(stem[0], "?")
+        if stem[2] == 6 and "model.24.m.0.weight" in shapes:
+            return f"yolov5{size}" + ("-seg" if "model.24.proto.cv1.conv.weight" in shapes else "")
+        if stem[2] == 6 and "model.24.cv2.0.0.conv.weight" in shapes:
+            return f"yolov5{size}u"
+        if stem[2] == 3 and "model.22.cv2.0.0.conv.weight" in shapes:
+            is_segment, has_fourth = (
+                "model.22.proto.cv1.conv.weight" in shapes,
+                "model.22.cv4.0.0.conv.weight" in shapes,
+            )
+            return f"yolov8{size}" + ("-seg" if is_segment else "-pose or -obb" if has_fourth else "")
+        if stem[2] == 3 and "model.9.linear.weight" in shapes:
+            return f"yolov8{size}-cls"
+        heads = [match[1] for name in shapes if (match := re.match(r"model\.(\d+)\.cv2\.0\.0\.conv\.weight", name))]
+        return f"another Ultralytics YOLO (its head is layer {heads[-1]})" if heads else None
+    return next((family for names, family in FAMILIES if all(name in shapes for name in names)), None)
