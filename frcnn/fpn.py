@@ -1,0 +1,86 @@
+"""Feature pyramid network (Lin et al., arXiv:1612.03144): every level gets coarse meaning and fine places.
+
+    c5 ── lateral 1x1 ──────────────┬── output 3x3 ── p5 ── every second place ── p6
+                               upsample
+    c4 ── lateral 1x1 ──────────── + ┬── output 3x3 ── p4
+                               upsample
+    ...
+
+Two forms: the paper's, plain convolutions with a bias; and that of fasterrcnn_resnet50_fpn_v2, where each is without
+bias and a (live) BatchNorm follows. Neither has an activation. Upsampling is to the nearest place and to the lateral's
+own size, so sizes need not be multiples of each other; two maps of one stride (MobileNet's last two) add as they are.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frcnn.norm import ConvNorm
+
+
+class FPN(nn.Module):
+    """Maps {"c2": (B, C_2, h, w), ...} -> {"p2": (B, width, h, w), ...} of the same sizes, and "p6".
+
+    Args:
+        in_channels: channels by the name of each map the pyramid reads, finest first; each name starts with "c", and
+            its level's with "p" instead. Maps of other names are ignored.
+        norm: BatchNorm after each convolution.
+        extra: "pool" adds `p6`, the coarsest level at every second place (torchvision's max-pooling of a 1x1 window at
+            stride 2), ceil(h / 2) x ceil(w / 2); None adds nothing.
+    """
+
+    def __init__(
+        self, in_channels: dict[str, int], *, width: int = 256, norm: bool = False, extra: str | None = "pool"
+    ) -> None:
+        super().__init__()
+        if extra not in ("pool", None):
+            raise ValueError(f"extra {extra!r}: expected 'pool' or None")
+        self.levels = {name: "p" + name.removeprefix("c") for name in in_channels}
+        self.coarsest = [*self.levels.values()][-1]
+        self.extra = extra
+        self.lateral = nn.ModuleDict({c: convolution(in_channels[c], width, 1, norm) for c in self.levels})
+        self.output = nn.ModuleDict({p: convolution(width, width, 3, norm) for p in self.levels.values()})
+        self.channels = dict.fromkeys([*self.levels.values(), *(["p6"] if extra else [])], width)
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = {}
+        merged = None
+        for c, p in reversed(self.levels.items()):  # coarse to fine
+            lateral = self.lateral[c](maps[c])  # (B, width, h, w)
+            if merged is not None:
+                lateral = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            merged = lateral
+            outputs[p] = self.output[p](merged)
+        outputs = dict(reversed(outputs.items()))
+        if self.extra:
+            outputs["p6"] = outputs[self.coarsest][:, :, ::2, ::2]  # (B, width, ceil(h / 2), ceil(w / 2))
+        return outputs
+
+    def level_strides(self, in_strides: dict[str, int]) -> dict[str, int]:
+        """Of each level, in pixels, from those of the maps that go in."""
+        strides = {p: in_strides[c] for c, p in self.levels.items()}
+        return strides | ({"p6": 2 * max(strides.values())} if self.extra else {})
+
+
+def convolution(c_in: int, c_out: int, kernel: int, norm: bool) -> nn.Module:
+    """With a bias, or with a BatchNorm; fresh weights as He et al. 2015 for a layer with no activation behind it."""
+    if norm:
+        return ConvNorm(c_in, c_out, kernel)
+    layer = nn.Conv2d(c_in, c_out, kernel, padding=(kernel - 1) // 2)
+    nn.init.kaiming_uniform_(layer.weight, a=1)  # a = 1: a linear unit
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def fpn_names(in_channels: dict[str, int], *, norm: bool, version: int = 2) -> list[tuple[str, str]]:
+    """Rows from torchvision's names under `backbone.fpn.` to an FPN's own; put prefixes before both to use them.
+
+    version 1, of files from before torchvision 0.13, has plain convolutions alone, and no index behind the level's.
+    """
+    rows = []
+    for index, c in enumerate(in_channels):
+        for theirs, ours in (("inner_blocks", f"lateral.{c}"), ("layer_blocks", f"output.p{c.removeprefix('c')}")):
+            if norm:
+                rows += [(f"{theirs}.{index}.0.", f"{ours}.conv."), (f"{theirs}.{index}.1.", f"{ours}.norm.")]
+            else:
+                rows += [(f"{theirs}.{index}." + ("0." if version >= 2 else ""), f"{ours}.")]
+    return rows

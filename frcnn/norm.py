@@ -1,0 +1,107 @@
+"""Normalisation layers of the two-stage detectors: BatchNorm that can be frozen, and LayerNorm over channels of a map.
+
+BatchNorm (arXiv:1502.03167):
+
+    y = gamma * (x - mu) / sqrt(var + eps) + beta
+
+Live, mu and var are the batch's own in train mode, and the running ones in eval mode. Frozen, they are the running ones
+always and nothing in the layer learns: what fine-tuning at two images a batch needs, where batch statistics are noise.
+
+The epsilon belongs to the weights, but no weights file holds it. What the released files were trained with:
+
+    ResNet, ImageNet                                        1e-5   (live)
+    MobileNetV3, ImageNet                                   1e-3   (live)
+    fasterrcnn_resnet50_fpn, COCO                           0.0    (frozen; trained before the layer had an epsilon)
+    fasterrcnn_resnet50_fpn_v2, COCO                        1e-5   (live)
+    fasterrcnn_mobilenet_v3_large_fpn and _320_fpn, COCO    1e-5   (frozen, in the MobileNet too)
+
+Here every backbone is built with one epsilon, 1e-5 unless told otherwise, and `rescale_for_epsilon` turns a file of
+another epsilon into one that computes the same with ours. So no checkpoint of ours depends on where it started.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusion import fold_batchnorm
+
+EPSILON = 1e-5
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm over (B, C, H, W) per channel, live, or frozen for good by `freeze()`.
+
+    Both kinds have the same state dict, so weights of either fill the other. Frozen parameters do not require grad.
+    """
+
+    def __init__(self, channels: int, *, eps: float = EPSILON, momentum: float = 0.1, frozen: bool = False) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum)
+        self.is_frozen = False
+        if frozen:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """From now on the running statistics are used and kept in train mode too, and gamma and beta are constants."""
+        self.is_frozen = True
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_frozen:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, {'frozen' if self.is_frozen else 'live'}"
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, then BatchNorm: y = norm(conv(x)), (B, C_in, H, W) -> (B, C_out, H', W').
+
+    Padding is (kernel - 1) // 2 on every side: H' = ceil(H / stride) for odd kernels. norm: keywords of BatchNorm.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, *, groups: int = 1, **norm: float | bool
+    ) -> None:
+        super().__init__()
+        padding = (kernel - 1) // 2
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")  # arXiv:1502.01852
+        self.norm = BatchNorm(c_out, **norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+    def fold(self) -> None:
+        """Replace norm(conv(x)) by one convolution with a bias, for inference alone; a second call does nothing."""
+        if not isinstance(self.norm, nn.Identity):
+            fold_batchnorm(self.conv, self.norm)
+            self.norm = nn.Identity()
+
+
+def rescale_for_epsilon(state: dict[str, Tensor], *, file_epsilon: float, epsilon: float) -> dict[str, Tensor]:
+    """Entries of BatchNorms trained with `file_epsilon`, so changed that with `epsilon` they compute the same.
+
+        gamma' = gamma * sqrt((var + epsilon) / (var + file_epsilon))
+
+    per channel, for every `<name>.weight` that has a `<name>.running_var`; all other entries, and the dict given, stay
+    as they are. With running statistics the two are equal to rounding; with batch statistics they are equal where the
+    batch's variance is the running one. Names may be anybody's.
+    """
+    rescaled = dict(state)
+    for name, var in state.items():
+        prefix, _, last = name.rpartition(".")
+        if last == "running_var":
+            gamma, var = state[f"{prefix}.weight"], var.double()
+            factor = ((var + epsilon) / (var + file_epsilon)).sqrt()
+            rescaled[f"{prefix}.weight"] = (gamma.double() * factor).to(gamma.dtype)
+    return rescaled
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm (arXiv:1607.06450) over the C channels of every place of a map (B, C, H, W).
+
+    Channels go last for it and come back: in channels_last memory that copies nothing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
