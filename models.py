@@ -1,4 +1,7 @@
-"""Every detector by name: `build("yolov8n", num_classes=80)`. One table from names to builders, and nothing else."""
+"""Every model by name: `build("yolov8n", num_classes=80)` a detector, `build_teacher("dinov2_vits14")` a teacher.
+
+Two tables from names to builders, and nothing else. A detector may teach too; what is in TEACHERS is never trained.
+"""
 
 from collections.abc import Callable
 from difflib import SequenceMatcher
@@ -7,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from errors import UserError
+from teachers.dinov2 import build_dinov2
 from yolo.yolov5 import build_yolov5, build_yolov5u
 from yolo.yolov8 import build_yolov8
 
@@ -28,6 +32,15 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     "yolov5xu": partial(build_yolov5u, "x"),
 }
 
+TEACHERS: dict[str, Callable[[], nn.Module]] = {
+    "dinov2_vits14": partial(build_dinov2, "vits14"),
+    "dinov2_vits14_reg": partial(build_dinov2, "vits14_reg"),
+    "dinov2_vitb14": partial(build_dinov2, "vitb14"),
+    "dinov2_vitb14_reg": partial(build_dinov2, "vitb14_reg"),
+    "dinov2_vitl14": partial(build_dinov2, "vitl14"),
+    "dinov2_vitl14_reg": partial(build_dinov2, "vitl14_reg"),
+}
+
 
 def build(arch: str, num_classes: int) -> nn.Module:
     """A freshly initialised detector (structures.Detector) for K = num_classes classes, on the CPU, in train mode.
@@ -36,10 +49,22 @@ def build(arch: str, num_classes: int) -> nn.Module:
     from torch's global generator, here and nowhere later: seed it before the call.
     """
     if arch not in ARCHITECTURES:
-        nearest = max(ARCHITECTURES, key=lambda name: SequenceMatcher(None, name, str(arch).lower()).ratio())
-        raise UserError(
-            f"architecture {arch!r} is unknown, did you mean {nearest!r}? There are {', '.join(ARCHITECTURES)}"
-        )
+        raise UserError(f"architecture {arch!r} is unknown, {_nearest(arch, ARCHITECTURES)}")
     if num_classes < 1:
         raise UserError(f"architecture {arch!r}: found {num_classes} classes, expected at least 1")
     return ARCHITECTURES[arch](num_classes)
+
+
+def build_teacher(name: str) -> nn.Module:
+    """A freshly initialised model that only ever teaches, on the CPU, in eval mode; name is a key of TEACHERS.
+
+    Its weights are random until weights.load_public fills them. An unknown name is a UserError that names the nearest.
+    """
+    if name not in TEACHERS:
+        raise UserError(f"teacher {name!r} is unknown, {_nearest(name, TEACHERS)}")
+    return TEACHERS[name]().eval()
+
+
+def _nearest(found: str, table: dict[str, Callable]) -> str:
+    nearest = max(table, key=lambda name: SequenceMatcher(None, name, str(found).lower()).ratio())
+    return f"did you mean {nearest!r}? There are {', '.join(table)}"

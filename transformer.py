@@ -6,8 +6,8 @@
 ViT and DeiT detectors, DINOv2 and both towers of CLIP are these parts in a row; what differs between them is an
 argument here (activation, epsilon, mask, layer scale) and the rest is in their own files.
 
-Not here: dropout and stochastic depth, relative positions, windows. Fresh weights are a normal distribution of standard
-deviation 0.02 cut at two deviations, and zero biases, as published ViT training starts.
+Not here: dropout and stochastic depth, relative positions, windows. Fresh weights are normal with
+standard deviation 0.02 and biases zero, as published ViT training starts.
 """
 
 import math
@@ -58,9 +58,12 @@ class Attention(nn.Module):
 
     def probabilities_of(self, x: Tensor, token: int = 0) -> Tensor:
         """x (B, N, C) -> (B, heads, N): how one token spreads its attention over all N; each row sums to 1."""
-        q, k, _ = self._split(x)
-        logits = q[:, :, token, None] @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])  # (B, heads, 1, N)
-        return logits.softmax(-1).squeeze(2)
+        w_q, w_k, _ = self.qkv.weight.chunk(3)  # (C, C) each; v is not needed, nor the other tokens' q
+        b_q, b_k, _ = self.qkv.bias.chunk(3)
+        q = F.linear(x[:, token], w_q, b_q).unflatten(-1, (self.heads, -1))  # (B, heads, D)
+        k = F.linear(x, w_k, b_k).unflatten(-1, (self.heads, -1))  # (B, N, heads, D)
+        logits = torch.einsum("bhd,bnhd->bhn", q, k) / math.sqrt(q.shape[-1])
+        return logits.softmax(-1)
 
 
 class MLP(nn.Module):
@@ -118,7 +121,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.patch = patch
         self.project = nn.Conv2d(3, width, patch, stride=patch, bias=bias)
-        nn.init.trunc_normal_(self.project.weight, std=0.02, a=-0.04, b=0.04)
+        nn.init.normal_(self.project.weight, std=0.02)
         if bias:
             nn.init.zeros_(self.project.bias)
 
@@ -163,6 +166,6 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def linear(c_in: int, c_out: int) -> nn.Linear:
     layer = nn.Linear(c_in, c_out)
-    nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
+    nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer

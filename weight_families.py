@@ -3,6 +3,7 @@
 import re
 
 YOLO_SIZES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the first convolution
+DINOV2_SIZES = {(384,): "vits14", (768,): "vitb14", (1024,): "vitl14", (1536,): "vitg14"}  # by the width of a token
 # fmt: off
 FAMILIES = [  # names that are all there -> what it is; the first row that holds
     (("model.0.stem1.conv.weight", "model.28.dec_score_head.0.weight"), "rtdetr-l (Ultralytics)"),
@@ -21,9 +22,10 @@ FAMILIES = [  # names that are all there -> what it is; the first row that holds
     (("conv1.weight", "layer4.1.conv2.weight"), "resnet18"),
     (("features.0.0.weight", "features.16.0.weight", "classifier.3.weight"), "mobilenet_v3_large"),
     (("features.0.0.weight", "features.12.0.weight", "classifier.3.weight"), "mobilenet_v3_small"),
-    (("blocks.0.ls1.gamma", "register_tokens"), "dinov2 with registers"),
-    (("blocks.0.ls1.gamma",), "dinov2"),
-    (("encoder.layer.0.layer_scale1.lambda1",), "dinov2 (Hugging Face layout)"),
+    (("blocks.0.ls1.gamma", "register_tokens"), "dinov2_{size}_reg"),
+    (("blocks.0.ls1.gamma",), "dinov2_{size}"),
+    (("encoder.layer.0.layer_scale1.lambda1", "embeddings.register_tokens"), "dinov2_{size}_reg (Hugging Face layout)"),
+    (("encoder.layer.0.layer_scale1.lambda1",), "dinov2_{size} (Hugging Face layout)"),
     (("visual.conv1.weight", "text_projection"), "clip"),
     (("vision_model.pre_layrnorm.weight", "visual_projection.weight"), "clip (Hugging Face layout)"),
     (("cls_token", "pos_embed", "head.weight"), "vit or deit"),
@@ -50,4 +52,7 @@ def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
             return f"yolov8{size}-cls"
         heads = [match[1] for name in shapes if (match := re.match(r"model\.(\d+)\.cv2\.0\.0\.conv\.weight", name))]
         return f"another Ultralytics YOLO (its head is layer {heads[-1]})" if heads else None
-    return next((family for names, family in FAMILIES if all(name in shapes for name in names)), None)
+    for names, family in FAMILIES:
+        if all(name in shapes for name in names):
+            return family.format(size=DINOV2_SIZES.get(shapes[names[0]][-1:], "?"))
+    return None

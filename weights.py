@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor, nn
 
 from errors import UserError, run_script
@@ -173,6 +174,29 @@ def rename(state: dict[str, Tensor], table: list[tuple[str, str | None]]) -> dic
     if unused:
         raise KeyError(f"rows no key used: {sorted(unused)}")
     return renamed
+
+
+def fuse_entries(state: dict[str, Tensor], parts: tuple[str, ...], fused: str) -> dict[str, Tensor]:
+    """Entries whose names differ in one of `parts` alone (".query.", ".key.", ".value.") become one.
+
+    Its name has `fused` in that place. The values are joined along dim 0 in the order of `parts`, and stand where the
+    first part stood; other entries stay as they are. Raises KeyError where a part is absent or shapes do not join.
+    """
+    joined: dict[str, Tensor] = {}
+    for key, value in state.items():
+        part = next((part for part in parts if part in key), None)
+        if part is None:
+            joined[key] = value
+            continue
+        names = [key.replace(part, other) for other in parts]
+        if absent := [name for name in names if name not in state]:
+            raise KeyError(f"{key!r} is there without {absent[0]!r}")
+        values = [state[name] for name in names]
+        if any(other.dim() == 0 or other.shape[1:] != value.shape[1:] for other in values):
+            raise KeyError(f"{key!r} is {tuple(value.shape)}, which does not join with the shapes of {names}")
+        if part == parts[0]:
+            joined[key.replace(part, fused)] = torch.cat(values)
+    return joined
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,205 @@
+"""DINOv2, a foundation model that only ever teaches: arXiv:2304.07193; with register tokens, arXiv:2309.16588.
+
+    images ── patches of 14 x 14 ── [class token | registers | patch tokens] ── pre-norm blocks ── LayerNorm ── output
+
+A ViT (arXiv:2010.11929) with layer scale, learnt by self-distillation without labels. Its patch tokens, as maps, are
+what a detector's features can be taught by. Sizes S, B and L; the giant one, whose MLP is gated, is not here.
+
+Differs from the released code, not in what it computes: the mask token is dropped (only its training used it), images
+come in [0, 1] and are normalised here, and the heads of attention are not split over several kernels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from transformer import Block, PatchEmbedding, interpolate_positions, tokens_to_map
+from weights import PublicLayout, fuse_entries
+
+PATCH = 14  # pixels, the side of a patch
+TABLE_SIDE = 37  # patches: the position table was learnt on 518 x 518 pixels
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]
+
+SIZES = {
+    "vits14": dict(width=384, depth=12, heads=6),
+    "vitb14": dict(width=768, depth=12, heads=12),
+    "vitl14": dict(width=1024, depth=24, heads=16),
+}
+NUM_REGISTERS = 4  # of the models whose names end in _reg
+
+
+@dataclass(frozen=True)
+class DINOv2Output:
+    """What DINOv2.forward returns for images (B, 3, H, W); h = H / 14, w = W / 14.
+
+    features: maps (B, C, h, w), those of DINOv2.keep_features. "block0", "block1", ...: the patch tokens behind a block,
+    through the final LayerNorm, as the released model gives intermediate layers; "patches" is the last block's.
+    class_token (B, C): after the final LayerNorm. class_attention (B, heads, h, w): how the class token of the last
+    block spreads its attention over the patches; what is missing to 1 rests on itself and the registers.
+    image_size: (H, W).
+    """
+
+    features: dict[str, Tensor]
+    class_token: Tensor
+    class_attention: Tensor
+    image_size: tuple[int, int]
+
+
+class DINOv2(nn.Module):
+    """images (B, 3, H, W) in [0, 1], H and W multiples of 14 -> DINOv2Output, at any size.
+
+    The position table is resized to the grid of patches, bicubic, as each model was published: without registers by
+    sampling with an offset of 0.1 patches, with registers plainly and antialiased.
+    """
+
+    def __init__(
+        self, *, width: int, depth: int, heads: int, num_registers: int = 0, table_side: int = TABLE_SIDE
+    ) -> None:
+        super().__init__()
+        self.patches = PatchEmbedding(width, PATCH)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.empty(1, 1 + table_side**2, width))
+        self.registers = nn.Parameter(torch.zeros(1, num_registers, width)) if num_registers else None
+        self.blocks = nn.ModuleList(Block(width, heads, layer_scale=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        nn.init.normal_(self.positions, std=0.02)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+        names = (*(f"block{i}" for i in range(depth)), "patches")
+        self.strides = dict.fromkeys(names, PATCH)
+        self.channels = dict.fromkeys(names, width)
+        self.size_multiple = PATCH
+        self.class_head = ()
+        self.public_layouts = (
+            PublicLayout("facebookresearch", _with_registers(FACEBOOK_NAMES, "register_tokens", num_registers)),
+            PublicLayout(
+                "Hugging Face",
+                _with_registers(HUGGING_FACE_NAMES, "embeddings.register_tokens", num_registers),
+                convert=fuse_query_key_value,
+            ),
+        )
+        self.public_names = self.public_layouts[0].table
+        self.kept_features = frozenset(names)
+
+    def keep_features(self, names: Iterable[str]) -> None:
+        """Let `output.features` hold only these maps; at first it holds all, and all of them stay in memory.
+
+        A name that is not in `strides` is a ValueError.
+        """
+        names = frozenset(names)
+        if unknown := sorted(names - self.strides.keys()):
+            raise ValueError(f"features {unknown} do not exist; there are {', '.join(self.strides)}")
+        self.kept_features = names
+
+    def forward(self, images: Tensor) -> DINOv2Output:
+        """images (B, 3, H, W) in [0, 1]; H and W multiples of 14, else ValueError."""
+        height, width = images.shape[-2:]
+        grid = (height // PATCH, width // PATCH)
+        x = self.patches((images - self.mean) / self.std)  # (B, h w, C)
+        x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1)  # (B, 1 + h w, C)
+        has_registers = self.registers is not None
+        offset, antialias = (0.0, True) if has_registers else (0.1, False)
+        x = x + interpolate_positions(self.positions, grid, offset=offset, antialias=antialias)
+        first = 1  # of the patch tokens
+        if has_registers:  # they have no position
+            x = torch.cat((x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]), dim=1)  # (B, 1 + R + h w, C)
+            first += self.registers.shape[1]
+
+        features = {}
+        for i, block in enumerate(self.blocks):
+            if i == len(self.blocks) - 1:
+                attention = block.attention.probabilities_of(block.norm1(x), token=0)[:, :, first:]  # (B, heads, h w)
+            x = block(x)
+            if f"block{i}" in self.kept_features:
+                features[f"block{i}"] = tokens_to_map(self.norm(x[:, first:]), grid)
+        x = self.norm(x)  # (B, 1 + R + h w, C)
+        if "patches" in self.kept_features:
+            features["patches"] = tokens_to_map(x[:, first:], grid)
+        return DINOv2Output(features, x[:, 0], attention.unflatten(2, grid), (height, width))
+
+
+def _with_registers(table: list[tuple[str, str | None]], name: str, num_registers: int) -> list[tuple[str, str | None]]:
+    return [*table, (name, "registers")] if num_registers else table
+
+
+# fmt: off
+FACEBOOK_NAMES = [  # each {} is one integer
+    # released checkpoint         ours
+    ("cls_token",                 "class_token"),
+    ("pos_embed",                 "positions"),
+    ("mask_token",                None),  # stands for hidden patches while DINOv2 itself is trained
+    ("patch_embed.proj.",         "patches.project."),
+    ("blocks.{}.norm1.",          "blocks.{}.norm1."),
+    ("blocks.{}.attn.qkv.",       "blocks.{}.attention.qkv."),
+    ("blocks.{}.attn.proj.",      "blocks.{}.attention.out."),
+    ("blocks.{}.ls1.gamma",       "blocks.{}.attention_scale"),
+    ("blocks.{}.norm2.",          "blocks.{}.norm2."),
+    ("blocks.{}.mlp.fc1.",        "blocks.{}.mlp.expand."),
+    ("blocks.{}.mlp.fc2.",        "blocks.{}.mlp.contract."),
+    ("blocks.{}.ls2.gamma",       "blocks.{}.mlp_scale"),
+    ("norm.",                     "norm."),
+]
+HUGGING_FACE_NAMES = [
+    # released checkpoint, after fuse_query_key_value     ours
+    ("embeddings.cls_token",                              "class_token"),
+    ("embeddings.position_embeddings",                    "positions"),
+    ("embeddings.mask_token",                             None),
+    ("embeddings.patch_embeddings.projection.",           "patches.project."),
+    ("encoder.layer.{}.norm1.",                           "blocks.{}.norm1."),
+    ("encoder.layer.{}.attention.attention.qkv.",         "blocks.{}.attention.qkv."),
+    ("encoder.layer.{}.attention.output.dense.",          "blocks.{}.attention.out."),
+    ("encoder.layer.{}.layer_scale1.lambda1",             "blocks.{}.attention_scale"),
+    ("encoder.layer.{}.norm2.",                           "blocks.{}.norm2."),
+    ("encoder.layer.{}.mlp.fc1.",                         "blocks.{}.mlp.expand."),
+    ("encoder.layer.{}.mlp.fc2.",                         "blocks.{}.mlp.contract."),
+    ("encoder.layer.{}.layer_scale2.lambda1",             "blocks.{}.mlp_scale"),
+    ("layernorm.",                                        "norm."),
+]
+# fmt: on
+
+
+def fuse_query_key_value(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face keeps q, k and v apart: `...attention.query.weight` and so on become `...attention.qkv.weight`."""
+    return fuse_entries(state, (".attention.query.", ".attention.key.", ".attention.value."), ".attention.qkv.")
+
+
+def build_dinov2(name: str) -> DINOv2:
+    """A freshly initialised DINOv2; name is a key of SIZES, or one with "_reg" behind it: 4 register tokens.
+
+    Draws from torch's global generator. Released weights: weights.load_public.
+    """
+    size = name.removesuffix("_reg")
+    return DINOv2(**SIZES[size], num_registers=NUM_REGISTERS if name != size else 0)
+
+
+@torch.no_grad()
+def patch_pca(features: Tensor) -> Tensor:
+    """A picture of a map: its first three principal components, over the whole batch, as red, green and blue.
+
+    With rows x_n in R^C, n = 1..B h w, and u_j the unit eigenvectors of cov(x), largest eigenvalue first:
+
+        y_nj = (x_n - mean(x)) . u_j,    out_nj = (y_nj - min_n y_nj) / (max_n y_nj - min_n y_nj)
+
+    An eigenvector's sign is free: the one whose largest entry (by size) is positive is taken. A component without
+    variance (less than 1e-9 of the first's; C < 3; a constant map) is 0 everywhere.
+
+    features (B, C, h, w) -> (B, 3, h, w) float32 in [0, 1]. B = 0 gives (0, 3, h, w).
+    """
+    batch, channels, height, width = features.shape
+    out = torch.zeros(batch * height * width, 3, dtype=torch.float32, device=features.device)
+    if len(out) == 0:
+        return out.view(batch, 3, height, width)
+    rows = features.double().permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
+    rows = rows - rows.mean(0)
+    variances, vectors = torch.linalg.eigh(rows.T @ rows)  # ascending; the columns are the eigenvectors
+    for j in range(min(3, channels)):
+        variance, vector = variances[-1 - j], vectors[:, -1 - j]
+        if variance <= 1e-9 * variances[-1] or variances[-1] <= 0:
+            break
+        component = rows @ (vector * vector[vector.abs().argmax()].sign())  # (N,)
+        low, high = component.aminmax()
+        out[:, j] = ((component - low) / (high - low)).float()
+    return out.view(batch, height, width, 3).permute(0, 3, 1, 2)
