@@ -1,9 +1,10 @@
-"""Fetch public datasets, only when asked to.
+"""Fetch public datasets, and CLIP's vocabulary, only when asked to.
 
-    python -m datasets.download bccd|voc2007|voc2012|coco2017|kitti --root data [--dry-run]
+    python -m datasets.download bccd|voc2007|voc2012|coco2017|kitti|clip_vocabulary --root data [--dry-run]
 
 Sizes and hashes are checked where they are publicly known: VOC's MD5 sums are those torchvision publishes, sizes and
-the SHA-256 sums of COCO and KITTI those TensorFlow Datasets publishes. For BCCD, an archive made on demand, nothing is
+the SHA-256 sums of COCO and KITTI those TensorFlow Datasets publishes, the vocabulary's is of the file in the released
+code. For BCCD, an archive made on demand, nothing is
 published: the digest of the first download is recorded, and a later one that differs is refused.
 
 An interrupted download goes on where it stopped (HTTP Range), if its hash is known: without one nothing could notice a
@@ -16,6 +17,8 @@ file of two halves, and it starts again. Archives and manifest.json (url, bytes,
     voc2012   <root>/VOCdevkit/VOC2012                   "voc", "<root>/VOCdevkit", "2012/trainval"
     coco2017  <root>/coco                                "coco", "<root>/coco", "train2017"
     kitti     <root>/kitti                               "kitti", "<root>/kitti", "train"
+
+    clip_vocabulary is one file, <root>/clip/bpe_simple_vocab_16e6.txt.gz, for teachers.clip_tokenizer.
 """
 
 import argparse
@@ -46,7 +49,8 @@ TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Archive:
-    """A .zip or .tar file: where it is, its size in bytes and its digest ("md5:..." or "sha256:..."), where known.
+    """A .zip, .tar or .txt.gz file: where it is, its size in bytes and its digest ("md5:..." or "sha256:..."), where
+    known.
 
     `saved_as`: the file's name here, where the address does not end in one.
     """
@@ -100,6 +104,10 @@ DATASETS = {
         Archive(f"{_KITTI}/data_object_image_2.zip", 12569945557,
                 "sha256:351c5a2aa0cd9238b50174a3a62b846bc5855da256b82a196431d60ff8d43617"),
     ), "kitti"),
+    "clip_vocabulary": PublicDataset((
+        Archive("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz", 1356917,
+                "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+    ), "clip"),
 }
 # fmt: on
 
@@ -230,13 +238,15 @@ def _check(path: Path, archive: Archive) -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack plain files and folders of a .zip or .tar below `folder`.
+    """Unpack plain files and folders of a .zip or .tar below `folder`; a .txt.gz is put there as it is.
 
     A link, a device, a path that leaves the folder, or more than 20 times the archive's bytes is a UserError.
     """
     limit = MAX_EXPANSION * path.stat().st_size + (1 << 20)
     try:
-        if path.suffix == ".zip":
+        if path.name.endswith(".txt.gz"):
+            shutil.copyfile(path, folder / path.name)
+        elif path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
                 _check_members(path, limit, [(m.filename, m.file_size, _zip_is_plain(m)) for m in members])

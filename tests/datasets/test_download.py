@@ -1,5 +1,6 @@
 """datasets.download against a server on this machine: resuming, wrong sizes and hashes, archives that mean harm."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -135,6 +136,15 @@ def test_several_archives_into_the_root_itself(server, tmp_path):
     folder = download.download(PublicDataset(tuple(archives), "all"), tmp_path, say=quiet)
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert found == ["x/1.txt", "x/2.txt", "y/3.txt"]
+
+
+def test_a_single_file_is_put_in_its_folder_as_it_is(server, tmp_path):
+    server.files["words.txt.gz"] = gzip.compress(b"one two\n")
+    digest = hashlib.sha256(server.files["words.txt.gz"]).hexdigest()
+    archive = Archive(server.url("words.txt.gz"), len(server.files["words.txt.gz"]), f"sha256:{digest}")
+    folder = download.download(PublicDataset((archive,), "words"), tmp_path, say=quiet)
+    assert [path.name for path in folder.iterdir()] == ["words.txt.gz"]
+    assert (folder / "words.txt.gz").read_bytes() == server.files["words.txt.gz"]
 
 
 def test_a_cut_download_goes_on_where_it_stopped(server, archive, tmp_path):
@@ -295,7 +305,7 @@ def test_a_broken_archive_leaves_no_dataset(server, tmp_path):
 
 
 def test_the_table_of_datasets():
-    assert set(DATASETS) == {"bccd", "voc2007", "voc2012", "coco2017", "kitti"}
+    assert set(DATASETS) == {"bccd", "voc2007", "voc2012", "coco2017", "kitti", "clip_vocabulary"}
     digests = [archive.digest for dataset in DATASETS.values() for archive in dataset.archives]
     assert digests.count(None) == 1  # BCCD's archive is made on demand
     for digest in filter(None, digests):
@@ -303,7 +313,7 @@ def test_the_table_of_datasets():
         assert len(bytes.fromhex(value)) == {"md5": 16, "sha256": 32}[kind]
     for dataset in DATASETS.values():
         for archive in dataset.archives:
-            assert archive.filename.endswith((".zip", ".tar")) and (archive.bytes or not archive.digest)
+            assert archive.filename.endswith((".zip", ".tar", ".txt.gz")) and (archive.bytes or not archive.digest)
 
 
 def test_dry_run_fetches_nothing(tmp_path, capsys, monkeypatch):
