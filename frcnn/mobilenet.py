@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frcnn.norm import EPSILON, ConvNorm
-from frcnn.pretrained import backbone_layouts, read_classifier_file
+from frcnn.pretrained import IMAGENET_NORMALIZATION, backbone_layouts, read_classifier_file
 
 FILE_EPSILON = 1e-3  # of the BatchNorms in the released ImageNet files
 STEM_CHANNELS = 16
@@ -131,8 +131,7 @@ class MobileNetV3(nn.Module):
     torchvision's detectors 1e-5. `stages`, six, begin at the stem, at each strided block and at the last convolution.
     """
 
-    mean = (0.485, 0.456, 0.406)  # published with the files, as std is
-    std = (0.229, 0.224, 0.225)
+    mean, std = IMAGENET_NORMALIZATION
 
     def __init__(self, size: str, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
         super().__init__()

@@ -19,15 +19,33 @@ from frcnn.norm import BatchNorm, rescale_for_epsilon
 from weights import LoadReport, PublicLayout, load_public
 
 WRAPPERS = ("module.", "model.", "backbone.")  # what training scripts put before every name
+IMAGENET_NORMALIZATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std of its pictures in [0, 1]
 
 
-def load_backbone(backbone: nn.Module, state_or_path: dict[str, Tensor] | str | Path) -> LoadReport:
+def load_backbone(
+    backbone: nn.Module,
+    state_or_path: dict[str, Tensor] | str | Path,
+    *,
+    file_normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> LoadReport:
     """Fill a backbone from a released ImageNet file: the classifier's entries are dropped, all others must fit.
 
     The rules and errors are those of weights.load_public. Files without the classifier fit too, and so do names that
     all begin with one of WRAPPERS. BatchNorms trained with another epsilon are rescaled (norm.rescale_for_epsilon).
+
+    file_normalization: (mean, std) of the images the weights were trained on, where they are not the backbone's own. Of
+    a VisionTransformer alone: `adopt_normalization`. None means the backbone's own, or, for a VisionTransformer and a
+    file whose name begins with "deit", ImageNet's, which is what DeiT's were trained on; the file itself does not say.
     """
-    return load_public(backbone, state_or_path)
+    own = (backbone.mean, backbone.std)
+    is_deit = not isinstance(state_or_path, dict) and Path(state_or_path).name.lower().startswith("deit")
+    file_normalization = file_normalization or (IMAGENET_NORMALIZATION if is_deit else own)
+    if file_normalization != own and not hasattr(backbone, "adopt_normalization"):
+        raise ValueError(f"{type(backbone).__name__} takes images of mean and std {own}, not {file_normalization}")
+    report = load_public(backbone, state_or_path)
+    if file_normalization != own:
+        backbone.adopt_normalization(*file_normalization)
+    return report
 
 
 def strip_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frcnn.norm import EPSILON, ConvNorm
-from frcnn.pretrained import backbone_layouts, read_classifier_file
+from frcnn.pretrained import IMAGENET_NORMALIZATION, backbone_layouts, read_classifier_file
 
 STAGE_WIDTHS = (64, 128, 256, 512)  # of stage2..stage5, before a bottleneck's expansion
 EXPANSION = 4  # channels out of a bottleneck, in units of its width
@@ -69,8 +69,7 @@ class ResNet(nn.Module):
     norm_frozen, norm_eps: of every BatchNorm (norm.py).
     """
 
-    mean = (0.485, 0.456, 0.406)  # published with the files, as std is
-    std = (0.229, 0.224, 0.225)
+    mean, std = IMAGENET_NORMALIZATION
 
     def __init__(self, depth: int, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
         super().__init__()
