@@ -11,6 +11,7 @@ from torch import nn
 
 from errors import UserError
 from teachers.dinov2 import build_dinov2
+from teachers.rtdetr import build_rtdetr
 from yolo.yolov5 import build_yolov5, build_yolov5u
 from yolo.yolov8 import build_yolov8
 
@@ -30,6 +31,10 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     "yolov5mu": partial(build_yolov5u, "m"),
     "yolov5lu": partial(build_yolov5u, "l"),
     "yolov5xu": partial(build_yolov5u, "x"),
+    "rtdetr_l": partial(build_rtdetr, "l"),
+    "rtdetr_x": partial(build_rtdetr, "x"),
+    "rtdetr_r18vd": partial(build_rtdetr, "r18vd"),
+    "rtdetr_r50vd": partial(build_rtdetr, "r50vd"),
 }
 
 TEACHERS: dict[str, Callable[[], nn.Module]] = {

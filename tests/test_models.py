@@ -9,7 +9,7 @@ def test_table_holds_every_name_once_and_builds_what_it_says():
         f"{family}{size}{suffix}"
         for family, suffix in [("yolov8", ""), ("yolov5", ""), ("yolov5", "u")]
         for size in "nsmlx"
-    ]
+    ] + ["rtdetr_l", "rtdetr_x", "rtdetr_r18vd", "rtdetr_r50vd"]
     small = build("yolov5nu", 4)
     assert small.num_classes == 4 and small.training
 

@@ -1,0 +1,39 @@
+"""The convolution that both backbones and the encoder of RT-DETR are made of."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fusion import fold_batchnorm
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, BatchNorm and, where given, an activation: y = activation(bn(conv(x))).
+
+    Padding, (kernel - 1) // 2 on every side, keeps H and W at stride 1; an even kernel loses 1, unless its caller pads.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int = 1,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(c_out)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return y if self.activation is None else self.activation(y)
+
+    def fold(self) -> None:
+        """Replace bn(conv(x)) by one convolution with a bias, for inference alone; a second call does nothing."""
+        if not isinstance(self.bn, nn.Identity):
+            fold_batchnorm(self.conv, self.bn)
+            self.bn = nn.Identity()

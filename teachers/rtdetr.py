@@ -1,0 +1,181 @@
+"""RT-DETR L, X, R18 and R50: a detector without anchors to tune and without non-maximum suppression, as a teacher.
+
+Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", arXiv:2304.08069.
+
+    images ── backbone ── c3, c4, c5 ── hybrid encoder ── p3, p4, p5 ── decoder ── Q boxes and their class logits
+
+Backbones: teachers/hgnetv2.py (L, X; released by Ultralytics) and teachers/resnet_vd.py (R18, R50; the authors' PyTorch
+weights). It is for inference and for teaching: there is no `losses`, so it is no structures.Detector and cannot be a
+student, and what only training needs (denoising queries, auxiliary losses) is not implemented.
+
+Differs from the released code, not in what it computes on images of at least 128x128 pixels: `forward` returns the
+same in train and eval mode, smaller images (fewer cells than queries) get as many queries as cells, and boxes are
+float32 under autocast. Any multiples of 32 will do for H and W; the released weights are trained at 640x640.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from boxes import box_iou, cxcywh_to_xyxy
+from structures import Detections
+from teachers.hgnetv2 import HGNetV2
+from teachers.resnet_vd import ResNetVD
+from teachers.rtdetr_decoder import Decoder, wide
+from teachers.rtdetr_encoder import HybridEncoder
+from teachers.rtdetr_names import RTDETR_L_NAMES, RTDETR_X_NAMES, authors_names
+
+FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
+DECODER_PARTS = frozenset({"boxes_xyxy", "query_logits"})
+IOU_POWER = 6.0  # of the match in class_logits_at; see read_best_query
+
+# batchnorm_eps: what the released models normalise with; a state dict does not hold it.
+SIZES = {
+    "l": dict(width=256, hidden=256, feedforward=1024, num_layers=6, batchnorm_eps=1e-3),
+    "x": dict(width=384, hidden=384, feedforward=2048, num_layers=6, batchnorm_eps=1e-3),
+    "r18vd": dict(width=256, hidden=128, feedforward=1024, num_layers=3, batchnorm_eps=1e-5),
+    "r50vd": dict(width=256, hidden=256, feedforward=1024, num_layers=6, batchnorm_eps=1e-5),
+}
+
+
+@dataclass(frozen=True)
+class RTDETROutput:
+    """What RTDETR.forward returns, in train and eval mode alike, for images (B, 3, H, W).
+
+    features: c3, c4, c5 (backbone) and p3, p4, p5 (encoder), (B, C, H / s, W / s) each. boxes_xyxy (B, Q, 4) in pixels,
+    not clipped to the image, and query_logits (B, Q, K): the last decoder layer's, queries in the order of their
+    selection; None where the decoder was skipped (RTDETR.wanted). image_size is (H, W).
+    """
+
+    features: dict[str, Tensor]
+    boxes_xyxy: Tensor | None
+    query_logits: Tensor | None
+    image_size: tuple[int, int]
+
+
+class RTDETR(nn.Module):
+    """backbone -> hybrid encoder -> decoder. It has what eval.py, predict.py and distillation ask of a model.
+
+    wanted: names of the output's parts that the caller reads, None for all. The decoder runs only where `boxes_xyxy` or
+        `query_logits` is among them: a frozen teacher of which only maps are tapped does not pay for it.
+    backbone: images -> {"c3", "c4", "c5"}, with `channels`. width, hidden, feedforward: of HybridEncoder.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        num_classes: int,
+        width: int,
+        hidden: int,
+        feedforward: int,
+        num_layers: int,
+        batchnorm_eps: float,
+        public_names: list[tuple[str, str | None]],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.encoder = HybridEncoder(
+            tuple(backbone.channels.values()), width=width, hidden=hidden, feedforward=feedforward
+        )
+        self.decoder = Decoder(in_channels=width, num_classes=num_classes, num_layers=num_layers)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = batchnorm_eps
+        self.num_classes = num_classes
+        self.strides = dict(FEATURE_STRIDES)
+        self.channels = backbone.channels | {name: width for name in ("p3", "p4", "p5")}
+        self.size_multiple = 32
+        self.public_names = public_names
+        self.class_head = ("decoder.candidate_class.", "decoder.class_heads.")
+        self.class_activation = "sigmoid"
+        self.wanted: frozenset[str] | None = None
+
+    def forward(self, images: Tensor) -> RTDETROutput:
+        """images (B, 3, H, W) in [0, 1], which the released models do not normalise; H and W multiples of 32, else
+        ValueError.
+        """
+        image_size = check_image_size(images)
+        features = self.backbone(images)
+        features = features | self.encoder(features)
+        if self.wanted is not None and not self.wanted & DECODER_PARTS:
+            return RTDETROutput(features, None, None, image_size)
+        boxes, query_logits = self.decoder([features["p3"], features["p4"], features["p5"]])
+        height, width = image_size
+        boxes_xyxy = cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
+        return RTDETROutput(features, boxes_xyxy, query_logits, image_size)
+
+    def decode(self, output: RTDETROutput) -> tuple[Tensor, Tensor]:
+        """boxes_xyxy (B, Q, 4) in pixels and scores (B, Q, K) = sigmoid(query_logits). ValueError without a decoder."""
+        if output.query_logits is None:
+            raise ValueError(f"the decoder was skipped: wanted is {sorted(self.wanted or ())}, without query_logits")
+        return output.boxes_xyxy, wide(output.query_logits).sigmoid()
+
+    @torch.no_grad()
+    def detect(
+        self, output: RTDETROutput, *, score_threshold: float, iou_threshold: float, max_detections: int
+    ) -> list[Detections]:
+        """The best pairs (query, class) of each image, best first, ties by query and then class.
+
+        A query may report several classes. Nothing is suppressed, the queries have settled that among themselves:
+        iou_threshold is taken for the sake of the common signature, and ignored.
+        """
+        del iou_threshold
+        found = []
+        for boxes_xyxy, scores in zip(*self.decode(output)):
+            pairs = (scores.flatten() > score_threshold).nonzero().squeeze(1)  # query * K + class; nan is never above
+            order = scores.flatten()[pairs].sort(stable=True, descending=True).indices[:max_detections]
+            query, label = pairs[order] // self.num_classes, pairs[order] % self.num_classes
+            found.append(Detections(boxes_xyxy[query], scores[query, label], label))
+        return found
+
+    def class_logits_at(self, output: RTDETROutput, boxes_per_image: list[Tensor]) -> Tensor:
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of read_best_query."""
+        boxes_xyxy, _ = self.decode(output)
+        return torch.cat(
+            [
+                read_best_query(z, query_xyxy=queries, boxes_xyxy=boxes)
+                for z, queries, boxes in zip(wide(output.query_logits), boxes_xyxy, boxes_per_image, strict=True)
+            ]
+        )
+
+
+def read_best_query(logits: Tensor, *, query_xyxy: Tensor, boxes_xyxy: Tensor) -> Tensor:
+    """What the queries of one image say about N given boxes: logits (Q, K) -> (N, K), each row that of one query.
+
+        out_n = z_q(n),    q(n) = argmax_q  IoU(query_q, box_n)^6 * max_k sigmoid(z_qk)
+
+    The measure is task-aligned learning's (TOOD, arXiv:2108.07755, with its exponents 6 and 1): overlap
+    decides, and among queries that overlap alike the confident one, because training teaches all but one query of an
+    object to say "nothing". Boxes are matched one by one; two may read the same query. A box that no query overlaps
+    gets, class by class, the lowest logit of any query: the model saw nothing there. query_xyxy (Q, 4) and boxes_xyxy
+    (N, 4) are pixels; the gradient flows into `logits`, not through the choice. N = 0 gives (0, K).
+    """
+    with torch.no_grad():
+        iou = box_iou(boxes_xyxy.to(query_xyxy), query_xyxy)  # (N, Q)
+        match = iou**IOU_POWER * logits.sigmoid().amax(1)
+        best = match.argmax(1)  # (N,)
+        is_seen = (iou > 0).any(1, keepdim=True)  # (N, 1)
+    return torch.where(is_seen, logits[best], logits.amin(0))
+
+
+def check_image_size(images: Tensor) -> tuple[int, int]:
+    """(H, W) of images (B, 3, H, W); ValueError unless both are positive multiples of 32, the coarsest stride."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
+    height, width = images.shape[2:]
+    if height % 32 or width % 32 or not height or not width:
+        raise ValueError(f"images are {height}x{width} pixels (height x width), expected multiples of 32")
+    return height, width
+
+
+def build_rtdetr(size: str, num_classes: int) -> RTDETR:
+    """A freshly initialised RT-DETR; size is a key of SIZES. Draws from torch's global generator."""
+    backbone, public_names = {
+        "l": lambda: (HGNetV2("l"), RTDETR_L_NAMES),
+        "x": lambda: (HGNetV2("x"), RTDETR_X_NAMES),
+        "r18vd": lambda: (ResNetVD(18), authors_names(convolutions_per_block=2, narrow=True)),
+        "r50vd": lambda: (ResNetVD(50), authors_names(convolutions_per_block=3, narrow=False)),
+    }[size]()
+    return RTDETR(backbone=backbone, num_classes=num_classes, public_names=public_names, **SIZES[size])
