@@ -31,9 +31,9 @@ from datasets.images import SUFFIXES, read_image
 from datasets.letterbox import letterbox, unletterbox
 from drawing import draw_detections
 from errors import UserError, run_script
+from fusion import fuse
 from processes import choose_device, use_bfloat16
 from structures import Detections
-from yolo.layers import fuse
 
 DISK_EXIT_CODE = 5
 

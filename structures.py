@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Detector(Protocol):
     public_names: the rows of the table that maps the released checkpoint's names to ours (see weights.rename). A model
         released in several layouts also has `public_layouts: tuple[weights.PublicLayout, ...]`, this table's first.
     class_head: prefixes of our parameter names whose shape depends on K; a fresh start there is what `new_head` allows.
+    class_activation: "sigmoid" or "softmax", what turns class_logits_at into probabilities.
     """
 
     num_classes: int
@@ -86,6 +87,7 @@ class Detector(Protocol):
     channels: dict[str, int]
     public_names: list[tuple[str, str | None]]
     class_head: tuple[str, ...]
+    class_activation: str
 
     def __call__(self, images: Tensor) -> Any:
         """images (B, 3, H, W) -> the model's own output dataclass, the same in train and eval mode.
@@ -106,15 +108,40 @@ class Detector(Protocol):
         """One Detections per image, in pixels of the tensor that went in."""
         ...
 
+    def class_logits_at(self, output: Any, boxes_per_image: list[Tensor]) -> Tensor:
+        """What the detector believes about B tensors (N_b, 4) of boxes in pixels: logits, N = sum N_b rows.
+
+        (N, K) where class_activation is "sigmoid", each the log-odds of "this is an object of class k"; (N, 1 + K)
+        with the background in column 0 where it is "softmax".
+        """
+        ...
+
 
 @runtime_checkable
 class DenseDetector(Detector, Protocol):
-    """A detector that predicts at A fixed locations (points or anchors)."""
+    """A detector that predicts at A fixed locations (points or anchors).
+
+    wanted: names of `output.features` and of the output's logits that the caller reads, None for all. What is not named
+    may be missing or None, and the parts of the model that only it needs are not run. For frozen teachers.
+    """
+
+    wanted: frozenset[str] | None
 
     def decode(self, output: Any) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels and scores (B, A, K) in [0, 1]: every location, before NMS."""
         ...
 
-    def class_logits_at(self, output: Any, boxes_per_image: list[Tensor]) -> Tensor:
-        """B tensors (N_b, 4) of boxes -> (sum N_b, K) logits: what the detector believes about given boxes."""
+    def location_logits(self, output: Any) -> Tensor:
+        """(B, A, K): what class_logits_at says, at each location."""
+        ...
+
+    def positives(self, output: Any, targets: Targets) -> Tensor:
+        """(B, A) int64: the row of `targets` that each location learns in `losses`, or -1. No gradient."""
+        ...
+
+    def tail(self, name: str) -> nn.Module:
+        """The layers between a map within the head, by its name in `output.features`, and the logits of its level.
+
+        KeyError for a map that is not within the head.
+        """
         ...

@@ -1,14 +1,16 @@
-"""The layers both YOLO families are made of, and the folding of BatchNorm into convolutions for inference.
+"""The layers both YOLO families are made of.
 
 Each layer maps (B, C_in, H, W) to (B, C_out, H', W') and keeps the memory format it is given: in channels_last
 nothing here copies a map to another layout.
 """
 
-import copy
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fusion import fold_batchnorm
 
 BATCHNORM_EPS = 1e-3  # the released weights were trained with these two; a state dict does not hold them
 BATCHNORM_MOMENTUM = 0.03
@@ -29,36 +31,11 @@ class ConvBNAct(nn.Module):
         # Not in place: silu's backward needs its input, so autograd would clone it first.
         return F.silu(self.bn(self.conv(x)))
 
-    @torch.no_grad()
     def fold(self) -> None:
-        """Replace bn(conv(x)) by one convolution with a bias: what bn computes in eval mode is affine per channel.
-
-            w' = w * gamma / sqrt(var + eps),    b' = beta - mean * gamma / sqrt(var + eps)
-
-        The statistics must be final: the module cannot be trained on, and a second call does nothing.
-        """
-        bn, conv = self.bn, self.conv
-        if isinstance(bn, nn.Identity):
-            return
-        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()  # (C_out,)
-        bias = bn.bias.double() - bn.running_mean.double() * scale
-        dtype = conv.weight.dtype
-        conv.weight.copy_((conv.weight.double() * scale[:, None, None, None]).to(dtype))
-        conv.bias = nn.Parameter(bias.to(dtype))
-        self.bn = nn.Identity()
-
-
-def fuse(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode with every BatchNorm folded into its convolution; `model` is left as it was.
-
-    The copy computes the same to rounding, with fewer passes over memory. It is for inference alone: its state dict
-    has other keys.
-    """
-    fused = copy.deepcopy(model).eval()
-    for module in fused.modules():
-        if isinstance(module, ConvBNAct):
-            module.fold()
-    return fused
+        """Replace bn(conv(x)) by one convolution with a bias, for inference alone; a second call does nothing."""
+        if not isinstance(self.bn, nn.Identity):
+            fold_batchnorm(self.conv, self.bn)
+            self.bn = nn.Identity()
 
 
 class Bottleneck(nn.Module):
@@ -106,6 +83,11 @@ def check_image_size(images: Tensor) -> tuple[int, int]:
     if height % 32 or width % 32 or not height or not width:
         raise ValueError(f"images are {height}x{width} pixels (height x width), expected multiples of 32")
     return height, width
+
+
+def is_wanted(wanted: frozenset[str] | None, names: Iterable[str]) -> bool:
+    """Whether a caller that reads `wanted` reads one of `names`; None reads everything."""
+    return wanted is None or any(name in wanted for name in names)
 
 
 def to_float(x: Tensor) -> Tensor:

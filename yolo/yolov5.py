@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from kernels.nms import select_detections
 from structures import Detections, Targets
 from yolo.assigners import make_anchors
-from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, to_float, upsample
-from yolo.losses import decode_anchor_offsets, yolov5_losses
-from yolo.yolov8 import FEATURE_STRIDES, LEVEL_STRIDES, AnchorFreeDetector, level_sizes, read_at_boxes
+from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, is_wanted, to_float, upsample
+from yolo.losses import decode_anchor_offsets, yolov5_assignment, yolov5_losses
+from yolo.yolov8 import FEATURE_STRIDES, LEVEL_STRIDES, NECK_MAPS, AnchorFreeDetector, level_sizes, read_at_boxes
 
 ANCHORS_PIXELS = (  # width, height; three per level p3, p4, p5; fitted to COCO by the authors of the released weights
     ((10, 13), (16, 30), (33, 23)),
@@ -30,6 +30,7 @@ ANCHORS_PIXELS = (  # width, height; three per level p3, p4, p5; fitted to COCO 
     ((116, 90), (156, 198), (373, 326)),
 )
 NUM_ANCHORS = 3  # per cell
+HEAD_NAMES = frozenset({"box_logits", "objectness_logits", "class_logits"})
 
 # channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32.
 SIZES = {
@@ -156,13 +157,14 @@ class YOLOv5Output:
 
     features: c3, c4, c5 (backbone) and p3, p4, p5 (neck, what the head reads), (B, C, H / s, W / s) each.
     box_logits (B, A, 4) raw, objectness_logits (B, A) and class_logits (B, A, K) as AnchorHead orders them (a location
-    is a pair of anchor and cell); image_size is (H, W).
+    is a pair of anchor and cell); image_size is (H, W). The logits are None, and p3, p4, p5 missing, where
+    YOLOv5.wanted leaves them out.
     """
 
     features: dict[str, Tensor]
-    box_logits: Tensor
-    objectness_logits: Tensor
-    class_logits: Tensor
+    box_logits: Tensor | None
+    objectness_logits: Tensor | None
+    class_logits: Tensor | None
     image_size: tuple[int, int]
 
 
@@ -171,7 +173,11 @@ class YOLOv5(nn.Module):
 
     The gains weight the loss terms; the defaults are the released recipe's, which makes two of them depend on the task:
     obj_gain is multiplied by H W / 640^2, cls_gain by K / 80.
+
+    wanted: the names of the features and logits that the caller reads, or None for all: as in AnchorFreeDetector.
     """
+
+    class_activation = "sigmoid"
 
     def __init__(
         self,
@@ -193,15 +199,23 @@ class YOLOv5(nn.Module):
         self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
         self.public_names = PUBLIC_NAMES
         self.class_head = ("head.predict.",)  # one convolution predicts boxes, objectness and classes
+        self.wanted: frozenset[str] | None = None
         self.box_gain, self.obj_gain, self.cls_gain = box_gain, obj_gain, cls_gain
 
     def forward(self, images: Tensor) -> YOLOv5Output:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
         image_size = check_image_size(images)
         features = self.backbone(images)
-        features |= self.neck(features)
-        box, objectness, classes = self.head([features["p3"], features["p4"], features["p5"]])
+        box = objectness = classes = None
+        if is_wanted(self.wanted, NECK_MAPS | HEAD_NAMES):
+            features |= self.neck(features)
+        if is_wanted(self.wanted, HEAD_NAMES):
+            box, objectness, classes = self.head([features["p3"], features["p4"], features["p5"]])
         return YOLOv5Output(features, box, objectness, classes, image_size)
+
+    def tail(self, name: str) -> nn.Sequential:
+        """KeyError for every name: a head of one convolution has no map within (AnchorFreeDetector.tail)."""
+        raise KeyError(f"{name!r} is no map within the head: the anchor head of YOLOv5 has none")
 
     def anchors_pixels(self) -> Tensor:
         """(3 levels, 3 anchors, 2) widths and heights in pixels, float32."""
@@ -234,6 +248,22 @@ class YOLOv5(nn.Module):
             cls_gain=self.cls_gain * self.num_classes / 80,
         )
 
+    def positives(self, output: YOLOv5Output, targets: Targets) -> Tensor:
+        """(B, A) int64: the row of `targets` that `losses` assigns to each pair of anchor and cell, or -1. No gradient.
+
+        Anchors choose by their shape alone, whatever `output` predicts. Of several objects that share a location, all
+        teach it box and class; here stands the one whose overlap it learns as objectness: assigners.last_match.
+        """
+        assignment = yolov5_assignment(
+            box_logits=output.box_logits,
+            class_logits=output.class_logits,
+            grid_sizes=level_sizes(output.image_size),
+            strides=LEVEL_STRIDES,
+            anchors=self.anchors_pixels(),
+            targets=targets,
+        )
+        return assignment.gt_index
+
     @torch.no_grad()
     def detect(
         self, output: YOLOv5Output, *, score_threshold: float, iou_threshold: float, max_detections: int
@@ -248,14 +278,23 @@ class YOLOv5(nn.Module):
             max_detections=max_detections,
         )
 
+    def location_logits(self, output: YOLOv5Output) -> Tensor:
+        """(B, A, K), what class_logits_at says at each location: objectness and class, at least in float32.
+
+        `output.class_logits` mean something else: the class of a location, given that it holds an object.
+        """
+        return joint_logits(to_float(output.objectness_logits)[..., None], to_float(output.class_logits))
+
     def class_logits_at(self, output: YOLOv5Output, boxes_per_image: list[Tensor]) -> Tensor:
-        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K): the joint logits of objectness and class (joint_logits),
-        by the rule of yolov8.read_at_boxes. Their sigmoid is comparable to a score of `decode`.
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) logits, by the rule of yolov8.read_at_boxes.
+
+        Objectness is included (joint_logits): each is the log-odds of "here is an object of class k", as
+        distill/beliefs.py asks of any sigmoid head, and their sigmoid is comparable to a score of `decode`.
         """
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
             points, strides, _ = self._locations(output)
-        logits = joint_logits(to_float(output.objectness_logits)[..., None], to_float(output.class_logits))
+        logits = self.location_logits(output)
         return torch.cat(
             [
                 read_at_boxes(z, decoded_xyxy=d, points=points * strides, boxes_xyxy=boxes_xyxy)

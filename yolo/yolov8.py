@@ -21,11 +21,20 @@ from boxes import box_iou
 from kernels.nms import select_detections
 from structures import Detections, Targets
 from yolo.assigners import make_points
-from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, to_float, upsample
-from yolo.losses import decode_distances, yolov8_losses
+from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, is_wanted, to_float, upsample
+from yolo.losses import decode_distances, yolov8_assignment, yolov8_losses
 
 LEVEL_STRIDES = (8, 16, 32)  # pixels, of p3, p4, p5
 FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
+NECK_MAPS = frozenset({"p3", "p4", "p5"})
+LEVELS = (3, 4, 5)
+HEAD_MAPS = {  # name: branch, row of LEVEL_STRIDES, how many layers of the branch the map has passed
+    f"{kind}{level}_{count}": (kind, row, count)
+    for kind in ("box", "cls")
+    for row, level in enumerate(LEVELS)
+    for count in (1, 2)
+}
+HEAD_NAMES = frozenset({"box_logits", "class_logits", *HEAD_MAPS})
 NUM_BINS = 16  # R: an edge is at most 15 strides away from its point
 
 # channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32.
@@ -113,23 +122,46 @@ class AnchorFreeHead(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        box_width = max(16, channels[0] // 4, 4 * NUM_BINS)
-        class_width = max(channels[0], min(num_classes, 100))
-        self.box = nn.ModuleList(branch(c, box_width, 4 * NUM_BINS) for c in channels)
-        self.cls = nn.ModuleList(branch(c, class_width, num_classes) for c in channels)
+        self.widths = {
+            "box": max(16, channels[0] // 4, 4 * NUM_BINS),
+            "cls": max(channels[0], min(num_classes, 100)),
+        }
+        self.box = nn.ModuleList(branch(c, self.widths["box"], 4 * NUM_BINS) for c in channels)
+        self.cls = nn.ModuleList(branch(c, self.widths["cls"], num_classes) for c in channels)
         for box, cls, stride in zip(self.box, self.cls, LEVEL_STRIDES):
             nn.init.constant_(box[-1].bias, 1.0)
             nn.init.constant_(cls[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, maps: list[Tensor], wanted: frozenset[str] | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4, R), class_logits (B, A, K), A = sum_l H_l W_l.
 
-        Locations run level by level, row by row; edges are left, top, right, bottom.
+        Locations run level by level, row by row; edges are left, top, right, bottom. The third result holds the maps
+        within the branches that are `wanted` (None: all), by the names of HEAD_MAPS, (B, widths[branch], H_l, W_l).
         """
-        # Channels go last before the levels are joined: in channels_last memory that is one straight copy.
-        box = torch.cat([f(x).flatten(2).transpose(1, 2) for f, x in zip(self.box, maps)], dim=1)  # (B, A, 4R)
-        cls = torch.cat([f(x).flatten(2).transpose(1, 2) for f, x in zip(self.cls, maps)], dim=1)  # (B, A, K)
-        return box.unflatten(2, (4, NUM_BINS)), cls
+        logits, between = {"box": [], "cls": []}, {}
+        for kind, per_level in logits.items():
+            for level, branch_of_level, x in zip(LEVELS, getattr(self, kind), maps):
+                *hidden, last = branch_of_level
+                for count, layer in enumerate(hidden, start=1):
+                    x = layer(x)
+                    name = f"{kind}{level}_{count}"
+                    if is_wanted(wanted, {name}):
+                        between[name] = x
+                # Channels go last before the levels are joined: in channels_last memory that is one straight copy.
+                per_level.append(last(x).flatten(2).transpose(1, 2))  # (B, H_l W_l, 4R or K)
+        box, cls = (torch.cat(per_level, dim=1) for per_level in logits.values())
+        return box.unflatten(2, (4, NUM_BINS)), cls, between
+
+    def tail(self, name: str) -> nn.Sequential:
+        """What follows the map `name` in its branch: see AnchorFreeDetector.tail."""
+        if name not in HEAD_MAPS:
+            raise KeyError(f"{name!r} is no map within the head; those are {', '.join(HEAD_MAPS)}")
+        kind, row, count = HEAD_MAPS[name]
+        rest = getattr(self, kind)[row][count:]
+        rest.training = self.training  # a slice is a new module around the same layers
+        return rest
 
 
 def branch(c_in: int, width: int, c_out: int) -> nn.Sequential:
@@ -173,13 +205,16 @@ def read_at_boxes(
 class AnchorFreeOutput:
     """What AnchorFreeDetector.forward returns, in train and eval mode alike, for images (B, 3, H, W).
 
-    features: c3, c4, c5 (backbone) and p3, p4, p5 (neck, what the head reads), (B, C, H / s, W / s) each.
+    features: c3, c4, c5 (backbone), p3, p4, p5 (neck, what the head reads), and the maps within the head's branches,
+    box3_1 ... box5_2 and cls3_1 ... cls5_2: of the level, after that many of the branch's two 3x3 convolutions (with
+    BatchNorm and activation). (B, C, H / s, W / s) each.
     box_logits (B, A, 4, R) and class_logits (B, A, K) as the head orders them; image_size is (H, W).
+    Both logits are None, and maps are missing, where AnchorFreeDetector.wanted leaves them out.
     """
 
     features: dict[str, Tensor]
-    box_logits: Tensor
-    class_logits: Tensor
+    box_logits: Tensor | None
+    class_logits: Tensor | None
     image_size: tuple[int, int]
 
 
@@ -187,7 +222,14 @@ class AnchorFreeDetector(nn.Module):
     """backbone -> neck -> anchor-free head: YOLOv8, and YOLOv5u (yolo/yolov5.py). Satisfies DenseDetector.
 
     channels are the five of SIZES. The gains weight the loss terms; the defaults are the released recipe's.
+
+    wanted: the names of the features and logits that the caller reads, or None for all of them. Of a teacher that only
+    lends its maps, the head is not run (nor the neck, for maps of the backbone alone). Whatever is not named may be
+    missing. A head that runs for one of its names gives both logits; decode, detect, losses, positives and
+    class_logits_at need both.
     """
+
+    class_activation = "sigmoid"
 
     def __init__(
         self,
@@ -206,8 +248,10 @@ class AnchorFreeDetector(nn.Module):
         self.neck = neck
         self.head = AnchorFreeHead(channels[2:], num_classes)
         self.num_classes = num_classes
-        self.strides = dict(FEATURE_STRIDES)
+        self.strides = FEATURE_STRIDES | {name: LEVEL_STRIDES[row] for name, (_, row, _) in HEAD_MAPS.items()}
         self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
+        self.channels |= {name: self.head.widths[kind] for name, (kind, _, _) in HEAD_MAPS.items()}
+        self.wanted: frozenset[str] | None = None
         self.public_names = public_names
         self.class_head = ("head.cls.",)
         self.box_gain, self.cls_gain, self.dfl_gain = box_gain, cls_gain, dfl_gain
@@ -216,9 +260,23 @@ class AnchorFreeDetector(nn.Module):
         """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
         image_size = check_image_size(images)
         features = self.backbone(images)
-        features |= self.neck(features)
-        box_logits, class_logits = self.head([features["p3"], features["p4"], features["p5"]])
+        box_logits = class_logits = None
+        if is_wanted(self.wanted, NECK_MAPS | HEAD_NAMES):
+            features |= self.neck(features)
+        if is_wanted(self.wanted, HEAD_NAMES):
+            maps = [features["p3"], features["p4"], features["p5"]]
+            box_logits, class_logits, between = self.head(maps, self.wanted)
+            features |= between
         return AnchorFreeOutput(features, box_logits, class_logits, image_size)
+
+    def tail(self, name: str) -> nn.Sequential:
+        """What follows one of the maps within the head, "cls3_1" for instance, in its branch (for distill/crosskd.py).
+
+        (B, C, H / s, W / s) -> (B, K, H / s, W / s) in a class branch, (B, 4 R, H / s, W / s) in a box branch, edge by
+        edge: the logits of that level. The layers are the detector's own, not copies, in its train or eval mode as of
+        now. KeyError for another name lists those there are.
+        """
+        return self.head.tail(name)
 
     def _locations(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:
         """Points (A, 2) in cells and strides (A, 1) in pixels, in the order of the head."""
@@ -243,6 +301,22 @@ class AnchorFreeDetector(nn.Module):
             dfl_gain=self.dfl_gain,
         )
 
+    def positives(self, output: AnchorFreeOutput, targets: Targets) -> Tensor:
+        """(B, A) int64: the row of `targets` that `losses` assigns to each location of the head, or -1. No gradient.
+
+        The task-aligned assigner chooses by the predictions in `output`. A location that several objects choose belongs
+        to the one its decoded box overlaps most (CIoU), of equal ones the lower row.
+        """
+        points, strides = self._locations(output)
+        assignment = yolov8_assignment(
+            box_logits=output.box_logits,
+            class_logits=output.class_logits,
+            points=points,
+            strides=strides,
+            targets=targets,
+        )
+        return assignment.gt_index
+
     @torch.no_grad()
     def detect(
         self, output: AnchorFreeOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
@@ -257,12 +331,19 @@ class AnchorFreeDetector(nn.Module):
             max_detections=max_detections,
         )
 
+    def location_logits(self, output: AnchorFreeOutput) -> Tensor:
+        """(B, A, K), what class_logits_at says at each location: the class logits, at least in float32."""
+        return to_float(output.class_logits)
+
     def class_logits_at(self, output: AnchorFreeOutput, boxes_per_image: list[Tensor]) -> Tensor:
-        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of read_at_boxes."""
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of read_at_boxes.
+
+        Each is the log-odds of "here is an object of class k"; their sigmoid is comparable to a score of `decode`.
+        """
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
             points, strides = self._locations(output)
-        logits = to_float(output.class_logits)
+        logits = self.location_logits(output)
         return torch.cat(
             [
                 read_at_boxes(z, decoded_xyxy=d, points=points * strides, boxes_xyxy=boxes_xyxy)

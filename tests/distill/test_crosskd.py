@@ -10,7 +10,7 @@ from distill.adapters import build_adapter
 from distill.crosskd import cross_logits, crosskd_classes, crosskd_edges
 from distill.localization import localization_kl
 from distill.logits import quality_focal
-from yolo.layers import fuse
+from fusion import fuse
 from yolo.yolov8 import AnchorFreeHead
 
 GRIDS = [(8, 8), (4, 4), (2, 2)]
@@ -31,7 +31,7 @@ def halves(branches: nn.ModuleList, maps: list[torch.Tensor], split: int) -> tup
 def test_the_teacher_through_its_own_head_predicts_what_it_predicts(split):
     head, maps = head_and_maps((16, 24, 32), 0)
     head.requires_grad_(False)
-    box_logits, class_logits = head(maps)
+    box_logits, class_logits, _ = head(maps)
     for branches, expected in ((head.cls, class_logits), (head.box, box_logits.flatten(2))):
         t_maps, t_tails = halves(branches, maps, split)
         for rescale in (True, False):
@@ -47,7 +47,7 @@ def test_levels_add_up_to_the_loss_of_the_whole_head():
     student, s_in = head_and_maps((16, 24, 32), 1)
     teacher, t_in = head_and_maps((16, 24, 32), 2)
     teacher.requires_grad_(False)
-    t_box, t_class = teacher(t_in)
+    t_box, t_class, _ = teacher(t_in)
     scores = t_class.amax(-1).sigmoid()  # (B, A)
     s_maps, _ = halves(student.cls, s_in, 1)
     t_maps, t_tails = halves(teacher.cls, t_in, 1)
