@@ -42,12 +42,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """A frozen model that teaches. Without weights, compare.py trains it in place on the same data."""
+    """A frozen model that teaches. Without weights, compare.py trains it in place on the same data.
+
+    arch: a name of models.build or models.build_teacher; or ema, the running average of the student itself.
+    """
 
     name: str
     arch: str
     weights: str | None = None
+    image_size: int | None = None  # the pictures it sees are resized to; None: the student's, at a multiple it takes
+    aliases: dict[str, Any] = field(default_factory=dict)  # its name of a class, by the dataset's name of it
     epochs: int | None = None  # of training in place; None: as long as the student
+    start_weights: str | None = None  # where training in place starts; a class head of another size starts fresh
     optimizer: dict[str, Any] = field(default_factory=dict)  # overrides for training in place
 
 
@@ -58,7 +64,7 @@ class TermConfig:
     teacher: str
     loss: str  # a name in distill.terms.LOSSES
     weight: float
-    student_maps: tuple[str, ...]
+    student_maps: tuple[str, ...] = ()  # none: only for losses that compare boxes or whole outputs
     teacher_maps: tuple[str, ...] = ()  # none: the same names as student_maps
     name: str | None = None  # in the log; None: "<loss>_<teacher>"
     adapter: Literal["none", "conv1x1", "conv1x1_norm", "conv3x3", "mlp"] = "none"
@@ -124,6 +130,7 @@ class Config:
     student: ModelConfig
     teachers: tuple[TeacherConfig, ...] = ()
     terms: tuple[TermConfig, ...] = ()
+    teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by how well each knows a batch's labels
     epochs: int = 100
     batch_size: int = 16
     image_size: int = 640
@@ -145,12 +152,17 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
     A list is addressed by index: `terms.0.weight=2.0`. A value is parsed as YAML: `teachers=[]` removes all.
     """
+    return from_tree(Config, read_tree(path, overrides), source=str(path))
+
+
+def read_tree(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file after overrides, not yet checked."""
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, expected keys and values")
     for override in overrides:
         apply_override(tree, override)
-    return from_tree(Config, tree, source=str(path))
+    return tree
 
 
 def apply_override(tree: dict, override: str) -> None:

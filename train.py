@@ -67,7 +67,7 @@ def train(parts: Parts, position: Position, folder: RunFolder, progress: Progres
             rows = []
             for number, batch in enumerate(batches, position.batch):
                 images, targets = parts.prepare(batch, epoch, number)
-                t_outputs = parts.teach(images)
+                t_outputs = parts.teachers(images)
                 is_last = number == position.batch + len(batches) - 1
                 with contextlib.nullcontext() if is_last else no_sync(parts.objective):
                     terms = parts.objective(images, targets, t_outputs, epoch + number / parts.batches_per_epoch)
@@ -370,7 +370,7 @@ def dry_run(config: Config) -> None:
     with torch.no_grad():
         parts.objective.train()
         epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
-        terms = parts.objective(images, targets, parts.teach(images), epoch)
+        terms = parts.objective(images, targets, parts.teachers(images), epoch)
     print(parts)
     print(f"batch: {len(batch)} pictures, {len(targets)} objects after augmentation")
     for name, value in terms.items():

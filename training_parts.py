@@ -23,6 +23,7 @@ from errors import UserError
 from optimization import Ema, build_optimizer, set_rates
 from processes import Processes, use_bfloat16
 from structures import Targets
+from teaching import Teachers, build_teachers
 from training_state import fingerprint
 
 DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a larger one the headers are read
@@ -63,7 +64,7 @@ class Parts:
     loader: Loader
     batches_per_epoch: int
     student: nn.Module
-    teachers: dict[str, nn.Module]
+    teachers: Teachers
     criterion: Criterion
     objective: nn.Module  # Objective, under DistributedDataParallel where there are several processes
     optimizer: torch.optim.Optimizer
@@ -88,12 +89,6 @@ class Parts:
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, targets.to(self.processes.device)
-
-    @torch.no_grad()
-    def teach(self, images: Tensor) -> dict[str, Any]:
-        """Each teacher's output, without gradients."""
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            return {name: teacher(images) for name, teacher in self.teachers.items()}
 
     def set_rates(self, step: int) -> float:
         """Rates of the optimizer for a step of the run; returns the scheduled learning rate."""
@@ -140,7 +135,7 @@ class Parts:
 
     def __str__(self) -> str:
         facts = self.machine()
-        teachers = "".join(f", teacher {name} ({count_parameters(t):,})" for name, t in self.teachers.items())
+        teachers = "".join(f", teacher {name} ({count_parameters(t):,})" for name, t in self.teachers.models.items())
         return (
             f"{self.config.student.arch} ({count_parameters(self.student):,} parameters){teachers}, "
             f"{len(self.splits.train)} pictures, {self.config.epochs} epochs of {self.steps_per_epoch} steps, "
@@ -149,7 +144,7 @@ class Parts:
 
 
 def build(
-    config: Config, processes: Processes, teachers: dict[str, nn.Module] | None, say: Callable[[str], None]
+    config: Config, processes: Processes, given: dict[str, nn.Module] | None, say: Callable[[str], None]
 ) -> Parts:
     """The parts of a run. Every reason not to start it is found here, before anything is written."""
     if config.batch_size % processes.count:
@@ -173,21 +168,16 @@ def build(
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     student = build_student(config, splits.names).to(processes.device, memory_format=memory_format)
-    teachers, teacher_names = build_teachers(config, splits.names, teachers)
-    for teacher in teachers.values():
-        teacher.to(processes.device, memory_format=memory_format).eval().requires_grad_(False)
-    torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
-    criterion = Criterion(
-        config.terms,
-        student=student,
-        teachers=teachers,
-        epochs=config.epochs,
-        image_size=config.image_size,
-        class_names=splits.names,
-        teacher_class_names=teacher_names,
-    ).to(processes.device)
     settings = config.optimizer
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
+    teachers = build_teachers(config, splits.names, given, ema.model)
+    for teacher in teachers.models.values():
+        teacher.to(processes.device, memory_format=memory_format)
+    torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
+    criterion = build_criterion(config, splits.names, student, teachers).to(processes.device)
+    for name, teacher in teachers.models.items():
+        if teacher is not ema.model:  # which is evaluated too
+            teacher.wanted = criterion.wanted(name)
     optimizer = build_optimizer(
         (student, criterion),
         name=settings.name,
@@ -196,9 +186,9 @@ def build(
         weight_decay=settings.weight_decay,
     )
     if config.compile:
-        for module in (student, *teachers.values()):
+        for module in (student, *(model for model in teachers.models.values() if model is not ema.model)):
             module.compile()
-    bfloat16 = use_bfloat16(config.precision, processes.device)
+    bfloat16 = teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
     # A term that is off for a while leaves its adapter without gradients.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
     objective = processes.wrap(Objective(student, criterion, bfloat16), find_unused=find_unused)
@@ -269,38 +259,18 @@ def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:
     return student
 
 
-def build_teachers(
-    config: Config, names: tuple[str, ...], given: dict[str, nn.Module] | None
-) -> tuple[dict[str, nn.Module], dict[str, tuple[str, ...]]]:
-    """Every teacher of the config by name, and the class names each of them knows.
-
-    `given` modules stand in for weights and know the dataset's classes. UserError for a teacher that no term names:
-    its forward pass would cost time and teach nothing.
-    """
-    given = given or {}
-    for name in given:
-        if name not in {teacher.name for teacher in config.teachers}:
-            raise UserError(f"teacher {name!r} is not among the teachers of the config")
-    teachers, known = {}, {}
-    for index, teacher in enumerate(config.teachers):
-        if teacher.name in teachers:
-            raise UserError(f"key 'teachers.{index}.name': {teacher.name!r} is used twice")
-        if teacher.name not in {term.teacher for term in config.terms}:
-            raise UserError(
-                f"key 'teachers.{index}.name': no term names the teacher {teacher.name!r}, it could never act"
-            )
-        if teacher.name in given:
-            teachers[teacher.name], known[teacher.name] = given[teacher.name], names
-        elif teacher.weights is None:
-            raise UserError(
-                f"key 'teachers.{index}.weights': found none, expected a file; compare.py trains a teacher in place"
-            )
-        else:
-            model, info = checkpoint.load_model(teacher.weights, teacher.arch)
-            has_names = info.names != tuple(map(str, range(len(info.names))))
-            teachers[teacher.name] = model
-            known[teacher.name] = info.names if has_names or len(info.names) != len(names) else names
-    return teachers, known
+def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:
+    """The distillation terms of a config between these models; `names` are the dataset's classes."""
+    return Criterion(
+        config.terms,
+        student=student,
+        teachers=teachers.models,
+        epochs=config.epochs,
+        image_size=config.image_size,
+        class_names=names,
+        facts=teachers.facts,
+        teacher_weighting=config.teacher_weighting,
+    )
 
 
 def augmentation_at(config: Config, epoch: int) -> AugmentConfig:

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -30,11 +29,13 @@ import models
 from benchmarks.train_step import NUM_CLASSES, build_step, random_batch, rotate
 from boxes import cxcywh_to_xyxy
 from config import TermConfig
-from distill.criterion import Criterion
+from distill.criterion import Criterion, TeacherFacts
 from errors import run_script
+from fusion import fuse
 from processes import choose_device, use_bfloat16
 from structures import Targets
-from training_parts import Objective, Parts
+from teaching import Teachers
+from training_parts import Objective
 
 TARGET = 1.08
 NECK = ("p3", "p4", "p5")
@@ -50,7 +51,7 @@ Steps = dict[str, Callable[[], float]]  # by PARTS; each returns a number, so th
 
 
 def our_steps(batch: tuple[Tensor, ...], terms: tuple[TermConfig, ...], bfloat16: bool, channels_last: bool) -> Steps:
-    """The training loop's own parts: Objective for the step, Parts.teach for the teacher."""
+    """The training loop's own parts: Objective for the step, Teachers for the teacher, folded as a run folds it."""
     images, boxes_cxcywh_norm, labels, image = batch
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     targets = Targets(
@@ -58,8 +59,8 @@ def our_steps(batch: tuple[Tensor, ...], terms: tuple[TermConfig, ...], bfloat16
     )
     torch.manual_seed(0)
     teacher = models.build("yolov8s", NUM_CLASSES).to(images.device, memory_format=memory_format)
-    teachers = {"yolov8s": teacher.eval().requires_grad_(False)}
-    run = SimpleNamespace(teachers=teachers, bfloat16=bfloat16)
+    teachers = {"yolov8s": fuse(teacher.requires_grad_(False))}
+    teach = Teachers(teachers, {"yolov8s": TeacherFacts()}, bfloat16)
     images = images.to(memory_format=memory_format)
 
     def step_with(terms: tuple[TermConfig, ...]) -> Callable[[], float]:
@@ -69,15 +70,15 @@ def our_steps(batch: tuple[Tensor, ...], terms: tuple[TermConfig, ...], bfloat16
         objective = Objective(student, criterion.to(images.device), bfloat16)
 
         def loss(images: Tensor) -> Tensor:
-            t_outputs = Parts.teach(run, images) if terms else {}
+            t_outputs = teach(images) if terms else {}
             return sum(objective(images, targets, t_outputs, 0.0).values()) * len(images)
 
         return build_step(objective, loss, images, channels_last)
 
-    def teach() -> float:
-        return Parts.teach(run, images)["yolov8s"].class_logits.sum().item()
+    def forward() -> float:
+        return teach(images)["yolov8s"].features["p5"].sum().item()
 
-    return {"student": step_with(()), "teacher": teach, "distilled": step_with(terms)}
+    return {"student": step_with(()), "teacher": forward, "distilled": step_with(terms)}
 
 
 def peer_steps(batch: tuple[Tensor, ...], bfloat16: bool, channels_last: bool) -> Steps:

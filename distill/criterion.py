@@ -1,6 +1,6 @@
 """The criterion: reads the distillation terms of a config, and returns named, weighted losses.
 
-    L_term(epoch) = weight * factor(epoch) * sum_maps loss(adapter(student map), teacher map)
+    L_term(epoch) = weight * factor(epoch) * teacher weight * sum_maps loss(adapter(student map), teacher map)
 
 A map is named: a key of `output.features` (p3, c4, ...), or an attribute of the output (class_logits). A term that
 could never act is refused when the criterion is built, before any training step: see Criterion.
@@ -8,27 +8,34 @@ could never act is refused when the criterion is built, before any training step
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config import TermConfig
-from distill.adapters import build_adapter, resize_like
-from distill.terms import LOSSES, Scene, TermLoss, parameters_of
+from distill.adapters import build_adapter
+from distill.beliefs import join_classes
+from distill.readings import named_map
+from distill.scene import Scene
+from distill.teacher_weights import confidence_weights, teacher_cross_entropy
+from distill.terms import LOSSES, TermLoss, parameters_of
 from errors import UserError
 from structures import Targets
 
 
-def named_map(output: Any, name: str) -> Tensor:
-    """The tensor called `name` in a model's output: of its `features`, else its own attribute."""
-    if name in output.features:
-        return output.features[name]
-    value = getattr(output, name, None)
-    if not isinstance(value, Tensor):
-        tensors = [f.name for f in dataclasses.fields(output) if isinstance(getattr(output, f.name), Tensor)]
-        raise KeyError(f"{name!r} is not among {', '.join([*output.features, *tensors])}")
-    return value
+@dataclasses.dataclass(frozen=True)
+class TeacherFacts:
+    """What the criterion must know of a teacher besides the model.
+
+    class_names: those it knows, in its order; () compares by position alone. image_size: of the square pictures it is
+    given, in pixels; None: the student's. aliases: the teacher's name of a class, by the student's name of it.
+    """
+
+    class_names: tuple[str, ...] = ()
+    image_size: int | None = None
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def schedule_factor(term: TermConfig, epoch: float, epochs: int) -> float:
@@ -53,12 +60,16 @@ class Criterion(nn.Module):
     Args:
         terms: from the config; none gives a criterion that returns {}.
         student, teachers: the models, teachers by name. Each is run once, in eval mode and without gradients, on one
-            grey probe picture of image_size, to learn the shapes of its maps; nothing in them changes.
+            grey probe picture, to learn the shapes of its maps; nothing in them changes, and none of them becomes a
+            part of the criterion: its parameters and its state are those of adapters and losses.
         epochs: of the run; a schedule that is 0 throughout is refused.
-        class_names, teacher_class_names: logits can only be compared where the class lists are equal.
+        image_size: of the student's pictures. class_names: of the dataset. facts: of each teacher.
+        teacher_weighting: fixed, each teacher counts as its terms say; or confidence, a factor for all terms of a
+            teacher, from how well it knows the labels of the batch (distill.teacher_weights).
     Raises:
         UserError where a term could never act: an unknown teacher, loss, map or parameter; a weight of 0; a schedule
-        that never turns it on; widths no adapter joins; logits of different shapes or class lists; a name used twice.
+        that never turns it on; widths no adapter joins; logits of different shapes; no class in common; a name used
+        twice; models that cannot answer what the loss asks.
     """
 
     def __init__(
@@ -70,34 +81,36 @@ class Criterion(nn.Module):
         epochs: int,
         image_size: int = 64,
         class_names: tuple[str, ...] = (),
-        teacher_class_names: dict[str, tuple[str, ...]] | None = None,
+        facts: dict[str, TeacherFacts] | None = None,
+        teacher_weighting: str = "fixed",
     ) -> None:
         super().__init__()
-        self.terms = {}
+        self.terms: dict[str, TermConfig] = {}
         self.epochs = epochs
+        self.models = (student, dict(teachers))  # in a tuple: not modules of this one
+        self.teacher_weighting = teacher_weighting
+        self.classes: dict[str, tuple[Tensor, Tensor] | None] = {}  # of each term, those that both models know
+        self.trusted_in: dict[str, tuple[Tensor, Tensor] | None] = {}  # the same of each teacher, for its weight
         self.adapters = nn.ModuleDict()
         self.losses = nn.ModuleDict()
         if not terms:
             return
+        facts = {name: (facts or {}).get(name, TeacherFacts()) for name in teachers}
         s_probe = probe(student, image_size)
-        t_probes = {name: probe(teacher, image_size) for name, teacher in teachers.items()}
-        names = {name: tuple(listed) for name, listed in (teacher_class_names or {}).items()}
+        t_probes = {name: probe(teacher, facts[name].image_size or image_size) for name, teacher in teachers.items()}
         for index, term in enumerate(terms):
             key = f"terms.{index}"
             term = check_term(term, key, tuple(teachers), epochs)
             if term.name in self.terms:
                 raise UserError(f"{key}: the name {term.name!r} is used twice; give one of the terms another `name`")
-            listed = names.get(term.teacher, class_names)
-            if "class_logits" in term.student_maps and listed != tuple(class_names):
-                raise UserError(
-                    f"{key}: teacher {term.teacher!r} knows the classes {', '.join(listed)}, "
-                    f"the student {', '.join(class_names)}; class logits need equal class lists"
-                )
-            t_probe = t_probes[term.teacher]
-            self.adapters[term.name] = build_adapters(term, key, s_probe, t_probe)
-            self.losses[term.name] = build_losses(term, key, t_probe)
-            self.terms[term.name] = term
+            t_probe, classes = t_probes[term.teacher], None
+            if compares_classes(term):
+                classes = common_classes(key, term.teacher, class_names, facts[term.teacher])
+            self.adapters[term.name] = build_adapters(term, key, s_probe, t_probe, classes)
+            self.losses[term.name] = build_losses(term, key, s_probe, t_probe, classes)
+            self.terms[term.name], self.classes[term.name] = term, classes
             self._try_term(term, key, s_probe, t_probe)
+        self._check_weighting(class_names, facts)
 
     def forward(self, s_output: Any, t_outputs: dict[str, Any], targets: Targets, epoch: float) -> dict[str, Tensor]:
         """Named, weighted float32 scalars, one per term, in the order of the config; 0 where its schedule is off.
@@ -105,46 +118,97 @@ class Criterion(nn.Module):
         t_outputs: each teacher's output for the same images. targets: of the batch, for losses that mask with them.
         epoch: fractional, step / steps per epoch.
         """
-        losses = {}
+        losses, shared = {}, {name: {} for name in t_outputs}
+        trust = self._teacher_weights(s_output, t_outputs, targets)
         for name, term in self.terms.items():
-            factor = schedule_factor(term, epoch, self.epochs)
+            factor = term.weight * schedule_factor(term, epoch, self.epochs)
             if factor == 0:
                 losses[name] = torch.zeros((), device=targets.boxes_xyxy.device)
                 continue
-            losses[name] = term.weight * factor * self._term_loss(term, s_output, t_outputs[term.teacher], targets)
+            value = self._term_loss(term, s_output, t_outputs[term.teacher], targets, shared[term.teacher])
+            losses[name] = factor * trust[term.teacher] * value if term.teacher in trust else factor * value
         return losses
 
-    def _term_loss(self, term: TermConfig, s_output: Any, t_output: Any, targets: Targets) -> Tensor:
+    def wanted(self, teacher: str) -> frozenset[str] | None:
+        """The parts of a teacher's output that its terms read, so that it can leave out the rest; None: all of it."""
+        terms = [term for term in self.terms.values() if term.teacher == teacher]
+        whole = ("boxes", "outputs")
+        if self.teacher_weighting != "fixed" or any(LOSSES[term.loss].reads in whole for term in terms):
+            return None
+        parts = {name for term in terms for name in term.teacher_maps}
+        if any(LOSSES[term.loss].reads_scores for term in terms):
+            if any("region" in term.parameters for term in terms):
+                return None
+            _, teachers = self.models
+            levels = [name for name in teachers[teacher].strides if name[0] == "p" and name[1:].isdigit()]
+            parts |= {"class_logits", "objectness_logits", *levels}
+        return frozenset(parts)
+
+    def _term_loss(
+        self, term: TermConfig, s_output: Any, t_output: Any, targets: Targets, shared: dict[Hashable, Any]
+    ) -> Tensor:
         number = 1000 * list(self.terms).index(term.name)
+        student, teachers = self.models
         values = []
         pairs = zip(term.student_maps, term.teacher_maps, self.adapters[term.name], self.losses[term.name])
         for index, (s_name, t_name, adapter, loss) in enumerate(pairs):
-            seed = (torch.initial_seed() + number + index) % 2**63  # the training loop seeds torch for every step
-            scene = Scene(targets, s_output.image_size, t_output, seed)
-            s, t = named_map(s_output, s_name), named_map(t_output, t_name).detach()
-            is_half = s.dtype in (torch.bfloat16, torch.float16)
-            with torch.autocast(s.device.type, dtype=s.dtype if is_half else None, enabled=is_half):
-                s = adapter(s)  # in the precision the student's map came in
-            if loss.argument == "map":
-                t = resize_like(t, s)
-            with torch.autocast(s.device.type, enabled=False):  # losses compute in float32
-                values.append(loss(s, t, scene))
+            scene = Scene(
+                targets=targets,
+                image_size=s_output.image_size,
+                s_output=s_output,
+                t_output=t_output,
+                student=student,
+                teacher=teachers[term.teacher],
+                s_name=s_name,
+                t_name=t_name,
+                classes=self.classes[term.name],
+                seed=(torch.initial_seed() + number + index) % 2**63,  # the loop seeds torch for every step
+                shared=shared,
+            )
+            values.append(loss(scene, adapter))
         return torch.stack(values).sum()
+
+    def _teacher_weights(self, s_output: Any, t_outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
+        """Factors of the teachers by name; {} where they are fixed."""
+        if self.teacher_weighting == "fixed":
+            return {}
+        _, teachers = self.models
+        doubts = [
+            teacher_cross_entropy(teachers[name], t_outputs[name], targets, s_output.image_size, classes=classes)
+            for name, classes in self.trusted_in.items()
+        ]
+        return dict(zip(self.trusted_in, confidence_weights(torch.stack(doubts))))
+
+    def _check_weighting(self, class_names: tuple[str, ...], facts: dict[str, TeacherFacts]) -> None:
+        """Weights by confidence compare at least two teachers, each of which can be asked about boxes."""
+        if self.teacher_weighting == "fixed":
+            return
+        _, teachers = self.models
+        if len(teachers) < 2:
+            raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {len(teachers)}")
+        for name, teacher in teachers.items():
+            if not hasattr(teacher, "class_logits_at"):
+                raise UserError(f"key 'teacher_weighting': teacher {name!r} cannot be asked about boxes")
+            self.trusted_in[name] = common_classes("key 'teacher_weighting'", name, class_names, facts[name])
 
     @torch.no_grad()
     def _try_term(self, term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> None:
         """Compute a term once, for one object in the probe picture: what cannot be computed is refused here."""
         height, width = s_probe.image_size
-        device = named_map(s_probe, term.student_maps[0]).device
+        student, _ = self.models
+        device = next(student.parameters()).device
         box = torch.tensor([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]], device=device)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
+        was_training = student.training
         self.to(device).eval()
+        student.eval()
         try:
-            self._term_loss(term, s_probe, t_probe, Targets(box, zero, zero, zero.bool()))
+            self._term_loss(term, s_probe, t_probe, Targets(box, zero, zero, zero.bool()), {})
         except (ValueError, TypeError) as error:
             raise UserError(f"{key}: {error}") from None
         finally:
             self.train()
+            student.train(was_training)
 
 
 @torch.no_grad()
@@ -159,6 +223,9 @@ def probe(model: nn.Module, image_size: int) -> Any:
         model.train(was_training)
 
 
+FIXED_MAPS = {"boxes": ("boxes",), "outputs": ("outputs",)}  # readings whose tensors have no other name
+
+
 def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: int) -> TermConfig:
     """The term with its defaults filled in, or a UserError that names the key and what was expected."""
     if term.teacher not in teachers:
@@ -169,13 +236,7 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: in
         raise UserError(f"{key}.weight: found {term.weight}, expected a number above 0: the term could never act")
     if term.stop_epoch is not None and term.stop_epoch <= 0:
         raise UserError(f"{key}.stop_epoch: found {term.stop_epoch}, expected more than 0: the term could never act")
-    if not term.student_maps:
-        raise UserError(f"{key}.student_maps: found none, expected at least one name")
-    teacher_maps = term.teacher_maps or term.student_maps
-    if len(teacher_maps) != len(term.student_maps):
-        raise UserError(
-            f"{key}.teacher_maps: found {len(teacher_maps)}, expected {len(term.student_maps)}, one per student map"
-        )
+    student_maps, teacher_maps = check_maps(term, key)
     known = parameters_of(LOSSES[term.loss])
     for name in term.parameters:
         if name not in known:
@@ -184,28 +245,77 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: in
     name = term.name or f"{term.loss}_{term.teacher}"
     if not name.replace("-", "_").isidentifier():
         raise UserError(f"{key}.name: found {name!r}, expected letters, digits, _ and - (it names a column of the log)")
-    return dataclasses.replace(term, name=name, teacher_maps=tuple(teacher_maps))
+    return dataclasses.replace(term, name=name, student_maps=student_maps, teacher_maps=teacher_maps)
 
 
-def build_adapters(term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> nn.ModuleList:
+def check_maps(term: TermConfig, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the student's and of the teacher's maps, pair by pair."""
+    reads = LOSSES[term.loss].reads
+    if reads in FIXED_MAPS:
+        for side in ("student_maps", "teacher_maps"):
+            if getattr(term, side) not in ((), FIXED_MAPS[reads]):
+                raise UserError(f"{key}.{side}: loss {term.loss!r} compares {reads}, expected no names of maps")
+        return FIXED_MAPS[reads], FIXED_MAPS[reads]
+    if not term.student_maps:
+        raise UserError(f"{key}.student_maps: found none, expected at least one name")
+    default = ("image_logits",) * len(term.student_maps) if reads == "image" else term.student_maps
+    teacher_maps = term.teacher_maps or default
+    if len(teacher_maps) != len(term.student_maps):
+        raise UserError(
+            f"{key}.teacher_maps: found {len(teacher_maps)}, expected {len(term.student_maps)}, one per student map"
+        )
+    return tuple(term.student_maps), tuple(teacher_maps)
+
+
+def compares_classes(term: TermConfig) -> bool:
+    """Whether the term looks at classes of both models."""
+    entry = LOSSES[term.loss]
+    return entry.reads_scores or (entry.reads != "map" and term.student_maps != ("box_logits",))
+
+
+def common_classes(
+    key: str, teacher: str, class_names: tuple[str, ...], facts: TeacherFacts
+) -> tuple[Tensor, Tensor] | None:
+    """Columns of the classes that student and teacher share; None where the lists are equal or not known."""
+    theirs = facts.class_names or class_names
+    if theirs == tuple(class_names) and not facts.aliases:
+        return None
+    try:
+        s_columns, t_columns = join_classes(class_names, theirs, aliases=facts.aliases)
+    except ValueError as error:
+        raise UserError(f"{key}: teacher {teacher!r}: {error}") from None
+    if len(s_columns) < len(class_names):
+        left = [name for column, name in enumerate(class_names) if column not in s_columns.tolist()]
+        print(f"teacher {teacher!r} knows {len(s_columns)} of {len(class_names)} classes, not {', '.join(left)}")
+    return s_columns, t_columns
+
+
+def build_adapters(
+    term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: tuple[Tensor, Tensor] | None
+) -> nn.ModuleList:
     """One adapter per pair of maps; UserError where the pair cannot be joined."""
     adapters = nn.ModuleList()
+    entry = LOSSES[term.loss]
+    if entry.reads != "map" and term.adapter != "none":
+        raise UserError(f"{key}: loss {term.loss!r} compares {entry.reads}, not maps: expected adapter none")
     for s_name, t_name in zip(term.student_maps, term.teacher_maps):
+        if entry.reads in FIXED_MAPS:
+            adapters.append(nn.Identity())
+            continue
         try:
             s, t = named_map(s_probe, s_name), named_map(t_probe, t_name)
         except KeyError as error:
             raise UserError(f"{key}: map {error.args[0]}") from None
-        if LOSSES[term.loss].argument == "logits":
-            if s.shape != t.shape or term.adapter != "none":
-                raise UserError(
-                    f"{key}: logits {s_name} {tuple(s.shape)} of the student and {t_name} {tuple(t.shape)} of the "
-                    f"teacher must have equal shapes and adapter none"
-                )
+        shapes = f"{s_name} {tuple(s.shape)} of the student and {t_name} {tuple(t.shape)} of the teacher"
+        if entry.reads == "logits":
+            joins = classes is not None and s_name == t_name == "class_logits" and s.shape[:2] == t.shape[:2]
+            if s.shape != t.shape and not joins:
+                raise UserError(f"{key}: logits {shapes} must have equal shapes")
             adapters.append(nn.Identity())
             continue
-        if s.dim() != 4 or t.dim() != 4:
-            raise UserError(f"{key}: {s_name} {tuple(s.shape)} and {t_name} {tuple(t.shape)} are not maps (B, C, H, W)")
-        if term.adapter == "none" and not LOSSES[term.loss].same_width:
+        if s.dim() != 4 or t.dim() != (2 if entry.reads == "image" else 4):
+            raise UserError(f"{key}: {shapes} are not maps (B, C, H, W)")
+        if entry.reads == "image" or (term.adapter == "none" and not entry.same_width):
             adapters.append(nn.Identity())
             continue
         try:
@@ -215,10 +325,21 @@ def build_adapters(term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> nn
     return adapters
 
 
-def build_losses(term: TermConfig, key: str, t_probe: Any) -> nn.ModuleList:
-    """One loss per pair of maps, as wide as the teacher's map; UserError for parameters it does not take."""
-    try:
-        widths = [named_map(t_probe, name).shape[1] for name in term.teacher_maps]
-        return nn.ModuleList(TermLoss(LOSSES[term.loss], width, term.parameters) for width in widths)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{key}.parameters: {error}") from None
+def build_losses(
+    term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: tuple[Tensor, Tensor] | None
+) -> nn.ModuleList:
+    """One loss per pair, of the widths it needs; UserError for parameters it does not take."""
+    entry = LOSSES[term.loss]
+    losses = nn.ModuleList()
+    for s_name, t_name in zip(term.student_maps, term.teacher_maps):
+        widths: tuple[int, ...] = ()
+        if entry.reads == "map":
+            widths = (named_map(t_probe, t_name).shape[1],)
+        elif entry.reads == "image":
+            known = named_map(t_probe, t_name).shape[1] if classes is None else len(classes[0])
+            widths = (named_map(s_probe, s_name).shape[1], known)
+        try:
+            losses.append(TermLoss(entry, widths, term.parameters))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{key}.parameters: {error}") from None
+    return losses

@@ -75,6 +75,8 @@ def crosskd_edges(
         scalar ().
     """
     t_logits = teacher_logits(t_map, t_tail)  # (B, 4 R, H, W)
+    if t_logits.shape[1] % 4:
+        raise ValueError(f"the rest of the branch makes {t_logits.shape[1]} channels, expected four edges of R bins")
     cross = cross_logits(s_map=s_map, t_map=t_map, t_tail=t_tail, rescale=rescale)
     s_edges, t_edges = (z.permute(0, 2, 3, 1).unflatten(3, (4, -1)) for z in (cross, t_logits))  # (B, H, W, 4, R)
     return localization_kl(

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from distill.terms import LOSSES, LossEntry, parameters_of
+from distill.terms import LOSSES, LossEntry, parameters_of, sources_of
 from errors import UserError, run_script
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
@@ -57,6 +57,15 @@ PUBLISHED = {
     "fgd": Published(
         "RetinaNet X101 to R50, 2x: 37.4 -> 40.7 (41.0). YOLOX-l to YOLOX-m: 45.9 -> 46.6", "the authors' README"),
     "mgd": Published("RetinaNet X101 to R50, 2x: 37.4 -> 41.0", "the authors' README; MMRazor repeats it"),
+    "crosskd_classes": Published(
+        "with the edges: GFL R101 to R50, 1x: 40.2 -> 43.7 (44.9)", "the authors' README",
+        "heads with branches of convolutions: YOLOv8, YOLOv5u"),
+    "crosskd_edges": Published("", "", "heads with branches of convolutions and bins: YOLOv8, YOLOv5u"),
+    "objectness_scaled": Published(
+        "YOLOv3 R34 to MobileNetV1, as soft_class below", "PaddleDetection"),
+    "prediction_correlation": Published("RetinaNet X101 to R50: 37.4 -> 39.8", "the paper", "softmax heads"),
+    "softmax_kl": Published("", "", "softmax heads: Faster R-CNN"),
+    "decoupled_kl": Published("", "", "softmax heads: Faster R-CNN"),
     "soft_class": Published(
         "YOLOv3 R34 to MobileNetV1, with box and objectness terms beside the classes: 29.4 -> 31.0", "PaddleDetection",
         "dense sigmoid heads with equal locations and classes"),
@@ -70,14 +79,35 @@ PUBLISHED = {
 }
 # fmt: on
 
-NEEDS = {  # what a function of distill.terms that makes an extra of a loss looks at; others are called by their name
+HEADS = {  # where a loss fits, by what it reads
+    "map": "any detector with maps",
+    "logits": "dense heads with equal locations",
+    "boxes": "any two detectors",
+    "image": "any detector with maps; a teacher with image logits (CLIP)",
+    "outputs": "YOLOv5, equal anchors",
+}
+
+READS = {
+    "map": "maps of equal width, or an adapter",
+    "logits": "logits of equal shapes",
+    "boxes": "boxes to ask about",
+    "image": "image logits of the teacher",
+    "outputs": "outputs of equal shapes",
+}
+
+NEEDS = {  # what a function of distill.scene that makes an extra of a loss looks at; "" for nothing worth a word
     "imitation_mask": "labelled boxes (mask)",
     "foreground_mask": "labelled boxes (mask)",
     "foreground_density": "labelled boxes (mask)",
     "scene_itself": "labelled boxes",
     "teacher_scores": "class scores of the teacher",
-    "location_scores": "class scores of the teacher",
+    "location_weight": "class scores of the teacher, or labelled boxes",
     "score_sum": "class scores of the teacher",
+    "teacher_tail": "the rest of the teacher's branch",
+    "box_columns": "labels of the boxes",
+    "student_head": "",
+    "teacher_head": "",
+    "joined_classes": "",
     "step_generator": "a random draw each step",
 }
 
@@ -120,7 +150,7 @@ def row(name: str, entry: LossEntry) -> tuple[str, ...]:
     """The cells of one loss."""
     published = PUBLISHED.get(name, Published(""))
     gain = published.gain + (f" [{published.source}]" if published.source else "")
-    heads = published.heads or ("any detector with maps" if entry.argument == "map" else "equal outputs")
+    heads = published.heads or HEADS[entry.reads]
     parameters = ", ".join(f"`{key}={value!r}`" for key, value in defaults(entry).items())
     loss = documented(entry.loss)
     equations = "<br>".join(f"`{cell(line)}`" for line in equation(loss))
@@ -177,20 +207,19 @@ def papers(loss: Callable[..., Any]) -> list[str]:
 
 def needs(entry: LossEntry) -> str:
     """What a term needs beside student and teacher."""
-    if entry.argument != "map":
-        found = [f"{entry.argument} of equal shapes"]
-    else:
-        found = ["maps of equal width, or an adapter"] if entry.same_width else ["maps of any widths"]
-    found += [NEEDS.get(made.__name__, made.__name__.replace("_", " ")) for made in entry.extras.values()]
+    found = [READS[entry.reads]]
+    if entry.reads == "map" and not entry.same_width:
+        found = ["maps of any widths"]
+    found += [text for made in entry.extras.values() if (text := NEEDS[made.__name__])]
     if isinstance(entry.loss, type) and issubclass(entry.loss, nn.Module):
         found.append("trained parts")
-    return "; ".join(found)
+    return "; ".join(dict.fromkeys(found))
 
 
 def defaults(entry: LossEntry) -> dict[str, Any]:
     """The parameters a term may give, and what each is when it does not; required ones are `...`."""
     found = {}
-    for function in (entry.loss, *entry.extras.values()):
+    for function in (entry.loss, *sources_of(entry).values()):
         for parameter in inspect.signature(function).parameters.values():
             if parameter.name in parameters_of(entry):
                 is_required = parameter.default is inspect.Parameter.empty

@@ -1,10 +1,12 @@
-"""The losses a config can name, and what each is given besides a student's and a teacher's map.
+"""The losses a config can name, and what each is given: `LOSSES` is the whole list.
 
-`LOSSES` is the whole list. A loss is a pure function, or a module where it has something to train (FGD's context
-networks, MGD's generator). What a loss wants beyond the two maps (a mask, a weight, a generator) comes from a function
-of the Scene here; the options of that function and the keyword arguments of the loss are the term's `parameters`.
+A loss is a pure function, or a module where it has something to train (FGD's context networks, MGD's generator, an
+image head). distill/readings.py gets the two tensors that it compares; what it wants besides (a mask, a weight, a
+generator) comes from a function of distill/scene.py. The options of that function, of the reading, and the keyword
+arguments of the loss are the term's `parameters`.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from distill import readings, scene
+from distill.beliefs import box_class_kl
+from distill.crosskd import crosskd_classes, crosskd_edges
 from distill.features import (
     attention_transfer,
     channel_correlation,
@@ -23,96 +28,29 @@ from distill.features import (
 )
 from distill.fgd import FGD
 from distill.localization import localization_kl
-from distill.logits import quality_focal, soft_class_targets
+from distill.logits import (
+    ImageHead,
+    decoupled_kl,
+    image_kl,
+    objectness_scaled,
+    prediction_correlation,
+    quality_focal,
+    soft_class_targets,
+    softmax_kl,
+)
 from distill.masked import decoupled_mse, masked_mse
-from distill.masks import anchor_mask, box_density, box_mask, make_anchor_sizes, objects, score_maps
+from distill.masks import objects
 from distill.mgd import MGD
 from distill.relations import instance_distance, location_similarity, pool_boxes
-from structures import Targets
+from distill.scene import Scene
 
-
-@dataclass(frozen=True)
-class Scene:
-    """What is known of a batch beyond the maps that are compared.
-
-    targets: its objects, in pixels of images of image_size (H, W). t_output: all that the teacher said.
-    seed: of this step and pair of maps, for losses that draw.
-    """
-
-    targets: Targets
-    image_size: tuple[int, int]
-    t_output: Any
-    seed: int
-
-
-def imitation_mask(
-    scene: Scene,
-    s_map: Tensor,
-    *,
-    mask: Literal["boxes", "anchors"] = "boxes",
-    psi: float = 0.5,
-    anchor_sizes: tuple[float, ...] = (2.0, 4.0),
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
-) -> Tensor:
-    """Where to imitate, (B, 1, H, W): inside the boxes, or near them as FGFI publishes it.
-
-    anchor_sizes are in strides of the map: the anchors of each level of YOLOv5 and of Faster R-CNN lie around them.
-    """
-    grid = dict(batch_size=len(s_map), grid_size=tuple(s_map.shape[2:]), image_size=scene.image_size)
-    if mask == "boxes":
-        return box_mask(scene.targets, **grid)
-    if mask != "anchors":
-        raise ValueError(f"mask: found {mask!r}, expected boxes or anchors")
-    stride = scene.image_size[1] / s_map.shape[3]
-    sizes = make_anchor_sizes([size * stride for size in anchor_sizes], list(anchor_ratios))
-    return anchor_mask(scene.targets, **grid, anchor_sizes=sizes, psi=psi)
-
-
-def foreground_mask(scene: Scene, s_map: Tensor) -> Tensor:
-    """Inside the boxes: (B, 1, H, W)."""
-    return imitation_mask(scene, s_map)
-
-
-def foreground_density(scene: Scene, s_map: Tensor) -> Tensor:
-    """One over the area of the box around each pixel, 0 outside: (B, 1, H, W)."""
-    grid_size = tuple(s_map.shape[2:])
-    return box_density(scene.targets, batch_size=len(s_map), grid_size=grid_size, image_size=scene.image_size)
-
-
-def teacher_scores(scene: Scene, s_map: Tensor) -> Tensor:
-    """The dense teacher's best class score at each pixel of the level that has this map's grid: (B, H, W)."""
-    logits = getattr(scene.t_output, "class_logits", None)
-    if logits is None:
-        raise ValueError("the teacher has no class_logits to weight the map with")
-    grids = [tuple(m.shape[2:]) for name, m in scene.t_output.features.items() if name.startswith("p")]
-    anchors = logits.shape[1] // max(sum(h * w for h, w in grids), 1)
-    objectness = getattr(scene.t_output, "objectness_logits", None)
-    levels = score_maps(logits, grid_sizes=grids, anchors_per_pixel=anchors, t_objectness_logits=objectness)
-    if tuple(s_map.shape[2:]) not in grids:
-        raise ValueError(f"the teacher has no head on a grid of {tuple(s_map.shape[2:])}, only on {grids}")
-    return levels[grids.index(tuple(s_map.shape[2:]))]
-
-
-def location_scores(scene: Scene, s_logits: Tensor) -> Tensor:
-    """The dense teacher's best class score at each location, (B, A): where it sees something."""
-    logits = getattr(scene.t_output, "class_logits", None)
-    if logits is None:
-        raise ValueError("the teacher has no class_logits to weight its locations with")
-    return logits.detach().float().amax(-1).sigmoid()
-
-
-def score_sum(scene: Scene, s_logits: Tensor) -> Tensor:
-    """Their sum, (): about the number of locations where the teacher sees something."""
-    return location_scores(scene, s_logits).sum()
-
-
-def step_generator(scene: Scene, s_map: Tensor) -> torch.Generator:
-    """One for each step and pair of maps; on the CPU, so that every device draws the same."""
-    return torch.Generator().manual_seed(scene.seed)
-
-
-def scene_itself(scene: Scene, s_map: Tensor) -> Scene:
-    return scene
+READINGS = {
+    "map": readings.read_maps,
+    "logits": readings.read_logits,
+    "boxes": readings.read_boxes,
+    "image": readings.read_image,
+    "outputs": readings.read_outputs,
+}
 
 
 def _related_objects(*, s_map: Tensor, t_map: Tensor, scene: Scene) -> Tensor:
@@ -123,70 +61,135 @@ def _related_objects(*, s_map: Tensor, t_map: Tensor, scene: Scene) -> Tensor:
     return instance_distance(s_features=s_features, t_features=t_features, image=rows.image)
 
 
+class TaughtImageHead(nn.Module):
+    """logits.image_kl between an image head on the student's map, which is trained along, and the teacher."""
+
+    def __init__(self, channels: int, num_classes: int, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.head = ImageHead(channels, num_classes)
+        self.temperature = temperature
+
+    def forward(self, *, s_map: Tensor, t_logits: Tensor) -> Tensor:
+        return image_kl(s_logits=self.head(s_map.float()), t_logits=t_logits, temperature=self.temperature)
+
+
 @dataclass(frozen=True)
 class LossEntry:
     """What a name in a config stands for.
 
-    loss: called as loss(s_<argument>=..., t_<argument>=..., **extras, **parameters). A module is built first, with the
-    channels of the maps and the parameters, and called without them.
-    extras: keyword of the loss -> function(scene, student map, **options) that makes its value.
-    same_width: the maps need equal channels.
+    loss: called with what the reading returns, the extras and the parameters. A module is built first, with the widths
+    (the teacher's channels; for an image head the student's, and the number of classes) and the parameters.
+    reads: a key of READINGS.
+    extras: keyword of the loss -> function(scene, student tensor, **options) that makes its value.
+    same_width: the maps need equal channels. is_softmax: both heads must be softmax, with equal class lists.
+    reads_scores: looks at the dense teacher's class scores besides what the reading reads.
     """
 
     loss: Callable[..., Any]
-    argument: Literal["map", "logits"] = "map"
+    reads: Literal["map", "logits", "boxes", "image", "outputs"] = "map"
     extras: dict[str, Callable[..., Any]] = field(default_factory=dict)
     same_width: bool = True
+    is_softmax: bool = False
+    reads_scores: bool = False
 
 
+# fmt: off
 LOSSES = {
     "mse": LossEntry(feature_mse),
     "cosine": LossEntry(cosine_distance),
     "cwd": LossEntry(channel_wise_kl),
     "pkd": LossEntry(channel_correlation),
     "attention": LossEntry(attention_transfer, same_width=False),
-    "score_weighted_l2": LossEntry(score_weighted_l2, extras={"weight": teacher_scores}),
-    "masked_mse": LossEntry(masked_mse, extras={"mask": imitation_mask}),
-    "decoupled_mse": LossEntry(decoupled_mse, extras={"foreground": foreground_mask}),
-    "fgd": LossEntry(FGD, extras={"foreground": foreground_density}),
-    "mgd": LossEntry(MGD, extras={"generator": step_generator}),
+    "score_weighted_l2": LossEntry(score_weighted_l2, extras={"weight": scene.teacher_scores}, reads_scores=True),
+    "masked_mse": LossEntry(masked_mse, extras={"mask": scene.imitation_mask}),
+    "decoupled_mse": LossEntry(decoupled_mse, extras={"foreground": scene.foreground_mask}),
+    "fgd": LossEntry(FGD, extras={"foreground": scene.foreground_density}),
+    "mgd": LossEntry(MGD, extras={"generator": scene.step_generator}),
     "location_similarity": LossEntry(location_similarity, same_width=False),
-    "instance_distance": LossEntry(_related_objects, extras={"scene": scene_itself}, same_width=False),
+    "instance_distance": LossEntry(_related_objects, extras={"scene": scene.scene_itself}, same_width=False),
+    "crosskd_classes": LossEntry(
+        crosskd_classes, extras={"t_tail": scene.teacher_tail, "normaliser": scene.score_sum}, reads_scores=True),
+    "crosskd_edges": LossEntry(
+        crosskd_edges, reads_scores=True,
+        extras={"t_tail": scene.teacher_tail, "weight": scene.teacher_scores, "normaliser": scene.score_sum}),
     "soft_class": LossEntry(soft_class_targets, "logits"),
-    "quality_focal": LossEntry(quality_focal, "logits", extras={"normaliser": score_sum}),
-    "localization": LossEntry(localization_kl, "logits", extras={"weight": location_scores}),
+    "quality_focal": LossEntry(quality_focal, "logits", {"normaliser": scene.score_sum}, reads_scores=True),
+    "localization": LossEntry(localization_kl, "logits", {"weight": scene.location_weight}, reads_scores=True),
+    "objectness_scaled": LossEntry(objectness_scaled, "outputs"),
+    "box_beliefs": LossEntry(
+        box_class_kl, "boxes",
+        {"s_head": scene.student_head, "t_head": scene.teacher_head, "classes": scene.joined_classes}),
+    "softmax_kl": LossEntry(softmax_kl, "boxes", is_softmax=True),
+    "decoupled_kl": LossEntry(decoupled_kl, "boxes", {"labels": scene.box_columns}, is_softmax=True),
+    "prediction_correlation": LossEntry(prediction_correlation, "boxes", is_softmax=True),
+    "image_kl": LossEntry(TaughtImageHead, "image"),
 }
+# fmt: on
 
 
 def options_of(function: Callable[..., Any]) -> set[str]:
-    """The names of a function's keyword-only arguments."""
-    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    """The keyword-only arguments of a function that a config can give: neither s_ nor t_, and nothing with tensors."""
+    made_here = ("Tensor", "Scene", "Generator", "Module")
+    return {
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+        and not p.name.startswith(("s_", "t_"))
+        and not any(kind in str(p.annotation) for kind in made_here)
+    }
+
+
+def sources_of(entry: LossEntry) -> dict[str, Callable[..., Any]]:
+    """Every function besides the loss that takes options of a term, by the keyword its value has."""
+    boxes = {"boxes": readings.given_boxes} if entry.reads == "boxes" else {}
+    return {"reading": READINGS[entry.reads], **boxes, **entry.extras}
 
 
 def parameters_of(entry: LossEntry) -> set[str]:
     """The names a term of this loss may give in `parameters`."""
-    given = {f"s_{entry.argument}", f"t_{entry.argument}", *entry.extras}
-    return (options_of(entry.loss) - given).union(*map(options_of, entry.extras.values()))
+    return (options_of(entry.loss) - entry.extras.keys()).union(*map(options_of, sources_of(entry).values()))
 
 
 class TermLoss(nn.Module):
-    """One loss for one pair of maps, with its parameters bound and its trained parts made."""
+    """One loss for one pair of tensors, with its parameters bound and its trained parts made.
 
-    def __init__(self, entry: LossEntry, channels: int, parameters: dict[str, Any]) -> None:
+    widths: positional arguments of a loss that is a module.
+    """
+
+    def __init__(self, entry: LossEntry, widths: tuple[int, ...], parameters: dict[str, Any]) -> None:
         super().__init__()
-        self.argument = entry.argument
-        self.extras = {}
+        self.entry = entry
+        self.sources = {}
         taken = set()
-        for name, function in entry.extras.items():
+        for name, function in sources_of(entry).items():
             options = {key: parameters[key] for key in options_of(function) & parameters.keys()}
-            self.extras[name] = (function, options)
+            self.sources[name] = (function, options)
             taken |= options.keys()
         rest = {key: value for key, value in parameters.items() if key not in taken}
         is_module = isinstance(entry.loss, type) and issubclass(entry.loss, nn.Module)
-        self.loss, self.parameters_of_loss = (entry.loss(channels, **rest), {}) if is_module else (entry.loss, rest)
+        self.loss, self.parameters_of_loss = (entry.loss(*widths, **rest), {}) if is_module else (entry.loss, rest)
 
-    def forward(self, s: Tensor, t: Tensor, scene: Scene) -> Tensor:
-        """Student and teacher tensors of one pair -> scalar ()."""
-        extras = {name: function(scene, s, **options) for name, (function, options) in self.extras.items()}
-        pair = {f"s_{self.argument}": s, f"t_{self.argument}": t}
-        return self.loss(**pair, **extras, **self.parameters_of_loss)
+    def forward(self, scene: Scene, adapter: nn.Module) -> Tensor:
+        """The pair that the scene names -> scalar (). The loss itself is computed in float32."""
+        if self.entry.is_softmax:
+            check_softmax(scene)
+        if "boxes" in self.sources:
+            function, options = self.sources["boxes"]
+            scene = dataclasses.replace(scene, boxes=function(scene, **options))
+        function, options = self.sources["reading"]
+        pair = function(scene, adapter, **options)
+        s = next(iter(pair.values()))
+        with torch.autocast(s.device.type, enabled=False):
+            extras = {name: self.sources[name] for name in self.entry.extras}
+            made = {name: function(scene, s, **options) for name, (function, options) in extras.items()}
+            return self.loss(**pair, **made, **self.parameters_of_loss)
+
+
+def check_softmax(scene: Scene) -> None:
+    """ValueError where one of the heads is not a softmax, or the columns are not the same classes."""
+    for who, model in (("student", scene.student), ("teacher", scene.teacher)):
+        found = getattr(model, "class_activation", "no")
+        if found != "softmax":
+            raise ValueError(f"the {who} has a {found} head, this loss is for softmax heads; see box_beliefs")
+    if scene.classes is not None:
+        raise ValueError("softmax heads of different class lists cannot be compared; see box_beliefs")

@@ -44,7 +44,7 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
     if kind == "detection":  # the same pictures for every process: losses are divided by its own positives
         batch = next(Loader(parts.splits.train, image_size=SIZE, batch_size=4, seed=0).epoch(0))
     images, targets = parts.prepare(batch, 0, 0)
-    sum(parts.objective(images, targets, parts.teach(images), 0.0).values()).backward()
+    sum(parts.objective(images, targets, parts.teachers(images), 0.0).values()).backward()
     named = [*parts.student.named_parameters(), *parts.criterion.named_parameters()]
     return {name: parameter.grad.clone() for name, parameter in named}
 

@@ -10,9 +10,11 @@ import torch
 import compare
 import models
 import run_folder
-from config import load_config
+from comparison_table import METRICS
+from config import load_config, read_tree
 from datasets.download import DATASETS
 from distill.criterion import Criterion
+from study import load_study
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -25,28 +27,31 @@ def fresh(arch):
     return models.build(arch, len(NAMES)).requires_grad_(False)
 
 
+def runs_of(path):
+    """The configs that a shipped file asks to be trained: its rows, or the one it is."""
+    tree = read_tree(path)
+    return [row.config for row in load_study(path).rows] if tree.get("teachers") else [load_config(path)]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_can_be_built(path):
     """Its keys, architectures, losses, parameters, maps and adapters exist and fit together."""
-    config = load_config(path)
-    teachers = {teacher.name: fresh(teacher.arch) for teacher in config.teachers}
-    listed = dict.fromkeys(teachers, NAMES)
-    criterion = Criterion(
-        config.terms,
-        student=fresh(config.student.arch),
-        teachers=teachers,
-        epochs=config.epochs,
-        image_size=64,
-        class_names=NAMES,
-        teacher_class_names=listed,
-    )
-    assert len(criterion.terms) == len(config.terms)
-    assert {term.teacher for term in config.terms} == set(teachers)
+    for config in runs_of(path):
+        criterion = Criterion(
+            config.terms,
+            student=fresh(config.student.arch),
+            teachers={teacher.name: fresh(teacher.arch) for teacher in config.teachers},
+            epochs=config.epochs,
+            image_size=64,
+            class_names=NAMES,
+        )
+        assert len(criterion.terms) == len(config.terms)
+        assert {term.teacher for term in config.terms} == {teacher.name for teacher in config.teachers}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_begins_with_its_command(path):
-    config = load_config(path)
+    config = load_study(path).config if read_tree(path).get("teachers") else load_config(path)
     script = "compare.py" if config.teachers else "train.py"
     command = path.read_text(encoding="utf-8").splitlines()[0]
     assert command.startswith("# ") and f"python {script} configs/{path.name}" in command
@@ -74,31 +79,31 @@ def few_cells(shared_data, tmp_path_factory):
 
 def run_small(name, tmp_path, *overrides):
     """compare.py on a shipped config: one epoch at 64 px, a nano teacher; the rows, and the rows as written."""
-    config = load_config(
+    study = load_study(
         ROOT / "configs" / f"{name}.yaml",
         [
             "image_size=64", "epochs=1", "batch_size=2", "evaluation.every_epochs=0", "optimizer.accumulate=1",
             "data.workers=0", "device=cpu", "precision=float32", f"runs={tmp_path}", *overrides,
         ],
     )  # fmt: skip
-    rows = compare.compare(config, seeds=1)
+    rows = compare.compare(study)
     written = json.loads((tmp_path / name / "comparison.json").read_text())
     assert (tmp_path / name / "comparison.png").stat().st_size > 10_000
-    assert "distilled - baseline: mAP" in (tmp_path / name / "comparison.md").read_text()
+    assert "| distilled | longer | 1 |" in (tmp_path / name / "comparison.md").read_text()
     return rows, written
 
 
 def logged(row, name):
     """A column of metrics.csv of a row's only run."""
-    return [float(line[name]) for line in run_folder.read_metrics(row.folders[0] / "metrics.csv")]
+    return [float(line[name]) for line in run_folder.read_metrics(row.row.folder(0) / "metrics.csv")]
 
 
 def check_rows(rows, written, teacher):
     assert [row.name for row in rows] == ["baseline", f"teacher_{teacher}", "distilled", "longer"]
     assert [row["name"] for row in written["rows"]] == [row.name for row in rows]
-    assert [row.epochs for row in rows] == [1, 1, 1, 2]
+    assert [row.row.config.epochs for row in rows] == [1, 1, 1, 2]
     for row in rows:
-        assert all(0 <= row.values(metric)[0] <= 1 for metric in compare.METRICS)
+        assert all(0 <= row.values(metric)[0] <= 1 for metric in METRICS)
 
 
 @pytest.mark.slow
@@ -109,8 +114,8 @@ def test_kitti_from_baseline_to_comparison(shared_data, tmp_path):
         "teachers.0.arch=yolov5nu", "terms.1.parameters.temperature=2.0",
     )  # fmt: skip
     check_rows(rows, written, "yolov8m")
-    baseline, teacher, distilled, _ = rows
-    assert (baseline.arch, teacher.arch, distilled.arch) == ("yolov8n", "yolov5nu", "yolov8n")
+    distilled = rows[2]
+    assert [row.row.config.student.arch for row in rows[:3]] == ["yolov8n", "yolov5nu", "yolov8n"]
     for name in ("cwd_yolov8m", "soft_class_yolov8m"):
         assert logged(distilled, f"train/{name}")[0] > 0
 
@@ -125,10 +130,10 @@ def test_masked_imitation_from_baseline_to_comparison(name, few_cells, tmp_path)
     )  # fmt: skip
     teacher = name.rsplit("_", 1)[1]
     check_rows(rows, written, teacher)
-    assert {row.arch for row in rows} == {"yolov5n"}
+    assert {row.row.config.student.arch for row in rows} == {"yolov5n"}
     for loss in ("masked_mse", "soft_class"):
         assert logged(rows[2], f"train/{loss}_{teacher}")[0] > 0
-        assert f"train/{loss}_{teacher}" not in run_folder.read_metrics(rows[0].folders[0] / "metrics.csv")[0]
+        assert f"train/{loss}_{teacher}" not in run_folder.read_metrics(rows[0].row.folder(0) / "metrics.csv")[0]
 
 
 def test_a_yolov5n_for_bccd_has_the_published_size():

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from config import TermConfig
 from distill.adapters import build_adapter, resize_like
-from distill.criterion import Criterion, schedule_factor
+from distill.criterion import Criterion, TeacherFacts, schedule_factor
+from distill.logits import soft_class_targets
 from distill.terms import LOSSES
 from errors import UserError
 from structures import Targets
@@ -31,6 +32,10 @@ class TinyDetector(nn.Module):
         self.p4 = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, 2 * width, 2, 2))
         self.cls = nn.ModuleList(nn.Conv2d(c, num_classes, 1) for c in (width, 2 * width))
         self.box = nn.ModuleList(nn.Conv2d(c, 4 * 5, 1) for c in (width, 2 * width))
+
+    def tail(self, name: str) -> nn.Module:
+        """As if the classes of one level came straight from p3, and the edges of the other from p4."""
+        return {"p3": self.cls[0], "p4": self.box[1]}[name]
 
     def forward(self, images: Tensor) -> Output:
         p3 = self.p3(images)
@@ -168,14 +173,14 @@ TARGETS = Targets(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_of_the_list_acts_through_the_criterion(name):
+@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if entry.reads in ("map", "logits")])
+def test_every_loss_of_maps_and_logits_acts_through_the_criterion(name):
     """Above zero, with gradients for the student and for whatever the loss trains; the same for the same seed."""
-    student, teacher = TinyDetector(4), TinyDetector(6)
-    entry = LOSSES[name]
+    student, teacher = TinyDetector(4), TinyDetector(6).requires_grad_(False).eval()
     of_logits = "box_logits" if name == "localization" else "class_logits"
-    is_map = entry.argument == "map"
-    maps = dict(student_maps=("p3" if is_map else of_logits,), adapter="conv1x1" if is_map else "none")
+    is_map = LOSSES[name].reads == "map"
+    of_maps = "p4" if name == "crosskd_edges" else "p3"
+    maps = dict(student_maps=(of_maps if is_map else of_logits,), adapter="conv1x1" if is_map else "none")
     criterion = build(term(loss=name, **maps), student=student, teachers={"big": teacher})
     with torch.no_grad():
         t = {"big": teacher(IMAGES)}
@@ -213,10 +218,32 @@ def test_one_name_for_two_terms_is_refused():
         build(term(), term())
 
 
-def test_class_lists_must_agree_for_logits():
+def test_class_lists_are_joined_by_name():
+    """Columns are compared by what they mean: another order changes nothing, a class less leaves its column out."""
+    student, teacher, shuffled, fewer = TinyDetector(4), TinyDetector(6), TinyDetector(6), TinyDetector(6, 2)
+    order = [2, 0, 1]
+    for other, columns in ((shuffled, order), (fewer, order[:2])):
+        other.load_state_dict({**teacher.state_dict(), **{k: v for k, v in other.state_dict().items() if "cls" in k}})
+        for a, b in zip(other.cls, teacher.cls):
+            a.weight.data, a.bias.data = b.weight.data[columns], b.bias.data[columns]
+    logits = term(loss="soft_class", student_maps=("class_logits",), adapter="none", parameters={"power": 0.0})
+    named = dict(student=student, class_names=("a", "b", "c"))
+    value = lambda criterion, model: criterion(student(IMAGES), {"big": model(IMAGES)}, TARGETS, 0.0)["soft_class_big"]
+    facts = lambda *names, **more: {"big": TeacherFacts(names, **more)}
+    same = value(build(logits, teachers={"big": teacher}, **named), teacher)
+    other = build(logits, teachers={"big": shuffled}, facts=facts("C", "A", "B"), **named)
+    torch.testing.assert_close(value(other, shuffled), same)
+    renamed = build(logits, teachers={"big": shuffled}, facts=facts("C", "A", "x", aliases={"b": "x"}), **named)
+    torch.testing.assert_close(value(renamed, shuffled), same)
+    less = build(logits, teachers={"big": fewer}, facts=facts("c", "a"), **named)
+    s, t = student(IMAGES).class_logits[..., [0, 2]], teacher(IMAGES).class_logits[..., [0, 2]]
+    torch.testing.assert_close(value(less, fewer), soft_class_targets(s_logits=s, t_logits=t, power=0.0))
+
+
+def test_class_lists_without_a_common_name_are_refused():
     logits = term(loss="soft_class", student_maps=("class_logits",), adapter="none")
-    names = dict(class_names=("a", "b", "c"), teacher_class_names={"big": ("a", "c", "b")})
-    with pytest.raises(UserError, match="equal class lists"):
+    names = dict(class_names=("a", "b", "c"), facts={"big": TeacherFacts(("d", "e", "f"))})
+    with pytest.raises(UserError, match=r"terms\.0: teacher 'big': no class in common"):
         build(logits, **names)
     build(term(), **names)  # maps do not care
 

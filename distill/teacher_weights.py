@@ -1,0 +1,68 @@
+"""Several teachers at once: whom to believe more, batch by batch.
+
+Zhang, Chen and Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", arXiv:2201.00007: a teacher counts the
+more, the better it predicts the labels of what it is looking at.
+
+Differs from the paper: its cross-entropies are of images, here of the labelled boxes of a batch, all together; and the
+weights are multiplied by the number of teachers, so that adding one does not weaken the terms of the others.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.beliefs import boxes_by_image, log_odds
+from distill.masks import objects
+from distill.readings import any_map, batch_size, in_precision_of
+from structures import Targets
+
+
+def confidence_weights(cross_entropy: Tensor) -> Tensor:
+    """The weight of each of M >= 2 teachers, (M,), from its cross-entropy with the labels, (M,):
+
+        w_m = M / (M - 1) * (1 - exp(H_m) / sum_j exp(H_j))
+
+    Each lies in [0, M / (M - 1)], and their mean is 1. Invariant to a constant added to all.
+    """
+    count = len(cross_entropy)
+    if count < 2:
+        raise ValueError(f"found {count} teachers, expected at least 2 to compare")
+    return count / (count - 1) * (1 - cross_entropy.softmax(0))
+
+
+@torch.no_grad()
+def teacher_cross_entropy(
+    teacher: nn.Module,
+    t_output: Any,
+    targets: Targets,
+    image_size: tuple[int, int],
+    *,
+    classes: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """How far a teacher is from the labels of the objects of a batch, a scalar ():
+
+        H = -1 / N * sum_n log p_n(y_n),    p = sigmoid(log odds of "this box is a y" against all else)
+
+    over the objects whose class it knows; 0 without any.
+
+    Args:
+        targets: boxes in pixels of images of image_size (H, W), the student's.
+        classes: (student's columns, teacher's columns) as beliefs.join_classes gives them; None: equal lists.
+    """
+    found = objects(targets)
+    labels = found.labels
+    if classes is not None:
+        s_columns, t_columns = (columns.to(labels.device) for columns in classes)
+        is_same = labels[:, None] == s_columns  # (N, J)
+        found, is_same = found[is_same.any(1)], is_same[is_same.any(1)]
+        labels = t_columns[is_same.int().argmax(1)]
+    if len(found) == 0:
+        return found.boxes_xyxy.new_zeros((), dtype=torch.float32)
+    (height, width), (t_height, t_width) = image_size, t_output.image_size
+    scale = found.boxes_xyxy.new_tensor([t_width / width, t_height / height] * 2)
+    per_image, row = boxes_by_image(found.boxes_xyxy * scale, found.image, batch_size(t_output))
+    with in_precision_of(any_map(t_output)):
+        logits = teacher.class_logits_at(t_output, per_image)[row]
+    odds = log_odds(logits, teacher.class_activation).gather(1, labels[:, None])
+    return -nn.functional.logsigmoid(odds).mean()

@@ -1,0 +1,294 @@
+"""The criterion between real heads: terms that ask the models themselves, and teachers that see something else."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+from config import TermConfig
+from distill.criterion import Criterion, TeacherFacts
+from distill.crosskd import crosskd_classes
+from distill.logits import softmax_kl
+from distill.masked import masked_mse
+from distill.teacher_weights import confidence_weights, teacher_cross_entropy
+from errors import UserError
+from structures import Detections, Targets
+from tests.reference.logit_distillation import sigmoid
+
+SIZE = 64
+TARGETS = Targets(
+    torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 0.0, 62.0, 62.0], [0.0, 32.0, 24.0, 64.0], [8.0, 2.0, 30.0, 18.0]]),
+    torch.tensor([0, 2, 1, 0]), torch.tensor([0, 1, 0, 0]), torch.zeros(4, dtype=torch.bool),
+)  # fmt: skip
+
+
+def model(arch: str, seed: int, frozen: bool = True) -> nn.Module:
+    torch.manual_seed(seed)
+    made = models.build(arch, 3)
+    for parameter in made.parameters():  # away from the prior, so that beliefs differ between locations
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return made.eval().requires_grad_(not frozen)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def yolos() -> dict[str, nn.Module]:
+    return {
+        "student": model("yolov8n", 1, frozen=False), "v8": model("yolov8n", 2), "wide": model("yolov8s", 3),
+        "v5": model("yolov5n", 4), "v5 student": model("yolov5n", 5, frozen=False),
+    }  # fmt: skip
+
+
+def build(student, teacher, loss, maps=(), **changes) -> Criterion:
+    facts = changes.pop("facts", {})
+    weighting = changes.pop("teacher_weighting", "fixed")
+    teachers = teacher if isinstance(teacher, dict) else {"t": teacher}
+    terms = [TermConfig(name, loss, 1.0, maps, **changes) for name in teachers]
+    return Criterion(
+        tuple(terms), student=student, teachers=teachers, epochs=1, image_size=SIZE, class_names=("a", "b", "c"),
+        facts=facts, teacher_weighting=weighting,
+    )  # fmt: skip
+
+
+def value(criterion, student, teacher, pictures, targets=TARGETS) -> Tensor:
+    with torch.no_grad():
+        t = teacher(pictures)
+    return criterion(student(pictures), {"t": t}, targets, 0.0)
+
+
+CASES = {  # student, teacher, loss, maps, changes
+    "crosskd classes": ("student", "wide", "crosskd_classes", ("cls3_1", "cls4_2"), dict(adapter="conv1x1")),
+    "crosskd edges": ("student", "v8", "crosskd_edges", ("box3_1", "box5_2"), {}),
+    "positives as mask": ("student", "v8", "masked_mse", ("p3", "p4"), dict(parameters={"mask": "positives"})),
+    "main region": ("student", "v8", "localization", ("box_logits",), dict(parameters={"region": "main"})),
+    "valuable region": ("student", "v8", "localization", ("box_logits",), dict(parameters={"region": "valuable"})),
+    "beliefs": ("student", "v5", "box_beliefs", (), {}),
+    "beliefs, anchors": ("v5 student", "v8", "box_beliefs", (), {}),
+    "beliefs, assigned": ("student", "v5", "box_beliefs", (), dict(parameters={"at": "assigned"})),
+    "beliefs, found": (
+        "student", "v8", "box_beliefs", (), dict(parameters={"boxes": "teacher", "score_threshold": 0.0})),
+    "objectness": ("v5 student", "v5", "objectness_scaled", (), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_terms_that_ask_the_models_act(case, yolos, pictures):
+    student, teacher, loss, maps, changes = CASES[case]
+    student, teacher = copy.deepcopy(yolos[student]), yolos[teacher]
+    criterion = build(student, teacher, loss, maps, **changes)
+    (found,) = value(criterion, student, teacher, pictures).values()
+    found.backward()
+    assert found > 0 and found.isfinite() and found.dtype == torch.float32
+    assert sum(p.grad.abs().sum() for p in student.backbone.parameters() if p.grad is not None) > 0
+    assert all(p.grad is None for p in teacher.parameters())
+    (empty,) = value(criterion, student, teacher, pictures, Targets.empty()).values()
+    assert empty.isfinite()
+    assert not any(key.startswith(("models", "student")) for key in criterion.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_teacher_that_leaves_out_what_no_term_reads_teaches_the_same(case, yolos, pictures):
+    student, teacher, loss, maps, changes = CASES[case]
+    student, teacher = yolos[student], copy.deepcopy(yolos[teacher])
+    torch.manual_seed(0)
+    criterion = build(student, teacher, loss, maps, **changes)
+    (whole,) = value(criterion, student, teacher, pictures).values()
+    teacher.wanted = criterion.wanted("t")
+    (part,) = value(criterion, student, teacher, pictures).values()
+    assert torch.equal(part, whole)
+
+
+def test_maps_alone_leave_out_the_head_of_the_teacher(yolos, pictures):
+    criterion = build(yolos["student"], yolos["wide"], "cwd", ("p3", "p4"), adapter="conv1x1")
+    assert criterion.wanted("t") == {"p3", "p4"}
+    teacher = copy.deepcopy(yolos["wide"])
+    teacher.wanted = criterion.wanted("t")
+    assert teacher(pictures).class_logits is None
+
+
+def test_crosskd_is_its_function_through_the_teachers_layers(yolos, pictures):
+    student, teacher = yolos["student"], yolos["v8"]
+    (found,) = value(build(student, teacher, "crosskd_classes", ("cls3_2",)), student, teacher, pictures).values()
+    s, t = student(pictures), teacher(pictures)
+    expected = crosskd_classes(
+        s_map=s.features["cls3_2"], t_map=t.features["cls3_2"], t_tail=teacher.head.cls[0][2:],
+        normaliser=t.class_logits.sigmoid().amax(-1).sum(),
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+
+
+def test_positives_are_those_of_the_students_assigner(yolos, pictures):
+    student, teacher = yolos["student"], yolos["v8"]
+    criterion = build(student, teacher, "masked_mse", ("p4",), parameters={"mask": "positives"})
+    (found,) = value(criterion, student, teacher, pictures).values()
+    s, t = student(pictures), teacher(pictures)
+    level = (student.positives(s, TARGETS) >= 0)[:, 64:80].reshape(2, 1, 4, 4).float()
+    expected = masked_mse(s_map=s.features["p4"], t_map=t.features["p4"], mask=level)
+    assert 0 < level.sum() < 32
+    torch.testing.assert_close(found, expected)
+
+
+def test_beliefs_are_zero_for_the_teacher_itself(yolos, pictures):
+    teacher = yolos["v8"]
+    (found,) = value(build(teacher, teacher, "box_beliefs"), teacher, teacher, pictures).values()
+    assert found == 0
+
+
+def test_a_teacher_that_sees_larger_pictures_is_asked_about_the_same_boxes(yolos, pictures):
+    """Nearest-neighbour doubling of the pictures doubles every box; the teacher is asked in its own pixels."""
+    student, teacher = yolos["student"], yolos["v8"]
+    criterion = build(student, teacher, "box_beliefs", facts={"t": TeacherFacts(image_size=2 * SIZE)})
+    with torch.no_grad():
+        t = teacher(pictures.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    found = criterion(student(pictures), {"t": t}, TARGETS, 0.0)["box_beliefs_t"]
+    per_image = [TARGETS.boxes_xyxy[TARGETS.image == b] for b in (0, 1)]
+    s_odds = student.class_logits_at(student(pictures), per_image).detach().double().numpy()
+    t_odds = teacher.class_logits_at(t, [2 * boxes for boxes in per_image]).double().numpy()
+    p, q = sigmoid(t_odds), sigmoid(s_odds)
+    expected = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum(-1).mean()
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+@dataclasses.dataclass
+class TwoStageOutput:
+    features: dict[str, Tensor]
+    proposals: list[Tensor]
+    image_logits: Tensor
+    image_size: tuple[int, int]
+
+
+class TwoStage(nn.Module):
+    """A softmax head over the mean of the map in a box, background first; and logits of whole images."""
+
+    class_activation = "softmax"
+
+    def __init__(self, seed: int, num_classes: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Conv2d(3, 6, 8, 8)
+        self.classify = nn.Linear(6, 1 + num_classes)
+        self.whole = nn.Linear(6, num_classes)
+        nn.init.normal_(self.classify.weight, std=3.0)
+
+    def forward(self, images: Tensor) -> TwoStageOutput:
+        p3 = self.stem(images)
+        proposals = [torch.tensor([[0.0, 0.0, 32.0, 32.0], [16.0, 8.0, 60.0, 40.0]])] * len(images)
+        return TwoStageOutput({"p3": p3}, proposals, self.whole(p3.mean((2, 3))), tuple(images.shape[2:]))
+
+    def class_logits_at(self, output: TwoStageOutput, boxes_per_image: list[Tensor]) -> Tensor:
+        rows = []
+        for image, boxes in zip(output.features["p3"], boxes_per_image):
+            cells = (boxes / 8).round().long().tolist()
+            rows += [image[:, y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)].mean((1, 2)) for x1, y1, x2, y2 in cells]
+        return self.classify(torch.stack(rows) if rows else output.features["p3"].new_zeros(0, 6))
+
+    def detect(self, output, **thresholds) -> list[Detections]:
+        return [Detections(boxes, torch.ones(len(boxes)), torch.zeros(len(boxes)).long()) for boxes in output.proposals]
+
+
+@pytest.mark.parametrize("boxes", ["targets", "teacher", "proposals"])
+@pytest.mark.parametrize("loss", ["softmax_kl", "decoupled_kl", "prediction_correlation", "box_beliefs"])
+def test_softmax_heads(loss, boxes, pictures):
+    student, teacher = TwoStage(1), TwoStage(2).requires_grad_(False)
+    criterion = build(student, teacher, loss, parameters={"boxes": boxes})
+    (found,) = value(criterion, student, teacher, pictures).values()
+    found.backward()
+    assert found > 0 and student.stem.weight.grad.abs().sum() > 0
+    (same,) = value(build(teacher, teacher, loss, parameters={"boxes": boxes}), teacher, teacher, pictures).values()
+    assert same.abs() < 1e-6
+
+
+def test_softmax_kl_is_asked_about_the_objects(pictures):
+    student, teacher = TwoStage(1), TwoStage(2)
+    (found,) = value(build(student, teacher, "softmax_kl"), student, teacher, pictures).values()
+    per_image = [TARGETS.boxes_xyxy[TARGETS.image == b] for b in (0, 1)]
+    s, t = (m.class_logits_at(m(pictures), per_image) for m in (student, teacher))
+    torch.testing.assert_close(found, softmax_kl(s_logits=s, t_logits=t))
+
+
+def test_a_two_stage_teacher_and_a_dense_student_meet_at_boxes(yolos, pictures):
+    student, teacher = yolos["student"], TwoStage(2).requires_grad_(False)
+    (found,) = value(build(student, teacher, "box_beliefs"), student, teacher, pictures).values()
+    assert found > 0
+
+
+def test_an_image_head_learns_from_logits_of_whole_images(pictures):
+    student, teacher = TwoStage(1), TwoStage(2).requires_grad_(False)
+    facts = {"t": TeacherFacts(("c", "z", "a"))}  # two classes in common
+    criterion = build(student, teacher, "image_kl", ("p3",), facts=facts, parameters={"temperature": 2.0})
+    (found,) = value(criterion, student, teacher, pictures).values()
+    found.backward()
+    head = dict(criterion.named_parameters())
+    assert {tuple(p.shape) for p in head.values()} == {(2, 6), (2,)} and all(p.grad.any() for p in head.values())
+    s = student(pictures).features["p3"].mean((2, 3)) @ head["losses.image_kl_t.0.loss.head.classify.weight"].T
+    s = s + head["losses.image_kl_t.0.loss.head.classify.bias"]
+    t = teacher(pictures).image_logits[:, [2, 0]]
+    torch.testing.assert_close(found, softmax_kl(s_logits=s, t_logits=t, temperature=2.0))
+
+
+REFUSED = {
+    "softmax of sigmoid heads": ("student", "v8", "softmax_kl", {}, "the student has a sigmoid head"),
+    "proposals of a dense teacher": (
+        "student", "v8", "box_beliefs", dict(parameters={"boxes": "proposals"}), "those of a two-stage teacher"),
+    "boxes by name": ("student", "v8", "box_beliefs", dict(maps=("p3",)), "expected no names of maps"),
+    "unknown boxes": ("student", "v8", "box_beliefs", dict(parameters={"boxes": "all"}), "boxes: found 'all'"),
+    "no anchors": ("student", "v8", "objectness_scaled", {}, "must have objectness and anchors"),
+    "no branch": ("student", "v8", "crosskd_classes", dict(maps=("p3",)), "the teacher's branches"),
+    "no adapter": ("student", "wide", "crosskd_classes", dict(maps=("cls3_1",)), "widths differ"),
+    "no image logits": ("student", "v8", "image_kl", dict(maps=("p5",)), "'image_logits' is not among"),
+    "region": (
+        "student", "v8", "localization", dict(maps=("box_logits",), parameters={"region": "all"}), "found 'all'"),
+    "tensor as parameter": ("student", "v8", "box_beliefs", dict(parameters={"weight": 2.0}), "found 'weight'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, yolos):
+    student, teacher, loss, changes, message = REFUSED[case]
+    before = {k: v.clone() for k, v in yolos[student].state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        build(yolos[student], yolos[teacher], loss, **changes)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in yolos[student].state_dict().items())
+
+
+def test_confidence_weights():
+    """Against the published form in float64; equal doubts weigh 1, and the mean is always 1."""
+    doubt = np.array([0.2, 1.5, 0.7])
+    published = (1 - np.exp(doubt) / np.exp(doubt).sum()) / 2
+    torch.testing.assert_close(confidence_weights(torch.tensor(doubt)), torch.tensor(3 * published))
+    torch.testing.assert_close(confidence_weights(torch.full((4,), 9.0)), torch.ones(4))
+    assert confidence_weights(torch.tensor([0.1, 0.2]) + 3).mean() == pytest.approx(1)
+    with pytest.raises(ValueError, match="at least 2"):
+        confidence_weights(torch.zeros(1))
+
+
+def test_a_teacher_that_knows_the_labels_counts_more(yolos, pictures):
+    student, teachers = yolos["student"], {"a": yolos["v8"], "b": yolos["wide"]}
+    plain = build(student, teachers, "box_beliefs")
+    trusted = build(student, teachers, "box_beliefs", teacher_weighting="confidence")
+    with torch.no_grad():
+        t = {name: teacher(pictures) for name, teacher in teachers.items()}
+        s = student(pictures)
+        doubts = []
+        for name, teacher in teachers.items():
+            odds = teacher.class_logits_at(t[name], [TARGETS.boxes_xyxy[TARGETS.image == b] for b in (0, 1)]).numpy()
+            labels = torch.cat([TARGETS.labels[TARGETS.image == b] for b in (0, 1)]).numpy()
+            doubts.append(-np.log(sigmoid(odds.astype(np.float64)))[np.arange(4), labels].mean())
+            found = teacher_cross_entropy(teacher, t[name], TARGETS, (SIZE, SIZE))
+            assert found.item() == pytest.approx(doubts[-1], rel=1e-5)
+        weights = confidence_weights(torch.tensor(doubts)).float()
+        before, after = plain(s, t, TARGETS, 0.0), trusted(s, t, TARGETS, 0.0)
+    for weight, name in zip(weights, before):
+        torch.testing.assert_close(after[name], weight * before[name])
+    assert trusted.wanted("a") is None
+    with pytest.raises(UserError, match="compares teachers, found 1"):
+        build(student, yolos["v8"], "cwd", ("p3",), teacher_weighting="confidence")
