@@ -63,15 +63,28 @@ def roi_align(
     Sums are float32 for maps of half precision, and the result has the maps' dtype. N may be 0. Boxes of no or negative
     size are pooled as boxes of one pixel of their map; non-finite ones give 0.
     """
-    rows = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])  # (P, C), level by level, then image by image
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    entries, bin_offsets, weights = _pooling_matrix(
+    rows = pixel_rows(maps)
+    matrix = _pooling_matrix(
         [m.shape for m in maps], boxes_xyxy.to(rows.dtype), image, level, strides, output_size, samples
     )
-    pooled = _SparseProduct.apply(rows, entries, bin_offsets, weights)  # (N * S_out^2, C)
+    pooled = sparse_product(*matrix, rows)  # (N * output_size^2, C)
     shape = (len(boxes_xyxy), output_size, output_size, rows.shape[1])
     return pooled.view(shape).permute(0, 3, 1, 2).to(maps[0].dtype)
+
+
+def pixel_rows(maps: list[Tensor]) -> Tensor:
+    """maps (B, C, H_l, W_l) -> their pixels (P, C), level by level, image by image, row by row; at least float32."""
+    rows = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+def sparse_product(columns: Tensor, offsets: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """W x of a sparse matrix W (N, P) in compressed rows and x (P, C), with a gradient for x: (N, C).
+
+    Row n holds the entries weights[e] in columns[e] for e from offsets[n] up to offsets[n + 1]. columns (E,) and offsets
+    (N + 1,) are of one integer dtype, weights (E,) of that of x.
+    """
+    return _SparseProduct.apply(x, columns, offsets, weights)
 
 
 @torch.no_grad()

@@ -1,0 +1,55 @@
+"""The four losses of Faster R-CNN (arXiv:1506.01497, sec. 3.1.2; second stage: Fast R-CNN, arXiv:1504.08083, sec. 2.3).
+
+Pure functions of what was sampled (matching.py). All are float32 for inputs of half precision, and 0 with a gradient of
+0 where nothing was sampled.
+
+    smooth_l1(d) = d^2 / (2 beta)    where |d| < beta,    else |d| - beta / 2
+
+beta = 1/9 in both stages, as torchvision trains (the paper's sigma = 3, beta = 1 / sigma^2, in the RPN; Fast R-CNN has
+beta = 1 in the second stage).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+SMOOTH_L1_BETA = 1 / 9
+
+
+def rpn_losses(
+    *, objectness_logits: Tensor, is_positive: Tensor, box_deltas: Tensor, target_deltas: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Objectness and box loss over N sampled anchors of a batch, P of them positive.
+
+        L_objectness = 1/N sum_n BCE(sigmoid(z_n), y_n),    L_box = 1/N sum_{p in P} sum_{i in xywh} smooth_l1(t_pi - t*_pi)
+
+    objectness_logits (N,), is_positive (N,) bool; box_deltas and target_deltas (P, 4), of the positives alone.
+    (The paper divides the second by the number of anchor positions and weighs it by 10: nearly the same.)
+    """
+    logits = _at_least_float(objectness_logits)
+    count = max(len(logits), 1)
+    objectness = F.binary_cross_entropy_with_logits(logits, is_positive.to(logits.dtype), reduction="sum") / count
+    return objectness, _smooth_l1(box_deltas, target_deltas) / count
+
+
+def roi_losses(
+    *, class_logits: Tensor, labels: Tensor, box_deltas: Tensor, target_deltas: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Class and box loss over N sampled proposals of a batch, P of them positive.
+
+        L_class = -1/N sum_n log softmax(z_n)_{y_n},    L_box = 1/N sum_{p in P} sum_{i in xywh} smooth_l1(t_pi - t*_pi)
+
+    class_logits (N, 1 + K) with the background in column 0, labels (N,) in 0..K; box_deltas (P, 4), those predicted for
+    each positive's own class, and target_deltas (P, 4).
+    """
+    logits = _at_least_float(class_logits)
+    count = max(len(logits), 1)
+    return F.cross_entropy(logits, labels, reduction="sum") / count, _smooth_l1(box_deltas, target_deltas) / count
+
+
+def _smooth_l1(deltas: Tensor, targets: Tensor) -> Tensor:
+    deltas = _at_least_float(deltas)
+    return F.smooth_l1_loss(deltas, targets.to(deltas.dtype), beta=SMOOTH_L1_BETA, reduction="sum")
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    return x.float() if x.itemsize < 4 else x
