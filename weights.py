@@ -13,6 +13,7 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -245,10 +246,8 @@ def _apply_layout(layout: PublicLayout, state: dict[str, Tensor]) -> dict[str, T
 
 
 def _count_claimed(layout: PublicLayout, state: dict[str, Tensor]) -> int:
-    try:
+    with suppress(KeyError):  # a damaged file is still most like its own layout
         state = layout.convert(dict(state)) if layout.convert else state
-    except KeyError:
-        return 0
     patterns = [row_pattern(old) for old, _ in layout.table]
     return sum(any(pattern.match(key) for pattern in patterns) for key in state)
 

@@ -34,8 +34,8 @@ NUM_REGISTERS = 4  # of the models whose names end in _reg
 class DINOv2Output:
     """What DINOv2.forward returns for images (B, 3, H, W); h = H / 14, w = W / 14.
 
-    features: maps (B, C, h, w), those of DINOv2.keep_features. "block0", "block1", ...: the patch tokens behind a block,
-    through the final LayerNorm, as the released model gives intermediate layers; "patches" is the last block's.
+    features: maps (B, C, h, w), those of DINOv2.keep_features. "block0", "block1", ...: the patch tokens behind each
+    block, through the final LayerNorm, as the released model gives intermediate layers; "patches": the last block's.
     class_token (B, C): after the final LayerNorm. class_attention (B, heads, h, w): how the class token of the last
     block spreads its attention over the patches; what is missing to 1 rests on itself and the registers.
     image_size: (H, W).

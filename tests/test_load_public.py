@@ -6,7 +6,7 @@ from torch import nn
 
 import models
 from errors import UserError
-from weights import guess_family, load_public, rename
+from weights import PublicLayout, fuse_entries, guess_family, load_public, rename
 
 # rename -------------------------------------------------------------------------------------------------------------
 
@@ -161,3 +161,86 @@ def test_unknown_families_are_not_guessed():
     assert guess_family({"model.0.conv.weight": (16, 3, 3, 3)}) is None
     eleven = {"model.0.conv.weight": (16, 3, 3, 3), "model.23.cv2.0.0.conv.weight": (64, 64, 3, 3)}
     assert "layer 23" in guess_family(eleven)
+
+
+# layouts ------------------------------------------------------------------------------------------------------------
+
+
+def join_stem(state: dict) -> dict:
+    return fuse_entries(state, (".left.", ".right."), ".both.")
+
+
+HALVES = PublicLayout(
+    "halves",
+    [("stem.conv.both.", "stem.0."), ("stem.norm.", "stem.1."), ("m.{}.", "blocks.{}."), ("head.", "head.")],
+    convert=join_stem,
+)
+PLAIN = PublicLayout("plain", [("stem.", "stem."), ("blocks.", "blocks."), ("head.", "head.")])
+
+
+class Layered(Small):
+    public_layouts = (PublicLayout("first", Small.public_names), HALVES, PLAIN)
+
+
+def halves_state(model: nn.Module) -> dict:
+    ours = model.state_dict()
+    state = {f"stem.conv.left.{kind}": ours[f"stem.0.{kind}"][:1] for kind in ("weight", "bias")}
+    state |= {f"stem.conv.right.{kind}": ours[f"stem.0.{kind}"][1:] for kind in ("weight", "bias")}
+    table = [("stem.1.", "stem.norm."), ("blocks.{}.", "m.{}."), ("head.", "head."), ("stem.0.", None)]
+    return state | rename(ours, table)
+
+
+@pytest.mark.parametrize(
+    ("layout", "make_state"), [("first", public_state), ("halves", halves_state), ("plain", lambda m: m.state_dict())]
+)
+def test_the_layout_that_fits_is_taken(layout, make_state):
+    source, model = Layered(), Layered()
+    report = load_public(model, make_state(source))
+    assert report.layout == layout
+    assert_untouched(model, source.state_dict())
+    assert load_public(Small(), public_state(source)).layout == "released"
+
+
+def test_layouts_are_matched_without_counters_and_with_a_head_of_another_size():
+    state = {name: value for name, value in halves_state(Layered(7)).items() if "num_batches" not in name}
+    assert load_public(Layered(3), state, new_head=True).layout == "halves"
+
+
+@pytest.mark.parametrize(
+    ("make_state", "change", "reason"),
+    [
+        (halves_state, lambda s: s.pop("m.1.bias"), r"1 missing \(blocks.1.bias\)"),
+        (halves_state, lambda s: s.update(x=torch.ones(1)), r"'x' is claimed by no row \(read as the halves layout\)"),
+        (
+            halves_state,
+            lambda s: s.pop("stem.conv.left.bias"),
+            r"right.bias' is there without 'stem.conv.left.bias' \(read as the halves layout\)",
+        ),
+        (public_state, lambda s: s.pop("dfl"), r"rows no key used: \['dfl'\] \(read as the first layout\)"),
+        (
+            lambda m: {"other": torch.ones(1)},
+            lambda s: None,
+            r"'other' is claimed by no row \(read as the first layout",
+        ),
+    ],
+)
+def test_what_fits_no_layout_is_reported_against_the_nearest(make_state, change, reason):
+    model, state = Layered(), make_state(Layered())
+    change(state)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=reason):
+        load_public(model, state)
+    assert_untouched(model, before)
+
+
+def test_fuse_entries():
+    state = {"b.k.w": torch.ones(1, 3), "z": torch.zeros(()), "b.q.w": torch.zeros(2, 3), "b.q.k": torch.ones(1)}
+    fused = fuse_entries(state, (".q.w", ".k.w"), ".qk.w")
+    assert list(fused) == ["z", "b.qk.w", "b.q.k"]
+    assert torch.equal(fused["b.qk.w"], torch.tensor([[0.0] * 3, [0.0] * 3, [1.0] * 3]))
+    assert len(state) == 4  # the given state is not changed
+    with pytest.raises(KeyError, match=r"'b.q.w' is there without 'b.k.w'"):
+        fuse_entries({"b.q.w": torch.zeros(2, 3)}, (".q.", ".k."), ".qk.")
+    for shape in [(1, 4), (1,), ()]:
+        with pytest.raises(KeyError, match="does not join"):
+            fuse_entries({"b.q.w": torch.zeros(2, 3), "b.k.w": torch.zeros(shape)}, (".q.", ".k."), ".qk.")
