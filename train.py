@@ -1,7 +1,7 @@
 """The one training loop: any student, zero or more teachers, one process or many.
 
     python train.py configs/shapes_yolov8n.yaml [key=value ...]
-    python train.py CONFIG --dry-run           every loss term of one batch, and nothing written
+    python train.py CONFIG --dry-run           every loss term of one batch and its gradient, and nothing written
     python train.py --resume runs/NAME         go on after a signal, a crash or a full disk
     torchrun --nproc-per-node 2 train.py CONFIG
 
@@ -31,6 +31,7 @@ import checkpoint
 import eval as evaluation
 import plots
 import run_folder
+from balance import TermRange, balance_table, balances, term_ranges
 from config import Config, load_config
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, seeded_generator
@@ -293,6 +294,7 @@ def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progre
         model, info = checkpoint.load_model(folder.best, device=str(parts.processes.device))
         scores, _ = evaluate(parts, model, parts.splits.test)
         best = {"epoch": info.epoch, "holdout mAP50-95": position.best, "test": scores}
+    ranges = balance_of_run(parts, folder)
     report = {
         "name": config.name,
         "arch": config.student.arch,
@@ -304,6 +306,9 @@ def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progre
         "split": config.data.test,
         "test": test,
         "best_on_holdout": best,
+        "distillation": {
+            found.name: {"lowest": found.lowest, "highest": found.highest, "stayed": found.stayed} for found in ranges
+        },
         "seconds": position.seconds,
         "images_per_second": position.images / position.seconds if position.seconds else None,
         **run_folder.environment(),
@@ -312,9 +317,22 @@ def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progre
     if is_first:
         run_folder.write_report(folder.report, report)
         draw(parts, details, folder, progress)
+        for found in ranges:
+            progress.say(str(found))
         shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
         progress.say(f"{config.data.test}: {words(shown)}\nwritten: {folder.path}")
     return report
+
+
+def balance_of_run(parts: Parts, folder: RunFolder) -> list[TermRange]:
+    """What share of the detection loss each distillation term had, from the rows of metrics.csv."""
+    if not parts.processes.is_first or not parts.criterion.terms:
+        return []
+    rows = [
+        {name.removeprefix("train/"): float(value) for name, value in row.items() if name.startswith("train/")}
+        for row in run_folder.read_metrics(folder.metrics)
+    ]
+    return term_ranges(rows, list(parts.criterion.terms))
 
 
 def evaluate(
@@ -363,20 +381,20 @@ def draw(parts: Parts, details: DetectionReport, folder: RunFolder, progress: Pr
 
 
 def dry_run(config: Config) -> None:
-    """One batch forward, and what the loop would do with it, printed; nothing is written."""
+    """One batch forward and backward, and what the loop would do with it, printed; nothing is written."""
     parts = build(config, Processes(config.device), None, print)
     batch = next(parts.loader.epoch(0))
     images, targets = parts.prepare(batch, 0, 0)
-    with torch.no_grad():
-        parts.objective.train()
-        epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
-        terms = parts.objective(images, targets, parts.teachers(images), epoch)
+    parts.objective.train()
+    epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
+    terms = parts.objective(images, targets, parts.teachers(images), epoch)
     print(parts)
     print(f"batch: {len(batch)} pictures, {len(targets)} objects after augmentation")
-    for name, value in terms.items():
-        print(f"  {name:<24} {value.item():.6g}")
-    print(f"  {'sum':<24} {sum(terms.values()).item():.6g}")
-    print(f"adapters: {count_parameters(parts.criterion):,} parameters")
+    print(balance_table(balances(terms, parts.student, set(parts.criterion.terms))))
+    print(f"{'sum':<24} {sum(terms.values()).item():.6g}")
+    print(f"adapters and trained parts of losses: {count_parameters(parts.criterion):,} parameters")
+    for name, value in parts.criterion.named_parameters():
+        print(f"  {name} {tuple(value.shape)}")
     total = parts.config.epochs * parts.steps_per_epoch
     for step in sorted({0, total // 2, total - 1}):
         parts.set_rates(step)

@@ -119,6 +119,11 @@ def test_report(distilled):
     assert report["parameters"] == sum(p.numel() for p in models.build("yolov8n", 2).parameters())
     assert report["device"] == "cpu" and report["precision"] == "float32" and report["torch"] == torch.__version__
     assert report["seconds"] > 0 and report["images_per_second"] == pytest.approx(36 / report["seconds"])
+    for name in ("mse_t", "soft_class_t"):
+        found = report["distillation"][name]
+        assert 0 < found["lowest"] <= found["highest"] and found["stayed"] == (
+            0.01 <= found["lowest"] and found["highest"] <= 2
+        )
     assert report["best_on_holdout"]["epoch"] in (1, 2) and "mAP50" in report["best_on_holdout"]["test"]
 
 
@@ -282,10 +287,12 @@ def test_dry_run(make_tiny, tmp_path, capsys):
     config = make_tiny(teachers=[{"name": "t", "arch": "yolov5nu", "weights": str(path)}], terms=TERMS)
     train.dry_run(config)
     out = capsys.readouterr().out
-    values = dict(line.split() for line in out.splitlines() if line.startswith("  ") and len(line.split()) == 2)
-    assert set(values) == {"box", "cls", "dfl", "mse_t", "soft_class_t", "sum"}
-    assert all(float(value) > 0 for value in values.values())
-    assert "3,011,222 parameters" in out and "learning rates at step 0 of 6" in out and "adapters: " in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "%" in line}
+    assert set(rows) == {"box", "cls", "dfl", "mse_t", "soft_class_t"}
+    for value, share, neck, student in rows.values():
+        assert float(value) > 0 and 0 < float(share.rstrip("%")) < 100 and float(neck) > 0 and float(student) > 0
+    assert "3,011,222 parameters" in out and "learning rates at step 0 of 6" in out
+    assert "adapters.mse_t.0.weight (64, 64, 1, 1)" in out
     assert not (tmp_path / "runs").exists()
 
 
