@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import checkpoint
 import models
 import run_folder
 import train
+import training_parts
 from errors import UserError
+from processes import Processes
 from tests.tiny_training import SIZE, tiny_config, write_dataset
 
 TERMS = [
@@ -122,3 +125,82 @@ def test_a_teacher_of_other_classes_is_refused_for_logits(tmp_path):
     with pytest.raises(UserError, match="no class in common"):
         train.run(config, quiet=True)
     assert not (tmp_path / "runs").exists()
+
+
+def test_several_teachers_of_other_sizes_and_classes_and_the_student_itself(tmp_path):
+    """One run: a teacher that sees larger pictures and knows half of the classes, one of two, and the average."""
+    write_dataset(tmp_path / "data", train=8, test=2)
+    one = save_teacher(tmp_path / "one.pt", names=("blue", "rouge", "GREEN"))
+    two = save_teacher(tmp_path / "two.pt", arch="yolov5n")
+    teachers = [
+        {"name": "large", "arch": "yolov5nu", "weights": str(one), "image_size": 96, "aliases": {"red": "rouge"}},
+        {"name": "anchors", "arch": "yolov5n", "weights": str(two)},
+        {"name": "mean", "arch": "ema"},
+    ]
+    terms = [
+        {"teacher": "large", "loss": "cwd", "weight": 1.0, "student_maps": ["p4"]},
+        {"teacher": "large", "loss": "box_beliefs", "weight": 1.0},
+        {"teacher": "anchors", "loss": "box_beliefs", "weight": 1.0, "parameters": {"at": "assigned"}},
+        {"teacher": "mean", "loss": "soft_class", "weight": 1.0, "student_maps": ["class_logits"]},
+    ]
+    changes = dict(teachers=teachers, terms=terms, teacher_weighting="confidence", epochs=2)
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", **changes)
+    report = train.run(config, quiet=True)
+    assert set(report["distillation"]) == {"cwd_large", "box_beliefs_large", "box_beliefs_anchors", "soft_class_mean"}
+    rows = run_folder.read_metrics(tmp_path / "runs" / "tiny" / "metrics.csv")
+    assert all(float(rows[-1][f"train/{name}"]) > 0 for name in report["distillation"])
+    state = checkpoint.load(tmp_path / "runs" / "tiny" / "weights" / "last.pt")
+    assert not state["criterion"]  # no adapter was asked for, and no teacher is inside
+
+
+def test_the_average_teaches_what_it_is_at_each_step(tmp_path):
+    """At the first step it is the student itself, later it lags behind."""
+    write_dataset(tmp_path / "data", train=8, test=2)
+    term = {"teacher": "mean", "loss": "mse", "weight": 1.0, "student_maps": ["p3"]}
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=[{"name": "mean", "arch": "ema"}], terms=[term])
+    parts = training_parts.build(config, Processes("cpu"), None, lambda text: None)
+    images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
+    parts.student.eval()
+    value = lambda: parts.objective(images, targets, parts.teachers(images), 0.0)["mse_mean"].item()
+    assert value() == 0
+    parts.student.neck.top_down3.merge.conv.weight.data += 0.1
+    first = value()
+    parts.ema.update(10_000)
+    assert value() < first and first > 0
+
+
+def test_an_average_with_a_file_is_refused(tmp_path):
+    write_dataset(tmp_path / "data", train=8, test=2)
+    teacher = {"name": "mean", "arch": "ema", "weights": str(save_teacher(tmp_path / "teacher.pt"))}
+    config = tiny_config(
+        tmp_path / "data", tmp_path / "runs", teachers=[teacher], terms=[TERMS[0] | {"teacher": "mean"}]
+    )
+    with pytest.raises(UserError, match=r"teachers\.0\.weights'.*has no file"):
+        train.run(config, quiet=True)
+
+
+def test_a_teacher_of_much_larger_pictures_is_warned_about(tmp_path, capsys):
+    write_dataset(tmp_path / "data", train=8, test=2)
+    teacher = {"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "t.pt")), "image_size": 160}
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=[teacher], terms=TERMS[:1])
+    train.dry_run(config)
+    assert "enlarged to 160 px, by 2.5" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_compiled_run_computes_the_same_losses(tmp_path, monkeypatch):
+    """Student and teacher traced whole, as `compile: true` does; without the code generator, which needs a compiler."""
+    write_dataset(tmp_path / "data", train=8, test=2)
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    found = []
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="aot_eager", fullgraph=True))
+    for name, is_compiled in (("plain", False), ("compiled", True)):
+        config = tiny_config(
+            tmp_path / "data", tmp_path / "runs", name=name, epochs=1, teachers=teachers, compile=is_compiled,
+            terms=[*TERMS, {"teacher": "big", "loss": "box_beliefs", "weight": 1.0}],
+        )  # fmt: skip
+        train.run(config, quiet=True)
+        (row,) = run_folder.read_metrics(tmp_path / "runs" / name / "metrics.csv")
+        found.append([float(row[f"train/{term}"]) for term in ("box", "cls", "dfl", *NAMES, "box_beliefs_big")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
