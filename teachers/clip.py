@@ -1,0 +1,377 @@
+"""CLIP, a foundation model that only ever teaches: pictures and texts as vectors of one space (arXiv:2103.00020).
+
+    images ── patches ── [class token | patch tokens] ── LayerNorm ── blocks ── class token ── LayerNorm ── W_image
+    texts ── ids ── tokens ── blocks, a token sees those before it ── token of the end ── LayerNorm ── W_text
+
+    logit_bk = exp(s) cos(image_b, class_k)        s learnt, about log 100
+
+The ViT-B/32 and ViT-B/16 that OpenAI released. Three kinds of knowledge for a detector: maps of any block;
+`image_logits`, what a picture is about; `class_logits_at`, what CLIP believes of given boxes.
+
+Not here: the ResNet towers. Weights of others that have the same names but were trained with plain GELU (OpenCLIP's of
+LAION) load and would be computed with CLIP's approximation of it: do not use them.
+
+Differs from the released code, not in what it computes: images come in [0, 1] at any size that is a multiple of the
+patch, and are normalised here; the text tower leaves out the columns behind the longest text, which nothing can see.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teachers.clip_prompts import BACKGROUND_TEXTS, TEMPLATES, class_embeddings
+from teachers.clip_regions import average_over_boxes, enlarge_boxes, resample_boxes
+from teachers.clip_tokenizer import CONTEXT_LENGTH, ClipTokenizer
+from transformer import Block, PatchEmbedding, causal_mask, interpolate_positions, quick_gelu, tokens_to_map
+from weights import PublicLayout, fuse_entries
+
+NATIVE_SIZE = 224  # pixels, the side of the square pictures CLIP was trained on
+VOCABULARY_SIZE = 49_408
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], OpenAI's own training pictures
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+NORM_EPS = 1e-5
+TEXTS_PER_BATCH = 256
+
+SIZES = {  # both towers have 12 blocks, and a head for every 64 channels
+    "vit_b32": dict(patch=32, image_width=768, text_width=512, embedding_width=512, depth=12),
+    "vit_b16": dict(patch=16, image_width=768, text_width=512, embedding_width=512, depth=12),
+}
+
+
+def make_block(width: int) -> Block:
+    return Block(width, width // 64, activation=quick_gelu, norm_eps=NORM_EPS)
+
+
+class ImageTower(nn.Module):
+    """Normalised images (B, 3, H, W) -> their vectors (B, D), and maps of blocks on the way."""
+
+    def __init__(self, *, patch: int, width: int, depth: int, embedding_width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.patches = PatchEmbedding(width, patch, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.empty(1 + (NATIVE_SIZE // patch) ** 2, width))
+        self.first_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.blocks = nn.ModuleList(make_block(width) for _ in range(depth))
+        self.last_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.projection = nn.Parameter(torch.empty(width, embedding_width))  # W_image
+        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.projection, std=width**-0.5)
+
+    def forward(self, images: Tensor, names: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, D), not of length 1, and the maps called `names`: see CLIPOutput.features."""
+        grid = (images.shape[2] // self.patch, images.shape[3] // self.patch)
+        x = self.patches(images)  # (B, h w, C)
+        x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)  # (B, 1 + h w, C)
+        x = self.first_norm(x + interpolate_positions(self.positions[None], grid))
+        maps = {}
+        for i, block in enumerate(self.blocks):
+            if i == len(self.blocks) - 1 and "dense" in names:
+                maps["dense"] = tokens_to_map(self._dense_tokens(block, x[:, 1:]), grid)
+            x = block(x)
+            if f"block{i}" in names:
+                maps[f"block{i}"] = tokens_to_map(self.last_norm(x[:, 1:]), grid)
+        if "patches" in names:
+            maps["patches"] = tokens_to_map(self.last_norm(x[:, 1:]), grid)
+        return self.last_norm(x[:, 0]) @ self.projection, maps  # (B, D)
+
+    def _dense_tokens(self, last_block: Block, x: Tensor) -> Tensor:
+        """Patch tokens before the last block (B, N, C) -> vectors in the space of the texts (B, N, D).
+
+            z = x + W_o v(norm1(x)) + b_o,    out = LayerNorm(z + mlp(norm2(z))) W_image
+
+        The last block with attention replaced by its value path, as if each token attended to itself alone (MaskCLIP,
+        Zhou et al., "Extract Free Dense Labels from CLIP", arXiv:2112.01071). What CLIP trained is the class token's
+        output: a mean of values. So values are aligned with the texts; the patches' own outputs of the last block met
+        no loss, and are not. Here its residual and its MLP stay.
+        """
+        values = last_block.attention.qkv(last_block.norm1(x)).chunk(3, dim=-1)[2]  # (B, N, C)
+        z = x + last_block.attention.out(values)
+        return self.last_norm(z + last_block.mlp(last_block.norm2(z))) @ self.projection
+
+
+class TextTower(nn.Module):
+    """ids (T, 77) int64, as ClipTokenizer gives them -> vectors (T, D), not of length 1."""
+
+    def __init__(self, *, width: int, depth: int, embedding_width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY_SIZE, width)
+        self.positions = nn.Parameter(torch.empty(CONTEXT_LENGTH, width))
+        self.blocks = nn.ModuleList(make_block(width) for _ in range(depth))
+        self.last_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.projection = nn.Parameter(torch.empty(width, embedding_width))  # W_text
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        nn.init.normal_(self.projection, std=width**-0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        end = ids.argmax(1)  # (T,): the end's id is the largest of all, and the first one counts
+        length = int(end.max()) + 1 if len(ids) else 1
+        x = self.tokens(ids[:, :length]) + self.positions[:length]  # (T, length, C)
+        is_visible = causal_mask(length, ids.device)
+        for block in self.blocks:
+            x = block(x, is_visible)
+        last = x[torch.arange(len(x), device=x.device), end]  # (T, C)
+        return self.last_norm(last) @ self.projection
+
+
+@dataclass(frozen=True)
+class CLIPOutput:
+    """What CLIP.forward returns for images (B, 3, H, W); h = H / patch, w = W / patch.
+
+    features: maps (B, C, h, w), those of CLIP.keep_features. "block0", "block1", ...: the patch tokens behind a block,
+    through the LayerNorm that ends the tower; "patches" is the last block's. "dense" (B, D, h, w): the vector of each
+    patch in the space of the texts, not of length 1 (ImageTower._dense_tokens).
+    image_embedding (B, D): as the tower gives it, not of length 1. image_logits (B, K): exp(s) cos(image, class), in
+    float32; None before CLIP.set_classes. images: what went in, for crops. image_size: (H, W).
+    """
+
+    features: dict[str, Tensor]
+    image_embedding: Tensor
+    image_logits: Tensor | None
+    images: Tensor
+    image_size: tuple[int, int]
+
+
+class CLIP(nn.Module):
+    """images (B, 3, H, W) in [0, 1], H and W multiples of the patch -> CLIPOutput; texts -> vectors of the same space.
+
+    Trained on 224 x 224 pixels; for other sizes the position table is resized to the grid of patches, bicubic.
+
+    What it believes of boxes (class_logits_at) comes about in one of two ways, `region_mode`:
+        "crop"  each box, enlarged by `context`, is cut from the picture, resized to 224 x 224 and goes through the
+                image tower: one forward pass per box, `crops_per_batch` at a time. What CLIP was trained to do.
+        "pool"  the mean over the box of the unit vectors of "dense": one pass for all boxes; as coarse as the patches.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch: int,
+        image_width: int,
+        text_width: int,
+        embedding_width: int,
+        depth: int,
+        region_mode: Literal["crop", "pool"] = "crop",
+        context: float = 1.2,
+        crops_per_batch: int = 32,
+    ) -> None:
+        super().__init__()
+        if region_mode not in ("crop", "pool"):
+            raise ValueError(f"region_mode {region_mode!r} must be crop or pool")
+        self.image_tower = ImageTower(patch=patch, width=image_width, depth=depth, embedding_width=embedding_width)
+        self.text_tower = TextTower(width=text_width, depth=depth, embedding_width=embedding_width)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # s, where CLIP's training began
+        self.region_mode, self.context, self.crops_per_batch = region_mode, context, crops_per_batch
+        self.class_names: tuple[str, ...] = ()
+        for name, value in (
+            ("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1)),
+            ("std", torch.tensor(CLIP_STD).view(3, 1, 1)),
+            ("classes", torch.zeros(0, embedding_width)),
+            ("background", torch.zeros(0, embedding_width)),
+        ):
+            self.register_buffer(name, value, persistent=False)
+
+        names = (*(f"block{i}" for i in range(depth)), "patches", "dense")
+        self.strides = dict.fromkeys(names, patch)
+        self.channels = dict.fromkeys(names, image_width) | {"dense": embedding_width}
+        self.size_multiple = patch
+        self.class_head = ()
+        self.class_activation: Literal["softmax"] = "softmax"
+        self.public_layouts = (
+            PublicLayout("OpenAI", OPENAI_NAMES, convert=drop_sizes),
+            PublicLayout("Hugging Face", HUGGING_FACE_NAMES, convert=join_and_transpose),
+        )
+        self.public_names = self.public_layouts[0].table
+        self.kept_features = frozenset(names)
+
+    @property
+    def num_classes(self) -> int:
+        """K; 0 before set_classes."""
+        return len(self.class_names)
+
+    def keep_features(self, names: Iterable[str]) -> None:
+        """Let `output.features` hold only these maps; at first it holds all, and all of them stay in memory.
+
+        "dense" stays wherever region_mode is "pool". A name that is not in `strides` is a ValueError.
+        """
+        names = frozenset(names)
+        if unknown := sorted(names - self.strides.keys()):
+            raise ValueError(f"features {unknown} do not exist; there are {', '.join(self.strides)}")
+        self.kept_features = names
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], tokenizer: ClipTokenizer) -> Tensor:
+        """T texts -> (T, D), not of length 1. A text too long for CLIP is a UserError (ClipTokenizer)."""
+        ids = tokenizer(texts).to(self.logit_scale.device)
+        return torch.cat([self.text_tower(part) for part in ids.split(TEXTS_PER_BATCH)])
+
+    def set_classes(
+        self,
+        names: Sequence[str],
+        tokenizer: ClipTokenizer,
+        *,
+        templates: Sequence[str] = TEMPLATES,
+        background: Sequence[str] = BACKGROUND_TEXTS,
+    ) -> None:
+        """Ask for these K classes from now on, by the prompts of teachers.clip_prompts, and call `background` whatever
+        looks like one of these texts. Names CLIP cannot be asked for are a UserError, with nothing changed.
+        """
+        classes = class_embeddings(lambda texts: self.encode_texts(texts, tokenizer), names, templates)
+        self.set_class_embeddings(names, classes, self.encode_texts(background, tokenizer))
+
+    def set_class_embeddings(self, names: Sequence[str], classes: Tensor, background: Tensor) -> None:
+        """As set_classes, from vectors (K, D) of the classes and (J, D), J >= 1, of the background, of any length."""
+        wanted = (len(names), self.background.shape[1])
+        if tuple(classes.shape) != wanted or background.shape[1:] != classes.shape[1:] or not len(background):
+            raise ValueError(
+                f"classes {tuple(classes.shape)} and background {tuple(background.shape)} must be {wanted} "
+                f"and (J, {wanted[1]}), J at least 1"
+            )
+        self.class_names = tuple(names)
+        self.classes = F.normalize(classes.detach().float(), dim=-1).to(self.mean.device)
+        self.background = F.normalize(background.detach().float(), dim=-1).to(self.mean.device)
+
+    def forward(self, images: Tensor) -> CLIPOutput:
+        """images (B, 3, H, W) in [0, 1]; H and W multiples of the patch, else ValueError."""
+        names = self.kept_features | ({"dense"} if self.region_mode == "pool" else set())
+        embedding, features = self.image_tower((images - self.mean) / self.std, names)
+        logits = self._scaled_cosines(embedding, self.classes) if self.class_names else None
+        return CLIPOutput(features, embedding, logits, images, tuple(images.shape[-2:]))
+
+    def _scaled_cosines(self, embedding: Tensor, directions: Tensor) -> Tensor:
+        """exp(s) cos: (N, D), unit vectors (K, D) -> (N, K), in float32 also under autocast."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self.logit_scale.float().exp() * F.normalize(embedding.float(), dim=-1) @ directions.T
+
+    def class_logits_at(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, 1 + K) for a softmax, background first.
+
+            z_n0 = log sum_j exp(e^s cos(r_n, background_j)),    z_nk = e^s cos(r_n, class_k)
+
+        r_n is the vector of the box: see CLIP. A zero-shot softmax has no background: it shares 1 among the classes,
+        whatever it is shown. Here the J background texts stand beside the K classes, and column 0 is their union: its
+        softmax is the sum of theirs. How well four sentences describe all that is no object, nobody has trained: where
+        the student's boxes are those of objects alone, compare class columns only.
+
+        Boxes are clipped to the image; below one pixel they are widened to one. ValueError before set_classes.
+        """
+        if not self.class_names:
+            raise ValueError("CLIP has no classes to look for: call set_classes first")
+        if len(boxes_per_image) != len(output.images):
+            raise ValueError(f"boxes of {len(boxes_per_image)} images, expected {len(output.images)}")
+        describe = self._crop_vectors if self.region_mode == "crop" else self._pool_vectors
+        vectors = describe(output, boxes_per_image)  # (N, D)
+        classes = self._scaled_cosines(vectors, self.classes)  # (N, K)
+        background = self._scaled_cosines(vectors, self.background).logsumexp(1, keepdim=True)  # (N, 1)
+        return torch.cat((background, classes), dim=1)
+
+    def _pool_vectors(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
+        """(N, D): the mean over each box of the unit vectors of the patches."""
+        if "dense" not in output.features:
+            raise ValueError("the output has no map 'dense': it was computed with another region_mode")
+        with torch.autocast(output.images.device.type, enabled=False):
+            dense = F.normalize(output.features["dense"].float(), dim=1)  # (B, D, h, w)
+            return torch.cat(
+                [
+                    average_over_boxes(one, enlarge_boxes(boxes.to(one), output.image_size), self.size_multiple)
+                    for one, boxes in zip(dense, boxes_per_image)
+                ]
+            )
+
+    @torch.no_grad()
+    def _crop_vectors(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
+        """(N, D): each box, with its context, through the image tower. No gradient flows."""
+        vectors = [output.image_embedding.new_zeros(0, self.background.shape[1])]
+        for image, boxes in zip(output.images.float(), boxes_per_image):
+            for some in enlarge_boxes(boxes.to(image), output.image_size, self.context).split(self.crops_per_batch):
+                with torch.autocast(image.device.type, enabled=False):
+                    crops = resample_boxes(image, some, NATIVE_SIZE)  # (n, 3, 224, 224)
+                vectors.append(self.image_tower((crops - self.mean) / self.std)[0])
+        return torch.cat(vectors)
+
+
+# fmt: off
+OPENAI_NAMES = [  # each {} is one integer
+    # released checkpoint                               ours
+    ("visual.class_embedding",                          "image_tower.class_token"),
+    ("visual.positional_embedding",                     "image_tower.positions"),
+    ("visual.conv1.",                                   "image_tower.patches.project."),
+    ("visual.ln_pre.",                                  "image_tower.first_norm."),
+    ("visual.transformer.resblocks.{}.ln_1.",           "image_tower.blocks.{}.norm1."),
+    ("visual.transformer.resblocks.{}.attn.in_proj_",   "image_tower.blocks.{}.attention.qkv."),
+    ("visual.transformer.resblocks.{}.attn.out_proj.",  "image_tower.blocks.{}.attention.out."),
+    ("visual.transformer.resblocks.{}.ln_2.",           "image_tower.blocks.{}.norm2."),
+    ("visual.transformer.resblocks.{}.mlp.c_fc.",       "image_tower.blocks.{}.mlp.expand."),
+    ("visual.transformer.resblocks.{}.mlp.c_proj.",     "image_tower.blocks.{}.mlp.contract."),
+    ("visual.ln_post.",                                 "image_tower.last_norm."),
+    ("visual.proj",                                     "image_tower.projection"),
+    ("token_embedding.",                                "text_tower.tokens."),
+    ("positional_embedding",                            "text_tower.positions"),
+    ("transformer.resblocks.{}.ln_1.",                  "text_tower.blocks.{}.norm1."),
+    ("transformer.resblocks.{}.attn.in_proj_",          "text_tower.blocks.{}.attention.qkv."),
+    ("transformer.resblocks.{}.attn.out_proj.",         "text_tower.blocks.{}.attention.out."),
+    ("transformer.resblocks.{}.ln_2.",                  "text_tower.blocks.{}.norm2."),
+    ("transformer.resblocks.{}.mlp.c_fc.",              "text_tower.blocks.{}.mlp.expand."),
+    ("transformer.resblocks.{}.mlp.c_proj.",            "text_tower.blocks.{}.mlp.contract."),
+    ("ln_final.",                                       "text_tower.last_norm."),
+    ("text_projection",                                 "text_tower.projection"),
+    ("logit_scale",                                     "logit_scale"),
+]
+HUGGING_FACE_NAMES = [
+    # released checkpoint, after join_and_transpose        ours
+    ("vision_model.embeddings.class_embedding",            "image_tower.class_token"),
+    ("vision_model.embeddings.position_embedding.weight",  "image_tower.positions"),
+    ("vision_model.embeddings.patch_embedding.",           "image_tower.patches.project."),
+    ("vision_model.pre_layrnorm.",                         "image_tower.first_norm."),
+    ("vision_model.encoder.layers.{}.layer_norm1.",        "image_tower.blocks.{}.norm1."),
+    ("vision_model.encoder.layers.{}.self_attn.qkv.",      "image_tower.blocks.{}.attention.qkv."),
+    ("vision_model.encoder.layers.{}.self_attn.out_proj.", "image_tower.blocks.{}.attention.out."),
+    ("vision_model.encoder.layers.{}.layer_norm2.",        "image_tower.blocks.{}.norm2."),
+    ("vision_model.encoder.layers.{}.mlp.fc1.",            "image_tower.blocks.{}.mlp.expand."),
+    ("vision_model.encoder.layers.{}.mlp.fc2.",            "image_tower.blocks.{}.mlp.contract."),
+    ("vision_model.post_layernorm.",                       "image_tower.last_norm."),
+    ("visual_projection.weight",                           "image_tower.projection"),
+    ("text_model.embeddings.token_embedding.",             "text_tower.tokens."),
+    ("text_model.embeddings.position_embedding.weight",    "text_tower.positions"),
+    ("text_model.encoder.layers.{}.layer_norm1.",          "text_tower.blocks.{}.norm1."),
+    ("text_model.encoder.layers.{}.self_attn.qkv.",        "text_tower.blocks.{}.attention.qkv."),
+    ("text_model.encoder.layers.{}.self_attn.out_proj.",   "text_tower.blocks.{}.attention.out."),
+    ("text_model.encoder.layers.{}.layer_norm2.",          "text_tower.blocks.{}.norm2."),
+    ("text_model.encoder.layers.{}.mlp.fc1.",              "text_tower.blocks.{}.mlp.expand."),
+    ("text_model.encoder.layers.{}.mlp.fc2.",              "text_tower.blocks.{}.mlp.contract."),
+    ("text_model.final_layer_norm.",                       "text_tower.last_norm."),
+    ("text_projection.weight",                             "text_tower.projection"),
+    ("logit_scale",                                        "logit_scale"),
+]
+# fmt: on
+
+
+def drop_sizes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenAI's archives hold three numbers beside the weights, which say what the shapes say; state dicts may not."""
+    sizes = ("input_resolution", "context_length", "vocab_size")
+    return {name: value for name, value in state.items() if name not in sizes}
+
+
+def join_and_transpose(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face keeps q, k and v apart, and both projections as rows of outputs; old files count positions too."""
+    state = {name: value for name, value in state.items() if not name.endswith(".position_ids")}
+    state = fuse_entries(state, (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."), ".self_attn.qkv.")
+    for name in ("visual_projection.weight", "text_projection.weight"):
+        if name not in state:
+            raise KeyError(f"no entry {name!r}")
+        state[name] = state[name].T
+    return state
+
+
+def build_clip(name: str, **settings) -> CLIP:
+    """A freshly initialised CLIP; name is a key of SIZES, settings are keywords of CLIP such as region_mode.
+
+    Draws from torch's global generator. Released weights: weights.load_public.
+    """
+    return CLIP(**SIZES[name], **settings)

@@ -1,0 +1,106 @@
+"""Class names of a detection dataset as sentences CLIP has seen the like of, and their embeddings.
+
+    "traffic_light" ── clean_name ── "traffic light" ── fill_templates ── "a photo of a traffic light." and others ──
+    ── class_embeddings ── (D,)
+
+CLIP was trained on captions, so a name in a sentence, and the mean over several sentences, is recognised better than
+the bare word (Radford et al., arXiv:2103.00020, sec. 3.1.4).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import UserError
+
+TEMPLATES = (  # {name}, with {article} "a" or "an" as the name asks for
+    "a photo of {article} {name}.",
+    "a photo of the {name}.",
+    "a close-up photo of {article} {name}.",
+    "a low resolution photo of {article} {name}.",
+    "a photo of a small {name}.",
+    "a photo of a large {name}.",
+    "there is {article} {name} in the picture.",
+)
+BACKGROUND_TEXTS = (  # what a box without an object may look like; each on its own
+    "a photo of the background.",
+    "a photo of nothing.",
+    "a photo of an empty scene.",
+    "a blurry texture.",
+)
+NO_NAME = re.compile(r"[\W\d]*|(?:class|cls|label|category|object|obj|id)\W*\d[\W\d]*", re.IGNORECASE)
+SILENT_H = ("hour", "honest", "honor", "honour", "heir")
+SPOKEN_YOU = re.compile(r"uni(?![dmn])|us[aeu]|ut[ei]|ur[ai]|ufo|eu|ew|on(?:e\b|ce)")  # begin like "you" or "won"
+
+
+def clean_name(name: str) -> str:
+    """A class name in words: underscores become spaces, and a capital after two small letters, or before two after a
+    capital, starts a word. "traffic_light" -> "traffic light", "DontCare" -> "Dont Care", "TVMonitor" -> "TV Monitor";
+    "RBCs" and "T-shirt" stay. (Case is the tokenizer's to drop.)
+    """
+    words = re.sub(r"(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})", " ", name.replace("_", " "))
+    return " ".join(words.split())
+
+
+def article_of(name: str) -> str:
+    """ "a" or "an", by the sound of the first word as its letters suggest it; a word without vowels is spelled out.
+
+    "a dog", "an apple", "an hour", "a unicorn", "an RBC", "a TV".
+    """
+    word = name.split()[0]
+    if not re.search("[aeiouy]", word, re.IGNORECASE):
+        return "an" if word[0].upper() in "FHLMNRSX8" else "a"
+    word = word.lower()
+    is_vowel = word[0] in "aeiou" and not SPOKEN_YOU.match(word)
+    return "an" if is_vowel or word.startswith(SILENT_H) else "a"
+
+
+def readable_names(names: Sequence[str]) -> list[str]:
+    """The cleaned names of K classes. UserError where CLIP cannot be asked for one, or could not tell two apart.
+
+    That is: an empty list; a name without letters, or that only counts classes ("3", "class_3"); two names that are
+    the same words.
+    """
+    if not names:
+        raise UserError("class names: found none, expected at least one to ask CLIP for")
+    cleaned = [clean_name(name) for name in names]
+    first: dict[str, str] = {}
+    for name, words in zip(names, cleaned):
+        if NO_NAME.fullmatch(words):
+            raise UserError(f"class names: found {name!r}, expected a word that says what CLIP should look for")
+        if words.casefold() in first:
+            raise UserError(
+                f"class names: found {first[words.casefold()]!r} and {name!r}, "
+                f"expected names that differ: CLIP reads both as {words.lower()!r}"
+            )
+        first[words.casefold()] = name
+    return cleaned
+
+
+def fill_templates(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
+    """One text per template for a cleaned name. UserError for no template, or one without {name}."""
+    if not templates or isinstance(templates, str):
+        raise UserError(f"prompt templates: found {templates!r}, expected a list of at least one")
+    for template in templates:
+        if "{name}" not in template:
+            raise UserError(f"prompt template {template!r}: expected {{name}} in it, where the class name goes")
+    return [template.replace("{article}", article_of(name)).replace("{name}", name) for template in templates]
+
+
+@torch.no_grad()
+def class_embeddings(
+    encode_texts: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> Tensor:
+    """K names -> (K, D), a unit vector for each class: the mean over its prompts' unit vectors, scaled to length 1.
+
+        e_k = u(sum_t u(encode(prompt_kt))),    u(x) = x / |x|
+
+    encode_texts: T texts -> (T, D). UserError as readable_names and fill_templates raise it.
+    """
+    prompts = [fill_templates(name, templates) for name in readable_names(names)]
+    texts = [text for one_class in prompts for text in one_class]
+    embeddings = F.normalize(encode_texts(texts).float(), dim=-1).unflatten(0, (len(names), len(templates)))
+    return F.normalize(embeddings.mean(1), dim=-1)  # (K, D)
