@@ -1,0 +1,49 @@
+"""KL divergence between where the channels of two maps look, student's gradient included: the core of CWD.
+
+    L = T^2 / (B C) * sum_bc KL(q^t_bc || q^s_bc),    q_bc = softmax over the H*W pixels of channel c of image b, of map / T
+
+Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", arXiv:2011.13256, sec. 3.2. It is the KL of
+kernels.temperature_kl on rows of H*W columns, and its kernel runs here: on a map in PyTorch's usual layout a row of up
+to 8,192 pixels stays in registers (three passes over a map); on a longer row and on a channels_last map, whose pixels
+are C apart, the softmax is found online (up to five passes). The gradient has the student's layout.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import compute_dtype, not_floating, use_triton
+from kernels.temperature_kl import temperature_kl_triton
+
+
+def channel_wise_kl_eager(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:
+    """Specification: (B, C, H, W), (B, C, H, W) -> the scalar L."""
+    dtype = compute_dtype(s_map, t_map)
+    s_map, t_map = s_map.to(dtype), t_map.detach().to(dtype)
+    if s_map.numel() == 0:
+        return s_map.sum()
+    log_q_s = F.log_softmax(s_map.flatten(2) / temperature, dim=-1)  # (B, C, H*W)
+    log_q_t = F.log_softmax(t_map.flatten(2) / temperature, dim=-1)  # (B, C, H*W)
+    kl = (log_q_t.exp() * (log_q_t - log_q_s)).sum(-1)  # (B, C)
+    return temperature**2 * kl.mean()
+
+
+def channel_wise_kl_triton(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:
+    """The kernel, with its gradient: the same contract as channel_wise_kl_eager, for at least one element."""
+    rows = s_map.shape[0] * s_map.shape[1]
+    return temperature_kl_triton(s_map.flatten(2), t_map.flatten(2), temperature, None, rows)
+
+
+def channel_wise_kl(s_map: Tensor, t_map: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """L of the equation above, (): the kernel or its specification, see kernels.backend.
+
+    Args:
+        s_map, t_map: (B, C, H, W), of equal shape and any strides. Gradient flows to the student's.
+        temperature: T > 0. The kernel is compiled for each T anew.
+    Returns:
+        float64 where an input is, else float32. Nothing in, 0 out.
+    """
+    implementation = channel_wise_kl_eager
+    unsupported = not_floating(s_map=s_map, t_map=t_map)
+    if use_triton("channel_wise_kl", s_map, t_map, unsupported=unsupported) and s_map.numel():
+        implementation = channel_wise_kl_triton
+    return implementation(s_map, t_map, temperature)

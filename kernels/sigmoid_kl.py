@@ -1,0 +1,163 @@
+"""KL divergence of independent sigmoids under a temperature, student's gradient included: for heads without a softmax.
+
+    L        = T^2 / M * sum_n w_n sum_k KL(Bern(p^t_nk) || Bern(p^s_nk)),    p = sigmoid(logit / T)
+    dL/ds_nk = T / M * w_n (p^s_nk - p^t_nk)
+
+The twin of kernels.temperature_kl. The kernel reads s and t and writes dL/ds: three passes over a tensor.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import HAS_TRITON, compute_dtype, is_wide, not_floating, scale_of, use_triton
+from kernels.held_gradient import empty_gradient, with_gradient
+from kernels.temperature_kl import as_rows
+
+
+def sigmoid_kl_eager(
+    s_logits: Tensor, t_logits: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float
+) -> Tensor:
+    """Specification: (..., K), (..., K), weight (...) or None for 1, normaliser M -> the scalar L."""
+    dtype = compute_dtype(s_logits, t_logits)
+    s, t = s_logits.to(dtype), t_logits.detach().to(dtype)
+    kl = bernoulli_kl(s / temperature, t / temperature).sum(-1)  # (...)
+    if weight is not None:
+        kl = weight.to(dtype) * kl
+    return temperature**2 * kl.sum() / normaliser
+
+
+def bernoulli_kl(s_logits: Tensor, t_logits: Tensor) -> Tensor:
+    """KL(Bern(sigmoid(t)) || Bern(sigmoid(s))) element by element, from logits, stable when saturated.
+
+        KL = p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q)),    p = sigmoid(t), q = sigmoid(s)
+           = softplus(s) - softplus(t) + p (t - s)
+
+    The second form is computed: exactly 0 at s = t, its gradient exactly q - p, in a third of the time of the first.
+    """
+    return softplus(s_logits) - softplus(t_logits) + t_logits.sigmoid() * (t_logits - s_logits)
+
+
+def softplus(values: Tensor) -> Tensor:
+    """log(1 + exp(value)), exact also in float64 (the library's own form gives up beyond 20)."""
+    return F.softplus(values, threshold=40)
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _sigmoid_and_softplus(x, TERMS: tl.constexpr):
+        # log(1 + e) of e = exp(-|x|) in (0, 1] is 2 artanh(z), z = e / (2 + e) <= 1/3: exact to the last digits also
+        # where e is far below 1, where the logarithm of the rounded sum 1 + e would have none left.
+        e = tl.exp(-tl.abs(x))
+        z = e / (2.0 + e)
+        series = z * 0.0
+        for term in tl.static_range(TERMS):
+            series = series * (z * z) + 1.0 / (2 * (TERMS - term) - 1)
+        sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+        return sigmoid, tl.maximum(x, 0.0) + 2.0 * z * series
+
+    @triton.jit
+    def _kl_kernel(
+        s_ptr, t_ptr, weight_ptr, scale_ptr, loss_ptr, gradient_ptr,
+        n_rows, n_columns,
+        s_outer, s_row, s_column, t_outer, t_row, t_column, g_outer, g_row, g_column,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        HAS_WEIGHT: tl.constexpr, HAS_GRADIENT: tl.constexpr, IS_WIDE: tl.constexpr,
+        TEMPERATURE: tl.constexpr, DTYPE: tl.constexpr, TERMS: tl.constexpr,
+    ):  # fmt: skip
+        # A program takes ROWS rows and COLUMNS columns of one outer index of (O, n_rows, n_columns), any strides.
+        row_tiles = tl.cdiv(n_rows, ROWS)
+        column_tiles = tl.cdiv(n_columns, COLUMNS)
+        tile = tl.program_id(0) // column_tiles
+        outer = (tile // row_tiles).to(tl.int64)
+        row = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
+        column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+        if IS_WIDE:
+            row = row.to(tl.int64)
+            column = column.to(tl.int64)
+        is_row = row < n_rows
+        inside = is_row[:, None] & (column < n_columns)[None, :]
+        weight = tl.load(scale_ptr)
+        if HAS_WEIGHT:
+            weight = weight * tl.load(weight_ptr + outer * n_rows + row, mask=is_row, other=0.0)[:, None]
+        s = tl.load(s_ptr + outer * s_outer + row[:, None] * s_row + column[None, :] * s_column, mask=inside, other=0.0)
+        t = tl.load(t_ptr + outer * t_outer + row[:, None] * t_row + column[None, :] * t_column, mask=inside, other=0.0)
+        s = s.to(DTYPE) * (1 / TEMPERATURE)
+        t = t.to(DTYPE) * (1 / TEMPERATURE)
+        p_s, softplus_s = _sigmoid_and_softplus(s, TERMS)
+        p_t, softplus_t = _sigmoid_and_softplus(t, TERMS)
+        kl = softplus_s - softplus_t + p_t * (t - s)  # 0 outside, where both were read as 0
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(weight * kl))
+        if HAS_GRADIENT:
+            gradient = weight * (1 / TEMPERATURE) * (p_s - p_t)
+            where = outer * g_outer + row[:, None] * g_row + column[None, :] * g_column
+            tl.store(gradient_ptr + where, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+def sigmoid_kl_triton(
+    s_logits: Tensor, t_logits: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float
+) -> Tensor:
+    """The kernel, with its gradient: the same contract as sigmoid_kl_eager, for at least one element."""
+    s, t = as_rows(s_logits), as_rows(t_logits.detach())  # (O, N, K)
+    weight = weight.detach().reshape(s.shape[:2]) if weight is not None else None
+    needs_gradient = torch.is_grad_enabled() and s.requires_grad
+    loss, gradient = _launch(s.detach(), t, temperature, weight, normaliser, needs_gradient)
+    return with_gradient(s, loss, gradient) if needs_gradient else loss
+
+
+def tile(n_columns: int, column_stride: int) -> tuple[int, int]:
+    """ROWS and COLUMNS of a program: 2,048 elements, the longer side where elements are neighbours in memory."""
+    longest = 2048 if column_stride == 1 else 64
+    columns = min(max(16, 1 << (n_columns - 1).bit_length()), longest)
+    return 2048 // columns, columns
+
+
+def _launch(
+    s: Tensor, t: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(O, N, K), (O, N, K), weight (O, N) -> L (), and dL/ds like s (without content where not needed)."""
+    outer, n_rows, n_columns = s.shape
+    dtype = compute_dtype(s, t)
+    rows, columns = tile(n_columns, s.stride(2))
+    gradient = empty_gradient(s if needs_gradient else s[:0])
+    programs = outer * triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, columns)
+    losses = torch.empty(programs, dtype=dtype, device=s.device)
+    scale = scale_of(temperature**2, normaliser, losses)
+    with torch.cuda.device_of(s):
+        _kl_kernel[(programs,)](
+            s, t, scale if weight is None else weight.to(dtype).contiguous(), scale, losses, gradient,
+            n_rows, n_columns, *s.stride(), *t.stride(), *gradient.stride(),
+            ROWS=rows, COLUMNS=columns,
+            HAS_WEIGHT=weight is not None, HAS_GRADIENT=needs_gradient, IS_WIDE=is_wide(s, t, gradient),
+            TEMPERATURE=temperature, DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+            TERMS=18 if dtype == torch.float64 else 8, num_warps=4,
+        )  # fmt: skip
+    return losses.sum(), gradient
+
+
+def sigmoid_kl(
+    s_logits: Tensor,
+    t_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    normaliser: Tensor | float = 1.0,
+) -> Tensor:
+    """L of the equation above, (): the kernel or its specification, see kernels.backend.
+
+    Args:
+        s_logits, t_logits: (..., K), of equal shape and any strides. Gradient flows to the student's.
+        temperature: T > 0. The kernel is compiled for each T anew.
+        weight: w_n, (...), or None for 1. Detached, as is the normaliser.
+        normaliser: M > 0, () or a number.
+    Returns:
+        float64 where an input is, else float32. Nothing in, 0 out.
+    """
+    implementation = sigmoid_kl_eager
+    unsupported = not_floating(s_logits=s_logits, t_logits=t_logits)
+    if use_triton("sigmoid_kl", s_logits, t_logits, unsupported=unsupported) and s_logits.numel():
+        implementation = sigmoid_kl_triton
+    return implementation(s_logits, t_logits, temperature, weight, normaliser)

@@ -1,0 +1,200 @@
+"""KL divergence of softmax rows under a temperature, student's gradient included: Hinton's loss, and CWD's over pixels.
+
+    L        = T^2 / M * sum_n w_n KL(p^t_n || p^s_n),    p_n = softmax over the K columns of logit_n / T
+    dL/ds_nk = T / M * w_n (p^s_nk - p^t_nk)
+
+Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, sec. 2. The kernel reads s and t and
+writes dL/ds: three passes over a tensor. A row of up to WHOLE_ROW columns lies in registers; a longer one, and a row
+whose columns are not neighbours in memory (a channels_last map) beyond STRIDED_ROW, is read twice: first for its maximum and its
+normaliser (online softmax, Milakov and Gimelshein, arXiv:1805.02867), then for the rest; five passes, of which the
+cache serves what it still holds.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import HAS_TRITON, compute_dtype, is_wide, not_floating, scale_of, use_triton
+from kernels.held_gradient import empty_gradient, with_gradient
+
+WHOLE_ROW = 8192  # columns that are neighbours in memory: 32 a thread and tensor, at 8 warps
+STRIDED_ROW = 128  # columns that are not, when 32 neighbouring rows are read together
+
+
+def temperature_kl_eager(
+    s_logits: Tensor, t_logits: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float
+) -> Tensor:
+    """Specification: (..., K), (..., K), weight (...) or None for 1, normaliser M -> the scalar L."""
+    dtype = compute_dtype(s_logits, t_logits)
+    s, t = s_logits.to(dtype), t_logits.detach().to(dtype)
+    log_p_s, log_p_t = (F.log_softmax(z / temperature, dim=-1) for z in (s, t))  # (..., K)
+    kl = (log_p_t.exp() * (log_p_t - log_p_s)).sum(-1)  # (...)
+    if weight is not None:
+        kl = weight.to(dtype) * kl
+    return temperature**2 * kl.sum() / normaliser
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    PADDING = tl.constexpr(-1e30)  # exp of it is 0, and unlike -inf its difference with itself is not nan
+
+    @triton.jit
+    def _load(ptr, row, column, row_stride, column_stride, inside, TEMPERATURE: tl.constexpr, DTYPE: tl.constexpr):
+        x = tl.load(ptr + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0.0)
+        return tl.where(inside, x.to(DTYPE) * (1 / TEMPERATURE), PADDING)
+
+    @triton.jit
+    def _kl_kernel(
+        s_ptr, t_ptr, weight_ptr, scale_ptr, loss_ptr, gradient_ptr,
+        n_rows, n_columns,
+        s_outer, s_row, s_column, t_outer, t_row, t_column, g_outer, g_row, g_column,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_WHOLE: tl.constexpr,
+        HAS_WEIGHT: tl.constexpr, HAS_GRADIENT: tl.constexpr, IS_WIDE: tl.constexpr,
+        TEMPERATURE: tl.constexpr, DTYPE: tl.constexpr,
+    ):  # fmt: skip
+        # A program takes ROWS rows of one outer index: tensors are (O, n_rows, n_columns) with any strides.
+        tiles = tl.cdiv(n_rows, ROWS)
+        outer = (tl.program_id(0) // tiles).to(tl.int64)
+        row = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+        column = tl.arange(0, COLUMNS)
+        if IS_WIDE:
+            row = row.to(tl.int64)
+            column = column.to(tl.int64)
+        s_ptr += outer * s_outer
+        t_ptr += outer * t_outer
+        gradient_ptr += outer * g_outer
+        is_row = row < n_rows
+        scale = tl.load(scale_ptr)
+        if HAS_WEIGHT:
+            weight = scale * tl.load(weight_ptr + outer * n_rows + row, mask=is_row, other=0.0)  # (ROWS,)
+        else:
+            weight = tl.where(is_row, scale, 0.0)
+
+        s_top = tl.full((ROWS,), PADDING, DTYPE)
+        t_top = tl.full((ROWS,), PADDING, DTYPE)
+        s_sum = tl.zeros((ROWS,), DTYPE)
+        t_sum = tl.zeros((ROWS,), DTYPE)
+        if IS_WHOLE:
+            inside = is_row[:, None] & (column < n_columns)[None, :]
+            s = _load(s_ptr, row, column, s_row, s_column, inside, TEMPERATURE, DTYPE)  # (ROWS, COLUMNS)
+            t = _load(t_ptr, row, column, t_row, t_column, inside, TEMPERATURE, DTYPE)
+            s_top = tl.max(s, 1)
+            t_top = tl.max(t, 1)
+            s_sum = tl.sum(tl.exp(s - s_top[:, None]), 1)
+            t_sum = tl.sum(tl.exp(t - t_top[:, None]), 1)
+        else:
+            for start in range(0, n_columns, COLUMNS):
+                inside = is_row[:, None] & (start + column < n_columns)[None, :]
+                s = _load(s_ptr, row, start + column, s_row, s_column, inside, TEMPERATURE, DTYPE)
+                t = _load(t_ptr, row, start + column, t_row, t_column, inside, TEMPERATURE, DTYPE)
+                s_higher = tl.maximum(s_top, tl.max(s, 1))
+                t_higher = tl.maximum(t_top, tl.max(t, 1))
+                s_sum = s_sum * tl.exp(s_top - s_higher) + tl.sum(tl.exp(s - s_higher[:, None]), 1)
+                t_sum = t_sum * tl.exp(t_top - t_higher) + tl.sum(tl.exp(t - t_higher[:, None]), 1)
+                s_top = s_higher
+                t_top = t_higher
+        s_log_sum = tl.log(s_sum)
+        t_log_sum = tl.log(t_sum)
+
+        kl = tl.zeros((ROWS,), DTYPE)
+        for start in range(0, 1 if IS_WHOLE else n_columns, COLUMNS):
+            inside = is_row[:, None] & (start + column < n_columns)[None, :]
+            if not IS_WHOLE:
+                s = _load(s_ptr, row, start + column, s_row, s_column, inside, TEMPERATURE, DTYPE)
+                t = _load(t_ptr, row, start + column, t_row, t_column, inside, TEMPERATURE, DTYPE)
+            log_p_s = s - s_top[:, None] - s_log_sum[:, None]
+            log_p_t = t - t_top[:, None] - t_log_sum[:, None]
+            p_t = tl.exp(log_p_t)
+            kl += tl.sum(p_t * (log_p_t - log_p_s), 1)
+            if HAS_GRADIENT:
+                gradient = (weight * (1 / TEMPERATURE))[:, None] * (tl.exp(log_p_s) - p_t)
+                where = row[:, None] * g_row + (start + column)[None, :] * g_column
+                tl.store(gradient_ptr + where, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(weight * kl, 0))
+
+
+def tile(n_columns: int, column_stride: int) -> tuple[int, int, int]:
+    """ROWS, COLUMNS and warps of a program: 16 elements a thread and tensor, 32 in whole long or strided rows."""
+    columns = max(16, 1 << (n_columns - 1).bit_length())
+    if column_stride != 1:
+        columns = min(columns, STRIDED_ROW)
+        return min(2 * ROW_ELEMENTS // columns, 128), columns, 4
+    if n_columns > WHOLE_ROW:
+        return 1, 4096, 8
+    return max(ROW_ELEMENTS // columns, 1), columns, 4 if columns <= ROW_ELEMENTS else 8
+
+
+def temperature_kl_triton(
+    s_logits: Tensor, t_logits: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float
+) -> Tensor:
+    """The kernel, with its gradient: the same contract as temperature_kl_eager, for at least one element."""
+    s, t = as_rows(s_logits), as_rows(t_logits.detach())  # (O, N, K)
+    weight = weight.detach().reshape(s.shape[:2]) if weight is not None else None
+    needs_gradient = torch.is_grad_enabled() and s.requires_grad
+    loss, gradient = _launch(s.detach(), t, temperature, weight, normaliser, needs_gradient)
+    return with_gradient(s, loss, gradient) if needs_gradient else loss
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., K) -> (O, N, K), a view wherever one exists."""
+    return x[(None,) * (3 - x.dim())] if x.dim() < 3 else x.flatten(0, -3)
+
+
+def tile(n_columns: int, column_stride: int) -> tuple[int, int, int]:
+    """ROWS, COLUMNS and warps of a program: 16 elements a thread and tensor; 32 in long or strided rows."""
+    columns = max(16, 1 << (n_columns - 1).bit_length())
+    if column_stride != 1:
+        columns = min(columns, STRIDED_ROW)
+        return min(4096 // columns, 128), columns, 4
+    if n_columns > WHOLE_ROW:
+        return 1, 4096, 8
+    return max(2048 // columns, 1), columns, 4 if columns <= 2048 else 8
+
+
+def _launch(
+    s: Tensor, t: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(O, N, K), (O, N, K), weight (O, N) -> L (), and dL/ds like s (without content where not needed)."""
+    outer, n_rows, n_columns = s.shape
+    dtype = compute_dtype(s, t)
+    rows, columns, warps = tile(n_columns, s.stride(2))
+    gradient = empty_gradient(s if needs_gradient else s[:0])
+    programs = outer * triton.cdiv(n_rows, rows)
+    losses = torch.empty(programs, dtype=dtype, device=s.device)
+    scale = scale_of(temperature**2, normaliser, losses)
+    with torch.cuda.device_of(s):
+        _kl_kernel[(programs,)](
+            s, t, scale if weight is None else weight.to(dtype).contiguous(), scale, losses, gradient,
+            n_rows, n_columns, *s.stride(), *t.stride(), *gradient.stride(),
+            ROWS=rows, COLUMNS=columns, IS_WHOLE=n_columns <= columns,
+            HAS_WEIGHT=weight is not None, HAS_GRADIENT=needs_gradient, IS_WIDE=is_wide(s, t, gradient),
+            TEMPERATURE=temperature, DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=warps,
+        )  # fmt: skip
+    return losses.sum(), gradient
+
+
+def temperature_kl(
+    s_logits: Tensor,
+    t_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    normaliser: Tensor | float = 1.0,
+) -> Tensor:
+    """L of the equation above, (): the kernel or its specification, see kernels.backend.
+
+    Args:
+        s_logits, t_logits: (..., K), of equal shape and any strides. Gradient flows to the student's.
+        temperature: T > 0. The kernel is compiled for each T anew.
+        weight: w_n, (...), or None for 1. Detached, as is the normaliser.
+        normaliser: M > 0, () or a number.
+    Returns:
+        float64 where an input is, else float32. Nothing in, 0 out.
+    """
+    implementation = temperature_kl_eager
+    unsupported = not_floating(s_logits=s_logits, t_logits=t_logits)
+    if use_triton("temperature_kl", s_logits, t_logits, unsupported=unsupported) and s_logits.numel():
+        implementation = temperature_kl_triton
+    return implementation(s_logits, t_logits, temperature, weight, normaliser)
