@@ -10,6 +10,13 @@ from functools import partial
 from torch import nn
 
 from errors import UserError
+from frcnn.faster_rcnn import (
+    build_fasterrcnn_mobilenet,
+    build_fasterrcnn_resnet,
+    build_fasterrcnn_resnet50_v2,
+    build_fasterrcnn_vit_tiny,
+)
+from teachers.clip import build_clip
 from teachers.dinov2 import build_dinov2
 from teachers.rtdetr import build_rtdetr
 from yolo.yolov5 import build_yolov5, build_yolov5u
@@ -31,6 +38,14 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     "yolov5mu": partial(build_yolov5u, "m"),
     "yolov5lu": partial(build_yolov5u, "l"),
     "yolov5xu": partial(build_yolov5u, "x"),
+    "fasterrcnn_resnet18": partial(build_fasterrcnn_resnet, 18),
+    "fasterrcnn_resnet34": partial(build_fasterrcnn_resnet, 34),
+    "fasterrcnn_resnet50": partial(build_fasterrcnn_resnet, 50),
+    "fasterrcnn_resnet50_v2": build_fasterrcnn_resnet50_v2,
+    "fasterrcnn_mobilenet_v3_small": partial(build_fasterrcnn_mobilenet, "small"),
+    "fasterrcnn_mobilenet_v3_large": partial(build_fasterrcnn_mobilenet, "large"),
+    "fasterrcnn_mobilenet_v3_large_320": partial(build_fasterrcnn_mobilenet, "large", eval_proposals=150),
+    "fasterrcnn_vit_tiny": build_fasterrcnn_vit_tiny,
     "rtdetr_l": partial(build_rtdetr, "l"),
     "rtdetr_x": partial(build_rtdetr, "x"),
     "rtdetr_r18vd": partial(build_rtdetr, "r18vd"),
@@ -38,6 +53,8 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
+    "clip_vit_b32": partial(build_clip, "vit_b32"),
+    "clip_vit_b16": partial(build_clip, "vit_b16"),
     "dinov2_vits14": partial(build_dinov2, "vits14"),
     "dinov2_vits14_reg": partial(build_dinov2, "vits14_reg"),
     "dinov2_vitb14": partial(build_dinov2, "vitb14"),

@@ -36,9 +36,9 @@ def anchor_shapes(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tensor
 def place_anchors(shapes: list[Tensor], grid_sizes: list[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
     """Anchors (A, 4) xyxy in pixels: level by level, row by row, cell by cell, and in a cell as in `shapes`.
 
-    shapes: for each level the anchors of one cell, about the origin. grid_sizes: (h, w) of each level's map. The anchors
-    of cell (i, j) are about (j * (W // w), i * (H // h)): the cell's corner and not its center, at a whole number of
-    pixels from its neighbours. On the coarsest level, whose grid is rounded up, that step is less than its stride. The
+    shapes: for each level the anchors of one cell, about the origin. grid_sizes: (h, w) of each level's map. Those of
+    cell (i, j) are about (j * (W // w), i * (H // h)): the cell's corner and not its center, a whole number of pixels
+    from its neighbours. On the coarsest level, whose grid is rounded up, that step is less than its stride. The
     released weights were trained with exactly this. Anchors reach out of the image; none is dropped or clipped.
     """
     height, width = image_size

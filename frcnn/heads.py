@@ -1,9 +1,9 @@
-"""The second stage: what is in a pooled region, and where exactly (Fast R-CNN, arXiv:1504.08083, sec. 2; v2: see below).
+"""The second stage: what is in a pooled region, and where exactly (Fast R-CNN, arXiv:1504.08083, sec. 2).
 
     pooled (N, C, 7, 7) ── box head ── (N, D) ── predictor ── class logits (N, 1 + K), box deltas (N, 1 + K, 4)
 
-Two box heads: the two fully connected layers of FPN (arXiv:1612.03144, sec. 4.2), and that of fasterrcnn_resnet50_fpn_v2,
-four convolutions and one such layer (arXiv:1803.08494, sec. 4.2; with BatchNorm in place of GroupNorm).
+Two box heads: the two fully connected layers of FPN (arXiv:1612.03144), and that of fasterrcnn_resnet50_fpn_v2, four
+convolutions and one such layer (as in arXiv:1803.08494, with BatchNorm in place of GroupNorm).
 """
 
 import torch

@@ -20,7 +20,7 @@ def rpn_losses(
 ) -> tuple[Tensor, Tensor]:
     """Objectness and box loss over N sampled anchors of a batch, P of them positive.
 
-        L_objectness = 1/N sum_n BCE(sigmoid(z_n), y_n),    L_box = 1/N sum_{p in P} sum_{i in xywh} smooth_l1(t_pi - t*_pi)
+        L_objectness = 1/N sum_n BCE(sigmoid(z_n), y_n),    L_box = 1/N sum_p sum_{i in xywh} smooth_l1(t_pi - t*_pi)
 
     objectness_logits (N,), is_positive (N,) bool; box_deltas and target_deltas (P, 4), of the positives alone.
     (The paper divides the second by the number of anchor positions and weighs it by 10: nearly the same.)
@@ -36,7 +36,7 @@ def roi_losses(
 ) -> tuple[Tensor, Tensor]:
     """Class and box loss over N sampled proposals of a batch, P of them positive.
 
-        L_class = -1/N sum_n log softmax(z_n)_{y_n},    L_box = 1/N sum_{p in P} sum_{i in xywh} smooth_l1(t_pi - t*_pi)
+        L_class = -1/N sum_n log softmax(z_n)_{y_n},    L_box = 1/N sum_p sum_{i in xywh} smooth_l1(t_pi - t*_pi)
 
     class_logits (N, 1 + K) with the background in column 0, labels (N,) in 0..K; box_deltas (P, 4), those predicted for
     each positive's own class, and target_deltas (P, 4).

@@ -1,7 +1,7 @@
-"""Which box learns what, and which of them are looked at in a step (Faster R-CNN, arXiv:1506.01497, sec. 3.1.2, 3.1.3).
+"""Which box learns what, and which are looked at in a step (Faster R-CNN, arXiv:1506.01497, sec. 3.1.2 and 3.1.3).
 
-Matching is by IoU, sampling by chance. Objects marked `ignore` are learnt by nobody, and a box is no background where it
-lies on one: at least half of its area in an ignored region (the crowd rule of the COCO evaluation turned to anchors)
+Matching is by IoU, sampling by chance. Objects marked `ignore` are learnt by nobody, and a box is no background where
+it lies on one: at least half of its area in an ignored region (the crowd rule of the COCO evaluation turned to anchors)
 takes it out, unless it is positive for another object. torchvision knows no ignored objects.
 """
 

@@ -1,7 +1,7 @@
 """The region proposal network (Ren et al., "Faster R-CNN", arXiv:1506.01497, sec. 3.1) on the levels of a pyramid.
 
-One small network slides over every level and says of each anchor how likely it holds an object, and how the anchor is to
-be moved and stretched to fit it. The best of them, after suppression, are what the second stage looks at.
+One small network slides over every level and says of each anchor how likely it holds an object, and how to move and
+stretch it to fit. The best of them, after suppression, are what the second stage looks at.
 """
 
 import torch
@@ -72,7 +72,7 @@ class RPNHead(nn.Module):
 def _patches(
     maps: list[Tensor], image: Tensor, level: Tensor, y: Tensor, x: Tensor, radius: int
 ) -> tuple[Tensor, Tensor]:
-    """The (2 radius + 1)^2 pixels about N places: (N, C, k, k), 0 beyond the edge; and which are inside (N, 1, k, k)."""
+    """The k x k pixels about N places, k = 2 radius + 1: (N, C, k, k), 0 beyond the edge; is_inside (N, 1, k, k)."""
     table, first = [], 0
     for B, _, h, w in (m.shape for m in maps):
         table.append([h, w, first])

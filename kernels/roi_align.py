@@ -1,13 +1,13 @@
 """RoIAlign (He et al., "Mask R-CNN", arXiv:1703.06870) over the levels of a pyramid, as one sparse weighted gather.
 
-A bin's value is the mean of S x S bilinear samples, so it is a fixed weighted sum of a few pixels. All bins of all boxes
-are rows of one sparse matrix W over the pixels of all levels, and
+A bin's value is the mean of S x S bilinear samples, so it is a fixed weighted sum of a few pixels. All bins of all
+boxes are rows of one sparse matrix W over the pixels of all levels, and
 
     pooled = W x,    x_bar = W^T pooled_bar
 
-with x (P, C) the maps' pixels, channels last. Both products are `embedding_bag`, which runs on all cores and reads each
-entry's C channels as one row; the public CPU kernel works pixel by pixel and its backward on one core. Samples that share
-pixels share entries: a bin of two by two pixels has 9 of them and not 16.
+with x (P, C) the maps' pixels, channels last. Both products are `embedding_bag`, which runs on all cores and reads the
+C channels of an entry as one row; the backward of the public CPU kernel adds number to number on one core. Samples that
+share pixels share entries: a bin of two by two pixels has 9 of them and not 16.
 
 One axis at a time: a sample at p (pixels of the map, centers at integers) weighs pixel r with the tent
 
@@ -53,7 +53,7 @@ def roi_align(
     output_size: int = 7,
     samples: int = 2,
 ) -> Tensor:
-    """The maps under N boxes, each resampled to a fixed size: (N, C, output_size, output_size), channels last in memory.
+    """The maps under N boxes, resampled to one size: (N, C, output_size, output_size), channels last in memory.
 
     Args:
         maps: (B, C, H_l, W_l) for each level; gradients flow into them. strides: pixels of the image per pixel of each.
@@ -81,7 +81,7 @@ def pixel_rows(maps: list[Tensor]) -> Tensor:
 def sparse_product(columns: Tensor, offsets: Tensor, weights: Tensor, x: Tensor) -> Tensor:
     """W x of a sparse matrix W (N, P) in compressed rows and x (P, C), with a gradient for x: (N, C).
 
-    Row n holds the entries weights[e] in columns[e] for e from offsets[n] up to offsets[n + 1]. columns (E,) and offsets
+    Row n holds the entries weights[e] in columns[e] for offsets[n] <= e < offsets[n + 1]. columns (E,) and offsets
     (N + 1,) are of one integer dtype, weights (E,) of that of x.
     """
     return _SparseProduct.apply(x, columns, offsets, weights)
@@ -91,7 +91,7 @@ def sparse_product(columns: Tensor, offsets: Tensor, weights: Tensor, x: Tensor)
 def _pooling_matrix(
     shapes: list[torch.Size], boxes: Tensor, image: Tensor, level: Tensor, strides: list[int], bins: int, samples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W in compressed rows, one row a bin: pixel (E,), where each bin's entries start (N * bins^2 + 1,), weight (E,)."""
+    """W in compressed rows, a row for each bin: pixels (E,), where a bin's begin (N * bins^2 + 1,), weights (E,)."""
     table = []  # stride, height, width, pixels of the levels before it
     first = 0
     for (B, _, H, W), stride in zip(shapes, strides):

@@ -9,6 +9,12 @@ def test_table_holds_every_name_once_and_builds_what_it_says():
         f"{family}{size}{suffix}"
         for family, suffix in [("yolov8", ""), ("yolov5", ""), ("yolov5", "u")]
         for size in "nsmlx"
+    ] + [
+        f"fasterrcnn_{backbone}"
+        for backbone in (
+            "resnet18", "resnet34", "resnet50", "resnet50_v2", "mobilenet_v3_small", "mobilenet_v3_large",
+            "mobilenet_v3_large_320", "vit_tiny",
+        )
     ] + ["rtdetr_l", "rtdetr_x", "rtdetr_r18vd", "rtdetr_r50vd"]
     small = build("yolov5nu", 4)
     assert small.num_classes == 4 and small.training

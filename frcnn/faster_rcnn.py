@@ -1,0 +1,371 @@
+"""Faster R-CNN (Ren et al., arXiv:1506.01497) on a feature pyramid (Lin et al., arXiv:1612.03144): two stages.
+
+    images ── normalise ── backbone ── c2..c5 ── pyramid ── p2..p6 ─┬─ region proposal network ── proposals
+                                                                    └─ RoIAlign under them ── box head ── classes, boxes
+
+Backbones: ResNet-18, -34, -50, MobileNetV3-Small and -Large, ViT-Tiny. Weights of torchvision's detectors load: their
+names are at the end of the file.
+
+`forward` stops before the second stage: which regions it looks at depends on who asks. `losses` samples proposals
+against the targets, `detect` takes the best, `predict_at` and `class_logits_at` the boxes they are given.
+
+Differs from torchvision, not in what it computes from the same input: images are not resized (there, inside the model,
+to 800 px at the shorter side; 320 for _320) but taken as they come; `forward` returns the same in train and eval mode.
+Deliberate: losses know ignored objects (matching.py), and the RPN's are computed at the sampled anchors alone.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from frcnn.anchors import ROI_WEIGHTS, RPN_WEIGHTS, anchor_shapes, encode_boxes, place_anchors
+from frcnn.fpn import FPN, fpn_names
+from frcnn.heads import POOLED_SIZE, BoxHead, BoxPredictor, ConvBoxHead, select_boxes
+from frcnn.losses import roi_losses, rpn_losses
+from frcnn.matching import match, sample, split_targets
+from frcnn.mobilenet import MobileNetV3
+from frcnn.norm import EPSILON, rescale_for_epsilon
+from frcnn.resnet import ResNet
+from frcnn.rpn import RPNHead, select_proposals
+from frcnn.vit import SimpleFeaturePyramid, VisionTransformer
+from kernels.roi_align import assign_levels, roi_align
+from structures import Detections, Targets
+from weights import PublicLayout
+
+SIZE_MULTIPLE = 32
+PYRAMID_WIDTH = 256
+ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
+LEVEL_SIZES = ((32,), (64,), (128,), (256,), (512,))  # of anchors in pixels, p2..p6
+ALL_SIZES = ((32, 64, 128, 256, 512),) * 3  # p5_first, p5, p6 of MobileNet: every size on every level
+RPN_SAMPLES, RPN_POSITIVE_FRACTION = 256, 0.5  # anchors of an image
+ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # proposals of an image
+TRAIN_CANDIDATES = TRAIN_PROPOSALS = 2000  # candidates: of a level, before suppression
+
+
+@dataclass(frozen=True)
+class FasterRCNNOutput:
+    """What FasterRCNN.forward returns, in train and eval mode alike, for images (B, 3, H, W).
+
+    features: the backbone's maps ("c2", ...) and the pyramid's ("p2", ..., "p6"), (B, C, H / s, W / s) each.
+    objectness_logits (B, A), box_deltas (B, A, 4), anchors_xyxy (A, 4): the region proposal network's, level by level
+    and row by row (anchors.place_anchors); level_counts: anchors of each level. image_size is (H, W).
+    proposals: for each image (N_b, 4) xyxy within it, best first, N_b <= 1000: what `detect` looks at. Computed at the
+    first use, without gradient.
+    """
+
+    features: dict[str, Tensor]
+    objectness_logits: Tensor
+    box_deltas: Tensor
+    anchors_xyxy: Tensor
+    level_counts: list[int]
+    image_size: tuple[int, int]
+    selection: dict[str, float]  # keyword arguments of select_proposals in evaluation
+
+    @cached_property
+    def proposals(self) -> list[Tensor]:
+        return self.select(**self.selection)
+
+    def select(self, **selection: float) -> list[Tensor]:
+        """Proposals by other counts: rpn.select_proposals."""
+        return select_proposals(
+            self.objectness_logits.detach(),
+            self.box_deltas.detach(),
+            self.anchors_xyxy,
+            level_counts=self.level_counts,
+            image_size=self.image_size,
+            **selection,
+        )
+
+
+class FasterRCNN(nn.Module):
+    """backbone -> pyramid -> region proposal network -> box head. Satisfies structures.Detector.
+
+    Args:
+        backbone: normalised images -> maps; strides, channels, mean and std as frcnn/pretrained.py lists them.
+        pyramid: those maps -> levels of equal width, the last, "p6", for the region proposal network alone.
+        anchor_sizes: pixels, for each level of the pyramid.
+        rpn_depth, box_head: 1 and BoxHead as published, 2 and ConvBoxHead for the v2 form.
+        eval_proposals: candidates of a level before, and proposals after suppression, outside of training.
+        min_objectness: proposals of a lower score are dropped, in training too.
+        public_layouts: how released files are read, the most usual first.
+    """
+
+    class_activation = "softmax"
+    class_head = ("predictor.",)
+    size_multiple = SIZE_MULTIPLE
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        pyramid: nn.Module,
+        num_classes: int,
+        public_layouts: tuple[PublicLayout, ...],
+        anchor_sizes: tuple[tuple[int, ...], ...] = LEVEL_SIZES,
+        rpn_depth: int = 1,
+        box_head: type[nn.Module] = BoxHead,
+        eval_proposals: int = 1000,
+        min_objectness: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pyramid = pyramid
+        self.rpn = RPNHead(PYRAMID_WIDTH, len(anchor_sizes[0]) * len(ASPECT_RATIOS), rpn_depth)
+        self.box_head = box_head(PYRAMID_WIDTH)
+        self.predictor = BoxPredictor(num_classes)
+        self.num_classes = num_classes
+        self.strides = backbone.strides | pyramid.level_strides(backbone.strides)
+        self.channels = backbone.channels | pyramid.channels
+        self.levels = list(pyramid.channels)
+        self.public_layouts = public_layouts
+        self.public_names = public_layouts[0].table
+        self.anchor_sizes = anchor_sizes
+        self.train_selection = dict(candidates=TRAIN_CANDIDATES, proposals=TRAIN_PROPOSALS, min_score=min_objectness)
+        self.eval_selection = dict(candidates=eval_proposals, proposals=eval_proposals, min_score=min_objectness)
+        self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> FasterRCNNOutput:
+        """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
+        height, width = image_size = tuple(images.shape[-2:])
+        if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+            raise ValueError(f"images of {height} x {width} pixels: expected multiples of {SIZE_MULTIPLE}")
+        features = self.backbone((images - self.mean) / self.std)
+        features |= self.pyramid(features)
+        maps = [features[level] for level in self.levels]
+        objectness_logits, box_deltas = self.rpn(maps)
+        shapes = [anchor_shapes(sizes, ASPECT_RATIOS).to(images.device) for sizes in self.anchor_sizes]
+        grids = [tuple(m.shape[-2:]) for m in maps]
+        anchors_xyxy = place_anchors(shapes, grids, image_size)
+        level_counts = [len(shape) * h * w for shape, (h, w) in zip(shapes, grids)]
+        return FasterRCNNOutput(
+            features, objectness_logits, box_deltas, anchors_xyxy, level_counts, image_size, self.eval_selection
+        )
+
+    def predict_at(self, output: FasterRCNNOutput, boxes_per_image: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The second stage on B tensors (N_b, 4) of xyxy pixels: class_logits (N, 1 + K), box_deltas (N, 1 + K, 4).
+
+        N = sum N_b, image by image; the background in column 0. Gradients flow into the features, not into the boxes.
+        Runs in the precision of the maps: under autocast's where `forward` did.
+        """
+        names = [level for level in self.levels if level != "p6"]
+        maps, strides = [output.features[name] for name in names], [self.strides[name] for name in names]
+        boxes_xyxy = torch.cat(boxes_per_image).to(output.anchors_xyxy)
+        counts = torch.tensor([len(boxes) for boxes in boxes_per_image], device=boxes_xyxy.device)
+        image = torch.repeat_interleave(counts, output_size=len(boxes_xyxy))
+        level = assign_levels(boxes_xyxy, strides)
+        with self._precision_of(maps[0]):
+            pooled = roi_align(maps, boxes_xyxy, image, level, strides=strides, output_size=POOLED_SIZE)
+            return self.predictor(self.box_head(pooled))
+
+    def class_logits_at(self, output: FasterRCNNOutput, boxes_per_image: list[Tensor]) -> Tensor:
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, 1 + K) logits, the background in column 0."""
+        return self.predict_at(output, boxes_per_image)[0]
+
+    @torch.no_grad()
+    def detect(
+        self, output: FasterRCNNOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
+    ) -> list[Detections]:
+        """The proposals' classes and boxes after class-wise NMS, best first. Published: 0.05, 0.5 and 100."""
+        counts = [len(boxes) for boxes in output.proposals]
+        class_logits, box_deltas = self.predict_at(output, output.proposals)
+        return [
+            select_boxes(
+                logits,
+                deltas,
+                boxes_xyxy,
+                image_size=output.image_size,
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
+            )
+            for boxes_xyxy, logits, deltas in zip(
+                output.proposals, class_logits.split(counts), box_deltas.split(counts)
+            )
+        ]
+
+    def losses(self, output: FasterRCNNOutput, targets: Targets) -> dict[str, Tensor]:
+        """rpn_objectness, rpn_box, roi_class and roi_box (losses.py), all of weight 1, float32 under autocast.
+
+        Means over what is sampled from all images (matching.sample), drawn from torch's global CPU generator: 256
+        anchors of an image, at most half positive, and 512 proposals and targets, at most a quarter positive.
+        """
+        per_image = [split_targets(targets, image) for image in range(len(output.objectness_logits))]
+        return self._rpn_losses(output, per_image) | self._roi_losses(output, per_image)
+
+    def _rpn_losses(self, output: FasterRCNNOutput, per_image: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        anchors_xyxy, rows = output.anchors_xyxy, []
+        for image, (objects_xyxy, _, ignored_xyxy) in enumerate(per_image):
+            matched = match(
+                anchors_xyxy, objects_xyxy, ignored_xyxy, positive_iou=0.7, negative_iou=0.3, every_object=True
+            )
+            positives, background = sample(matched, RPN_SAMPLES, RPN_POSITIVE_FRACTION)
+            anchor = torch.cat((positives, background))
+            is_positive = matched[anchor] >= 0
+            target = encode_boxes(objects_xyxy[matched[positives]], anchors_xyxy[positives], RPN_WEIGHTS)
+            rows.append((torch.full_like(anchor, image), anchor, is_positive, target))
+        image, anchor, is_positive, target_deltas = (torch.cat(column) for column in zip(*rows))
+        maps = [output.features[level] for level in self.levels]
+        with self._precision_of(maps[0]):
+            logits, deltas = self.rpn.at(maps, image, anchor)
+        objectness, box = rpn_losses(
+            objectness_logits=logits,
+            is_positive=is_positive,
+            box_deltas=deltas[is_positive],
+            target_deltas=target_deltas,
+        )
+        return {"rpn_objectness": objectness, "rpn_box": box}
+
+    def _roi_losses(self, output: FasterRCNNOutput, per_image: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        boxes_per_image, all_labels, targets = [], [], []
+        for proposals, (objects_xyxy, labels, ignored_xyxy) in zip(output.select(**self.train_selection), per_image):
+            objects_xyxy = objects_xyxy.to(proposals)
+            boxes_xyxy = torch.cat((proposals, objects_xyxy))  # the objects themselves are proposals as well
+            matched = match(
+                boxes_xyxy, objects_xyxy, ignored_xyxy, positive_iou=0.5, negative_iou=0.5, every_object=False
+            )
+            positives, background = sample(matched, ROI_SAMPLES, ROI_POSITIVE_FRACTION)
+            boxes_per_image.append(boxes_xyxy[torch.cat((positives, background))])
+            all_labels.append(torch.cat((1 + labels[matched[positives]], torch.zeros_like(background))))
+            targets.append(encode_boxes(objects_xyxy[matched[positives]], boxes_xyxy[positives], ROI_WEIGHTS))
+        labels, target_deltas = torch.cat(all_labels), torch.cat(targets)
+        class_logits, box_deltas = self.predict_at(output, boxes_per_image)
+        positive = labels.nonzero().squeeze(1)
+        classes, box = roi_losses(
+            class_logits=class_logits,
+            labels=labels,
+            box_deltas=box_deltas[positive, labels[positive]],
+            target_deltas=target_deltas,
+        )
+        return {"roi_class": classes, "roi_box": box}
+
+    @staticmethod
+    def _precision_of(x: Tensor) -> torch.autocast:
+        is_half = x.dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(x.device.type, dtype=x.dtype if is_half else torch.bfloat16, enabled=is_half)
+
+
+def build_fasterrcnn_resnet(depth: int, num_classes: int) -> FasterRCNN:
+    """On ResNet-18, -34 or -50, as torchvision's fasterrcnn_resnet50_fpn."""
+    backbone = ResNet(depth)
+    return build_with_fpn(backbone, backbone.channels, num_classes, file_epsilon=0.0 if depth == 50 else EPSILON)
+
+
+def build_fasterrcnn_resnet50_v2(num_classes: int) -> FasterRCNN:
+    """On ResNet-50, as torchvision's fasterrcnn_resnet50_fpn_v2: BatchNorm in pyramid and box head, a deeper RPN."""
+    backbone = ResNet(50)
+    fpn_rows = fpn_names(backbone.channels, norm=True)
+    names = torchvision_names(backbone, fpn_rows, [*RPN_NAMES, RPN_SECOND, *CONV_BOX_HEAD_NAMES, *PREDICTOR_NAMES])
+    return FasterRCNN(
+        backbone=backbone,
+        pyramid=FPN(backbone.channels, norm=True),
+        num_classes=num_classes,
+        public_layouts=(PublicLayout("torchvision", names),),
+        rpn_depth=2,
+        box_head=ConvBoxHead,
+    )
+
+
+def build_fasterrcnn_mobilenet(size: str, num_classes: int, *, eval_proposals: int = 1000) -> FasterRCNN:
+    """On MobileNetV3 "small" or "large", as torchvision's fasterrcnn_mobilenet_v3_large_fpn: two levels at stride 32.
+
+    fasterrcnn_mobilenet_v3_large_320_fpn is the same network with 150 proposals, meant for images of 320 px.
+    """
+    backbone = MobileNetV3(size)
+    in_channels = {name: backbone.channels[name] for name in ("c5_first", "c5")}
+    return build_with_fpn(
+        backbone,
+        in_channels,
+        num_classes,
+        file_epsilon=EPSILON,
+        anchor_sizes=ALL_SIZES,
+        eval_proposals=eval_proposals,
+        min_objectness=0.05,
+    )
+
+
+def build_fasterrcnn_vit_tiny(num_classes: int) -> FasterRCNN:
+    """On ViT-Tiny with ViTDet's simple feature pyramid. No weights of the whole detector are public: ours are read."""
+    backbone = VisionTransformer("tiny")
+    names = [(f"{part}.", f"{part}.") for part in ("backbone", "pyramid", "rpn", "box_head", "predictor")]
+    return FasterRCNN(
+        backbone=backbone,
+        pyramid=SimpleFeaturePyramid(backbone.channels),
+        num_classes=num_classes,
+        public_layouts=(PublicLayout("ours", names),),
+    )
+
+
+def build_with_fpn(
+    backbone: nn.Module, in_channels: dict[str, int], num_classes: int, *, file_epsilon: float, **options
+) -> FasterRCNN:
+    """A plain FPN on some of the backbone's maps; file_epsilon: of frozen BatchNorms in files before version 2."""
+    head_names = [*BOX_HEAD_NAMES, *PREDICTOR_NAMES]
+    names = torchvision_names(backbone, fpn_names(in_channels, norm=False), [*RPN_NAMES, *head_names])
+    old_fpn_rows = fpn_names(in_channels, norm=False, version=1)
+    old_names = torchvision_names(backbone, old_fpn_rows, [*RPN_NAMES_BEFORE_VERSION_2, *head_names])
+    convert = partial(rescale_frozen, file_epsilon=file_epsilon)
+    return FasterRCNN(
+        backbone=backbone,
+        pyramid=FPN(in_channels),
+        num_classes=num_classes,
+        public_layouts=(
+            PublicLayout("torchvision", names),
+            PublicLayout("torchvision before version 2", old_names, convert),
+        ),
+        **options,
+    )
+
+
+def rescale_frozen(state: dict[str, Tensor], *, file_epsilon: float) -> dict[str, Tensor]:
+    """Frozen BatchNorms of another epsilon than ours computed the same as (norm.rescale_for_epsilon).
+
+    Frozen ones are told by what they lack, the counters of batches. fasterrcnn_resnet50_fpn_coco-258fb6c6.pth was
+    trained without an epsilon.
+    """
+    if file_epsilon == EPSILON or any(name.endswith("num_batches_tracked") for name in state):
+        return state
+    return rescale_for_epsilon(state, file_epsilon=file_epsilon, epsilon=EPSILON)
+
+
+def torchvision_names(
+    backbone: nn.Module, fpn_rows: list[tuple[str, str]], head_rows: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """The whole table: the backbone's own rows and the pyramid's under their prefixes, then the heads'."""
+    # torchvision takes MobileNet's list of layers out of `features`
+    backbone_rows = [(old.removeprefix("features."), new) for old, new in backbone.public_names]
+    return [
+        *((f"backbone.body.{old}", f"backbone.{new}") for old, new in backbone_rows),
+        *((f"backbone.fpn.{old}", f"pyramid.{new}") for old, new in fpn_rows),
+        *head_rows,
+    ]
+
+
+# fmt: off
+RPN_NAMES = [
+    # torchvision                       ours
+    ("rpn.head.conv.0.0.",              "rpn.convs.0."),
+    ("rpn.head.cls_logits.",            "rpn.objectness."),
+    ("rpn.head.bbox_pred.",             "rpn.deltas."),
+]
+RPN_SECOND = ("rpn.head.conv.1.0.",     "rpn.convs.1.")
+RPN_NAMES_BEFORE_VERSION_2 = [
+    ("rpn.head.conv.",                  "rpn.convs.0."),
+    *RPN_NAMES[1:],
+]
+BOX_HEAD_NAMES = [
+    ("roi_heads.box_head.fc6.",         "box_head.fc6."),
+    ("roi_heads.box_head.fc7.",         "box_head.fc7."),
+]
+CONV_BOX_HEAD_NAMES = [
+    ("roi_heads.box_head.{}.0.",        "box_head.convs.{}.conv."),
+    ("roi_heads.box_head.{}.1.",        "box_head.convs.{}.norm."),
+    ("roi_heads.box_head.5.",           "box_head.fc."),
+]
+PREDICTOR_NAMES = [
+    ("roi_heads.box_predictor.cls_score.", "predictor.classify."),
+    ("roi_heads.box_predictor.bbox_pred.", "predictor.regress."),
+]
+# fmt: on
