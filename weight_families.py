@@ -3,7 +3,9 @@
 import re
 
 YOLO_SIZES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the first convolution
+CLIP_SIZES = {(3,): "rn", (14,): "vit_l14", (16,): "vit_b16", (32,): "vit_b32"}  # by the side of a patch
 DINOV2_SIZES = {(384,): "vits14", (768,): "vitb14", (1024,): "vitl14", (1536,): "vitg14"}  # by the width of a token
+SIZES = CLIP_SIZES | DINOV2_SIZES  # by the last dimension of the first name of a row
 # fmt: off
 FAMILIES = [  # names that are all there -> what it is; the first row that holds
     (("model.0.stem1.conv.weight", "model.28.dec_score_head.0.weight"), "rtdetr-l (Ultralytics)"),
@@ -26,8 +28,9 @@ FAMILIES = [  # names that are all there -> what it is; the first row that holds
     (("blocks.0.ls1.gamma",), "dinov2_{size}"),
     (("encoder.layer.0.layer_scale1.lambda1", "embeddings.register_tokens"), "dinov2_{size}_reg (Hugging Face layout)"),
     (("encoder.layer.0.layer_scale1.lambda1",), "dinov2_{size} (Hugging Face layout)"),
-    (("visual.conv1.weight", "text_projection"), "clip"),
-    (("vision_model.pre_layrnorm.weight", "visual_projection.weight"), "clip (Hugging Face layout)"),
+    (("visual.conv1.weight", "text_projection"), "clip_{size}"),
+    (("vision_model.embeddings.patch_embedding.weight", "vision_model.pre_layrnorm.weight", "visual_projection.weight"),
+     "clip_{size} (Hugging Face layout)"),
     (("cls_token", "pos_embed", "head.weight"), "vit or deit"),
 ]
 # fmt: on
@@ -54,5 +57,5 @@ def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
         return f"another Ultralytics YOLO (its head is layer {heads[-1]})" if heads else None
     for names, family in FAMILIES:
         if all(name in shapes for name in names):
-            return family.format(size=DINOV2_SIZES.get(shapes[names[0]][-1:], "?"))
+            return family.format(size=SIZES.get(shapes[names[0]][-1:], "?"))
     return None
