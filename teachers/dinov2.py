@@ -9,7 +9,6 @@ Differs from the released code, not in what it computes: the mask token is dropp
 come in [0, 1] and are normalised here, and the heads of attention are not split over several kernels.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,16 +33,17 @@ NUM_REGISTERS = 4  # of the models whose names end in _reg
 class DINOv2Output:
     """What DINOv2.forward returns for images (B, 3, H, W); h = H / 14, w = W / 14.
 
-    features: maps (B, C, h, w), those of DINOv2.keep_features. "block0", "block1", ...: the patch tokens behind each
-    block, through the final LayerNorm, as the released model gives intermediate layers; "patches": the last block's.
+    features: maps (B, C, h, w). "block0", "block1", ...: the patch tokens behind each block, through the final
+    LayerNorm, as the released model gives intermediate layers; "patches": the last block's.
     class_token (B, C): after the final LayerNorm. class_attention (B, heads, h, w): how the class token of the last
     block spreads its attention over the patches; what is missing to 1 rests on itself and the registers.
     image_size: (H, W).
+    What DINOv2.wanted does not name may be missing from features, or None.
     """
 
     features: dict[str, Tensor]
-    class_token: Tensor
-    class_attention: Tensor
+    class_token: Tensor | None
+    class_attention: Tensor | None
     image_size: tuple[int, int]
 
 
@@ -51,7 +51,11 @@ class DINOv2(nn.Module):
     """images (B, 3, H, W) in [0, 1], H and W multiples of 14 -> DINOv2Output, at any size.
 
     The position table is resized to the grid of patches, bicubic, as each model was published: without registers by
-    sampling with an offset of 0.1 patches, with registers plainly and antialiased.
+    sampling with an offset of 0.1 patches, with registers plainly and antialiased. (Hugging Face's code drops the
+    offset, so that its maps differ a little from the released model's at other sizes than 518 x 518.)
+
+    wanted: the names of features, "class_token" and "class_attention" that the caller reads, or None for all of them,
+    which keeps every block's map in memory. Blocks behind the last one wanted are not run.
     """
 
     def __init__(
@@ -82,43 +86,47 @@ class DINOv2(nn.Module):
             ),
         )
         self.public_names = self.public_layouts[0].table
-        self.kept_features = frozenset(names)
+        self.wanted: frozenset[str] | None = None
 
-    def keep_features(self, names: Iterable[str]) -> None:
-        """Let `output.features` hold only these maps; at first it holds all, and all of them stay in memory.
+    def _is_wanted(self, name: str) -> bool:
+        return self.wanted is None or name in self.wanted
 
-        A name that is not in `strides` is a ValueError.
-        """
-        names = frozenset(names)
-        if unknown := sorted(names - self.strides.keys()):
-            raise ValueError(f"features {unknown} do not exist; there are {', '.join(self.strides)}")
-        self.kept_features = names
+    def _last_wanted(self) -> int:
+        """The last block that has to run; -1 for none."""
+        if any(self._is_wanted(name) for name in ("patches", "class_token", "class_attention")):
+            return len(self.blocks) - 1
+        return max((i for i in range(len(self.blocks)) if self._is_wanted(f"block{i}")), default=-1)
+
+    def _embed(self, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
+        """images (B, 3, H, W) -> the first block's input (B, N, C), and the row of its first patch token."""
+        x = self.patches((images - self.mean) / self.std)  # (B, h w, C)
+        x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1)  # (B, 1 + h w, C)
+        if self.registers is None:
+            return x + interpolate_positions(self.positions, grid, offset=0.1), 1
+        x = x + interpolate_positions(self.positions, grid, antialias=True)
+        registers = self.registers.expand(len(x), -1, -1)  # they have no position
+        return torch.cat((x[:, :1], registers, x[:, 1:]), dim=1), 1 + registers.shape[1]  # (B, 1 + R + h w, C)
 
     def forward(self, images: Tensor) -> DINOv2Output:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of 14, else ValueError."""
         height, width = images.shape[-2:]
         grid = (height // PATCH, width // PATCH)
-        x = self.patches((images - self.mean) / self.std)  # (B, h w, C)
-        x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1)  # (B, 1 + h w, C)
-        has_registers = self.registers is not None
-        offset, antialias = (0.0, True) if has_registers else (0.1, False)
-        x = x + interpolate_positions(self.positions, grid, offset=offset, antialias=antialias)
-        first = 1  # of the patch tokens
-        if has_registers:  # they have no position
-            x = torch.cat((x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]), dim=1)  # (B, 1 + R + h w, C)
-            first += self.registers.shape[1]
-
-        features = {}
-        for i, block in enumerate(self.blocks):
-            if i == len(self.blocks) - 1:
+        x, first = self._embed(images, grid)  # (B, N, C); tokens[:, first:] are patches
+        features, attention = {}, None
+        last = self._last_wanted()
+        for i, block in enumerate(self.blocks[: last + 1]):
+            if i == len(self.blocks) - 1 and self._is_wanted("class_attention"):
                 attention = block.attention.probabilities_of(block.norm1(x), token=0)[:, :, first:]  # (B, heads, h w)
+                attention = attention.unflatten(2, grid)
             x = block(x)
-            if f"block{i}" in self.kept_features:
+            if self._is_wanted(f"block{i}"):
                 features[f"block{i}"] = tokens_to_map(self.norm(x[:, first:]), grid)
+        if last < len(self.blocks) - 1:
+            return DINOv2Output(features, None, None, (height, width))
         x = self.norm(x)  # (B, 1 + R + h w, C)
-        if "patches" in self.kept_features:
+        if self._is_wanted("patches"):
             features["patches"] = tokens_to_map(x[:, first:], grid)
-        return DINOv2Output(features, x[:, 0], attention.unflatten(2, grid), (height, width))
+        return DINOv2Output(features, x[:, 0], attention, (height, width))
 
 
 def _with_registers(table: list[tuple[str, str | None]], name: str, num_registers: int) -> list[tuple[str, str | None]]:

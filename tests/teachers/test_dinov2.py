@@ -87,19 +87,29 @@ def test_last_block_through_the_norm_is_what_patches_are(model):
     torch.testing.assert_close(tokens.var(-1, unbiased=False), torch.ones(1, 6), rtol=1e-2, atol=1e-2)
 
 
-def test_only_the_maps_asked_for_are_kept():
-    model = tiny()
-    images = torch.rand(1, 3, 28, 28)
-    before = model(images)
-    model.keep_features(["block1"])
-    after = model(images)
-    assert list(after.features) == ["block1"] and "patches" in model.strides
-    assert torch.equal(after.features["block1"], before.features["block1"])
-    assert torch.equal(after.class_token, before.class_token)
-    model.keep_features([])
-    assert model(images).features == {}
-    with pytest.raises(ValueError, match=r"\['block3'\] do not exist; there are block0, block1, block2, patches"):
-        model.keep_features(["block1", "block3"])
+@pytest.mark.parametrize(
+    ("wanted", "features", "num_blocks", "has_token", "has_attention"),
+    [
+        ({"patches"}, ["patches"], 3, True, False),
+        ({"block0"}, ["block0"], 1, False, False),
+        ({"block0", "block1"}, ["block0", "block1"], 2, False, False),
+        ({"block2"}, ["block2"], 3, True, False),
+        ({"class_token"}, [], 3, True, False),
+        ({"class_attention", "block1"}, ["block1"], 3, True, True),
+        (set(), [], 0, False, False),
+    ],
+)
+def test_only_what_is_wanted_is_computed(wanted, features, num_blocks, has_token, has_attention):
+    model, images, ran = tiny(4), torch.rand(1, 3, 28, 28), []
+    everything = model(images)
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: ran.append(1))
+    model.wanted = frozenset(wanted)
+    output = model(images)
+    assert list(output.features) == features and len(ran) == num_blocks and output.image_size == (28, 28)
+    assert all(torch.equal(output.features[name], everything.features[name]) for name in features)
+    assert (output.class_token is not None) == has_token and (output.class_attention is not None) == has_attention
+    assert not has_token or torch.equal(output.class_token, everything.class_token)
 
 
 def test_class_attention_is_the_last_blocks(model):
