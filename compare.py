@@ -1,144 +1,151 @@
-"""What did distillation buy? The same student with and without it, under one protocol, over several seeds.
+"""What does a change buy? Rows of models trained under one protocol, over several seeds, in one table.
 
-    python compare.py configs/demo.yaml --seeds 3 [key=value ...]
+    python compare.py configs/demo.yaml --seeds 3 [key=value ...]          a config: the four rows below
+    python compare.py configs/bccd_study.yaml --seeds 3 [--rows cwd,fgd]   a study: the rows its file lists
 
-trains, on the same data, schedule and evaluator:
+A config with teachers and terms is trained as
 
     baseline    the student alone
-    teacher     each teacher of the config that has no weights, alone (once, with the config's seed)
+    teacher_*   each teacher of the config that has no weights, alone (once, with the config's seed)
     distilled   the student with the config's distillation terms
     longer      the student alone, for as many epochs as baseline and teachers together: what the time spent on the
                 teacher would have bought without it (absent where every teacher came with weights)
 
-and writes comparison.md, comparison.json and comparison.png to <runs>/<name>/. Numbers are those of the last EMA
-weights on the test split; no epoch is selected on it. A run that is already there with the same config is not
-repeated, and one that was interrupted goes on, so the command can be stopped and given again.
+How a file lists rows of its own is said in study.py. All rows are trained with the first seed, then all with the next.
+
+comparison.md, comparison.json and comparison.png in <runs>/<name>/ are written anew after every run, and say which runs
+are missing. Numbers are those of the last EMA weights on the test split; no epoch is selected on it. A run that is
+already there with the same config is not repeated, and one that was interrupted goes on, so the command can be stopped
+and given again, also with more seeds or rows. A run whose loss stops being finite is named in the table, and the others
+go on.
 """
 
 import argparse
-import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 import comparison_plot
+import models
 import run_folder
 import train
-from config import Config, TeacherConfig, from_tree, load_config, to_tree
+from comparison_table import Result, as_json, markdown
+from config import Config, from_tree, to_tree
+from datasets.open import open_dataset
 from errors import UserError, run_script
+from study import Row, Study, last_weights, load_study
+from teaching import build_teachers
+from training_parts import build_criterion, build_student
 from yaml_files import read_yaml
-
-METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "f1"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a model trained with one or more seeds, and the reports of its runs."""
-
-    name: str
-    arch: str
-    epochs: int
-    folders: tuple[Path, ...]
-    reports: tuple[dict, ...]
-
-    def values(self, metric: str) -> np.ndarray:
-        """(seeds,) of one of METRICS, on the test split, of the last EMA weights."""
-        return np.array([report["test"][METRICS[metric]] for report in self.reports], dtype=np.float64)
-
-    def seconds(self) -> float:
-        return float(np.mean([report["seconds"] for report in self.reports]))
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="compare.py", description="Baseline, teacher and distilled student compared.")
-    parser.add_argument("config", help="a YAML file with a student, at least one teacher, and terms")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the config")
+    parser = argparse.ArgumentParser(prog="compare.py", description="Models trained under one protocol, compared.")
+    parser.add_argument("config", help="a YAML file with `rows`, or with a student, teachers and terms")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each student: seed, seed + 1, ... (default 1)")
+    parser.add_argument("--rows", metavar="NAME,...", help="train only these rows, and the teachers they need")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.seeds < 1:
         raise UserError(f"argument --seeds: found {arguments.seeds}, expected at least 1")
-    compare(load_config(arguments.config, arguments.overrides), seeds=arguments.seeds)
+    study = load_study(arguments.config, arguments.overrides, seeds=arguments.seeds)
+    compare(study, only=arguments.rows.split(",") if arguments.rows is not None else None)
 
 
-def compare(config: Config, *, seeds: int) -> list[Row]:
-    """Train what is missing, then write and print the comparison. Returns its rows, in the order of the table."""
-    if not config.teachers or not config.terms:
-        raise UserError("keys 'teachers' and 'terms': found none, expected a teacher and a term to compare")
-    comparison_plot.require_plots()
-    folder = Path(config.runs) / config.name
-    student = dataclasses.replace(config, runs=str(folder))
-    alone = dataclasses.replace(student, teachers=(), terms=())
-    every_seed = range(config.seed, config.seed + seeds)
+def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
+    """Train what is missing of the rows `only` (all, where none are named), then print the comparison.
 
-    baseline = train_row("baseline", alone, every_seed)
-    taught, teacher_rows, teacher_epochs = [], [], 0
-    for teacher in config.teachers:
-        if teacher.weights is None:
-            row = train_row(f"teacher_{teacher.name}", teacher_config(alone, teacher), [config.seed])
-            teacher_rows.append(row)
-            teacher_epochs += row.epochs
-            teacher = dataclasses.replace(teacher, weights=str(row.folders[0] / "weights" / "last.pt"))
-        taught.append(teacher)
-    distilled = train_row("distilled", dataclasses.replace(student, teachers=tuple(taught)), every_seed)
-    rows = [baseline, *teacher_rows, distilled]
-    if teacher_epochs:
-        longer = dataclasses.replace(alone, epochs=config.epochs + teacher_epochs)
-        rows.append(train_row("longer", longer, every_seed))
-
-    text = markdown(config, rows)
-    run_folder.write_text(folder / "comparison.md", text)
-    run_folder.write_text(folder / "comparison.json", json.dumps(as_json(config, rows), indent=2) + "\n")
-    picture = comparison_plot.write(folder / "comparison.png", config, rows)
-    print(text)
-    print(f"written: {folder / 'comparison.md'}, {folder / 'comparison.json'}, {picture}")
-    return rows
-
-
-def teacher_config(alone: Config, teacher: TeacherConfig) -> Config:
-    """The run that trains a teacher in place: the student's protocol with the teacher's model, epochs and rates."""
-    tree = to_tree(alone)
-    tree["student"] = {"arch": teacher.arch}
-    tree["optimizer"].update(teacher.optimizer)
-    tree["epochs"] = alone.epochs if teacher.epochs is None else teacher.epochs
-    return from_tree(Config, tree, source=f"teacher {teacher.name!r}")
-
-
-def train_row(name: str, config: Config, seeds: range | list[int]) -> Row:
-    """One run per seed, each in <runs>/<name>_seed<seed>."""
-    folders, reports = [], []
-    for seed in seeds:
-        run = dataclasses.replace(config, name=f"{name}_seed{seed}", seed=seed)
-        print(f"== {run.name}: {run.student.arch}, {run.epochs} epochs", flush=True)
-        reports.append(train_or_reuse(run))
-        folders.append(Path(run.runs) / run.name)
-    return Row(name, config.student.arch, config.epochs, tuple(folders), tuple(reports))
-
-
-def train_or_reuse(config: Config) -> dict:
-    """The report of a run: read where it is finished, resumed where it was interrupted, trained where it is new.
-
-    UserError where the folder holds a run of another config: its numbers do not belong in this table.
+    Returns what is known of every row of the study, in the order of the table. UserError, after everything else is
+    trained and written, where a run failed.
     """
-    path = Path(config.runs) / config.name
-    folder = run_folder.RunFolder(path)
-    if folder.config.is_file():
-        there = from_tree(Config, read_yaml(folder.config), source=str(folder.config))
-        key = first_difference(to_tree(there), to_tree(config))
-        if key:
-            raise UserError(
-                f"{folder.config}: key {key!r} differs from this comparison; give another name=, or remove {path}"
-            )
-    if folder.report.is_file():
-        print(f"   finished before: {folder.report}")
-        return json.loads(folder.report.read_text(encoding="utf-8"))
-    if folder.last.is_file():
-        return train.run(config, resume=True)
-    if path.exists():
+    comparison_plot.require_plots()
+    rows = list(study.rows) if only is None else study.with_teachers(only)
+    results = {row.name: find_finished(row) for row in study.rows}
+    check_rows([row for row in rows if results[row.name].missing], study)
+    for number in range(max(len(row.seeds) for row in rows)):
+        for row in rows:
+            result = results[row.name]
+            if number >= len(row.seeds) or row.seeds[number] in result.reports:
+                continue
+            train_seed(result, row.seeds[number], results)
+            write(study, results)
+    write(study, results, with_pictures=True)
+    print(markdown(study, results))
+    print("written: " + ", ".join(str(study.folder / f"comparison.{suffix}") for suffix in ("md", "json", "png")))
+    failed = [result.name for result in results.values() if result.failures]
+    if failed:
+        raise UserError(f"{study.folder}: runs failed, see the table: {', '.join(failed)}", train.NOT_FINITE_EXIT_CODE)
+    return list(results.values())
+
+
+def find_finished(row: Row) -> Result:
+    """The reports of a row's runs that are there. UserError where a folder holds a run of another config."""
+    result = Result(row)
+    for seed in row.seeds:
+        folder = run_folder.RunFolder(row.folder(seed))
+        refuse_other(folder, row.run(seed))
+        if folder.report.is_file():
+            print(f"finished before: {folder.report}")
+            result.reports[seed] = json.loads(folder.report.read_text(encoding="utf-8"))
+    return result
+
+
+def refuse_other(folder: run_folder.RunFolder, config: Config) -> None:
+    """UserError where the folder holds a run of another config: its numbers do not belong in this table."""
+    if not folder.config.is_file():
+        return
+    there = from_tree(Config, read_yaml(folder.config), source=str(folder.config))
+    key = first_difference(to_tree(there), to_tree(config))
+    if key:
+        raise UserError(
+            f"{folder.config}: key {key!r} differs from this comparison; give another name=, or remove {folder.path}"
+        )
+
+
+def check_rows(rows: list[Row], study: Study) -> None:
+    """Build the models and the criterion of every row, so that the last row of a long study is not refused at its end.
+
+    A teacher that is trained in place is stood in for by a fresh one.
+    """
+    in_place = {last_weights(row) for row in study.rows if row.is_teacher}
+    for row in rows:
+        config = row.config
+        try:
+            names = open_dataset(config.data.format, config.data.root, config.data.test).names
+            fresh = {t.name: models.build(t.arch, len(names)) for t in config.teachers if t.weights in in_place}
+            student = build_student(config, names)
+            teachers = build_teachers(config, names, fresh, student)
+            build_criterion(config, names, student, teachers)
+        except UserError as error:
+            raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
+
+
+def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
+    """Train one run of a row, or go on with it, and note its report, or why there is none."""
+    config = result.row.run(seed)
+    weights = {teacher.weights for teacher in config.teachers}
+    for teacher in results.values():
+        if teacher.failures and last_weights(teacher.row) in weights:
+            result.failures[seed] = f"{teacher.name} failed"
+            return
+    print(f"== {config.name}: {config.student.arch}, {config.epochs} epochs", flush=True)
+    path = result.row.folder(seed)
+    is_begun = run_folder.RunFolder(path).last.is_file()
+    if path.exists() and not is_begun:
         shutil.rmtree(path)  # stopped before its first checkpoint: nothing to go on from
-    return train.run(config)
+    try:
+        result.reports[seed] = train.run(config, resume=is_begun)
+    except UserError as error:
+        if error.exit_code != train.NOT_FINITE_EXIT_CODE:
+            raise
+        result.failures[seed] = str(error)
+        print(f"failed: {error}", flush=True)
+
+
+def write(study: Study, results: dict[str, Result], *, with_pictures: bool = False) -> None:
+    """The tables and the plot, as far as the rows are trained."""
+    run_folder.write_text(study.folder / "comparison.md", markdown(study, results))
+    run_folder.write_text(study.folder / "comparison.json", as_json(study, results))
+    comparison_plot.write(study.folder / "comparison.png", study, results, with_pictures=with_pictures)
 
 
 def first_difference(a: dict | list | object, b: dict | list | object, key: str = "") -> str | None:
@@ -157,65 +164,6 @@ def first_difference(a: dict | list | object, b: dict | list | object, key: str 
                 return found
         return None
     return None if a == b else key
-
-
-def mean_and_spread(values: np.ndarray) -> str:
-    """`0.612 ± 0.004`: the mean and the sample standard deviation; the mean alone for one seed."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
-
-
-def markdown(config: Config, rows: list[Row]) -> str:
-    """The table, and below it what the difference between distilled and baseline is worth."""
-    lines = [
-        f"# {config.name}",
-        "",
-        f"{config.data.format} data, train `{config.data.train}`, test `{config.data.test}`, {config.image_size} px, "
-        f"batch {config.batch_size}. Last EMA weights, COCO protocol; mean ± standard deviation over seeds.",
-        "",
-        "| row | model | parameters | epochs | seeds | " + " | ".join(METRICS) + " | minutes |",
-        "|---|---|---:|---:|---:|" + "---:|" * (len(METRICS) + 1),
-    ]
-    for row in rows:
-        cells = [mean_and_spread(row.values(metric)) for metric in METRICS]
-        size = f"{row.reports[0]['parameters'] / 1e6:.2f} M"
-        lines.append(
-            f"| {row.name} | {row.arch} | {size} | {row.epochs} | {len(row.reports)} | "
-            + " | ".join(cells)
-            + f" | {row.seconds() / 60:.1f} |"
-        )
-    by_name = {row.name: row for row in rows}
-    lines += ["", verdict(by_name["distilled"], by_name["baseline"])]
-    if "longer" in by_name:
-        lines.append(verdict(by_name["distilled"], by_name["longer"]))
-    return "\n".join(lines) + "\n"
-
-
-def verdict(row: Row, against: Row) -> str:
-    """The paired difference in mAP, seed by seed, in one sentence."""
-    difference = row.values("mAP") - against.values("mAP")
-    text = f"{row.name} - {against.name}: mAP {difference.mean():+.3f}"
-    if len(difference) == 1:
-        return text + " (one seed: the spread is unknown)"
-    return text + f" ± {difference.std(ddof=1):.3f} (paired by seed, {len(difference)} seeds)"
-
-
-def as_json(config: Config, rows: list[Row]) -> dict:
-    return {
-        "config": to_tree(config),
-        "rows": [
-            {
-                "name": row.name,
-                "arch": row.arch,
-                "epochs": row.epochs,
-                "runs": [str(folder) for folder in row.folders],
-                **{metric: row.values(metric).tolist() for metric in METRICS},
-                "seconds": [report["seconds"] for report in row.reports],
-            }
-            for row in rows
-        ],
-    }
 
 
 if __name__ == "__main__":

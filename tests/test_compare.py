@@ -1,26 +1,27 @@
-"""compare.py: what it trains, what it reuses, what it refuses, and the arithmetic of its table."""
+"""compare.py: what it trains and in which order, what it reuses, what it refuses, and what a stop leaves."""
 
 import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import compare
 import run_folder
 from config import to_tree
 from errors import UserError
+from study import load_study, plan
 from tests.tiny_training import tiny_config, write_dataset
 from yaml_files import dump_yaml
 
 TEACHER = {"name": "big", "arch": "yolov5nu", "epochs": 3, "optimizer": {"learning_rate": 0.005}}
 TERM = {"teacher": "big", "loss": "mse", "weight": 1.0, "student_maps": ["p3"], "adapter": "conv1x1"}
+ROWS = {"baseline": None, "taught": {"terms": [TERM]}, "longer": {"plus_epochs_of": ["big"]}}
 
 
 @pytest.fixture
 def config(tmp_path):
-    return tiny_config(tmp_path / "data", tmp_path / "runs", name="study", teachers=[TEACHER], terms=[TERM], seed=5)
+    return tiny_config(tmp_path / "data", tmp_path / "runs", name="study", teachers=[TEACHER], seed=5)
 
 
 @pytest.fixture
@@ -33,93 +34,166 @@ def trained(monkeypatch):
         folder = run_folder.RunFolder(Path(config.runs) / config.name)
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.config.write_text(dump_yaml(to_tree(config)))
-        base = {"baseline": 0.5, "teacher": 0.7, "distilled": 0.6, "longer": 0.55}[config.name.split("_")[0]]
+        base = {"baseline": 0.5, "teacher": 0.7, "taught": 0.6, "longer": 0.55}[config.name.split("_")[0]]
         score = base + 0.01 * (config.seed - 5) ** 2
         test = {"mAP50": score + 0.2, "mAP50-95": score, "precision": 0.8, "recall": 0.7, "f1": 0.75}
-        report = {"test": test, "seconds": 60.0, "parameters": 3_000_000}
+        report = {"test": test, "seconds": 60.0, "steps": 6, "parameters": 3_000_000}
+        report |= {"device": "cpu", "precision": "float32", "threads": 1, "torch": "2"}
         folder.report.write_text(json.dumps(report))
         return report
 
     monkeypatch.setattr(compare.train, "run", run)
-    monkeypatch.setattr(compare.comparison_plot, "write", lambda path, *_: path)
+    monkeypatch.setattr(compare, "check_rows", lambda rows, study: None)
+    monkeypatch.setattr(compare.comparison_plot, "write", lambda path, *_, **__: path)
     return configs
 
 
-def test_one_protocol_for_every_row(config, trained):
-    compare.compare(config, seeds=2)
-    names = [c.name for c in trained]
-    assert names == [
-        "baseline_seed5", "baseline_seed6", "teacher_big_seed5", "distilled_seed5", "distilled_seed6",
-        "longer_seed5", "longer_seed6",
+def make(config, rows=ROWS, *, seeds=1):
+    return plan(config, rows, seeds=seeds, source="study.yaml")
+
+
+def names(trained):
+    return [config.name for config in trained]
+
+
+def test_every_row_with_the_first_seed_then_with_the_next(config, trained):
+    results = compare.compare(make(config, seeds=2))
+    assert names(trained) == [
+        "baseline_seed5", "teacher_big_seed5", "taught_seed5", "longer_seed5",
+        "baseline_seed6", "taught_seed6", "longer_seed6",
     ]  # fmt: skip
-    by_name = dict(zip(names, trained))
-    assert by_name["longer_seed5"].epochs == config.epochs + 3
-    teacher = by_name["teacher_big_seed5"]
-    assert (teacher.student.arch, teacher.epochs, teacher.optimizer.learning_rate) == ("yolov5nu", 3, 0.005)
-    assert not teacher.teachers and not teacher.terms
-    weights = by_name["distilled_seed6"].teachers[0].weights
-    assert weights == str(Path(teacher.runs) / "teacher_big_seed5" / "weights" / "last.pt")
-
-    def protocol(run):
-        """Everything that must not differ between baseline and distilled."""
-        tree = to_tree(run)
-        return {key: tree[key] for key in tree if key not in ("name", "seed", "teachers", "terms")}
-
-    assert protocol(by_name["baseline_seed5"]) == protocol(by_name["distilled_seed6"])
-
-
-def test_a_teacher_with_weights_is_not_trained(config, trained):
-    teacher = dataclasses.replace(config.teachers[0], weights="teacher.pt")
-    rows = compare.compare(dataclasses.replace(config, teachers=(teacher,)), seeds=1)
-    assert [row.name for row in rows] == ["baseline", "distilled"]
+    assert [result.name for result in results] == ["baseline", "teacher_big", "taught", "longer"]
+    assert results[2].values("mAP") == pytest.approx([0.6, 0.61])
+    by_name = dict(zip(names(trained), trained))
+    baseline, taught = to_tree(by_name["baseline_seed5"]), to_tree(by_name["taught_seed6"])
+    assert [key for key in baseline if baseline[key] != taught[key]] == ["name", "teachers", "terms", "seed"]
+    weights = by_name["taught_seed6"].teachers[0].weights
+    assert weights == str(Path(config.runs) / "study" / "teacher_big_seed5" / "weights" / "last.pt")
 
 
 def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(config, trained):
-    compare.compare(config, seeds=1)
-    folder = Path(config.runs) / "study" / "distilled_seed5"
+    compare.compare(make(config))
+    folder = Path(config.runs) / "study" / "taught_seed5"
     (folder / "report.json").unlink()
     (folder / "weights").mkdir()
     (folder / "weights" / "last.pt").write_bytes(b"")
     stale = Path(config.runs) / "study" / "longer_seed5"
     (stale / "report.json").unlink()
     trained.clear()
-    compare.compare(config, seeds=1)
-    assert [c.name for c in trained] == ["distilled_seed5 resumed", "longer_seed5"]
+    compare.compare(make(config))
+    assert names(trained) == ["taught_seed5 resumed", "longer_seed5"]
 
 
-def test_runs_of_another_config_are_refused(config, trained):
-    compare.compare(config, seeds=1)
-    with pytest.raises(UserError, match=r"baseline_seed5.config.yaml: key 'optimizer.momentum' differs"):
-        compare.compare(
-            dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.5)), seeds=1
-        )
+def test_more_seeds_and_rows_are_added_to_what_is_there(config, trained):
+    compare.compare(make(config))
+    trained.clear()
+    compare.compare(make(config, ROWS | {"taught_more": {"terms": [TERM], "epochs": 4}}, seeds=2))
+    assert names(trained) == [
+        "taught_more_seed5",
+        "baseline_seed6",
+        "taught_seed6",
+        "longer_seed6",
+        "taught_more_seed6",
+    ]
 
 
-def test_nothing_to_compare_is_refused(config, trained):
-    with pytest.raises(UserError, match="'teachers' and 'terms'"):
-        compare.compare(dataclasses.replace(config, terms=()), seeds=1)
-    with pytest.raises(UserError, match="--seeds: found 0"):
-        compare.main(["missing.yaml", "--seeds", "0"])
+def test_a_stop_between_rows_loses_nothing(config, trained, monkeypatch):
+    """Killed in its third run, the study has a table of two; given again, it goes on with the third."""
+    run = compare.train.run
+
+    def run_until_taught(config, **options):
+        if config.name.startswith("taught"):
+            raise SystemExit(143)  # what train.run raises after a signal
+        return run(config, **options)
+
+    monkeypatch.setattr(compare.train, "run", run_until_taught)
+    with pytest.raises(SystemExit):
+        compare.compare(make(config))
+    text = (Path(config.runs) / "study" / "comparison.md").read_text()
+    assert "| baseline | yolov8n | 3.00 M | 2 | 1 | 0.700 | 0.500 |" in text
+    assert "Not trained yet, row (seeds): taught (5); longer (5)." in text
+    monkeypatch.setattr(compare.train, "run", run)
+    trained.clear()
+    compare.compare(make(config))
+    assert names(trained) == ["taught_seed5", "longer_seed5"]
+    assert "Not trained yet" not in (Path(config.runs) / "study" / "comparison.md").read_text()
+
+
+def test_some_rows_leave_the_others_as_they_are(config, trained):
+    compare.compare(make(config), only=["baseline"])
+    assert names(trained) == ["baseline_seed5"]
+    trained.clear()
+    results = compare.compare(make(config), only=["taught"])
+    assert names(trained) == ["teacher_big_seed5", "taught_seed5"]
+    assert [len(result.reports) for result in results] == [1, 1, 1, 0]
+    text = (Path(config.runs) / "study" / "comparison.md").read_text()
+    assert "| taught | baseline | 1 | +0.100 | +0.100 | - | one seed: not decided |" in text
+    assert "Not trained yet, row (seeds): longer (5)." in text
+
+
+def test_runs_of_another_config_are_refused_before_anything_is_trained(config, trained):
+    compare.compare(make(config), only=["longer"])
+    trained.clear()
+    changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.5))
+    with pytest.raises(UserError, match=r"longer_seed5.config.yaml: key 'optimizer.momentum' differs"):
+        compare.compare(make(changed))
+    with pytest.raises(UserError, match=r"longer_seed5.config.yaml: key 'epochs' differs"):
+        compare.compare(make(config, ROWS | {"longer": {"plus_epochs_of": ["big"], "epochs": 4}}))
     assert not trained
 
 
-def test_the_table_holds_means_spreads_and_the_paired_difference(config, trained, capsys):
-    rows = compare.compare(config, seeds=3)
-    # Scores of seeds 5, 6, 7 are base + 0, 0.01, 0.04: mean + 0.0167, sample standard deviation 0.0208.
-    assert rows[0].values("mAP") == pytest.approx([0.5, 0.51, 0.54])
-    text = (Path(config.runs) / "study" / "comparison.md").read_text()
-    assert "| baseline | yolov8n | 3.00 M | 2 | 3 | 0.717 ± 0.021 | 0.517 ± 0.021 | 0.800 ± 0.000 |" in text
-    assert "| teacher_big | yolov5nu | 3.00 M | 3 | 1 | 0.900 | 0.700 |" in text
-    assert "distilled - baseline: mAP +0.100 ± 0.000 (paired by seed, 3 seeds)" in text
-    assert "distilled - longer: mAP +0.050" in text
-    assert text in capsys.readouterr().out
-    numbers = json.loads((Path(config.runs) / "study" / "comparison.json").read_text())
-    assert numbers["rows"][2]["mAP"] == pytest.approx([0.6, 0.61, 0.64])
+def test_a_loss_that_is_not_finite_ends_its_row_only(config, trained, monkeypatch):
+    run = compare.train.run
+
+    def run_or_fail(config, **options):
+        if config.name.startswith("taught"):
+            raise UserError("step 3: mse_big is nan", 3)
+        return run(config, **options)
+
+    monkeypatch.setattr(compare.train, "run", run_or_fail)
+    with pytest.raises(UserError, match="runs failed, see the table: taught") as raised:
+        compare.compare(make(config))
+    assert raised.value.exit_code == 3 and names(trained)[-1] == "longer_seed5"
+    assert (
+        "Failed: taught with seed 5: step 3: mse_big is nan"
+        in (Path(config.runs) / "study" / "comparison.md").read_text()
+    )
 
 
-def test_mean_and_spread():
-    assert compare.mean_and_spread(np.array([0.25])) == "0.250"
-    assert compare.mean_and_spread(np.array([0.2, 0.4])) == "0.300 ± 0.141"
+def test_nothing_is_taught_by_a_teacher_that_failed(config, trained, monkeypatch):
+    run = compare.train.run
+
+    def run_or_fail(config, **options):
+        if config.name.startswith("teacher"):
+            raise UserError("step 3: box is nan", 3)
+        return run(config, **options)
+
+    monkeypatch.setattr(compare.train, "run", run_or_fail)
+    with pytest.raises(UserError, match="runs failed, see the table: teacher_big, taught"):
+        compare.compare(make(config))
+    assert names(trained) == ["baseline_seed5", "longer_seed5"]
+
+
+def test_other_errors_stop_the_study(config, trained, monkeypatch):
+    def full_disk(config, **options):
+        raise UserError("no space", 5)
+
+    monkeypatch.setattr(compare.train, "run", full_disk)
+    with pytest.raises(UserError, match="no space"):
+        compare.compare(make(config))
+
+
+def test_arguments(config, trained, tmp_path):
+    with pytest.raises(UserError, match="--seeds: found 0"):
+        compare.main(["missing.yaml", "--seeds", "0"])
+    path = tmp_path / "study.yaml"
+    path.write_text(dump_yaml(to_tree(config) | {"rows": ROWS}))
+    with pytest.raises(UserError, match="--rows: found 'bath'"):
+        compare.main([str(path), "--rows", "baseline,bath"])
+    assert not trained
+    compare.main([str(path), "--rows", "longer,baseline", "--seeds", "2", "batch_size=4"])
+    assert names(trained) == ["baseline_seed5", "longer_seed5", "baseline_seed6", "longer_seed6"]
+    assert {c.batch_size for c in trained} == {4}
 
 
 def test_first_difference():
@@ -129,15 +203,37 @@ def test_first_difference():
     assert compare.first_difference({"a": [1, 2]}, {"a": [1, 2]}) is None
 
 
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"loss": "mze"}, r"row 'taught': terms.0.loss: found 'mze'"),
+        ({"adapter": "none"}, r"row 'taught': terms.0: p3 and p3: "),
+        ({"student_maps": ["p9"]}, r"row 'taught': terms.0: map 'p9'"),
+    ],
+)
+def test_a_term_that_cannot_act_is_found_before_anything_is_trained(config, tmp_path, term, message):
+    write_dataset(tmp_path / "data", train=2, test=2)
+    teacher = dataclasses.replace(config.teachers[0], arch="yolov8s")
+    study = make(
+        dataclasses.replace(config, teachers=(teacher,)), {"baseline": None, "taught": {"terms": [TERM | term]}}
+    )
+    with pytest.raises(UserError, match=message):
+        compare.compare(study)
+    assert not study.folder.exists()
+
+
 @pytest.mark.slow
 def test_end_to_end(config, tmp_path, capsys):
     """The real thing, tiny: four runs, a table and a picture; given again, nothing is trained twice."""
     write_dataset(tmp_path / "data", train=8, test=4)
-    config = dataclasses.replace(config, epochs=1, teachers=(dataclasses.replace(config.teachers[0], epochs=1),))
-    rows = compare.compare(config, seeds=1)
-    assert [row.name for row in rows] == ["baseline", "teacher_big", "distilled", "longer"]
-    assert (tmp_path / "runs" / "study" / "comparison.png").stat().st_size > 10_000
-    again = compare.compare(config, seeds=1)
+    path = tmp_path / "study.yaml"
+    path.write_text(dump_yaml(to_tree(config) | {"rows": ROWS, "epochs": 1}))
+    study = load_study(path, ["teachers.0.epochs=1", "rows.baseline.evaluation.every_epochs=1"])
+    results = compare.compare(study)
+    assert [result.name for result in results] == ["baseline", "teacher_big", "taught", "longer"]
+    assert [result.reports[5]["steps"] for result in results] == [1, 1, 1, 2]
+    assert (study.folder / "comparison.png").stat().st_size > 10_000
+    again = compare.compare(study)
     assert capsys.readouterr().out.count("finished before") == 4
-    for row, other in zip(rows, again):
-        assert row.reports[0]["test"] == other.reports[0]["test"]
+    for result, other in zip(results, again):
+        assert result.reports[5]["test"] == other.reports[5]["test"]
