@@ -135,7 +135,7 @@ class SimpleFeaturePyramid(nn.Module):
         p3: deconvolve                               p5: max-pool
 
     by 2x2 windows at stride 2, each then through a 1x1 and a 3x3 convolution with a norm over channels (ChannelNorm)
-    behind. A deconvolution halves the channels. in_channels: {"c4": C}. extra: "pool" adds p6 as FPN does, None nothing.
+    behind. A deconvolution halves the channels. in_channels: {"c4": C}. extra: "pool" adds p6 as FPN does; None: none.
 
     forward: {"c4": (B, C, h, w)} -> p2 (B, width, 4h, 4w), p3 (2h, 2w), p4 (h, w), p5 (h / 2, w / 2) and p6 (h / 4,
     w / 4), both rounded up. Of an image whose sides are no multiples of 16, the levels cover the padded image.
