@@ -67,6 +67,7 @@ TEACHERS: dict[str, Callable[[], nn.Module]] = {
 def build(arch: str, num_classes: int) -> nn.Module:
     """A freshly initialised detector (structures.Detector) for K = num_classes classes, on the CPU, in train mode.
 
+    The RT-DETRs have no `losses`: they detect and teach, and cannot be trained.
     arch is a key of ARCHITECTURES; an unknown one is a UserError that names the nearest. Initial weights are drawn
     from torch's global generator, here and nowhere later: seed it before the call.
     """

@@ -254,6 +254,8 @@ def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:
     """The student, fresh from config.seed, or with the weights its config names."""
     torch.manual_seed(config.seed)
     student = models.build(config.student.arch, len(names))
+    if not hasattr(student, "losses"):
+        raise UserError(f"key 'student.arch': {config.student.arch} can only teach: it has no training losses here")
     if config.student.weights is not None:
         checkpoint.load_into(student, config.student.weights, new_head=config.student.new_head)
     return student

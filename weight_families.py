@@ -10,7 +10,11 @@ SIZES = CLIP_SIZES | DINOV2_SIZES  # by the last dimension of the first name of 
 FAMILIES = [  # names that are all there -> what it is; the first row that holds
     (("model.0.stem1.conv.weight", "model.28.dec_score_head.0.weight"), "rtdetr-l (Ultralytics)"),
     (("model.0.stem1.conv.weight", "model.32.dec_score_head.0.weight"), "rtdetr-x (Ultralytics)"),
-    (("backbone.conv1.conv1_1.conv.weight", "decoder.dec_score_head.0.weight"), "rtdetr (authors' layout)"),
+    (("decoder.dec_score_head.0.weight", "backbone.res_layers.2.blocks.22.branch2c.conv.weight"), "rtdetr_r101vd"),
+    (("decoder.dec_score_head.0.weight", "backbone.res_layers.2.blocks.5.branch2c.conv.weight"), "rtdetr_r50vd"),
+    (("decoder.dec_score_head.0.weight", "backbone.res_layers.2.blocks.5.branch2b.conv.weight"), "rtdetr_r34vd"),
+    (("decoder.dec_score_head.0.weight", "backbone.res_layers.2.blocks.1.branch2b.conv.weight"), "rtdetr_r18vd"),
+    (("decoder.dec_score_head.0.weight", "backbone.conv1.conv1_1.conv.weight"), "rtdetr (authors' layout)"),
     (("model.decoder.class_embed.0.weight", "model.backbone.model.embedder.embedder.0.convolution.weight"),
      "rtdetr (Hugging Face layout)"),
     (("model.0.conv.conv.weight",), "yolov5 before release 6 (Focus stem)"),

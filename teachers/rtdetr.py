@@ -126,8 +126,8 @@ class RTDETR(nn.Module):
         for boxes_xyxy, scores in zip(*self.decode(output)):
             pairs = (scores.flatten() > score_threshold).nonzero().squeeze(1)  # query * K + class; nan is never above
             order = scores.flatten()[pairs].sort(stable=True, descending=True).indices[:max_detections]
-            query, label = pairs[order] // self.num_classes, pairs[order] % self.num_classes
-            found.append(Detections(boxes_xyxy[query], scores[query, label], label))
+            query, labels = pairs[order] // scores.shape[1], pairs[order] % scores.shape[1]
+            found.append(Detections(boxes_xyxy[query], scores[query, labels], labels))
         return found
 
     def class_logits_at(self, output: RTDETROutput, boxes_per_image: list[Tensor]) -> Tensor:
