@@ -16,7 +16,7 @@ patch, and are normalised here; the text tower leaves out the columns behind the
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teachers.clip_prompts import BACKGROUND_TEXTS, TEMPLATES, class_embeddings
-from teachers.clip_regions import average_over_boxes, enlarge_boxes, resample_boxes
+from teachers.clip_regions import average_over_boxes, crop_batches, enlarge_boxes
 from teachers.clip_tokenizer import CONTEXT_LENGTH, ClipTokenizer
 from transformer import Block, PatchEmbedding, causal_mask, interpolate_positions, quick_gelu, tokens_to_map
 from weights import PublicLayout, fuse_entries
@@ -63,14 +63,18 @@ class ImageTower(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.projection, std=width**-0.5)
 
-    def forward(self, images: Tensor, names: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, D), not of length 1, and the maps called `names`: see CLIPOutput.features."""
+    def forward(self, images: Tensor, names: Collection[str]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The parts of CLIPOutput called `names`: image_embedding (B, D), else None, and maps.
+
+        Blocks behind the last one that a name needs are not run.
+        """
         grid = (images.shape[2] // self.patch, images.shape[3] // self.patch)
         x = self.patches(images)  # (B, h w, C)
         x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)  # (B, 1 + h w, C)
         x = self.first_norm(x + interpolate_positions(self.positions[None], grid))
         maps = {}
-        for i, block in enumerate(self.blocks):
+        num_blocks = self._blocks_for(names)
+        for i, block in enumerate(self.blocks[:num_blocks]):
             if i == len(self.blocks) - 1 and "dense" in names:
                 maps["dense"] = tokens_to_map(self._dense_tokens(block, x[:, 1:]), grid)
             x = block(x)
@@ -78,7 +82,13 @@ class ImageTower(nn.Module):
                 maps[f"block{i}"] = tokens_to_map(self.last_norm(x[:, 1:]), grid)
         if "patches" in names:
             maps["patches"] = tokens_to_map(self.last_norm(x[:, 1:]), grid)
-        return self.last_norm(x[:, 0]) @ self.projection, maps  # (B, D)
+        embedding = self.last_norm(x[:, 0]) @ self.projection if "image_embedding" in names else None  # (B, D)
+        return embedding, maps
+
+    def _blocks_for(self, names: Collection[str]) -> int:
+        if not {"image_embedding", "patches", "dense"}.isdisjoint(names):
+            return len(self.blocks)
+        return max((i + 1 for i in range(len(self.blocks)) if f"block{i}" in names), default=0)
 
     def _dense_tokens(self, last_block: Block, x: Tensor) -> Tensor:
         """Patch tokens before the last block (B, N, C) -> vectors in the space of the texts (B, N, D).
@@ -124,15 +134,16 @@ class TextTower(nn.Module):
 class CLIPOutput:
     """What CLIP.forward returns for images (B, 3, H, W); h = H / patch, w = W / patch.
 
-    features: maps (B, C, h, w), those of CLIP.keep_features. "block0", "block1", ...: the patch tokens behind a block,
-    through the LayerNorm that ends the tower; "patches" is the last block's. "dense" (B, D, h, w): the vector of each
-    patch in the space of the texts, not of length 1 (ImageTower._dense_tokens).
+    features: maps (B, C, h, w). "block0", "block1", ...: the patch tokens behind a block, through the LayerNorm that
+    ends the tower; "patches" is the last block's. "dense" (B, D, h, w): the vector of each patch in the space of the
+    texts, not of length 1 (ImageTower._dense_tokens).
     image_embedding (B, D): as the tower gives it, not of length 1. image_logits (B, K): exp(s) cos(image, class), in
     float32; None before CLIP.set_classes. images: what went in, for crops. image_size: (H, W).
+    What CLIP.wanted does not name may be missing from features, or None.
     """
 
     features: dict[str, Tensor]
-    image_embedding: Tensor
+    image_embedding: Tensor | None
     image_logits: Tensor | None
     images: Tensor
     image_size: tuple[int, int]
@@ -147,6 +158,9 @@ class CLIP(nn.Module):
         "crop"  each box, enlarged by `context`, is cut from the picture, resized to 224 x 224 and goes through the
                 image tower: one forward pass per box, `crops_per_batch` at a time. What CLIP was trained to do.
         "pool"  the mean over the box of the unit vectors of "dense": one pass for all boxes; as coarse as the patches.
+
+    wanted: the names of features, "image_embedding" and "image_logits" that the caller reads, or None for all of them,
+    which keeps every block's map in memory.
     """
 
     def __init__(
@@ -188,22 +202,12 @@ class CLIP(nn.Module):
             PublicLayout("Hugging Face", HUGGING_FACE_NAMES, convert=join_and_transpose),
         )
         self.public_names = self.public_layouts[0].table
-        self.kept_features = frozenset(names)
+        self.wanted: frozenset[str] | None = None
 
     @property
     def num_classes(self) -> int:
         """K; 0 before set_classes."""
         return len(self.class_names)
-
-    def keep_features(self, names: Iterable[str]) -> None:
-        """Let `output.features` hold only these maps; at first it holds all, and all of them stay in memory.
-
-        "dense" stays wherever region_mode is "pool". A name that is not in `strides` is a ValueError.
-        """
-        names = frozenset(names)
-        if unknown := sorted(names - self.strides.keys()):
-            raise ValueError(f"features {unknown} do not exist; there are {', '.join(self.strides)}")
-        self.kept_features = names
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], tokenizer: ClipTokenizer) -> Tensor:
@@ -227,11 +231,11 @@ class CLIP(nn.Module):
 
     def set_class_embeddings(self, names: Sequence[str], classes: Tensor, background: Tensor) -> None:
         """As set_classes, from vectors (K, D) of the classes and (J, D), J >= 1, of the background, of any length."""
-        wanted = (len(names), self.background.shape[1])
-        if tuple(classes.shape) != wanted or background.shape[1:] != classes.shape[1:] or not len(background):
+        shape = (len(names), self.background.shape[1])
+        if tuple(classes.shape) != shape or background.shape[1:] != shape[1:] or not len(background):
             raise ValueError(
-                f"classes {tuple(classes.shape)} and background {tuple(background.shape)} must be {wanted} "
-                f"and (J, {wanted[1]}), J at least 1"
+                f"classes {tuple(classes.shape)} and background {tuple(background.shape)} must be {shape} "
+                f"and (J, {shape[1]}), J at least 1"
             )
         self.class_names = tuple(names)
         self.classes = F.normalize(classes.detach().float(), dim=-1).to(self.mean.device)
@@ -239,15 +243,18 @@ class CLIP(nn.Module):
 
     def forward(self, images: Tensor) -> CLIPOutput:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of the patch, else ValueError."""
-        names = self.kept_features | ({"dense"} if self.region_mode == "pool" else set())
+        names = {*self.strides, "image_embedding"} if self.wanted is None else set(self.wanted)
+        has_logits = bool(self.class_names) and (self.wanted is None or "image_logits" in names)
+        if has_logits:
+            names.add("image_embedding")
         embedding, features = self.image_tower((images - self.mean) / self.std, names)
-        logits = self._scaled_cosines(embedding, self.classes) if self.class_names else None
+        logits = self._scaled_cosines(embedding, self.classes) if has_logits else None
         return CLIPOutput(features, embedding, logits, images, tuple(images.shape[-2:]))
 
     def _scaled_cosines(self, embedding: Tensor, directions: Tensor) -> Tensor:
         """exp(s) cos: (N, D), unit vectors (K, D) -> (N, K), in float32 also under autocast."""
         with torch.autocast(embedding.device.type, enabled=False):
-            return self.logit_scale.float().exp() * F.normalize(embedding.float(), dim=-1) @ directions.T
+            return self.logit_scale.float().exp() * F.normalize(embedding.float(), dim=-1) @ directions.float().T
 
     def class_logits_at(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
         """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, 1 + K) for a softmax, background first.
@@ -256,10 +263,8 @@ class CLIP(nn.Module):
 
         r_n is the vector of the box: see CLIP. A zero-shot softmax has no background: it shares 1 among the classes,
         whatever it is shown. Here the J background texts stand beside the K classes, and column 0 is their union: its
-        softmax is the sum of theirs. How well four sentences describe all that is no object, nobody has trained: where
-        the student's boxes are those of objects alone, compare class columns only.
-
-        Boxes are clipped to the image; below one pixel they are widened to one. ValueError before set_classes.
+        softmax is the sum of theirs. That a few sentences cover all that is no object is a hope, not something CLIP was
+        trained for. Boxes are clipped to the image; a side below one pixel becomes one. ValueError before set_classes.
         """
         if not self.class_names:
             raise ValueError("CLIP has no classes to look for: call set_classes first")
@@ -274,7 +279,7 @@ class CLIP(nn.Module):
     def _pool_vectors(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
         """(N, D): the mean over each box of the unit vectors of the patches."""
         if "dense" not in output.features:
-            raise ValueError("the output has no map 'dense': it was computed with another region_mode")
+            raise ValueError(f"the map 'dense' was left out: wanted is {sorted(self.wanted or ())}, without it")
         with torch.autocast(output.images.device.type, enabled=False):
             dense = F.normalize(output.features["dense"].float(), dim=1)  # (B, D, h, w)
             return torch.cat(
@@ -287,12 +292,11 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def _crop_vectors(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
         """(N, D): each box, with its context, through the image tower. No gradient flows."""
-        vectors = [output.image_embedding.new_zeros(0, self.background.shape[1])]
-        for image, boxes in zip(output.images.float(), boxes_per_image):
-            for some in enlarge_boxes(boxes.to(image), output.image_size, self.context).split(self.crops_per_batch):
-                with torch.autocast(image.device.type, enabled=False):
-                    crops = resample_boxes(image, some, NATIVE_SIZE)  # (n, 3, 224, 224)
-                vectors.append(self.image_tower((crops - self.mean) / self.std)[0])
+        images = output.images.float()
+        boxes = [enlarge_boxes(rows.to(images), output.image_size, self.context) for rows in boxes_per_image]
+        vectors = [self.background[:0]]  # (0, D)
+        for crops in crop_batches(images, boxes, NATIVE_SIZE, self.crops_per_batch):
+            vectors.append(self.image_tower((crops - self.mean) / self.std, {"image_embedding"})[0])
         return torch.cat(vectors)
 
 

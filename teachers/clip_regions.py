@@ -3,6 +3,8 @@
 Boxes are xyxy in pixels of the image, continuous, as everywhere; pixel i covers i..i+1 and its centre is i + 0.5.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -60,8 +62,25 @@ def resample_boxes(image: Tensor, boxes_xyxy: Tensor, size: int) -> Tensor:
     x1, y1, x2, y2 = boxes_xyxy.to(image.dtype).unbind(1)
     rows = sampling_weights(y1, y2, height, size)  # (N, size, H)
     columns = sampling_weights(x1, x2, width, size)  # (N, size, W)
-    crops = rows[:, None] @ image[None] @ columns[:, None].transpose(-2, -1)  # (N, C, size, size)
+    with torch.autocast(image.device.type, enabled=False):
+        crops = rows[:, None] @ image[None] @ columns[:, None].transpose(-2, -1)  # (N, C, size, size)
     return crops.clamp(0, 1)
+
+
+def crop_batches(images: Tensor, boxes_per_image: list[Tensor], size: int, limit: int) -> Iterator[Tensor]:
+    """Crops of B images (B, 3, H, W) at B tensors (N_b, 4) of boxes, in their order: (n, 3, size, size), n <= limit.
+
+    All are full but the last; no boxes give no batch. Less than 2 * limit crops are in memory at once.
+    """
+    waiting = images.new_zeros(0, 3, size, size)
+    for image, boxes_xyxy in zip(images, boxes_per_image, strict=True):
+        for some in boxes_xyxy.split(limit):
+            waiting = torch.cat((waiting, resample_boxes(image, some, size)))
+            if len(waiting) >= limit:
+                yield waiting[:limit]
+                waiting = waiting[limit:]
+    if len(waiting):
+        yield waiting
 
 
 def average_over_boxes(feature_map: Tensor, boxes_xyxy: Tensor, stride: int) -> Tensor:
