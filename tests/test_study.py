@@ -99,6 +99,12 @@ def test_without_a_baseline_rows_are_compared_to_the_first(write):
     assert found == {"teacher_big": ("taught",), "taught": (), "both": ("taught",)}
 
 
+def test_a_baseline_may_stand_below_what_is_compared_to_it(write):
+    rows = {"taught": {"terms": [OTHER]}, "baseline": None}
+    study = load_study(write(rows, teachers=TEACHERS[1:]))
+    assert {row.name: row.against for row in study.rows} == {"taught": ("baseline",), "baseline": ()}
+
+
 def test_overrides_reach_into_rows(write):
     study = load_study(write(), ["rows.taught.terms.0.weight=0.25", "rows.baseline.epochs=9", "batch_size=4"])
     rows = {row.name: row.config for row in study.rows}
