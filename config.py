@@ -52,6 +52,7 @@ class TeacherConfig:
     weights: str | None = None
     image_size: int | None = None  # the pictures it sees are resized to; None: the student's, at a multiple it takes
     aliases: dict[str, Any] = field(default_factory=dict)  # its name of a class, by the dataset's name of it
+    vocabulary: str | None = None  # CLIP's; None: where the download command puts it
     epochs: int | None = None  # of training in place; None: as long as the student
     start_weights: str | None = None  # where training in place starts; a class head of another size starts fresh
     optimizer: dict[str, Any] = field(default_factory=dict)  # overrides for training in place
@@ -131,6 +132,7 @@ class Config:
     teachers: tuple[TeacherConfig, ...] = ()
     terms: tuple[TermConfig, ...] = ()
     teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by how well each knows a batch's labels
+    teacher_cache_gigabytes: float = 0.0  # keep what teachers say of a picture on disk; needs augmentation off; 0: no
     epochs: int = 100
     batch_size: int = 16
     image_size: int = 640

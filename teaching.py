@@ -5,7 +5,8 @@ of the student (arch: ema). It is frozen, in eval mode, folded for inference, an
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 import checkpoint
 import models
 from config import Config, TeacherConfig
-from distill.criterion import TeacherFacts
+from distill.criterion import TeacherFacts, probe
 from errors import UserError
 from fusion import fuse
+from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
+from teachers.output_cache import OutputCache, ask, fingerprint_of, image_key, split_output
 
 EMA = "ema"  # as `arch` of a teacher
 MOST_UPSAMPLED = 2.0  # a teacher that sees pictures enlarged by more sees mostly interpolation: a warning
@@ -30,6 +33,9 @@ class Teachers:
     models: dict[str, nn.Module]
     facts: dict[str, TeacherFacts]
     bfloat16: bool = False
+    changing: frozenset[str] = frozenset()  # names of those that learn: the student's average
+    caches: dict[str, OutputCache] = field(default_factory=dict)  # of the teachers whose outputs are kept
+    output_types: dict[str, type] = field(default_factory=dict)  # of the same teachers
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Any]:
@@ -42,8 +48,30 @@ class Teachers:
         for name, model in self.models.items():
             seen = resize_images(images, self.facts[name].image_size)
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-                outputs[name] = model(seen)
+                if name in self.caches:
+                    keys = [image_key(image) for image in images]
+                    outputs[name] = ask(model, seen, keys, self.caches[name], self.output_types[name])
+                else:
+                    outputs[name] = model(seen)
         return outputs
+
+    def keep_outputs(self, folder: Path, max_gigabytes: float) -> None:
+        """From now on ask each teacher once about an image: its outputs stay in `folder`. Call when `wanted` is set.
+
+        UserError for a teacher whose output cannot be kept. The student's average changes, and is always asked.
+        """
+        for name, model in self.models.items():
+            if name in self.changing:
+                continue
+            size = self.facts[name].image_size
+            output = probe(model, size or 224)
+            try:
+                split_output(output)
+            except TypeError as error:
+                raise UserError(f"key 'teacher_cache_gigabytes': teacher {name!r}: {error}") from None
+            fingerprint = fingerprint_of(model, image_size=size, bfloat16=self.bfloat16)
+            self.caches[name] = OutputCache(folder / name, max_gigabytes / len(self.models), fingerprint)
+            self.output_types[name] = type(output)
 
 
 def resize_images(images: Tensor, size: int | None) -> Tensor:
@@ -80,7 +108,7 @@ def build_teachers(
         found[teacher.name] = model if teacher.arch == EMA else fuse(model)
         size = input_size(teacher, key, model, config.image_size)
         facts[teacher.name] = TeacherFacts(known, size, {str(s): str(t) for s, t in teacher.aliases.items()})
-    return Teachers(found, facts)
+    return Teachers(found, facts, changing=frozenset(t.name for t in config.teachers if t.arch == EMA))
 
 
 def load(
@@ -96,10 +124,19 @@ def load(
     if teacher.arch in models.TEACHERS:
         model = models.build_teacher(teacher.arch)
         checkpoint.load_into(model, teacher.weights)
-        return model, names
+        return model, speak(model, teacher, names)
     model, info = checkpoint.load_model(teacher.weights, teacher.arch)
     has_names = info.names != tuple(map(str, range(len(info.names))))
     return model, info.names if has_names or len(info.names) != len(names) else names
+
+
+def speak(model: nn.Module, teacher: TeacherConfig, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names a model that only teaches has for the dataset's classes; one that reads text is asked for them."""
+    if not hasattr(model, "set_classes"):
+        return names
+    spoken = tuple(str(teacher.aliases.get(name, name)) for name in names)
+    model.set_classes(spoken, ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH))
+    return spoken
 
 
 def input_size(teacher: TeacherConfig, key: str, model: nn.Module, image_size: int) -> int | None:

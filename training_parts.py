@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,9 @@ def build(
         for module in (student, *(model for model in teachers.models.values() if model is not ema.model)):
             module.compile()
     bfloat16 = teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
+    if config.teacher_cache_gigabytes:
+        check_unaugmented(config)
+        teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
     # A term that is off for a while leaves its adapter without gradients.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
     objective = processes.wrap(Objective(student, criterion, bfloat16), find_unused=find_unused)
@@ -273,6 +277,18 @@ def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, 
         facts=teachers.facts,
         teacher_weighting=config.teacher_weighting,
     )
+
+
+def check_unaugmented(config: Config) -> None:
+    """UserError where pictures change from epoch to epoch: what a teacher said of one would never be asked again."""
+    if config.teacher_cache_gigabytes < 0:
+        raise UserError(f"key 'teacher_cache_gigabytes': found {config.teacher_cache_gigabytes}, expected 0 or more")
+    for setting in dataclasses.fields(config.augment):
+        value = getattr(config.augment, setting.name)
+        if value and setting.name != "close_mosaic_epochs":
+            raise UserError(
+                f"key 'augment.{setting.name}': found {value}, expected 0 where teacher_cache_gigabytes keeps outputs"
+            )
 
 
 def augmentation_at(config: Config, epoch: int) -> AugmentConfig:

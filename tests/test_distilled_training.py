@@ -10,6 +10,7 @@ from torch import nn
 import checkpoint
 import models
 import run_folder
+import teaching
 import train
 import training_parts
 from errors import UserError
@@ -204,3 +205,48 @@ def test_a_compiled_run_computes_the_same_losses(tmp_path, monkeypatch):
         (row,) = run_folder.read_metrics(tmp_path / "runs" / name / "metrics.csv")
         found.append([float(row[f"train/{term}"]) for term in ("box", "cls", "dfl", *NAMES, "box_beliefs_big")])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+STILL = dict.fromkeys(["mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"], 0.0)
+
+
+def test_a_teacher_is_asked_once_about_a_picture_that_does_not_change(tmp_path, monkeypatch):
+    """Two epochs, and a second run on the same pictures: the teacher looks at each of the eight once."""
+    write_dataset(tmp_path / "data", train=8, test=2)
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    changes = dict(teachers=teachers, terms=TERMS, augment=STILL, teacher_cache_gigabytes=0.1)
+    asked = []
+    original = teaching.ask
+
+    def counting(model, images, keys, cache, output_type):
+        look = lambda pictures: asked.append(len(pictures)) or model(pictures)
+        return original(look, images, keys, cache, output_type)
+
+    monkeypatch.setattr(teaching, "ask", counting)
+    rows = []
+    for name in ("first", "second"):
+        config = tiny_config(tmp_path / "data", tmp_path / "runs", name=name, **changes)
+        train.run(config, quiet=True)
+        rows.append((tmp_path / "runs" / name / "weights" / "last.pt").read_bytes())
+    assert asked == [8]
+    config = tiny_config(
+        tmp_path / "data", tmp_path / "runs", name="uncached", **changes | {"teacher_cache_gigabytes": 0}
+    )
+    train.run(config, quiet=True)
+    states = [
+        checkpoint.load(tmp_path / "runs" / name / "weights" / "last.pt") for name in ("first", "second", "uncached")
+    ]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name])  # computed or found, the run is the same
+        torch.testing.assert_close(value, states[2]["model"][name], atol=2e-3, rtol=1e-2)  # float16 on disk
+
+
+def test_keeping_outputs_needs_pictures_that_stay(tmp_path):
+    write_dataset(tmp_path / "data", train=8, test=2)
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    changes = dict(teachers=teachers, terms=TERMS, teacher_cache_gigabytes=0.1)
+    with pytest.raises(UserError, match=r"augment\.flip_horizontal': found 0.5, expected 0"):
+        train.run(
+            tiny_config(tmp_path / "data", tmp_path / "runs", augment=STILL | {"flip_horizontal": 0.5}, **changes)
+        )
+    assert not (tmp_path / "runs").exists()
