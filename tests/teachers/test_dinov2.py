@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 from errors import UserError
 from models import TEACHERS, build_teacher
 from teachers.dinov2 import FACEBOOK_NAMES, DINOv2, build_dinov2, fuse_query_key_value, patch_pca
@@ -196,6 +197,19 @@ def test_round_trip_of_both_layouts(model, make_state):
     fresh, state = tiny(registers, seed=1), make_state(model)
     load_public(fresh, dict(reversed(state.items())))  # the order in the file is nothing
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_files_of_both_layouts_on_disk(model, tmp_path):
+    """As teaching.load reads them: a flat torch file, and safetensors with the half precision some copies have."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    registers = 0 if model.registers is None else 4
+    torch.save(facebook_state(model), tmp_path / "facebook.pth")
+    halves = {name: value.half().contiguous() for name, value in hugging_face_state(model).items()}
+    safetensors.save_file(halves, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for name, convert in (("facebook.pth", lambda t: t), ("model.safetensors", lambda t: t.half().float())):
+        fresh = tiny(registers, seed=1)
+        checkpoint.load_into(fresh, tmp_path / name)
+        assert all(torch.equal(value, convert(model.state_dict()[key])) for key, value in fresh.state_dict().items())
 
 
 def test_hugging_face_counts():
