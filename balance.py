@@ -31,7 +31,7 @@ def balances(terms: dict[str, Tensor], student: nn.Module, distillation: set[str
     terms: named scalars with their graph. distillation: the names of those that are not detection terms. A student
     without a neck has all its parameters for one. NaN where the detection loss has no gradient.
     """
-    neck = next((getattr(student, name) for name in ("neck", "fpn") if hasattr(student, name)), student)
+    neck = next((getattr(student, name) for name in ("neck", "pyramid") if hasattr(student, name)), student)
     everything = [p for p in student.parameters() if p.requires_grad]
     of_neck = {id(p) for p in neck.parameters()}
     is_neck = [id(p) in of_neck for p in everything]

@@ -37,6 +37,7 @@ class ModelConfig:
 
     arch: str
     weights: str | None = None  # a public checkpoint, or a checkpoint of ours
+    backbone_weights: str | None = None  # an ImageNet file for the backbone of a Faster R-CNN, instead of `weights`
     new_head: bool = False  # let a class head of another size start fresh
 
 
@@ -131,6 +132,7 @@ class Config:
     student: ModelConfig
     teachers: tuple[TeacherConfig, ...] = ()
     terms: tuple[TermConfig, ...] = ()
+    detection_weight: float = 1.0  # of the student's own losses beside the terms
     teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by how well each knows a batch's labels
     teacher_cache_gigabytes: float = 0.0  # keep what teachers say of a picture on disk; needs augmentation off; 0: no
     epochs: int = 100

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-from config import AugmentConfig, Config
+from config import AugmentConfig, Config, ModelConfig
 from datasets.augment import augment
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader, seeded_generator
@@ -21,6 +21,8 @@ from datasets.open import open_dataset
 from datasets.scan import ScanReport, check, scan
 from distill.criterion import Criterion
 from errors import UserError
+from frcnn.faster_rcnn import FasterRCNN
+from frcnn.pretrained import load_backbone
 from optimization import Ema, build_optimizer, set_rates
 from processes import Processes, use_bfloat16
 from structures import Targets
@@ -33,15 +35,19 @@ DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a
 class Objective(nn.Module):
     """Student and criterion as one module, so that DistributedDataParallel averages the gradients of both."""
 
-    def __init__(self, student: nn.Module, criterion: Criterion, bfloat16: bool) -> None:
+    def __init__(
+        self, student: nn.Module, criterion: Criterion, bfloat16: bool, *, detection_weight: float = 1.0
+    ) -> None:
         super().__init__()
         self.student, self.criterion, self.bfloat16 = student, criterion, bfloat16
+        self.detection_weight = detection_weight
 
     def forward(self, images: Tensor, targets: Targets, t_outputs: dict[str, Any], epoch: float) -> dict[str, Tensor]:
         """Every term by name, weighted float32 scalars: the student's detection losses, then those of distillation."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             s_output = self.student(images)
-        return self.student.losses(s_output, targets) | self.criterion(s_output, t_outputs, targets, epoch)
+        detection = {name: self.detection_weight * v for name, v in self.student.losses(s_output, targets).items()}
+        return detection | self.criterion(s_output, t_outputs, targets, epoch)
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ def build(
         raise UserError(
             f"key 'batch_size': found {config.batch_size}, expected a multiple of {processes.count} processes"
         )
+    if not config.detection_weight >= 0 or (config.detection_weight == 0 and not config.terms):
+        raise UserError(f"key 'detection_weight': found {config.detection_weight}, expected a number above 0")
     if config.patience and not config.data.holdout_fraction:
         raise UserError("key 'patience': needs held-out pictures to judge by, expected data.holdout_fraction above 0")
     splits = open_splits(config, say)
@@ -195,7 +203,9 @@ def build(
         teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
     # A term that is off for a while leaves its adapter without gradients.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
-    objective = processes.wrap(Objective(student, criterion, bfloat16), find_unused=find_unused)
+    objective = processes.wrap(
+        Objective(student, criterion, bfloat16, detection_weight=config.detection_weight), find_unused=find_unused
+    )
     return Parts(
         config,
         processes,
@@ -262,7 +272,21 @@ def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:
         raise UserError(f"key 'student.arch': {config.student.arch} can only teach: it has no training losses here")
     if config.student.weights is not None:
         checkpoint.load_into(student, config.student.weights, new_head=config.student.new_head)
+    if config.student.backbone_weights is not None:
+        start_backbone(student, config.student)
     return student
+
+
+def start_backbone(student: nn.Module, settings: ModelConfig) -> None:
+    """Fill the backbone of a Faster R-CNN from an ImageNet file."""
+    path = settings.backbone_weights
+    if settings.weights is not None:
+        raise UserError(f"key 'student.backbone_weights': found {path}, expected none beside student.weights")
+    if not isinstance(student, FasterRCNN):
+        raise UserError(f"key 'student.backbone_weights': {settings.arch} has no released backbone, expected none")
+    if not Path(path).is_file():
+        raise UserError(f"key 'student.backbone_weights': {path}: no such file")
+    load_backbone(student.backbone, path)
 
 
 def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:
