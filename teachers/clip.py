@@ -280,14 +280,12 @@ class CLIP(nn.Module):
         """(N, D): the mean over each box of the unit vectors of the patches."""
         if "dense" not in output.features:
             raise ValueError(f"the map 'dense' was left out: wanted is {sorted(self.wanted or ())}, without it")
+        vectors = [self.background[:0]]  # (0, D)
         with torch.autocast(output.images.device.type, enabled=False):
-            dense = F.normalize(output.features["dense"].float(), dim=1)  # (B, D, h, w)
-            return torch.cat(
-                [
-                    average_over_boxes(one, enlarge_boxes(boxes.to(one), output.image_size), self.size_multiple)
-                    for one, boxes in zip(dense, boxes_per_image)
-                ]
-            )
+            for dense, boxes in zip(F.normalize(output.features["dense"].float(), dim=1), boxes_per_image):
+                boxes = enlarge_boxes(boxes.to(dense), output.image_size)
+                vectors.append(average_over_boxes(dense, boxes, self.size_multiple))
+        return torch.cat(vectors)
 
     @torch.no_grad()
     def _crop_vectors(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
