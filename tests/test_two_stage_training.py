@@ -1,4 +1,4 @@
-"""Faster R-CNN in the one training loop: as a student, as a teacher, from an ImageNet backbone, evaluated and resumed."""
+"""Faster R-CNN in the one training loop: student, teacher, from an ImageNet backbone, evaluated and resumed."""
 
 import re
 
