@@ -132,6 +132,7 @@ class MobileNetV3(nn.Module):
     """
 
     mean, std = IMAGENET_NORMALIZATION
+    class_head = ()
 
     def __init__(self, size: str, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
         super().__init__()

@@ -102,17 +102,16 @@ def rescale_for_epsilon(state: dict[str, Tensor], *, file_epsilon: float, epsilo
 
         gamma' = gamma * sqrt((var + epsilon) / (var + file_epsilon))
 
-    per channel, for every `<name>.weight` that has a `<name>.running_var`; all other entries, and the dict given, stay
+    per channel, for every `weight` that has a `running_var` beside it; all other entries, and the dict given, stay
     as they are. With running statistics the two are equal to rounding; with batch statistics they are equal where the
     batch's variance is the running one. Names may be anybody's.
     """
     rescaled = dict(state)
-    for name, var in state.items():
-        prefix, _, last = name.rpartition(".")
-        if last == "running_var":
-            gamma, var = state[f"{prefix}.weight"], var.double()
-            factor = ((var + epsilon) / (var + file_epsilon)).sqrt()
-            rescaled[f"{prefix}.weight"] = (gamma.double() * factor).to(gamma.dtype)
+    for name, value in state.items():
+        if name.rpartition(".")[2] == "running_var":
+            weight, var = name.removesuffix("running_var") + "weight", value.double()
+            gamma = state[weight]
+            rescaled[weight] = (gamma.double() * ((var + epsilon) / (var + file_epsilon)).sqrt()).to(gamma.dtype)
     return rescaled
 
 

@@ -5,7 +5,7 @@ A backbone (ResNet, MobileNetV3, VisionTransformer) is a module that maps normal
     strides, channels   for each map's name, its stride in pixels and its channel count
     stages              lists of modules in the order of the forward pass, for `freeze`
     mean, std           what its images are to be normalised with: (image in [0, 1] - mean) / std, per channel
-    public_layouts      how its released ImageNet files are read (weights.load_public)
+    public_layouts      how its released ImageNet files are read (weights.load_public); class_head is (): none is kept
     pooled(images)      (B, C): what the released classifier looks at
     make_head(K)        that classifier; head_names: the rows of its table
 """

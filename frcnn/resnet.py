@@ -70,6 +70,7 @@ class ResNet(nn.Module):
     """
 
     mean, std = IMAGENET_NORMALIZATION
+    class_head = ()
 
     def __init__(self, depth: int, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
         super().__init__()

@@ -77,6 +77,7 @@ class VisionTransformer(nn.Module):
 
     mean = (0.5, 0.5, 0.5)  # of timm's file, as std is
     std = (0.5, 0.5, 0.5)
+    class_head = ()
 
     def __init__(self, size: str = "tiny") -> None:
         super().__init__()
