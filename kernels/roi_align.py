@@ -34,11 +34,12 @@ def assign_levels(boxes_xyxy: Tensor, strides: list[int]) -> Tensor:
         k = floor(4 + log2(sqrt(w h) / 224))
 
     kept within the levels there are (FPN, arXiv:1612.03144, eq. 1). strides are powers of two, finest first, each twice
-    the one before or equal to it; of maps of equal stride the first is taken. Boxes without area take the finest.
+    the one before or equal to it; of maps of equal stride the first is taken. Boxes without area, or with
+    a nan in place of it, take the finest.
     """
     lowest, highest = (int(math.log2(stride)) for stride in (strides[0], strides[-1]))
     # 1e-6 as in the public code: a box exactly on a boundary belongs to the coarser level in spite of rounding.
-    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(min=0).prod(1)
+    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(min=0).prod(1).nan_to_num()
     level = torch.floor(CANONICAL_LEVEL + torch.log2(area.sqrt() / CANONICAL_SIZE) + 1e-6)
     return level.clamp(lowest, highest).long() - lowest
 
