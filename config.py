@@ -37,7 +37,7 @@ class ModelConfig:
 
     arch: str
     weights: str | None = None  # a public checkpoint, or a checkpoint of ours
-    backbone_weights: str | None = None  # an ImageNet file for the backbone of a Faster R-CNN, instead of `weights`
+    backbone_weights: str | None = None  # an ImageNet file for a Faster R-CNN's backbone, or a folder of them
     new_head: bool = False  # let a class head of another size start fresh
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import checkpoint
 import models
 from config import Config, TeacherConfig
+from datasets.download import how_to_fetch
 from distill.criterion import TeacherFacts, probe
 from errors import UserError
 from fusion import fuse
@@ -89,7 +90,8 @@ def build_teachers(
 ) -> Teachers:
     """Every teacher of the config, on the CPU. `names` are the dataset's classes.
 
-    `given` modules stand in for weights and know the dataset's classes. ema: the running average of the student.
+    `given` modules stand in for weights and know the dataset's classes; one that reads text is asked for them, unless
+    it has classes already. ema: the running average of the student.
     UserError for a teacher that no term names: its forward pass would cost time and teach nothing.
     """
     given = given or {}
@@ -103,7 +105,10 @@ def build_teachers(
             raise UserError(f"{key}.name': {teacher.name!r} is used twice")
         if teacher.name not in {term.teacher for term in config.terms}:
             raise UserError(f"{key}.name': no term names the teacher {teacher.name!r}, it could never act")
-        model, known = (given[teacher.name], names) if teacher.name in given else load(teacher, key, names, ema)
+        if teacher.name in given:
+            model, known = given[teacher.name], speak(given[teacher.name], teacher, key, names)
+        else:
+            model, known = load(teacher, key, names, ema)
         model.eval().requires_grad_(False)
         found[teacher.name] = model if teacher.arch == EMA else fuse(model)
         size = input_size(teacher, key, model, config.image_size)
@@ -120,23 +125,31 @@ def load(
             raise UserError(f"{key}.weights': found {teacher.weights!r}, the student's average has no file")
         return ema, names
     if teacher.weights is None:
-        raise UserError(f"{key}.weights': found none, expected a file; compare.py trains a detector in place")
+        advice = "" if teacher.arch in models.TEACHERS else "; compare.py trains a detector in place"
+        raise UserError(f"{key}.weights': found none, expected a file{how_to_fetch(teacher.arch)}{advice}")
+    if not Path(teacher.weights).is_file():
+        found = f"{key}.weights': {teacher.weights}: no such file"
+        raise UserError(f"{found}, expected weights of {teacher.arch}{how_to_fetch(teacher.arch)}")
     if teacher.arch in models.TEACHERS:
         model = models.build_teacher(teacher.arch)
         checkpoint.load_into(model, teacher.weights)
-        return model, speak(model, teacher, names)
+        return model, speak(model, teacher, key, names)
     model, info = checkpoint.load_model(teacher.weights, teacher.arch)
     has_names = info.names != tuple(map(str, range(len(info.names))))
     return model, info.names if has_names or len(info.names) != len(names) else names
 
 
-def speak(model: nn.Module, teacher: TeacherConfig, names: tuple[str, ...]) -> tuple[str, ...]:
+def speak(model: nn.Module, teacher: TeacherConfig, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """The names a model that only teaches has for the dataset's classes; one that reads text is asked for them."""
     if not hasattr(model, "set_classes"):
         return names
-    spoken = tuple(str(teacher.aliases.get(name, name)) for name in names)
-    model.set_classes(spoken, ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH))
-    return spoken
+    if not model.class_names:
+        tokenizer = ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH)
+        try:
+            model.set_classes(tuple(str(teacher.aliases.get(name, name)) for name in names), tokenizer)
+        except UserError as error:
+            raise UserError(f"{key}.aliases': {error}") from None
+    return model.class_names
 
 
 def input_size(teacher: TeacherConfig, key: str, model: nn.Module, image_size: int) -> int | None:

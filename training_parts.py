@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import checkpoint
 import models
 from config import AugmentConfig, Config, ModelConfig
 from datasets.augment import augment
+from datasets.download import how_to_fetch
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader, seeded_generator
 from datasets.open import open_dataset
@@ -29,6 +31,8 @@ from structures import Targets
 from teaching import Teachers, build_teachers
 from training_state import fingerprint
 
+# The released files' names begin with these, where they differ from the name of the backbone.
+RELEASED_BACKBONES = {"vit_tiny": ("deit_tiny", "vit_tiny")}
 DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a larger one the headers are read
 
 
@@ -278,15 +282,37 @@ def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:
 
 
 def start_backbone(student: nn.Module, settings: ModelConfig) -> None:
-    """Fill the backbone of a Faster R-CNN from an ImageNet file."""
+    """Fill the backbone of a Faster R-CNN from an ImageNet file, or from the one of its name in a folder."""
     path = settings.backbone_weights
     if settings.weights is not None:
         raise UserError(f"key 'student.backbone_weights': found {path}, expected none beside student.weights")
     if not isinstance(student, FasterRCNN):
         raise UserError(f"key 'student.backbone_weights': {settings.arch} has no released backbone, expected none")
-    if not Path(path).is_file():
-        raise UserError(f"key 'student.backbone_weights': {path}: no such file")
-    load_backbone(student.backbone, path)
+    load_backbone(student.backbone, find_backbone_file(Path(path), settings.arch))
+
+
+def find_backbone_file(path: Path, arch: str) -> Path:
+    """`path`, or where it is a folder the one file in it, or in a folder of it, that is named as arch's backbone is.
+
+    "resnet18-f37072fd.pth" for "fasterrcnn_resnet18": so one config fits all students. UserError that says what to get.
+    """
+    if path.is_file():
+        return path
+    backbone = re.match(r"fasterrcnn_(.*?)(_v2|_320)?$", arch)[1]  # forms of the detector, not of its backbone
+    names = RELEASED_BACKBONES.get(backbone, (backbone,))
+    advice = how_to_fetch(names[0])
+    if not path.is_dir():
+        raise UserError(f"key 'student.backbone_weights': {path}: no such file or folder{advice}")
+    found = sorted(
+        file
+        for file in (*path.glob("*.*"), *path.glob("*/*.*"))
+        if any(re.match(re.escape(name) + r"[_.-]", file.name) for name in names)
+    )
+    if len(found) == 1:
+        return found[0]
+    expected = " or ".join(f"{name}-*.pth" for name in names)
+    what = ", ".join(file.name for file in found) or "none"
+    raise UserError(f"key 'student.backbone_weights': {path}: found {what}, expected one {expected}{advice}")
 
 
 def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:

@@ -1,14 +1,15 @@
-"""Fetch public datasets, and CLIP's vocabulary, only when asked to.
+"""Fetch public datasets, and the files foundation models and backbones start from, only when asked to.
 
-    python -m datasets.download bccd|voc2007|voc2012|coco2017|kitti|clip_vocabulary --root data [--dry-run]
+    python -m datasets.download NAME [NAME ...] --root data [--dry-run]
 
 Sizes and hashes are checked where they are publicly known: VOC's MD5 sums are those torchvision publishes, sizes and
 the SHA-256 sums of COCO and KITTI those TensorFlow Datasets publishes, the vocabulary's is of the file in the released
-code. For BCCD, an archive made on demand, nothing is
-published: the digest of the first download is recorded, and a later one that differs is refused.
+code. Of the weights, CLIP's address holds the hash and the names of torchvision's and DeiT's files its first digits;
+DINOv2's is what others recorded. For BCCD, an archive made on demand, nothing is published: the digest of the first
+download is recorded, and a later one that differs is refused.
 
-An interrupted download goes on where it stopped (HTTP Range), if its hash is known: without one nothing could notice a
-file of two halves, and it starts again. Archives and manifest.json (url, bytes, sha256 of each) are kept in
+An interrupted download goes on where it stopped (HTTP Range), if its size and hash are known: without one nothing could
+notice a file of two halves, and it starts again. Archives and manifest.json (url, bytes, sha256 of each) are kept in
 <root>/downloads. A dataset is unpacked beside its place and moved there whole.
 
     name      pictures and labels then lie in            open_dataset(...)
@@ -18,7 +19,8 @@ file of two halves, and it starts again. Archives and manifest.json (url, bytes,
     coco2017  <root>/coco                                "coco", "<root>/coco", "train2017"
     kitti     <root>/kitti                               "kitti", "<root>/kitti", "train"
 
-    clip_vocabulary is one file, <root>/clip/bpe_simple_vocab_16e6.txt.gz, for teachers.clip_tokenizer.
+    clip_vocabulary is one file, <root>/clip/bpe_simple_vocab_16e6.txt.gz, for teachers.clip_tokenizer. The names of
+    WEIGHTS are one file each, <root>/weights/<name>/<its released name>.
 """
 
 import argparse
@@ -45,12 +47,13 @@ MAX_UNKNOWN_BYTES = 1 << 30  # of an archive whose size is not published
 MAX_EXPANSION = 20  # unpacked bytes per archive byte
 MAX_MEMBERS = 1_000_000
 TIMEOUT_SECONDS = 60
+SINGLE_FILES = (".txt.gz", ".pth", ".pt")  # nothing to unpack
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A .zip, .tar or .txt.gz file: where it is, its size in bytes and its digest ("md5:..." or "sha256:..."), where
-    known.
+    """A .zip, .tar, .txt.gz or weights file: where it is, its size in bytes and its digest ("md5:..." or
+    "sha256:..."), where known.
 
     `saved_as`: the file's name here, where the address does not end in one.
     """
@@ -109,7 +112,29 @@ DATASETS = {
                 "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
     ), "clip"),
 }
+WEIGHTS = {
+    "dinov2_vits14": Archive("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+        88283115, "sha256:b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    "clip_vit_b32": Archive("https://openaipublic.azureedge.net/clip/models/"
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+        353976522, "sha256:40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "resnet18": Archive("https://download.pytorch.org/models/resnet18-f37072fd.pth",
+        46830571, "sha256:f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec"),
+    "mobilenet_v3_small": Archive("https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth",
+        10306551, "sha256:047dcff4addef86ea5bc2eff13c9614dc11f47ab1160d0a71a25e7db994f4e1f"),
+    "deit_tiny": Archive("https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
+        digest="sha256:a1311bcf4f24e3c95adaa75535db67bc4412d95535b98f7c1dfd1164dda41c97"),
+}
 # fmt: on
+DATASETS |= {name: PublicDataset((file,), f"weights/{name}") for name, file in WEIGHTS.items()}
+
+
+def how_to_fetch(name: str) -> str:
+    """What to do about a missing file of the weights `name`, for the end of an error; nothing where they are not here.
+
+    " (python -m datasets.download resnet18 --root data)"
+    """
+    return f" (python -m datasets.download {name} --root data)" if name in WEIGHTS else ""
 
 
 def download(dataset: PublicDataset, root: str | Path, *, say: Callable[[str], None] = print) -> Path:
@@ -152,7 +177,8 @@ def fetch(archive: Archive, folder: Path, *, say: Callable[[str], None] = print)
         _check(path, archive)
         return path
     part = path.with_name(path.name + ".part")
-    start = part.stat().st_size if part.exists() and archive.digest is not None else 0
+    can_go_on = archive.digest is not None and archive.bytes is not None
+    start = part.stat().st_size if part.exists() and can_go_on else 0
     if archive.bytes is not None:
         free = shutil.disk_usage(folder).free
         if free < archive.bytes - start:
@@ -238,13 +264,13 @@ def _check(path: Path, archive: Archive) -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack plain files and folders of a .zip or .tar below `folder`; a .txt.gz is put there as it is.
+    """Unpack plain files and folders of a .zip or .tar below `folder`; a .txt.gz or weights file is put there as it is.
 
     A link, a device, a path that leaves the folder, or more than 20 times the archive's bytes is a UserError.
     """
     limit = MAX_EXPANSION * path.stat().st_size + (1 << 20)
     try:
-        if path.name.endswith(".txt.gz"):
+        if path.name.endswith(SINGLE_FILES):
             shutil.copyfile(path, folder / path.name)
         elif path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
@@ -277,16 +303,16 @@ def _check_members(path: Path, limit: int, members: list[tuple[str, int, bool]])
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasets.download", description="Fetch a public dataset.")
-    parser.add_argument("name", choices=tuple(DATASETS))
+    parser.add_argument("names", nargs="+", choices=tuple(DATASETS), metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("--root", default="data")
     parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and stop")
     arguments = parser.parse_args(argv)
-    dataset = DATASETS[arguments.name]
-    for archive in dataset.archives:
-        size = f"{archive.bytes / 1e6:,.1f} MB" if archive.bytes else "size not published"
-        print(f"{archive.url}  {size}  {archive.digest or 'no published hash: recorded on first download'}")
-    if not arguments.dry_run:
-        download(dataset, arguments.root)
+    for name in dict.fromkeys(arguments.names):
+        for archive in DATASETS[name].archives:
+            size = f"{archive.bytes / 1e6:,.1f} MB" if archive.bytes else "size not published"
+            print(f"{archive.url}  {size}  {archive.digest or 'no published hash: recorded on first download'}")
+        if not arguments.dry_run:
+            download(DATASETS[name], arguments.root)
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from datasets import download
-from datasets.download import DATASETS, Archive, PublicDataset, fetch, main, unpack
+from datasets.download import DATASETS, WEIGHTS, Archive, PublicDataset, fetch, main, unpack
 from errors import UserError
 
 PIXELS = np.random.default_rng(0).bytes(300_000)
@@ -305,7 +305,8 @@ def test_a_broken_archive_leaves_no_dataset(server, tmp_path):
 
 
 def test_the_table_of_datasets():
-    assert set(DATASETS) == {"bccd", "voc2007", "voc2012", "coco2017", "kitti", "clip_vocabulary"}
+    names = {"bccd", "voc2007", "voc2012", "coco2017", "kitti", "clip_vocabulary", *WEIGHTS}
+    assert set(DATASETS) == names
     digests = [archive.digest for dataset in DATASETS.values() for archive in dataset.archives]
     assert digests.count(None) == 1  # BCCD's archive is made on demand
     for digest in filter(None, digests):
@@ -313,11 +314,29 @@ def test_the_table_of_datasets():
         assert len(bytes.fromhex(value)) == {"md5": 16, "sha256": 32}[kind]
     for dataset in DATASETS.values():
         for archive in dataset.archives:
-            assert archive.filename.endswith((".zip", ".tar", ".txt.gz")) and (archive.bytes or not archive.digest)
+            assert archive.filename.endswith((".zip", ".tar", *download.SINGLE_FILES))
+            assert archive.bytes or not archive.digest or archive is WEIGHTS["deit_tiny"]  # known, but for its size
+
+
+def test_weights_are_named_by_their_hash():
+    """Torchvision and DeiT put the first digits of a file's SHA-256 into its name, OpenAI all of them before it."""
+    for name in ("resnet18", "mobilenet_v3_small", "deit_tiny"):
+        digest = WEIGHTS[name].digest.removeprefix("sha256:")
+        assert WEIGHTS[name].filename.endswith(f"-{digest[:8]}.pth")
+    assert WEIGHTS["clip_vit_b32"].digest.removeprefix("sha256:") in WEIGHTS["clip_vit_b32"].url
+    assert DATASETS["resnet18"].folder == "weights/resnet18"
+
+
+def test_weights_are_put_in_their_folder_as_they_are(server, tmp_path):
+    server.files["model-abc.pth"] = b"weights"
+    archive = Archive(server.url("model-abc.pth"), None, f"sha256:{hashlib.sha256(b'weights').hexdigest()}")
+    folder = download.download(PublicDataset((archive,), "weights/model"), tmp_path, say=quiet)
+    assert (folder / "model-abc.pth").read_bytes() == b"weights"
 
 
 def test_dry_run_fetches_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(download.urllib.request, "urlopen", None)
-    assert main(["voc2007", "--root", str(tmp_path / "data"), "--dry-run"]) == 0
-    assert "VOCtrainval_06-Nov-2007.tar  460.0 MB  md5:c52e2795" in capsys.readouterr().out
+    assert main(["voc2007", "resnet18", "--root", str(tmp_path / "data"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "VOCtrainval_06-Nov-2007.tar  460.0 MB  md5:c52e2795" in printed and "resnet18-f37072fd.pth" in printed
     assert not (tmp_path / "data").exists()
