@@ -1,4 +1,4 @@
-"""teachers.clip: both towers against the released models and float64 mathematics, files, image and region logits."""
+"""teachers.clip: both towers against the released models and float64 mathematics, image and region logits."""
 
 import math
 
@@ -6,59 +6,33 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from distill.beliefs import box_class_kl
 from distill.logits import image_kl
 from errors import UserError
-from models import TEACHERS, build_teacher
-from teachers.clip import CLIP, HUGGING_FACE_NAMES, OPENAI_NAMES, build_clip, drop_sizes, join_and_transpose
+from models import build_teacher
+from teachers.clip import CLIP
 from teachers.clip_tokenizer import ClipTokenizer
-from tests.golden import recipe
 from tests.reference import clip as reference
 from tests.reference.golden_models import golden_image, public_state, relative_error
-from weights import guess_family, load_public, read_state_dict, row_pattern
+from tests.tiny_clip import DEPTH, pictures, tiny_clip, with_classes
+from weights import load_public
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DEPTH, PATCH = 2, 32
-
-
-def tiny(seed: int = 0, **settings) -> CLIP:
-    torch.manual_seed(seed)
-    sizes = dict(patch=PATCH, image_width=128, text_width=64, embedding_width=24, depth=DEPTH)
-    model = CLIP(**sizes, **settings)
-    for name, parameter in model.named_parameters():
-        if name != "logit_scale" and "tokens.weight" not in name:
-            parameter.data = torch.randn(parameter.shape) * 0.1 + (1 if "norm" in name and "weight" in name else 0)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def model() -> CLIP:
-    return tiny()
-
-
-def with_classes(model: CLIP, num_classes: int = 3, num_background: int = 2) -> CLIP:
-    rng = torch.Generator().manual_seed(5)
-    width = model.background.shape[1]
-    names = [f"name {chr(97 + k)}" for k in range(num_classes)]
-    vectors = torch.randn(num_classes + num_background, width, generator=rng)
-    model.set_class_embeddings(names, vectors[:num_classes], vectors[num_classes:])
-    return model
-
-
-def pictures(batch: int = 2, height: int = 96, width: int = 160) -> torch.Tensor:
-    return torch.from_numpy(recipe.image(batch, height, width)).float()
+    return tiny_clip()
 
 
 # the released models -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_reproduces_the_released_models(golden, shared_data):
+def test_reproduces_the_released_models(golden):
     """Features and logits of both; the weights that their recorded models have in common are made once."""
-    tokenizer = ClipTokenizer(shared_data / "clip_vocab" / "bpe_simple_vocab_16e6.txt.gz")
     state = {}
     for name in ("clip_vit_b32", "clip_vit_b16"):
         arrays, meta = golden(name)
@@ -67,9 +41,9 @@ def test_reproduces_the_released_models(golden, shared_data):
         model = build_teacher(name)
         assert sum(p.numel() for p in model.parameters()) == meta["params"] and len(state) == 302
         assert load_public(model, state).layout == "OpenAI"
-        texts = model.encode_texts(meta["texts"], tokenizer)
-        model.set_class_embeddings(meta["texts"], texts, texts[:1])
         with torch.no_grad():
+            texts = model.text_tower(torch.from_numpy(arrays["tokens"]).long())
+            model.set_class_embeddings(meta["texts"], texts, texts[:1])
             output = model(golden_image(meta) * model.std + model.mean)  # recorded without normalisation
         assert relative_error(output.image_embedding, arrays["image_features"]) < 1e-5
         assert relative_error(texts, arrays["text_features"]) < 1e-5
@@ -135,7 +109,7 @@ def test_names_sizes_and_shapes(model):
     ],
 )
 def test_only_what_is_wanted_is_computed(wanted, features, num_blocks, parts):
-    model, images, ran = with_classes(tiny()), pictures(), []
+    model, images, ran = with_classes(tiny_clip()), pictures(), []
     everything = model(images)
     for block in model.image_tower.blocks:
         block.register_forward_hook(lambda *_: ran.append(1))
@@ -160,188 +134,11 @@ def test_images_are_normalised_inside(model):
     assert not {"mean", "std", "classes", "background"} & set(model.state_dict())
 
 
-# files ---------------------------------------------------------------------------------------------------------------
-
-
-def openai_state(model: CLIP) -> dict[str, torch.Tensor]:
-    """Our state under the released names, by the table read from right to left."""
-    state = {}
-    for name, value in model.state_dict().items():
-        old, match = next((old, m) for old, new in OPENAI_NAMES if (m := row_pattern(new).match(name)))
-        state[old.format(*match.groups()) + name[match.end() :]] = value
-    return state
-
-
-def hugging_face_state(model: CLIP) -> dict[str, torch.Tensor]:
-    """Our state as transformers' CLIPModel keeps it, written out by hand."""
-    ours = model.state_dict()
-    state = {"logit_scale": ours["logit_scale"], "text_projection.weight": ours["text_tower.projection"].T.contiguous()}
-    state["visual_projection.weight"] = ours["image_tower.projection"].T.contiguous()
-    state["vision_model.embeddings.class_embedding"] = ours["image_tower.class_token"]
-    state["vision_model.embeddings.patch_embedding.weight"] = ours["image_tower.patches.project.weight"]
-    state["text_model.embeddings.token_embedding.weight"] = ours["text_tower.tokens.weight"]
-    for theirs, mine in (("vision_model", "image_tower"), ("text_model", "text_tower")):
-        state[f"{theirs}.embeddings.position_embedding.weight"] = ours[f"{mine}.positions"]
-        for kind in ("weight", "bias"):
-            if mine == "image_tower":
-                state[f"{theirs}.pre_layrnorm.{kind}"] = ours[f"{mine}.first_norm.{kind}"]
-            last = "post_layernorm" if mine == "image_tower" else "final_layer_norm"
-            state[f"{theirs}.{last}.{kind}"] = ours[f"{mine}.last_norm.{kind}"]
-            for i in range(len(model.image_tower.blocks)):
-                layer, block = f"{theirs}.encoder.layers.{i}.", f"{mine}.blocks.{i}."
-                for part, value in zip("qkv", ours[f"{block}attention.qkv.{kind}"].chunk(3)):
-                    state[f"{layer}self_attn.{part}_proj.{kind}"] = value.clone()
-                for old, new in (
-                    ("self_attn.out_proj", "attention.out"),
-                    ("layer_norm1", "norm1"),
-                    ("layer_norm2", "norm2"),
-                    ("mlp.fc1", "mlp.expand"),
-                    ("mlp.fc2", "mlp.contract"),
-                ):
-                    state[f"{layer}{old}.{kind}"] = ours[f"{block}{new}.{kind}"]
-    return state
-
-
-def old_hugging_face_state(model: CLIP) -> dict[str, torch.Tensor]:
-    positions = {f"{tower}_model.embeddings.position_ids": torch.arange(5)[None] for tower in ("text", "vision")}
-    return hugging_face_state(model) | positions
-
-
-@pytest.mark.parametrize(
-    ("make_state", "layout"),
-    [(openai_state, "OpenAI"), (hugging_face_state, "Hugging Face"), (old_hugging_face_state, "Hugging Face")],
-)
-def test_round_trip_of_every_layout(model, make_state, layout):
-    fresh, state = tiny(seed=1), make_state(model)
-    report = load_public(fresh, dict(reversed(state.items())))  # the order in the file is nothing
-    assert report.layout == layout
-    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-def test_entries_of_the_real_files():
-    """302 and 398 names of ViT-B/32 and /16; nothing is left over, and the sizes are told apart."""
-    for name in ("vit_b32", "vit_b16"):
-        with torch.device("meta"):
-            model = build_clip(name)
-            for make_state, count, suffix in (
-                (openai_state, 302, ""),
-                (hugging_face_state, 398, " (Hugging Face layout)"),
-            ):
-                state = make_state(model)
-                shapes = {key: tuple(value.shape) for key, value in state.items()}
-                assert len(state) == count and guess_family(shapes) == f"clip_{name}{suffix}"
-
-
-def test_released_names_are_those_recorded(golden):
-    _, meta = golden("clip_vit_b16")
-    with torch.device("meta"):
-        state = openai_state(build_clip("vit_b16"))
-    assert {name: list(value.shape) for name, value in state.items()} == {
-        name: shape for name, shape, _ in meta["keys"]
-    }
-
-
-def as_modules(state: dict[str, torch.Tensor]) -> nn.Module:
-    """A module that has these entries as parameters, and integers as buffers."""
-    root = nn.Module()
-    for name, value in state.items():
-        *path, last = name.split(".")
-        module = root
-        for part in path:
-            if not hasattr(module, part):
-                module.add_module(part, nn.Module())
-            module = getattr(module, part)
-        if value.is_floating_point():
-            module.register_parameter(last, nn.Parameter(value, requires_grad=False))
-        else:
-            module.register_buffer(last, value)
-    return root
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_an_archive_in_half_precision_with_sizes(model, tmp_path):
-    sizes = {
-        "input_resolution": torch.tensor(224),
-        "context_length": torch.tensor(77),
-        "vocab_size": torch.tensor(49408),
-    }
-    state = {name: value.half() for name, value in openai_state(model).items()} | sizes
-    torch.jit.save(torch.jit.script(as_modules(state)), tmp_path / "ViT-B-32.pt")
-    found, info = read_state_dict(tmp_path / "ViT-B-32.pt")
-    assert info.container == "TorchScript zip" and info.dtypes == {"float16": len(state) - 3, "int64": 3}
-    assert (
-        info.family == "clip_vit_b32" and set(found) == set(state) and set(drop_sizes(found)) == set(state) - set(sizes)
-    )
-    fresh = tiny(seed=1)
-    assert load_public(fresh, tmp_path / "ViT-B-32.pt").layout == "OpenAI"
-    for name, value in model.state_dict().items():
-        assert fresh.state_dict()[name].dtype == torch.float32
-        assert torch.equal(fresh.state_dict()[name], value.half().float()), name
-
-
-def test_safetensors(model, tmp_path):
-    save_file(old_hugging_face_state(model), tmp_path / "model.safetensors")
-    fresh = tiny(seed=1)
-    assert load_public(fresh, tmp_path / "model.safetensors").layout == "Hugging Face"
-    images = pictures()
-    assert torch.equal(fresh(images).image_embedding, model(images).image_embedding)
-
-
-@pytest.mark.parametrize(
-    ("make_state", "change", "reason"),
-    [
-        (openai_state, lambda s: s.pop("text_projection"), "rows no key used: .*text_projection"),
-        (openai_state, lambda s: s.update(extra=torch.ones(1)), "'extra' is claimed by no row"),
-        (openai_state, lambda s: s.pop("ln_final.bias"), r"1 missing \(text_tower.last_norm.bias\)"),
-        (hugging_face_state, lambda s: s.pop("visual_projection.weight"), "no entry 'visual_projection.weight'"),
-        (
-            hugging_face_state,
-            lambda s: s.pop("text_model.encoder.layers.1.self_attn.k_proj.bias"),
-            "there without 'text_model.encoder.layers.1.self_attn.k_proj.bias'",
-        ),
-    ],
-)
-def test_damaged_files_are_named(model, make_state, change, reason):
-    state = make_state(model)
-    change(state)
-    with pytest.raises(UserError, match=reason) as caught:
-        load_public(tiny(), state)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("make_state", [openai_state, hugging_face_state])
-@pytest.mark.parametrize(("theirs", "ours"), [("vit_b32", "vit_b16"), ("vit_b16", "vit_b32")])
-def test_files_of_another_size_are_refused_in_one_line(make_state, theirs, ours):
-    with torch.device("meta"):
-        state, model = make_state(build_clip(theirs)), build_clip(ours)
-    with pytest.raises(UserError, match=rf"these are clip_{theirs}.* weights, the model is clip_{ours}$") as caught:
-        load_public(model, state)
-    assert "\n" not in str(caught.value)
-
-
-def test_joining_keeps_queries_keys_and_values_in_their_order(model):
-    state = old_hugging_face_state(model)
-    joined = join_and_transpose(state)
-    layer = "vision_model.encoder.layers.1.self_attn."
-    for part, value in zip("qkv", joined[f"{layer}qkv.weight"].chunk(3)):
-        assert torch.equal(value, state[f"{layer}{part}_proj.weight"])
-    assert torch.equal(joined["visual_projection.weight"], state["visual_projection.weight"].T)
-    assert len(state) - len(joined) == 2 + 2 * 2 * DEPTH * 2 and len(HUGGING_FACE_NAMES) == len(OPENAI_NAMES)
-
-
-def test_teachers_by_name():
-    assert {"clip_vit_b32", "clip_vit_b16"} <= set(TEACHERS)
-    with torch.device("meta"):
-        teacher = build_teacher("clip_vit_b16")
-    assert not teacher.training and teacher.size_multiple == 16 and teacher.class_head == ()
-    assert teacher.channels["patches"] == 768 and teacher.channels["dense"] == 512 and teacher.num_classes == 0
-
-
 # image logits --------------------------------------------------------------------------------------------------------
 
 
 def test_image_logits_are_scaled_cosines():
-    model = with_classes(tiny())
+    model = with_classes(tiny_clip())
     output = model(pictures())
     wanted = reference.scaled_cosines(output.image_embedding.double().numpy(), model.classes.double().numpy(), 1 / 0.07)
     np.testing.assert_allclose(output.image_logits.numpy(), wanted, rtol=1e-4, atol=1e-4)
@@ -353,7 +150,7 @@ def test_image_logits_are_scaled_cosines():
 
 def test_classes_by_name(model, shared_data):
     tokenizer = ClipTokenizer(shared_data / "clip_vocab" / "bpe_simple_vocab_16e6.txt.gz")
-    model = tiny()
+    model = tiny_clip()
     model.set_classes(
         ["RBC", "WBC", "Platelets"], tokenizer, templates=("a {name}.", "{article} {name}"), background=["sky"]
     )
@@ -381,7 +178,7 @@ BOXES = [torch.tensor([[0.0, 0, 160, 96], [10, 20, 60, 90], [100, 5, 101, 6]]), 
 
 @pytest.mark.parametrize("context", [1.0, 1.5])
 def test_the_box_of_the_whole_image_is_the_image_resized(context):
-    model = with_classes(tiny(context=context))
+    model = with_classes(tiny_clip(context=context))
     images = pictures()
     resized = F.interpolate(images, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
     whole = [torch.tensor([[0.0, 0, 160, 96]])] * 2
@@ -392,20 +189,20 @@ def test_the_box_of_the_whole_image_is_the_image_resized(context):
 
 def test_crops_are_pictures_of_their_own():
     """Whole pixels at the tower's own size: the crop goes through the tower as a picture would."""
-    model = with_classes(tiny(context=1.0))
+    model = with_classes(tiny_clip(context=1.0))
     images = pictures(1, 256, 288)
     got = model.class_logits_at(model(images), [torch.tensor([[16.0, 24, 240, 248]])])
     torch.testing.assert_close(got[:, 1:], model(images[:, :, 24:248, 16:240]).image_logits, rtol=1e-4, atol=1e-4)
-    wide = with_classes(tiny(context=2.0)).class_logits_at(model(images), [torch.tensor([[72.0, 80, 184, 192]])])
+    wide = with_classes(tiny_clip(context=2.0)).class_logits_at(model(images), [torch.tensor([[72.0, 80, 184, 192]])])
     torch.testing.assert_close(wide, got, rtol=1e-4, atol=1e-4)  # 224 / 2 about the same centre
 
 
 @pytest.mark.parametrize("region_mode", ["crop", "pool"])
 def test_background_is_the_union_of_its_texts(region_mode):
     """The softmax gives column 0 the sum of what a softmax over all texts gives the background's."""
-    model = with_classes(tiny(region_mode=region_mode), num_classes=3, num_background=4)
+    model = with_classes(tiny_clip(region_mode=region_mode), num_classes=3, num_background=4)
     got = model.class_logits_at(model(pictures()), BOXES)
-    all_classes = tiny(region_mode=region_mode)
+    all_classes = tiny_clip(region_mode=region_mode)
     all_classes.set_class_embeddings(list("abcdefg"), torch.cat((model.classes, model.background)), model.background)
     apart = all_classes.class_logits_at(all_classes(pictures()), BOXES)[:, 1:].softmax(1)
     torch.testing.assert_close(got.softmax(1)[:, 1:], apart[:, :3], rtol=1e-4, atol=1e-5)
@@ -413,7 +210,7 @@ def test_background_is_the_union_of_its_texts(region_mode):
 
 
 def test_pooled_boxes_match_float64_reference():
-    model = with_classes(tiny(region_mode="pool"))
+    model = with_classes(tiny_clip(region_mode="pool"))
     images = pictures()
     output = model(images)
     boxes = [torch.tensor([[0.0, 0, 160, 96], [16, 16, 80, 80], [100, 5, 101, 6]]), torch.tensor([[40.0, 8, 136, 72]])]
@@ -430,7 +227,7 @@ def test_pooled_boxes_match_float64_reference():
 @pytest.mark.parametrize("crops_per_batch", [1, 2, 50])
 @pytest.mark.parametrize("region_mode", ["crop", "pool"])
 def test_order_batches_and_images_do_not_matter(region_mode, crops_per_batch):
-    model = with_classes(tiny(region_mode=region_mode, crops_per_batch=crops_per_batch))
+    model = with_classes(tiny_clip(region_mode=region_mode, crops_per_batch=crops_per_batch))
     output = model(pictures())
     got = model.class_logits_at(output, BOXES)
     order = torch.tensor([2, 0, 1])
@@ -442,7 +239,7 @@ def test_order_batches_and_images_do_not_matter(region_mode, crops_per_batch):
 
 @pytest.mark.parametrize("region_mode", ["crop", "pool"])
 def test_odd_boxes(region_mode):
-    model = with_classes(tiny(region_mode=region_mode))
+    model = with_classes(tiny_clip(region_mode=region_mode))
     output = model(pictures())
     none = torch.zeros(0, 4)
     assert model.class_logits_at(output, [none, none]).shape == (0, 4)
@@ -459,17 +256,17 @@ def test_odd_boxes(region_mode):
 def test_pool_needs_its_map_and_both_need_classes(model):
     with pytest.raises(ValueError, match="call set_classes first"):
         model.class_logits_at(model(pictures()), BOXES)
-    pool = with_classes(tiny(region_mode="pool"))
+    pool = with_classes(tiny_clip(region_mode="pool"))
     pool.wanted = frozenset({"patches"})
     with pytest.raises(ValueError, match=r"'dense' was left out: wanted is \['patches'\]"):
         pool.class_logits_at(pool(pictures()), BOXES)
     with pytest.raises(ValueError, match="must be crop or pool"):
-        tiny(region_mode="both")
+        tiny_clip(region_mode="both")
 
 
 @pytest.mark.parametrize("region_mode", ["crop", "pool"])
 def test_teaches_a_sigmoid_student_about_boxes(region_mode):
-    model = with_classes(tiny(region_mode=region_mode))
+    model = with_classes(tiny_clip(region_mode=region_mode))
     t_logits = model.class_logits_at(model(pictures()), BOXES)
     s_logits = torch.zeros(4, 3, requires_grad=True)
     loss = box_class_kl(s_logits=s_logits, t_logits=t_logits, t_head=model.class_activation)
@@ -479,7 +276,7 @@ def test_teaches_a_sigmoid_student_about_boxes(region_mode):
 
 @pytest.mark.parametrize("region_mode", ["crop", "pool"])
 def test_logits_stay_float32_under_autocast(region_mode):
-    model = with_classes(tiny(region_mode=region_mode))
+    model = with_classes(tiny_clip(region_mode=region_mode))
     exact = model(pictures())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(pictures())
