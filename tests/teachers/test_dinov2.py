@@ -295,9 +295,12 @@ def test_pca_ignores_scale_and_shift_and_its_sign_is_settled():
     features = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(patch_pca(features), patch_pca(5 * features - 2), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(patch_pca(features), 1 - patch_pca(-features), rtol=1e-5, atol=1e-6)
-    bright = torch.zeros(1, 2, 1, 2)
-    bright[0, 0, 0, 1] = 4.0  # the axis is channel 0, and more of it is brighter
-    assert torch.equal(patch_pca(bright), torch.tensor([[[[0.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]]]))
+    for seed in range(16):  # along one axis, what is brighter has more of the axis's largest channel
+        axis = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        line = axis.view(1, 5, 1, 1) * torch.tensor([0.0, 1.0, 3.0])
+        largest = line[0, axis.abs().argmax(), 0]
+        expected = (largest - largest.min()) / (largest.max() - largest.min())
+        torch.testing.assert_close(patch_pca(line)[0, 0, 0], expected)
 
 
 def test_pca_without_variance():
