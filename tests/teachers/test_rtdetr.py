@@ -232,7 +232,7 @@ def test_given_boxes_read_the_query_of_the_reference_rule():
     queries = np.concatenate([corner, corner + rng.uniform(5, 40, (60, 2))], axis=1)
     boxes = queries[rng.permutation(60)[:15]] + rng.uniform(-2, 2, (15, 4))
     boxes[0] = [300, 300, 320, 330]  # where no query is
-    z = rng.normal(size=(60, 4))
+    z = 3 * rng.normal(size=(60, 4))
     got = read_best_query(torch.tensor(z), query_xyxy=torch.tensor(queries), boxes_xyxy=torch.tensor(boxes))
     np.testing.assert_allclose(got.numpy(), best_query_reference(z, queries, boxes))
     np.testing.assert_allclose(got[0].numpy(), z.min(0))
@@ -247,6 +247,10 @@ def test_of_queries_on_one_object_the_confident_one_speaks(model):
     output = planted(logits, [queries])
     got = model.class_logits_at(output, [torch.tensor([box, box])])  # two boxes may read one query
     assert torch.equal(got, output.query_logits[0, [2, 2]])
+    # Where the object's own queries all doubt, the neighbour, overlapping by 1/3, still does not speak for it.
+    logits[0, :3] = -3.0
+    output = planted(logits, [[*queries[:3], [30.0, 10.0, 70.0, 50.0]]])
+    assert torch.equal(model.class_logits_at(output, [torch.tensor([box])]), output.query_logits[0, [1]])
 
 
 def test_class_logits_at_goes_image_by_image_and_is_differentiable(model, output):
