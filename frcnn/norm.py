@@ -63,6 +63,13 @@ class BatchNorm(nn.BatchNorm2d):
         return f"{self.num_features}, eps={self.eps}, {'frozen' if self.is_frozen else 'live'}"
 
 
+def freeze_norms(module: nn.Module) -> None:
+    """`freeze()` of every BatchNorm in the module: statistics, gamma and beta stay; convolutions go on learning."""
+    for part in module.modules():
+        if isinstance(part, BatchNorm):
+            part.freeze()
+
+
 class ConvNorm(nn.Module):
     """A convolution without bias, then BatchNorm: y = norm(conv(x)), (B, C_in, H, W) -> (B, C_out, H', W').
 

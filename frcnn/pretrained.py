@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from frcnn.norm import BatchNorm, rescale_for_epsilon
+from frcnn.norm import freeze_norms, rescale_for_epsilon
 from weights import LoadReport, PublicLayout, load_public
 
 WRAPPERS = ("module.", "model.", "backbone.")  # what training scripts put before every name
@@ -112,6 +112,4 @@ def freeze(backbone: nn.Module, trainable_stages: int) -> None:
     for stage in backbone.stages[: num_stages - trainable_stages]:
         for part in stage:
             part.requires_grad_(False)
-            for module in part.modules():
-                if isinstance(module, BatchNorm):
-                    module.freeze()
+            freeze_norms(part)

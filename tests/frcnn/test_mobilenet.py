@@ -24,8 +24,12 @@ def test_maps_are_as_announced(size, pixels):
 
 def test_maps_come_from_the_blocks_the_paper_has_at_their_stride():
     """Table 1 and 2 of the paper: output channels of the last block at each resolution, and of the first at 1/32."""
-    assert MobileNetV3("large").channels == {"c2": 24, "c3": 40, "c4": 112, "c5_first": 160, "c5": 960}
-    assert MobileNetV3("small").channels == {"c2": 16, "c3": 24, "c4": 48, "c5_first": 96, "c5": 576}
+    with torch.device("meta"):
+        large, small = MobileNetV3("large"), MobileNetV3("small")
+    assert large.channels == {"c2": 24, "c3": 40, "c4": 112, "c5_first": 160, "c5": 960}
+    assert small.channels == {"c2": 16, "c3": 24, "c4": 48, "c5_first": 96, "c5": 576}
+    assert large.taps == {2: "c2", 5: "c3", 11: "c4", 12: "c5_first"}  # rows of the tables, from 0
+    assert small.taps == {0: "c2", 2: "c3", 7: "c4", 8: "c5_first"}
 
 
 def test_squeezed_channels_are_multiples_of_eight_near_a_quarter():

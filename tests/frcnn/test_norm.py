@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from frcnn.norm import BatchNorm, ChannelNorm, ConvNorm, rescale_for_epsilon
+from frcnn.norm import BatchNorm, ChannelNorm, ConvNorm, freeze_norms, rescale_for_epsilon
 from fusion import fuse
 from tests.reference.random_statistics import draw_statistics
 
@@ -46,6 +46,14 @@ def test_frozen_and_live_exchange_weights_and_only_live_learns():
     assert all(p.requires_grad for p in live.parameters()) and not any(p.requires_grad for p in frozen.parameters())
     live.freeze()
     assert not any(p.requires_grad for p in live.parameters()) and live.train().is_fixed
+
+
+def test_freeze_norms_freezes_norms_alone():
+    model = nn.Sequential(ConvNorm(2, 3), nn.Sequential(ConvNorm(3, 3, frozen=True), BatchNorm(3), nn.Conv2d(3, 3, 1)))
+    freeze_norms(model)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"0.conv.weight", "1.0.conv.weight", "1.2.weight", "1.2.bias"}
+    assert all(part.is_frozen for part in model.modules() if isinstance(part, BatchNorm))
 
 
 CONVOLUTIONS = {
