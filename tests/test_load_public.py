@@ -244,3 +244,35 @@ def test_fuse_entries():
     for shape in [(1, 4), (1,), ()]:
         with pytest.raises(KeyError, match="does not join"):
             fuse_entries({"b.q.w": torch.zeros(2, 3), "b.k.w": torch.zeros(shape)}, (".q.", ".k."), ".qk.")
+
+
+class Pair(nn.Module):
+    """Two parts whose released names two layouts give the other way around."""
+
+    public_layouts = (
+        PublicLayout("straight", [("a.", "conv."), ("b.", "norm.")]),
+        PublicLayout("crossed", [("a.", "norm."), ("b.", "conv.")]),
+    )
+    class_head = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+
+
+@pytest.mark.parametrize("layout", ["straight", "crossed"])
+def test_a_layout_that_fits_goes_before_one_that_only_claims_every_name(layout):
+    theirs = {"straight": {"conv": "a", "norm": "b"}, "crossed": {"conv": "b", "norm": "a"}}[layout]
+    state = {
+        name.replace(part, released): value
+        for name, value in Pair().state_dict().items()
+        for part, released in theirs.items()
+        if name.startswith(part) and "num_batches_tracked" not in name
+    }
+    assert load_public(Pair(), state).layout == layout
+
+
+def test_a_model_of_one_layout_names_none():
+    with pytest.raises(UserError, match=r"'x' is claimed by no row$"):
+        load_public(Small(), {**public_state(Small()), "x": torch.ones(1)})
