@@ -1,6 +1,7 @@
 """KL divergence between where the channels of two maps look, student's gradient included: the core of CWD.
 
-    L = T^2 / (B C) * sum_bc KL(q^t_bc || q^s_bc),    q_bc = softmax over the H*W pixels of channel c of image b, of map / T
+    L    = T^2 / (B C) * sum_bc KL(q^t_bc || q^s_bc)
+    q_bc = softmax over the H*W pixels of channel c of image b, of map / T
 
 Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", arXiv:2011.13256, sec. 3.2. It is the KL of
 kernels.temperature_kl on rows of H*W columns, and its kernel runs here: on a map in PyTorch's usual layout a row of up

@@ -12,7 +12,6 @@ fourth and fifth pass are only made for a loss that is multiplied by something a
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.backend import HAS_TRITON
 
@@ -46,7 +45,7 @@ def with_gradient(s: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
     """`loss` (), a number computed outside of autograd, as a function of s whose derivative is `gradient`.
 
     gradient: from empty_gradient(s); it is handed on, perhaps after scaling in place: do not use it afterwards. A graph
-    that is kept for a second backward pass gets a copy each time. Differentiable once.
+    that is kept for a second backward pass gets a copy each time. Asking for a graph of the gradient is an error.
     """
     return _WithGradient.apply(s, loss, gradient)
 
@@ -59,8 +58,9 @@ class _WithGradient(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a fused loss has no second derivative: use KERNELS=eager with create_graph=True")
         (gradient,) = ctx.saved_tensors
         if gradient.dtype != ctx.dtype or torch._C._autograd._get_current_graph_task_keep_graph():
             return (gradient * upstream).to(ctx.dtype), None, None

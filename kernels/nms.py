@@ -16,6 +16,8 @@ area have the IoU 0 / 0 and do not suppress each other.
 Differs from torchvision.ops.batched_nms, which for small sets moves the classes apart by an offset added to the
 boxes: that rounds their coordinates, and a pair near the threshold can fall on the other side. Here coordinates are
 never touched. Non-finite boxes and scores are dropped, there they are kept or spoil their neighbours.
+
+On a CUDA device kernels.nms_triton computes the same set, see kernels.backend.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,6 +25,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from kernels.backend import use_triton
+from kernels.nms_triton import batched_nms_triton, select_detections_triton
 from structures import Detections
 
 MAX_CANDIDATES = 30_000  # per image: the best of them enter suppression, as in the public YOLO evaluations
@@ -42,6 +46,8 @@ def batched_nms(
     boxes_xyxy (N, 4), scores (N,) and labels (N,), integers of magnitude below 2^24; N may be 0. Boxes suppress only
     boxes of their own label. Rows with a non-finite score or corner are never returned.
     """
+    if use_triton("batched_nms", boxes_xyxy, scores, labels):
+        return batched_nms_triton(boxes_xyxy, scores, labels, _float32_at_most(iou_threshold), max_detections)
     is_finite = boxes_xyxy.isfinite().all(1) & scores.isfinite()
     rows = is_finite.nonzero().squeeze(1)
     rows = rows[scores[rows].sort(stable=True, descending=True).indices]  # best first
@@ -79,6 +85,10 @@ def select_detections(
     image, ties by location and then class, are suppressed as in batched_nms; detections keep the given dtypes.
     B, A and K may be 0, max_candidates is at least 1.
     """
+    unsupported = "scores are float64, expected float32 or narrower" if scores.dtype == torch.float64 else None
+    if use_triton("select_detections", boxes_xyxy, scores, unsupported=unsupported) and scores.numel():
+        threshold, limits = _float32_at_most(iou_threshold), (max_detections, multi_label, max_candidates)
+        return select_detections_triton(boxes_xyxy, scores, score_threshold, threshold, *limits)
     return [
         _select(*image, score_threshold, iou_threshold, max_detections, multi_label, max_candidates)
         for image in zip(boxes_xyxy, scores)

@@ -4,10 +4,10 @@
     dL/ds_nk = T / M * w_n (p^s_nk - p^t_nk)
 
 Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, sec. 2. The kernel reads s and t and
-writes dL/ds: three passes over a tensor. A row of up to WHOLE_ROW columns lies in registers; a longer one, and a row
-whose columns are not neighbours in memory (a channels_last map) beyond STRIDED_ROW, is read twice: first for its maximum and its
-normaliser (online softmax, Milakov and Gimelshein, arXiv:1805.02867), then for the rest; five passes, of which the
-cache serves what it still holds.
+writes dL/ds: three passes over a tensor. A row of up to WHOLE_ROW columns lies in registers. A longer one is read
+twice, first for its maximum and its normaliser (online softmax, Milakov and Gimelshein, arXiv:1805.02867): five passes,
+of which the cache serves what it still holds. So is one of more than STRIDED_ROW columns that are not neighbours in
+memory, as in a channels_last map.
 """
 
 import torch
@@ -113,17 +113,6 @@ if HAS_TRITON:
                 where = row[:, None] * g_row + (start + column)[None, :] * g_column
                 tl.store(gradient_ptr + where, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
         tl.store(loss_ptr + tl.program_id(0), tl.sum(weight * kl, 0))
-
-
-def tile(n_columns: int, column_stride: int) -> tuple[int, int, int]:
-    """ROWS, COLUMNS and warps of a program: 16 elements a thread and tensor, 32 in whole long or strided rows."""
-    columns = max(16, 1 << (n_columns - 1).bit_length())
-    if column_stride != 1:
-        columns = min(columns, STRIDED_ROW)
-        return min(2 * ROW_ELEMENTS // columns, 128), columns, 4
-    if n_columns > WHOLE_ROW:
-        return 1, 4096, 8
-    return max(ROW_ELEMENTS // columns, 1), columns, 4 if columns <= ROW_ELEMENTS else 8
 
 
 def temperature_kl_triton(

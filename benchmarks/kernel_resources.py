@@ -1,0 +1,197 @@
+"""What the Triton kernels become on a GPU: registers, spills, shared memory, width of their loads. Needs no GPU.
+
+    python benchmarks/kernel_resources.py [--architectures 80 90]
+
+Each row is a kernel as its wrapper launches it for tensors of the shapes given, compiled ahead of time for an NVIDIA
+architecture (80: A100, 90: H100 and H200): the arguments are recorded from the wrapper, and specialised as Triton's
+launcher does, on strides of 1 and on what 16 divides. "loads" are those a thread makes from global memory, by their
+bytes; weights, masks and the few numbers a program reads are the narrow ones.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from errors import run_script
+from kernels import held_gradient, masked_mse, nms_triton, sigmoid_kl, temperature_kl
+
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
+}  # fmt: skip
+ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`call()` makes a wrapper launch the kernel of that name in the module; is_dense: it moves whole tensors."""
+
+    name: str
+    module: ModuleType
+    kernel: str
+    call: Callable[[], object]
+    is_dense: bool = True
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    loads: Counter[int]  # in the code, by bytes
+    stores: Counter[int]
+    ptx: str
+
+    def wide_share(self, accesses: Counter[int]) -> float:
+        """Of the bytes of these accesses, the share that moves in 16 bytes at once."""
+        return 16 * accesses[16] / sum(width * count for width, count in accesses.items())
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> torch.Tensor:
+    """A tensor without memory: its shape, strides and type are all a launch asks for."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def launches() -> list[Launch]:
+    """Every kernel in every form it takes, at the shapes of training."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        short = str(dtype).removeprefix("torch.")
+        student = lambda *shape, dtype=dtype, **layout: empty(*shape, dtype=dtype, **layout).requires_grad_()
+        logits, weight = (32, 8400, 80), empty(32, 8400)
+        by_row = lambda f, s, weight=weight: lambda: f(s, s.detach(), 2.0, weight, 1.0)
+        kl, sigmoid = temperature_kl.temperature_kl_triton, sigmoid_kl.sigmoid_kl_triton
+        class_first = student(32, 80, 8400).transpose(1, 2)
+        rows += [
+            Launch(
+                f"temperature_kl (32, 8400, 80) {short}", temperature_kl, "_kl_kernel", by_row(kl, student(*logits))
+            ),
+            Launch(f"temperature_kl, classes first, {short}", temperature_kl, "_kl_kernel", by_row(kl, class_first)),
+            Launch(f"sigmoid_kl (32, 8400, 80) {short}", sigmoid_kl, "_kl_kernel", by_row(sigmoid, student(*logits))),
+            Launch(f"sigmoid_kl, classes first, {short}", sigmoid_kl, "_kl_kernel", by_row(sigmoid, class_first)),
+        ]
+        for height in (80, 160):
+            row = student(32, 256, height * height)
+            name = f"channel_wise_kl (32, 256, {height}, {height}) {short}"
+            rows.append(Launch(name, temperature_kl, "_kl_kernel", by_row(kl, row, None)))
+        for channels_last in (False, True):
+            s = student(32, 256, 80, 80, channels_last=channels_last)
+            layout = ", channels last, " if channels_last else " "
+            mask = empty(32, 1, 80, 80, dtype=torch.bool)
+            call = lambda s=s, mask=mask: masked_mse.masked_mse_triton(s, s.detach(), mask, 1.0)
+            rows.append(Launch(f"masked_mse (32, 256, 80, 80){layout}{short}", masked_mse, "_mse_kernel", call))
+        last = student(32, 256, 80, 80, channels_last=True).flatten(2)
+        name = f"channel_wise_kl (32, 256, 80, 80), channels last, {short}"
+        rows.append(Launch(name, temperature_kl, "_kl_kernel", by_row(kl, last, None)))
+        held, upstream = empty(*logits, dtype=dtype), empty()
+        call = lambda held=held, upstream=upstream: held_gradient.scale_in_place(held, upstream)
+        rows.append(Launch(f"held_gradient {short}", held_gradient, "_scale_kernel", call))
+    boxes, labels = empty(32, 30_000, 4), empty(32, 30_000, dtype=torch.int64)
+    call = lambda: nms_triton.suppress(boxes, labels, empty(32, 30_000, dtype=torch.bool), 0.5, 300)
+    for kernel in ("_compare_kernel", "_settle_kernel", "_spread_kernel"):
+        rows.append(Launch(f"nms (32, 30,000) {kernel}", nms_triton, kernel, call, is_dense=False))
+    return rows
+
+
+def compile_launch(launch: Launch, architecture: int) -> Resources:
+    """The kernel of the launch for compute capability architecture / 10. Needs Triton, and it not interpreted."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(launch.module, launch.kernel)
+    if not isinstance(kernel, triton.runtime.JITFunction):
+        kernel = triton.runtime.JITFunction(kernel.fn)
+    arguments, options = record(launch)
+    signature, constants, attributes = {}, {}, {}
+    for number, parameter in enumerate(kernel.params):
+        value, is_specialised = arguments[parameter.name], not parameter.do_not_specialize
+        is_constant = parameter.is_constexpr or (isinstance(value, int) and value == 1 and is_specialised)
+        signature[parameter.name] = "constexpr" if is_constant else type_of(value)
+        if is_constant:
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and is_specialised):
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, spilled = usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Resources(registers, spilled, compiled.metadata.shared, accesses(ptx, "ld"), accesses(ptx, "st"), ptx)
+
+
+def record(launch: Launch) -> tuple[dict, dict]:
+    """Arguments by name and compile options of the kernel's first launch in `launch.call`; nothing is launched."""
+    kernel, calls = getattr(launch.module, launch.kernel), []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *values, **named: calls.append((self.name, values, named))
+
+    names = [name for name in vars(launch.module) if name.endswith("_kernel")]
+    with patch.multiple(launch.module, **{name: Recorder(name) for name in names}):
+        launch.call()
+    _, values, named = next(call for call in calls if call[0] == launch.kernel)
+    names = kernel.arg_names
+    options = {name: named.pop(name) for name in set(named) - set(names)}
+    return dict(zip(names, values)) | named, options
+
+
+def type_of(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes it spills, from Triton's own cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", said.stdout + said.stderr)
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def accesses(ptx: str, direction: str) -> Counter[int]:
+    """Global loads ("ld") or stores ("st") in the assembly, by the bytes of each."""
+    found = (match for match in ACCESS.finditer(ptx) if match[1] == direction)
+    return Counter(int(match[2] or 1) * int(match[3]) // 8 for match in found)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
+    args = parser.parse_args(argv)
+    columns = ("sm", "registers", "spilled", "shared")
+    print(f"{'kernel':<58}" + "".join(f"{name:>10}" for name in columns) + "  loads")
+    for launch in launches():
+        for architecture in args.architectures:
+            r = compile_launch(launch, architecture)
+            cells = "".join(f"{n:>10}" for n in (architecture, r.registers, r.spilled_bytes, r.shared_bytes))
+            loads = ", ".join(f"{count} of {width} B" for width, count in sorted(r.loads.items(), reverse=True))
+            print(f"{launch.name:<58}{cells}  {loads}", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

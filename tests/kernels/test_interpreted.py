@@ -1,0 +1,21 @@
+"""The Triton kernels under Triton's interpreter, in a process of its own: it is chosen before the first import."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kernels.backend import HAS_TRITON, IS_INTERPRETED
+from tests.conftest import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="the package 'triton' is not installed: its kernels are not tested")
+@pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels itself")
+def test_interpreted_kernels():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
