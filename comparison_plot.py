@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import checkpoint
 import run_folder
@@ -13,8 +12,8 @@ from datasets import open_dataset
 from datasets.images import read_image
 from drawing import draw_detections
 from errors import require
+from plots import labels_of
 from predict import Predictor
-from structures import Detections
 from study import Study
 
 PICTURES = 4
@@ -130,14 +129,7 @@ def picture_strips(config: Config, results: list[Result]) -> dict[str, list[np.n
     index = open_dataset(config.data.format, config.data.root, config.data.test)
     samples = [sample for sample in index.samples if len(sample.boxes_xyxy)][:PICTURES]
     pictures = [read_image(sample.image_path) for sample in samples]
-    labels = [
-        Detections(
-            torch.from_numpy(sample.boxes_xyxy[~sample.ignore]).float(),
-            torch.ones(int((~sample.ignore).sum())),
-            torch.from_numpy(sample.labels[~sample.ignore]),
-        )
-        for sample in samples
-    ]
+    labels = [labels_of(sample) for sample in samples]
     drawn = [draw_detections(p, d, index.names, show_scores=False) for p, d in zip(pictures, labels)]
     strips = {"labels": [np.asarray(picture) for picture in drawn]}
     for result in results:

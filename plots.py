@@ -1,4 +1,4 @@
-"""The pictures of a run: results.png, confusion_matrix.png, pr_curve.png (matplotlib) and predictions.jpg (Pillow)."""
+"""The plots of a run: results.png, confusion_matrix.png, pr_curve.png (matplotlib), and drawn predictions (Pillow)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 
 import run_folder
 from datasets.images import read_image
-from datasets.index import DatasetIndex
+from datasets.index import DatasetIndex, Sample
 from datasets.loader import Loader
 from drawing import draw_detections
 from metrics.report import DetectionReport
@@ -39,20 +39,26 @@ def _figure(width: float, height: float):
 
 
 def draw_results(metrics_csv: Path, path: Path) -> None:
-    """One small plot for each column of metrics.csv over the epochs."""
+    """One small plot for each column of metrics.csv over the epochs; AP at each IoU threshold in one plot."""
     rows = run_folder.read_metrics(metrics_csv)
     if not rows:
         return
     names = [name for name in rows[0] if name not in ("epoch", "time") and any(row[name] for row in rows)]
-    columns = min(5, len(names))
-    lines = -(-len(names) // columns)
+    per_iou = [name for name in names if name in run_folder.AP_COLUMNS]
+    plotted = {name: [name] for name in names if name not in per_iou} | (
+        {"metrics/AP at IoU": per_iou} if per_iou else {}
+    )
+    columns = min(5, len(plotted))
+    lines = -(-len(plotted) // columns)
     figure = _figure(3 * columns, 2.4 * lines)
-    for name, axis in zip(names, figure.subplots(lines, columns, squeeze=False).flat):
-        points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
-        axis.plot(*zip(*points), marker="." if len(points) < 30 else None, linewidth=1.2)
-        axis.set_title(name, fontsize=9)
+    for (title, group), axis in zip(plotted.items(), figure.subplots(lines, columns, squeeze=False).flat):
+        for number, name in enumerate(group):
+            points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
+            shade = str(0.8 * number / len(group)) if len(group) > 1 else None  # of grey: the strictest is the palest
+            axis.plot(*zip(*points), marker="." if len(points) < 30 else None, linewidth=1.2, color=shade)
+        axis.set_title(f"{title} 0.50 to 0.95" if len(group) > 1 else title, fontsize=9)
         axis.tick_params(labelsize=7)
-    for axis in figure.axes[len(names) :]:
+    for axis in figure.axes[len(plotted) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=110)
 
@@ -103,23 +109,21 @@ def draw_pr_curve(report: DetectionReport, path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_predictions(
+def prediction_sheet(
     model: nn.Module,
     index: DatasetIndex,
-    path: Path,
     *,
     image_size: int,
     device: torch.device,
+    count: int,
     score_threshold: float = 0.25,
     iou_threshold: float = 0.7,
-    count: int = 12,
     columns: int = 4,
-) -> None:
-    """What the model finds in `count` pictures spread over the split, as one picture."""
-    rows = np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)
-    chosen = index.subset(sorted(set(rows.tolist())))
+) -> Image.Image:
+    """`count` pictures spread over the split, each twice: with its labels, and beside it with what the model finds."""
+    chosen = spread(index, count)
     tiles = []
-    loader = Loader(chosen, image_size=image_size, batch_size=columns, seed=0, shuffle=False)
+    loader = Loader(chosen, image_size=image_size, batch_size=4, seed=0, shuffle=False)
     for batch in loader.epoch(0):
         output = model(batch.images.to(device).float() / 255)
         found = model.detect(output, score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=100)
@@ -129,9 +133,25 @@ def draw_predictions(
             scale = TILE / max(sample.width, sample.height)  # drawn at the size shown, so that labels can be read
             size = (max(1, round(scale * sample.width)), max(1, round(scale * sample.height)))
             picture = Image.fromarray(read_image(sample.image_path)).resize(size, Image.Resampling.BILINEAR)
+            truth = labels_of(sample)
+            truth = Detections(truth.boxes_xyxy * scale, truth.scores, truth.labels)
             shown = Detections(boxes * scale, detections.scores.float().cpu(), detections.labels.cpu())
+            tiles.append(draw_detections(picture, truth, index.names, show_scores=False))
             tiles.append(draw_detections(picture, shown, index.names))
-    contact_sheet(tiles, columns).save(path, quality=90)
+    return contact_sheet(tiles, columns)
+
+
+def spread(index: DatasetIndex, count: int) -> DatasetIndex:
+    """At most `count` pictures of an index, at equal distances from its first to its last."""
+    rows = np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)
+    return index.subset(sorted(set(rows.tolist())))
+
+
+def labels_of(sample: Sample) -> Detections:
+    """The labelled objects of a picture, as if they had been found, with score 1; without those to be ignored."""
+    counts = ~sample.ignore
+    boxes_xyxy = torch.from_numpy(sample.boxes_xyxy[counts]).float()
+    return Detections(boxes_xyxy, torch.ones(len(boxes_xyxy)), torch.from_numpy(sample.labels[counts]))
 
 
 def contact_sheet(tiles: Sequence[Image.Image], columns: int) -> Image.Image:

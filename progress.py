@@ -1,8 +1,12 @@
-"""What a run says while it works: a bar on a terminal, else a line now and then; scalars for TensorBoard."""
+"""What a run says while it works: a bar on a terminal, else a line now and then; TensorBoard's scalars and pictures."""
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 LINE_EVERY_SECONDS = 30.0
 
@@ -64,7 +68,7 @@ def _import_tqdm():
 
 
 class ScalarLog:
-    """Scalars for TensorBoard under the names of metrics.csv; does nothing where TensorBoard is missing."""
+    """For TensorBoard: scalars under the names of metrics.csv, and pictures. Does nothing where it is missing."""
 
     def __init__(self, folder: Path, *, purge_step: int | None = None, enabled: bool = True) -> None:
         self._writer = None
@@ -84,6 +88,14 @@ class ScalarLog:
         for name, value in row.items():
             if name not in ("epoch", "time") and value is not None:
                 self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def add_pictures(self, make: Callable[[], dict[str, Image.Image]], step: int) -> None:
+        """What make() returns, by name; it is not called where nothing is written."""
+        if self._writer is None:
+            return
+        for name, picture in make().items():
+            self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:

@@ -23,7 +23,8 @@ from config import Config, to_tree
 from errors import UserError
 from yaml_files import dump_yaml
 
-METRIC_COLUMNS = ("metrics/precision", "metrics/recall", "metrics/mAP50", "metrics/mAP50-95")
+AP_COLUMNS = tuple(f"metrics/AP{percent}" for percent in range(50, 100, 5))  # at each IoU threshold
+METRIC_COLUMNS = ("metrics/precision", "metrics/recall", "metrics/mAP50", "metrics/mAP50-95", *AP_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)

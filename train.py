@@ -29,18 +29,19 @@ from torch import nn
 
 import checkpoint
 import eval as evaluation
-import plots
 import run_folder
-from balance import TermRange, balance_table, balances, term_ranges
+from balance import TermRange, term_ranges
 from config import Config, load_config
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, seeded_generator
+from dry_run import dry_run
 from errors import UserError, run_script
 from interruption import StopRequested, StopSignals
 from metrics.report import DetectionReport
 from processes import Processes
 from progress import Progress, ScalarLog, words
 from run_folder import RunFolder
+from run_pictures import draw, evaluation_pictures
 from training_parts import Parts, build, count_parameters
 from training_state import Position, describe_model, position_from, position_tree, refuse_changes
 
@@ -167,9 +168,17 @@ def finish_epoch(
             checkpoint.save(folder.best, describe_model(config, parts.splits.names) | best)
         run_folder.append_metrics(folder.metrics, row)
         scalars.add(row, epoch)
+        if results:
+            scalars.add_pictures(lambda: evaluation_pictures(parts, index), epoch)
     save(parts, position, folder)
-    shown = {name.split("/")[-1]: value for name, value in row.items() if name not in ("epoch",)}
-    progress.say(f"epoch {epoch}/{config.epochs}  {words(shown)}")
+    shown = {name.split("/")[-1]: value for name, value in row.items() if name not in ("epoch", *run_folder.AP_COLUMNS)}
+    progress.say(f"epoch {epoch}/{config.epochs}  {words(shown)}" + per_iou_line(results))
+
+
+def per_iou_line(numbers: dict[str, float]) -> str:
+    """A line of its own with AP at each IoU threshold; nothing where nothing was evaluated."""
+    found = {name: numbers.get(name) for name in (column.removeprefix("metrics/") for column in run_folder.AP_COLUMNS)}
+    return f"\n  {words(found)}" if numbers else ""
 
 
 def save(parts: Parts, position: Position, folder: RunFolder) -> None:
@@ -320,7 +329,7 @@ def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progre
         for found in ranges:
             progress.say(str(found))
         shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
-        progress.say(f"{config.data.test}: {words(shown)}\nwritten: {folder.path}")
+        progress.say(f"{config.data.test}: {words(shown)}{per_iou_line(test)}\nwritten: {folder.path}")
     return report
 
 
@@ -358,48 +367,8 @@ def evaluate(
         sharded=True,
     )
     numbers = {"f1" if name == "F1" else name: value for name, value in result.numbers.items()}
-    return numbers, result.report
-
-
-def draw(parts: Parts, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:
-    """The pictures of a finished run."""
-    settings = parts.config.evaluation
-    plots.draw_predictions(
-        parts.ema.model,
-        parts.splits.test,
-        folder.path / "predictions.jpg",
-        image_size=parts.config.image_size,
-        device=parts.processes.device,
-        iou_threshold=settings.iou_threshold,
-    )
-    if not plots.is_available():
-        progress.say("without plots: matplotlib is not installed (pip install -r requirements-plots.txt)")
-        return
-    plots.draw_results(folder.metrics, folder.path / "results.png")
-    plots.draw_confusion(details, folder.path / "confusion_matrix.png")
-    plots.draw_pr_curve(details, folder.path / "pr_curve.png")
-
-
-def dry_run(config: Config) -> None:
-    """One batch forward and backward, and what the loop would do with it, printed; nothing is written."""
-    parts = build(config, Processes(config.device), None, print)
-    batch = next(parts.loader.epoch(0))
-    images, targets = parts.prepare(batch, 0, 0)
-    parts.objective.train()
-    epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
-    terms = parts.objective(images, targets, parts.teachers(images), epoch)
-    print(parts)
-    print(f"batch: {len(batch)} pictures, {len(targets)} objects after augmentation")
-    print(balance_table(balances(terms, parts.student, set(parts.criterion.terms))))
-    print(f"{'sum':<24} {sum(terms.values()).item():.6g}")
-    print(f"adapters and trained parts of losses: {count_parameters(parts.criterion):,} parameters")
-    for name, value in parts.criterion.named_parameters():
-        print(f"  {name} {tuple(value.shape)}")
-    total = parts.config.epochs * parts.steps_per_epoch
-    for step in sorted({0, total // 2, total - 1}):
-        parts.set_rates(step)
-        rates = ", ".join(f"{g['name']} ({len(g['params'])}) {g['lr']:.3g}" for g in parts.optimizer.param_groups)
-        print(f"learning rates at step {step} of {total}: {rates}")
+    per_iou = {f"AP{100 * threshold:.0f}": value for threshold, value in result.ap_result.ap_per_iou.items()}
+    return numbers | per_iou, result.report
 
 
 def main(argv: list[str]) -> None:

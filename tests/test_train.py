@@ -72,14 +72,14 @@ def test_files_of_a_run(distilled):
     run, config, report, _, _ = distilled
     expected = {
         "config.yaml", "metrics.csv", "report.json", "weights/last.pt", "weights/last.prev.pt", "weights/best.pt",
-        "predictions.jpg", "dataset/train/dataset_report.txt", "dataset/test/dataset_report.csv",
+        "predictions.jpg", "distillation.jpg", "dataset/train/dataset_report.txt", "dataset/test/dataset_report.csv",
     }  # fmt: skip
     written = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert expected <= written and not any(name.endswith(".tmp") for name in written)
     assert load_config(run / "config.yaml") == config
     assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
     with Image.open(run / "predictions.jpg") as picture:
-        assert picture.size == (4 * 324, 2 * 324)
+        assert picture.size == (4 * 324, 4 * 324)  # eight pictures, each with its labels and with what was found
 
 
 def test_plots(distilled):
@@ -98,13 +98,17 @@ def test_tensorboard(distilled):
     for name in ("train/box", "train/mse_t", "metrics/mAP50-95", "lr"):
         values = [event.value for event in events.Scalars(name)]
         assert values == pytest.approx([float(row[name]) for row in rows], rel=1e-5)
+    for name in ("predictions", "distillation/mse_t"):
+        assert [event.step for event in events.Images(name)] == [1, 2]
 
 
 def test_metrics_csv(distilled):
     text = (distilled[0] / "metrics.csv").read_text()
     assert text.splitlines()[0] == (
         "epoch,time,train/box,train/cls,train/dfl,train/mse_t,train/soft_class_t,"
-        "metrics/precision,metrics/recall,metrics/mAP50,metrics/mAP50-95,lr"
+        "metrics/precision,metrics/recall,metrics/mAP50,metrics/mAP50-95,"
+        "metrics/AP50,metrics/AP55,metrics/AP60,metrics/AP65,metrics/AP70,"
+        "metrics/AP75,metrics/AP80,metrics/AP85,metrics/AP90,metrics/AP95,lr"
     )
     rows = run_folder.read_metrics(distilled[0] / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -115,6 +119,9 @@ def test_metrics_csv(distilled):
 def test_report(distilled):
     _, config, report, _, _ = distilled
     assert {"precision", "recall", "f1", "mAP50", "mAP50-95"} <= set(report["test"])
+    per_iou = [report["test"][column.removeprefix("metrics/")] for column in run_folder.AP_COLUMNS]
+    assert len(per_iou) == 10 and np.mean(per_iou) == pytest.approx(report["test"]["mAP50-95"])
+    assert per_iou[0] == report["test"]["mAP50"] and per_iou == sorted(per_iou, reverse=True)
     assert report["steps"] == 6 and report["epochs"] == 2 and report["seed"] == config.seed
     assert report["parameters"] == sum(p.numel() for p in models.build("yolov8n", 2).parameters())
     assert report["device"] == "cpu" and report["precision"] == "float32" and report["torch"] == torch.__version__
