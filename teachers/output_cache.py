@@ -119,14 +119,13 @@ class OutputCache:
         temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
-            before = path.stat().st_size if path.exists() else 0
             temporary.write_bytes(data)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
             self.counts.not_written += 1
         else:
-            self._num_bytes += len(data) - before
+            self._num_bytes += len(data)  # too much where it replaces one; _trim counts anew
             self.counts.written += 1
 
     def _trim(self, num_new_bytes: int) -> None:
