@@ -33,6 +33,7 @@ from training_state import fingerprint
 
 # The released files' names begin with these, where they differ from the name of the backbone.
 RELEASED_BACKBONES = {"vit_tiny": ("deit_tiny", "vit_tiny")}
+SIZE_MULTIPLE = 32  # pixels: the coarsest stride of every detector
 DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a larger one the headers are read
 
 
@@ -164,6 +165,8 @@ def build(
         )
     if not config.detection_weight >= 0 or (config.detection_weight == 0 and not config.terms):
         raise UserError(f"key 'detection_weight': found {config.detection_weight}, expected a number above 0")
+    if config.image_size < SIZE_MULTIPLE or config.image_size % SIZE_MULTIPLE:
+        raise UserError(f"key 'image_size': found {config.image_size}, expected a multiple of {SIZE_MULTIPLE}")
     if config.patience and not config.data.holdout_fraction:
         raise UserError("key 'patience': needs held-out pictures to judge by, expected data.holdout_fraction above 0")
     splits = open_splits(config, say)

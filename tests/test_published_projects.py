@@ -1,6 +1,7 @@
 """Every shipped config names what exists, and the published projects run from end to end on a few pictures."""
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import models
 import run_folder
 from comparison_table import METRICS
 from config import load_config, read_tree
-from datasets.download import DATASETS
-from distill.criterion import Criterion
+from datasets.download import DATASETS, WEIGHTS
+from distill.criterion import Criterion, TeacherFacts
 from study import load_study
+from teachers.clip_tokenizer import VOCABULARY_PATH
+from teaching import EMA
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -24,7 +27,10 @@ NAMES = ("a", "b", "c")
 @cache
 def fresh(arch):
     torch.manual_seed(0)
-    return models.build(arch, len(NAMES)).requires_grad_(False)
+    model = models.build_teacher(arch) if arch in models.TEACHERS else models.build(arch, len(NAMES))
+    if hasattr(model, "set_class_embeddings"):
+        model.set_class_embeddings(NAMES, torch.randn(len(NAMES), 512), torch.randn(1, 512))
+    return model.requires_grad_(False)
 
 
 def runs_of(path):
@@ -37,13 +43,17 @@ def runs_of(path):
 def test_every_config_can_be_built(path):
     """Its keys, architectures, losses, parameters, maps and adapters exist and fit together."""
     for config in runs_of(path):
+        archs = {t.name: config.student.arch if t.arch == EMA else t.arch for t in config.teachers}
+        teachers = {name: fresh(arch) for name, arch in archs.items()}
+        multiples = {name: getattr(teacher, "size_multiple", 1) for name, teacher in teachers.items()}
         criterion = Criterion(
             config.terms,
             student=fresh(config.student.arch),
-            teachers={teacher.name: fresh(teacher.arch) for teacher in config.teachers},
+            teachers=teachers,
             epochs=config.epochs,
             image_size=64,
             class_names=NAMES,
+            facts={name: TeacherFacts(image_size=m * math.ceil(64 / m)) for name, m in multiples.items()},
         )
         assert len(criterion.terms) == len(config.terms)
         assert {term.teacher for term in config.terms} == {teacher.name for teacher in config.teachers}
@@ -58,9 +68,21 @@ def test_every_config_begins_with_its_command(path):
     assert config.name == path.stem and config.runs == "runs"
     for part in command.split(" && "):
         if "datasets.download" in part:
-            name, root = part.split("datasets.download ")[1].split(" --root ")
-            target = Path(root, DATASETS[name].folder)
-            assert config.data.root in map(str, (target, *target.parents))
+            names, root = part.split("datasets.download ")[1].split(" --root ")
+            fetched = [Path(root, DATASETS[name].folder) for name in names.split()]
+    read = [Path(config.data.root), *(Path(teacher.weights) for teacher in config.teachers if teacher.weights)]
+    read += [VOCABULARY_PATH] if any(t.arch.startswith("clip") for t in config.teachers) else []
+    read += [Path(config.student.backbone_weights)] if config.student.backbone_weights else []
+    if "datasets.download" in command:  # fetches all that is read, and nothing else
+        assert all(any(related(path, target) for target in fetched) for path in read)
+        assert all(any(related(path, target) for path in read) for target in fetched)
+    released = {Path("data", DATASETS[name].folder, file.filename) for name, file in WEIGHTS.items()}
+    assert {Path(teacher.weights) for teacher in config.teachers if teacher.weights} <= released
+
+
+def related(a: Path, b: Path) -> bool:
+    """One is the other, or in it."""
+    return a == b or a in b.parents or b in a.parents
 
 
 @pytest.fixture(scope="module")
