@@ -98,6 +98,9 @@ def test_features_are_as_announced(arch):
 def test_output_is_the_same_in_train_mode_but_for_batchnorm(model, images, output):
     assert output.image_size == (128, 160)
     assert output.boxes_xyxy.shape == (2, 300, 4) and output.query_logits.shape == (2, 300, 80)
+    boxes, _ = model.decoder([output.features[name] for name in ("p3", "p4", "p5")])
+    in_fractions = xyxy_to_cxcywh(output.boxes_xyxy) / torch.tensor([160.0, 128.0, 160.0, 128.0])
+    torch.testing.assert_close(in_fractions, boxes, rtol=1e-4, atol=1e-5)
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
