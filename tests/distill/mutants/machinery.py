@@ -29,10 +29,12 @@ mutant that computes the same numbers is no mutant, and will survive.
 """
 
 import inspect
+import linecache
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 Loss = Callable
 Check = Callable[[Loss], None]
@@ -40,11 +42,14 @@ Check = Callable[[Loss], None]
 
 @dataclass(frozen=True)
 class Edit:
-    """Replace `old` by `new` in the source of the loss, or of what `within` names in the loss's module."""
+    """Replace `old` by `new` in the source of the loss, or of `within`.
+
+    within: a function or class in the loss's module, by name; or a function of kernels/, itself, on which it rests.
+    """
 
     old: str
     new: str
-    within: str | None = None
+    within: str | Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,28 @@ class LossCase:
 def apply_edit(loss: Loss, edit: Edit) -> Loss:
     """`loss` from a fresh copy of its module with the edit made; LookupError where the edit does not fit once."""
     module = sys.modules[loss.__module__]
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    part = inspect.getsource(getattr(module, edit.within or loss.__name__))
+    edited = edit.within or loss
+    if isinstance(edited, str):
+        edited = getattr(module, edited)
+    home = sys.modules[edited.__module__]
+    source = Path(home.__file__).read_text(encoding="utf-8")
+    part = inspect.getsource(edited)
     if part.count(edit.old) != 1 or source.count(part) != 1:
-        raise LookupError(f"{module.__name__}.{edit.within or loss.__name__}: {edit.old!r} does not stand there once")
-    edited = source.replace(part, part.replace(edit.old, edit.new))
-    namespace = {"__name__": module.__name__}
-    exec(compile(edited, f"<mutant of {module.__name__}: {edit.new}>", "exec"), namespace)
+        raise LookupError(f"{home.__name__}.{edited.__name__}: {edit.old!r} does not stand there once")
+    namespace = run_source(home, source.replace(part, part.replace(edit.old, edit.new)), edit.new)
+    if home is not module:  # what the loss's module imports from there, it gets from the edited copy
+        originals = {id(value): name for name, value in vars(home).items()}
+        changed, namespace = namespace, run_source(module, Path(module.__file__).read_text(encoding="utf-8"), "")
+        for name, value in list(namespace.items()):
+            if id(value) in originals and not name.startswith("__"):
+                namespace[name] = changed[originals[id(value)]]
     return namespace[loss.__name__]
+
+
+def run_source(module: ModuleType, source: str, what: str) -> dict:
+    """The names that the source defines, run in place of the module's own."""
+    file = f"<mutant of {module.__name__}: {what}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # where Triton reads a kernel
+    namespace = {"__name__": module.__name__}
+    exec(compile(source, file, "exec"), namespace)
+    return namespace
