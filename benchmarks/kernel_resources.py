@@ -91,7 +91,7 @@ def launches() -> list[Launch]:
             s = student(32, 256, 80, 80, channels_last=channels_last)
             layout = ", channels last, " if channels_last else " "
             mask = empty(32, 1, 80, 80, dtype=torch.bool)
-            call = lambda s=s, mask=mask: masked_mse.masked_mse_triton(s, s.detach(), mask, 1.0)
+            call = lambda s=s, mask=mask: masked_mse.masked_squares_triton(s, s.detach(), mask, 1.0)
             rows.append(Launch(f"masked_mse (32, 256, 80, 80){layout}{short}", masked_mse, "_mse_kernel", call))
         last = student(32, 256, 80, 80, channels_last=True).flatten(2)
         name = f"channel_wise_kl (32, 256, 80, 80), channels last, {short}"

@@ -7,8 +7,9 @@ for half-precision inputs, in float64 for float64. Student gradients only: the t
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.channel_wise_kl import channel_kl
 
 TINY = 1e-24  # a vector no longer than 1e-12 has no direction
 CONSTANT = 1e-10  # a row whose variance is below this share of its mean square is constant, up to float32 rounding
@@ -68,13 +69,8 @@ def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -
     Returns:
         scalar ().
     """
-    s_map, t_map = as_map_pair(s_map, t_map)
-    if s_map.numel() == 0:
-        return s_map.sum()
-    log_q_s = F.log_softmax(s_map.flatten(2) / temperature, dim=-1)  # (B, C, H*W)
-    log_q_t = F.log_softmax(t_map.flatten(2) / temperature, dim=-1)  # (B, C, H*W)
-    kl = (log_q_t.exp() * (log_q_t - log_q_s)).sum(-1)  # (B, C)
-    return temperature**2 * kl.mean()
+    require_map_pair(s_map, t_map)
+    return channel_kl(s_map, t_map, temperature=temperature)
 
 
 def channel_correlation(*, s_map: Tensor, t_map: Tensor) -> Tensor:
@@ -151,6 +147,13 @@ def as_map_pair(s_map: Tensor, t_map: Tensor, *, same_width: bool = True) -> tup
 
     Raises ValueError unless they are (B, C, H, W) of equal shapes; with same_width=False, C may differ.
     """
+    require_map_pair(s_map, t_map, same_width=same_width)
+    dtype = s_map.dtype if s_map.dtype.itemsize >= 4 else torch.float32
+    return s_map.to(dtype), t_map.detach().to(dtype)
+
+
+def require_map_pair(s_map: Tensor, t_map: Tensor, *, same_width: bool = True) -> None:
+    """Raises ValueError as as_map_pair does."""
     s_shape, t_shape = list(s_map.shape), list(t_map.shape)
     if not same_width:
         s_shape[1:2] = t_shape[1:2] = []
@@ -158,8 +161,6 @@ def as_map_pair(s_map: Tensor, t_map: Tensor, *, same_width: bool = True) -> tup
         raise ValueError(
             f"student map {tuple(s_map.shape)} and teacher map {tuple(t_map.shape)} must be equal (B, C, H, W)"
         )
-    dtype = s_map.dtype if s_map.dtype.itemsize >= 4 else torch.float32
-    return s_map.to(dtype), t_map.detach().to(dtype)
 
 
 def unit_vectors(values: Tensor, dim: int) -> Tensor:

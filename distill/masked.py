@@ -9,7 +9,9 @@ of a criterion, masked_mse on the neck and soft class targets on the outputs (di
 
 from torch import Tensor
 
-from distill.features import as_map_pair
+from distill.features import as_map_pair, require_map_pair
+from kernels.backend import compute_dtype
+from kernels.masked_mse import masked_squares
 
 
 def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:
@@ -27,10 +29,10 @@ def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:
     Returns:
         scalar (); 0 where nothing is marked.
     """
-    s_map, t_map = as_map_pair(s_map, t_map)
-    mask = as_mask(mask, s_map)
-    difference = (s_map - t_map).square().sum(1, keepdim=True)  # (B, 1, H, W)
-    return (mask * difference).sum() / (2 * mask.sum().clamp(min=1))
+    require_map_pair(s_map, t_map)
+    require_mask(mask, s_map)
+    mask = mask.to(compute_dtype(s_map, t_map))
+    return masked_squares(s_map, t_map, mask, normaliser=mask.sum().clamp(min=1))
 
 
 def decoupled_mse(
@@ -70,7 +72,12 @@ def decoupled_mse(
 
 def as_mask(mask: Tensor, feature_map: Tensor) -> Tensor:
     """The mask in the map's dtype, detached. Raises ValueError unless it is (B, 1, H, W) of the map."""
+    require_mask(mask, feature_map)
+    return mask.detach().to(feature_map.dtype)
+
+
+def require_mask(mask: Tensor, feature_map: Tensor) -> None:
+    """Raises ValueError unless the mask is (B, 1, H, W) of the map."""
     b, _, h, w = feature_map.shape
     if mask.shape != (b, 1, h, w):
         raise ValueError(f"mask {tuple(mask.shape)} must be (B, 1, H, W) of the map {tuple(feature_map.shape)}")
-    return mask.detach().to(feature_map.dtype)

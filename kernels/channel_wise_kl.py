@@ -16,7 +16,7 @@ from kernels.backend import compute_dtype, not_floating, use_triton
 from kernels.temperature_kl import temperature_kl_triton
 
 
-def channel_wise_kl_eager(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:
+def channel_kl_eager(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:
     """Specification: (B, C, H, W), (B, C, H, W) -> the scalar L."""
     dtype = compute_dtype(s_map, t_map)
     s_map, t_map = s_map.to(dtype), t_map.detach().to(dtype)
@@ -28,13 +28,13 @@ def channel_wise_kl_eager(s_map: Tensor, t_map: Tensor, temperature: float) -> T
     return temperature**2 * kl.mean()
 
 
-def channel_wise_kl_triton(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:
-    """The kernel, with its gradient: the same contract as channel_wise_kl_eager, for at least one element."""
+def channel_kl_triton(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:
+    """The kernel, with its gradient: the same contract as channel_kl_eager, for at least one element."""
     rows = s_map.shape[0] * s_map.shape[1]
     return temperature_kl_triton(s_map.flatten(2), t_map.flatten(2), temperature, None, rows)
 
 
-def channel_wise_kl(s_map: Tensor, t_map: Tensor, *, temperature: float = 1.0) -> Tensor:
+def channel_kl(s_map: Tensor, t_map: Tensor, *, temperature: float = 1.0) -> Tensor:
     """L of the equation above, (): the kernel or its specification, see kernels.backend.
 
     Args:
@@ -43,8 +43,8 @@ def channel_wise_kl(s_map: Tensor, t_map: Tensor, *, temperature: float = 1.0) -
     Returns:
         float64 where an input is, else float32. Nothing in, 0 out.
     """
-    implementation = channel_wise_kl_eager
+    implementation = channel_kl_eager
     unsupported = not_floating(s_map=s_map, t_map=t_map)
-    if use_triton("channel_wise_kl", s_map, t_map, unsupported=unsupported) and s_map.numel():
-        implementation = channel_wise_kl_triton
+    if use_triton("channel_kl", s_map, t_map, unsupported=unsupported) and s_map.numel():
+        implementation = channel_kl_triton
     return implementation(s_map, t_map, temperature)

@@ -15,12 +15,12 @@ from kernels.backend import HAS_TRITON, compute_dtype, is_wide, not_floating, sc
 from kernels.held_gradient import empty_gradient, with_gradient
 
 
-def masked_mse_eager(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
+def masked_squares_eager(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
     """Specification: (B, C, H, W), (B, C, H, W), mask (B, 1, H, W), normaliser M -> the scalar L."""
     dtype = compute_dtype(s_map, t_map)
     s_map, t_map = s_map.to(dtype), t_map.detach().to(dtype)
     difference = (s_map - t_map).square().sum(1, keepdim=True)  # (B, 1, H, W)
-    return (mask.to(dtype) * difference).sum() / (2 * normaliser)
+    return scale_of(0.5, normaliser, difference) * (mask.detach().to(dtype) * difference).sum()
 
 
 if HAS_TRITON:
@@ -62,8 +62,8 @@ if HAS_TRITON:
             tl.store(gradient_ptr + where, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-def masked_mse_triton(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
-    """The kernel, with its gradient: the same contract as masked_mse_eager, for at least one element.
+def masked_squares_triton(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
+    """The kernel, with its gradient: the same contract as masked_squares_eager, for at least one element.
 
     The mask is not below 0. What s and t are where it is 0 plays no role, even nan.
     """
@@ -97,7 +97,7 @@ def _launch(
     return losses.sum(), gradient
 
 
-def masked_mse(s_map: Tensor, t_map: Tensor, mask: Tensor, *, normaliser: Tensor | float = 1.0) -> Tensor:
+def masked_squares(s_map: Tensor, t_map: Tensor, mask: Tensor, *, normaliser: Tensor | float = 1.0) -> Tensor:
     """L of the equation above, (): the kernel or its specification, see kernels.backend.
 
     Args:
@@ -107,7 +107,7 @@ def masked_mse(s_map: Tensor, t_map: Tensor, mask: Tensor, *, normaliser: Tensor
     Returns:
         float64 where a map is, else float32. Nothing in, 0 out.
     """
-    implementation = masked_mse_eager
-    if use_triton("masked_mse", s_map, t_map, mask, unsupported=not_floating(s_map=s_map, t_map=t_map)):
-        implementation = masked_mse_triton if s_map.numel() else masked_mse_eager
+    implementation = masked_squares_eager
+    if use_triton("masked_squares", s_map, t_map, mask, unsupported=not_floating(s_map=s_map, t_map=t_map)):
+        implementation = masked_squares_triton if s_map.numel() else masked_squares_eager
     return implementation(s_map, t_map, mask, normaliser)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from distill.masked import decoupled_mse, masked_mse
+from kernels.masked_mse import masked_squares_eager
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.mutants.maps import maps
 from tests.distill.properties import (
@@ -62,16 +63,16 @@ CASES = [
             refuses(maps(mask=MARKED[:, 0]), "mask"),
         ),
         mutants={
-            "no half": Edit("2 * mask.sum().clamp(min=1)", "mask.sum().clamp(min=1)"),
-            "mean over channels": Edit(".sum(1, keepdim=True)", ".mean(1, keepdim=True)"),
+            "no half": Edit("scale_of(0.5,", "scale_of(1.0,", masked_squares_eager),
+            "mean over channels": Edit(".sum(1, keepdim=True)", ".mean(1, keepdim=True)", masked_squares_eager),
             "mean over all pixels": Edit("mask.sum().clamp(min=1)", "max(mask.numel(), 1)"),
             "nan where nothing is marked": Edit(".clamp(min=1)", ""),
-            "unmasked": Edit("(mask * difference).sum()", "difference.sum()"),
-            "background": Edit("(mask * difference)", "((1 - mask) * difference)"),
-            "mask squared": Edit("(mask * difference)", "(mask**2 * difference)"),
-            "mask learns": Edit("mask.detach()", "mask", within="as_mask"),
-            "broadcasts the mask": Edit("mask.shape != (b, 1, h, w)", "False", within="as_mask"),
-            "per image": Edit("(mask * difference).sum()", "(mask * difference).mean(0).sum()"),
+            "unmasked": Edit("(mask.detach().to(dtype) * difference)", "difference", masked_squares_eager),
+            "background": Edit("mask.detach()", "(1 - mask.detach())", masked_squares_eager),
+            "mask squared": Edit("mask.detach()", "mask.detach().square()", masked_squares_eager),
+            "mask learns": Edit("mask.detach()", "mask", masked_squares_eager),
+            "broadcasts the mask": Edit("mask.shape != (b, 1, h, w)", "False", within="require_mask"),
+            "per image": Edit("* difference).sum()", "* difference).mean(0).sum()", masked_squares_eager),
         },
     ),
     LossCase(

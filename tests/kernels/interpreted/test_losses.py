@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.channel_wise_kl import channel_wise_kl, channel_wise_kl_eager
-from kernels.masked_mse import masked_mse, masked_mse_eager
+from kernels.channel_wise_kl import channel_kl, channel_kl_eager
+from kernels.masked_mse import masked_squares, masked_squares_eager
 from kernels.sigmoid_kl import sigmoid_kl, sigmoid_kl_eager
 from kernels.temperature_kl import STRIDED_ROW, WHOLE_ROW, temperature_kl, temperature_kl_eager
 
@@ -53,11 +53,13 @@ def map_mask(s: Tensor) -> Tensor:
 def masked(s: Tensor) -> Loss:
     mask = map_mask(s)
     total = mask.double().sum().clamp(min=1)
-    return Loss(lambda s, t: masked_mse(s, t, mask, normaliser=total), lambda s, t: masked_mse_eager(s, t, mask, total))
+    return Loss(
+        lambda s, t: masked_squares(s, t, mask, normaliser=total), lambda s, t: masked_squares_eager(s, t, mask, total)
+    )
 
 
 def channel_wise(s: Tensor) -> Loss:
-    return Loss(lambda s, t: channel_wise_kl(s, t, temperature=T), lambda s, t: channel_wise_kl_eager(s, t, T))
+    return Loss(lambda s, t: channel_kl(s, t, temperature=T), lambda s, t: channel_kl_eager(s, t, T))
 
 
 ROW_LOSSES = {
@@ -300,11 +302,11 @@ def test_a_common_offset_costs_no_digits(device):
     """Feature maps are rarely centred: a softmax must subtract its maximum before anything is rounded."""
     s, t = pair((1, 2, 8, 8), device)
     torch.testing.assert_close(
-        channel_wise_kl(s + 4096, t - 4096), channel_wise_kl((s + 4096) - 4096, (t - 4096) + 4096), rtol=1e-5, atol=0
+        channel_kl(s + 4096, t - 4096), channel_kl((s + 4096) - 4096, (t - 4096) + 4096), rtol=1e-5, atol=0
     )
     s, t = (x.to(memory_format=torch.channels_last) for x in pair((1, 2, 16, 16), device))
     torch.testing.assert_close(
-        channel_wise_kl(s + 4096, t - 4096), channel_wise_kl((s + 4096) - 4096, (t - 4096) + 4096), rtol=1e-5, atol=0
+        channel_kl(s + 4096, t - 4096), channel_kl((s + 4096) - 4096, (t - 4096) + 4096), rtol=1e-5, atol=0
     )
 
 
@@ -323,10 +325,10 @@ def test_unmarked_pixels_play_no_role(dtype, channels_last, device):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     s, t = (x.to(memory_format=layout) for x in (s, t))
     mask = map_mask(s) > 0
-    expected = masked_mse(s.requires_grad_(), t, mask)
+    expected = masked_squares(s.requires_grad_(), t, mask)
     (expected_gradient,) = torch.autograd.grad(expected, s)
     spoilt = [x.detach().masked_fill(~mask, torch.nan).to(memory_format=layout) for x in (s, t)]
-    got = masked_mse(spoilt[0].requires_grad_(), spoilt[1], mask)
+    got = masked_squares(spoilt[0].requires_grad_(), spoilt[1], mask)
     (gradient,) = torch.autograd.grad(got, spoilt[0])
     assert torch.equal(got, expected) and torch.equal(gradient, expected_gradient)
     assert not gradient.masked_select(~mask).any()
@@ -340,7 +342,7 @@ def test_masks_and_maps_of_nothing(name, device):
         value.backward()
         assert value == 0 and s.grad.shape == s.shape
     s, t = pair((2, 3, 4, 5), device)
-    assert masked_mse(s, t, torch.zeros(2, 1, 4, 5, device=device)) == 0
+    assert masked_squares(s, t, torch.zeros(2, 1, 4, 5, device=device)) == 0
 
 
 @pytest.mark.parametrize("name", ROW_LOSSES)
