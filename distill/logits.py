@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.features import unit_deviations
+from kernels.backend import compute_dtype
+from kernels.sigmoid_kl import bernoulli_kl, sigmoid_kl
+from kernels.temperature_kl import temperature_kl
 
 
 def soft_class_targets(*, s_logits: Tensor, t_logits: Tensor, temperature: float = 1.0, power: float = 1.0) -> Tensor:
@@ -35,12 +38,13 @@ def soft_class_targets(*, s_logits: Tensor, t_logits: Tensor, temperature: float
     Returns:
         scalar ().
     """
-    s_logits, t_logits = as_logit_pair(s_logits, t_logits)
+    require_equal_shapes(s_logits, t_logits)
+    dtype = compute_dtype(s_logits, t_logits)
     if s_logits.numel() == 0:
-        return s_logits.sum()
-    weight = t_logits.amax(-1).sigmoid() ** power  # (...,)
-    kl = bernoulli_kl(s_logits / temperature, t_logits / temperature).sum(-1)  # (...,)
-    return temperature**2 * (weight * kl).sum() / weight.sum().clamp(min=1)
+        return s_logits.sum(dtype=dtype)
+    weight = t_logits.amax(-1).to(dtype).sigmoid() ** power  # (...,)
+    normaliser = weight.sum().clamp(min=1)
+    return sigmoid_kl(s_logits, t_logits, temperature=temperature, weight=weight, normaliser=normaliser)
 
 
 def softmax_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -61,9 +65,15 @@ def softmax_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor | None = No
         scalar ().
     Differs from the paper: the KL, not the cross-entropy, so 0 where the student equals the teacher.
     """
-    s_logits, t_logits = as_logit_pair(s_logits, t_logits)
-    log_p_s, log_p_t = (F.log_softmax(z / temperature, dim=-1) for z in (s_logits, t_logits))  # (..., K)
-    return temperature**2 * weighted_mean((log_p_t.exp() * (log_p_t - log_p_s)).sum(-1), weight)
+    require_equal_shapes(s_logits, t_logits)
+    rows = s_logits.shape[:-1]
+    normaliser = max(rows.numel(), 1)
+    if weight is not None:
+        if weight.shape != rows:
+            raise ValueError(f"weight {tuple(weight.shape)} must be {tuple(rows)}, one per row")
+        weight = weight.to(compute_dtype(s_logits, t_logits))
+        normaliser = weight.sum().clamp(min=1)
+    return temperature_kl(s_logits, t_logits, temperature=temperature, weight=weight, normaliser=normaliser)
 
 
 def image_kl(*, s_logits: Tensor, t_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -277,28 +287,17 @@ def objectness_scaled(
     return objectness_weight * objectness + scaled
 
 
-def bernoulli_kl(s_logits: Tensor, t_logits: Tensor) -> Tensor:
-    """KL(Bern(sigmoid(t)) || Bern(sigmoid(s))) element by element, from logits, stable when saturated.
-
-        KL = p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q)),    p = sigmoid(t), q = sigmoid(s)
-           = softplus(s) - softplus(t) + p (t - s)
-
-    The second form is computed: exactly 0 at s = t, its gradient exactly q - p, in a third of the time of the first.
-    """
-    return softplus(s_logits) - softplus(t_logits) + t_logits.sigmoid() * (t_logits - s_logits)
-
-
-def softplus(values: Tensor) -> Tensor:
-    """log(1 + exp(value)), exact also in float64 (the library's own form gives up beyond 20)."""
-    return F.softplus(values, threshold=40)
-
-
 def as_logit_pair(s_logits: Tensor, t_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32 (float64 stays), the teacher's detached. Raises ValueError where the shapes differ."""
-    if s_logits.shape != t_logits.shape:
-        raise ValueError(f"student logits {tuple(s_logits.shape)} and teacher logits {tuple(t_logits.shape)} differ")
+    require_equal_shapes(s_logits, t_logits)
     dtype = s_logits.dtype if s_logits.dtype.itemsize >= 4 else torch.float32
     return s_logits.to(dtype), t_logits.detach().to(dtype)
+
+
+def require_equal_shapes(s_logits: Tensor, t_logits: Tensor) -> None:
+    """Raises ValueError where the shapes differ: nothing is broadcast."""
+    if s_logits.shape != t_logits.shape:
+        raise ValueError(f"student logits {tuple(s_logits.shape)} and teacher logits {tuple(t_logits.shape)} differ")
 
 
 def weighted_mean(values: Tensor, weight: Tensor | None, normaliser: Tensor | float | None = None) -> Tensor:

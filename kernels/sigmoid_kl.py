@@ -23,8 +23,8 @@ def sigmoid_kl_eager(
     s, t = s_logits.to(dtype), t_logits.detach().to(dtype)
     kl = bernoulli_kl(s / temperature, t / temperature).sum(-1)  # (...)
     if weight is not None:
-        kl = weight.to(dtype) * kl
-    return temperature**2 * kl.sum() / normaliser
+        kl = weight.detach().to(dtype) * kl
+    return scale_of(temperature**2, normaliser, kl) * kl.sum()
 
 
 def bernoulli_kl(s_logits: Tensor, t_logits: Tensor) -> Tensor:

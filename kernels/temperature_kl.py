@@ -30,8 +30,8 @@ def temperature_kl_eager(
     log_p_s, log_p_t = (F.log_softmax(z / temperature, dim=-1) for z in (s, t))  # (..., K)
     kl = (log_p_t.exp() * (log_p_t - log_p_s)).sum(-1)  # (...)
     if weight is not None:
-        kl = weight.to(dtype) * kl
-    return temperature**2 * kl.sum() / normaliser
+        kl = weight.detach().to(dtype) * kl
+    return scale_of(temperature**2, normaliser, kl) * kl.sum()
 
 
 if HAS_TRITON:

@@ -14,6 +14,8 @@ from distill.logits import (
     soft_class_targets,
     softmax_kl,
 )
+from kernels.sigmoid_kl import sigmoid_kl_eager
+from kernels.temperature_kl import temperature_kl_eager
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.properties import (
     computes_in_float32,
@@ -141,23 +143,29 @@ CASES = [
             refuses(logits(5, 3) | {"t_logits": logits(5, 1)["t_logits"]}, "differ"),
         ),
         mutants={
-            "no T^2": Edit("return temperature**2 * (weight", "return (weight"),
-            "mean over classes": Edit(".sum(-1)", ".mean(-1)"),
+            "no T^2": Edit("temperature**2", "1.0", sigmoid_kl_eager),
+            "mean over classes": Edit(".sum(-1)", ".mean(-1)", sigmoid_kl_eager),
             "mean over locations": Edit("weight.sum().clamp(min=1)", "weight.numel()"),
             "normaliser not held above 1": Edit(".clamp(min=1)", ""),
-            "mean score as confidence": Edit("t_logits.amax(-1).sigmoid()", "t_logits.sigmoid().mean(-1)"),
+            "mean score as confidence": Edit("t_logits.amax(-1).to(dtype).sigmoid()", "t_logits.sigmoid().mean(-1)"),
             "student's confidence": Edit("t_logits.amax(-1)", "s_logits.amax(-1)"),
             "swapped roles": Edit(
-                "bernoulli_kl(s_logits / temperature, t_logits / temperature)",
-                "bernoulli_kl(t_logits / temperature, s_logits / temperature)",
+                "bernoulli_kl(s / temperature, t / temperature)",
+                "bernoulli_kl(t / temperature, s / temperature)",
+                sigmoid_kl_eager,
             ),
+            "no temperature": Edit("temperature=temperature, ", ""),
+            "unweighted": Edit("weight=weight", "weight=None"),
             "cross-entropy": Edit(
                 "softplus(s_logits) - softplus(t_logits) + t_logits.sigmoid() * (t_logits - s_logits)",
                 "softplus(s_logits) - t_logits.sigmoid() * s_logits",
                 "bernoulli_kl",
             ),
             "student's probability": Edit("t_logits.sigmoid()", "s_logits.sigmoid()", "bernoulli_kl"),
-            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
+            "teacher learns": Edit("t_logits.detach()", "t_logits", sigmoid_kl_eager),
+            "computes in half precision": Edit(
+                "dtype = compute_dtype(s_logits, t_logits)", "dtype = s_logits.dtype", sigmoid_kl_eager
+            ),
         },
     ),
     LossCase(
@@ -184,24 +192,28 @@ CASES = [
             *every_logit_loss(rows, empty=(rows(0), rows(weight=0 * ROW_WEIGHTS)), weight=ROW_WEIGHTS, temperature=2.0),
         ),
         mutants={
-            "no T^2": Edit("return temperature**2 * weighted", "return weighted"),
-            "T, not T^2": Edit("temperature**2", "temperature"),
-            "mean over classes": Edit(".sum(-1)", ".mean(-1)"),
-            "sum over rows": Edit(" / total.clamp(min=1)", "", "weighted_mean"),
-            "normaliser counts the rows": Edit("weight.sum()", "values.new_full((), len(values))", "weighted_mean"),
-            "normaliser not held above 1": Edit(".clamp(min=1)", "", "weighted_mean"),
-            "unweighted": Edit(".sum(-1), weight)", ".sum(-1), None)"),
-            "weights learn": Edit("weight.detach()", "weight", "as_weight"),
-            "broadcasts the weights": Edit("weight.shape != values.shape", "False", "as_weight"),
+            "no T^2": Edit("temperature**2", "1.0", temperature_kl_eager),
+            "T, not T^2": Edit("temperature**2", "temperature", temperature_kl_eager),
+            "mean over classes": Edit(".sum(-1)", ".mean(-1)", temperature_kl_eager),
+            "sum over rows": Edit("normaliser=normaliser", "normaliser=1.0"),
+            "normaliser counts the rows": Edit("weight.sum()", "weight.new_full((), len(weight))"),
+            "normaliser not held above 1": Edit(".clamp(min=1)", ""),
+            "unweighted": Edit("weight=weight", "weight=None"),
+            "weights learn": Edit("weight.detach()", "weight", temperature_kl_eager),
+            "broadcasts the weights": Edit("weight.shape != rows", "False"),
             "softmax over rows": Edit(
-                "F.log_softmax(z / temperature, dim=-1)", "F.log_softmax(z / temperature, dim=0)"
+                "F.log_softmax(z / temperature, dim=-1)", "F.log_softmax(z / temperature, dim=0)", temperature_kl_eager
             ),
-            "swapped roles": Edit("log_p_t.exp() * (log_p_t - log_p_s)", "log_p_s.exp() * (log_p_s - log_p_t)"),
+            "swapped roles": Edit(
+                "log_p_t.exp() * (log_p_t - log_p_s)", "log_p_s.exp() * (log_p_s - log_p_t)", temperature_kl_eager
+            ),
             "cross-entropy": cross_entropy_of_rows,
-            "log of a softmax": Edit("F.log_softmax(z / temperature, dim=-1)", "(z / temperature).softmax(-1).log()"),
-            "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
+            "log of a softmax": Edit(
+                "F.log_softmax(z / temperature, dim=-1)", "(z / temperature).softmax(-1).log()", temperature_kl_eager
+            ),
+            "teacher learns": Edit("t_logits.detach()", "t_logits", temperature_kl_eager),
             "computes in half precision": Edit(
-                "s_logits.dtype if s_logits.dtype.itemsize >= 4 else torch.float32", "s_logits.dtype", "as_logit_pair"
+                "dtype = compute_dtype(s_logits, t_logits)", "dtype = s_logits.dtype", temperature_kl_eager
             ),
         },
     ),
