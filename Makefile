@@ -7,7 +7,7 @@ STAMP := .venv/.ready
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-plots.txt requirements-test.txt constraints.txt
+$(STAMP): requirements.txt requirements-plots.txt requirements-export.txt requirements-test.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -2,6 +2,7 @@
 
     python eval.py CHECKPOINT FORMAT ROOT [SPLIT]              FORMAT: voc, coco, yolo, kitti or shapes
     python eval.py CHECKPOINT --config CONFIG [key=value ...]  the dataset and settings of an experiment
+    python eval.py MODEL.onnx ...                              the same with a file of export.py
     python eval.py --ground-truth GT --detections DT           no model
 
 GT is a COCO JSON file, a folder of Pascal VOC XML files or a folder of text files; DT a COCO results file or a folder
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import checkpoint
 from config import load_config
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
@@ -39,6 +39,7 @@ from metrics import coco, report, voc
 from metrics.coco_files import write_coco_detections
 from metrics.files import TEXT_BOXES, read_detections, read_ground_truth, read_names
 from metrics.tables import DetectionTable, GroundTruth, ground_truth_from_samples, inclusive_to_continuous
+from onnx_detector import load_detector
 from processes import choose_device, use_bfloat16
 from run_folder import write_text
 from structures import Detections
@@ -355,7 +356,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     settings = {name: defaults[name] if value is None else value for name, value in chosen.items()}
     index = open_dataset(*dataset)
     device = choose_device(settings["device"])
-    model, info = checkpoint.load_model(args.checkpoint, args.arch, device=str(device))
+    model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=settings["precision"])
     if info.source == "ours" and tuple(info.names) != tuple(index.names):
         raise UserError(f"{args.checkpoint}: has the classes {list(info.names)}, the dataset {list(index.names)}")
     result = evaluate_model(
@@ -385,7 +386,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", help="a checkpoint of ours, or a public one with --arch")
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint of ours, a public one with --arch, or a .onnx file")
     parser.add_argument("dataset", nargs="*", help="FORMAT ROOT [SPLIT]; with --config: key=value overrides")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: coco, or the config's")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there, as a whole or not at all")

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import nn
 
-import checkpoint
 from boxes import xyxy_to_cxcywh, xyxy_to_xywh
 from datasets.images import SUFFIXES, read_image
 from datasets.letterbox import letterbox, unletterbox
 from drawing import draw_detections
 from errors import UserError, run_script
 from fusion import fuse
+from onnx_detector import load_detector
 from processes import choose_device, use_bfloat16
 from structures import Detections
 
@@ -249,7 +249,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="a checkpoint of ours, or a public one with --arch")
+    parser.add_argument("checkpoint", help="a checkpoint of ours, a public one with --arch, or a .onnx file")
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="pictures, folders, or patterns in quotes")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="write predictions.json")
@@ -278,7 +278,7 @@ def main(argv: list[str]) -> int:
     pictures = find_pictures(args.sources)
     check_output(args.output, [] if args.no_pictures else pictures)
     device = choose_device(args.device)
-    model, info = checkpoint.load_model(args.checkpoint, args.arch, device=str(device))
+    model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision)
     predictor = Predictor(
         model,
         image_size=args.image_size or info.image_size,

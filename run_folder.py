@@ -99,9 +99,14 @@ def find(run: str | Path) -> RunFolder:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file as a whole. UserError with exit code 5 where the disk refuses."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As write_text."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write_durably(temporary, text.encode())
+        write_durably(temporary, data)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:

@@ -1,0 +1,293 @@
+"""Write a detector as an ONNX file, checked against PyTorch on pictures before it is written.
+
+    python export.py runs/bccd/weights/best.pt                                  one picture of the trained size
+    python export.py runs/bccd/weights/best.pt --dynamic --with-nms             any batch and size, detections out
+    python export.py runs/bccd/weights/best.pt --int8 --calibrate voc data/bccd trainval
+
+The file takes `images` (B, 3, H, W), float32 RGB in [0, 1], letterboxed as datasets.letterbox does it, and gives
+
+    boxes_xyxy (B, A, 4) in pixels of `images` and scores (B, A, K), every location, or with --with-nms
+    boxes_xyxy (N, 4), scores (N), labels (N) and image (N), the row of the batch: the detections, best first. The
+        inputs score_threshold, iou_threshold and max_detections may be left out: they have defaults.
+
+BatchNorm is folded away; adapters and teachers of distillation are not in it. The metadata holds architecture, class
+names, picture size and commit. eval.py and predict.py take the file in place of a checkpoint.
+
+--int8 writes a second file, <name>.int8.onnx, quantized over pictures of --calibrate, and prints the mAP of both files
+on another split of that dataset and their time for a picture.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import onnx_graph
+from checkpoint import CheckpointInfo
+from datasets.images import read_image
+from datasets.index import DatasetIndex
+from datasets.letterbox import letterbox
+from datasets.open import READERS, open_dataset
+from datasets.shapes import draw_picture
+from errors import UserError, require, run_script
+from eval import EvaluationResult, evaluate_model
+from fusion import fuse
+from kernels.nms import select_detections
+from onnx_detector import SUFFIX, OnnxDetector, open_session
+from onnx_graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
+from onnx_int8 import quantize
+from predict import find_pictures
+from run_folder import commit, write_bytes
+from teachers.rtdetr import RTDETR
+from timing import rotate
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+BOX_TOLERANCE = 0.05  # pixels
+SCORE_TOLERANCE = 1e-4
+CHECK_PICTURES = 4
+CHECK_CANDIDATES = 1000  # pairs of a picture that the check of the selection looks at
+TIMED_ROUNDS = 21
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of a graph from the PyTorch model, of any location: boxes in pixels, and scores."""
+
+    boxes: float
+    scores: float
+
+    def is_small(self) -> bool:
+        return self.boxes <= BOX_TOLERANCE and self.scores <= SCORE_TOLERANCE  # False for nan
+
+
+def check_exportable(model: nn.Module, arch: str) -> None:
+    if not hasattr(model, "decode"):
+        raise UserError(
+            f"{arch} cannot be exported: its second stage pools as many regions as its first one finds; "
+            "the YOLO families and RT-DETR can"
+        )
+
+
+def load_images(sources: Sequence[str], image_size: int) -> Tensor:
+    """(n, 3, S, S) float32 in [0, 1]: the first pictures of --pictures, letterboxed, or drawn ones without."""
+    if sources:
+        pictures = [read_image(picture.path) for picture in find_pictures(sources)[:CHECK_PICTURES]]
+    else:
+        pictures = [draw_picture(0, "test", index, image_size)[0] for index in range(CHECK_PICTURES)]
+    squares = np.stack([letterbox(picture, image_size)[0] for picture in pictures])
+    return torch.from_numpy(squares).permute(0, 3, 1, 2).float().contiguous() / 255
+
+
+def check_batches(images: Tensor, dynamic: bool) -> list[Tensor]:
+    """What the graph is checked on: picture by picture, or all at once and two of them at half the height."""
+    if not dynamic:
+        return list(images.split(1))
+    half = max(SIZE_MULTIPLE, images.shape[2] // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE)
+    return [images, images[:2, :, :half].contiguous()]
+
+
+@torch.no_grad()
+def compare(model: nn.Module, graph: "ModelProto", batches: Iterable[Tensor], *, suppresses: bool) -> Difference:
+    """Run both on images (B, 3, H, W) and compare every box and score before selection.
+
+    Where the graph ends in detections, these must be the ones that kernels.nms chooses from the graph's own boxes and
+    scores, in the same order: else UserError.
+    """
+    names = list(PREDICTIONS)
+    has_selection = graph.graph.output[0].name == DETECTIONS[0] and len(graph.graph.output) == len(DETECTIONS)
+    if has_selection:
+        names = [f"all_{name}" for name in PREDICTIONS]
+        graph = _with_outputs(graph, names)
+    session = open_session(graph.SerializeToString())
+    largest = Difference(0.0, 0.0)
+    for images in batches:
+        expected = model.decode(model(images))
+        feed = {"images": images.numpy()}
+        found = tuple(map(torch.from_numpy, session.run(names, feed)))
+        for rows in zip(*expected, *found):
+            boxes, scores = _differences(*rows, in_order=suppresses)
+            # Written so that a nan is larger than any number.
+            largest = Difference(
+                largest.boxes if boxes <= largest.boxes else boxes,
+                largest.scores if scores <= largest.scores else scores,
+            )
+        if has_selection:
+            _check_selection(session, feed, names, suppresses)
+    return largest
+
+
+def _with_outputs(graph: "ModelProto", names: Sequence[str]) -> "ModelProto":
+    """A copy whose values `names`, float32, are outputs as well."""
+    from onnx import TensorProto, helper
+
+    copy = type(graph)()
+    copy.CopyFrom(graph)
+    copy.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    return copy
+
+
+def _differences(
+    expected_xyxy: Tensor, expected_scores: Tensor, xyxy: Tensor, scores: Tensor, *, in_order: bool
+) -> tuple[float, float]:
+    """Of one image. The queries of RT-DETR stand in the order of their scores, which rounding may swap: each of them is
+    then compared to the one that is nearest to it.
+    """
+    if not in_order:
+        distance = torch.cdist(expected_xyxy, xyxy) + len(scores) * torch.cdist(expected_scores, scores)  # (Q, Q)
+        nearest = distance.argmin(1)
+        xyxy, scores = xyxy[nearest], scores[nearest]
+    return (expected_xyxy - xyxy).abs().max().item(), (expected_scores - scores).abs().max().item()
+
+
+def _check_selection(session, feed: dict[str, np.ndarray], names: list[str], suppresses: bool) -> None:
+    """At a score threshold that leaves CHECK_CANDIDATES of the first image, however sure the model is."""
+    all_scores = torch.from_numpy(session.run(names[1:], feed)[0])
+    score_threshold = all_scores[0].flatten().topk(min(CHECK_CANDIDATES, all_scores[0].numel())).values[-1].item()
+    iou_threshold, max_detections = 0.7 if suppresses else 1.0, 100
+    settings = {
+        "score_threshold": np.array(score_threshold, np.float32),
+        "iou_threshold": np.array(float32_at_most(iou_threshold)),
+        "max_detections": np.array(max_detections, np.int64),
+    }
+    *found, image, all_boxes, all_scores = map(torch.from_numpy, session.run([*DETECTIONS, *names], feed | settings))
+    expected = select_detections(
+        all_boxes,
+        all_scores,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        max_detections=max_detections,
+        max_candidates=max(1, all_scores[0].numel()),
+    )
+    for row, detections in enumerate(expected):
+        columns = (detections.boxes_xyxy, detections.scores, detections.labels)
+        if not all(torch.equal(ours[image == row], theirs) for ours, theirs in zip(found, columns)):
+            raise UserError("the graph chooses other detections than PyTorch does; nothing was written")
+
+
+def calibration_images(index: DatasetIndex, image_size: int, count: int) -> Iterator[np.ndarray]:
+    """(1, 3, S, S) float32 each, of `count` pictures evenly spaced in the split."""
+    for row in np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int):
+        yield load_images([str(index.samples[row].image_path)], image_size).numpy()
+
+
+def print_comparison(
+    graphs: dict[str, "ModelProto"], infos: dict[str, GraphInfo], index: DatasetIndex, image: Tensor
+) -> dict[str, EvaluationResult]:
+    """mAP on a dataset, milliseconds for one picture and megabytes, a row for each precision."""
+    data = {name: graph.SerializeToString() for name, graph in graphs.items()}
+    detectors = {name: OnnxDetector(open_session(data[name]), infos[name], name) for name in graphs}
+    size = infos["float32"].image_size
+    results = {
+        name: evaluate_model(detector, index, image_size=size, batch_size=8) for name, detector in detectors.items()
+    }
+    settings = dict(score_threshold=0.25, iou_threshold=0.7, max_detections=300)
+    run = lambda detector: lambda: detector.detect(detector(image), **settings)
+    seconds = rotate({name: run(detector) for name, detector in detectors.items()}, TIMED_ROUNDS)
+    print(f"{len(index)} pictures, {size} px, {torch.get_num_threads()} threads")
+    print(f"{'':<10}{'mAP50':>8}{'mAP50-95':>10}{'ms':>8}{'MB':>8}")
+    for name, result in results.items():
+        precisions = f"{result.numbers['mAP50']:8.4f}{result.numbers['mAP50-95']:10.4f}"
+        print(f"{name:<10}{precisions}{1000 * statistics.median(seconds[name]):8.1f}{len(data[name]) / 1e6:8.1f}")
+    return results
+
+
+def open_splits(args: argparse.Namespace, info: CheckpointInfo) -> tuple[DatasetIndex, DatasetIndex]:
+    """The pictures to calibrate on and those to measure on; UserError where their classes are not the model's."""
+    if len(args.calibrate) not in (2, 3) or args.calibrate[0] not in READERS:
+        raise UserError(f"--calibrate: found {' '.join(args.calibrate)!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
+    *place, split = args.calibrate if len(args.calibrate) == 3 else (*args.calibrate, "train")
+    calibration, test = open_dataset(*place, split), open_dataset(*place, args.test_split)
+    known = info.names if info.source == "ours" else range(len(info.names))
+    found = test.names if info.source == "ours" else range(len(test.names))
+    if tuple(known) != tuple(found):
+        raise UserError(f"{args.checkpoint}: has the classes {list(info.names)}, the dataset {list(test.names)}")
+    return calibration, test
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours, or a public one with --arch")
+    parser.add_argument("--arch", help="the model a public checkpoint is of, such as yolov8n")
+    parser.add_argument("--output", type=Path, help="default: the checkpoint's name with .onnx")
+    parser.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
+    parser.add_argument("--dynamic", action="store_true", help="any batch, height and width, not one square picture")
+    parser.add_argument("--with-nms", action="store_true", help="end in detections, not in boxes and scores")
+    parser.add_argument("--score-threshold", type=float, default=0.25, help="default of --with-nms (%(default)s)")
+    parser.add_argument("--nms-iou", type=float, default=0.7, help="default of --with-nms (%(default)s)")
+    parser.add_argument("--max-detections", type=int, default=300, help="default of --with-nms (%(default)s)")
+    parser.add_argument("--pictures", nargs="+", default=[], metavar="SOURCE", help="to check on; default: drawn ones")
+    parser.add_argument("--int8", action="store_true", help="write <name>.int8.onnx as well; needs --calibrate")
+    parser.add_argument(
+        "--calibrate", nargs="+", metavar="PART", help="|".join(READERS) + " ROOT [SPLIT], default split: train"
+    )
+    parser.add_argument("--calibration-pictures", type=int, default=100, help="at most (%(default)s)")
+    parser.add_argument("--test-split", default="test", help="to measure float32 and int8 on (%(default)s)")
+    args = parser.parse_args(argv)
+    args.output = args.output or args.checkpoint.with_suffix(SUFFIX)
+    if args.output.suffix.lower() != SUFFIX:
+        parser.error(f"--output: found {args.output}, expected a name ending in {SUFFIX}")
+    if args.image_size is not None and (args.image_size < SIZE_MULTIPLE or args.image_size % SIZE_MULTIPLE):
+        parser.error(f"--image-size: found {args.image_size}, expected a multiple of {SIZE_MULTIPLE}")
+    for name in ("max_detections", "calibration_pictures"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
+    if args.int8 != bool(args.calibrate):
+        parser.error("expected --int8 and --calibrate together")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, "export", "export.py")
+    model, said = checkpoint.load_model(args.checkpoint, args.arch)
+    check_exportable(model, said.arch)
+    splits = open_splits(args, said) if args.int8 else None
+    size, suppresses = args.image_size or said.image_size, not isinstance(model, RTDETR)
+    images = load_images(args.pictures, size)
+    model = fuse(model)
+
+    graphs = {"float32": onnx_graph.trace(model, size, dynamic=args.dynamic)}
+    if args.int8:
+        graphs["int8"] = quantize(graphs["float32"], calibration_images(splits[0], size, args.calibration_pictures))
+    infos, paths = {}, {"float32": args.output, "int8": args.output.with_suffix(f".int8{SUFFIX}")}
+    for name in graphs:
+        if args.with_nms:
+            graphs[name] = onnx_graph.append_selection(
+                graphs[name],
+                score_threshold=args.score_threshold,
+                iou_threshold=args.nms_iou if suppresses else 1.0,
+                max_detections=args.max_detections,
+            )
+        infos[name] = GraphInfo(said.arch, said.names, size, suppresses, name, said.source, commit())
+        onnx_graph.write_info(graphs[name], infos[name])
+
+    batches = check_batches(images, args.dynamic)
+    difference = compare(model, graphs["float32"], batches, suppresses=suppresses)
+    measured = f"boxes by at most {difference.boxes:.2g} px, scores by {difference.scores:.2g}"
+    if not difference.is_small():
+        raise UserError(
+            f"{args.output}: differs from PyTorch in {measured}, expected at most {BOX_TOLERANCE} px and "
+            f"{SCORE_TOLERANCE}; nothing was written"
+        )
+    print(f"{len(images)} pictures at {size} px: ONNX and PyTorch differ in {measured}")
+    for name, graph in graphs.items():
+        write_bytes(paths[name], graph.SerializeToString())
+        print(f"written: {paths[name]} ({said.arch}, {len(said.names)} classes, {name})")
+    if args.int8:
+        print_comparison(graphs, infos, splits[1], images[:1])
+
+
+if __name__ == "__main__":
+    run_script(main)

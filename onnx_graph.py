@@ -1,0 +1,248 @@
+"""A detector as an ONNX graph: its network and decoding, and on demand the choice of detections behind them.
+
+    images (B, 3, H, W) ── network ── decoding ── boxes_xyxy (B, A, 4), scores (B, A, K)
+                                                     └── selection ── boxes_xyxy (N, 4), scores, labels, image (N)
+
+torch.onnx translates what PyTorch computes; the selection is written down here, in ONNX's own text form. What a file is
+(architecture, classes, picture size, commit) stands in its metadata, so that nothing else has to travel with it.
+"""
+
+import json
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from errors import UserError, require
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, ValueInfoProto
+
+FORMAT = "1"  # of the metadata
+PREFIX = "retort."  # of the metadata's keys
+OPSET = 20
+SIZE_MULTIPLE = 32  # of H and W
+DETECTIONS = ("boxes_xyxy", "scores", "labels", "image")  # outputs of a graph with selection
+PREDICTIONS = ("boxes_xyxy", "scores")  # and of one without
+
+# kernels.nms.select_detections, for B images of A locations. Suppression leaves triples (image, class, location). They
+# are sorted image by image, best first, equal scores by location and then class (TopK keeps equal values in order, so
+# each sort refines the next), and the first max_detections of each image remain. All candidates enter suppression.
+SELECTION = f"""
+<ir_version: 10, opset_import: ["" : {OPSET}]>
+selection (float[batch, locations, 4] all_boxes_xyxy, float[batch, locations, classes] all_scores,
+           float score_threshold, float iou_threshold, int64 max_detections)
+    => (float[detections, 4] boxes_xyxy, float[detections] scores, int64[detections] labels, int64[detections] image)
+    <int64 zero = {{0}}, int64 one = {{1}}, int64 two = {{2}}, int64[1] first = {{0}}, int64[1] last = {{-1}},
+     int64[2] image_and_location = {{0, 2}}>
+{{
+    scores_by_class = Transpose <perm = [0, 2, 1]> (all_scores)
+    survivors = NonMaxSuppression (all_boxes_xyxy, scores_by_class, max_detections, iou_threshold, score_threshold)
+    survivors_shape = Shape (survivors)
+    count = Gather (survivors_shape, first)
+
+    all_scores_shape = Shape (all_scores)
+    num_classes = Gather (all_scores_shape, two)
+    location = Gather <axis = 1> (survivors, two)
+    class = Gather <axis = 1> (survivors, one)
+    before_location = Mul (location, num_classes)
+    pair = Add (before_location, class)
+    pair_sorted, by_pair = TopK <largest = 0> (pair, count)
+    survivors1 = Gather (survivors, by_pair)
+    scores1 = GatherND (scores_by_class, survivors1)
+    scores2, by_score = TopK (scores1, count)
+    survivors2 = Gather (survivors1, by_score)
+    image2 = Gather <axis = 1> (survivors2, zero)
+    image3, by_image = TopK <largest = 0> (image2, count)
+    survivors3 = Gather (survivors2, by_image)
+    scores3 = Gather (scores2, by_image)
+
+    batch = Gather (all_scores_shape, zero)
+    rows = Range (zero, batch, one)
+    rows_column = Unsqueeze (rows, last)
+    is_of_row = Equal (rows_column, image3)
+    is_of_row_number = Cast <to = 7> (is_of_row)
+    per_row = ReduceSum <keepdims = 0> (is_of_row_number, last)
+    starts = CumSum <exclusive = 1> (per_row, zero)
+    start = Gather (starts, image3)
+    count_number = Squeeze (count)
+    position = Range (zero, count_number, one)
+    rank = Sub (position, start)
+    is_kept = Less (rank, max_detections)
+
+    kept = Compress <axis = 0> (survivors3, is_kept)
+    scores = Compress <axis = 0> (scores3, is_kept)
+    image = Gather <axis = 1> (kept, zero)
+    labels = Gather <axis = 1> (kept, one)
+    place = Gather <axis = 1> (kept, image_and_location)
+    boxes_xyxy = GatherND (all_boxes_xyxy, place)
+}}
+"""
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What a file says about itself, as text in its metadata.
+
+    names: of the K classes. image_size: pixels, what the model was trained at, or the only size the file takes.
+    suppresses: whether the detector's boxes need suppression; RT-DETR's do not.
+    precision: float32 or int8. source: "ours" or "public", of the checkpoint it was made from.
+    """
+
+    arch: str
+    names: tuple[str, ...]
+    image_size: int
+    suppresses: bool
+    precision: str
+    source: str
+    commit: str | None
+
+
+class _Decoded(nn.Module):
+    """A detector whose output is what `decode` makes of it."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.detector.decode(self.detector(images))
+
+
+def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto":
+    """The graph from `images` to PREDICTIONS of a detector that has `decode`, in eval mode and on the CPU.
+
+    dynamic: B, H and W are free, H and W multiples of 32; otherwise 1, image_size and image_size. It is the model of
+    fusion.fuse that should be given. The graph names no file of the machine it was made on.
+    """
+    require("onnxscript", "export", "exporting")
+    shapes, images = None, torch.zeros(1, 3, image_size, image_size)
+    if dynamic:
+        # Sizes that differ from one another and from 1, or the tracer takes them for constants.
+        images = torch.zeros(2, 3, 10 * SIZE_MULTIPLE, 8 * SIZE_MULTIPLE)
+        rows, columns = torch.export.Dim("rows", min=1), torch.export.Dim("columns", min=1)
+        shapes = {"images": {0: torch.export.Dim("batch", min=1), 2: SIZE_MULTIPLE * rows, 3: SIZE_MULTIPLE * columns}}
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of packages that nothing here needs
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _Decoded(detector),
+                (images,),
+                input_names=["images"],
+                output_names=list(PREDICTIONS),
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    graph = program.model_proto
+    _forget_the_machine(graph)
+    sizes = ["batch", 3, "height", "width"] if dynamic else list(images.shape)
+    set_shape(graph.graph.input[0], sizes)
+    for output, last in zip(graph.graph.output, (4, detector.num_classes)):
+        set_shape(output, [sizes[0], "locations", last])
+    return graph
+
+
+def _forget_the_machine(model: "ModelProto") -> None:
+    """Drop the stack traces of every node, which hold paths, and the names the tracer gave to sizes."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+        value.doc_string = ""
+    del model.graph.value_info[:], model.graph.metadata_props[:], model.metadata_props[:], model.functions[:]
+    model.graph.doc_string = model.doc_string = ""
+    model.graph.name = "detector"
+
+
+def set_shape(value: "ValueInfoProto", sizes: list[int | str]) -> None:
+    """Fixed sizes as numbers, free ones as names."""
+    del value.type.tensor_type.shape.dim[:]
+    for size in sizes:
+        dimension = value.type.tensor_type.shape.dim.add()
+        if isinstance(size, str):
+            dimension.dim_param = size
+        else:
+            dimension.dim_value = size
+
+
+def append_selection(
+    model: "ModelProto", *, score_threshold: float, iou_threshold: float, max_detections: int
+) -> "ModelProto":
+    """A graph that ends in PREDICTIONS -> one that ends in DETECTIONS: flat rows, image by image, best first.
+
+    boxes_xyxy (N, 4) float32, scores (N,) float32, labels (N,) and image (N,) int64, the row of the batch. The three
+    arguments are inputs of the graph with these values as their defaults, scalars, so that a caller may leave them out.
+    An iou_threshold of 1 suppresses nothing.
+    """
+    import onnx
+    from onnx import compose, numpy_helper, parser
+
+    network = onnx.ModelProto()
+    network.CopyFrom(model)
+    selection = parser.parse_model(SELECTION)
+    for name in PREDICTIONS:
+        _rename(network.graph, name, f"all_{name}")
+    graph = compose.merge_graphs(
+        network.graph, selection.graph, io_map=[(f"all_{name}", f"all_{name}") for name in PREDICTIONS]
+    )
+    graph.name = "detector"
+    defaults = {
+        "score_threshold": np.array(score_threshold, np.float32),
+        "iou_threshold": np.array(float32_at_most(iou_threshold)),
+        "max_detections": np.array(max_detections, np.int64),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in defaults.items())
+    network.graph.CopyFrom(graph)
+    onnx.checker.check_model(network)
+    return network
+
+
+def _rename(graph: "GraphProto", old: str, new: str) -> None:
+    """Give an output of a graph, and the value it is, another name."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new if name == old else name for name in names]
+    for output in graph.output:
+        output.name = new if output.name == old else output.name
+
+
+def float32_at_most(value: float) -> np.float32:
+    """The largest float32 <= value: an IoU in float32 is above `value` exactly when it is above this."""
+    rounded = np.float32(value)
+    return rounded if rounded <= value else np.nextafter(rounded, np.float32(-np.inf))
+
+
+def write_info(model: "ModelProto", info: GraphInfo) -> None:
+    """Add the metadata that read_info reads: one entry a field, and the format."""
+    from onnx import helper
+
+    entries = {f"{PREFIX}format": FORMAT}
+    entries |= {PREFIX + name: json.dumps(value, ensure_ascii=False) for name, value in asdict(info).items()}
+    helper.set_model_props(model, entries)
+    model.producer_name = "retort"
+
+
+def read_info(entries: dict[str, str], path: object) -> GraphInfo:
+    """The info in a file's metadata. UserError where it is not one that export.py wrote."""
+    found = entries.get(f"{PREFIX}format")
+    if found is None:
+        raise UserError(f"{path}: its metadata has no entry '{PREFIX}format', expected a file that export.py wrote")
+    if found != FORMAT:
+        raise UserError(f"{path}: found metadata of format {found!r}, this code reads {FORMAT!r}")
+    try:
+        fields = {name: json.loads(entries[PREFIX + name]) for name in GraphInfo.__dataclass_fields__}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its metadata is damaged: {error}") from None
+    return GraphInfo(**fields | {"names": tuple(fields["names"])})
