@@ -148,8 +148,10 @@ class FasterRCNN(nn.Module):
         """The second stage on B tensors (N_b, 4) of xyxy pixels: class_logits (N, 1 + K), box_deltas (N, 1 + K, 4).
 
         N = sum N_b, image by image; the background in column 0. Gradients flow into the features, not into the boxes.
-        Runs in the precision of the maps: under autocast's where `forward` did.
+        Runs in the precision of the maps: in autocast's where `forward` did. ValueError for another number of images.
         """
+        if len(boxes_per_image) != len(output.objectness_logits):
+            raise ValueError(f"boxes of {len(boxes_per_image)} images, expected {len(output.objectness_logits)} images")
         names = [level for level in self.levels if level != "p6"]
         maps, strides = [output.features[name] for name in names], [self.strides[name] for name in names]
         boxes_xyxy = torch.cat(boxes_per_image).to(output.anchors_xyxy)
