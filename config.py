@@ -38,6 +38,8 @@ class ModelConfig:
     arch: str
     weights: str | None = None  # a public checkpoint, or a checkpoint of ours
     backbone_weights: str | None = None  # an ImageNet file for a Faster R-CNN's backbone, or a folder of them
+    trainable_stages: int | None = None  # of a Faster R-CNN's backbone, the deepest ones learn; None: all
+    frozen_norms: bool = False  # its backbone's BatchNorms keep their statistics, gamma and beta, for small batches
     new_head: bool = False  # let a class head of another size start fresh
 
 

@@ -24,7 +24,8 @@ from datasets.scan import ScanReport, check, scan
 from distill.criterion import Criterion
 from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
-from frcnn.pretrained import load_backbone
+from frcnn.norm import freeze_norms
+from frcnn.pretrained import freeze, load_backbone
 from optimization import Ema, build_optimizer, set_rates
 from processes import Processes, use_bfloat16
 from structures import Targets
@@ -281,7 +282,25 @@ def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:
         checkpoint.load_into(student, config.student.weights, new_head=config.student.new_head)
     if config.student.backbone_weights is not None:
         start_backbone(student, config.student)
+    freeze_backbone(student, config.student)
     return student
+
+
+def freeze_backbone(student: nn.Module, settings: ModelConfig) -> None:
+    """What of a Faster R-CNN's backbone does not learn, as the config says."""
+    for key, is_given in (
+        ("trainable_stages", settings.trainable_stages is not None),
+        ("frozen_norms", settings.frozen_norms),
+    ):
+        if is_given and not isinstance(student, FasterRCNN):
+            raise UserError(f"key 'student.{key}': {settings.arch} learns as a whole, expected none")
+    if settings.trainable_stages is not None:
+        try:
+            freeze(student.backbone, settings.trainable_stages)
+        except ValueError as error:
+            raise UserError(f"key 'student.trainable_stages': {error}") from None
+    if settings.frozen_norms:
+        freeze_norms(student.backbone)
 
 
 def start_backbone(student: nn.Module, settings: ModelConfig) -> None:

@@ -114,6 +114,28 @@ def test_a_backbone_starts_from_an_imagenet_file(data, tmp_path):
     assert all(torch.equal(value, built[name]) for name, value in donor.state_dict().items())
 
 
+def test_frozen_stages_and_norms_stay_while_the_rest_learns(data, tmp_path):
+    student = {"arch": "fasterrcnn_resnet18", "trainable_stages": 2, "frozen_norms": True}
+    config = tiny_config(data, tmp_path / "runs", student=student, optimizer=SGD, epochs=1)
+    torch.manual_seed(config.seed)
+    before = models.build("fasterrcnn_resnet18", 2).state_dict()
+    train.run(config, quiet=True)
+    after = checkpoint.load(tmp_path / "runs" / "tiny" / "weights" / "last.pt")["model"]
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert all(
+        name in same for name in before if name.startswith(("backbone.stem", "backbone.stage2", "backbone.stage3"))
+    )
+    assert not any(name in same for name in before if name.startswith("backbone.stage5") and "conv.weight" in name)
+    assert all(name in same for name in before if name.startswith("backbone") and "running" in name)
+    assert not all(name in same for name in before if name.startswith("rpn."))
+    for changes, message in (
+        (dict(student=student | {"trainable_stages": 9}), "9 trainable stages: expected 0 to 5"),
+        (dict(student={"arch": "yolov8n", "frozen_norms": True}), "frozen_norms': yolov8n learns as a whole"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.run(tiny_config(data, tmp_path / "refused", **changes), quiet=True)
+
+
 def public_state(backbone: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Its entries under the names of the released file, its table read from right to left."""
     rows = [(old, new) for old, new in backbone.public_layouts[0].table if new is not None]
