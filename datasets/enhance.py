@@ -11,8 +11,8 @@ on the values as stored (gamma-encoded), not on linear light. `enhance` applies 
     sharpen              unsharp masking
 
 Deliberate differences: the bilateral filter measures colour distance in RGB, not in CIELAB; white patch takes a high
-percentile instead of the maximum, so that a few hot pixels do not decide; CLAHE reflects a picture only as far as it has
-to (OpenCV, where only one side does not divide into tiles, extends the other one too).
+percentile instead of the maximum, so that a few hot pixels do not decide; CLAHE reflects a picture only as far as it
+has to (OpenCV, where only one side does not divide into tiles, extends the other one too).
 """
 
 import math
@@ -143,12 +143,13 @@ def equalize_plane(plane: np.ndarray, *, clip_limit: float, tiles: int) -> np.nd
 
     A tile of n pixels with the histogram h_v, v = 0..255, has the limit l = max(1, floor(clip_limit n / 256)):
 
-        T(v) = round(255 / n sum_{u <= v} g_u),    g_v = min(h_v, l) + floor(e / 256) + r_v,    e = sum_v max(h_v - l, 0)
+        g_v  = min(h_v, l) + floor(e / 256) + r_v,    e = sum_v max(h_v - l, 0)
+        T(v) = round(255 / n sum_{u <= v} g_u)
 
-    r_v spreads the remaining m = e mod 256 counts, one each, over the levels 0, s, 2 s, ... with s = max(1, floor(256 /
-    m)). A pixel is looked up in the T of the four tiles whose centers are around it, and the four values are interpolated
-    bilinearly; beyond the outermost centers the nearest ones count. A picture that does not divide into
-    tiles is reflected beyond its right and lower edges (without repeating the edge) for the histograms.
+    r_v spreads the remaining m = e mod 256 counts, one each, over the levels 0, s, 2 s, ... with s = floor(256 / m).
+    A pixel is looked up in the T of the four tiles whose centers are around it, and the four values are interpolated
+    bilinearly; beyond the outermost centers the nearest ones count. A picture that does not divide into tiles is
+    reflected beyond its right and lower edges (without repeating the edge) for the histograms.
 
     ValueError where clip_limit is not above 0 or tiles less than 1.
     """

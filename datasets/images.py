@@ -8,6 +8,7 @@ Every limit is checked here rather than by turning Pillow's warnings into errors
 whole process, and pictures are read in threads. A truncated file is an error, never filled up with grey.
 """
 
+import io
 import struct
 import warnings
 from pathlib import Path
@@ -38,7 +39,16 @@ _TRANSPOSE = {
 
 def read_image(path: str | Path) -> np.ndarray:
     """The upright picture, uint8 (H, W, 3) RGB, contiguous. UserError names the file and the class of its fault."""
-    image = _open(path)
+    return _decode(_open(path), path)
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """As read_image, of a file in memory, which errors call `name`; no temporary file is made of it."""
+    return _decode(_open(name, data, max_pixels), name)
+
+
+def _decode(image: Image.Image, path: str | Path) -> np.ndarray:
+    """The pixels as read_image returns them; `image` is closed."""
     try:
         if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I
             grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
@@ -117,21 +127,22 @@ def find_picture(folder: Path, stem: str) -> Path | None:
     return None
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(path: str | Path, data: bytes | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The header of a file, or of its bytes where they are given."""
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: too large, expected a picture of at most {MAX_PIXELS:,} pixels") from None
+        raise UserError(f"{path}: too large, expected a picture of at most {max_pixels:,} pixels") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, expected a picture") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder, expected a picture") from None
     except Exception as error:  # UnidentifiedImageError, or what a header parser trips over
-        raise UserError(f"{path}: {_open_fault(path, error)}") from None
-    if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"{path}: {_open_fault(path, error) if data is None else _fault(data[:512], error)}") from None
+    if image.width * image.height > max_pixels:
         image.close()
         raise UserError(
-            f"{path}: too large, {image.width} x {image.height}, expected a picture of at most {MAX_PIXELS:,} pixels"
+            f"{path}: too large, {image.width} x {image.height}, expected a picture of at most {max_pixels:,} pixels"
         )
     return image
 
@@ -143,6 +154,11 @@ def _open_fault(path: str | Path, error: Exception) -> str:
             start = file.read(512)
     except OSError as unreadable:
         return unreadable.strerror or str(unreadable)
+    return _fault(start, error)
+
+
+def _fault(start: bytes, error: Exception) -> str:
+    """The same, of the first bytes of a file."""
     expected = "expected a JPEG, PNG, BMP or WebP picture"
     if not start:
         return f"empty file, {expected}"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets import images
-from datasets.images import exif_orientation, find_picture, read_header, read_image, read_size, turn_boxes
+from datasets.images import decode_image, exif_orientation, find_picture, read_header, read_image, read_size, turn_boxes
 from errors import UserError
 
 HEIGHT, WIDTH = 40, 64
@@ -216,3 +216,34 @@ def test_grey_photos_of_the_datasets(shared_data):
         with Image.open(shared_data / name) as image:
             assert image.mode == "L"
         assert read_image(shared_data / name).shape[2] == 3
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
+def test_bytes_decode_as_the_file_does(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    save_with_orientation(path, 6)
+    np.testing.assert_array_equal(decode_image(path.read_bytes(), "upload"), read_image(path))
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (b"", "upload: empty file, expected a JPEG"),
+        (b"<html>not found", "upload: HTML or XML text"),
+        (b"\x89PNG\r\n\x1a\n", "upload: truncated or broken header"),
+        (b"%PDF-1.7 and more", "upload: not a picture"),
+    ],
+)
+def test_bytes_that_are_no_picture(data, expected):
+    with pytest.raises(UserError, match=expected):
+        decode_image(data, "upload")
+
+
+def test_bytes_of_a_truncated_and_of_a_large_picture(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)).save(file, "JPEG")
+    with pytest.raises(UserError, match="upload: truncated picture"):
+        decode_image(file.getvalue()[:-200], "upload")
+    with pytest.raises(UserError, match=r"upload: too large, 64 x 40, expected a picture of at most 2,559 pixels"):
+        decode_image(file.getvalue(), "upload", max_pixels=2559)
+    assert decode_image(file.getvalue(), "upload", max_pixels=2560).shape == (40, 64, 3)
