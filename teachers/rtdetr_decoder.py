@@ -1,6 +1,6 @@
 """The decoder of RT-DETR (arXiv:2304.08069): encoder cells become queries, queries become boxes, layer by layer.
 
-    p3, p4, p5 ── 1x1 ── memory ── the best Q cells ── queries, boxes ── [layer ── refine boxes] x L ── boxes, logits
+    p3, p4, p5 ── 1x1 ── memory ── the best Q cells ── queries, boxes ── (layer ── refine) repeated ── boxes, logits
 
 Queries are selected by the class scores of the memory (section 4.3). A layer is self-attention among the queries,
 deformable attention into the memory (arXiv:2010.04159) and a network per query; after each, the boxes are refined by
