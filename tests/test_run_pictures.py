@@ -125,3 +125,13 @@ def test_the_adapted_map_is_shown_before_the_teachers(parts, monkeypatch):
 def read(sample):
     with Image.open(sample.image_path) as picture:
         return np.array(picture.convert("RGB"))
+
+
+def test_without_tensorboard_no_picture_is_made(tmp_path):
+    def never():
+        raise AssertionError
+
+    log = train.ScalarLog(tmp_path, enabled=False)
+    log.add_pictures(never, 1)
+    log.close()
+    assert not list(tmp_path.iterdir())
