@@ -17,6 +17,8 @@ and an entry of W is the product of the weights of its row and column, each a me
 
 As the public detectors with `aligned=False` (torchvision's Faster R-CNN): a box's corner x1 / stride is the place of a
 pixel's center, half a pixel off the true one, and boxes narrower than one pixel of their map are widened to one.
+
+On a CUDA device kernels.roi_align_triton makes the same sums without the matrix, see kernels.backend.
 """
 
 import math
@@ -24,6 +26,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.backend import use_triton
+from kernels.roi_align_triton import roi_align_triton
 
 CANONICAL_LEVEL, CANONICAL_SIZE = 4, 224  # a box of 224 x 224 pixels is pooled from p4, at stride 2^4
 
@@ -64,6 +69,10 @@ def roi_align(
     Sums are float32 for maps of half precision, and the result has the maps' dtype. N may be 0. Boxes of no or negative
     size are pooled as boxes of one pixel of their map; non-finite ones give 0.
     """
+    unsupported = "the maps are float64, expected float32 or narrower" if maps[0].dtype == torch.float64 else None
+    if use_triton("roi_align", *maps, boxes_xyxy, image, level, unsupported=unsupported):
+        if len(boxes_xyxy) and all(m.numel() for m in maps):
+            return roi_align_triton(maps, boxes_xyxy, image, level, strides, output_size, samples)
     rows = pixel_rows(maps)
     matrix = _pooling_matrix(
         [m.shape for m in maps], boxes_xyxy.to(rows.dtype), image, level, strides, output_size, samples
