@@ -5,6 +5,9 @@
     python eval.py MODEL.onnx ...                              the same with a file of export.py
     python eval.py --ground-truth GT --detections DT           no model
 
+Where the model's classes are not the dataset's, those that mean the same are evaluated, and what became of every class
+is printed: class_names.py has the rules, --class-map changes them, cross_dataset.py says what happens to the rest.
+
 GT is a COCO JSON file, a folder of Pascal VOC XML files or a folder of text files; DT a COCO results file or a folder
 of text files, one per image: metrics.files says how they are read. Printed are the numbers of the protocol, AP at each
 IoU threshold, and the table of classes; --json writes all of it.
@@ -22,7 +25,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +33,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from class_names import ClassMap, read_class_map
 from config import load_config
+from cross_dataset import on_common_classes
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
 from datasets.open import READERS, open_dataset
@@ -56,6 +61,7 @@ class EvaluationResult:
     ap_result: the CocoResult or VocResult.
     ap50, ap (K,): AP of each class at IoU 0.5 and over the IoU thresholds; -1 for a class without objects.
     seconds: of "loading", "inference" (with NMS) and "metrics"; the first two 0 without a model.
+    class_map: where the model's classes had to be brought to the dataset's.
     """
 
     protocol: Protocol
@@ -64,6 +70,7 @@ class EvaluationResult:
     ap_result: coco.CocoResult | voc.VocResult
     report: report.DetectionReport
     seconds: dict[str, float]
+    class_map: ClassMap | None = None
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -97,7 +104,7 @@ class EvaluationResult:
     def text(self) -> str:
         """What eval.py prints."""
         best, given = self.report.best, self.report.given
-        lines = []
+        lines = [] if self.class_map is None else [*self.class_map.lines(), ""]
         if isinstance(self.ap_result, coco.CocoResult):
             lines += [coco.format_numbers(self.ap_result), coco.format_per_iou(self.ap_result)]
         else:
@@ -122,6 +129,7 @@ class EvaluationResult:
             rows[name] = own | at_best | rows[name]
         return {
             "protocol": self.protocol,
+            "class_map": self.class_map and self.class_map.to_tree(),
             "images": self.ground_truth.num_images,
             "detections": len(self.detections),
             "numbers": {name: _plain(value) for name, value in self.numbers.items()},
@@ -357,8 +365,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     index = open_dataset(*dataset)
     device = choose_device(settings["device"])
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=settings["precision"])
-    if info.source == "ours" and tuple(info.names) != tuple(index.names):
-        raise UserError(f"{args.checkpoint}: has the classes {list(info.names)}, the dataset {list(index.names)}")
+    model, index, class_map = on_common_classes(model, index, info.names, read_class_map(args.class_map))
     result = evaluate_model(
         model,
         index,
@@ -379,7 +386,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     if args.save_detections:
         ids = [sample.image_id for sample in index.samples]
         write_coco_detections(args.save_detections, result.detections, ids, index.category_ids)
-    return result
+    return replace(result, class_map=class_map)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -404,6 +411,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--score-threshold", type=float, help="detections below are dropped (0.001)")
     model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression (0.7)")
     model.add_argument("--max-detections", type=int, help="per image (300)")
+    model.add_argument("--class-map", action="append", default=[], metavar="A=B", help="dataset's A is model's B")
     model.add_argument("--save-detections", metavar="FILE", help="write them as COCO results")
 
     files = parser.add_argument_group("without a model")

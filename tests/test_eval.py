@@ -260,6 +260,12 @@ def test_checkpoint_on_a_dataset(tmp_path, capsys):
     arguments = [str(weights), "--config", str(config), "evaluation.max_detections=50"]
     evaluation.main([*arguments, "evaluation.score_threshold=0.0001", "--json", str(out)])
     assert json.loads(out.read_text())["detections"] == tree["detections"]
+    # Classes in another order are found by name; others are refused.
+    first = {(row["category_id"], row["score"]) for row in json.loads(found.read_text())}
     checkpoint.save(weights, state | {"names": ("red", "green")})
-    with pytest.raises(UserError, match=r"has the classes \['red', 'green'\], the dataset \['green', 'red'\]"):
+    evaluation.main([str(weights), "yolo", str(root), "test", *settings, "--save-detections", str(found)])
+    assert {(1 - row["category_id"], row["score"]) for row in json.loads(found.read_text())} == first
+    assert "2 of the model, 2 evaluated: green, red" in capsys.readouterr().out
+    checkpoint.save(weights, state | {"names": ("blue", "violet")})
+    with pytest.raises(UserError, match="no class in common: the dataset has green, red; the model has blue, violet"):
         evaluation.main([str(weights), "yolo", str(root), "test", *settings])
