@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import models
 import weights
+from class_names import released_names
 from errors import UserError
 
 FORMAT = 1
@@ -42,7 +43,10 @@ PUBLIC_IMAGE_SIZE = 640  # of a public file that does not say
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a weights file says about its model. A public file that does not say has names "0", "1", ..."""
+    """What a weights file says about its model.
+
+    names: where a public file has none, those of class_names.released_names, else "0", "1", ...
+    """
 
     arch: str
     names: tuple[str, ...]
@@ -213,7 +217,9 @@ def load_into(model: nn.Module, path: str | Path, *, new_head: bool = False) -> 
 
 def _load_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
     state, said = weights.read_state_dict(path)
-    names = said.names or tuple(map(str, range(count_classes(state, arch, path))))
+    if not (names := said.names):
+        count = count_classes(state, arch, path)
+        names = released_names(arch, count) or tuple(map(str, range(count)))
     model = models.build(arch, len(names))
     weights.load_public(model, state)
     return model, CheckpointInfo(arch, names, said.image_size or PUBLIC_IMAGE_SIZE, source="public")

@@ -5,8 +5,9 @@
 Sizes and hashes are checked where they are publicly known: VOC's MD5 sums are those torchvision publishes, sizes and
 the SHA-256 sums of COCO and KITTI those TensorFlow Datasets publishes, the vocabulary's is of the file in the released
 code. Of the weights, CLIP's address holds the hash and the names of torchvision's and DeiT's files its first digits;
-DINOv2's is what others recorded. For BCCD, an archive made on demand, nothing is published: the digest of the first
-download is recorded, and a later one that differs is refused.
+DINOv2's is what others recorded. For BCCD, an archive made on demand, and for the weights of detectors no digest is
+known here: that of the first download is recorded, and a later one that differs is refused. The name of torchvision's
+detector holds the first digits of its own, which are checked when it is read.
 
 An interrupted download goes on where it stopped (HTTP Range), if its size and hash are known: without one nothing could
 notice a file of two halves, and it starts again. Archives and manifest.json (url, bytes, sha256 of each) are kept in
@@ -124,6 +125,8 @@ WEIGHTS = {
         10306551, "sha256:047dcff4addef86ea5bc2eff13c9614dc11f47ab1160d0a71a25e7db994f4e1f"),
     "deit_tiny": Archive("https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
         digest="sha256:a1311bcf4f24e3c95adaa75535db67bc4412d95535b98f7c1dfd1164dda41c97"),
+    "rtdetr_x": Archive("https://github.com/ultralytics/assets/releases/download/v8.3.0/rtdetr-x.pt"),
+    "fasterrcnn_resnet50": Archive("https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"),
 }
 # fmt: on
 DATASETS |= {name: PublicDataset((file,), f"weights/{name}") for name, file in WEIGHTS.items()}
