@@ -10,6 +10,8 @@ torch.onnx translates what PyTorch computes; the selection is written down here,
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -126,24 +128,17 @@ def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto
         images = torch.zeros(2, 3, 10 * SIZE_MULTIPLE, 8 * SIZE_MULTIPLE)
         rows, columns = torch.export.Dim("rows", min=1), torch.export.Dim("columns", min=1)
         shapes = {"images": {0: torch.export.Dim("batch", min=1), 2: SIZE_MULTIPLE * rows, 3: SIZE_MULTIPLE * columns}}
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of packages that nothing here needs
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                _Decoded(detector),
-                (images,),
-                input_names=["images"],
-                output_names=list(PREDICTIONS),
-                dynamic_shapes=shapes,
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-    finally:
-        logger.setLevel(level)
+    with without_warnings(), torch.no_grad():
+        program = torch.onnx.export(
+            _Decoded(detector),
+            (images,),
+            input_names=["images"],
+            output_names=list(PREDICTIONS),
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
     graph = program.model_proto
     _forget_the_machine(graph)
     sizes = ["batch", 3, "height", "width"] if dynamic else list(images.shape)
@@ -151,6 +146,19 @@ def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto
     for output, last in zip(graph.graph.output, (4, detector.num_classes)):
         set_shape(output, [sizes[0], "locations", last])
     return graph
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """The libraries around ONNX warn of packages that nothing here needs, and of their own old calls."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _forget_the_machine(model: "ModelProto") -> None:

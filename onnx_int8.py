@@ -4,7 +4,6 @@ Weights become int8, per output channel; activations uint8, per tensor, over the
 pictures. Decoding stays float32: a pixel of a 640 px picture does not fit into 8 bits, and there is little to gain.
 """
 
-import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from errors import require
+from onnx_graph import without_warnings
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -41,25 +41,20 @@ def quantize(model: "ModelProto", images: Iterable[np.ndarray]) -> "ModelProto":
 
     quantization = require("onnxruntime.quantization", "export", "quantization")
     model = onnx.shape_inference.infer_shapes(model)
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # it advises a preparation that a traced graph has behind it
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "int8.onnx"
-            quantization.quantize_static(
-                model,
-                path,
-                _Reader(images),
-                quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=list(OPERATORS),
-                nodes_to_exclude=decoding_nodes(model),
-                per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-            )
-            return onnx.load(path)
-    finally:
-        logging.root.setLevel(level)
+    with without_warnings(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantization.quantize_static(
+            model,
+            path,
+            _Reader(images),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=list(OPERATORS),
+            nodes_to_exclude=decoding_nodes(model),
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        return onnx.load(path)
 
 
 def decoding_nodes(model: "ModelProto") -> list[str]:

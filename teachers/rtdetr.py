@@ -103,7 +103,9 @@ class RTDETR(nn.Module):
             return RTDETROutput(features, None, None, image_size)
         boxes, query_logits = self.decoder([features["p3"], features["p4"], features["p5"]])
         height, width = image_size
-        boxes_xyxy = cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
+        x1, y1, x2, y2 = cxcywh_to_xyxy(boxes).unbind(-1)
+        # Not times a tensor made of the four sides, which torch.export would keep as constants.
+        boxes_xyxy = torch.stack((x1 * width, y1 * height, x2 * width, y2 * height), dim=-1)
         return RTDETROutput(features, boxes_xyxy, query_logits, image_size)
 
     def decode(self, output: RTDETROutput) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,8 @@ def make_anchors(
         p, s = make_points([grid], [stride], anchors.device, anchors.dtype)  # (h * w, 2), (h * w, 1)
         points.append(p.repeat(n, 1))
         steps.append(s.repeat(n, 1))
-        sizes.append(anchors[level].repeat_interleave(len(p), dim=0))
+        # Not len(p), which is a constant to torch.export.
+        sizes.append(anchors[level][:, None].expand(-1, grid[0] * grid[1], -1).reshape(-1, 2))
     return torch.cat(points), torch.cat(steps), torch.cat(sizes)
 
 
