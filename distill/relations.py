@@ -70,7 +70,7 @@ def instance_distance(*, s_features: Tensor, t_features: Tensor, image: Tensor) 
     with torch.autocast(s_features.device.type, enabled=False):
         scaled = []
         for features in (s_features, t_features.detach()):
-            distances = distance_matrix(features.to(dtype).flatten(1)) * related  # (N, N)
+            distances = distance_matrix(features.to(dtype).flatten(1), image) * related  # (N, N)
             total = distances.sum()
             scaled.append(distances * (count / torch.where(total > 0, total, 1)))
         return F.smooth_l1_loss(*scaled, reduction="sum") / count
@@ -98,15 +98,18 @@ def pool_boxes(
     y = (y * (h / height) - 0.5).clamp(0, h - 1)
     x0, y0 = x.floor().long(), y.floor().long()
     x1, y1 = (x0 + 1).clamp(max=w - 1), (y0 + 1).clamp(max=h - 1)
-    right, down = (x - x0)[:, None, :, None], (y - y0)[:, :, None, None]  # (N, 1, size, 1), (N, size, 1, 1)
-    rows = feature_map.permute(0, 2, 3, 1).reshape(-1, c)  # (B*H*W, C)
+    right, down = (x - x0)[:, None, :], (y - y0)[:, :, None]  # (N, 1, size), (N, size, 1)
+    rows = feature_map.permute(0, 2, 3, 1).reshape(-1, c).to(boxes.dtype)  # (B*H*W, C)
 
     def at(row: Tensor, column: Tensor) -> Tensor:
-        return rows[(image[:, None, None] * h + row[:, :, None]) * w + column[:, None, :]]  # (N, size, size, C)
+        return (image[:, None, None] * h + row[:, :, None]) * w + column[:, None, :]  # (N, size, size)
 
-    above = at(y0, x0) * (1 - right) + at(y0, x1) * right
-    below = at(y1, x0) * (1 - right) + at(y1, x1) * right
-    return (above * (1 - down) + below * down).permute(0, 3, 1, 2)
+    index = torch.stack([at(y0, x0), at(y0, x1), at(y1, x0), at(y1, x1)], dim=-1)  # (N, size, size, 4)
+    weight = [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right]
+    weight = torch.stack(weight, dim=-1)
+    # One sparse weighted sum: neither it nor its gradient makes four copies of the features.
+    pooled = F.embedding_bag(index.flatten(0, 2), rows, mode="sum", per_sample_weights=weight.flatten(0, 2))
+    return pooled.view(len(boxes), size, size, c).permute(0, 3, 1, 2)
 
 
 def node_cosines(nodes: Tensor) -> Tensor:
@@ -115,9 +118,22 @@ def node_cosines(nodes: Tensor) -> Tensor:
     return units.transpose(1, 2) @ units
 
 
-def distance_matrix(rows: Tensor) -> Tensor:
-    """(N, D) -> Euclidean distances (N, N), with gradient 0 between equal rows.
+def distance_matrix(rows: Tensor, image: Tensor) -> Tensor:
+    """(N, D) -> Euclidean distances (N, N) of the rows of each image, 0 elsewhere, with gradient 0 between equal rows.
 
-    From differences, not from products: near-equal rows of large numbers would lose all digits in float32.
+    By products, |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which is ten times as fast as by differences; of rows less their
+    mean, so that large numbers do not cost the digits of what is near. What rounding leaves of equal rows counts as 0.
     """
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    if len(rows) == 0:
+        return rows @ rows.T
+    distances = rows.new_zeros(len(rows), len(rows))
+    for number in image.unique().tolist():
+        (own,) = (image == number).nonzero(as_tuple=True)
+        centred = rows[own] - rows[own].detach().mean(0)
+        products = centred @ centred.T
+        length = products.diagonal()
+        square = length[:, None] + length - 2 * products
+        differ = square > 64 * torch.finfo(rows.dtype).eps * (length[:, None] + length)
+        block = torch.where(differ, square, 1).sqrt() * differ
+        distances = distances.index_put((own[:, None], own), block)
+    return distances

@@ -53,10 +53,13 @@ READINGS = {
 }
 
 
-def _related_objects(*, s_map: Tensor, t_map: Tensor, scene: Scene) -> Tensor:
-    """relations.instance_distance between the batch's objects, each as the maps have it inside its box."""
+def _related_objects(*, s_map: Tensor, t_map: Tensor, scene: Scene, size: int = 3) -> Tensor:
+    """relations.instance_distance between the batch's objects, as the maps have them at size x size points.
+
+    With GID's 7 x 7 points, crowded pictures cost more than the models.
+    """
     rows = objects(scene.targets)
-    where = dict(boxes_xyxy=rows.boxes_xyxy, image=rows.image, image_size=scene.image_size)
+    where = dict(boxes_xyxy=rows.boxes_xyxy, image=rows.image, image_size=scene.image_size, size=size)
     s_features, t_features = pool_boxes(s_map, **where), pool_boxes(t_map, **where)
     return instance_distance(s_features=s_features, t_features=t_features, image=rows.image)
 

@@ -147,7 +147,7 @@ CASES = [
             "distances not scaled": Edit("distances * (count / torch.where(total > 0, total, 1))", "distances"),
             "scaled by the teacher's mean": Edit(
                 "scaled.append(distances *",
-                "total = distance_matrix(t_features.flatten(1)).mul(related).sum(); scaled.append(distances *",
+                "total = distance_matrix(t_features.flatten(1), image).mul(related).sum(); scaled.append(distances *",
             ),
             "pairs across images": Edit(
                 "(image[:, None] == image[None, :])", "torch.ones(len(image), len(image), dtype=bool)"
@@ -155,8 +155,8 @@ CASES = [
             "every pair twice": Edit(".triu(1)", ""),
             "nan for equal rows": Edit("torch.where(total > 0, total, 1)", "total"),
             "squared distances": Edit(
-                "distance_matrix(features.to(dtype).flatten(1))",
-                "distance_matrix(features.to(dtype).flatten(1)).square()",
+                "distance_matrix(features.to(dtype).flatten(1), image)",
+                "distance_matrix(features.to(dtype).flatten(1), image).square()",
             ),
             "teacher learns": Edit("t_features.detach()", "t_features"),
         },
