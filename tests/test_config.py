@@ -56,7 +56,7 @@ def test_round_trip(write):
         ("compile: 1", "key 'compile': found 1, expected true or false"),
         ("device: 0", "key 'device': found 0, expected text"),
         ("terms: {}", "key 'terms': found {}, expected a list"),
-        ("terms: [{teacher: t, loss: mse, weight: 1}]", "key 'terms.0.student_maps' is missing"),
+        ("terms: [{teacher: t, loss: mse}]", "key 'terms.0.weight' is missing"),
         ("terms: [3]", "terms.0: found 3, expected keys and values"),
         ("seed: ", "key 'seed': found None, expected an integer"),
     ],
