@@ -1,0 +1,285 @@
+"""The demo in a browser: a picture, its enhanced twin, and what two models find in it.
+
+    make app                        after `make demo`; the page is at http://localhost:8501
+    streamlit run app.py            the same, in an environment with requirements-app.txt
+
+It shows the runs below runs/. The server listens on localhost alone and takes files of at most 10 MB
+(.streamlit/config.toml; `--server.address` says otherwise); pictures may have 24 megapixels. An uploaded picture stays
+in memory and goes with the session.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+import torch
+from PIL import Image
+from starlette.formparsers import MultiPartParser
+from torch import nn
+
+import app_pictures
+import app_runs
+import checkpoint
+from app_pictures import MAX_MEGABYTES, MAX_MEGAPIXELS
+from app_runs import Result, Run
+from checkpoint import CheckpointInfo
+from datasets.enhance import Enhancement, enhance
+from datasets.images import SUFFIXES, read_image
+from errors import UserError
+from processes import choose_device
+
+RUNS = Path("runs")
+BUILT_IN, FROM_RUN, UPLOAD = "built in", "test split", "upload"
+GREY_WORLD, WHITE_PATCH = "grey world", "white patch"
+
+EXPLANATION = """
+A small detector, the **student**, is trained on labelled pictures. With *distillation* it also has to agree with a
+larger or longer-trained **teacher**, whose weights stay as they are:
+
+    loss = detection losses(student, labels) + sum of weight x loss(student, teacher)
+
+A teacher says more than the labels do: how sure it is, what a thing resembles, where it looked. Adapters that bring the
+student's maps to the teacher's width learn with it and are thrown away at the end: what ships is the student alone, as
+large and as fast as one that never had a teacher. Whether it was worth it is for the table to say.
+"""
+
+
+def main() -> None:
+    st.set_page_config(page_title="Retort", layout="wide")
+    keep_uploads_in_memory()
+    st.title("Retort: what did distillation buy me?")
+    runs = app_runs.find_runs(RUNS)
+    if not runs:
+        st.info(f"There is no trained model below {RUNS.resolve()} yet. This trains four, in some minutes:")
+        st.code("make demo", language="sh")
+        return
+    try:
+        left, right = choose_models(runs)
+        picture = choose_picture(right)
+        steps = choose_enhancement()
+        thresholds = choose_thresholds()
+        models = {run.name: load(run.weights, run.version) for run in (left, right)}
+    except UserError as error:
+        st.error(str(error))
+        return
+    if picture is None:
+        st.info("Choose a picture to upload, on the left.")
+        return
+    enhanced = enhance(picture, steps)
+    both, explained = st.tabs(["Compare two models", "What distillation did"])
+    with both:
+        show_results(picture, enhanced, models, thresholds)
+    with explained:
+        try:
+            explain(left, right, models, enhanced)
+        except UserError as error:
+            st.error(str(error))
+
+
+def keep_uploads_in_memory() -> None:
+    """Starlette, which parses uploads for Streamlit, writes what is larger than this to a temporary file."""
+    MultiPartParser.spool_max_size = 2 * MAX_MEGABYTES * 2**20
+
+
+@st.cache_resource(max_entries=6, show_spinner="Loading a model")
+def load(path: Path, version: float) -> tuple[nn.Module, CheckpointInfo]:
+    """version: that of the file, so that a run that goes on is loaded again."""
+    return checkpoint.load_model(path, device=str(device()))
+
+
+def device() -> torch.device:
+    return choose_device("auto")
+
+
+# ---------------------------------------------------------------- the sidebar
+
+
+def choose_models(runs: dict[str, Run]) -> tuple[Run, Run]:
+    names = list(runs)
+    first, second = app_runs.default_pair(names)
+    st.sidebar.header("Models")
+    left = st.sidebar.selectbox("Left model", names, index=names.index(first), key="left")
+    right = st.sidebar.selectbox("Right model", names, index=names.index(second), key="right")
+    return runs[left], runs[right]
+
+
+def choose_picture(run: Run) -> np.ndarray | None:
+    """None: nothing is uploaded yet. UserError for a picture that is refused."""
+    st.sidebar.header("Picture")
+    source = st.sidebar.radio("Where from", (BUILT_IN, FROM_RUN, UPLOAD), horizontal=True, key="source")
+    if source == BUILT_IN:
+        name = st.sidebar.selectbox("Built-in picture", list(app_pictures.BUILT_IN), key="built_in")
+        return app_pictures.built_in_picture(name)
+    if source == FROM_RUN:
+        paths = find_test_pictures(str(run.folder.path), run)
+        return app_pictures.shrink(read_image(paths[st.sidebar.selectbox("Test picture", list(paths), key="test")]))
+    st.sidebar.caption(
+        f"JPEG, PNG, BMP or WebP of at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels. It stays in this "
+        f"server's memory; what is larger than {app_pictures.WORKING_SIDE} pixels a side is shrunk."
+    )
+    file = st.sidebar.file_uploader(
+        "Your picture", type=[s.removeprefix(".") for s in SUFFIXES], max_upload_size=MAX_MEGABYTES, key="upload"
+    )
+    return None if file is None else app_pictures.read_upload(file.getvalue())
+
+
+@st.cache_data(max_entries=8, show_spinner="Reading the test split")
+def find_test_pictures(folder: str, _run: Run) -> dict[str, Path]:
+    config = _run.config()
+    if config is None:
+        raise UserError(f"{_run.folder.config}: no such file, so the run's test split is not known")
+    return app_pictures.find_test_pictures(config)
+
+
+def choose_enhancement() -> Enhancement:
+    st.sidebar.header("Enhancement")
+    denoise = step("Denoise", "color distance that is noise, in levels", 5.0, 80.0, 25.0, "denoise")
+    balance = step("White balance", "strength", 0.0, 1.0, 1.0, "balance")
+    how = st.sidebar.radio(
+        "White balance by", (GREY_WORLD, WHITE_PATCH), horizontal=True, key="balance_by", disabled=balance is None
+    )
+    clahe = step("Local contrast (CLAHE)", "clip limit", 1.0, 8.0, 2.0, "clahe")
+    gamma = step("Gamma", "above 1 brightens", 0.3, 3.0, 1.5, "gamma")
+    sharpen = step("Sharpen", "amount", 0.0, 3.0, 1.0, "sharpen")
+    return Enhancement(
+        denoise=denoise,
+        grey_world=balance if how == GREY_WORLD else None,
+        white_patch=balance if how == WHITE_PATCH else None,
+        clahe=clahe,
+        gamma=gamma,
+        sharpen=sharpen,
+    )
+
+
+def step(title: str, what: str, low: float, high: float, start: float, key: str) -> float | None:
+    """A switch and a slider; None while the switch is off."""
+    is_on = st.sidebar.toggle(title, key=f"{key}_on")
+    value = st.sidebar.slider(
+        f"{title}: {what}", low, high, start, key=key, disabled=not is_on, label_visibility="collapsed"
+    )
+    return value if is_on else None
+
+
+def choose_thresholds() -> tuple[float, float]:
+    st.sidebar.header("Thresholds")
+    score = st.sidebar.slider("Score of a detection, at least", 0.01, 0.95, 0.25, key="score")
+    iou = st.sidebar.slider("Overlap (IoU) of two detections, at most", 0.05, 0.95, 0.7, key="iou")
+    return score, iou
+
+
+# ---------------------------------------------------------------- two models on one picture
+
+
+def show_results(
+    picture: np.ndarray,
+    enhanced: np.ndarray,
+    models: dict[str, tuple[nn.Module, CheckpointInfo]],
+    thresholds: tuple[float, float],
+) -> None:
+    results = detect(app_pictures.digest(enhanced), tuple(models), thresholds, enhanced, models)
+    named = {name: (result.found, models[name][1].names) for name, result in results.items()}
+    views = {"picture": app_pictures.shown(picture), "enhanced": app_pictures.shown(enhanced)}
+    views |= {name: app_pictures.shown_with(enhanced, *pair) for name, pair in named.items()}
+    for column, (title, view) in zip(st.columns(len(views)), views.items()):
+        column.image(view, caption=title, width="stretch", output_format="JPEG")
+        if title in results:
+            column.metric("latency", f"{results[title].milliseconds:.1f} ms")
+    st.caption(
+        f"Latency: median of {app_runs.ROUNDS} rounds in turns, letterbox to suppression, one picture, float32, "
+        f"{device().type}, {torch.get_num_threads()} threads."
+    )
+    counts, divided = st.columns([1, 2])
+    counts.subheader("Found")
+    counts.dataframe(app_runs.count_classes(named), hide_index=True)
+    with divided:
+        show_divided(views)
+
+
+@st.fragment  # a move of the divider draws nothing else anew
+def show_divided(views: dict[str, Image.Image]) -> None:
+    """Two of the pictures laid over each other, with a divider that moves."""
+    st.subheader("Side against side")
+    names = list(views)
+    first, second = st.columns(2)
+    left = first.selectbox("Left of the divider", names, index=len(names) - 2, key="wipe_left")
+    right = second.selectbox("Right of the divider", names, index=len(names) - 1, key="wipe_right")
+    share = st.slider("Divider", 0, 100, 50, key="divider", format="%d %%")
+    whole = app_pictures.wipe(views[left], views[right], share / 100)
+    st.image(whole, caption=f"{left} | {right}", output_format="JPEG")
+
+
+@st.cache_data(max_entries=16, show_spinner="Detecting")
+def detect(
+    picture_digest: str,
+    names: tuple[str, ...],
+    thresholds: tuple[float, float],
+    _picture: np.ndarray,
+    _models: dict[str, tuple[nn.Module, CheckpointInfo]],
+) -> dict[str, Result]:
+    """Kept by the first three arguments: Streamlit's own digest of a large array looks at a part of it."""
+    score, iou = thresholds
+    return app_runs.compare(_models, _picture, score_threshold=score, iou_threshold=iou, device=device())
+
+
+# ---------------------------------------------------------------- what distillation did
+
+
+def explain(left: Run, right: Run, models: dict[str, tuple[nn.Module, CheckpointInfo]], enhanced: np.ndarray) -> None:
+    st.markdown(EXPLANATION)
+    config = right.config()
+    terms = app_runs.term_columns(config) if config else {}
+    if terms:
+        st.subheader(f"What {right.name} was taught")
+        for term in terms.values():
+            st.text(app_runs.describe_term(term))
+    else:
+        st.info(f"{right.name} was trained without a teacher: choose a distilled run as the right model.")
+    table = right.folder.path.parent / "comparison.md"
+    if table.is_file():
+        with st.expander("The comparison that both belong to", expanded=True):
+            st.markdown(table.read_text(encoding="utf-8"))
+    show_curves(left, right, list(terms))
+    teachers = app_runs.find_teachers(config) if config else {}
+    shown = dict(models)
+    for name, path in teachers.items():
+        shown[f"teacher {name}"] = load(path, path.stat().st_mtime)
+    show_maps(shown, enhanced, tuple(name for term in terms.values() for name in term.student_maps))
+    sheet = right.folder.path / "distillation.jpg"
+    if sheet.is_file():
+        st.subheader("The maps that the terms compare, at the end of the run")
+        st.image(str(sheet))
+
+
+def show_curves(left: Run, right: Run, terms: list[str]) -> None:
+    st.subheader("Curves")
+    titles = app_runs.CURVES | {name.removeprefix("train/"): name for name in terms}
+    runs = list({run.name: run for run in (left, right)}.values())
+    curves = {title: app_runs.read_curves(runs, column) for title, column in titles.items()}
+    curves = {title: rows for title, rows in curves.items() if rows["epoch"]}
+    if not curves:
+        st.info("These runs have written no metrics.csv yet.")
+        return
+    columns = st.columns(min(4, len(curves)))
+    for number, (title, rows) in enumerate(curves.items()):
+        with columns[number % len(columns)]:
+            st.caption(title)
+            st.line_chart(rows, x="epoch", y="value", color="run", height=240)
+
+
+@st.fragment
+def show_maps(
+    models: dict[str, tuple[nn.Module, CheckpointInfo]], picture: np.ndarray, taught: tuple[str, ...]
+) -> None:
+    """taught: names of maps, of which the first known one is shown first."""
+    st.subheader("Where the maps are strong")
+    names = app_runs.map_names([model for model, _ in models.values()])
+    if not names:
+        st.info("These models have no map of the same name.")
+        return
+    first = next((names.index(name) for name in taught if name in names), 0)
+    name = st.selectbox("Map", names, index=first, key="map")
+    st.image(app_runs.heat_sheet(models, picture, name), output_format="JPEG")
+    st.caption("The mean absolute value over a map's channels, from the least (black) to the most (white) of each map.")
+
+
+main()
