@@ -28,8 +28,8 @@ class ConvBNAct(nn.Module):
         self.bn = nn.BatchNorm2d(c_out, eps=BATCHNORM_EPS, momentum=BATCHNORM_MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not in place: silu's backward needs its input, so autograd would clone it first.
-        return F.silu(self.bn(self.conv(x)))
+        # Not in place while gradients are recorded: silu's backward needs its input, so autograd would clone it first.
+        return F.silu(self.bn(self.conv(x)), inplace=not torch.is_grad_enabled())
 
     def fold(self) -> None:
         """Replace bn(conv(x)) by one convolution with a bias, for inference alone; a second call does nothing."""

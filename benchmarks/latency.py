@@ -1,0 +1,184 @@
+"""What a detector costs: parameters, FLOPs, and milliseconds for one picture in every form it can take.
+
+    python benchmarks/latency.py [--arch yolov8n | --checkpoint FILE] [--image-size 640] [--threads N] [--rounds 21]
+    /path/to/env/bin/python benchmarks/latency.py      # an environment with torch, onnx, onnxruntime and ultralytics
+
+A call takes one picture (1, 3, S, S) to decoded boxes and scores of every location, without suppression: what both
+packages compute. Beside ours stands Ultralytics' model of the same architecture, where its package is installed, in the
+same forms, in the same process; all take turns, round by round, and a time is the median of its rounds (best in
+brackets). Weights are random; a time does not depend on them. `--cpu-time` counts CPU milliseconds of all threads
+instead of the clock's; with `--threads 1` that is what to read on a machine that others use.
+
+Forms: "PyTorch" is the model as it is trained, "fused" has its BatchNorms folded into the convolutions; channels_last
+is the memory layout of pictures and weights, without it they are contiguous; bfloat16 is autocast. "ONNX" is the file
+export.py would write, for one picture of this size, run by onnxruntime on the CPU; int8 is calibrated on noise.
+
+FLOPs are those that torch.utils.flop_counter counts: of convolutions and matrix products alone, a multiplication
+and an addition being two.
+"""
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint
+import models
+import onnx_graph
+from errors import run_script
+from fusion import fuse
+from onnx_detector import open_session
+from onnx_int8 import quantize
+from timing import rotate
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+NUM_CLASSES = 80
+FORMS = {  # name: (fused, channels_last, bfloat16)
+    "PyTorch": (False, False, False),
+    "PyTorch channels_last": (False, True, False),
+    "fused": (True, False, False),
+    "fused channels_last": (True, True, False),
+    "fused channels_last bfloat16": (True, True, True),
+}
+ONNX_FORMS = ("ONNX float32", "ONNX int8")
+Call = Callable[[], object]
+
+
+def torch_call(
+    model: nn.Module,
+    predict: Callable[[nn.Module, Tensor], object],
+    images: Tensor,
+    channels_last: bool,
+    bfloat16: bool,
+) -> Call:
+    """One picture through one form of a model."""
+    if channels_last:
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+
+    def call() -> object:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            return predict(model, images)
+
+    return call
+
+
+def onnx_call(graph: "ModelProto", images: Tensor) -> Call:
+    session, array = open_session(graph.SerializeToString()), images.numpy()
+    return lambda: session.run(None, {"images": array})
+
+
+def our_calls(arch: str | None, path: str | None, images: Tensor, with_onnx: bool) -> tuple[nn.Module, dict[str, Call]]:
+    torch.manual_seed(0)
+    model = checkpoint.load_model(path, arch)[0] if path else models.build(arch, NUM_CLASSES)
+    model = model.eval().requires_grad_(False)
+    decode = lambda model, images: model.decode(model(images))
+    calls = {}
+    for name, (fused, *form) in FORMS.items():
+        calls[name] = torch_call(fuse(model) if fused else copy.deepcopy(model), decode, images, *form)
+    if with_onnx:
+        graph = onnx_graph.trace(fuse(model), images.shape[-1], dynamic=False)
+        calls["ONNX float32"] = onnx_call(graph, images)
+        calls["ONNX int8"] = onnx_call(quantize(graph, [images.numpy()]), images)
+    return model, calls
+
+
+def peer_calls(arch: str, images: Tensor, with_onnx: bool) -> dict[str, Call]:
+    """Ultralytics' model, in its own form for export where it becomes an ONNX graph."""
+    from ultralytics.nn.tasks import DetectionModel
+
+    if arch.startswith("yolov5") and not arch.endswith("u"):
+        return {}  # the package builds YOLOv5 with the anchor-free head alone
+    model = DetectionModel(f"{arch.removesuffix('u')}.yaml", nc=NUM_CLASSES, verbose=False).eval()
+    predict = lambda model, images: model(images)
+    calls = {}
+    for name, (fused, *form) in FORMS.items():
+        own = copy.deepcopy(model)
+        calls[name] = torch_call(own.fuse(verbose=False) if fused else own, predict, images, *form)
+    if with_onnx:
+        own = copy.deepcopy(model).fuse(verbose=False)
+        own.model[-1].export, own.model[-1].format = True, "onnx"
+        with onnx_graph.without_warnings(), torch.no_grad():
+            program = torch.onnx.export(own, (images,), input_names=["images"], dynamo=True, verbose=False)
+        calls["ONNX float32"] = onnx_call(program.model_proto, images)
+    return calls
+
+
+def count_flops(model: nn.Module, images: Tensor) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.decode(model(images))
+    return counter.get_total_flops()
+
+
+def print_table(seconds: dict[tuple[str, str], list[float]], names: list[str]) -> None:
+    milliseconds = lambda side, name: 1000 * statistics.median(seconds[side, name])
+    cell = lambda side, name: f"{milliseconds(side, name):8.1f} ({1000 * min(seconds[side, name]):6.1f})"
+    for name in names:
+        line = f"{name:<32}{cell('ours', name)}"
+        if ("peer", name) in seconds:
+            line += f"{cell('peer', name)}{milliseconds('peer', name) / milliseconds('ours', name):7.2f}"
+        print(line)
+    for group in (list(FORMS)[:-1], list(FORMS)[-1:], ONNX_FORMS[:1]):
+        best = {
+            side: min(
+                (name for name in group if (side, name) in seconds), key=partial(milliseconds, side), default=None
+            )
+            for side in ("ours", "peer")
+        }
+        if None not in best.values():
+            ratio = milliseconds("peer", best["peer"]) / milliseconds("ours", best["ours"])
+            print(f"our best of these / its best: {best['ours']} / {best['peer']}: {ratio:.2f}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="yolov8n")
+    parser.add_argument("--checkpoint", help="time this model; nothing stands beside it")
+    parser.add_argument("--image-size", type=int, default=640)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default, one for each core")
+    parser.add_argument("--cpu-time", action="store_true")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
+    images = torch.rand(1, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
+    model, ours = our_calls(None if args.checkpoint else args.arch, args.checkpoint, images, with_onnx)
+    peers: dict[str, Call] = {}
+    said = "" if with_onnx else "; onnx, onnxruntime or onnxscript is not installed: their rows are missing"
+    if not args.checkpoint:
+        try:
+            peers = peer_calls(args.arch, images, with_onnx)
+            said = f", ultralytics {sys.modules['ultralytics'].__version__}" + said
+        except ImportError:
+            said += "; ultralytics is not installed: its column is empty"
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{args.checkpoint or args.arch}: {parameters / 1e6:.3f} M parameters, "
+        f"{count_flops(model, images) / 1e9:.2f} GFLOP at {args.image_size} px\n"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads{said}"
+    )
+    unit = "CPU ms" if args.cpu_time else "ms"
+    print(f"{f'{unit}, one picture':<32}{'ours':>17}{'Ultralytics':>17}{'ratio':>7}")
+    calls = {("ours", name): call for name, call in ours.items()}
+    calls |= {("peer", name): call for name, call in peers.items()}
+    seconds = rotate(calls, args.rounds, time.process_time if args.cpu_time else time.perf_counter)
+    print_table(seconds, list(ours))
+
+
+if __name__ == "__main__":
+    run_script(main)
