@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: setup demo test test-fast gpu lint format bench clean
+.PHONY: setup demo test test-fast test-gpu gpu lint format bench clean
 
 setup: $(STAMP)
 
@@ -26,8 +26,15 @@ test: setup  ## Everything CI runs
 test-fast: setup  ## Without the slow tests
 	$(BIN)/python -m pytest -m "not slow"
 
-gpu:  ## On a machine with a CUDA device, its own PyTorch and data/bccd: the tests, then BCCD at 640 px, three seeds
+test-gpu:  ## On a machine with a CUDA device and its own PyTorch and Triton: the kernels on the device
+	$(PYTHON) -m pytest tests/kernels
+	if command -v compute-sanitizer > /dev/null; then compute-sanitizer --error-exitcode 1 \
+		$(PYTHON) -m pytest tests/kernels/interpreted -m "not slow" -k "not beyond_32_bits and not many_boxes"; fi
+
+gpu: test-gpu  ## The same machine, with data/bccd: all tests, the kernels' times, then BCCD at 640 px, three seeds
 	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) benchmarks/kernel_resources.py
+	$(PYTHON) benchmarks/gpu_kernels.py
 	$(PYTHON) compare.py configs/bccd_yolov8n_from_yolov8s.yaml --seeds 3 name=bccd_640 image_size=640
 
 lint: setup

@@ -25,7 +25,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from errors import run_script
-from kernels import held_gradient, masked_mse, nms_triton, sigmoid_kl, temperature_kl
+from kernels import (
+    deformable_attention,
+    held_gradient,
+    masked_mse,
+    nms_triton,
+    roi_align_triton,
+    sigmoid_kl,
+    temperature_kl,
+)
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
@@ -99,10 +107,36 @@ def launches() -> list[Launch]:
         held, upstream = empty(*logits, dtype=dtype), empty()
         call = lambda held=held, upstream=upstream: held_gradient.scale_in_place(held, upstream)
         rows.append(Launch(f"held_gradient {short}", held_gradient, "_scale_kernel", call))
+    rows += pooling_launches()
     boxes, labels = empty(32, 30_000, 4), empty(32, 30_000, dtype=torch.int64)
     call = lambda: nms_triton.suppress(boxes, labels, empty(32, 30_000, dtype=torch.bool), 0.5, 300)
     for kernel in ("_compare_kernel", "_settle_kernel", "_spread_kernel"):
         rows.append(Launch(f"nms (32, 30,000) {kernel}", nms_triton, kernel, call, is_dense=False))
+    return rows
+
+
+def pooling_launches() -> list[Launch]:
+    """RoIAlign of a thousand boxes in a pyramid, forward and backward, and an RT-DETR's attention."""
+    rows = []
+    index = empty(1024, dtype=torch.int64)
+    geometry, cells = empty(1024, 4), empty(1024, 3, dtype=torch.int32)
+    for dtype in (torch.float32, torch.bfloat16):
+        short = str(dtype).removeprefix("torch.")
+        pixels = empty(2 * 13_294, 256, dtype=dtype).requires_grad_()
+
+        def pool(pixels=pixels) -> torch.Tensor:
+            levels = [(4, 100, 100), (8, 50, 50), (16, 25, 25), (32, 13, 13)]
+            return roi_align_triton._RoiAlign.apply(pixels, geometry, cells, index, index[:9], levels, 2, 7, 2)
+
+        back = lambda pool=pool: pool().sum().backward()
+        rows.append(Launch(f"roi align, 256 channels, {short}", roi_align_triton, "_pool_kernel", pool, is_dense=False))
+        name = f"roi align backward, 256 channels, {short}"
+        rows.append(Launch(name, roi_align_triton, "_spread_kernel", back, is_dense=False))
+        value, sizes = empty(16, 8400, 8, 32, dtype=dtype), [(80, 80), (40, 40), (20, 20)]
+        inputs = (value, sizes, empty(16, 300, 8, 3, 4, 2), empty(16, 300, 8, 3, 4))
+        call = lambda inputs=inputs: deformable_attention.deformable_attention_triton(*inputs)
+        name = f"deformable attention (16, 300, 8, 32) {short}"
+        rows.append(Launch(name, deformable_attention, "_attention_kernel", call, is_dense=False))
     return rows
 
 

@@ -3,7 +3,7 @@
     pooled[n, i, j] = sum_{y, x} v_ni(y) w_nj(x) map[y, x]
     map_bar[y, x]   = sum_{n, i, j} v_ni(y) w_nj(x) pooled_bar[n, i, j]
 
-with v and w the weights of a bin's samples along each axis. Forward, a program makes one row of bins of one box.
+with v and w the weights of a bin's samples along each axis. Forward, a program makes all bins of one box.
 Backward, a program owns a tile of pixels and goes through the boxes of its image and level in their order: it gathers,
 so that no two programs add to one number and nothing depends on who comes first. Places of samples round as in the
 specification.
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kernels.backend import HAS_TRITON
 
-CHANNELS = 64  # of a program
 SIDE = 8  # of a tile of pixels
 
 if HAS_TRITON:
@@ -34,10 +33,12 @@ if HAS_TRITON:
         rows_ptr, geometry_ptr, cells_ptr, pooled_ptr, n_channels,
         BINS: tl.constexpr, PADDED_BINS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
-        n = (tl.program_id(0) // BINS).to(tl.int64)
-        i = tl.program_id(0) % BINS
-        j = tl.arange(0, PADDED_BINS)
+        n = tl.program_id(0).to(tl.int64)
+        bin_index = tl.arange(0, PADDED_BINS)  # of BINS * BINS
+        i = (bin_index // BINS).to(tl.float32)
+        j = (bin_index % BINS).to(tl.float32)
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        is_stored = (bin_index < BINS * BINS)[:, None] & (channel < n_channels)[None, :]
         y_start = tl.load(geometry_ptr + 4 * n)
         y_size = tl.load(geometry_ptr + 4 * n + 1)
         x_start = tl.load(geometry_ptr + 4 * n + 2)
@@ -46,28 +47,24 @@ if HAS_TRITON:
         width = tl.load(cells_ptr + 3 * n + 1)
         first = tl.load(cells_ptr + 3 * n + 2).to(tl.int64)
         pooled = tl.zeros((PADDED_BINS, CHANNELS), tl.float32)
-        for y_sample in tl.static_range(SAMPLES):
-            y, y_counts = _sample(y_start, y_size, i.to(tl.float32), (y_sample + 0.5) / SAMPLES, height.to(tl.float32))
+        for sample in tl.static_range(SAMPLES * SAMPLES):
+            y, y_counts = _sample(y_start, y_size, i, (sample // SAMPLES + 0.5) / SAMPLES, height.to(tl.float32))
+            x, x_counts = _sample(x_start, x_size, j, (sample % SAMPLES + 0.5) / SAMPLES, width.to(tl.float32))
             low_y = tl.floor(y)
-            for x_sample in tl.static_range(SAMPLES):
-                x, x_counts = _sample(
-                    x_start, x_size, j.to(tl.float32), (x_sample + 0.5) / SAMPLES, width.to(tl.float32)
+            low_x = tl.floor(x)
+            for corner in tl.static_range(4):
+                y_weight = y_counts * (y - low_y if corner // 2 else 1.0 - (y - low_y)) * (1.0 / SAMPLES)
+                x_weight = x_counts * (x - low_x if corner % 2 else 1.0 - (x - low_x)) * (1.0 / SAMPLES)
+                weight = y_weight * x_weight
+                # At the last pixel the weight of the next is 0, so what would be read there is not.
+                pixel = first + (low_y.to(tl.int32) + corner // 2) * width + low_x.to(tl.int32) + corner % 2
+                value = tl.load(
+                    rows_ptr + pixel[:, None] * n_channels + channel[None, :],
+                    mask=is_stored & (weight > 0)[:, None],
+                    other=0.0,
                 )
-                low_x = tl.floor(x)
-                for corner in tl.static_range(4):
-                    y_weight = y_counts * (y - low_y if corner // 2 else 1.0 - (y - low_y)) / SAMPLES
-                    x_weight = x_counts * (x - low_x if corner % 2 else 1.0 - (x - low_x)) / SAMPLES
-                    weight = tl.where(j < BINS, y_weight * x_weight, 0.0)
-                    # At the last pixel the weight of the next is 0, so what would be read there is not.
-                    pixel = first + (low_y.to(tl.int32) + corner // 2) * width + low_x.to(tl.int32) + corner % 2
-                    value = tl.load(
-                        rows_ptr + pixel[:, None] * n_channels + channel[None, :],
-                        mask=(weight > 0)[:, None] & (channel < n_channels)[None, :],
-                        other=0.0,
-                    )
-                    pooled += weight[:, None] * value.to(tl.float32)
-        where = ((n * BINS + i) * BINS + j)[:, None] * n_channels + channel[None, :]
-        is_stored = (j < BINS)[:, None] & (channel < n_channels)[None, :]
+                pooled += weight[:, None] * value.to(tl.float32)
+        where = (n * (BINS * BINS) + bin_index)[:, None] * n_channels + channel[None, :]
         tl.store(pooled_ptr + where, pooled.to(pooled_ptr.dtype.element_ty), mask=is_stored)
 
     @triton.jit
@@ -100,10 +97,9 @@ if HAS_TRITON:
                 y_weight = tl.zeros((SIDE * SIDE, PADDED_BINS), tl.float32)
                 x_weight = tl.zeros((SIDE * SIDE, PADDED_BINS), tl.float32)
                 for sample in tl.static_range(SAMPLES):
-                    step = (sample + 0.5) / SAMPLES
-                    at, counts = _sample(y_start, y_size, i, step, height.to(tl.float32))
+                    at, counts = _sample(y_start, y_size, i, (sample + 0.5) / SAMPLES, height.to(tl.float32))
                     y_weight += counts * tl.maximum(1.0 - tl.abs(at[None, :] - y[:, None].to(tl.float32)), 0.0)
-                    at, counts = _sample(x_start, x_size, j, step, width.to(tl.float32))
+                    at, counts = _sample(x_start, x_size, j, (sample + 0.5) / SAMPLES, width.to(tl.float32))
                     x_weight += counts * tl.maximum(1.0 - tl.abs(at[None, :] - x[:, None].to(tl.float32)), 0.0)
                 weight = y_weight * x_weight * (1.0 / (SAMPLES * SAMPLES))  # (pixels, bins)
                 where = (n * (BINS * BINS) + bin_index)[:, None] * n_channels + channel[None, :]
@@ -146,19 +142,23 @@ def roi_align_triton(
     return pooled.permute(0, 3, 1, 2)  # (N, C, output_size, output_size)
 
 
+def _tile(bins: int) -> dict[str, int]:
+    """How a program's bins and channels are cut: 16 on a side is the least a matrix product takes."""
+    padded = max(16, triton.next_power_of_2(bins * bins))
+    return {"BINS": bins, "PADDED_BINS": padded, "CHANNELS": min(max(16, 4096 // padded), 64)}
+
+
 class _RoiAlign(torch.autograd.Function):
     """rows (P, C), geometry (N, 4): start and bin size of y and of x, cells (N, 3): height, width, first pixel."""
 
     @staticmethod
     def forward(ctx, rows, geometry, cells, order, begin, levels, images, bins, samples):
-        n_channels = rows.shape[1]
+        n_channels, tile = rows.shape[1], _tile(bins)
         pooled = torch.empty(len(geometry), bins, bins, n_channels, dtype=rows.dtype, device=rows.device)
         with torch.cuda.device_of(rows):
-            _pool_kernel[(len(geometry) * bins, triton.cdiv(n_channels, CHANNELS))](
-                rows, geometry, cells, pooled, n_channels,
-                BINS=bins, PADDED_BINS=triton.next_power_of_2(bins), SAMPLES=samples, CHANNELS=CHANNELS,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+            _pool_kernel[(len(geometry), triton.cdiv(n_channels, tile["CHANNELS"]))](
+                rows, geometry, cells, pooled, n_channels, SAMPLES=samples, **tile, enable_fp_fusion=False
+            )
         ctx.save_for_backward(geometry, order, begin)
         ctx.levels, ctx.images, ctx.bins, ctx.samples, ctx.num_pixels = levels, images, bins, samples, len(rows)
         return pooled
@@ -168,16 +168,15 @@ class _RoiAlign(torch.autograd.Function):
     def backward(ctx, pooled):
         geometry, order, begin = ctx.saved_tensors
         pooled = pooled.contiguous()  # (N, bins, bins, C)
-        n_channels = pooled.shape[3]
+        n_channels, tile = pooled.shape[3], _tile(ctx.bins)
         rows = torch.empty(ctx.num_pixels, n_channels, dtype=pooled.dtype, device=pooled.device)
         first = 0
         with torch.cuda.device_of(rows):
             for level, (_, height, width) in enumerate(ctx.levels):
                 tiles = ctx.images * triton.cdiv(height, SIDE) * triton.cdiv(width, SIDE)
-                _spread_kernel[(tiles, triton.cdiv(n_channels, CHANNELS))](
+                _spread_kernel[(tiles, triton.cdiv(n_channels, tile["CHANNELS"]))](
                     pooled, geometry, order, begin, rows, n_channels, height, width, first, level * ctx.images,
-                    BINS=ctx.bins, PADDED_BINS=max(triton.next_power_of_2(ctx.bins**2), 16), SAMPLES=ctx.samples,
-                    CHANNELS=CHANNELS, SIDE=SIDE, enable_fp_fusion=False,
+                    SAMPLES=ctx.samples, **tile, SIDE=SIDE, enable_fp_fusion=False,
                 )  # fmt: skip
                 first += ctx.images * height * width
         return rows, None, None, None, None, None, None, None, None

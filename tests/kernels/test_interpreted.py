@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not HAS_TRITON, reason="the package 'triton' is not installed: its kernels are not tested")
 @pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels itself")
 def test_interpreted_kernels():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from kernels.backend import IS_INTERPRETED
 from kernels.deformable_attention import deformable_attention
 from kernels.roi_align import assign_levels, roi_align
 from tests.golden.recipe import uniform
@@ -27,7 +28,7 @@ def eager(monkeypatch):
     return call
 
 
-def pyramid(device, channels: int = 5, size: tuple[int, int] = (44, 60), dtype=torch.float32) -> list[Tensor]:
+def pyramid(device, channels: int = 5, size: tuple[int, int] = (40, 44), dtype=torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, channels, -(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
     return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
@@ -88,7 +89,7 @@ def test_roi_align_on_the_edge_of_what_counts(device, eager):
     torch.testing.assert_close(run(), eager(run), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["stride4", "stride8", "three"])
+@pytest.mark.parametrize("case", ["stride8"] if IS_INTERPRETED else ["stride4", "stride8", "three"])
 def test_roi_align_equals_torchvision(case, golden, device):
     arrays, meta = golden("roi_align_cases")
     stride, output_size, samples = meta["cases"][case]

@@ -1,0 +1,19 @@
+"""The losses of distill/ that rest on a kernel pass the checks of their definition also where the kernel runs.
+
+Their checks are the ones that tests/distill tells wrong losses from right ones with: float64 references, identities,
+gradients by finite differences, extreme and empty inputs. On the CPU; so with the interpreter only.
+"""
+
+import pytest
+
+from kernels.backend import IS_INTERPRETED
+from tests.distill.mutants.table import CASES
+
+NAMES = ("softmax_kl", "image_kl", "soft_class", "cwd", "masked_mse")
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="the checks make their tensors on the CPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_checks_hold(name):
+    (case,) = (case for case in CASES if case.name == name)
+    case.check(case.loss)
