@@ -9,6 +9,8 @@ import torch
 
 from boxes import box_iou
 from errors import UserError
+from frcnn import faster_rcnn
+from frcnn.anchors import ROI_WEIGHTS, decode_boxes
 from frcnn.faster_rcnn import RPN_SAMPLES, FasterRCNN
 from frcnn.norm import EPSILON, BatchNorm
 from models import build
@@ -319,6 +321,46 @@ def test_ignored_objects_are_neither_learnt_nor_punished(small, scene):
     boxes = output.anchors_xyxy[anchor[image == 1]]
     inside = (torch.minimum(boxes[:, 2:], region[0, 2:]) - torch.maximum(boxes[:, :2], region[0, :2])).clamp(min=0)
     assert (inside.prod(1) < 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(1)).all()
+
+
+def test_the_second_stage_is_given_proposals_and_objects(small, monkeypatch):
+    """512 of an image, at most a quarter positive, and targets that decode to the objects with their labels."""
+    given = {}
+    model = copy.deepcopy(small).eval()
+    torch.nn.init.zeros_(model.rpn.objectness.weight)  # all proposals pass,
+    torch.nn.init.zeros_(model.rpn.deltas.weight)  # and are the anchors
+
+    def predict_at(output, boxes_per_image):
+        given["boxes"] = boxes_per_image
+        count = sum(map(len, boxes_per_image))
+        return torch.zeros(count, 5), torch.zeros(count, 5, 4)
+
+    monkeypatch.setattr(model, "predict_at", predict_at)
+    monkeypatch.setattr(faster_rcnn, "roi_losses", lambda **inputs: given.update(inputs) or (torch.zeros(()),) * 2)
+    objects = torch.tensor([[3.0, 3, 40, 30], [50, 60, 200, 190], [1, 2, 4, 5]])
+    targets = Targets(objects, torch.tensor([2, 0, 3]), torch.tensor([1, 1, 1]), torch.zeros(3, dtype=torch.bool))
+    model.losses(model(torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))), targets)
+    assert [len(boxes) for boxes in given["boxes"]] == [512, 512]
+    labels = given["labels"].split(512)
+    assert (labels[0] == 0).all() and 3 <= (labels[1] > 0).sum() <= 128
+    assert all((box == given["boxes"][1][labels[1] > 0]).all(1).any() for box in objects)
+    decoded = decode_boxes(given["target_deltas"], given["boxes"][1][labels[1] > 0], ROI_WEIGHTS)
+    row = box_iou(decoded, objects).argmax(1)
+    torch.testing.assert_close(decoded, objects[row], rtol=1e-4, atol=1e-3)
+    assert torch.equal(labels[1][labels[1] > 0], 1 + targets.labels[row])
+
+
+@pytest.mark.parametrize("arch, strides", [("resnet18", [4, 8, 16, 32]), ("mobilenet_v3_small", [32, 32])])
+def test_the_second_stage_never_reads_p6(arch, strides, monkeypatch):
+    model = build(f"fasterrcnn_{arch}", 1).eval()
+    seen = []
+    pool = faster_rcnn.roi_align
+    monkeypatch.setattr(
+        faster_rcnn, "roi_align", lambda *args, **options: seen.append(options["strides"]) or pool(*args, **options)
+    )
+    with torch.no_grad():
+        model.class_logits_at(model(torch.rand(1, 3, 64, 64)), [torch.tensor([[-900.0, -900, 900, 900]])])
+    assert seen == [strides]
 
 
 def test_the_rpn_learns_through_sampled_anchors_as_through_all(small, scene, monkeypatch):
