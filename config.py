@@ -58,6 +58,7 @@ class TeacherConfig:
     vocabulary: str | None = None  # CLIP's; None: where the download command puts it
     epochs: int | None = None  # of training in place; None: as long as the student
     start_weights: str | None = None  # where training in place starts; a class head of another size starts fresh
+    backbone_weights: str | None = None  # or where its backbone starts: as of a student
     optimizer: dict[str, Any] = field(default_factory=dict)  # overrides for training in place
 
 

@@ -121,6 +121,7 @@ WEIGHTS = {
         353976522, "sha256:40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "resnet18": Archive("https://download.pytorch.org/models/resnet18-f37072fd.pth",
         46830571, "sha256:f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec"),
+    "resnet50": Archive("https://download.pytorch.org/models/resnet50-0676ba61.pth"),
     "mobilenet_v3_small": Archive("https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth",
         10306551, "sha256:047dcff4addef86ea5bc2eff13c9614dc11f47ab1160d0a71a25e7db994f4e1f"),
     "deit_tiny": Archive("https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",

@@ -70,14 +70,18 @@ def test_every_config_begins_with_its_command(path):
         if "datasets.download" in part:
             names, root = part.split("datasets.download ")[1].split(" --root ")
             fetched = [Path(root, DATASETS[name].folder) for name in names.split()]
-    read = [Path(config.data.root), *(Path(teacher.weights) for teacher in config.teachers if teacher.weights)]
+    weights = {Path(teacher.weights) for teacher in config.teachers if teacher.weights}
+    trained = {path for path in weights if path.parts[0] == "runs"}  # by another config's command, given before
+    assert all(f"compare.py configs/{path.parts[1]}.yaml" in command for path in trained)
+    weights -= trained
+    read = [Path(config.data.root), *weights]
     read += [VOCABULARY_PATH] if any(t.arch.startswith("clip") for t in config.teachers) else []
-    read += [Path(config.student.backbone_weights)] if config.student.backbone_weights else []
+    read += [Path(model.backbone_weights) for model in (config.student, *config.teachers) if model.backbone_weights]
     if "datasets.download" in command:  # fetches all that is read, and nothing else
         assert all(any(related(path, target) for target in fetched) for path in read)
         assert all(any(related(path, target) for path in read) for target in fetched)
     released = {Path("data", DATASETS[name].folder, file.filename) for name, file in WEIGHTS.items()}
-    assert {Path(teacher.weights) for teacher in config.teachers if teacher.weights} <= released
+    assert weights <= released
 
 
 def related(a: Path, b: Path) -> bool:
