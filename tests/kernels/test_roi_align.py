@@ -176,3 +176,10 @@ def test_pixel_rows_run_level_by_level_image_by_image_row_by_row():
     assert rows.shape == (2 * 10 + 2 * 2, 3)
     torch.testing.assert_close(rows[10 + 5 + 3], maps[0][1, :, 1, 3])
     torch.testing.assert_close(rows[20 + 2 + 1], maps[1][1, :, 0, 1])
+
+
+def test_a_side_rounded_below_the_boundary_is_still_on_it():
+    """300.1 + 224 - 300.1 is less than 224 in float32; at (0, 0) it is not."""
+    boxes_xyxy = torch.tensor([[300.1, 300.1, 524.1, 524.1], [0, 0, 224, 224]])
+    assert boxes_xyxy[0, 2] - boxes_xyxy[0, 0] < 224
+    assert assign_levels(boxes_xyxy, [4, 8, 16, 32]).tolist() == [2, 2]
