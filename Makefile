@@ -2,12 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
+ADDRESS ?= localhost
 
-.PHONY: setup demo test test-fast test-gpu gpu lint format bench clean
+.PHONY: setup demo app browser test test-fast test-gpu gpu lint format bench clean
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-plots.txt requirements-export.txt requirements-test.txt constraints.txt
+$(STAMP): requirements.txt requirements-plots.txt requirements-export.txt requirements-app.txt requirements-test.txt \
+		constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -17,6 +19,13 @@ $(STAMP): requirements.txt requirements-plots.txt requirements-export.txt requir
 demo: setup  ## Baseline, teacher and distilled student on the embedded set; ends with a table and a picture
 	$(BIN)/python -m datasets.shapes data/shapes --train 480 --test 120 --image-size 160
 	$(BIN)/python compare.py configs/demo.yaml
+
+app: setup  ## The demo in a browser, at http://localhost:8501, with the models that `make demo` trained
+	$(BIN)/python -m streamlit run app.py --server.address $(ADDRESS)
+
+browser: setup  ## The demo's test in headless Chromium, which has to be installed, and new screenshots after `make demo`
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-browser.txt
+	$(BIN)/python -m pytest tests/test_app_browser.py
 
 test: setup  ## Everything CI runs
 	$(BIN)/python -m ruff check .

@@ -29,6 +29,7 @@ from errors import UserError
 from processes import choose_device
 
 RUNS = Path("runs")
+COMPARE, EXPLAIN = "Compare two models", "What distillation did"
 BUILT_IN, FROM_RUN, UPLOAD = "built in", "test split", "upload"
 GREY_WORLD, WHITE_PATCH = "grey world", "white patch"
 
@@ -48,11 +49,12 @@ def main() -> None:
     st.set_page_config(page_title="Retort", layout="wide")
     keep_uploads_in_memory()
     st.title("Retort: what did distillation buy me?")
-    runs = app_runs.find_runs(RUNS)
+    runs = app_runs.find_runs(RUNS.resolve())
     if not runs:
         st.info(f"There is no trained model below {RUNS.resolve()} yet. This trains four, in some minutes:")
         st.code("make demo", language="sh")
         return
+    page = st.radio("Page", (COMPARE, EXPLAIN), horizontal=True, key="page", label_visibility="collapsed")
     try:
         left, right = choose_models(runs)
         picture = choose_picture(right)
@@ -66,14 +68,13 @@ def main() -> None:
         st.info("Choose a picture to upload, on the left.")
         return
     enhanced = enhance(picture, steps)
-    both, explained = st.tabs(["Compare two models", "What distillation did"])
-    with both:
+    if page == COMPARE:
         show_results(picture, enhanced, models, thresholds)
-    with explained:
-        try:
-            explain(left, right, models, enhanced)
-        except UserError as error:
-            st.error(str(error))
+        return
+    try:
+        explain(left, right, models, enhanced)
+    except UserError as error:
+        st.error(str(error))
 
 
 def keep_uploads_in_memory() -> None:
@@ -180,19 +181,20 @@ def show_results(
     named = {name: (result.found, models[name][1].names) for name, result in results.items()}
     views = {"picture": app_pictures.shown(picture), "enhanced": app_pictures.shown(enhanced)}
     views |= {name: app_pictures.shown_with(enhanced, *pair) for name, pair in named.items()}
-    for column, (title, view) in zip(st.columns(len(views)), views.items()):
-        column.image(view, caption=title, width="stretch", output_format="JPEG")
-        if title in results:
-            column.metric("latency", f"{results[title].milliseconds:.1f} ms")
-    st.caption(
-        f"Latency: median of {app_runs.ROUNDS} rounds in turns, letterbox to suppression, one picture, float32, "
-        f"{device().type}, {torch.get_num_threads()} threads."
+    pictures, numbers = st.columns([2, 1])
+    places = [place for _ in range(2) for place in pictures.columns(2)]
+    for place, (title, view) in zip(places, views.items()):
+        place.image(view, caption=title, width="stretch", output_format="JPEG")
+    numbers.subheader("Found")
+    numbers.dataframe(app_runs.count_classes(named), hide_index=True)
+    numbers.subheader("Latency")
+    for name, result in results.items():
+        numbers.metric(name, f"{result.milliseconds:.1f} ms")
+    numbers.caption(
+        f"Median of {app_runs.ROUNDS} rounds in turns, from letterbox to suppression; one picture, float32, "
+        f"device {device().type}, threads {torch.get_num_threads()}."
     )
-    counts, divided = st.columns([1, 2])
-    counts.subheader("Found")
-    counts.dataframe(app_runs.count_classes(named), hide_index=True)
-    with divided:
-        show_divided(views)
+    show_divided(views)
 
 
 @st.fragment  # a move of the divider draws nothing else anew
@@ -237,7 +239,7 @@ def explain(left: Run, right: Run, models: dict[str, tuple[nn.Module, Checkpoint
     table = right.folder.path.parent / "comparison.md"
     if table.is_file():
         with st.expander("The comparison that both belong to", expanded=True):
-            st.markdown(table.read_text(encoding="utf-8"))
+            st.markdown(table.read_text(encoding="utf-8").partition("\n")[2])
     show_curves(left, right, list(terms))
     teachers = app_runs.find_teachers(config) if config else {}
     shown = dict(models)
@@ -278,8 +280,20 @@ def show_maps(
         return
     first = next((names.index(name) for name in taught if name in names), 0)
     name = st.selectbox("Map", names, index=first, key="map")
-    st.image(app_runs.heat_sheet(models, picture, name), output_format="JPEG")
+    st.image(draw_heat(app_pictures.digest(picture), tuple(models), name, picture, models), output_format="JPEG")
     st.caption("The mean absolute value over a map's channels, from the least (black) to the most (white) of each map.")
+
+
+@st.cache_data(max_entries=16, show_spinner="Looking into the models")
+def draw_heat(
+    picture_digest: str,
+    names: tuple[str, ...],
+    map_name: str,
+    _picture: np.ndarray,
+    _models: dict[str, tuple[nn.Module, CheckpointInfo]],
+) -> Image.Image:
+    """Kept as by `detect`."""
+    return app_runs.heat_sheet(_models, _picture, map_name)
 
 
 main()

@@ -21,7 +21,7 @@ from structures import Detections
 MAX_MEGABYTES = 10  # of an uploaded file; .streamlit/config.toml has the same limit for the server
 MAX_MEGAPIXELS = 24  # of an uploaded picture
 WORKING_SIDE = 1280  # pixels: larger pictures are shrunk to this before anything is done to them
-SHOWN_SIDE = 800  # pixels: the longer side of every picture on the page, so that labels can be read
+SHOWN_SIDE = 640  # pixels: the longer side of every picture on the page, so that labels can be read
 NUM_TEST_PICTURES = 8
 
 SHAPES_SIZE = 160  # pixels, as the demo's training pictures

@@ -1,5 +1,6 @@
 """What the demo shows of runs: their checkpoints, curves and maps, and two models on one picture. Without Streamlit."""
 
+import functools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,13 @@ def compare(
         )
         for name, (model, info) in models.items()
     }
-    seconds = rotate({name: (lambda p=predictor: p([picture])) for name, predictor in predictors.items()}, ROUNDS)
-    return {
-        name: Result(predictor([picture])[0], 1000 * statistics.median(seconds[name]))
-        for name, predictor in predictors.items()
-    }
+    found: dict[str, Detections] = {}
+
+    def run(name: str) -> None:
+        found[name] = predictors[name]([picture])[0]
+
+    seconds = rotate({name: functools.partial(run, name) for name in predictors}, ROUNDS)
+    return {name: Result(found[name], 1000 * statistics.median(seconds[name])) for name in predictors}
 
 
 def count_classes(results: dict[str, tuple[Detections, tuple[str, ...]]]) -> dict[str, list]:

@@ -1,0 +1,296 @@
+"""The demo in a browser, without one: Streamlit runs the script and hands back what it would show.
+
+The runs are a distilled one and its baseline, trained for two epochs of three steps. Their class biases are raised
+afterwards, so that these hardly trained models find something.
+"""
+
+import asyncio
+import dataclasses
+import io
+import shutil
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoint
+import train
+from run_folder import RunFolder
+from tests.conftest import ROOT
+from tests.test_distilled_training import TERMS, save_teacher
+from tests.tiny_training import tiny_config, write_dataset
+
+pytest.importorskip("streamlit", reason="the demo in a browser needs requirements-app.txt")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header promises a size; its pixels are a few bytes, which nobody gets to decode."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+
+
+def photo(width: int = 90, height: int = 60, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write_runs(root: Path) -> None:
+    """runs/study/baseline_seed0 and distilled_seed0, and what they were trained on."""
+    write_dataset(root / "data")
+    teacher = save_teacher(root / "teacher.pt")
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(teacher)}]
+    for name, changes in {"baseline_seed0": {}, "distilled_seed0": {"teachers": teachers, "terms": TERMS}}.items():
+        config = tiny_config(root / "data", root / "runs" / "study", name=name, **changes)
+        train.run(
+            dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, every_epochs=1)), quiet=True
+        )
+        folder = RunFolder(root / "runs" / "study" / name)
+        state = checkpoint.load(folder.last)
+        shift = 5.0 if name == "baseline_seed0" else 5.5
+        for key, value in state["ema"].items():
+            if key.startswith("head.cls.") and key.endswith("2.bias"):
+                value += shift
+        checkpoint.save(folder.last, state)
+    (root / "runs" / "study" / "comparison.md").write_text("# study\n\nthe table of the study\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder as the demo is started in; nobody changes it."""
+    root = tmp_path_factory.mktemp("app")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw", lambda *args: None)
+        write_runs(root)
+    return root
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(folder): the demo, started there."""
+    from streamlit.testing.v1 import AppTest
+
+    def start(folder: Path) -> AppTest:
+        monkeypatch.chdir(folder)
+        return check(AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run())
+
+    return start
+
+
+def check(app):
+    assert not app.exception, app.exception
+    return app
+
+
+def pictures(app) -> dict[str, str]:
+    """What identifies each picture on the page, by its caption."""
+    return {image.captions[0]: image.value[0] for image in app.image}
+
+
+def errors(app) -> str:
+    return " ".join(error.value for error in check(app).error)
+
+
+def total(app) -> list[int]:
+    """Detections of the left and the right model."""
+    return app.dataframe[0].value.iloc[-1, 1:].tolist()
+
+
+LEFT, RIGHT = "study/baseline_seed0", "study/distilled_seed0"
+
+
+def test_two_models_stand_side_by_side(start, runs):
+    app = start(runs)
+    assert (app.selectbox(key="left").value, app.selectbox(key="right").value) == (LEFT, RIGHT)
+    assert list(pictures(app))[:4] == ["picture", "enhanced", LEFT, RIGHT]
+    assert [metric.label for metric in app.metric] == [LEFT, RIGHT]
+    assert all(0 < float(metric.value.removesuffix(" ms")) < 5000 for metric in app.metric)
+    counts = app.dataframe[0].value
+    assert list(counts.columns) == ["class", LEFT, RIGHT] and set(counts["class"]) <= {"green", "red", "all"}
+    assert all(count > 0 for count in total(app))
+    assert counts.iloc[:-1, 1:].sum().tolist() == total(app)
+
+
+def test_any_two_models_can_be_chosen(start, runs):
+    app = start(runs)
+    app.selectbox(key="right").set_value(LEFT).run()
+    assert errors(app) == "" and total(app) == [total(app)[0]]  # one model, so one column
+
+
+def test_every_switch_changes_the_enhanced_picture_alone(start, runs):
+    app = start(runs)
+    app.selectbox(key="built_in").set_value("shapes under a warm lamp").run()
+    seen = pictures(app)
+    enhanced = {seen["enhanced"]}
+    for number, key in enumerate(("denoise", "balance", "clahe", "gamma", "sharpen")):
+        assert app.slider(key=key).disabled
+        app.toggle(key=f"{key}_on").set_value(True).run()
+        assert not app.slider(key=key).disabled
+        now = pictures(check(app))
+        assert now["picture"] == seen["picture"]
+        enhanced.add(now["enhanced"])
+        assert len(enhanced) == number + 2, key
+        assert seen[LEFT] != now[LEFT]
+    app.radio(key="balance_by").set_value("white patch").run()
+    app.slider(key="gamma").set_value(0.5).run()
+    assert pictures(check(app))["enhanced"] not in enhanced
+
+
+def test_thresholds_sort_detections_out(start, runs):
+    app = start(runs)
+    before = total(app)
+    app.slider(key="iou").set_value(0.05).run()
+    fewer = total(check(app))
+    app.slider(key="score").set_value(0.95).run()
+    assert before[1] > fewer[1] > 0 and before[0] >= fewer[0] > 0
+    assert total(check(app)) == [0, 0]
+
+
+def test_the_divider_moves_between_two_of_the_pictures(start, runs):
+    app = start(runs)
+    divided = lambda: next(url for title, url in pictures(check(app)).items() if "|" in title)
+    seen = {divided()}
+    app.slider(key="divider").set_value(20).run()
+    seen.add(divided())
+    app.selectbox(key="wipe_left").set_value("picture").run()
+    seen.add(divided())
+    assert len(seen) == 3 and f"picture | {RIGHT}" in pictures(app)
+
+
+def test_pictures_of_the_test_split(start, runs):
+    app = start(runs)
+    first = pictures(app)["picture"]
+    app.radio(key="source").set_value("test split").run()
+    assert app.selectbox(key="test").options == [f"{number:03}.png" for number in range(8)]
+    second = pictures(check(app))["picture"]
+    app.selectbox(key="test").set_value("005.png").run()
+    assert len({first, second, pictures(check(app))["picture"]}) == 3
+
+
+def upload(app, name: str, data: bytes):
+    app.radio(key="source").set_value("upload").run()
+    app.file_uploader(key="upload").upload(name, data).run()
+    return check(app)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_upload(start, runs, kind):
+    app = start(runs)
+    before = pictures(app)["picture"]
+    app.radio(key="source").set_value("upload").run()
+    assert "Choose a picture" in app.info[0].value and not app.image
+    upload(app, f"mine.{kind.lower()}", photo(kind=kind))
+    assert errors(app) == "" and pictures(app)["picture"] != before and len(app.metric) == 2
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        pytest.param(
+            png(10_000, 10_000), "too large, 10000 x 10000, expected a picture of at most 24,000,000", id="100 MP"
+        ),
+        pytest.param(png(60_000, 60_000), "too large", id="3600 MP"),
+        pytest.param(photo()[:-300], "truncated picture", id="truncated"),
+        pytest.param(b"\x89PNG\r\n\x1a\n", "truncated or broken header", id="header"),
+        pytest.param(b"GIF89a and more", "not a picture", id="gif"),
+        pytest.param(b"", "empty file", id="empty"),
+        pytest.param(photo() + bytes(10 * 2**20), "10.0 MB, expected a picture of at most 10 MB", id="heavy"),
+    ],
+)
+def test_an_upload_is_refused_politely(start, runs, data, expected):
+    app = start(runs)
+    upload(app, "mine.png", data)
+    assert expected in errors(app) and "the uploaded file" in errors(app)
+    assert not app.image and not app.metric
+    app.radio(key="source").set_value("built in").run()
+    assert errors(app) == "" and len(app.metric) == 2
+
+
+def test_a_large_upload_is_shrunk(start, runs):
+    app = start(runs)
+    upload(app, "mine.jpg", photo(3000, 1000))
+    assert errors(app) == "" and len(app.metric) == 2
+
+
+def test_uploads_stay_in_memory(start, runs, monkeypatch):
+    """A form with a file of the largest size passes through the server's parser without a temporary file."""
+    from starlette.requests import Request
+
+    start(runs)
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", lambda self: pytest.fail("written to disk"))
+    data = bytes(10 * 2**20)
+    head = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
+    body = head + data + b"\r\n--x--\r\n"
+    scope = {"type": "http", "method": "PUT", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]}
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def parse():
+        async with Request(scope, receive).form() as form:
+            return len(await form["f"].read())
+
+    assert asyncio.run(parse()) == len(data)
+
+
+def test_without_a_model_it_says_what_to_do(start, tmp_path):
+    app = start(tmp_path)
+    assert "no trained model" in app.info[0].value and app.code[0].value == "make demo"
+    assert not app.selectbox
+
+
+def test_a_damaged_checkpoint_and_a_lost_dataset_are_named(start, runs, tmp_path):
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    config = tmp_path / "runs" / RIGHT / "config.yaml"
+    config.write_text(config.read_text(encoding="utf-8").replace(str(runs / "data"), "gone"), encoding="utf-8")
+    app = start(tmp_path)
+    app.radio(key="source").set_value("test split").run()
+    assert "gone" in errors(app)
+    weights = tmp_path / "runs" / LEFT / "weights"
+    (weights / "last.pt").write_bytes(b"not a checkpoint")
+    (weights / "last.prev.pt").unlink(missing_ok=True)
+    app.radio(key="source").set_value("built in").run()
+    assert "last.pt" in errors(app) and not app.image
+
+
+def open_explanation(app):
+    app.radio(key="page").set_value("What distillation did").run()
+    return check(app)
+
+
+def test_what_distillation_did(start, runs):
+    app = open_explanation(start(runs))
+    taught = [text.value for text in app.text]
+    assert taught[0].startswith("0.5 x mse on p3, p4, p5, from the teacher big, through an adapter conv1x1: ")
+    assert len(taught) == len(TERMS) and all(not text.endswith(": ") for text in taught)
+    assert any("the table of the study" in text.value for text in app.markdown)
+    titles = [caption.value for caption in app.caption]
+    assert {"mAP50-95", "mAP50", "mse_big", "cwd_big", "soft_class_big"} <= set(titles)
+    assert app.selectbox(key="map").value == "p3" and {"p4", "p5"} <= set(app.selectbox(key="map").options)
+    heat = app.image[0].value
+    app.selectbox(key="map").set_value("p5").run()
+    assert check(app).image[0].value != heat
+
+
+def test_a_run_without_a_teacher_says_so(start, runs):
+    app = open_explanation(start(runs))
+    app.selectbox(key="right").set_value(LEFT).run()
+    assert "without a teacher" in check(app).info[0].value
+
+
+def test_the_server_listens_to_this_machine_alone():
+    import tomllib
+
+    import app_pictures
+
+    settings = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text(encoding="utf-8"))
+    assert settings["server"]["address"] == "localhost"
+    assert settings["server"]["maxUploadSize"] == app_pictures.MAX_MEGABYTES
+    assert settings["browser"]["gatherUsageStats"] is False
