@@ -8,8 +8,8 @@ ADDRESS ?= localhost
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-plots.txt requirements-export.txt requirements-app.txt requirements-test.txt \
-		constraints.txt
+$(STAMP): requirements.txt requirements-plots.txt requirements-export.txt requirements-app.txt requirements-video.txt \
+		requirements-test.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -23,7 +23,7 @@ demo: setup  ## Baseline, teacher and distilled student on the embedded set; end
 app: setup  ## The demo in a browser, at http://localhost:8501, with the models that `make demo` trained
 	$(BIN)/python -m streamlit run app.py --server.address $(ADDRESS)
 
-browser: setup  ## The demo's test in headless Chromium, which has to be installed, and new screenshots after `make demo`
+browser: setup  ## The demo's test in headless Chromium, which has to be installed; SCREENSHOTS=. takes the README's
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-browser.txt
 	$(BIN)/python -m pytest tests/test_app_browser.py
 

@@ -60,7 +60,8 @@ def main() -> None:
         picture = choose_picture(right)
         steps = choose_enhancement()
         thresholds = choose_thresholds()
-        models = {run.name: load(run.weights, run.version) for run in (left, right)}
+        titles = app_runs.short_names([left.name, right.name])
+        models = {title: load(run.weights, run.version) for title, run in zip(titles, (left, right))}
     except UserError as error:
         st.error(str(error))
         return
@@ -72,7 +73,7 @@ def main() -> None:
         show_results(picture, enhanced, models, thresholds)
         return
     try:
-        explain(left, right, models, enhanced)
+        explain(dict(zip(titles, (left, right))), right, models, enhanced)
     except UserError as error:
         st.error(str(error))
 
@@ -226,7 +227,13 @@ def detect(
 # ---------------------------------------------------------------- what distillation did
 
 
-def explain(left: Run, right: Run, models: dict[str, tuple[nn.Module, CheckpointInfo]], enhanced: np.ndarray) -> None:
+def explain(
+    runs: dict[str, Run],
+    right: Run,
+    models: dict[str, tuple[nn.Module, CheckpointInfo]],
+    enhanced: np.ndarray,
+) -> None:
+    """runs and models: both, by their titles; right: the run whose terms are explained."""
     st.markdown(EXPLANATION)
     config = right.config()
     terms = app_runs.term_columns(config) if config else {}
@@ -240,7 +247,7 @@ def explain(left: Run, right: Run, models: dict[str, tuple[nn.Module, Checkpoint
     if table.is_file():
         with st.expander("The comparison that both belong to", expanded=True):
             st.markdown(table.read_text(encoding="utf-8").partition("\n")[2])
-    show_curves(left, right, list(terms))
+    show_curves(runs, list(terms))
     teachers = app_runs.find_teachers(config) if config else {}
     shown = dict(models)
     for name, path in teachers.items():
@@ -252,10 +259,9 @@ def explain(left: Run, right: Run, models: dict[str, tuple[nn.Module, Checkpoint
         st.image(str(sheet))
 
 
-def show_curves(left: Run, right: Run, terms: list[str]) -> None:
+def show_curves(runs: dict[str, Run], terms: list[str]) -> None:
     st.subheader("Curves")
     titles = app_runs.CURVES | {name.removeprefix("train/"): name for name in terms}
-    runs = list({run.name: run for run in (left, right)}.values())
     curves = {title: app_runs.read_curves(runs, column) for title, column in titles.items()}
     curves = {title: rows for title, rows in curves.items() if rows["epoch"]}
     if not curves:
@@ -265,7 +271,7 @@ def show_curves(left: Run, right: Run, terms: list[str]) -> None:
     for number, (title, rows) in enumerate(curves.items()):
         with columns[number % len(columns)]:
             st.caption(title)
-            st.line_chart(rows, x="epoch", y="value", color="run", height=240)
+            st.line_chart(rows, x="epoch", y="value", color="run", height=280)
 
 
 @st.fragment

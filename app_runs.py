@@ -63,9 +63,18 @@ def find_runs(root: Path) -> dict[str, Run]:
 def default_pair(names: list[str]) -> tuple[str, str]:
     """The first baseline, and the distilled run beside it; the first and the last where names do not say."""
     baseline = next((name for name in names if BASELINE in name), names[0])
+    distilled = [name for name in names if DISTILLED in name]
     beside = baseline.replace(BASELINE, DISTILLED)
-    distilled = beside if beside in names else next((name for name in names if DISTILLED in name), names[-1])
-    return baseline, distilled
+    return baseline, beside if beside in distilled else next(iter(distilled), names[-1])
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Without the folders that all of them share: demo/a, demo/b -> a, b."""
+    parts = [name.split("/") for name in names]
+    shared = 0
+    while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    return ["/".join(part[shared:]) for part in parts]
 
 
 # ---------------------------------------------------------------- two models on one picture
@@ -123,16 +132,20 @@ def count_classes(results: dict[str, tuple[Detections, tuple[str, ...]]]) -> dic
 # ---------------------------------------------------------------- what a run wrote
 
 
-def read_curves(runs: list[Run], column: str) -> dict[str, list]:
-    """Columns epoch, value and run, a row for each epoch of each run that has a value."""
-    rows: dict[str, list] = {"epoch": [], "value": [], "run": []}
-    for run in runs:
-        for row in run_folder.read_metrics(run.folder.metrics):
-            if row.get(column):
-                rows["epoch"].append(int(row["epoch"]))
-                rows["value"].append(float(row[column]))
-                rows["run"].append(run.name)
-    return rows
+def read_curves(runs: dict[str, Run], column: str) -> dict[str, list]:
+    """Columns epoch, value and run, a row for each epoch of each run that has a value, under the runs' titles.
+
+    Where one run has values, each other has at least a row without one: so its color is the same in every chart.
+    """
+    found = [
+        (int(row["epoch"]), float(row[column]), title)
+        for title, run in runs.items()
+        for row in run_folder.read_metrics(run.folder.metrics)
+        if row.get(column)
+    ]
+    known = {title for _, _, title in found}
+    found += [(found[0][0], None, title) for title in runs if found and title not in known]
+    return {name: [row[place] for row in found] for place, name in enumerate(("epoch", "value", "run"))}
 
 
 def term_columns(config: Config) -> dict[str, TermConfig]:

@@ -103,12 +103,16 @@ def total(app) -> list[int]:
     return app.dataframe[0].value.iloc[-1, 1:].tolist()
 
 
-LEFT, RIGHT = "study/baseline_seed0", "study/distilled_seed0"
+LEFT, RIGHT = "baseline_seed0", "distilled_seed0"  # titles: names without the folder they share
+STUDY = "study"
 
 
 def test_two_models_stand_side_by_side(start, runs):
     app = start(runs)
-    assert (app.selectbox(key="left").value, app.selectbox(key="right").value) == (LEFT, RIGHT)
+    assert (app.selectbox(key="left").value, app.selectbox(key="right").value) == (
+        f"{STUDY}/{LEFT}",
+        f"{STUDY}/{RIGHT}",
+    )
     assert list(pictures(app))[:4] == ["picture", "enhanced", LEFT, RIGHT]
     assert [metric.label for metric in app.metric] == [LEFT, RIGHT]
     assert all(0 < float(metric.value.removesuffix(" ms")) < 5000 for metric in app.metric)
@@ -120,7 +124,7 @@ def test_two_models_stand_side_by_side(start, runs):
 
 def test_any_two_models_can_be_chosen(start, runs):
     app = start(runs)
-    app.selectbox(key="right").set_value(LEFT).run()
+    app.selectbox(key="right").set_value(f"{STUDY}/{LEFT}").run()
     assert errors(app) == "" and total(app) == [total(app)[0]]  # one model, so one column
 
 
@@ -248,12 +252,12 @@ def test_without_a_model_it_says_what_to_do(start, tmp_path):
 
 def test_a_damaged_checkpoint_and_a_lost_dataset_are_named(start, runs, tmp_path):
     shutil.copytree(runs / "runs", tmp_path / "runs")
-    config = tmp_path / "runs" / RIGHT / "config.yaml"
+    config = tmp_path / "runs" / STUDY / RIGHT / "config.yaml"
     config.write_text(config.read_text(encoding="utf-8").replace(str(runs / "data"), "gone"), encoding="utf-8")
     app = start(tmp_path)
     app.radio(key="source").set_value("test split").run()
     assert "gone" in errors(app)
-    weights = tmp_path / "runs" / LEFT / "weights"
+    weights = tmp_path / "runs" / STUDY / LEFT / "weights"
     (weights / "last.pt").write_bytes(b"not a checkpoint")
     (weights / "last.prev.pt").unlink(missing_ok=True)
     app.radio(key="source").set_value("built in").run()
@@ -281,7 +285,7 @@ def test_what_distillation_did(start, runs):
 
 def test_a_run_without_a_teacher_says_so(start, runs):
     app = open_explanation(start(runs))
-    app.selectbox(key="right").set_value(LEFT).run()
+    app.selectbox(key="right").set_value(f"{STUDY}/{LEFT}").run()
     assert "without a teacher" in check(app).info[0].value
 
 

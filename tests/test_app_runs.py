@@ -1,0 +1,93 @@
+"""What the demo reads from runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import app_runs
+import checkpoint
+import run_folder
+from config import TermConfig
+from run_folder import RunFolder
+from structures import Detections
+from tests.test_distilled_training import save_teacher
+
+
+def place(root: Path, name: str, file: str) -> None:
+    path = root / name / "weights" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+
+
+def test_runs_are_found_at_any_depth_with_the_best_weights(tmp_path):
+    place(tmp_path, "alone", "last.pt")
+    place(tmp_path, "study/a", "last.pt")
+    place(tmp_path, "study/a", "best.pt")
+    place(tmp_path, "study/killed", "last.prev.pt")
+    (tmp_path / "study" / "empty" / "weights").mkdir(parents=True)
+    found = app_runs.find_runs(tmp_path)
+    assert {name: run.weights.name for name, run in found.items()} == {
+        "alone": "last.pt",
+        "study/a": "best.pt",
+        "study/killed": "last.pt",
+    }
+    assert app_runs.find_runs(tmp_path / "nothing") == {}
+
+
+@pytest.mark.parametrize(
+    "names, pair",
+    [
+        (["x"], ("x", "x")),
+        (["x", "y", "z"], ("x", "z")),
+        (["a/distilled_seed0", "b/baseline_seed1", "b/distilled_seed1"], ("b/baseline_seed1", "b/distilled_seed1")),
+        (["baseline", "cwd", "distilled_twice"], ("baseline", "distilled_twice")),
+    ],
+)
+def test_default_pair(names, pair):
+    assert app_runs.default_pair(names) == pair
+
+
+def test_short_names():
+    assert app_runs.short_names(["demo/a", "demo/b"]) == ["a", "b"]
+    assert app_runs.short_names(["demo/a", "other/a"]) == ["demo/a", "other/a"]
+    assert app_runs.short_names(["x/a", "x/a"]) == ["a", "a"] and app_runs.short_names(["a", "a/b"]) == ["a", "a/b"]
+
+
+def test_curves_give_each_run_its_color(tmp_path):
+    runs = {name: app_runs.Run(name, RunFolder(tmp_path / name), Path("last.pt")) for name in ("a", "b")}
+    for name in runs:
+        (tmp_path / name).mkdir()
+    for epoch in (1, 2):
+        run_folder.append_metrics(runs["a"].folder.metrics, {"epoch": epoch, "time": 1.0, "train/cwd": epoch / 2})
+    run_folder.append_metrics(runs["b"].folder.metrics, {"epoch": 1, "time": 1.0})
+    curves = app_runs.read_curves(runs, "train/cwd")
+    assert curves == {"epoch": [1, 2, 1], "value": [0.5, 1.0, None], "run": ["a", "a", "b"]}
+    assert app_runs.read_curves(runs, "train/no") == {"epoch": [], "value": [], "run": []}
+
+
+def test_counts_of_models_with_other_classes():
+    one = Detections(torch.zeros(3, 4), torch.ones(3), torch.tensor([0, 1, 1]))
+    two = Detections(torch.zeros(1, 4), torch.ones(1), torch.tensor([0]))
+    table = app_runs.count_classes({"left": (one, ("cat", "dog", "cow")), "right": (two, ("dog",))})
+    assert table == {"class": ["cat", "dog", "all"], "left": [1, 2, 3], "right": [0, 1, 1]}
+
+
+def test_a_term_in_words():
+    term = TermConfig(teacher="big", loss="cwd", weight=2.0, student_maps=("p3", "p4"), adapter="conv1x1")
+    words = app_runs.describe_term(term)
+    assert words.startswith("2 x cwd on p3, p4, from the teacher big, through an adapter conv1x1: ")
+    assert len(words.split(": ", 1)[1]) > 10
+
+
+def test_two_models_on_one_picture(tmp_path, one_thread):
+    models = {arch: checkpoint.load_model(save_teacher(tmp_path / arch, arch)) for arch in ("yolov8n", "yolov5nu")}
+    picture = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy()
+    results = app_runs.compare(models, picture, score_threshold=0.0, iou_threshold=0.7)
+    assert list(results) == list(models)
+    for result in results.values():
+        assert len(result.found.scores) and result.milliseconds > 0
+        assert result.found.boxes_xyxy[:, 2].max() <= 60 and result.found.boxes_xyxy[:, 3].max() <= 40
+    names = app_runs.map_names([model for model, _ in models.values()])
+    assert {"p3", "p4", "p5"} <= set(names)
+    assert app_runs.heat_sheet(models, picture, "p4").width >= 3 * app_runs.CELL_SIDE
