@@ -267,9 +267,9 @@ def show_curves(runs: dict[str, Run], terms: list[str]) -> None:
     if not curves:
         st.info("These runs have written no metrics.csv yet.")
         return
-    columns = st.columns(min(4, len(curves)))
+    columns = st.columns(2)
     for number, (title, rows) in enumerate(curves.items()):
-        with columns[number % len(columns)]:
+        with columns[number % 2]:
             st.caption(title)
             st.line_chart(rows, x="epoch", y="value", color="run", height=280)
 

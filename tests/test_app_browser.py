@@ -19,9 +19,10 @@ from PIL import Image
 
 import train
 from tests.conftest import ROOT
-from tests.test_app import photo, png, write_runs
+from tests.tiny_app import photo, png, write_runs
 from tests.tiny_training import environment
 
+pytest.importorskip("streamlit", reason="the demo in a browser needs requirements-app.txt")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-browser.txt")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -154,7 +155,7 @@ def test_an_upload_is_refused_politely(page, name, data, expected):
 
 def test_what_distillation_did(page):
     page.reload()
-    page.set_viewport_size({"width": 1400, "height": 1900})
+    page.set_viewport_size({"width": 1400, "height": 2500})
     page.get_by_text("What distillation did", exact=True).click()
     page.get_by_text("Where the maps are strong").wait_for()
     settle(page)
