@@ -185,9 +185,8 @@ def _tile_tables(padded: np.ndarray, clip_limit: float, tiles: int) -> np.ndarra
 
 def _tile_neighbours(length: int, tile: int, tiles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of every pixel along an axis: the tiles whose centers are before and behind it, and the share of the second."""
-    position = np.arange(length, dtype=np.float32) * np.float32(1 / tile) - np.float32(
-        0.5
-    )  # 0 is the first tile's center
+    centers = np.float32(0.5)  # of the tiles, in tiles
+    position = np.arange(length, dtype=np.float32) * np.float32(1 / tile) - centers  # 0 is the first tile's center
     before = np.floor(position).astype(np.int64)
     share = position - before.astype(np.float32)
     return before.clip(0, tiles - 1), (before + 1).clip(0, tiles - 1), share
