@@ -43,8 +43,8 @@ from kernels.nms import select_detections
 from onnx_detector import SUFFIX, OnnxDetector, open_session
 from onnx_graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
 from onnx_int8 import quantize
-from predict import find_pictures
 from run_folder import commit, write_bytes
+from sources import find_pictures
 from teachers.rtdetr import RTDETR
 from timing import rotate
 

@@ -1,86 +1,50 @@
-"""Detect objects in pictures: drawn copies, a JSON file, YOLO text files.
+"""Detect objects in pictures and video: drawn copies, a JSON file, YOLO text files.
 
     python predict.py runs/bccd/weights/best.pt photo.jpg folder 'more/*.png' --output found --json --txt
+    python predict.py runs/bccd/weights/best.pt clip.mp4 webcam --max-frames 500
 
-Writes into --output:
+A SOURCE is a picture, a video, a folder or a pattern of both, or a webcam: `webcam`, `webcam:1`. Ctrl-C ends a webcam,
+or anything else: what was made until then is kept, and a video can be played. Writes into --output:
+
     <name>.jpg          each picture with its boxes, in the folders it had below a given folder
+    <name>.mp4          each video with its boxes, every frame at its own time, upright, without its sound
     predictions.json    with --json: a list of {"image_id", "file_name", "category_id", "category_name",
                         "bbox": [x, y, width, height], "score"} in pixels of the upright picture, best first in each
-                        picture; image_id counts the pictures from 0, in the order given, and category_id the classes
+                        picture; image_id counts pictures and frames from 0, in the order given, and category_id the
+                        classes. Of a video's frame also "frame", its number from 0, and "seconds" since the first one
     labels/<name>.txt   with --txt: a line `class center_x center_y width height score` for each detection, boxes as
                         fractions of the upright picture's size; an empty file where nothing was found
-A picture that cannot be read is named, counted and left out; the exit code is 1 if there was one.
+    labels/<name>.mp4/000000.txt and so on: the same of each frame of a video
+A file has its name only once it is complete. A picture or frame that cannot be read is named or counted, and left out;
+the exit code is 1 if there was one, 130 after Ctrl-C.
 """
 
 import argparse
-import glob
-import json
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from boxes import xyxy_to_cxcywh, xyxy_to_xywh
-from datasets.images import SUFFIXES, read_image
+from datasets.images import read_image
 from datasets.letterbox import letterbox, unletterbox
 from drawing import draw_detections
 from errors import UserError, run_script
 from fusion import fuse
+from interruption import StopSignals
 from onnx_detector import load_detector
+from prediction_files import PredictionFiles, complete_file, count_words, drawn_path
 from processes import choose_device, use_bfloat16
+from progress import Progress
+from run_folder import DISK_EXIT_CODE
+from sources import Source, find_sources
 from structures import Detections
-
-DISK_EXIT_CODE = 5
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A file to look at, and its name below the output folder, without a suffix."""
-
-    path: Path
-    name: Path
-
-
-def find_pictures(sources: Sequence[str]) -> list[Picture]:
-    """The pictures of files, folders (and their subfolders) and patterns, each once, in the order given.
-
-    In a folder or a pattern only files with a picture's suffix count; a file given by name is always taken. Two
-    pictures that would be written under one name get different ones: `a`, `a-2`.
-    """
-    found: dict[Path, Picture] = {}  # by the resolved path
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            pairs = [(p, p.relative_to(path)) for p in sorted(path.rglob("*")) if is_picture(p)]
-        elif path.exists():
-            pairs = [(path, Path(path.name))]
-        elif glob.has_magic(source):
-            pairs = [(p, Path(p.name)) for p in map(Path, sorted(glob.glob(source, recursive=True))) if is_picture(p)]
-        else:
-            raise UserError(f"{source}: no such file or folder, expected pictures")
-        if not pairs:
-            raise UserError(f"{source}: holds no picture ({', '.join(SUFFIXES)})")
-        for path, name in pairs:
-            found.setdefault(path.resolve(), Picture(path, name.with_suffix("")))
-    taken: set[Path] = set()
-    pictures = []
-    for picture in found.values():
-        unique, number = picture.name, 1
-        while unique in taken:
-            number += 1
-            unique = picture.name.with_name(f"{picture.name.name}-{number}")
-        taken.add(unique)
-        pictures.append(Picture(picture.path, unique))
-    return pictures
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+from video import VideoReader, VideoWriter
 
 
 class Predictor:
@@ -122,117 +86,193 @@ class Predictor:
         return found
 
 
-def read_in_batches(
-    pictures: Sequence[Picture], batch_size: int, broken: list[str]
-) -> Iterator[list[tuple[Picture, np.ndarray]]]:
-    """Pictures with their pixels; what is wrong with one that cannot be read goes into `broken`."""
-    batch = []
-    for picture in pictures:
+@dataclass
+class Totals:
+    """What came of all sources; `seconds` are the model's, with letterbox and suppression."""
+
+    pictures: int = 0
+    videos: int = 0
+    frames: int = 0
+    broken: int = 0
+    seconds: float = 0.0
+    labels: Counter[int] = field(default_factory=Counter)
+
+    def line(self, names: Sequence[str], output: Path) -> str:
+        parts = [plural(self.pictures, "picture")] if self.pictures or not self.videos else []
+        parts += [f"{plural(self.frames, 'frame')} of {plural(self.videos, 'video')}"] if self.videos else []
+        looked_at = self.pictures + self.frames
+        return (
+            f"{', '.join(parts)}, {plural(self.labels.total(), 'detection')} ({count_words(self.labels, names)}), "
+            f"{self.broken} skipped, {1000 * self.seconds / max(1, looked_at):.0f} ms "
+            f"a {'frame' if self.frames else 'picture'}: {output}"
+        )
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+class Prediction:
+    """One call of predict.py: the detector, what it is to write, and what came of it until now."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        names: Sequence[str],
+        output: Path,
+        *,
+        batch_size: int = 8,
+        write_json: bool = False,
+        write_txt: bool = False,
+        draw: bool = True,
+        quiet: bool = False,
+        max_frames: int | None = None,
+    ) -> None:
+        self.predictor, self.names, self.output = predictor, names, output
+        self.batch_size, self.draw, self.quiet, self.max_frames = batch_size, draw, quiet, max_frames
+        self.files = PredictionFiles(output, names, write_json=write_json, write_txt=write_txt)
+        self.totals = Totals()
+        self.image_ids = itertools.count()
+
+    def run(self, sources: Sequence[Source], stop: StopSignals) -> Totals:
+        """Write everything into `output` and say so. A signal noted in `stop` ends it after a batch."""
+        with self.files:
+            for is_video, group in itertools.groupby(sources, key=lambda source: source.is_video):
+                if not is_video:
+                    self.look_at_pictures(list(group), stop)
+                    continue
+                for source in group:
+                    if not stop.received:
+                        self.look_at_video(source, stop)
+        print(self.totals.line(self.names, self.output))
+        return self.totals
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+        began = time.perf_counter()
+        found = self.predictor(pictures)
+        self.totals.seconds += time.perf_counter() - began
+        for detections in found:
+            self.totals.labels.update(detections.labels.tolist())
+        return found
+
+    def look_at_pictures(self, sources: Sequence[Source], stop: StopSignals) -> None:
+        for batch in batches(self.read_pictures(sources, stop), self.batch_size):
+            found = self.detect([pixels for _, _, pixels in batch])
+            self.totals.pictures += len(batch)
+            for (source, image_id, pixels), detections in zip(batch, found):
+                height, width = pixels.shape[:2]
+                self.files.add(source, image_id, detections, (width, height))
+                if self.draw:
+                    with complete_file(drawn_path(self.output, source)) as path:
+                        draw_detections(pixels, detections, self.names).save(path, format="JPEG", quality=92)
+                if not self.quiet:
+                    words = count_words(Counter(detections.labels.tolist()), self.names)
+                    print(f"{source.path}: {width} x {height}, {words}", flush=True)
+
+    def read_pictures(self, sources: Sequence[Source], stop: StopSignals) -> Iterator[tuple[Source, int, np.ndarray]]:
+        """Pictures with their image_id and pixels; one that cannot be read is named, counted and left out."""
+        for source in sources:
+            if stop.received:
+                return
+            image_id = next(self.image_ids)
+            try:
+                yield source, image_id, read_image(source.path)
+            except UserError as error:
+                self.skip(error)
+
+    def skip(self, error: UserError) -> None:
+        self.totals.broken += 1
+        print(f"skipped: {error}", flush=True)
+
+    def look_at_video(self, source: Source, stop: StopSignals) -> None:
         try:
-            batch.append((picture, read_image(picture.path)))
+            reader = open_video(source)
         except UserError as error:
-            broken.append(str(error))
-            print(f"skipped: {error}", flush=True)
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
+            if source.is_named:
+                raise
+            self.skip(error)
+            return
+        with reader:
+            if not self.draw:
+                self.look_at_frames(source, reader, None, stop)
+                return
+            with VideoWriter(
+                drawn_path(self.output, source),
+                width=reader.width,
+                height=reader.height,
+                frame_rate=reader.frame_rate,
+                time_base=reader.time_base,
+                pixel_shape=reader.pixel_shape,
+            ) as writer:
+                self.look_at_frames(source, reader, writer, stop)
+
+    def look_at_frames(
+        self, source: Source, reader: VideoReader, writer: VideoWriter | None, stop: StopSignals
+    ) -> None:
+        labels, done, seconds, began = Counter(), 0, 0.0, time.perf_counter()
+        progress = Progress(quiet=self.quiet, unit="frame")
+        progress.start(reader.name, self.expected_frames(reader))
+        frames = itertools.islice(reader, self.max_frames)
+        # a camera's frame is looked at as it comes
+        for batch in batches(frames, self.batch_size if source.camera is None else 1):
+            for frame, detections in zip(batch, self.detect([frame.pixels for frame in batch])):
+                height, width = frame.pixels.shape[:2]
+                self.files.add(source, next(self.image_ids), detections, (width, height), frame)
+                if writer is not None:
+                    drawn = draw_detections(frame.pixels, detections, self.names)
+                    writer.write(np.asarray(drawn), frame.ticks)
+                labels.update(detections.labels.tolist())
+                done, seconds = done + 1, frame.seconds
+                progress.advance({"frames per second": done / (time.perf_counter() - began)})
+            if stop.received:
+                break
+        progress.finish()
+        self.totals.videos += 1
+        self.totals.frames += done
+        self.totals.broken += reader.broken
+        progress.say(self.video_line(reader, done, seconds, labels, done / (time.perf_counter() - began)))
+        if reader.broken:
+            fault = f"{reader.first_fault} first, after which frames may show traces of it"
+            print(f"skipped: {reader.name}: {plural(reader.broken, 'broken frame')} ({fault})", flush=True)
+
+    def expected_frames(self, reader: VideoReader) -> int | None:
+        """None where nobody can say."""
+        return min(reader.frame_count or self.max_frames or 0, self.max_frames or reader.frame_count) or None
+
+    def video_line(self, reader: VideoReader, done: int, seconds: float, labels: Counter[int], speed: float) -> str:
+        of_how_many = f" of {reader.frame_count}" if reader.frame_count not in (0, done) else ""
+        return (
+            f"{reader.name}: {reader.width} x {reader.height}{', turned upright' * reader.is_turned}, "
+            f"{done}{of_how_many} frames in {seconds:.1f} s at {float(reader.frame_rate):.4g} a second"
+            f"{', sound dropped' * (reader.has_sound and self.draw)}, {count_words(labels, self.names)}; "
+            f"{speed:.1f} frames per second"
+        )
+
+
+def batches(items: Iterator, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
         yield batch
 
 
-def json_rows(image_id: int, file_name: str, found: Detections, names: Sequence[str]) -> list[dict]:
-    """One picture's part of predictions.json."""
-    boxes = xyxy_to_xywh(found.boxes_xyxy.double())
-    return [
-        {
-            "image_id": image_id,
-            "file_name": file_name,
-            "category_id": label,
-            "category_name": names[label],
-            "bbox": [round(value, 3) for value in box],
-            "score": round(score, 6),
-        }
-        for box, score, label in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist())
-    ]
+def open_video(source: Source) -> VideoReader:
+    return VideoReader(source.path) if source.camera is None else VideoReader(camera=source.camera)
 
 
-def yolo_text(found: Detections, width: int, height: int) -> str:
-    """One picture's label file: `class center_x center_y width height score`, fractions of the picture's size."""
-    size = torch.tensor([width, height, width, height], dtype=torch.float64)
-    boxes = xyxy_to_cxcywh(found.boxes_xyxy.double()) / size
-    rows = zip(found.labels.tolist(), boxes.tolist(), found.scores.tolist())
-    return "".join(f"{label} {' '.join(f'{v:.6f}' for v in box)} {score:.6f}\n" for label, box, score in rows)
+def check_videos(sources: Sequence[Source]) -> None:
+    """Open each video that was given by name, before any work starts: UserError where one cannot be looked at."""
+    for source in sources:
+        if source.is_video and source.is_named:
+            open_video(source).close()
 
 
-def count_words(labels: Sequence[int], names: Sequence[str]) -> str:
-    """`3 RBC, 1 WBC`: the most frequent first."""
-    counts = Counter(labels).most_common()
-    return ", ".join(f"{count} {names[label]}" for label, count in counts) or "nothing"
-
-
-def drawn_path(output: Path, picture: Picture) -> Path:
-    return output / picture.name.with_name(picture.name.name + ".jpg")
-
-
-def text_path(output: Path, picture: Picture) -> Path:
-    return output / "labels" / picture.name.with_name(picture.name.name + ".txt")
-
-
-def predict(
-    predictor: Predictor,
-    pictures: Sequence[Picture],
-    names: Sequence[str],
-    output: Path,
-    *,
-    batch_size: int,
-    write_json: bool,
-    write_txt: bool,
-    draw: bool = True,
-    quiet: bool = False,
-) -> list[str]:
-    """Write everything into `output` and say so; what was wrong with the pictures that could not be read."""
-    broken: list[str] = []
-    rows: list[dict] = []
-    all_labels: list[int] = []
-    done, seconds, image_ids = 0, 0.0, {picture.path: number for number, picture in enumerate(pictures)}
-    for batch in read_in_batches(pictures, batch_size, broken):
-        began = time.perf_counter()
-        found = predictor([pixels for _, pixels in batch])
-        seconds += time.perf_counter() - began
-        done += len(batch)
-        for (picture, pixels), detections in zip(batch, found):
-            height, width = pixels.shape[:2]
-            labels = detections.labels.tolist()
-            all_labels += labels
-            rows += json_rows(image_ids[picture.path], str(picture.path), detections, names)
-            if write_txt:
-                path = text_path(output, picture)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(yolo_text(detections, width, height), encoding="utf-8")
-            if draw:
-                path = drawn_path(output, picture)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draw_detections(pixels, detections, names).save(path, quality=92)
-            if not quiet:
-                print(f"{picture.path}: {width} x {height}, {count_words(labels, names)}", flush=True)
-    if write_json:
-        output.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        (output / "predictions.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    print(
-        f"{done} picture{'s' * (done != 1)}, {len(all_labels)} detection{'s' * (len(all_labels) != 1)} "
-        f"({count_words(all_labels, names)}), {len(broken)} skipped, "
-        f"{1000 * seconds / max(1, done):.0f} ms a picture: {output}"
-    )
-    return broken
-
-
-def check_output(output: Path, pictures: Sequence[Picture]) -> None:
-    """Refuse an output folder where a drawn picture would replace one of the pictures themselves."""
-    sources = {picture.path.resolve() for picture in pictures}
-    for picture in pictures:
-        path = drawn_path(output, picture).resolve()
-        if path in sources:
+def check_output(output: Path, sources: Sequence[Source]) -> None:
+    """Refuse an output folder where a drawn copy would replace one of the pictures or videos themselves."""
+    originals = {source.path.resolve() for source in sources}
+    for source in sources:
+        path = drawn_path(output, source).resolve()
+        if path in originals:
             raise UserError(f"--output {output}: would overwrite {path}, expected another folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file, expected a folder")
@@ -250,7 +290,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="a checkpoint of ours, a public one with --arch, or a .onnx file")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="pictures, folders, or patterns in quotes")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="picture, video, folder, 'pattern' or webcam")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="write predictions.json")
     parser.add_argument("--txt", action="store_true", help="write labels/*.txt")
@@ -261,12 +301,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--nms-iou", type=fraction, default=0.7, help="IoU of suppression (%(default)s)")
     parser.add_argument("--max-detections", type=int, default=300, help="in a picture (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-frames", type=int, metavar="N", help="look at the first N frames of a video")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="float32")
     parser.add_argument("--quiet", action="store_true", help="only the last line and what was skipped")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_detections"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "max_detections", "max_frames"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
     if args.image_size is not None and (args.image_size < 32 or args.image_size % 32):
         parser.error(f"--image-size: found {args.image_size}, expected a multiple of 32")
@@ -275,8 +316,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
-    pictures = find_pictures(args.sources)
-    check_output(args.output, [] if args.no_pictures else pictures)
+    sources = find_sources(args.sources)
+    check_output(args.output, [] if args.no_pictures else sources)
+    check_videos(sources)
     device = choose_device(args.device)
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision)
     predictor = Predictor(
@@ -288,23 +330,27 @@ def main(argv: list[str]) -> int:
         device=device,
         bfloat16=use_bfloat16(args.precision, device),
     )
+    prediction = Prediction(
+        predictor,
+        info.names,
+        args.output,
+        batch_size=args.batch_size,
+        write_json=args.json,
+        write_txt=args.txt,
+        draw=not args.no_pictures,
+        quiet=args.quiet,
+        max_frames=args.max_frames,
+    )
     try:
-        broken = predict(
-            predictor,
-            pictures,
-            info.names,
-            args.output,
-            batch_size=args.batch_size,
-            write_json=args.json,
-            write_txt=args.txt,
-            draw=not args.no_pictures,
-            quiet=args.quiet,
-        )
+        with StopSignals() as stop:
+            totals = prediction.run(sources, stop)
     except OSError as error:
         raise UserError(
             f"{error.filename or args.output}: could not be written: {error.strerror}", DISK_EXIT_CODE
         ) from None
-    return 1 if broken else 0
+    if stop.received:
+        return stop.exit_code
+    return 1 if totals.broken else 0
 
 
 if __name__ == "__main__":

@@ -12,21 +12,22 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Progress:
-    """Progress through the steps of an epoch.
+    """Progress through the steps of an epoch, or through the `unit`s of anything else.
 
     On a terminal with tqdm installed it is a bar; otherwise a line every LINE_EVERY_SECONDS. `quiet`: nothing.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False, unit: str = "step") -> None:
+        self.quiet, self.unit = quiet, unit
         self._bar = None
         self._tqdm = _import_tqdm() if not quiet and sys.stdout.isatty() else None
 
-    def start(self, label: str, total: int, done: int = 0) -> None:
+    def start(self, label: str, total: int | None, done: int = 0) -> None:
+        """total: None where nobody knows it."""
         self.label, self.total, self.done = label, total, done
         self._spoke = time.monotonic()
         if self._tqdm is not None:
-            self._bar = self._tqdm(total=total, initial=done, desc=label, leave=False, file=sys.stdout)
+            self._bar = self._tqdm(total=total, initial=done, desc=label, unit=self.unit, leave=False, file=sys.stdout)
 
     def advance(self, terms: dict[str, float]) -> None:
         """One step further; `terms` are the values to show."""
@@ -38,7 +39,8 @@ class Progress:
             self._bar.update()
         elif time.monotonic() - self._spoke >= LINE_EVERY_SECONDS:
             self._spoke = time.monotonic()
-            print(f"{self.label}  step {self.done}/{self.total}  {words(terms)}", flush=True)
+            of_total = "" if self.total is None else f"/{self.total}"
+            print(f"{self.label}  {self.unit} {self.done}{of_total}  {words(terms)}", flush=True)
 
     def finish(self) -> None:
         if self._bar is not None:

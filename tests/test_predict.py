@@ -7,38 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import checkpoint
 import models
 import predict
 from errors import UserError
-from structures import Detections
-
-NAMES = ("red thing", "blue thing")
-
-
-class ColourDetector(nn.Module):
-    """Finds one solid red and one solid blue rectangle by looking at the pixels: a detector whose truth is known."""
-
-    num_classes = 2
-
-    def forward(self, images):
-        assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
-        return images
-
-    def detect(self, output, *, score_threshold, iou_threshold, max_detections):
-        found = []
-        for image in output:
-            rows = []
-            for label, channel in enumerate((0, 2)):
-                others = [c for c in range(3) if c != channel]
-                y, x = ((image[channel] > 0.75) & (image[others] < 0.25).all(0)).nonzero(as_tuple=True)
-                if len(x) and 0.9 - 0.3 * label > score_threshold:
-                    rows.append([*map(float, (x.min(), y.min(), x.max() + 1, y.max() + 1)), 0.9 - 0.3 * label, label])
-            table = torch.tensor(rows).reshape(-1, 6)[:max_detections]
-            found.append(Detections(table[:, :4], table[:, 4], table[:, 5].long()))
-        return found
+from sources import find_pictures
+from tests.colour_detector import NAMES, ColourDetector
 
 
 def scene(width: int, height: int, red=None, blue=None) -> Image.Image:
@@ -121,15 +96,15 @@ def test_finds_each_picture_once_under_a_name_of_its_own(tmp_path):
     for name in ("a.png", "a.jpg", "sub/a.png", "sub/b.JPEG", "other/a.png", "other/[x].png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = predict.find_pictures([str(tmp_path / "a.jpg"), str(tmp_path), str(tmp_path / "sub" / "*.png")])
+    found = find_pictures([str(tmp_path / "a.jpg"), str(tmp_path), str(tmp_path / "sub" / "*.png")])
     assert [str(picture.name) for picture in found] == ["a", "a-2", "other/[x]", "other/a", "sub/a", "sub/b"]
     assert len({picture.path for picture in found}) == 6
-    assert [p.name.name for p in predict.find_pictures([str(tmp_path / "other" / "[x].png")])] == ["[x]"]
-    assert len(predict.find_pictures([str(tmp_path / "**" / "a.*")])) == 4
+    assert [p.name.name for p in find_pictures([str(tmp_path / "other" / "[x].png")])] == ["[x]"]
+    assert len(find_pictures([str(tmp_path / "**" / "a.*")])) == 4
     for source in (tmp_path / "absent", tmp_path / "no*match", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=source.name.replace("*", r"\*")):
-            predict.find_pictures([str(source)])
+            find_pictures([str(source)])
 
 
 def test_never_overwrites_a_source(tmp_path, colour_model):

@@ -33,7 +33,7 @@ ALLOWED = {  # of the project's own modules
     "distill.criterion": BASE | {"kernels", "config"},
 }
 CORE = {"torch", "numpy", "PIL", "yaml", "triton"} | set(sys.stdlib_module_names)
-EXTRAS = {"matplotlib", "tqdm", "tensorboard", "onnx", "onnxruntime", "onnxscript"}  # never at a module's top level
+EXTRAS = {"matplotlib", "tqdm", "tensorboard", "onnx", "onnxruntime", "onnxscript", "av"}  # never at the top level
 SCRIPTS = {"app.py": {"streamlit", "starlette"}}  # that nothing imports, and that are nothing without these
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if not {".venv", "runs", "data"} & set(p.relative_to(ROOT).parts))
 HOUSE = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in {"tests", "benchmarks"}]
