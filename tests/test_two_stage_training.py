@@ -115,10 +115,11 @@ def test_a_backbone_starts_from_an_imagenet_file(data, tmp_path):
 
 
 def test_frozen_stages_and_norms_stay_while_the_rest_learns(data, tmp_path):
-    student = {"arch": "fasterrcnn_resnet18", "trainable_stages": 2, "frozen_norms": True}
+    start = save_teacher(tmp_path / "start.pt", arch="fasterrcnn_resnet18")
+    before = checkpoint.load_model(start)[0].state_dict()
+    fresh = {"arch": "fasterrcnn_resnet18", "trainable_stages": 2, "frozen_norms": True}
+    student = fresh | {"weights": str(start)}
     config = tiny_config(data, tmp_path / "runs", student=student, optimizer=SGD, epochs=1)
-    torch.manual_seed(config.seed)
-    before = models.build("fasterrcnn_resnet18", 2).state_dict()
     train.run(config, quiet=True)
     after = checkpoint.load(tmp_path / "runs" / "tiny" / "weights" / "last.pt")["model"]
     same = {name for name, value in before.items() if torch.equal(value, after[name])}
@@ -129,6 +130,7 @@ def test_frozen_stages_and_norms_stay_while_the_rest_learns(data, tmp_path):
     assert all(name in same for name in before if name.startswith("backbone") and "running" in name)
     assert not all(name in same for name in before if name.startswith("rpn."))
     for changes, message in (
+        (dict(student=fresh), "frozen_norms': found true without weights"),
         (dict(student=student | {"trainable_stages": 9}), "9 trainable stages: expected 0 to 5"),
         (dict(student={"arch": "yolov8n", "frozen_norms": True}), "frozen_norms': yolov8n learns as a whole"),
     ):
