@@ -302,8 +302,8 @@ def freeze_backbone(student: nn.Module, settings: ModelConfig) -> None:
     if settings.frozen_norms:
         if settings.weights is None and settings.backbone_weights is None:
             raise UserError(
-                "key 'student.frozen_norms': found true without weights, expected backbone_weights or weights: in a fresh "
-                "backbone the gammas of residual branches are 0, and would stay so"
+                "key 'student.frozen_norms': found true without weights, expected backbone_weights or weights; in a "
+                "fresh backbone the gammas of residual branches are 0, and would stay so"
             )
         freeze_norms(student.backbone)
 
