@@ -64,26 +64,27 @@ def place_label(
     """Where a label of size (width, height) goes: inside the picture, off the labels `placed` where that is possible.
 
     Tried in this order, each moved into the picture: above the box's top left corner, inside it, below the bottom
-    left corner, then the same at the right corners, then down the box's left edge. The first place that covers
-    nothing wins, else the one that covers the least. A label larger than the picture starts at its edge.
+    left corner, inside it, the same at the right corners, beside the top corners, then down the box's left edge. The
+    first place wins that covers no label and not most of the box itself, else the one that covers the least. A label
+    larger than the picture starts at its edge.
     """
     width, height = size
     left, top, right, bottom = box
     places = [(x, y) for x in (left, right - width) for y in (top - height, top, bottom, bottom - height)]
+    places += [(right, top), (left - width, top)]
     places += [(left, y) for y in range(top + height, bottom - height, height)]
-    best, least = None, math.inf
-    for x, y in places:
-        x = max(0, min(x, picture_size[0] - width))
-        y = max(0, min(y, picture_size[1] - height))
-        place = (x, y, x + width, y + height)
-        covered = sum(_overlap(place, other) for other in placed)
-        if covered < least:
-            best, least = place, covered
-    return best
+    start = np.array(places).clip(max=np.subtract(picture_size, size)).clip(min=0)  # (P, 2)
+    rectangles = np.concatenate((start, start + size), axis=1)  # (P, 4)
+    covered = _overlaps(rectangles, np.array(placed).reshape(-1, 4)).sum(1)  # (P,) pixels
+    of_box = _overlaps(rectangles, np.array([box]))[:, 0]
+    covered += np.where(2 * of_box > (right - left) * (bottom - top), of_box, 0)
+    return tuple(rectangles[covered.argmin()].tolist())
 
 
-def _overlap(a: Rectangle, b: Rectangle) -> int:
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pixels that (P, 4) and (M, 4) rectangles share, (P, M)."""
+    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])  # (P, M, 2)
+    return sides.clip(min=0).prod(-1)
 
 
 def _visible_rectangle(box_xyxy: list[float], picture_size: tuple[int, int]) -> Rectangle | None:

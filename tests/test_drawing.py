@@ -100,6 +100,16 @@ def test_labels_stay_inside_and_apart_where_there_is_room():
     assert placed[0] == (50, 40, 90, 50)  # alone: above the top left corner
 
 
+def test_a_label_leaves_its_own_small_box_to_be_seen():
+    """In the corner of a picture there is no room above a small box; the label goes below it."""
+    for corner in ((0, 0, 12, 8), (0, 92, 12, 100), (188, 0, 200, 8), (188, 92, 200, 100), (0, 0, 12, 100)):
+        left, top, right, bottom = place_label((40, 10), corner, [], (200, 100))
+        width, height = min(right, corner[2]) - max(left, corner[0]), min(bottom, corner[3]) - max(top, corner[1])
+        hidden = max(0, width) * max(0, height)
+        assert 2 * hidden <= (corner[2] - corner[0]) * (corner[3] - corner[1])
+        assert 0 <= left and right <= 200 and 0 <= top and bottom <= 100
+
+
 def test_colours_differ_among_eighty_classes():
     colors = [class_color(label) for label in range(80)]
     assert len(set(colors)) == 80
