@@ -151,9 +151,9 @@ def suppress(
     exact = dict(BLOCK=block_size, enable_fp_fusion=False)
     with torch.cuda.device_of(boxes):
         for block in range(triton.cdiv(count, block_size)):
-            tiles = (images, block_size // WORD, block_size // WORD)
+            tiles = (images, block_size // WORD, block_size // 32)
             _compare_kernel[tiles](
-                boxes, labels, lost, survivors, bits, block, count, limit, threshold, COLUMNS=WORD, **exact
+                boxes, labels, lost, survivors, bits, block, count, limit, threshold, COLUMNS=32, **exact
             )
             _settle_kernel[(images,)](lost, bits, survivors, before, kept, block, count, limit, **exact)
             left = count - (block + 1) * block_size

@@ -145,7 +145,7 @@ def roi_align_triton(
 def _tile(bins: int) -> dict[str, int]:
     """How a program's bins and channels are cut: 16 on a side is the least a matrix product takes."""
     padded = max(16, triton.next_power_of_2(bins * bins))
-    return {"BINS": bins, "PADDED_BINS": padded, "CHANNELS": min(max(16, 4096 // padded), 64)}
+    return {"BINS": bins, "PADDED_BINS": padded, "CHANNELS": min(max(16, 2048 // padded), 64)}
 
 
 class _RoiAlign(torch.autograd.Function):

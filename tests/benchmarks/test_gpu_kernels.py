@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_kernels
-from benchmarks.gpu_kernels import Case, blob_mask, measure, row, size_of, table, to
+from benchmarks.gpu_kernels import Case, assert_agree, blob_mask, measure, row, size_of, table, to
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,23 @@ def test_a_contestant_that_is_wrong_is_not_timed():
     case = Case("b", lambda generator: (torch.ones(3),), lambda x: x, peer=lambda x: 2 * x)
     with pytest.raises(AssertionError, match="b, peer"):
         measure(case, 1, CPU)
-    assert set(measure(Case("b", case.make, case.run, peer=lambda x: x.clone()), 4, CPU)) == {"eager", "peer"}
+    times = measure(Case("b", case.make, case.run, peer=lambda x: 1.01 * x), 4, CPU)
+    assert set(times) == {"eager", "peer"} and len(times["peer"]) == 4
+
+
+def test_results_agree_in_shape_number_and_size():
+    x = torch.tensor([100.0, 0.001])
+    assert_agree((x, [x]), (x + 1, [x]), 0.02, "close")
+    for found, tolerance in (((x + 3, [x]), 0.02), ((x, [x[:1]]), 0.02), ((x,), 0.02), ((x + 1e-4, [x]), 0.0)):
+        with pytest.raises(AssertionError, match="what"):
+            assert_agree(found, (x, [x]), tolerance, "what")
+
+
+def test_what_is_compiled_is_what_is_timed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    for case in (c for c in gpu_kernels.loss_cases(small=True) + gpu_kernels.pooling_cases(small=True) if c.compiled):
+        inputs = case.make(torch.Generator().manual_seed(0))
+        assert_agree(case.compiled()(*inputs), case.run(*inputs), 1e-5, case.name)
 
 
 def test_inputs_keep_their_leaves():

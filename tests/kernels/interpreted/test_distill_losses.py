@@ -1,7 +1,7 @@
 """The losses of distill/ that rest on a kernel pass the checks of their definition also where the kernel runs.
 
 Their checks are the ones that tests/distill tells wrong losses from right ones with: float64 references, identities,
-gradients by finite differences, extreme and empty inputs. On the CPU; so with the interpreter only.
+extreme and empty inputs. They make their tensors on the CPU, so they run with the interpreter only.
 """
 
 import pytest
@@ -16,4 +16,6 @@ NAMES = ("softmax_kl", "image_kl", "soft_class", "cwd", "masked_mse")
 @pytest.mark.parametrize("name", NAMES)
 def test_checks_hold(name):
     (case,) = (case for case in CASES if case.name == name)
-    case.check(case.loss)
+    for check in case.checks:
+        if check.__name__ != "check_gradcheck":  # slow; test_losses has its own
+            check(case.loss)

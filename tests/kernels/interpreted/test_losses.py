@@ -366,12 +366,13 @@ def test_the_same_twice(make, shape, device):
 
 
 @pytest.mark.parametrize("name", [*ROW_LOSSES, *MAP_LOSSES])
-def test_offsets_beyond_32_bits(name, device):
-    """Two rows (or channels) 2^31 + 64 elements apart: only the pages that are touched take memory on a CPU."""
-    step = 2**31 + 64
+@pytest.mark.parametrize("step", [2**30 + 64, 2**31 + 64])
+def test_offsets_beyond_32_bits(step, name, device):
+    """Rows (or channels) so far apart that a product of 32-bit numbers, or one of them, is too large for 32 bits."""
     is_map = name in MAP_LOSSES
-    size, strides = ((1, 2, 2, 8), (0, step, 8, 1)) if is_map else ((1, 2, 16), (0, step, 1))
-    s = torch.empty(step + 16, dtype=torch.bfloat16, device=device).as_strided(size, strides)
+    size, strides = ((1, 3, 2, 8), (0, step, 8, 1)) if is_map else ((1, 3, 16), (0, step, 1))
+    # On a CPU only the pages that are touched take memory.
+    s = torch.empty(2 * step + 16, dtype=torch.bfloat16, device=device).as_strided(size, strides)
     s0, t = pair(size, device, torch.bfloat16)
     s.copy_(s0)
     assert_same((MAP_LOSSES if is_map else ROW_LOSSES)[name](s), s, t)
