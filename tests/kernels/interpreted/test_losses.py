@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.backend import IS_INTERPRETED
 from kernels.channel_wise_kl import channel_kl, channel_kl_eager
 from kernels.masked_mse import masked_squares, masked_squares_eager
 from kernels.sigmoid_kl import sigmoid_kl, sigmoid_kl_eager
@@ -332,6 +333,31 @@ def test_unmarked_pixels_play_no_role(dtype, channels_last, device):
     (gradient,) = torch.autograd.grad(got, spoilt[0])
     assert torch.equal(got, expected) and torch.equal(gradient, expected_gradient)
     assert not gradient.masked_select(~mask).any()
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="only the interpreter can say what is read")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_nothing_is_read_where_the_mask_is_zero(channels_last, device, monkeypatch):
+    """One pixel is marked: of each channel, it and the three that share its 16 bytes are read; alone, where last."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    s, t = pair((2, 8, 4, 8), device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    s, t = (x.to(memory_format=layout) for x in (s, t))
+    mask = torch.zeros(2, 1, 4, 8, device=device)
+    mask[1, 0, 2, 5] = 1
+    addresses = {id(x): range(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in (s, t)}
+    counts, load = {id(s): 0, id(t): 0}, type(interpreter_builder).create_masked_load
+
+    def counting_load(builder, pointers, is_loaded, *others):
+        loaded = pointers.data[is_loaded.data]
+        for key, addresses_of in addresses.items():
+            counts[key] += int(((loaded >= addresses_of.start) & (loaded < addresses_of.stop)).sum())
+        return load(builder, pointers, is_loaded, *others)
+
+    monkeypatch.setattr(type(interpreter_builder), "create_masked_load", counting_load)
+    masked_squares(s.requires_grad_(), t, mask).backward()
+    assert set(counts.values()) == {8 * (1 if channels_last else 4)}
 
 
 @pytest.mark.parametrize("name", MAP_LOSSES)
