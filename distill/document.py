@@ -3,13 +3,15 @@
     python -m distill.document [--check]
 
 Name, summary, paper, equation, needs and parameters come from distill.terms.LOSSES and the docstrings, so the page
-cannot say something else than the code; a test compares the committed file with what would be written. Only what no
-docstring holds is listed here: PUBLISHED, what others measured.
+cannot say something else than the code; what was measured here comes from STUDY, the comparison.json of a run of
+configs/bccd_study.yaml, from the rows that are named as the losses are. A test compares the committed file with what
+would be written. Only what neither holds is listed here: PUBLISHED, what others measured.
 """
 
 import argparse
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from distill.terms import LOSSES, LossEntry, parameters_of, sources_of
 from errors import UserError, run_script
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
+STUDY = PAGE.parent.parent / "reports" / "bccd_study.json"
 ARXIV = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})")
 
 
@@ -141,13 +144,51 @@ def main(argv: list[str]) -> None:
 
 def page() -> str:
     """The whole page, ending in a newline."""
-    heading = ("name", "loss", "equation", "needs", "parameters", "heads it fits", "published gain")
-    lines = [heading, ("---",) * len(heading), *(row(name, entry) for name, entry in LOSSES.items())]
-    return INTRODUCTION + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    study = json.loads(STUDY.read_text(encoding="utf-8"))
+    heading = (
+        "name", "loss", "equation", "needs", "parameters", "heads it fits", "cost per step", "gain measured here",
+        "published gain",
+    )  # fmt: skip
+    lines = [heading, ("---",) * len(heading), *(row(name, entry, study) for name, entry in LOSSES.items())]
+    return INTRODUCTION + protocol(study) + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def row(name: str, entry: LossEntry) -> tuple[str, ...]:
+def protocol(study: dict[str, Any]) -> str:
+    """What the study trained, in a paragraph."""
+    config, rows = study["config"], study["rows"]
+    by_name = {row["name"]: row for row in rows}
+    teachers = "; ".join(
+        f"{row['arch']}, {row['epochs']} epochs, mAP {mean(row['mAP']):.3f}" for row in rows if row["is_teacher"]
+    )
+    baseline = by_name["baseline"]
+    return (
+        f"Gains measured here are in mAP on the test split of BCCD, against the same student without a teacher under "
+        f"the same seeds ({config['student']['arch']}, {config['image_size']} px, {config['epochs']} epochs of "
+        f"{baseline['steps'][0] // config['epochs']} steps of {config['batch_size']}: mAP {mean(baseline['mAP']):.3f}; "
+        f"teacher: {teachers}); the cost is that of a whole step, the teacher's forward pass included, relative to the "
+        f"student's alone. `reports/bccd_study.md` has all rows, also combinations and the longer trained student.\n\n"
+    )
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def measured(name: str, study: dict[str, Any]) -> tuple[str, str]:
+    """Cost per step and gain of the study's row of this loss; dashes where there is none."""
+    found = next((row for row in study["rows"] if row["name"] == name), None)
+    if found is None or not found["differences"]:
+        return "-", "-"
+    against = found["differences"][0]
+    spread = "" if against["mAP_std"] is None else f" ± {against['mAP_std']:.3f}"
+    count = len(against["seeds"])
+    gain = f"{against['mAP_mean']:+.3f}{spread} ({count} seed{'s' if count > 1 else ''}): {against['verdict']}"
+    return f"{found['cost_per_step']:.2f}x", gain
+
+
+def row(name: str, entry: LossEntry, study: dict[str, Any]) -> tuple[str, ...]:
     """The cells of one loss."""
+    cost, gain_here = measured(name, study)
     published = PUBLISHED.get(name, Published(""))
     gain = published.gain + (f" [{published.source}]" if published.source else "")
     heads = published.heads or HEADS[entry.reads]
@@ -156,7 +197,10 @@ def row(name: str, entry: LossEntry) -> tuple[str, ...]:
     equations = "<br>".join(f"`{cell(line)}`" for line in equation(loss))
     where = f"`{loss.__module__.replace('.', '/')}.py`, `{loss.__name__}`"
     title = f"{cell(summary(loss))}<br>{where}" + "".join(f"<br>{paper}" for paper in papers(loss))
-    return f"`{name}`", title, equations, cell(needs(entry)), cell(parameters) or "-", cell(heads), cell(gain) or "-"
+    return (
+        f"`{name}`", title, equations, cell(needs(entry)), cell(parameters) or "-", cell(heads), cost, cell(gain_here),
+        cell(gain) or "-",
+    )  # fmt: skip
 
 
 def documented(loss: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ def test_every_loss_has_a_row_of_equally_many_cells():
     rows = [line for line in document.page().splitlines() if line.startswith("|")]
     assert [line.split("`")[1] for line in rows[2:]] == list(LOSSES)
     bars = [line.replace("\\|", "").count("|") for line in rows]
-    assert set(bars) == {8}
+    assert set(bars) == {10}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -37,6 +37,15 @@ def test_a_row_holds_equation_and_parameters(name):
     lines = document.equation(document.documented(entry.loss))
     assert lines[0].startswith("L") and "=" in lines[0] and all(lines)
     assert set(document.defaults(entry)) == parameters_of(entry)
+
+
+def test_what_the_study_measured_is_told_as_it_is():
+    difference = {"mAP_mean": -0.0123, "mAP_std": 0.0045, "seeds": [0, 1, 2], "verdict": "worse"}
+    study = {"rows": [{"name": "mse", "cost_per_step": 1.234, "differences": [difference]}]}
+    assert document.measured("mse", study) == ("1.23x", "-0.012 ± 0.004 (3 seeds): worse")
+    assert document.measured("cwd", study) == ("-", "-")
+    difference |= {"mAP_std": None, "seeds": [0], "verdict": "one seed: not decided"}
+    assert document.measured("mse", study)[1] == "-0.012 (1 seed): one seed: not decided"
 
 
 def test_published_gains_belong_to_losses():
@@ -62,7 +71,7 @@ def test_a_loss_without_an_equation_is_refused():
         """
 
     with pytest.raises(UserError, match="no docstring with an equation"):
-        document.row("silent", LossEntry(silent))
+        document.row("silent", LossEntry(silent), {"rows": []})
     assert document.defaults(LossEntry(silent)) == {"strength": ...}
     silent.__module__ = LossEntry.__module__
     with pytest.raises(UserError, match="begins with no"):
