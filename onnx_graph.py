@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class GraphInfo:
     commit: str | None
 
 
-class _Decoded(nn.Module):
+class Decoded(nn.Module):
     """A detector whose output is what `decode` makes of it."""
 
     def __init__(self, detector: nn.Module) -> None:
@@ -130,7 +130,7 @@ def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto
         shapes = {"images": {0: torch.export.Dim("batch", min=1), 2: SIZE_MULTIPLE * rows, 3: SIZE_MULTIPLE * columns}}
     with without_warnings(), torch.no_grad():
         program = torch.onnx.export(
-            _Decoded(detector),
+            Decoded(detector),
             (images,),
             input_names=["images"],
             output_names=list(PREDICTIONS),
@@ -141,11 +141,17 @@ def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto
         )
     graph = program.model_proto
     _forget_the_machine(graph)
-    sizes = ["batch", 3, "height", "width"] if dynamic else list(images.shape)
-    set_shape(graph.graph.input[0], sizes)
-    for output, last in zip(graph.graph.output, (4, detector.num_classes)):
-        set_shape(output, [sizes[0], "locations", last])
+    if dynamic:
+        set_shape(graph.graph.input[0], ["batch", 3, "height", "width"])
+        for output, last in zip(graph.graph.output, (4, detector.num_classes)):
+            set_shape(output, ["batch", "locations", last])
     return graph
+
+
+def free_sizes() -> dict[str, dict[int, Any]]:
+    """What torch.export is told of `images`: any batch, and any multiples of 32 for height and width."""
+    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
+    return {"images": {0: batch, 2: SIZE_MULTIPLE * rows, 3: SIZE_MULTIPLE * columns}}
 
 
 @contextmanager
@@ -229,7 +235,7 @@ def _rename(graph: "GraphProto", old: str, new: str) -> None:
 def float32_at_most(value: float) -> np.float32:
     """The largest float32 <= value: an IoU in float32 is above `value` exactly when it is above this."""
     rounded = np.float32(value)
-    return rounded if rounded <= value else np.nextafter(rounded, np.float32(-np.inf))
+    return rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(-np.inf))
 
 
 def write_info(model: "ModelProto", info: GraphInfo) -> None:

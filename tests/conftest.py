@@ -56,3 +56,13 @@ def make_tiny(tiny_data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "draw", lambda *args: None)
     return lambda **changes: tiny_config(tiny_data, tmp_path / "runs", **changes)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """tests.exporting.export_student; tests of it are skipped without the packages around ONNX."""
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module)
+    from tests.exporting import export_student
+
+    return export_student(tmp_path_factory.mktemp("exported"))

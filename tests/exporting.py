@@ -1,0 +1,81 @@
+"""A distilled student of a few steps, exported in three forms; shared by the tests of ONNX."""
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import checkpoint
+import models
+from tests.golden import recipe
+from tests.tiny_training import SIZE, tiny_config, write_dataset
+from yolo.yolov8 import NUM_BINS
+
+NAMES = ("green", "red")
+GAIN = 1.355  # of the weights in tests/golden
+
+
+@dataclass(frozen=True)
+class Exported:
+    """dynamic ends in detections, the other two in boxes and scores of one picture. said: by each call of export.py."""
+
+    data: Path
+    checkpoint: Path
+    dynamic: Path
+    fixed: Path
+    int8: Path
+    said: tuple[str, str]
+
+
+def fill(state: dict[str, Tensor]) -> None:
+    """Weights that are a function of their names, so large that what a model says depends on the picture.
+
+    Of YOLOv8 and YOLOv5u the scores are spread out, and boxes are a few strides wide.
+    """
+    for name, value in state.items():
+        filled = recipe.fill(name, tuple(value.shape), GAIN)
+        if filled is not None:
+            value.copy_(torch.from_numpy(filled))
+        if re.fullmatch(r"head\.(box|cls)\.\d\.2\.weight", name):
+            value *= 6
+        if re.fullmatch(r"head\.box\.\d\.2\.bias", name):  # short distances, or every box is the whole picture
+            value -= 0.6 * torch.arange(NUM_BINS).repeat(4)
+
+
+def save_model(path: Path, arch: str, names: tuple[str, ...] = NAMES, image_size: int = SIZE) -> Path:
+    """A checkpoint of ours with the weights of `fill`."""
+    state = models.build(arch, len(names)).state_dict()
+    fill(state)
+    checkpoint.save(path, {"arch": arch, "names": list(names), "image_size": image_size, "ema": state})
+    return path
+
+
+def export_student(folder: Path) -> Exported:
+    """Train with a teacher and adapters, then run export.py twice."""
+    import export
+    import train
+
+    data = write_dataset(folder / "data", train=8, test=6)
+    terms = [{"teacher": "big", "loss": "mse", "weight": 0.5, "student_maps": ["p3", "p4"], "adapter": "conv1x1"}]
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_model(folder / "teacher.pt", "yolov5nu"))}]
+    student = {"weights": str(save_model(folder / "start.pt", "yolov8n"))}
+    config = tiny_config(data, folder / "runs", epochs=1, student=student, teachers=teachers, terms=terms)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(train, "draw", lambda *args: None)
+        train.run(config, quiet=True)
+    weights = folder / "runs" / "tiny" / "weights" / "last.pt"
+    said, pictures = [], ["--pictures", str(data / "images")]
+    for arguments in (
+        ["--output", str(folder / "dynamic.onnx"), "--dynamic", "--with-nms", *pictures],
+        ["--output", str(folder / "fixed.onnx"), "--int8", "--calibrate", "yolo", str(data), "train", *pictures],
+    ):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            export.main([str(weights), *arguments])
+        said.append(printed.getvalue())
+    paths = [folder / f"{name}.onnx" for name in ("dynamic", "fixed", "fixed.int8")]
+    return Exported(data, weights, *paths, tuple(said))

@@ -1,0 +1,325 @@
+"""export.py: what it checks before it writes, what is in the file and what is not, what it refuses."""
+
+import builtins
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import export
+import models
+import onnx_graph
+from datasets.images import read_image
+from errors import UserError
+from frcnn.faster_rcnn import FasterRCNN
+from fusion import fuse
+from predict import Predictor
+from sources import find_pictures
+from teachers.rtdetr import RTDETR
+from tests.conftest import ROOT
+from tests.exporting import NAMES, fill, save_model
+from tests.tiny_training import SIZE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def traced(exported, monkeypatch):
+    """The graph of the distilled student, given back where export.py would trace it again; 5 seconds less each."""
+    import onnx
+
+    graph = onnx.load(exported.fixed)
+    del graph.metadata_props[:]
+
+    def give(*args, **kwargs):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(graph)
+        return copy
+
+    monkeypatch.setattr(onnx_graph, "trace", give)
+    return graph
+
+
+def test_says_what_was_checked_and_written(exported):
+    for said, size in zip(exported.said, (exported.dynamic, exported.fixed)):
+        difference = re.search(
+            r"4 pictures at 64 px: ONNX and PyTorch differ in boxes by at most (\S+) px, scores by (\S+)", said
+        )
+        assert float(difference[1]) < 1e-3 and float(difference[2]) < 1e-5
+        assert f"written: {size} (yolov8n, 2 classes, float32)" in said
+    table = exported.said[1].splitlines()[-3:]
+    assert table[0].split() == ["mAP50", "mAP50-95", "ms", "MB"]
+    rows = {line.split()[0]: list(map(float, line.split()[1:])) for line in table[1:]}
+    assert rows["int8"][3] < 0.35 * rows["float32"][3] and rows["int8"][2] > 0
+
+
+def test_the_files_hold_the_student_alone(exported):
+    """No adapter, no teacher, no optimizer: as many numbers as the folded student has, and no name but its own."""
+    import onnx
+
+    state = checkpoint.load(exported.checkpoint)
+    adapters = [name for name in state["criterion"] if "adapter" in name]
+    assert adapters and state["optimizer"]  # the checkpoint has what must not be in the file
+    model, _ = checkpoint.load_model(exported.checkpoint)
+    folded = dict(fuse(model).named_parameters())
+    weights = {i.name: i for i in onnx.load(exported.fixed).graph.initializer}
+    of_student = {
+        name.removeprefix("detector."): value for name, value in weights.items() if name.startswith("detector.")
+    }
+    assert set(of_student) == set(folded)
+    for name, value in folded.items():
+        np.testing.assert_array_equal(
+            onnx.numpy_helper.to_array(of_student[name]), value.detach().numpy(), err_msg=name
+        )
+    others = {name: onnx.numpy_helper.to_array(v) for name, v in weights.items() if not name.startswith("detector.")}
+    locations = sum((SIZE // stride) ** 2 for stride in (8, 16, 32))
+    # Beside the weights: small constants, and the points and strides of the locations.
+    assert all(value.size <= 4 * locations for value in others.values())
+    for path in (exported.dynamic, exported.fixed, exported.int8):
+        data = path.read_bytes()
+        assert b"adapter" not in data and b"teacher" not in data
+
+
+def test_the_files_do_not_name_the_machine(exported):
+    for path in (exported.dynamic, exported.fixed, exported.int8):
+        data = path.read_bytes()
+        for trace in (str(ROOT).encode(), b"site-packages", b".py", str(exported.checkpoint.parent).encode()):
+            assert trace not in data, (path.name, trace)
+
+
+def test_the_graphs_declare_what_they_take_and_give(exported):
+    import onnxruntime
+
+    locations = sum((SIZE // stride) ** 2 for stride in (8, 16, 32))
+
+    shapes = {}
+    for path in (exported.dynamic, exported.fixed):
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        shapes[path.stem] = [{v.name: v.shape for v in part()} for part in (session.get_inputs, session.get_outputs)]
+    assert shapes["fixed"] == [
+        {"images": [1, 3, SIZE, SIZE]},
+        {"boxes_xyxy": [1, locations, 4], "scores": [1, locations, 2]},
+    ]
+    inputs, outputs = shapes["dynamic"]
+    assert inputs["images"] == ["batch", 3, "height", "width"]
+    assert list(outputs) == ["boxes_xyxy", "scores", "labels", "image"]
+
+
+def test_metadata(exported):
+    import onnx
+
+    entries = {entry.key: entry.value for entry in onnx.load(exported.int8).metadata_props}
+    info = onnx_graph.read_info(entries, exported.int8)
+    assert (info.arch, info.names, info.image_size) == ("yolov8n", NAMES, SIZE)
+    assert (info.suppresses, info.precision, info.source) == (True, "int8", "ours")
+    assert info.commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", info.commit)
+
+
+@pytest.mark.parametrize("fault", ["weight", "nan"])
+def test_a_graph_that_differs_is_not_written(exported, traced, tmp_path, fault):
+    """A network that computes something else, or nothing finite, is found out before there is a file."""
+    import onnx
+
+    weight = next(i for i in traced.graph.initializer if i.name == "detector.head.cls.0.2.bias")
+    values = onnx.numpy_helper.to_array(weight) + (0.01 if fault == "weight" else np.nan)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), weight.name))
+    path = tmp_path / "out.onnx"
+    path.write_bytes(b"what was there before")
+    with pytest.raises(UserError, match=r"out\.onnx: differs from PyTorch in boxes .*; nothing was written"):
+        export.main([str(exported.checkpoint), "--output", str(path)])
+    assert path.read_bytes() == b"what was there before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_selection_that_differs_is_not_written(exported, traced, tmp_path, monkeypatch):
+    worse = onnx_graph.SELECTION.replace("TopK (scores1, count)", "TopK <largest = 0> (scores1, count)")
+    assert worse != onnx_graph.SELECTION
+    monkeypatch.setattr(onnx_graph, "SELECTION", worse)
+    with pytest.raises(UserError, match="chooses other detections than PyTorch does; nothing was written"):
+        export.main([str(exported.checkpoint), "--output", str(tmp_path / "out.onnx"), "--with-nms"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file(exported, traced, tmp_path, monkeypatch):
+    import run_folder
+
+    def refuse(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_durably", refuse)
+    with pytest.raises(UserError, match=r"out\.onnx: could not be written: No space left on device") as error:
+        export.main([str(exported.checkpoint), "--output", str(tmp_path / "out.onnx")])
+    assert error.value.exit_code == 5 and not list(tmp_path.iterdir())
+
+
+def test_pictures_may_be_given(exported, traced, tmp_path, capsys):
+    picture = exported.data / "images" / "test" / "000.png"
+    arguments = [str(exported.checkpoint), "--output", str(tmp_path / "out.onnx")]
+    export.main([*arguments, "--pictures", str(picture)])
+    assert capsys.readouterr().out.startswith("1 pictures at 64 px")
+    with pytest.raises(UserError, match="absent: no such file or folder, expected pictures"):
+        export.main([*arguments, "--pictures", str(tmp_path / "absent")])
+
+
+def test_a_query_is_compared_to_its_nearest():
+    """Rounding may swap two queries of RT-DETR; that is no difference. A query that is nowhere is one."""
+    boxes, scores = torch.tensor([[0.0, 0, 9, 9], [20, 20, 30, 30]]), torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    swap = torch.tensor([1, 0])
+    assert export._differences(boxes, scores, boxes[swap], scores[swap], in_order=False) == (0.0, 0.0)
+    assert export._differences(boxes, scores, boxes[swap], scores[swap], in_order=True)[0] == 21.0
+    moved = boxes + torch.tensor([[0.0], [0.5]])
+    assert export._differences(boxes, scores, moved[swap], scores[swap], in_order=False) == (0.5, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_model_that_cannot_be_exported(tmp_path, monkeypatch):
+    """A detector without `decode`: the regions of a second stage are as many as the first finds."""
+    pytest.importorskip("onnxscript")
+    info = checkpoint.CheckpointInfo("fasterrcnn_resnet18", NAMES, SIZE)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: (nn.Identity(), info))
+    with pytest.raises(UserError, match="fasterrcnn_resnet18 cannot be exported: its second stage") as error:
+        export.main([str(tmp_path / "frcnn.pt")])
+    assert error.value.exit_code == 2 and not list(tmp_path.iterdir())
+    assert not hasattr(FasterRCNN, "decode") and hasattr(RTDETR, "decode")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output", "model.trt"], "expected a name ending in .onnx"),
+        (["--image-size", "100"], "expected a multiple of 32"),
+        (["--int8"], "expected --int8 and --calibrate together"),
+        (["--calibrate", "yolo", "data"], "expected --int8 and --calibrate together"),
+        (["--max-detections", "0"], "--max-detections: found 0, expected at least 1"),
+    ],
+)
+def test_bad_options_are_usage_errors(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(["w.pt", *arguments])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_no_checkpoint(tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(UserError, match=r"absent\.pt: no such file, expected a checkpoint"):
+        export.main([str(tmp_path / "absent.pt")])
+
+
+def test_a_dataset_of_other_classes_is_refused_before_any_work(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "trace", lambda *args, **kwargs: pytest.fail("traced"))
+    path = save_model(tmp_path / "three.pt", "yolov8n", ("green", "red", "blue"))
+    with pytest.raises(UserError, match=r"has the classes \['green', 'red', 'blue'\], the dataset \['green', 'red'\]"):
+        export.main([str(path), "--int8", "--calibrate", "yolo", str(exported.data), "train"])
+    with pytest.raises(UserError, match=r"--calibrate: found 'nothing', expected voc\|coco"):
+        export.main([str(exported.checkpoint), "--int8", "--calibrate", "nothing"])
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_before_any_work(tmp_path, monkeypatch, missing):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if name != missing:
+            pytest.importorskip(name)
+    imports = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == missing:
+            raise ImportError(name)
+        return imports(name, *args, **kwargs)
+
+    monkeypatch.setattr("importlib.import_module", without)
+    with pytest.raises(UserError, match=rf"needs the package '{missing}': pip install -r requirements-export\.txt"):
+        export.main([str(tmp_path / "absent.pt")])
+
+
+# -------------------------------------------------------------------------------------------------- the other families
+
+
+class StridedBackbone(nn.Module):
+    """c3, c4, c5 from one convolution each: what an RT-DETR that is quick to trace stands on."""
+
+    channels = {"c3": 8, "c4": 8, "c5": 8}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 2, 2)])
+
+    def forward(self, x):
+        maps = {}
+        for name, convolution in zip(self.channels, self.convolutions):
+            x = maps[name] = convolution(x)
+        return maps
+
+
+def small_rtdetr():
+    """Weights by their names: fresh ones give all queries nearly one score, and rounding would choose among them."""
+    model = RTDETR(
+        backbone=StridedBackbone(), num_classes=2, width=32, hidden=16, feedforward=32, num_layers=1,
+        batchnorm_eps=1e-5, public_names=[],
+    )  # fmt: skip
+    fill(model.state_dict())
+    return model.eval().requires_grad_(False)
+
+
+def test_rtdetr(tmp_path, monkeypatch, capsys):
+    """Nothing is suppressed in it, queries may change places, and its thresholds are those of any detector."""
+    pytest.importorskip("onnxscript")
+    from onnx_detector import load_onnx
+
+    model, info = small_rtdetr(), checkpoint.CheckpointInfo("rtdetr_r18vd", NAMES, SIZE)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: (model, info))
+    path = tmp_path / "rtdetr.onnx"
+    export.main(["rtdetr.pt", "--output", str(path), "--with-nms"])
+    assert "4 pictures at 64 px" in capsys.readouterr().out
+    detector, images = load_onnx(path), export.load_images([], SIZE)
+    assert not detector.info.suppresses
+    settings = dict(score_threshold=0.0, iou_threshold=0.1, max_detections=30)
+    with torch.no_grad():
+        expected = model.detect(model(images), **settings)
+    for ours, theirs in zip(expected, detector.detect(detector(images), **settings), strict=True):
+        assert len(ours) == len(theirs) == 30
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["yolov5n", "rtdetr"])
+def test_sizes_stay_free(arch):
+    """What torch.export keeps as a constant shows at another size; torch.onnx translates this very program."""
+    model = small_rtdetr() if arch == "rtdetr" else fuse(models.build(arch, 2)).requires_grad_(False)
+    decoded, shapes = onnx_graph.Decoded(model), onnx_graph.free_sizes()
+    with onnx_graph.without_warnings(), torch.no_grad():
+        program = torch.export.export(decoded, (torch.zeros(2, 3, 320, 256),), dynamic_shapes=shapes, strict=False)
+    images = torch.rand(3, 3, 192, 352, generator=torch.Generator().manual_seed(0))
+    found, expected = (tuple(part[0] for part in run(images)) for run in (program.module(), decoded))
+    boxes, scores = export._differences(*expected, *found, in_order=arch != "rtdetr")
+    assert boxes < 1e-2 and scores < 1e-4
+
+
+def test_yolov5_on_photographs(tmp_path, capsys):
+    """The public detector of helmets and vests where it is at hand, else weights by their names on drawn pictures."""
+    pytest.importorskip("onnxscript")
+    from onnx_detector import load_detector
+
+    data = ROOT.parent / "shared" / "data"
+    path, photos, options = save_model(tmp_path / "model.pt", "yolov5n"), [], []
+    if data.is_dir():
+        path = data / "public_weights" / "yolov5n_helmet_vest.pt"
+        photos, options = [str(data / "photos")], ["--arch", "yolov5n"]
+    output = tmp_path / "out.onnx"
+    pictures = ["--pictures", *photos] if photos else []
+    export.main([str(path), *options, *pictures, "--output", str(output), "--with-nms"])
+    boxes, scores = map(float, re.search(r"at most (\S+) px, scores by (\S+)", capsys.readouterr().out).groups())
+    if not photos:
+        return
+    assert boxes < 0.005 and scores < 1e-5
+    model, info = checkpoint.load_model(path, "yolov5n")
+    detector, said = load_detector(output)
+    assert said == info
+    read = [read_image(picture.path) for picture in find_pictures(photos)[:4]]
+    expected, found = (Predictor(m, image_size=640, score_threshold=0.1)(read) for m in (model, detector))
+    assert sum(map(len, expected)) > 1
+    for ours, theirs in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours.boxes_xyxy, theirs.boxes_xyxy, rtol=0, atol=0.01)
+        assert torch.equal(ours.labels, theirs.labels)
