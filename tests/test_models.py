@@ -12,8 +12,14 @@ def test_table_holds_every_name_once_and_builds_what_it_says():
     ] + [
         f"fasterrcnn_{backbone}"
         for backbone in (
-            "resnet18", "resnet34", "resnet50", "resnet50_v2", "mobilenet_v3_small", "mobilenet_v3_large",
-            "mobilenet_v3_large_320", "vit_tiny",
+            "resnet18",
+            "resnet34",
+            "resnet50",
+            "resnet50_v2",
+            "mobilenet_v3_small",
+            "mobilenet_v3_large",
+            "mobilenet_v3_large_320",
+            "vit_tiny",
         )
     ] + ["rtdetr_l", "rtdetr_x", "rtdetr_r18vd", "rtdetr_r50vd"]
     small = build("yolov5nu", 4)
