@@ -11,6 +11,7 @@ from PIL import Image
 
 import checkpoint
 import predict
+import progress
 import sources
 import video
 from checkpoint import CheckpointInfo
@@ -19,6 +20,8 @@ from errors import UserError
 av = pytest.importorskip("av")
 from tests.colour_detector import NAMES, ColourDetector  # noqa: E402
 from tests.tiny_video import HEIGHT, WIDTH, damage, moving_red, write_video  # noqa: E402
+
+needs_lavfi = pytest.mark.skipif("lavfi" not in av.formats_available, reason="FFmpeg was built without lavfi")
 
 
 @pytest.fixture
@@ -120,11 +123,13 @@ def test_broken_frames_are_counted_and_skipped(tmp_path, colour_model, capsys):
     assert seconds_of(tmp_path / "out" / "a.mp4") == [frame.seconds for frame in good]
 
 
+@needs_lavfi
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_webcam_runs_until_it_is_stopped_and_leaves_a_video(tmp_path, colour_model, monkeypatch, number, capsys):
     """An endless picture of FFmpeg's own stands for the camera; the third frame comes with Ctrl-C."""
     monkeypatch.setattr(video, "CAMERA_FORMAT", "lavfi")
     monkeypatch.setattr(video, "CAMERA_PATH", "color=c=red:size=64x48:rate=10,split[a][out];[a]nullsink")
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
     seen = []
 
     class Interrupted(ColourDetector):
@@ -138,12 +143,14 @@ def test_a_webcam_runs_until_it_is_stopped_and_leaves_a_video(tmp_path, colour_m
     Image.fromarray(moving_red(0)).save(tmp_path / "later.png")
     out = tmp_path / "out"
     assert run("webcam:0", tmp_path / "later.png", "--output", out, "--json") == 128 + number
-    assert "webcam:0: 64 x 48, 3 frames" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "webcam:0  frame 2  frames per second " in said and "webcam:0: 64 x 48, 3 frames" in said
     assert seen == [1, 1, 1] and len(json.loads((out / "predictions.json").read_text())) == 3
     np.testing.assert_allclose(seconds_of(out / "webcam-0.mp4"), [0, 0.1, 0.2], atol=1e-3)
     assert {path.name for path in out.iterdir()} == {"webcam-0.mp4", "predictions.json"}
 
 
+@needs_lavfi
 def test_max_frames_ends_a_webcam(tmp_path, colour_model, monkeypatch):
     monkeypatch.setattr(video, "CAMERA_FORMAT", "lavfi")
     monkeypatch.setattr(video, "CAMERA_PATH", "testsrc=size=64x48:rate=10")

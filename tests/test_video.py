@@ -3,6 +3,7 @@
 import itertools
 import resource
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,9 +42,10 @@ def times(path) -> list[float]:
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.mov", "a.ts", "a:b.mp4"])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_reads_every_frame_in_order(tmp_path, name, encoder):
-    write_video(tmp_path / name, [moving_red(n) for n in range(9)], encoder=encoder)
-    with video.VideoReader(tmp_path / name) as reader:
+def test_reads_every_frame_in_order(tmp_path, monkeypatch, name, encoder):
+    monkeypatch.chdir(tmp_path)  # a relative a:b.mp4 looks like an address
+    write_video(Path(name), [moving_red(n) for n in range(9)], encoder=encoder)
+    with video.VideoReader(Path(name)) as reader:
         assert (reader.width, reader.height, reader.has_sound, reader.is_turned) == (WIDTH, HEIGHT, False, False)
         frames = list(reader)
         assert (reader.broken, reader.first_fault) == (0, "")
@@ -156,6 +158,10 @@ def test_pixel_shape_is_kept_and_turned(tmp_path):
     write(tmp_path / "out.mp4", [moving_red(0)], pixel_shape=Fraction(16, 11))
     with video.VideoReader(tmp_path / "out.mp4") as reader:
         assert reader.pixel_shape == Fraction(16, 11)
+    for degrees in (90, 180):
+        path = write_video(tmp_path / "turned.mp4", [moving_red(0)], degrees=degrees, pixel_shape=Fraction(16, 11))
+        with video.VideoReader(path) as reader:
+            assert reader.pixel_shape == (Fraction(16, 11) if degrees == 180 else Fraction(11, 16))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -177,11 +183,32 @@ def test_a_cut_file_ends_early(tmp_path):
         assert 6 <= len(list(reader)) <= 8
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_file_that_cannot_be_followed_gives_what_the_decoder_still_holds(tmp_path, monkeypatch, encoder):
+    path = write_video(tmp_path / "a.mp4", [moving_red(n) for n in range(12)], encoder=encoder)
+    open_file = video.VideoReader._open
+
+    class Broken:
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def demux(self, stream):
+            yield from itertools.islice(self.container.demux(stream), 7)
+            raise av.InvalidDataError(-1, "Invalid data", "av_read_frame()")
+
+    monkeypatch.setattr(video.VideoReader, "_open", lambda self, path: Broken(open_file(self, path)))
+    with video.VideoReader(path) as reader:
+        assert len(list(reader)) == 7 and (reader.broken, reader.first_fault) == (1, "Invalid data")
+
+
 def test_frames_without_times_and_clocks_set_back():
     reader = object.__new__(video.VideoReader)
     reader._last, reader._offset, reader.frame_rate, reader.time_base = None, 0, Fraction(25), Fraction(1, 1000)
-    stamps = [500, 540, None, 620, 620, 100, 140, None]
-    assert [reader._tick(pts) for pts in stamps] == [0, 40, 80, 120, 160, 200, 240, 280]
+    stamps = [500, 540, None, 620, 620, 100, 170, None]
+    assert [reader._tick(pts) for pts in stamps] == [0, 40, 80, 120, 160, 200, 270, 310]
 
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"

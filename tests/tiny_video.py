@@ -26,6 +26,7 @@ def write_video(
     time_base: Fraction | None = None,
     encoder: str = "mpeg4",
     degrees: int = 0,
+    pixel_shape: Fraction = Fraction(1),
     sound: bool = False,
 ) -> Path:
     """ticks: when frames are shown, in units of time_base (1 / rate). degrees: of the display matrix."""
@@ -35,6 +36,7 @@ def write_video(
         stream = container.add_stream(encoder, rate=rate, options={"qscale": "2"} if encoder == "mpeg4" else {})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = stream.codec_context.time_base = time_base
+        stream.codec_context.sample_aspect_ratio = pixel_shape
         if degrees:
             stream.set_display_rotation(degrees)
         audio = container.add_stream("aac", rate=44100) if sound else None
