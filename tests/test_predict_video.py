@@ -142,7 +142,7 @@ def test_a_webcam_runs_until_it_is_stopped_and_leaves_a_video(tmp_path, colour_m
     monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: (Interrupted(), CheckpointInfo("c", NAMES, 64)))
     Image.fromarray(moving_red(0)).save(tmp_path / "later.png")
     out = tmp_path / "out"
-    assert run("webcam:0", tmp_path / "later.png", "--output", out, "--json") == 128 + number
+    assert run("webcam:0", "webcam:1", tmp_path / "later.png", "--output", out, "--json") == 128 + number
     said = capsys.readouterr().out
     assert "webcam:0  frame 2  frames per second " in said and "webcam:0: 64 x 48, 3 frames" in said
     assert seen == [1, 1, 1] and len(json.loads((out / "predictions.json").read_text())) == 3
