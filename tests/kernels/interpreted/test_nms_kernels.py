@@ -67,6 +67,23 @@ def test_pairs_exactly_at_the_threshold(device, against_eager):
         assert torch.equal(found, expected)
 
 
+def test_pairs_whose_iou_is_the_threshold_to_the_last_bit(device):
+    """The pair survives at its own IoU and not at the next number below: another order of operations would show."""
+    rng = np.random.default_rng(8)
+    boxes, below = random_boxes(rng, 60, spread=20.0).reshape(30, 2, 4), np.float32(-np.inf)
+    a, b = boxes[:, 0], boxes[:, 1]
+    sides = np.maximum(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), np.float32(0))
+    area_a, area_b = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
+    intersection = sides[:, 0] * sides[:, 1]
+    iou = intersection / (area_a + area_b - intersection)
+    others = intersection / (area_a + (area_b - intersection)), intersection / (area_a - intersection + area_b)
+    assert iou.dtype == np.float32 and all((iou != other).sum() > 3 for other in others)
+    scores, labels = tensors(device, np.array([2.0, 1.0]), np.array([0, 0]))
+    for pair, threshold in zip(torch.tensor(boxes).to(device), iou):
+        assert len(batched_nms(pair, scores, labels, float(threshold), 2)) == 2
+        assert len(batched_nms(pair, scores, labels, float(np.nextafter(threshold, below)), 2)) == 1 or threshold == 0
+
+
 @pytest.mark.parametrize("name", [n for n, (boxes, *_) in cases().items() if not IS_INTERPRETED or len(boxes) <= 300])
 def test_the_recorded_cases(name, device, against_eager):
     *arrays, threshold = cases()[name]
@@ -84,6 +101,16 @@ def test_a_chain_in_which_every_box_suppresses_the_next(device, small_blocks):
     )  # neighbours 1.5 / 3.5, the next but one 0.5 / 4.5
     keep = batched_nms(boxes, -x.to(device), torch.zeros(count, dtype=torch.int64, device=device), 0.4, count)
     assert keep.tolist() == list(range(0, count, 2))
+
+
+@pytest.mark.parametrize("survivors", [63, 64, 65])
+def test_each_survivor_of_a_block_suppresses_in_the_next(survivors, device, small_blocks):
+    """Boxes apart from each other, copies of the first up to the end of the block, and in the next a copy of each."""
+    which = torch.cat((torch.arange(survivors), torch.zeros(128 - survivors), torch.arange(survivors))).to(device)
+    corner = torch.stack((10 * which, 0 * which), 1)
+    scores = torch.linspace(1, 0.1, len(which), device=device)
+    keep = batched_nms(torch.cat((corner, corner + 8), 1), scores, 0 * which.long(), 0.5, len(which))
+    assert keep.tolist() == list(range(survivors))
 
 
 def test_non_finite_rows(device, against_eager):
