@@ -60,6 +60,7 @@ bench: setup  ## Every table of benchmarks/; peers are printed where they are in
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/distill_step.py
 	$(BIN)/python benchmarks/evaluator.py
+	$(BIN)/python benchmarks/latency.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,7 +1,9 @@
 """Post-training quantization of an ONNX graph to 8-bit integers, by onnxruntime.
 
 Weights become int8, per output channel; activations uint8, per tensor, over the range they took on the calibration
-pictures. Decoding stays float32: a pixel of a 640 px picture does not fit into 8 bits, and there is little to gain.
+pictures. The last convolutions and the decoding behind them stay float32: they are 1 to 3% of the time, a pixel of a
+640 px picture does not fit into 8 bits, and YOLOv5 has box numbers, objectness and class logits in one tensor, which no
+one scale can serve (quantized with the rest, they cost a YOLOv5s trained on BCCD 0.05 of its 0.60 mAP50-95).
 """
 
 import tempfile
@@ -35,7 +37,7 @@ def quantize(model: "ModelProto", images: Iterable[np.ndarray]) -> "ModelProto":
     """A graph of onnx_graph.trace and calibration images (1, 3, H, W) float32 in [0, 1] -> the graph in int8.
 
     Inputs and outputs stay float32. Everything that some convolution still needs is quantized, as far as OPERATORS
-    name it; what comes after the last convolutions, the decoding, is not.
+    name it, and so are the convolutions themselves, but the last ones.
     """
     import onnx
 
@@ -49,7 +51,7 @@ def quantize(model: "ModelProto", images: Iterable[np.ndarray]) -> "ModelProto":
             _Reader(images),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(OPERATORS),
-            nodes_to_exclude=decoding_nodes(model),
+            nodes_to_exclude=float_nodes(model),
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -57,13 +59,14 @@ def quantize(model: "ModelProto", images: Iterable[np.ndarray]) -> "ModelProto":
         return onnx.load(path)
 
 
-def decoding_nodes(model: "ModelProto") -> list[str]:
-    """Names of the nodes that no convolution needs, convolutions excepted."""
+def float_nodes(model: "ModelProto") -> list[str]:
+    """Names of the nodes that no convolution needs: the last convolutions, and all that is no convolution's input."""
     needed: set[str] = set()  # values that lead to a convolution
     names = []
     for node in reversed(model.graph.node):  # nodes are in topological order
-        if node.op_type == "Conv" or needed.intersection(node.output):
-            needed.update(node.input)
-        else:
+        is_needed = bool(needed.intersection(node.output))
+        if not is_needed:
             names.append(node.name)
+        if is_needed or node.op_type == "Conv":
+            needed.update(node.input)
     return names

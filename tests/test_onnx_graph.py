@@ -25,7 +25,7 @@ pytest.importorskip("onnxruntime")
 from onnx import helper, parser  # noqa: E402
 
 from onnx_detector import open_session  # noqa: E402
-from onnx_int8 import decoding_nodes  # noqa: E402
+from onnx_int8 import float_nodes  # noqa: E402
 
 INFO = GraphInfo("yolov8n", ("disk", "Störche, weiß"), 160, True, "float32", "ours", None)
 PASSED_THROUGH = """
@@ -145,7 +145,7 @@ def test_foreign_and_damaged_metadata_are_one_line():
             read_info(broken, "x.onnx")
 
 
-def test_decoding_is_what_no_convolution_needs():
+def test_what_no_convolution_needs_stays_float():
     def node(kind, inputs, output):
         return helper.make_node(kind, inputs, [output], name=output)
 
@@ -159,7 +159,7 @@ def test_decoding_is_what_no_convolution_needs():
         node("Add", ["bins", "act"], "boxes"),
     ]
     model = helper.make_model(helper.make_graph(nodes, "graph", [], []))
-    assert set(decoding_nodes(model)) == {"bins", "boxes"}
+    assert set(float_nodes(model)) == {"conv2", "bins", "boxes"}
 
 
 def test_silence_ends():

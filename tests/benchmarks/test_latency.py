@@ -1,0 +1,53 @@
+"""The benchmark of latency still runs, counts what it says it counts, and compares like with like."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import latency
+from tests.exporting import save_model
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_onnx(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_prints_its_table(capsys, without_onnx):
+    latency.main(["--image-size", "64", "--rounds", "1", "--threads", "1"])
+    said = capsys.readouterr().out
+    assert "yolov8n: 3.157 M parameters, 0.09 GFLOP at 64 px" in said and "their rows are missing" in said
+    assert all(name in said for name in latency.FORMS)
+
+
+def test_times_a_checkpoint(tmp_path, capsys, without_onnx):
+    path = save_model(tmp_path / "model.pt", "yolov5nu")
+    latency.main(["--checkpoint", str(path), "--image-size", "64", "--rounds", "1", "--cpu-time"])
+    assert "model.pt" in (said := capsys.readouterr().out) and "CPU ms" in said
+
+
+def test_flops_are_two_a_multiplication():
+    """A convolution 3 -> 4, 3x3, on 8 x 8 pixels: 2 * 4 * 8 * 8 * 3 * 9."""
+    model = nn.Conv2d(3, 4, 3, padding=1)
+    model.decode = lambda output: output
+    assert latency.count_flops(model, torch.zeros(1, 3, 8, 8)) == 2 * 4 * 8 * 8 * 3 * 9
+
+
+def test_the_best_forms_are_compared(capsys):
+    seconds = {("ours", name): [0.001 * (number + 1)] for number, name in enumerate(latency.FORMS)}
+    seconds |= {("peer", name): [0.002 * (number + 1)] for number, name in enumerate(reversed(latency.FORMS))}
+    latency.print_table(seconds, list(latency.FORMS))
+    said = capsys.readouterr().out.splitlines()
+    first, *_, last = latency.FORMS
+    best_peer = list(latency.FORMS)[-2]
+    assert said[-2] == f"our best of these / its best: {first} / {best_peer}: 4.00"
+    assert said[-1] == f"our best of these / its best: {last} / {last}: 0.40"
