@@ -284,6 +284,7 @@ def test_rtdetr(tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["yolov5n", "rtdetr"])
 def test_sizes_stay_free(arch):
     """What torch.export keeps as a constant shows at another size; torch.onnx translates this very program."""
