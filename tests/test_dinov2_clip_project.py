@@ -32,7 +32,7 @@ KINDS = ("baseline", "feature", "logit", "full")
 TERMS = ("cosine_dinov2", "image_kl_clip")
 SMALL = (
     "image_size=64", "epochs=1", "batch_size=2", "evaluation.every_epochs=0", "evaluation.batch_size=2",
-    "data.workers=0", "device=cpu", "precision=float32", "student.backbone_weights=null",
+    "data.workers=0", "device=cpu", "precision=float32", "student.backbone_weights=null", "student.frozen_norms=false",
 )  # fmt: skip
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
