@@ -2,6 +2,7 @@
 
 import builtins
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,13 +119,15 @@ def test_metadata(exported):
     assert info.commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", info.commit)
 
 
-@pytest.mark.parametrize("fault", ["weight", "nan"])
-def test_a_graph_that_differs_is_not_written(exported, traced, tmp_path, fault):
+@pytest.mark.parametrize("branch", ["cls", "box"])
+@pytest.mark.parametrize("fault", [0.1, np.nan])
+def test_a_graph_that_differs_is_not_written(exported, traced, tmp_path, branch, fault):
     """A network that computes something else, or nothing finite, is found out before there is a file."""
     import onnx
 
-    weight = next(i for i in traced.graph.initializer if i.name == "detector.head.cls.0.2.bias")
-    values = onnx.numpy_helper.to_array(weight) + (0.01 if fault == "weight" else np.nan)
+    weight = next(i for i in traced.graph.initializer if i.name == f"detector.head.{branch}.0.2.bias")
+    values = np.array(onnx.numpy_helper.to_array(weight))
+    values[0] += fault
     weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), weight.name))
     path = tmp_path / "out.onnx"
     path.write_bytes(b"what was there before")
@@ -171,6 +174,18 @@ def test_a_query_is_compared_to_its_nearest():
     assert export._differences(boxes, scores, boxes[swap], scores[swap], in_order=True)[0] == 21.0
     moved = boxes + torch.tensor([[0.0], [0.5]])
     assert export._differences(boxes, scores, moved[swap], scores[swap], in_order=False) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("suppresses", [False, True])
+def test_queries_may_change_places_and_locations_may_not(monkeypatch, suppresses):
+    model, images = small_rtdetr(), export.load_images([], SIZE)[:1]
+    with torch.no_grad():
+        swapped = [part[:, [1, 0, *range(2, part.shape[1])]].numpy() for part in model.decode(model(images))]
+    session = SimpleNamespace(run=lambda names, feed: swapped)
+    monkeypatch.setattr(export, "open_session", lambda data: session)
+    graph = SimpleNamespace(graph=SimpleNamespace(output=[SimpleNamespace(name="boxes_xyxy")]), SerializeToString=bytes)
+    difference = export.compare(model, graph, [images], suppresses=suppresses)
+    assert difference.is_small() is not suppresses
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
