@@ -24,6 +24,9 @@ class DataConfig:
     root: str
     train: str = "train"
     test: str = "test"
+    train_root: str | None = None  # of the training split alone: a synthetic set, tested on a real one; None: `root`
+    train_format: Literal["voc", "coco", "yolo", "kitti", "shapes"] | None = None  # of train_root; None: `format`
+    pictures_per_epoch: int = 0  # passes over the set are cut into epochs of this many; 0: one pass an epoch
     max_samples: int = 0  # train on at most this many pictures, a random choice that is always the same; 0: all
     holdout_fraction: float = 0.0  # of the training pictures, never trained on: `best.pt` is chosen there
     max_bad_fraction: float = 0.01  # more bad samples than this stop the run

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-from config import AugmentConfig, Config, ModelConfig
+from config import AugmentConfig, Config, DataConfig, ModelConfig
 from datasets.augment import augment
 from datasets.download import how_to_fetch
 from datasets.index import DatasetIndex
@@ -182,6 +182,7 @@ def build(
         cache=config.data.cache,
         rank=processes.rank,
         world_size=processes.count,
+        pictures_per_epoch=config.data.pictures_per_epoch,
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     student = build_student(config, splits.names).to(processes.device, memory_format=memory_format)
@@ -240,17 +241,22 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
     data = config.data
     if data.max_samples < 0:
         raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or 0 for all")
+    if data.pictures_per_epoch < 0:
+        found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
+        raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
     reports = {}
-    for role, split in (("train", data.train), ("test", data.test)):
-        index = open_dataset(data.format, data.root, split)
+    for role, place in (("train", training_set(data)), ("test", (data.format, data.root, data.test))):
+        index = open_dataset(*place)
         if role == "train" and 0 < data.max_samples < len(index):
             index = take(index, data.max_samples)
-        reports[role] = scan(index, decode=len(index) <= DECODE_AT_MOST, title=f"{data.format} {data.root} {split}")
+        reports[role] = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         say(reports[role].table() + "\n")
         check(reports[role], data.max_bad_fraction)
     train, test = reports["train"].index, reports["test"].index
     if train.names != test.names:
-        raise UserError(f"{data.root}: the classes of {data.train!r} and {data.test!r} differ")
+        root = data.train_root or data.root
+        found = f"{root}: the classes of {data.train!r} are {', '.join(train.names)}"
+        raise UserError(f"{found}; expected those of {data.test!r} in {data.root}: {', '.join(test.names)}")
     fraction = data.holdout_fraction
     if not 0 <= fraction < 1:
         raise UserError(f"key 'data.holdout_fraction': found {fraction}, expected 0 up to less than 1")
@@ -262,6 +268,13 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
     order = np.random.default_rng(0).permutation(len(train))
     kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
     return Splits(train.names, train.subset(kept), train.subset(held_out), test, reports)
+
+
+def training_set(data: DataConfig) -> tuple[str, str, str]:
+    """Format, root and split of the training pictures."""
+    if data.train_format is not None and data.train_root is None:
+        raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
+    return data.train_format or data.format, data.train_root or data.root, data.train
 
 
 def take(index: DatasetIndex, count: int) -> DatasetIndex:

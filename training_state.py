@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 import checkpoint
-from config import Config, to_tree
+from config import Config, from_tree, to_tree
 from errors import UserError
 
 # Nothing in the result depends on these, so a resumed run may change them without being asked.
-FREE_KEYS = ("name", "runs", "save_every_steps", "data.root", "data.workers", "data.cache")
+FREE_KEYS = ("name", "runs", "save_every_steps", "data.root", "data.train_root", "data.workers", "data.cache")
 
 
 @dataclass
@@ -68,8 +68,11 @@ def fingerprint(index) -> str:
 
 
 def refuse_changes(saved: dict[str, Any], config: Config, allowed: tuple[str, ...], source: str) -> None:
-    """UserError naming the first key whose value differs from the saved config tree, FREE_KEYS and `allowed` apart."""
-    before, now = _flat(saved), _flat(to_tree(config))
+    """UserError naming the first key whose value differs from the saved config tree, FREE_KEYS and `allowed` apart.
+
+    A key that the saved tree does not have yet had its default value.
+    """
+    before, now = _flat(to_tree(from_tree(Config, saved, source=source))), _flat(to_tree(config))
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key) and not _covers((*FREE_KEYS, *allowed), key):
             raise UserError(

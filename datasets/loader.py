@@ -77,6 +77,9 @@ class Loader:
             wraps around so that every rank has equally many; otherwise no picture is read twice, and a later
             rank may have one picture (and so one batch) fewer.
         timeout_s: of waiting for a worker.
+        pictures_per_epoch: P, of all ranks together; 0: as many as there are. The passes over the set, each in an
+            order of its own, follow one another without end, and epoch e is their pictures e P to (e + 1) P: a set of
+            any size gives equally many steps, and no picture is seen more than once more often than another.
     """
 
     def __init__(
@@ -93,16 +96,19 @@ class Loader:
         world_size: int = 1,
         drop_last: bool = False,
         timeout_s: float = 300.0,
+        pictures_per_epoch: int = 0,
     ) -> None:
         if not index.samples:
             raise UserError("the dataset has no pictures, expected at least one")
-        if batch_size < 1 or image_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size}, image_size {image_size}, rank {rank} of {world_size}")
+        if batch_size < 1 or image_size < 1 or pictures_per_epoch < 0 or not 0 <= rank < world_size:
+            numbers = f"image_size {image_size}, pictures_per_epoch {pictures_per_epoch}, rank {rank} of {world_size}"
+            raise ValueError(f"batch_size {batch_size}, {numbers}")
         if workers and "fork" not in multiprocessing.get_all_start_methods():
             raise UserError(f"workers={workers}: loader processes need an operating system with fork, use workers=0")
         self.index, self.batch_size, self.seed, self.workers = index, batch_size, seed, workers
         self.shuffle, self.rank, self.world_size, self.drop_last = shuffle, rank, world_size, drop_last
         self.timeout_s = timeout_s
+        self.pictures_per_epoch = pictures_per_epoch or len(index.samples)
         self._reader = _Reader(
             index.samples, image_size, cache and _fits_in_memory(len(index.samples), image_size), workers
         )
@@ -117,10 +123,9 @@ class Loader:
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The rows of index.samples of every batch of an epoch on this rank."""
-        order = (
-            epoch_order(len(self.index.samples), self.seed, epoch) if self.shuffle else range(len(self.index.samples))
-        )
-        rows = shard(list(order), self.rank, self.world_size, wrap_around=self.shuffle)
+        count = len(self.index.samples)
+        order = endless_order(count, self.seed, epoch, self.pictures_per_epoch) if self.shuffle else list(range(count))
+        rows = shard(order, self.rank, self.world_size, wrap_around=self.shuffle)
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return batches[:-1] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
 
@@ -174,6 +179,17 @@ class Loader:
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """A permutation of range(count): a pure function of its arguments."""
     return torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
+
+
+def endless_order(count: int, seed: int, epoch: int, per_epoch: int) -> list[int]:
+    """Places epoch * per_epoch to (epoch + 1) * per_epoch of the passes epoch_order(count, seed, k), k = 0, 1, ...
+
+    With per_epoch = count that is epoch_order(count, seed, epoch).
+    """
+    first, last = epoch * per_epoch, (epoch + 1) * per_epoch
+    passes = range(first // count, -(-last // count))
+    rows = [row for number in passes for row in epoch_order(count, seed, number)]
+    return rows[first % count :][:per_epoch]
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import training_parts
+from datasets.convert import convert
 from datasets.open import open_dataset
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
@@ -60,3 +61,26 @@ def test_only_the_faults_of_taken_pictures_count(make, tmp_path):
     assert set(counts) == {0, 1}
     of_the_file = dataclasses.replace(index.faults[0], picture="")
     assert training_parts.take(dataclasses.replace(index, faults=(of_the_file,)), 1).faults == (of_the_file,)
+
+
+def test_training_pictures_of_another_root_and_format_with_the_test_split_of_the_first(make, tmp_path):
+    write_dataset(tmp_path / "other", train=4, test=1)
+    convert("yolo", tmp_path / "other", ["train"], "voc", tmp_path / "voc")
+    whole = make()
+    for data in ({"train_root": str(tmp_path / "other")}, {"train_root": str(tmp_path / "voc"), "train_format": "voc"}):
+        splits = make(**data)
+        assert len(splits.train) == 4 and names(splits.test) == names(whole.test)
+        assert str(splits.train.samples[0].image_path).startswith(data["train_root"])
+        assert splits.test.samples[0].image_path == whole.test.samples[0].image_path
+
+
+def test_training_pictures_of_other_classes_or_of_no_root_are_refused(make, tmp_path):
+    write_dataset(tmp_path / "other", train=2, test=1)
+    text = (tmp_path / "other" / "data.yaml").read_text()
+    (tmp_path / "other" / "data.yaml").write_text(text.replace("[green, red]", "[red, green]"))
+    with pytest.raises(UserError, match=r"other: the classes of 'train' are red, green; expected those of 'test' in"):
+        make(train_root=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"data.train_format': found voc without data.train_root"):
+        make(train_format="voc")
+    with pytest.raises(UserError, match=r"data.pictures_per_epoch': found -1"):
+        make(pictures_per_epoch=-1)

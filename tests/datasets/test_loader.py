@@ -1,5 +1,6 @@
 """The order of batches is a pure function of (seed, epoch); letterboxed boxes cover letterboxed pixels."""
 
+import functools
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from PIL import Image
 
 from datasets import letterbox as L
 from datasets import loader as loader_module
-from datasets.loader import Batch, Loader, epoch_order, seeded_generator, shard
+from datasets.loader import Batch, Loader, endless_order, epoch_order, seeded_generator, shard
 from errors import UserError
 
 
@@ -185,6 +186,28 @@ def test_ranks_together_hold_the_batches_of_one_process(index):
     assert len(ranks[0]) == len(ranks[1])
     for together, a, b in zip(one, *ranks):
         assert set(a + b) >= set(together)
+
+
+@pytest.mark.parametrize(("count", "per_epoch"), [(5, 13), (13, 5), (13, 13), (4, 12), (1, 7)])
+def test_an_epoch_of_any_length_is_cut_out_of_endless_passes(count, per_epoch):
+    passes = [row for number in range(40) for row in epoch_order(count, 3, number)]
+    for epoch in range(5):
+        expected = passes[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert endless_order(count, 3, epoch, per_epoch) == expected and len(expected) == per_epoch
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("per_epoch", [6, 30])
+def test_epochs_of_other_lengths_go_on_from_any_batch_on_any_number_of_ranks(index, workers, per_epoch):
+    make = functools.partial(Loader, index, image_size=32, seed=7, pictures_per_epoch=per_epoch)
+    loader = make(batch_size=4, workers=workers)
+    assert len(loader) == -(-per_epoch // 4) and [len(rows) for rows in loader.batches(3)][-1] == 2
+    full = list(loader.epoch(3))
+    assert_same(list(loader.epoch(3, start=1)), full[1:])
+    ranks = [make(batch_size=2, rank=rank, world_size=2).batches(3) for rank in range(2)]
+    for batch, a, b in zip(full, *ranks):
+        assert [row for pair in zip(a, b) for row in pair] == batch.indices.tolist()
 
 
 # ---------------------------------------------------------------- cache
