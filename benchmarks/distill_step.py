@@ -9,8 +9,9 @@ A step is forward, loss, backward and SGD on one batch: random pictures, ten obj
 step also runs the teacher, the adapters and the terms. The target for the overhead is 1.08. Precision and memory format
 are those of a run's defaults on the device, for both sides; Ultralytics' own distillation (its model, projector and
 loss, from its package) stands beside ours where it is installed. `--terms score_weighted_l2` gives ours the loss and
-the adapters it has. All steps take turns, round by round, in one process; times are those of the median round, the
-overhead is the median of the rounds' own. `--cpu-time` counts CPU seconds of all threads instead of the clock's.
+the adapters it has. All steps take turns, round by round, in one process, each timed after an untimed one of its kind,
+as in a run; times are those of the median round, the overhead is the median of the rounds' own. `--cpu-time` counts
+CPU seconds of all threads instead of the clock's.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
-from benchmarks.train_step import NUM_CLASSES, build_step, random_batch, rotate
+from benchmarks.train_step import NUM_CLASSES, build_step, random_batch
 from boxes import cxcywh_to_xyxy
 from config import TermConfig
 from distill.criterion import Criterion, TeacherFacts
@@ -35,6 +36,7 @@ from fusion import fuse
 from processes import choose_device, use_bfloat16
 from structures import Targets
 from teaching import Teachers
+from timing import rotate
 from training_parts import Objective
 
 TARGET = 1.08
@@ -147,7 +149,8 @@ def main(argv: list[str]) -> None:
         f"{'bfloat16' if bfloat16 else 'float32'} channels_last, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads; {peer}"
     )
-    seconds = rotate(steps, args.rounds, time.process_time if args.cpu_time else time.perf_counter)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    seconds = rotate(steps, args.rounds, clock, settle=True)
     sides = [side for side in ("ours", "peer") if (side, "student") in steps]
     unit = "images per CPU second" if args.cpu_time else "images/s"
     print(f"{unit:<24}{'ours':>12}{'Ultralytics':>14}")

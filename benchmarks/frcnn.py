@@ -28,11 +28,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
-from benchmarks.train_step import build_step, rotate
+from benchmarks.train_step import build_step
 from errors import run_script
 from frcnn.resnet import ResNet
 from kernels.roi_align import assign_levels, roi_align
 from structures import Targets
+from timing import rotate
 from weights import load_public
 
 NUM_CLASSES, OBJECTS, BOXES = 20, 10, 512

@@ -29,6 +29,7 @@ from boxes import cxcywh_to_xyxy
 from errors import run_script
 from kernels.nms import batched_nms, select_detections
 from structures import Detections
+from timing import rotate
 
 NUM_CLASSES, IMAGE_SIZE, MAX_DETECTIONS, IOU_THRESHOLD = 80, 640, 300, 0.7
 
@@ -98,18 +99,8 @@ def our_detections(head: Tensor, score_threshold: float, multi_label: bool) -> D
     return found
 
 
-def rotate(contestants: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds of each contestant, one call a round, each round starting with another."""
-    names = list(contestants)
-    for name in names:
-        contestants[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.process_time()
-            contestants[name]()
-            times[name].append(1000 * (time.process_time() - start))
-    return times
+def cpu_milliseconds() -> float:
+    return 1000 * time.process_time()
 
 
 def cell(times: list[float] | None) -> str:
@@ -143,7 +134,7 @@ def print_heads(rounds: int, peer: Callable | None) -> None:
                 max_det=MAX_DETECTIONS,
                 max_time_img=60.0,
             )
-        times = rotate(contestants, rounds)
+        times = rotate(contestants, rounds, cpu_milliseconds)
         line = f"{name:<34}{cell(times['ours'])}{cell(times.get('peer'))}"
         if peer is not None:
             found = our_detections(head, score_threshold, multi_label)
@@ -163,7 +154,7 @@ def print_operation(rounds: int, peer: Callable | None) -> None:
             contestants = {"ours": lambda: batched_nms(boxes, scores, labels, 0.5, limit)}  # noqa: B023
             if peer is not None:
                 contestants["peer"] = lambda: peer(boxes, scores, labels, 0.5)[:limit]  # noqa: B023
-            times = rotate(contestants, max(3, rounds // 3))
+            times = rotate(contestants, max(3, rounds // 3), cpu_milliseconds)
             line = f"{f'{count:,} boxes, at most {limit:,}':<34}{cell(times['ours'])}{cell(times.get('peer'))}"
             if peer is not None:
                 ours, theirs = set(contestants["ours"]().tolist()), set(contestants["peer"]().tolist())

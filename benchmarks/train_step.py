@@ -29,6 +29,7 @@ from errors import run_script
 from optimization import build_optimizer
 from processes import use_bfloat16
 from structures import Targets
+from timing import rotate
 
 NUM_CLASSES, OBJECTS = 80, 10
 VARIANTS = {  # name: (bfloat16, channels_last)
@@ -99,20 +100,6 @@ def peer_step(batch: tuple[Tensor, ...], bfloat16: bool, channels_last: bool) ->
             return criterion(model(images), {"img": images, **rows})[0].sum()
 
     return build_step(model, loss, images, channels_last)
-
-
-def rotate(steps: dict, rounds: int, clock: Callable[[], float]) -> dict[tuple, list[float]]:
-    """Seconds of each step, one a round, each round starting with another; after one unmeasured round."""
-    names = list(steps)
-    for name in names:
-        steps[name]()
-    seconds: dict[tuple, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = clock()
-            steps[name]()
-            seconds[name].append(clock() - start)
-    return seconds
 
 
 def main(argv: list[str]) -> None:

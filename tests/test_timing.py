@@ -23,3 +23,12 @@ def test_a_time_belongs_to_its_contestant():
 
     seconds = rotate({"slow": taking(3.0), "quick": taking(1.0)}, 2, clock=lambda: now[0])
     assert seconds == {"slow": [3.0, 3.0], "quick": [1.0, 1.0]}
+
+
+def test_settled_calls_follow_one_of_their_own():
+    calls = []
+    ticks = iter(range(1000))
+    contestants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = rotate(contestants, 2, clock=lambda: (calls.append("|"), next(ticks))[1], settle=True)
+    assert "".join(calls) == "ab" + "a|a|b|b|" + "b|b|a|a|"
+    assert seconds == {"a": [1, 1], "b": [1, 1]}
