@@ -6,7 +6,9 @@
     sample_mosaic(...)   pixels: one bilinear lookup through the inverse matrix, whatever the steps were
     mosaic_targets(...)  boxes: the same offsets, then move_boxes(...) by the same matrix, then drop_hidden(...)
     mixup(...), jitter_hsv(...)
-    augment(...)         all of the above
+    transform(...)       all of the above, with what was drawn
+    augment(...)         draw and transform: a training batch, without gradient
+    draw_siamese(...)    one draw for every picture, differentiable in the pixels: dataset distillation
 
 Mosaic: Bochkovskiy et al., "YOLOv4", arXiv:2004.10934. Mixup: Zhang et al., arXiv:1710.09412. Ranges and thresholds
 follow the public YOLO recipes. Differences from them:
@@ -19,7 +21,8 @@ Coordinates are continuous: pixel column i covers i..i+1 and its center is i + 1
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +66,41 @@ def augment(
         images float32 (B, 3, S, S) in [0, 1]; targets, clipped to the images.
     """
     check_settings(settings)
-    count, _, height, width = images.shape
+    parameters = draw(len(images), generator=generator, settings=settings)
+    images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+    return transform(images, targets, parameters, settings=settings, content_xyxy=content_xyxy)
+
+
+def draw_siamese(*, generator: torch.Generator, settings) -> Callable[[Tensor, Targets], tuple[Tensor, Targets]]:
+    """One draw for any number of pictures: Differentiable Siamese Augmentation, arXiv:2102.08259.
+
+    The function it returns takes images (B, 3, S, S), float in [0, 1], and targets, and does the same to every picture:
+    the flips, zoom, shift, rotation, shear and colour that `draw` has for a batch of one. Differentiable in the images;
+    float64 stays. A pure function: real and synthetic pictures, together or in parts, get the same.
+    UserError for mosaic and mixup above 0, which join pictures of a batch.
+    """
+    check_settings(settings)
+    for name in ("mosaic", "mixup"):
+        if getattr(settings, name):
+            raise UserError(f"augment.{name}: found {getattr(settings, name)}, expected 0: every picture on its own")
+    one = draw(1, generator=generator, settings=settings)
+
+    def apply(images: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        return transform(images, targets, repeat_for_each(one, len(images)), settings=settings)
+
+    return apply
+
+
+def transform(
+    images: Tensor, targets: Targets, parameters: "Parameters", *, settings, content_xyxy: Tensor | None = None
+) -> tuple[Tensor, Targets]:
+    """What was drawn, done: images float (B, 3, S, S) in [0, 1] and targets as in `augment`. Differentiable in images.
+
+    Of the settings only which are 0 is read: those steps are left out.
+    """
+    _, _, height, width = images.shape
     if height != width:
         raise ValueError(f"images of {height} x {width}, expected squares")
-    parameters = draw(count, generator=generator, settings=settings)
-    images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
     if any(getattr(settings, name) for name in GEOMETRY):
         matrices = affine_matrices(parameters, image_size=width)
         if parameters.use_mosaic.any():
@@ -151,6 +184,16 @@ def draw(count: int, *, generator: torch.Generator, settings) -> Parameters:
         saturation_gain=1 + spread[:, 9] * settings.saturation,
         value_gain=1 + spread[:, 10] * settings.value,
     )
+
+
+def repeat_for_each(parameters: Parameters, count: int) -> Parameters:
+    """What was drawn for one picture, for each of `count`, none of which has a partner."""
+    repeated = {
+        f.name: getattr(parameters, f.name).expand(count, *[-1] * (getattr(parameters, f.name).dim() - 1))
+        for f in fields(Parameters)
+    }
+    own = torch.arange(count)
+    return Parameters(**repeated | {"neighbours": own[:, None].expand(-1, 4), "mixup_partner": own})
 
 
 def affine_matrices(parameters: Parameters, *, image_size: int) -> Tensor:
@@ -354,7 +397,8 @@ def jitter_hsv(images: Tensor, hue_shift: Tensor, saturation_gain: Tensor, value
     hue = torch.where(value == red, (green - blue).mul_(reach), hue).add_(6 * hue_shift).remainder_(6)
     new_value = (value * value_gain).clamp_(max=1)
     # C' = V' S'
-    chroma = chroma.div_(value.clamp_(min=1e-8)).mul_(saturation_gain).clamp_(max=1).mul_(new_value)
+    # Not in place: the slope of `reach` needs the old chroma.
+    chroma = chroma.div(value.clamp_(min=1e-8)).mul_(saturation_gain).clamp_(max=1).mul_(new_value)
     floor = new_value - chroma
     channels = (
         (hue - 3).abs_().sub_(1).clamp_(0, 1),

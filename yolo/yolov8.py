@@ -39,6 +39,9 @@ NUM_BINS = 16  # R: an edge is at most 15 strides away from its point
 
 # channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32.
 SIZES = {
+    "p": dict(
+        channels=(8, 16, 32, 64, 128), depths=(1, 1, 1, 1), neck_depth=1
+    ),  # no released size: half of n, for CPUs
     "n": dict(channels=(16, 32, 64, 128, 256), depths=(1, 2, 2, 1), neck_depth=1),
     "s": dict(channels=(32, 64, 128, 256, 512), depths=(1, 2, 2, 1), neck_depth=1),
     "m": dict(channels=(48, 96, 192, 384, 576), depths=(2, 4, 4, 2), neck_depth=2),

@@ -1,0 +1,202 @@
+"""Detectors early in their training on real pictures: what the gradients of gradient matching are taken of.
+
+Gradients of a network that was trained long say little (Kim et al., arXiv:2205.14959, sec. 4.2), so a network lives for
+a few steps and a fresh one takes its place. Everything follows from (seed, step).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from structures import Targets
+
+RealBatch = Callable[[torch.Generator], tuple[Tensor, Targets]]
+"""Real pictures (B, 3, S, S), uint8 or float in [0, 1], and their targets: a pure function of the generator (a CPU
+generator, from which it may draw as much as it likes)."""
+Augmentation = Callable[[Tensor, Targets], tuple[Tensor, Targets]]
+"""Pictures float (B, 3, S, S) and targets -> as many, differentiable in the pictures, the same for every picture."""
+DrawAugmentation = Callable[[torch.Generator], Augmentation]
+
+MATCH, BUILD, TRAIN = range(3)  # streams of random numbers that have nothing to do with one another
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """How many networks live side by side, and how they learn.
+
+    The steps visit them in turn. One is trained for first_steps when it is made and for steps_between at each further
+    visit, until it has made last_steps or more; then a fresh one takes its place, not all of them at the same time.
+    Training is SGD with momentum on real batches, in train mode, the gradient cut to a length of gradient_clip.
+    """
+
+    networks: int = 2
+    first_steps: int = 0
+    steps_between: int = 5
+    last_steps: int = 100
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    gradient_clip: float = 10.0
+
+
+@dataclass
+class Member:
+    """A network, its optimizer, which life of its place in the pool it is, and the training steps it has made."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    life: int
+    trained: int = 0
+
+
+class NetworkPool:
+    """The networks of PoolSettings on one device.
+
+    build_network: seed -> a fresh detector (structures.Detector) in whatever mode. Torch's global generator is seeded
+    with the same number around the call, so a call of models.build that ignores its argument will do.
+    """
+
+    def __init__(
+        self,
+        build_network: Callable[[int], nn.Module],
+        *,
+        settings: PoolSettings,
+        draw_real: RealBatch,
+        draw_augmentation: DrawAugmentation | None,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        s = settings
+        if s.networks < 1 or min(s.first_steps, s.steps_between) < 0:
+            raise ValueError(f"{s}: expected at least one network, and steps of 0 or more")
+        self.settings, self.seed, self.device = s, seed, device
+        self._build, self._draw_real, self._draw_augmentation = build_network, draw_real, draw_augmentation
+        self._members: list[Member | None] = [None] * s.networks
+        # Visits of a life. Without training in between all would be the same.
+        self._visits = 1 + max(s.last_steps - s.first_steps, 0) // s.steps_between if s.steps_between else 1
+
+    def visit(self, step: int) -> tuple[nn.Module, int, int]:
+        """The network of `step` in eval mode, its number in 0..networks - 1, and the training steps it has made.
+
+        Steps are visited one after the other, from 0 or from where load_state_dict left off.
+        """
+        s = self.settings
+        number, visit = step % s.networks, step // s.networks
+        # The first life of all places but one is shorter, so that they start anew at different times.
+        life = (visit + number * self._visits // s.networks) // self._visits
+        member = self._members[number]
+        if member is None or member.life != life:
+            member = self._members[number] = self._create(number, life)
+            self._train(member, number, s.first_steps)
+        else:
+            self._train(member, number, s.steps_between)
+        member.network.eval()
+        return member.network, number, member.trained
+
+    def _create(self, number: int, life: int) -> Member:
+        seed = seeded_generator(self.seed, BUILD, number, life).initial_seed()
+        with reproducible(seed):
+            network = self._build(seed).to(self.device).requires_grad_()
+        optimizer = torch.optim.SGD(
+            network.parameters(), lr=self.settings.learning_rate, momentum=self.settings.momentum
+        )
+        return Member(network, optimizer, life)
+
+    def _train(self, member: Member, number: int, steps: int) -> None:
+        network = member.network.train()
+        for _ in range(steps):
+            generator = seeded_generator(self.seed, TRAIN, number, member.life, member.trained)
+            images, targets = real_batch(self._draw_real, self._draw_augmentation, generator, self.device)
+            with reproducible(generator.initial_seed()):
+                loss = sum(network.losses(network(images), targets).values())
+            if not loss.isfinite():
+                raise UserError(
+                    f"network {number} of the pool: its loss is {loss.item()} after {member.trained} steps on real"
+                    f" pictures at learning rate {self.settings.learning_rate:g}, expected a finite one", 3
+                )  # fmt: skip
+            member.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), self.settings.gradient_clip)
+            member.optimizer.step()
+            member.trained += 1
+        member.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, lists and dicts; the tensors are those in use, so write them down before the next step."""
+        members = [
+            member
+            and {
+                "network": member.network.state_dict(),
+                "optimizer": member.optimizer.state_dict(),
+                "life": member.life,
+                "trained": member.trained,
+            }
+            for member in self._members
+        ]
+        return {"members": members}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where state_dict was written. ValueError for a pool of another size."""
+        if len(state["members"]) != len(self._members):
+            raise ValueError(f"a pool of {len(state['members'])} networks, expected {len(self._members)}")
+        for number, saved in enumerate(state["members"]):
+            if saved is not None:
+                member = self._members[number] = self._create(number, saved["life"])
+                member.network.load_state_dict(saved["network"])
+                member.optimizer.load_state_dict(saved["optimizer"])
+                member.trained = saved["trained"]
+
+
+def set_statistics(network: nn.Module, images: Tensor) -> None:
+    """Every live BatchNorm takes the mean and (unbiased) variance of these images as its running ones.
+
+    Leaves the network in eval mode, in which they stay. Frozen BatchNorms keep theirs.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # running <- (1 - momentum) running + momentum batch
+    try:
+        with torch.no_grad():
+            network.train()(images)
+    finally:
+        for norm, momentum in zip(norms, before):
+            norm.momentum = momentum
+        network.eval()
+
+
+def real_batch(
+    draw_real: RealBatch, draw_augmentation: DrawAugmentation | None, generator: torch.Generator, device: Any
+) -> tuple[Tensor, Targets]:
+    """A batch on the device as float in [0, 1], with an augmentation of its own where there is one."""
+    images, targets = draw_real(generator)
+    images, targets = as_float(images.to(device)), targets.to(device)
+    if draw_augmentation is not None:
+        with torch.no_grad():
+            images, targets = draw_augmentation(generator)(images, targets)
+    return images, targets
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]; float stays."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+@contextlib.contextmanager
+def reproducible(seed: int) -> Iterator[None]:
+    """Draws from torch's global CPU generator in this context follow from the seed; outside of it nothing changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all of the numbers, each in 0..2^64 - 1, and on their order."""
+    entropy = [len(numbers), *(word for n in numbers for word in (n & 0xFFFFFFFF, n >> 32))]
+    words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
