@@ -105,7 +105,7 @@ class Inversion:
         slope = torch.autograd.grad(objective, stored)[0]
         if not (objective.isfinite() and slope.isfinite().all()):
             raise UserError(
-                f"inversion: the objective is {objective.item()} at step {self.steps_done}, or its gradient is not finite;"
+                f"inversion: the objective is {objective.item()} at step {self.steps_done}, or its slope is not finite;"
                 " the pixels are those of the step before", 3
             )  # fmt: skip
         self._optimizer.step(rows, slope)
