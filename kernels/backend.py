@@ -27,8 +27,8 @@ IS_INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def use_triton(operation: str, *tensors: Tensor, unsupported: str | None = None) -> bool:
-    """Whether `operation` runs its kernel on these tensors.
+def use_triton(operation: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
+    """Whether `operation` runs its kernel on these tensors; None stands for one that was not given.
 
     unsupported: why the kernel cannot take them, or None. Raises UserError where KERNELS asks for what cannot be.
     """
@@ -37,13 +37,13 @@ def use_triton(operation: str, *tensors: Tensor, unsupported: str | None = None)
         raise UserError(f"KERNELS={asked!r}: expected eager, triton or auto")
     if asked == "eager":
         return False
-    obstacle = unsupported or _obstacle(tensors, interpreter_counts=asked == "triton")
+    obstacle = unsupported or _obstacle([x for x in tensors if x is not None], interpreter_counts=asked == "triton")
     if obstacle and asked == "triton":
         raise UserError(f"KERNELS=triton: {operation}: {obstacle}")
     return not obstacle
 
 
-def _obstacle(tensors: tuple[Tensor, ...], interpreter_counts: bool) -> str | None:
+def _obstacle(tensors: list[Tensor], interpreter_counts: bool) -> str | None:
     if not HAS_TRITON:
         return "the package 'triton' is not installed"
     devices = {tensor.device for tensor in tensors}
@@ -61,6 +61,20 @@ def not_floating(**tensors: Tensor) -> str | None:
         if tensor.dtype not in FLOATS:
             return f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64"
     return None
+
+
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless the tensor has that shape: eager code would broadcast it, a kernel read beyond its end."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def refuse_second_derivative(operation: str) -> None:
+    """RuntimeError in the backward pass of a kernel where autograd is asked for a graph of it."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operation}: the kernel has no second derivative: use KERNELS=eager with create_graph=True"
+        )
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

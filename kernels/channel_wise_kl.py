@@ -12,7 +12,7 @@ are C apart, the softmax is found online (up to five passes). The gradient has t
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import compute_dtype, not_floating, use_triton
+from kernels.backend import compute_dtype, not_floating, require_shape, use_triton
 from kernels.temperature_kl import temperature_kl_triton
 
 
@@ -41,8 +41,9 @@ def channel_kl(s_map: Tensor, t_map: Tensor, *, temperature: float = 1.0) -> Ten
         s_map, t_map: (B, C, H, W), of equal shape and any strides. Gradient flows to the student's.
         temperature: T > 0. The kernel is compiled for each T anew.
     Returns:
-        float64 where an input is, else float32. Nothing in, 0 out.
+        float64 where an input is, else float32. Nothing in, 0 out. ValueError for other shapes.
     """
+    require_shape("t_map", t_map, s_map.shape)
     implementation = channel_kl_eager
     unsupported = not_floating(s_map=s_map, t_map=t_map)
     if use_triton("channel_kl", s_map, t_map, unsupported=unsupported) and s_map.numel():

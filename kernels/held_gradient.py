@@ -13,7 +13,7 @@ fourth and fifth pass are only made for a loss that is multiplied by something a
 import torch
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON
+from kernels.backend import HAS_TRITON, refuse_second_derivative
 
 if HAS_TRITON:
     import triton
@@ -59,8 +59,7 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("a fused loss has no second derivative: use KERNELS=eager with create_graph=True")
+        refuse_second_derivative("a fused loss")
         (gradient,) = ctx.saved_tensors
         if gradient.dtype != ctx.dtype or torch._C._autograd._get_current_graph_task_keep_graph():
             return (gradient * upstream).to(ctx.dtype), None, None

@@ -11,7 +11,7 @@ can load, a group of neighbouring pixels if any of them is marked. With a fifth 
 import torch
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, compute_dtype, is_wide, not_floating, scale_of, use_triton
+from kernels.backend import HAS_TRITON, compute_dtype, is_wide, not_floating, require_shape, scale_of, use_triton
 from kernels.held_gradient import empty_gradient, with_gradient
 
 
@@ -105,8 +105,10 @@ def masked_squares(s_map: Tensor, t_map: Tensor, mask: Tensor, *, normaliser: Te
         mask: m, (B, 1, H, W), bool or at least 0. Detached, as is the normaliser.
         normaliser: M > 0, () or a number.
     Returns:
-        float64 where a map is, else float32. Nothing in, 0 out.
+        float64 where a map is, else float32. Nothing in, 0 out. ValueError for other shapes.
     """
+    require_shape("t_map", t_map, s_map.shape)
+    require_shape("mask", mask, (s_map.shape[0], 1, *s_map.shape[2:]))
     implementation = masked_squares_eager
     if use_triton("masked_squares", s_map, t_map, mask, unsupported=not_floating(s_map=s_map, t_map=t_map)):
         implementation = masked_squares_triton if s_map.numel() else masked_squares_eager

@@ -194,12 +194,14 @@ def select_detections_triton(
     location, labels, is_candidate = _best_first(boxes_xyxy, scores, score_threshold, multi_label, max_candidates)
     boxes = boxes_xyxy.gather(1, location[:, :, None].expand(-1, -1, 4))  # (B, N, 4)
     kept, survivors = suppress(boxes, labels, is_candidate, threshold, max_detections)
-    detections = []
-    for image, count in enumerate(survivors.tolist()):
-        rows = kept[image, :count]
-        places, classes = location[image, rows], labels[image, rows]
-        detections.append(Detections(boxes[image, rows], scores[image, places, classes], classes))
-    return detections
+    counts = survivors.tolist()
+    # All survivors of the batch in a few launches, then views of them: a launch for each image would cost more.
+    image = torch.arange(len(counts), device=kept.device).repeat_interleave(survivors, output_size=sum(counts))  # (S,)
+    rank = torch.arange(len(image), device=kept.device) - (survivors.cumsum(0) - survivors)[image]
+    row = kept[image, rank].long()
+    places, classes = location[image, row], labels[image, row]
+    columns = (boxes_xyxy[image, places], scores[image, places, classes], classes)
+    return [Detections(*parts) for parts in zip(*(column.split(counts) for column in columns))]
 
 
 def _best_first(

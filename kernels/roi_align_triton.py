@@ -12,7 +12,7 @@ specification.
 import torch
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON
+from kernels.backend import HAS_TRITON, refuse_second_derivative
 
 SIDE = 8  # of a tile of pixels
 
@@ -164,8 +164,8 @@ class _RoiAlign(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, pooled):
+        refuse_second_derivative("roi_align")
         geometry, order, begin = ctx.saved_tensors
         pooled = pooled.contiguous()  # (N, bins, bins, C)
         n_channels, tile = pooled.shape[3], _tile(ctx.bins)

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, compute_dtype, is_wide, not_floating, scale_of, use_triton
-from kernels.held_gradient import empty_gradient, with_gradient
-from kernels.temperature_kl import as_rows
+from kernels.backend import HAS_TRITON, compute_dtype, not_floating, scale_of, use_triton
+from kernels.rows import Tile, require_rows, row_loss_triton
 
 
 def sigmoid_kl_eager(
@@ -71,13 +70,14 @@ if HAS_TRITON:
         # A program takes ROWS rows and COLUMNS columns of one outer index of (O, n_rows, n_columns), any strides.
         row_tiles = tl.cdiv(n_rows, ROWS)
         column_tiles = tl.cdiv(n_columns, COLUMNS)
-        tile = tl.program_id(0) // column_tiles
-        outer = (tile // row_tiles).to(tl.int64)
-        row = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
-        column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+        outer = (tl.program_id(0) // (column_tiles * row_tiles)).to(tl.int64)
+        row_tile = tl.program_id(0) // column_tiles % row_tiles
+        column_tile = tl.program_id(0) % column_tiles
         if IS_WIDE:
-            row = row.to(tl.int64)
-            column = column.to(tl.int64)
+            row_tile = row_tile.to(tl.int64)
+            column_tile = column_tile.to(tl.int64)
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         is_row = row < n_rows
         inside = is_row[:, None] & (column < n_columns)[None, :]
         weight = tl.load(scale_ptr)
@@ -101,41 +101,14 @@ def sigmoid_kl_triton(
     s_logits: Tensor, t_logits: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float
 ) -> Tensor:
     """The kernel, with its gradient: the same contract as sigmoid_kl_eager, for at least one element."""
-    s, t = as_rows(s_logits), as_rows(t_logits.detach())  # (O, N, K)
-    weight = weight.detach().reshape(s.shape[:2]) if weight is not None else None
-    needs_gradient = torch.is_grad_enabled() and s.requires_grad
-    loss, gradient = _launch(s.detach(), t, temperature, weight, normaliser, needs_gradient)
-    return with_gradient(s, loss, gradient) if needs_gradient else loss
+    return row_loss_triton(_kl_kernel, tile_of, s_logits, t_logits, temperature, weight, normaliser)
 
 
-def tile(n_columns: int, column_stride: int) -> tuple[int, int]:
-    """ROWS and COLUMNS of a program: 2,048 elements, the longer side where elements are neighbours in memory."""
+def tile_of(n_columns: int, column_stride: int, dtype: torch.dtype) -> Tile:
+    """2,048 elements, the longer side where elements are neighbours in memory."""
     longest = 2048 if column_stride == 1 else 64
     columns = min(max(16, 1 << (n_columns - 1).bit_length()), longest)
-    return 2048 // columns, columns
-
-
-def _launch(
-    s: Tensor, t: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """(O, N, K), (O, N, K), weight (O, N) -> L (), and dL/ds like s (without content where not needed)."""
-    outer, n_rows, n_columns = s.shape
-    dtype = compute_dtype(s, t)
-    rows, columns = tile(n_columns, s.stride(2))
-    gradient = empty_gradient(s if needs_gradient else s[:0])
-    programs = outer * triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, columns)
-    losses = torch.empty(programs, dtype=dtype, device=s.device)
-    scale = scale_of(temperature**2, normaliser, losses)
-    with torch.cuda.device_of(s):
-        _kl_kernel[(programs,)](
-            s, t, scale if weight is None else weight.to(dtype).contiguous(), scale, losses, gradient,
-            n_rows, n_columns, *s.stride(), *t.stride(), *gradient.stride(),
-            ROWS=rows, COLUMNS=columns,
-            HAS_WEIGHT=weight is not None, HAS_GRADIENT=needs_gradient, IS_WIDE=is_wide(s, t, gradient),
-            TEMPERATURE=temperature, DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
-            TERMS=18 if dtype == torch.float64 else 8, num_warps=4,
-        )  # fmt: skip
-    return losses.sum(), gradient
+    return Tile(2048 // columns, columns, False, {"TERMS": 18 if dtype == torch.float64 else 8, "num_warps": 4})
 
 
 def sigmoid_kl(
@@ -154,10 +127,11 @@ def sigmoid_kl(
         weight: w_n, (...), or None for 1. Detached, as is the normaliser.
         normaliser: M > 0, () or a number.
     Returns:
-        float64 where an input is, else float32. Nothing in, 0 out.
+        float64 where an input is, else float32. Nothing in, 0 out. ValueError for other shapes.
     """
+    require_rows(s_logits, t_logits, weight)
     implementation = sigmoid_kl_eager
     unsupported = not_floating(s_logits=s_logits, t_logits=t_logits)
-    if use_triton("sigmoid_kl", s_logits, t_logits, unsupported=unsupported) and s_logits.numel():
+    if use_triton("sigmoid_kl", s_logits, t_logits, weight, unsupported=unsupported) and s_logits.numel():
         implementation = sigmoid_kl_triton
     return implementation(s_logits, t_logits, temperature, weight, normaliser)

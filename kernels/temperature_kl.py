@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, compute_dtype, is_wide, not_floating, scale_of, use_triton
-from kernels.held_gradient import empty_gradient, with_gradient
+from kernels.backend import HAS_TRITON, compute_dtype, not_floating, scale_of, use_triton
+from kernels.rows import Tile, require_rows, row_loss_triton
 
 WHOLE_ROW = 8192  # columns that are neighbours in memory: 32 a thread and tensor, at 8 warps
 STRIDED_ROW = 128  # columns that are not, when 32 neighbouring rows are read together
@@ -57,11 +57,12 @@ if HAS_TRITON:
         # A program takes ROWS rows of one outer index: tensors are (O, n_rows, n_columns) with any strides.
         tiles = tl.cdiv(n_rows, ROWS)
         outer = (tl.program_id(0) // tiles).to(tl.int64)
-        row = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+        tile = tl.program_id(0) % tiles
         column = tl.arange(0, COLUMNS)
         if IS_WIDE:
-            row = row.to(tl.int64)
+            tile = tile.to(tl.int64)
             column = column.to(tl.int64)
+        row = tile * ROWS + tl.arange(0, ROWS)
         s_ptr += outer * s_outer
         t_ptr += outer * t_outer
         gradient_ptr += outer * g_outer
@@ -119,49 +120,20 @@ def temperature_kl_triton(
     s_logits: Tensor, t_logits: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float
 ) -> Tensor:
     """The kernel, with its gradient: the same contract as temperature_kl_eager, for at least one element."""
-    s, t = as_rows(s_logits), as_rows(t_logits.detach())  # (O, N, K)
-    weight = weight.detach().reshape(s.shape[:2]) if weight is not None else None
-    needs_gradient = torch.is_grad_enabled() and s.requires_grad
-    loss, gradient = _launch(s.detach(), t, temperature, weight, normaliser, needs_gradient)
-    return with_gradient(s, loss, gradient) if needs_gradient else loss
+    return row_loss_triton(_kl_kernel, tile_of, s_logits, t_logits, temperature, weight, normaliser)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., K) -> (O, N, K), a view wherever one exists."""
-    return x[(None,) * (3 - x.dim())] if x.dim() < 3 else x.flatten(0, -3)
-
-
-def tile(n_columns: int, column_stride: int) -> tuple[int, int, int]:
-    """ROWS, COLUMNS and warps of a program: 16 elements a thread and tensor; 32 in long or strided rows."""
+def tile_of(n_columns: int, column_stride: int, dtype: torch.dtype) -> Tile:
+    """All columns of a few rows: 16 elements a thread and tensor at a time; 32 in long or strided rows."""
     columns = max(16, 1 << (n_columns - 1).bit_length())
     if column_stride != 1:
         columns = min(columns, STRIDED_ROW)
-        return min(4096 // columns, 128), columns, 4
-    if n_columns > WHOLE_ROW:
-        return 1, 4096, 8
-    return max(2048 // columns, 1), columns, 4 if columns <= 2048 else 8
-
-
-def _launch(
-    s: Tensor, t: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """(O, N, K), (O, N, K), weight (O, N) -> L (), and dL/ds like s (without content where not needed)."""
-    outer, n_rows, n_columns = s.shape
-    dtype = compute_dtype(s, t)
-    rows, columns, warps = tile(n_columns, s.stride(2))
-    gradient = empty_gradient(s if needs_gradient else s[:0])
-    programs = outer * triton.cdiv(n_rows, rows)
-    losses = torch.empty(programs, dtype=dtype, device=s.device)
-    scale = scale_of(temperature**2, normaliser, losses)
-    with torch.cuda.device_of(s):
-        _kl_kernel[(programs,)](
-            s, t, scale if weight is None else weight.to(dtype).contiguous(), scale, losses, gradient,
-            n_rows, n_columns, *s.stride(), *t.stride(), *gradient.stride(),
-            ROWS=rows, COLUMNS=columns, IS_WHOLE=n_columns <= columns,
-            HAS_WEIGHT=weight is not None, HAS_GRADIENT=needs_gradient, IS_WIDE=is_wide(s, t, gradient),
-            TEMPERATURE=temperature, DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=warps,
-        )  # fmt: skip
-    return losses.sum(), gradient
+        rows, warps = min(4096 // columns, 128), 4
+    elif n_columns > WHOLE_ROW:
+        rows, columns, warps = 1, 4096, 8
+    else:
+        rows, warps = max(2048 // columns, 1), 4 if columns <= 2048 else 8
+    return Tile(rows, columns, True, {"IS_WHOLE": n_columns <= columns, "num_warps": warps})
 
 
 def temperature_kl(
@@ -180,10 +152,11 @@ def temperature_kl(
         weight: w_n, (...), or None for 1. Detached, as is the normaliser.
         normaliser: M > 0, () or a number.
     Returns:
-        float64 where an input is, else float32. Nothing in, 0 out.
+        float64 where an input is, else float32. Nothing in, 0 out. ValueError for other shapes.
     """
+    require_rows(s_logits, t_logits, weight)
     implementation = temperature_kl_eager
     unsupported = not_floating(s_logits=s_logits, t_logits=t_logits)
-    if use_triton("temperature_kl", s_logits, t_logits, unsupported=unsupported) and s_logits.numel():
+    if use_triton("temperature_kl", s_logits, t_logits, weight, unsupported=unsupported) and s_logits.numel():
         implementation = temperature_kl_triton
     return implementation(s_logits, t_logits, temperature, weight, normaliser)

@@ -35,7 +35,7 @@ def test_the_rule(unsupported, device, has_triton, monkeypatch):
     monkeypatch.setattr(backend, "HAS_TRITON", has_triton)
     x = OnDevice(device)
     can = has_triton and device != "cpu" and unsupported is None
-    assert use_triton("operation", x, x, unsupported=unsupported) is can
+    assert use_triton("operation", x, x, None, unsupported=unsupported) is can
     monkeypatch.setenv("KERNELS", "auto")
     assert use_triton("operation", x, unsupported=unsupported) is can
     monkeypatch.setenv("KERNELS", "eager")

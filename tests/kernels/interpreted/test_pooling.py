@@ -121,6 +121,13 @@ def test_roi_align_says_what_it_does_not_take(device):
         roi_align(maps, *boxes(device), strides=STRIDES)
 
 
+def test_roi_align_has_no_second_derivative(device):
+    maps = pyramid(device, size=(20, 28))
+    pooled = roi_align(maps, *boxes(device, 3), strides=STRIDES)
+    with pytest.raises(RuntimeError, match=r"roi_align: .* KERNELS=eager"):
+        torch.autograd.grad(pooled.sum(), maps, create_graph=True)
+
+
 def test_a_pyramid_as_in_training(device, eager):
     maps, (boxes_xyxy, image, _) = pyramid(device, size=(20, 28)), boxes(device, 3)
     where = (boxes_xyxy, image, assign_levels(boxes_xyxy, STRIDES))
