@@ -11,7 +11,8 @@ A config with teachers and terms is trained as
     longer      the student alone, for as many epochs as baseline and teachers together: what the time spent on the
                 teacher would have bought without it (absent where every teacher came with weights)
 
-How a file lists rows of its own is said in study.py. All rows are trained with the first seed, then all with the next.
+How a file lists rows of its own, also of students that train on synthetic sets, is said in study.py. All rows are
+trained with the first seed, then all with the next.
 
 comparison.md, comparison.json and comparison.png in <runs>/<name>/ are written anew after every run, and say which runs
 are missing. Numbers are those of the last EMA weights on the test split; no epoch is selected on it. A run that is
@@ -23,18 +24,22 @@ go on.
 import argparse
 import json
 import shutil
+from pathlib import Path
 
 import comparison_plot
 import models
 import run_folder
 import train
 from comparison_table import Result, as_json, markdown
+from condense import condense
+from condensed_table import condensed_markdown, condensed_tree
 from config import Config, from_tree, to_tree
+from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from errors import UserError, run_script
 from study import Row, Study, last_weights, load_study
 from teaching import build_teachers
-from training_parts import build_criterion, build_student
+from training_parts import build_criterion, build_student, training_set
 from yaml_files import read_yaml
 
 
@@ -69,7 +74,7 @@ def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
             train_seed(result, row.seeds[number], results)
             write(study, results)
     write(study, results, with_pictures=True)
-    print(markdown(study, results))
+    print(tables(study, results))
     print("written: " + ", ".join(str(study.folder / f"comparison.{suffix}") for suffix in ("md", "json", "png")))
     failed = [result.name for result in results.values() if result.failures]
     if failed:
@@ -107,9 +112,16 @@ def check_rows(rows: list[Row], study: Study) -> None:
     A teacher that is trained in place is stood in for by a fresh one.
     """
     in_place = {last_weights(row) for row in study.rows if row.is_teacher}
+    source: DatasetIndex | None = None
     for row in rows:
         config = row.config
         try:
+            if row.task is not None:
+                source = source or open_dataset(*training_set(study.config.data))
+                row.task.check_source(len(source))
+                weights = row.task.condense.network.weights
+                if row.task.needs_network and row.network_row is None and not Path(weights).is_file():
+                    raise UserError(f"key 'condense.network.weights': {weights}: no such file, expected a checkpoint")
             names = open_dataset(config.data.format, config.data.root, config.data.test).names
             fresh = {t.name: models.build(t.arch, len(names)) for t in config.teachers if t.weights in in_place}
             student = build_student(config, names)
@@ -123,9 +135,10 @@ def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
     """Train one run of a row, or go on with it, and note its report, or why there is none."""
     config = result.row.run(seed)
     weights = {teacher.weights for teacher in config.teachers}
-    for teacher in results.values():
-        if teacher.failures and last_weights(teacher.row) in weights:
-            result.failures[seed] = f"{teacher.name} failed"
+    for other in results.values():
+        is_teacher = last_weights(other.row) in weights
+        if other.failures and (is_teacher or other.name == result.row.network_row):
+            result.failures[seed] = f"{other.name} failed"
             return
     print(f"== {config.name}: {config.student.arch}, {config.epochs} epochs", flush=True)
     path = result.row.folder(seed)
@@ -133,6 +146,8 @@ def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
     if path.exists() and not is_begun:
         shutil.rmtree(path)  # stopped before its first checkpoint: nothing to go on from
     try:
+        if result.row.task is not None:
+            condense(result.row.task.with_seed(seed), result.row.set_folder(seed), device=config.device)
         result.reports[seed] = train.run(config, resume=is_begun)
     except UserError as error:
         if error.exit_code != train.NOT_FINITE_EXIT_CODE:
@@ -141,10 +156,15 @@ def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
         print(f"failed: {error}", flush=True)
 
 
+def tables(study: Study, results: dict[str, Result]) -> str:
+    return markdown(study, results) + condensed_markdown(results)
+
+
 def write(study: Study, results: dict[str, Result], *, with_pictures: bool = False) -> None:
     """The tables and the plot, as far as the rows are trained."""
-    run_folder.write_text(study.folder / "comparison.md", markdown(study, results))
-    run_folder.write_text(study.folder / "comparison.json", as_json(study, results))
+    run_folder.write_text(study.folder / "comparison.md", tables(study, results))
+    text = as_json(study, results, condensed=condensed_tree(results))
+    run_folder.write_text(study.folder / "comparison.json", text)
     comparison_plot.write(study.folder / "comparison.png", study, results, with_pictures=with_pictures)
 
 

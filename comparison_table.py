@@ -10,6 +10,7 @@ nothing. Where no row had any effect, one in twenty would still be called better
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -196,8 +197,8 @@ def machines(results: dict[str, Result]) -> str:
     return f"Trained on {'; '.join(found)}." if found else ""
 
 
-def as_json(study: Study, results: dict[str, Result]) -> str:
-    """Every number of the tables, by seed: what documents are made from."""
+def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dict] = ()) -> str:
+    """Every number of the tables, by seed: what documents are made from. condensed: of condensed_table."""
     compared = differences(results)
     rows = []
     for result in results.values():
@@ -223,7 +224,7 @@ def as_json(study: Study, results: dict[str, Result]) -> str:
                 "differences": [difference_tree(d) for d in compared if d.name == result.name],
             }
         )
-    tree = {"config": to_tree(study.config), "machines": machines(results), "rows": rows}
+    tree = {"config": to_tree(study.config), "machines": machines(results), "rows": rows, "condensed": list(condensed)}
     return json.dumps(tree, indent=2, allow_nan=False) + "\n"
 
 

@@ -12,6 +12,15 @@
         against: [baseline, longer]
       longer: {plus_epochs_of: [big]}
 
+A row with a section `condense` (condense_config.py) trains on a synthetic set, which compare.py makes before: once, for
+all rows and seeds that ask for the same one. What the sets share stands in a section at the top level.
+
+    condense: {network: {row: full}}      # the trained network of methods that need one: the first run of a row above
+    rows:
+      full:
+      random_5: {condense: {method: random, pictures: 5}, seeds: 5}                      # five draws
+      learnt_5: {condense: {method: gradient_matching, pictures: 5, seed: 0}, seeds: 3}  # one set
+
 A row changes any key of the config but FIXED; sections are merged into the shared ones, lists replace them. It carries
 the teachers that its terms name and no others. Its own keys are those of RowFile. `rows.cwd.terms.0.weight=1.0`
 overrides one value of a row. A file without `rows` is the four rows of `four_rows`.
@@ -24,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from condense_config import Task, read_condense
 from config import Config, TeacherConfig, from_tree, read_tree, to_tree
 from errors import UserError
 from teaching import EMA
@@ -37,12 +47,15 @@ class StudyFile(Config):
     """The top level of a study's YAML file."""
 
     rows: dict[str, Any] = field(default_factory=dict)
+    condense: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RowFile(Config):
     """A row as its file gives it, the shared keys filled in."""
 
+    condense: dict[str, Any] | None = None  # what differs from the section at the top level; none: real pictures
+    decoded: bool = False  # train on the pictures that the stored ones decode into
     against: tuple[str, ...] | None = None  # rows it is compared to; none given: its baseline
     seeds: int | None = None  # none given: as many as --seeds
     plus_epochs_of: tuple[str, ...] = ()  # teachers trained in place whose epochs this row trains longer
@@ -62,9 +75,20 @@ class Row:
     baseline: str = ""
     against: tuple[str, ...] = ()
     is_teacher: bool = False
+    task: Task | None = None  # of the set it trains on
+    sets: Path = Path()
+    network_row: str | None = None  # whose first run its set is made with
 
     def run(self, seed: int) -> Config:
-        return dataclasses.replace(self.config, name=f"{self.name}_seed{seed}", seed=seed)
+        config = dataclasses.replace(self.config, name=f"{self.name}_seed{seed}", seed=seed)
+        if self.task is None:
+            return config
+        data = dataclasses.replace(config.data, train_root=str(self.set_folder(seed)))
+        return dataclasses.replace(config, data=data)
+
+    def set_folder(self, seed: int) -> Path:
+        """Where the synthetic set of a run is."""
+        return self.task.with_seed(seed).folder(self.sets)
 
     def folder(self, seed: int) -> Path:
         return Path(self.config.runs) / f"{self.name}_seed{seed}"
@@ -89,6 +113,7 @@ class Study:
                 raise UserError(f"argument --rows: found {name!r}, expected some of {', '.join(known)}")
         weights = {t.weights for row in self.rows if row.name in names for t in row.config.teachers}
         needed = {row.name for row in self.rows if row.is_teacher and last_weights(row) in weights}
+        needed |= {row.network_row for row in self.rows if row.name in names and row.network_row is not None}
         return [row for row in self.rows if row.name in needed.union(names)]
 
 
@@ -96,7 +121,7 @@ def load_study(path: str | Path, overrides: list[str] = (), *, seeds: int = 1) -
     """The study in a YAML file, after `key=value` overrides. UserError for every mistake that the file alone shows."""
     file = from_tree(StudyFile, read_tree(path, overrides), source=str(path))
     config = Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
-    return plan(config, file.rows or four_rows(config), seeds=seeds, source=str(path))
+    return plan(config, file.rows or four_rows(config), seeds=seeds, source=str(path), condense=file.condense)
 
 
 def four_rows(config: Config) -> dict[str, Any]:
@@ -114,7 +139,9 @@ def four_rows(config: Config) -> dict[str, Any]:
     return rows
 
 
-def plan(config: Config, rows: dict[str, Any], *, seeds: int, source: str) -> Study:
+def plan(
+    config: Config, rows: dict[str, Any], *, seeds: int, source: str, condense: dict[str, Any] | None = None
+) -> Study:
     """Every row with its config, its teachers' weights named where they will be once they are trained."""
     teachers = {teacher.name: teacher for teacher in config.teachers}
     if len(teachers) != len(config.teachers):
@@ -152,7 +179,10 @@ def plan(config: Config, rows: dict[str, Any], *, seeds: int, source: str) -> St
         count = seeds if file.seeds is None else file.seeds
         if count < 1:
             raise UserError(f"{where}: key 'seeds': found {count}, expected at least 1")
-        planned[name] = Row(name, row_config, tuple(range(config.seed, config.seed + count)))
+        row = Row(name, row_config, tuple(range(config.seed, config.seed + count)))
+        planned[name] = (
+            row if file.condense is None else condensed_row(row, file, config, condense or {}, planned, where)
+        )
     used = {teacher.name for row in planned.values() for teacher in row.config.teachers}
     for index, teacher in enumerate(config.teachers):
         if teacher.name not in used:
@@ -161,6 +191,55 @@ def plan(config: Config, rows: dict[str, Any], *, seeds: int, source: str) -> St
                 f"it could never act"
             )
     return Study(config, tuple(find_rivals(planned, files, source)))
+
+
+def sets_folder(config: Config) -> Path:
+    """Where the synthetic sets of a study are, or of a config by itself."""
+    return Path(config.runs) / config.name / "sets"
+
+
+def task_of(config: Config, section: dict[str, Any], source: str) -> Task:
+    """The set that a section `condense` asks of a config's training pictures."""
+    condense = read_condense(section, source)
+    return Task(config.data, config.image_size, condense.arch or config.student.arch, condense)
+
+
+def condensed_row(
+    row: Row, file: RowFile, config: Config, shared: dict[str, Any], planned: dict[str, Row], where: str
+) -> Row:
+    """The row with the task of its set, and with that set in the place of the real training pictures.
+
+    The set is made of the shared training pictures and, but for `arch`, for the shared student, whoever trains on it.
+    """
+    if file.data.train_root is not None:
+        raise UserError(f"{where}: key 'data.train_root': found beside 'condense', expected one of them")
+    section = merge(shared, file.condense)
+    task = task_of(dataclasses.replace(config, image_size=file.image_size), section, where)
+    network = task.condense.network
+    network_row = network.row if task.needs_network else None
+    if network.row is not None:
+        if network.weights is not None:
+            raise UserError(f"{where}: key 'condense.network': found a row and weights, expected one of them")
+        known = [name for name, other in planned.items() if other.task is None]
+        if network.row not in known:
+            expected = ", ".join(known) or "none is above it"
+            raise UserError(
+                f"{where}: key 'condense.network.row': found {network.row!r}, expected a row of real pictures above: "
+                f"{expected}"
+            )
+        weights = last_weights(planned[network.row])
+        network = dataclasses.replace(network, weights=weights, row=None)
+        task = dataclasses.replace(task, condense=dataclasses.replace(task.condense, network=network))
+    try:
+        task.check()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if file.decoded and task.condense.formation == 1:
+        raise UserError(f"{where}: key 'decoded': found true, expected a set with condense.formation above 1")
+    data = dataclasses.replace(row.config.data, train_format="yolo", train="train_decoded" if file.decoded else "train")
+    # Sampling a fraction is for the real pictures; the set is small as it is.
+    row_config = dataclasses.replace(row.config, data=dataclasses.replace(data, max_samples=0))
+    return dataclasses.replace(row, config=row_config, task=task, sets=sets_folder(config), network_row=network_row)
 
 
 def read_row(config: Config, overrides: Any, where: str) -> RowFile:
@@ -220,10 +299,31 @@ def find_rivals(planned: dict[str, Row], files: dict[str, RowFile], source: str)
         baseline = next(alike, first)
         against = files[row.name].against if row.name in files else None
         if against is None:
-            against = () if baseline == row.name else (baseline,)
+            rival = random_rival(row, planned) or baseline
+            against = () if rival == row.name else (rival,)
         for name in against:
             if name not in planned or name == row.name:
                 others = ", ".join(other for other in planned if other != row.name)
                 raise UserError(f"{source}: row {row.name!r}: key 'against': found {name!r}, expected one of {others}")
         found.append(dataclasses.replace(row, baseline=baseline, against=against))
     return found
+
+
+def random_rival(row: Row, rows: dict[str, Row]) -> str | None:
+    """The row that trains as this one does, but on as many real pictures at random; None where there is none."""
+    if row.task is None:
+        return None
+    return next((other.name for other in rows.values() if is_random_rival(other, row)), None)
+
+
+def is_random_rival(other: Row, row: Row) -> bool:
+    is_random = other.task is not None and other.task.condense.method == "random"
+    same_size = is_random and other.task.condense.pictures == row.task.condense.pictures
+    return same_size and trains_alike(other, row)
+
+
+def trains_alike(a: Row, b: Row, *, terms: bool = True) -> bool:
+    """The same student, length, size and (but for `terms` False) distillation terms, whatever the pictures."""
+    a, b = a.config, b.config
+    same = (a.student, a.epochs, a.image_size) == (b.student, b.epochs, b.image_size)
+    return same and (not terms or a.terms == b.terms)

@@ -221,12 +221,18 @@ def write_yolo(folder: Path, indices: Indices, class_names: Names, picture_names
             _copy(sample, folder / "images" / split, name)
             _count_common_losses(sample, losses)
             losses["ignored objects (left out)"] += int(sample.ignore.sum())
-            lines = []
-            for (x1, y1, x2, y2), label in zip(sample.boxes_xyxy[~sample.ignore], sample.labels[~sample.ignore]):
-                center = (x1 + x2) / 2 / sample.width, (y1 + y2) / 2 / sample.height
-                row = *center, (x2 - x1) / sample.width, (y2 - y1) / sample.height
-                lines.append(f"{label} " + " ".join(_number(float(value), 12) for value in row))
-            _write(folder / "labels" / split / f"{Path(name).stem}.txt", "".join(f"{line}\n" for line in lines))
+            boxes, labels = sample.boxes_xyxy[~sample.ignore], sample.labels[~sample.ignore]
+            text = yolo_labels(boxes, labels, sample.width, sample.height)
+            _write(folder / "labels" / split / f"{Path(name).stem}.txt", text)
+
+
+def yolo_labels(boxes_xyxy: np.ndarray, labels: np.ndarray, width: int, height: int) -> str:
+    """The label file of a picture of width x height pixels: boxes (N, 4) in pixels and classes (N,), a row each."""
+    lines = []
+    for (x1, y1, x2, y2), label in zip(boxes_xyxy, labels):
+        row = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
+        lines.append(f"{label} " + " ".join(_number(float(value), 12) for value in row))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def write_kitti(folder: Path, indices: Indices, class_names: Names, picture_names: Pictures, losses: Counter) -> None:

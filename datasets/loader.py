@@ -129,6 +129,10 @@ class Loader:
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return batches[:-1] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
 
+    def read(self, rows: list[int]) -> Batch:
+        """These pictures as a batch, read by this process. UserError names the file that cannot be read."""
+        return _checked(self._reader[rows])
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from the start-th on.
 
@@ -140,7 +144,7 @@ class Loader:
             return
         if not self.workers:
             for rows in batches:
-                yield _checked(self._reader[rows])
+                yield self.read(rows)
             return
         self._reader.reading[:] = 0
         iterator = iter(

@@ -1,0 +1,301 @@
+"""Dataset distillation: a real training set -> a few pictures that train a detector in its place.
+
+    python condense.py CONFIG condense.method=random condense.pictures=5 [--output FOLDER] [key=value ...]
+    python condense.py STUDY --row NAME [--seed N]        the set that a row of a study trains on
+
+CONFIG has the keys of a training config and a section `condense`; the methods are in condense_config.METHODS. What is
+written is an ordinary YOLO dataset (condensed_set.py), by default where compare.py looks for it:
+<runs>/<name>/sets/<method>_<pictures>_seed<seed>_<hash of the settings>. A set that is there already is left as it is.
+
+A method that learns shows its pictures in <folder>.part/steps, and is stopped with Ctrl-C and given again at will: the
+same command goes on, and ends with the same bytes as one that was never stopped.
+
+Exit codes are those of train.py.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import models
+import run_folder
+from condense_config import LEARNT, Task
+from condense_methods import NOISE, Layout, RealPictures, first_layout, load_network
+from condensed_set import DECODED, STORED, Picture, draw_set, part_folder, read_manifest, to_picture, write_set
+from config import from_tree, read_tree
+from datasets.augment import draw_siamese
+from datasets.loader import seeded_generator
+from distill.gradient_matching import GradientMatching
+from distill.inversion import Inversion
+from distill.synthetic import SyntheticSet
+from errors import UserError, run_script
+from interruption import StopRequested, StopSignals
+from peak_memory import peak_gigabytes, reset_peak
+from processes import choose_device
+from progress import Progress
+from structures import Targets
+from study import StudyFile, load_study, sets_folder, task_of
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="condense.py", description="A real training set, condensed to a few pictures."
+    )
+    parser.add_argument("config", help="a YAML file with a section `condense`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
+    parser.add_argument("--row", metavar="NAME", help="the set of this row of a study")
+    parser.add_argument("--seed", type=int, help="with --row: of which of its runs (default: the first)")
+    parser.add_argument("--output", metavar="FOLDER", help="where the set goes")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.row is None:
+        if arguments.seed is not None:
+            raise UserError("argument --seed: expected --row beside it; condense.seed=N is the seed of one set")
+        file = from_tree(StudyFile, read_tree(arguments.config, arguments.overrides), source=arguments.config)
+        if "method" not in file.condense:
+            advice = (
+                f"condense.method=NAME, or --row with one of {', '.join(file.rows)}" if file.rows else "method: NAME"
+            )
+            raise UserError(f"{arguments.config}: key 'condense.method' is missing, expected {advice}")
+        config, task = file, task_of(file, file.condense, arguments.config).with_seed(file.seed)
+    else:
+        study = load_study(arguments.config, arguments.overrides)
+        row = next((row for row in study.rows if row.name == arguments.row), None)
+        if row is None or row.task is None:
+            known = ", ".join(row.name for row in study.rows if row.task is not None) or "no row: none has `condense`"
+            raise UserError(f"argument --row: found {arguments.row!r}, expected {known}")
+        seed = row.seeds[0] if arguments.seed is None else arguments.seed
+        config, task = study.config, row.task.with_seed(seed)
+    folder = Path(arguments.output) if arguments.output else task.folder(sets_folder(config))
+    condense(task, folder, device=config.device)
+
+
+def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
+    """Make the set of a task in `folder`, or go on making it, unless it is there; its manifest.
+
+    UserError, before any work, for settings that cannot be and for a folder that holds something else. SystemExit after
+    a signal, when all is saved.
+    """
+    progress = Progress(quiet=quiet)
+    task.check()
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        refuse_other(manifest["settings"], task, folder)
+        progress.say(f"made before: {folder}")
+        return manifest
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds no finished set, expected a new folder")
+    part = part_folder(folder)
+    if (part / "settings.json").is_file():
+        refuse_other(json.loads((part / "settings.json").read_text(encoding="utf-8")), task, part)
+    real = RealPictures(task.data, task.image_size)
+    where = choose_device(device)
+    network = load_network(task.condense.network, real.index.names, where) if task.needs_network else None
+    with StopSignals() as stop:
+        try:
+            return make(task, folder, real, network, where, progress, stop)
+        except StopRequested:
+            print(f"stopped, saved in {part}; the same command goes on", flush=True)
+            raise SystemExit(stop.exit_code) from None
+
+
+def refuse_other(settings: dict[str, Any], task: Task, folder: Path) -> None:
+    """UserError where a folder holds a set of other settings, which is left as it is."""
+    ours = json.loads(json.dumps(task.settings()))
+    if settings != ours:
+        key = next(key for key in [*settings, *ours] if settings.get(key) != ours.get(key))
+        found = f"{folder}: holds a set with {key} {settings.get(key)!r}, not {ours.get(key)!r}"
+        raise UserError(f"{found}; give another --output or name, or remove it")
+
+
+def make(
+    task: Task,
+    folder: Path,
+    real: RealPictures,
+    network: nn.Module | None,
+    device: torch.device,
+    progress: Progress,
+    stop: StopSignals,
+) -> dict[str, Any]:
+    """The pictures of the set, learnt where its method learns, then all its files and the manifest."""
+    c, cost = task.condense, Cost(device)
+    stop.may_raise = True  # nothing is lost
+    layout = first_layout(task, real, network)
+    stop.may_raise = False
+    splits: dict[str, list[Picture]] = {}
+    if c.method in LEARNT or c.formation > 1:
+        synthetic = to_synthetic(task, layout, device)
+        if c.method in LEARNT:
+            learner = build_learner(task, synthetic, real, network)
+            learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop)
+        splits[STORED] = stored_pictures(synthetic, layout)
+        if c.formation > 1:
+            splits[DECODED] = decoded_pictures(synthetic, layout)
+    else:
+        splits[STORED] = as_pictures(layout.images, layout.targets, layout.content_xyxy)
+    manifest = {
+        "method": c.method,
+        "pictures": c.pictures,  # that are stored
+        "formation": c.formation,
+        "decoded": task.decoded,
+        "objects": len(layout.targets),
+        "ratio": c.pictures / len(real),
+        "seed": task.seed,
+        "image_size": task.image_size,
+        "source": {"format": real.place[0], "root": real.place[1], "split": real.place[2], "pictures": len(real)},
+        "source_pictures": list(layout.sources),
+        "ignored_objects_left_out": real.ignored,
+        "seconds": cost.seconds,
+        "peak_gigabytes": cost.gigabytes,
+        "device": str(device),
+        "settings": task.settings(),
+        **run_folder.environment(),
+    }
+    write_set(folder, splits, real.index.names, manifest)
+    progress.say(f"written: {folder}, {c.pictures} pictures with {len(layout.targets)} objects")
+    return manifest
+
+
+class Cost:
+    """Seconds and the highest memory of making a set, over all the times it was gone on with."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._began, self._before, self._highest = device, time.perf_counter(), 0.0, 0.0
+        reset_peak(device)
+
+    def add(self, seconds: float, gigabytes: float) -> None:
+        """What was spent before."""
+        self._before, self._highest = seconds, gigabytes
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._began
+
+    @property
+    def gigabytes(self) -> float:
+        return max(self._highest, peak_gigabytes(self._device) or 0.0)
+
+
+def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticSet:
+    """The layout's pictures, or noise in their place, packed into the stored ones."""
+    c, targets = task.condense, layout.targets
+    if c.method in LEARNT and c.init == "noise":
+        made = SyntheticSet.from_noise(
+            targets,
+            count=c.pictures,
+            image_size=task.image_size,
+            formation=c.formation,
+            generator=seeded_generator(task.seed, NOISE),
+        )
+    else:
+        made = SyntheticSet.from_pictures(layout.images.float() / 255, targets, c.formation)
+    return SyntheticSet(made.pixels.to(device), made.targets, c.formation)
+
+
+def build_learner(
+    task: Task, synthetic: SyntheticSet, real: RealPictures, network: nn.Module | None
+) -> GradientMatching | Inversion:
+    """What moves the pixels. UserError for an augmentation that joins pictures."""
+    c = task.condense
+
+    def draw_augmentation(generator: torch.Generator):
+        return draw_siamese(generator=generator, settings=c.augment)
+
+    draw_augmentation(seeded_generator(0))
+    if c.method == "inversion":
+        settings = dataclasses.replace(c.inversion, seed=task.seed)
+        return Inversion(synthetic, settings=settings, network=network, draw_augmentation=draw_augmentation)
+    return GradientMatching(
+        synthetic,
+        settings=dataclasses.replace(c.matching, seed=task.seed),
+        build_network=lambda seed: models.build(task.arch, len(real.index.names)),
+        draw_real=real.draw(c.real_batch),
+        draw_augmentation=draw_augmentation,
+    )
+
+
+def learn(
+    task: Task,
+    learner: GradientMatching | Inversion,
+    layout: Layout,
+    names: tuple[str, ...],
+    part: Path,
+    cost: Cost,
+    progress: Progress,
+    stop: StopSignals,
+) -> None:
+    """All steps, or those that are left. Saves in `part`; StopRequested, when saved, where a signal asked for it."""
+    c, total = task.condense, learner.settings.steps
+    state_file, rows = part / "state.pt", []
+    (part / "steps").mkdir(parents=True, exist_ok=True)
+    run_folder.write_text(part / "settings.json", json.dumps(task.settings()))
+    if state_file.is_file():
+        state = checkpoint.load_newest(state_file, progress.say)
+        learner.load_state_dict(state["learner"])
+        rows = state["rows"]
+        cost.add(state["seconds"], state["gigabytes"])
+    else:
+        draw_step(learner.synthetic, layout, names, part, 0)
+
+    def save() -> None:
+        state = {"step": learner.steps_done, "learner": learner.state_dict(), "rows": rows}
+        state |= {"seconds": cost.seconds, "gigabytes": cost.gigabytes}
+        checkpoint.save(state_file, state, keep_previous=True)
+
+    def on_step(done: int, report: Any) -> None:
+        row = dataclasses.asdict(report)
+        rows.append(row)
+        progress.advance({name: value for name, value in row.items() if name != "step"})
+        if stop.received is not None or (c.save_every_steps and done % c.save_every_steps == 0):
+            save()
+        if c.picture_every_steps and done % c.picture_every_steps == 0:
+            draw_step(learner.synthetic, layout, names, part, done)
+        if stop.received is not None:
+            raise StopRequested
+
+    progress.start(c.method, total, learner.steps_done)
+    try:
+        learner.run(on_step)
+    finally:
+        progress.finish()
+    if rows:
+        lines = [",".join(rows[0]), *(",".join(f"{value:.6g}" for value in row.values()) for row in rows)]
+        run_folder.write_text(part / "steps.csv", "\n".join(lines) + "\n")
+
+
+def draw_step(synthetic: SyntheticSet, layout: Layout, names: tuple[str, ...], part: Path, step: int) -> None:
+    """steps/000500.png: all stored pictures as they are now."""
+    out = io.BytesIO()
+    draw_set(stored_pictures(synthetic, layout), names).save(out, "PNG")
+    run_folder.write_bytes(part / "steps" / f"{step:06}.png", out.getvalue())
+
+
+def stored_pictures(synthetic: SyntheticSet, layout: Layout) -> list[Picture]:
+    """What is stored; without the padding of its layout, where one picture is one picture."""
+    content = layout.content_xyxy if synthetic.formation == 1 else None
+    return as_pictures(synthetic.pixels.detach().cpu(), synthetic.targets.to("cpu"), content)
+
+
+def decoded_pictures(synthetic: SyntheticSet, layout: Layout) -> list[Picture]:
+    pictures, targets = synthetic.decode(torch.arange(len(synthetic)))
+    return as_pictures(pictures.detach().cpu(), targets.to("cpu"), layout.content_xyxy)
+
+
+def as_pictures(images: Tensor, targets: Targets, content_xyxy: Tensor | None) -> list[Picture]:
+    found = []
+    for row, image in enumerate(images):
+        objects = targets[targets.image == row]
+        content = None if content_xyxy is None else content_xyxy[row]
+        found.append(to_picture(image, objects.boxes_xyxy, objects.labels, content))
+    return found
+
+
+if __name__ == "__main__":
+    run_script(main)

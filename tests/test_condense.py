@@ -1,0 +1,296 @@
+"""condense.py: every method writes a set that train.py reads, the same bytes each time; what it refuses."""
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import condense
+import models
+import train
+from condense_config import LEARNT, METHODS, WITHOUT_DRAWS
+from condense_methods import RealPictures
+from config import DataConfig, from_tree, to_tree
+from datasets.open import open_dataset
+from distill import coresets
+from errors import UserError
+from tests.tiny_training import tiny_config
+from yaml_files import dump_yaml
+
+WIDTH, HEIGHT = 64, 48
+NAMES = ("green", "red")
+CHEAP = [method for method in METHODS if method not in LEARNT]
+QUICK = {
+    "arch": "yolov8p",
+    "matching": {"steps": 2, "pool": {"networks": 1, "steps_between": 1}},
+    "inversion": {"steps": 2},
+    "real_batch": 2,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(one_thread):
+    pass
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """Twelve oblong pictures with one to four rectangles of two classes, and four to test on; one has no object."""
+    root, rng = tmp_path_factory.mktemp("real") / "set", np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            picture, rows = rng.integers(0, 80, (HEIGHT, WIDTH, 3), dtype=np.uint8), []
+            for _ in range(0 if number == 3 else int(rng.integers(1, 5))):
+                label, (w, h) = int(rng.random() < 0.2), rng.integers(8, 24, 2).tolist()
+                x, y = int(rng.integers(WIDTH - w)), int(rng.integers(HEIGHT - h))
+                picture[y : y + h, x : x + w] = (230, 40, 40) if label else (40, 220, 60)
+                row = ((x + w / 2) / WIDTH, (y + h / 2) / HEIGHT, w / WIDTH, h / HEIGHT)
+                rows.append(f"{label} " + " ".join(f"{value:.8f}" for value in row))
+            Image.fromarray(picture).save(root / "images" / split / f"r{number:02}.png")
+            (root / "labels" / split / f"r{number:02}.txt").write_text("".join(f"{row}\n" for row in rows))
+    (root / "data.yaml").write_text("path: .\ntrain: images/train\ntest: images/test\nnames: [green, red]\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    """A detector of the two classes, as training leaves it; its weights are fresh."""
+    path = tmp_path_factory.mktemp("network") / "last.pt"
+    torch.manual_seed(0)
+    state = {"arch": "yolov8n", "names": list(NAMES), "image_size": 64, "epoch": 1, "step": 1}
+    checkpoint.save(path, state | {"ema": models.build("yolov8n", 2).state_dict()})
+    return path
+
+
+@pytest.fixture
+def make(real, network, tmp_path):
+    """make(method, pictures, **section): the folder of the set, made by the command."""
+
+    def run(method, pictures=3, output="out", *arguments, **section):
+        tree = to_tree(tiny_config(real, tmp_path / "runs"))
+        needs = {"network": {"weights": str(network)}, **QUICK}
+        tree["condense"] = {**needs, "method": method, "pictures": pictures, **section}
+        (tmp_path / "config.yaml").write_text(dump_yaml(tree))
+        condense.main([str(tmp_path / "config.yaml"), "--output", str(tmp_path / output), *arguments])
+        return tmp_path / output
+
+    return run
+
+
+def files(folder):
+    """The bytes of a set, but for its manifest, which has times in it."""
+    found = {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(name): data for name, data in found.items() if name.name != "manifest.json"}
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+EXTRA = {
+    "mosaic": {"formation": 2},
+    "gradient_matching": {"formation": 2, "matching": {"steps": 1}},
+    "canvas": {"canvas": {"rounds": 2}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_set_is_an_ordinary_dataset_with_a_manifest(method, make, real, capsys):
+    folder = make(method, **EXTRA.get(method, {}))
+    facts = manifest(folder)
+    index = open_dataset("yolo", folder, "train")
+    assert not index.faults and index.names == NAMES and len(index) == facts["pictures"] == 3
+    decoded = 3 * facts["formation"] ** 2
+    assert facts["decoded"] == decoded and (decoded == 12) == (method in ("mosaic", "gradient_matching"))
+    if decoded > 3:
+        enlarged = open_dataset("yolo", folder, "train_decoded")
+        assert len(enlarged) == decoded and not enlarged.faults
+        assert sum(map(len, enlarged.samples)) == sum(map(len, index.samples))
+    assert facts["method"] == method and facts["ratio"] == 0.25 and facts["source"]["pictures"] == 12
+    assert facts["objects"] == sum(map(len, index.samples)) > 0
+    assert facts["seconds"] > 0 and 0.05 < facts["peak_gigabytes"] < 20 and facts["commit"]
+    assert Image.open(folder / "set.png").size[0] > 300
+    assert not folder.with_name("out.part").exists() and not list(folder.glob("state*"))
+    assert (folder / "steps.csv").exists() == (method in LEARNT)
+    make(method, **EXTRA.get(method, {}))
+    assert "made before" in capsys.readouterr().out
+    again = make(method, output="again", **EXTRA.get(method, {}))
+    assert files(again) == files(folder)
+
+
+def test_chosen_pictures_are_the_real_ones_without_padding(make, real):
+    folder = make("random", 5, seed=3)
+    source = {s.image_path.name: s for s in open_dataset("yolo", real, "train").samples}
+    names = manifest(folder)["source_pictures"]
+    assert len(set(names)) == 5
+    for name, sample in zip(names, open_dataset("yolo", folder, "train").samples):
+        assert np.array_equal(Image.open(sample.image_path), Image.open(source[name].image_path))
+        np.testing.assert_allclose(sample.boxes_xyxy, source[name].boxes_xyxy, atol=1e-5)
+        assert sample.labels.tolist() == source[name].labels.tolist()
+
+
+def test_methods_choose_as_their_rules_say(make, real, network):
+    pictures = RealPictures(DataConfig("yolo", str(real), cache=False), 64)
+    names = [sample.image_path.name for sample in pictures.index.samples]
+    model, _ = checkpoint.load_model(network)
+    batch = pictures.read(list(range(12)))
+    with torch.no_grad():
+        maps = model(batch.images.float() / 255).features
+        features = torch.cat([maps[name].mean((2, 3)) for name in ("p3", "p4", "p5")], dim=1)
+        alone = [pictures.read([row]) for row in range(12)]
+        losses = [sum(model.losses(model(b.images.float() / 255), b.targets).values()).item() for b in alone]
+    counts = [len(sample) for sample in pictures.index.samples]
+    expected = {
+        "most_objects": sorted(range(12), key=lambda row: (-counts[row], row)),
+        "highest_loss": sorted(range(12), key=lambda row: -losses[row]),
+        "herding": coresets.herding(features, 4).tolist(),
+        "k_center": coresets.k_center(features, 4).tolist(),
+    }
+    assert set(expected) == set(WITHOUT_DRAWS)
+    for method, rows in expected.items():
+        found = manifest(make(method, 4, method))
+        assert found["source_pictures"] == [names[row] for row in rows[:4]], method
+        assert "seed" not in found["settings"]
+    uniform = manifest(make("uniform", 4, "uniform"))["source_pictures"]
+    labels = np.concatenate([pictures.index.samples[names.index(name)].labels for name in uniform])
+    assert abs((labels == 0).mean() - 0.5) < abs(np.mean([0, *(batch.targets.labels == 0)]) - 0.5)
+
+
+def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
+    sources = {
+        seed: manifest(make("random", 5, f"s{seed}", f"condense.seed={seed}"))["source_pictures"] for seed in (0, 1)
+    }
+    assert sources[0] != sources[1]
+    assert manifest(make("random", 2, "two", "condense.seed=1"))["source_pictures"] == sources[1][:2]
+    learnt = make("gradient_matching", 2, "learnt", "condense.seed=1")
+    assert manifest(learnt)["source_pictures"] == sources[1][:2]  # learning begins at the random draw of its seed
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ({"method": "random", "pictures": 0}, [], r"condense.pictures': found 0, expected at least 1"),
+        ({"method": "random", "pictures": 13}, [], r"condense.pictures': found 13, expected as many as .* has: 12"),
+        ({"method": "mosaic", "formation": 2, "pictures": 4}, [], r"found 4, 2 x 2 real ones each, .* has: 12"),
+        ({"method": "mosaic"}, [], r"condense.formation': found 1, expected 2 or more"),
+        ({"method": "random", "formation": 2}, [], r"condense.formation': found 2, expected 1: random stores"),
+        ({"method": "inversion", "formation": 3}, [], r"condense.formation': found 3, expected 1 or a divisor of 64"),
+        ({"method": "crops", "crops": 5}, [], r"condense.crops': found 5, expected a divisor of 64"),
+        ({"method": "crops", "crops": 16}, [], r"condense.pictures': 768 crops need as many objects; there are"),
+        ({"method": "herding", "network": {}}, [], r"condense.network': herding measures by a trained network"),
+        ({"method": "canvas", "network": {}}, [], r"condense.network': canvas looks with a trained network"),
+        ({"method": "gradient_matching", "init": "canvas", "network": {}}, [], r"condense.network': gradient_matching"),
+        ({"method": "herding", "network": {"weights": "gone.pt"}}, [], r"gone.pt: no such file"),
+        ({"method": "randm"}, [], r"condense.method': found 'randm', expected one of random"),
+        ({"method": "random", "inti": "noise"}, [], r"unknown key 'condense.inti', did you mean 'condense.init'"),
+        ({"method": "gradient_matching", "matching": {"seed": 3}}, [], r"matching.seed': found 3, expected none"),
+        ({"method": "gradient_matching", "augment": {"mosaic": 0.5}}, [], r"augment.mosaic: found 0.5, expected 0"),
+        ({"method": "gradient_matching", "real_batch": 0}, [], r"condense.real_batch': found 0"),
+        ({"method": "random"}, ["--seed", "1"], r"argument --seed: expected --row"),
+        ({"method": "random"}, ["--row", "full"], r"expected a teacher and a term|argument --row"),
+        ({"method": "random"}, ["device=gpu"], r"key 'device': found 'gpu'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_written(section, changes, message, make, tmp_path):
+    section = {"method": "random", "pictures": 3} | section
+    with pytest.raises(UserError, match=message):
+        make(section.pop("method"), section.pop("pictures"), "out", *changes, **section)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_a_config_without_the_section_is_told(real, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(to_tree(tiny_config(real, tmp_path / "runs"))))
+    with pytest.raises(UserError, match=r"key 'condense.method' is missing, expected method: NAME"):
+        condense.main([str(path)])
+    condense.main([str(path), "condense.method=random", "condense.pictures=2", "condense.seed=4"])
+    assert [p.name[:15] for p in (tmp_path / "runs" / "tiny" / "sets").iterdir()] == ["random_2_seed4_"]
+
+
+def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
+    make("random", 3, seed=1)
+    before = files(tmp_path / "out")
+    with pytest.raises(UserError, match=r"out: holds a set with pictures 3, not 2; give another --output"):
+        make("random", 2, seed=1)
+    with pytest.raises(UserError, match=r"out: holds a set with method 'random', not 'most_objects'"):
+        make("most_objects", 3)
+    assert files(tmp_path / "out") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match=r"mine: holds no finished set, expected a new folder"):
+        make("random", 3, "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_a_network_of_other_classes_is_refused(make, network, tmp_path):
+    state = checkpoint.load(network)
+    checkpoint.save(tmp_path / "other.pt", state | {"names": ["red", "green"]})
+    with pytest.raises(UserError, match=r"other.pt: knows red, green; expected the classes of the dataset: green, red"):
+        make("k_center", network={"weights": str(tmp_path / "other.pt")})
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("method", LEARNT)
+def test_stopped_and_gone_on_with_ends_with_the_same_bytes(method, make, tmp_path, monkeypatch):
+    section = {"matching": {"steps": 4, "pool": {"networks": 1, "steps_between": 1}}, "inversion": {"steps": 4}}
+    section |= {"picture_every_steps": 2, "init": "noise"}
+    whole = make(method, 2, "whole", **section)
+    learner = {"gradient_matching": condense.GradientMatching, "inversion": condense.Inversion}[method]
+    step = learner.step
+
+    def step_and_stop(self):
+        report = step(self)
+        if self.steps_done == 3:
+            signal.raise_signal(signal.SIGINT)
+        return report
+
+    monkeypatch.setattr(learner, "step", step_and_stop)
+    with pytest.raises(SystemExit) as stopped:
+        make(method, 2, "parts", **section)
+    assert stopped.value.code == 130 and not (tmp_path / "parts").exists()
+    assert checkpoint.load(tmp_path / "parts.part" / "state.pt")["step"] == 3
+    with pytest.raises(UserError, match=r"parts.part: holds a set with pictures 2, not 1"):
+        make(method, 1, "parts", **section)
+    monkeypatch.setattr(learner, "step", step)
+    assert files(make(method, 2, "parts", **section)) == files(whole)
+    assert sorted(p.name for p in (whole / "steps").iterdir()) == ["000000.png", "000002.png", "000004.png"]
+    assert len((whole / "steps.csv").read_text().splitlines()) == 5
+
+
+def test_learning_moves_pixels_and_leaves_boxes(make):
+    start = make("random", 2, "start", seed=0)
+    learnt = make("gradient_matching", 2, "learnt", seed=0)
+    for name, data in files(start).items():
+        if name.startswith("labels/"):
+            assert files(learnt)[name] == data
+    one, two = (np.asarray(Image.open(f / "images/train/000.png")).astype(int) for f in (start, learnt))
+    assert one.shape == two.shape == (HEIGHT, WIDTH, 3) and 0.1 < np.abs(one - two).mean() < 20
+
+
+# ---------------------------------------------------------------- training on it
+
+
+def test_training_on_a_set_takes_the_steps_of_the_whole_and_tests_on_real_pictures(make, real, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    folder = make("mosaic", 2, formation=2)
+    config = tiny_config(real, tmp_path / "runs", epochs=1)
+    steps = {}
+    for split, root in (("train", None), ("train", str(folder)), ("train_decoded", str(folder))):
+        data = dataclasses.replace(config.data, train=split, train_root=root, pictures_per_epoch=12)
+        report = train.run(dataclasses.replace(config, data=data), quiet=True)
+        steps[split, root] = report["steps"]
+        assert report["split"] == "test" and 0 <= report["test"]["mAP50"] <= 1
+    assert set(steps.values()) == {2}
+    other = from_tree(type(config), to_tree(config), source="x")
+    assert other == config
