@@ -66,11 +66,8 @@ def softmax_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor | None = No
     Differs from the paper: the KL, not the cross-entropy, so 0 where the student equals the teacher.
     """
     require_equal_shapes(s_logits, t_logits)
-    rows = s_logits.shape[:-1]
-    normaliser = max(rows.numel(), 1)
+    normaliser = max(s_logits.shape[:-1].numel(), 1)
     if weight is not None:
-        if weight.shape != rows:
-            raise ValueError(f"weight {tuple(weight.shape)} must be {tuple(rows)}, one per row")
         weight = weight.to(compute_dtype(s_logits, t_logits))
         normaliser = weight.sum().clamp(min=1)
     return temperature_kl(s_logits, t_logits, temperature=temperature, weight=weight, normaliser=normaliser)

@@ -30,7 +30,6 @@ def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:
         scalar (); 0 where nothing is marked.
     """
     require_map_pair(s_map, t_map)
-    require_mask(mask, s_map)
     mask = mask.to(compute_dtype(s_map, t_map))
     return masked_squares(s_map, t_map, mask, normaliser=mask.sum().clamp(min=1))
 

@@ -15,7 +15,7 @@ from distill.logits import (
     softmax_kl,
 )
 from kernels.sigmoid_kl import sigmoid_kl_eager
-from kernels.temperature_kl import temperature_kl_eager
+from kernels.temperature_kl import temperature_kl, temperature_kl_eager
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.properties import (
     computes_in_float32,
@@ -200,7 +200,7 @@ CASES = [
             "normaliser not held above 1": Edit(".clamp(min=1)", ""),
             "unweighted": Edit("weight=weight", "weight=None"),
             "weights learn": Edit("weight.detach()", "weight", temperature_kl_eager),
-            "broadcasts the weights": Edit("weight.shape != rows", "False"),
+            "broadcasts the weights": Edit("require_rows(s_logits, t_logits, weight)", "", temperature_kl),
             "softmax over rows": Edit(
                 "F.log_softmax(z / temperature, dim=-1)", "F.log_softmax(z / temperature, dim=0)", temperature_kl_eager
             ),

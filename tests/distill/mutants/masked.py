@@ -3,7 +3,7 @@
 import numpy as np
 
 from distill.masked import decoupled_mse, masked_mse
-from kernels.masked_mse import masked_squares_eager
+from kernels.masked_mse import masked_squares, masked_squares_eager
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.mutants.maps import maps
 from tests.distill.properties import (
@@ -71,7 +71,9 @@ CASES = [
             "background": Edit("mask.detach()", "(1 - mask.detach())", masked_squares_eager),
             "mask squared": Edit("mask.detach()", "mask.detach().square()", masked_squares_eager),
             "mask learns": Edit("mask.detach()", "mask", masked_squares_eager),
-            "broadcasts the mask": Edit("mask.shape != (b, 1, h, w)", "False", within="require_mask"),
+            "broadcasts the mask": Edit(
+                'require_shape("mask", mask, (s_map.shape[0], 1, *s_map.shape[2:]))', "", masked_squares
+            ),
             "per image": Edit("* difference).sum()", "* difference).mean(0).sum()", masked_squares_eager),
         },
     ),
