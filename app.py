@@ -3,9 +3,9 @@
     make app                        after `make demo`; the page is at http://localhost:8501
     streamlit run app.py            the same, in an environment with requirements-app.txt
 
-It shows the runs below runs/. The server listens on localhost alone and takes files of at most 10 MB
-(.streamlit/config.toml; `--server.address` says otherwise); pictures may have 24 megapixels. An uploaded picture stays
-in memory and goes with the session.
+It shows the runs below runs/ and the ONNX files there. The server listens on localhost alone and takes files of at most
+10 MB (.streamlit/config.toml; `--server.address` says otherwise); pictures may have 24 megapixels. An uploaded picture
+stays in memory and goes with the session.
 """
 
 from pathlib import Path
@@ -19,13 +19,13 @@ from torch import nn
 
 import app_pictures
 import app_runs
-import checkpoint
 from app_pictures import MAX_MEGABYTES, MAX_MEGAPIXELS
 from app_runs import Result, Run
 from checkpoint import CheckpointInfo
 from datasets.enhance import Enhancement, enhance
 from datasets.images import SUFFIXES, read_image
 from errors import UserError
+from onnx_detector import OnnxDetector, load_detector
 from processes import choose_device
 
 RUNS = Path("runs")
@@ -86,7 +86,7 @@ def keep_uploads_in_memory() -> None:
 @st.cache_resource(max_entries=6, show_spinner="Loading a model")
 def load(path: Path, version: float) -> tuple[nn.Module, CheckpointInfo]:
     """version: that of the file, so that a run that goes on is loaded again."""
-    return checkpoint.load_model(path, device=str(device()))
+    return load_detector(path, device=str(device()))
 
 
 def device() -> torch.device:
@@ -191,9 +191,12 @@ def show_results(
     numbers.subheader("Latency")
     for name, result in results.items():
         numbers.metric(name, f"{result.milliseconds:.1f} ms")
+    graphs = [
+        f"{name}: ONNX, {m.info.precision}, cpu." for name, (m, _) in models.items() if isinstance(m, OnnxDetector)
+    ]
     numbers.caption(
         f"Median of {app_runs.ROUNDS} rounds in turns, from letterbox to suppression; one picture, float32, "
-        f"device {device().type}, threads {torch.get_num_threads()}."
+        f"device {device().type}, threads {torch.get_num_threads()}. {' '.join(graphs)}"
     )
     show_divided(views)
 
@@ -241,15 +244,17 @@ def explain(
         st.subheader(f"What {right.name} was taught")
         for term in terms.values():
             st.text(app_runs.describe_term(term))
-    else:
+    elif config:
         st.info(f"{right.name} was trained without a teacher: choose a distilled run as the right model.")
+    else:
+        st.info(f"How {right.name} was trained is not known: there is no {right.folder.config}.")
     table = right.folder.path.parent / "comparison.md"
     if table.is_file():
         with st.expander("The comparison that both belong to", expanded=True):
             st.markdown(table.read_text(encoding="utf-8").partition("\n")[2])
     show_curves(runs, list(terms))
     teachers = app_runs.find_teachers(config) if config else {}
-    shown = dict(models)
+    shown = app_runs.with_maps(models)
     for name, path in teachers.items():
         shown[f"teacher {name}"] = load(path, path.stat().st_mtime)
     show_maps(shown, enhanced, tuple(name for term in terms.values() for name in term.student_maps))

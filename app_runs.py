@@ -16,6 +16,7 @@ from config import Config, TermConfig, from_tree
 from datasets.letterbox import letterbox
 from distill.terms import LOSSES
 from heat_maps import attention_heat, grid, heat_colors, overlay, to_pictures
+from onnx_detector import SUFFIX, OnnxDetector
 from predict import Predictor
 from run_folder import RunFolder
 from structures import Detections
@@ -30,7 +31,7 @@ CURVES = {"mAP50-95": "metrics/mAP50-95", "mAP50": "metrics/mAP50"}
 
 @dataclass(frozen=True)
 class Run:
-    """A run with weights to load. name: its folder below runs/."""
+    """A run with weights to load, or an ONNX file of it. name: its folder below runs/, and the file's name."""
 
     name: str
     folder: RunFolder
@@ -49,19 +50,30 @@ class Run:
 
 
 def find_runs(root: Path) -> dict[str, Run]:
-    """Every run at any depth below `root` that has weights, by name: the held-out best, else the last."""
+    """Every run at any depth below `root` that has weights, by name: the held-out best, else the last.
+
+    Every ONNX file below `root` as well, each behind the run whose folder it is in.
+    """
     found = {}
-    for weights in sorted(root.glob("**/weights")):
+    for weights in root.glob("**/weights"):
         folder = RunFolder(weights.parent)
         paths = [path for path in (folder.best, folder.last) if path.is_file() or previous_path(path).is_file()]
         if paths:
             name = weights.parent.relative_to(root).as_posix()
             found[name] = Run(name, folder, paths[0])
-    return found
+    for path in root.glob(f"**/*{SUFFIX}"):
+        folder = path.parent.parent if path.parent.name == "weights" else path.parent
+        name = (folder.relative_to(root) / path.name).as_posix()
+        found[name] = Run(name, RunFolder(folder), path)
+    return dict(sorted(found.items()))
 
 
 def default_pair(names: list[str]) -> tuple[str, str]:
-    """The first baseline, and the distilled run beside it; the first and the last where names do not say."""
+    """The first baseline, and the distilled run beside it; the first and the last where names do not say.
+
+    ONNX files are chosen where there is nothing else.
+    """
+    names = [name for name in names if not name.endswith(SUFFIX)] or names
     baseline = next((name for name in names if BASELINE in name), names[0])
     distilled = [name for name in names if DISTILLED in name]
     beside = baseline.replace(BASELINE, DISTILLED)
@@ -170,10 +182,15 @@ def find_teachers(config: Config) -> dict[str, Path]:
     }
 
 
+def with_maps(models: dict[str, tuple[nn.Module, CheckpointInfo]]) -> dict[str, tuple[nn.Module, CheckpointInfo]]:
+    """Without those of ONNX files, which give boxes and scores alone."""
+    return {name: pair for name, pair in models.items() if not isinstance(pair[0], OnnxDetector)}
+
+
 def map_names(models: list[nn.Module]) -> list[str]:
     """The maps that all of them give, from fine to coarse as the first lists them."""
     known = [probe_maps(model) for model in models]
-    return [name for name in known[0] if all(name in others for others in known)]
+    return [name for name in known[0] if all(name in others for others in known)] if known else []
 
 
 @torch.inference_mode()

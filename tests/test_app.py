@@ -218,6 +218,22 @@ def test_a_damaged_checkpoint_and_a_lost_dataset_are_named(start, runs, tmp_path
     assert "last.pt" in errors(app) and not app.image
 
 
+def test_an_exported_file_beside_its_checkpoint(start, runs, exported, tmp_path):
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    weights = tmp_path / "runs" / STUDY / RIGHT / "weights"
+    shutil.copy(exported.int8, weights / "last.int8.onnx")
+    (weights / "broken.onnx").write_bytes(b"not a graph")
+    app = start(tmp_path)
+    assert app.selectbox(key="right").value == f"{STUDY}/{RIGHT}"
+    app.selectbox(key="right").set_value(f"{STUDY}/{RIGHT}/last.int8.onnx").run()
+    assert errors(app) == "" and [metric.label for metric in app.metric] == [LEFT, f"{RIGHT}/last.int8.onnx"]
+    assert any("int8" in caption.value for caption in app.caption)
+    open_explanation(app)
+    assert app.text[0].value.startswith("0.5 x mse on p3") and app.selectbox(key="map").value == "p3"
+    app.selectbox(key="left").set_value(f"{STUDY}/{RIGHT}/broken.onnx").run()
+    assert "broken.onnx: damaged or not an ONNX file" in errors(app)
+
+
 def open_explanation(app):
     app.radio(key="page").set_value("What distillation did").run()
     return check(app)

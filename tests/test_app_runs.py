@@ -35,6 +35,26 @@ def test_runs_are_found_at_any_depth_with_the_best_weights(tmp_path):
     assert app_runs.find_runs(tmp_path / "nothing") == {}
 
 
+def test_exported_files_stand_behind_their_run(tmp_path):
+    place(tmp_path, "study/a", "last.pt")
+    place(tmp_path, "study/a", "last.onnx")
+    place(tmp_path, "study/a", "last.int8.onnx")
+    place(tmp_path, "study/b", "last.pt")
+    place(tmp_path, "only", "mine.onnx")
+    (tmp_path / "alone.onnx").write_bytes(b"")
+    found = app_runs.find_runs(tmp_path)
+    assert {name: run.weights.relative_to(tmp_path).as_posix() for name, run in found.items()} == {
+        "alone.onnx": "alone.onnx",
+        "only/mine.onnx": "only/weights/mine.onnx",
+        "study/a": "study/a/weights/last.pt",
+        "study/a/last.int8.onnx": "study/a/weights/last.int8.onnx",
+        "study/a/last.onnx": "study/a/weights/last.onnx",
+        "study/b": "study/b/weights/last.pt",
+    }
+    assert found["study/a/last.onnx"].folder == found["study/a"].folder
+    assert list(found).index("study/a") < list(found).index("study/a/last.int8.onnx")
+
+
 @pytest.mark.parametrize(
     "names, pair",
     [
@@ -42,6 +62,8 @@ def test_runs_are_found_at_any_depth_with_the_best_weights(tmp_path):
         (["x", "y", "z"], ("x", "z")),
         (["a/distilled_seed0", "b/baseline_seed1", "b/distilled_seed1"], ("b/baseline_seed1", "b/distilled_seed1")),
         (["baseline", "cwd", "distilled_twice"], ("baseline", "distilled_twice")),
+        (["a.onnx", "x", "y", "y/last.onnx"], ("x", "y")),
+        (["a.onnx", "b.onnx"], ("a.onnx", "b.onnx")),
     ],
 )
 def test_default_pair(names, pair):
