@@ -35,8 +35,11 @@ def fresh(arch):
 
 def runs_of(path):
     """The configs that a shipped file asks to be trained: its rows, or the one it is."""
-    tree = read_tree(path)
-    return [row.config for row in load_study(path).rows] if tree.get("teachers") else [load_config(path)]
+    return [row.config for row in load_study(path).rows] if is_study(path) else [load_config(path)]
+
+
+def is_study(path):
+    return bool({"teachers", "rows"} & set(read_tree(path)))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -61,8 +64,8 @@ def test_every_config_can_be_built(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_begins_with_its_command(path):
-    config = load_study(path).config if read_tree(path).get("teachers") else load_config(path)
-    script = "compare.py" if config.teachers else "train.py"
+    config = load_study(path).config if is_study(path) else load_config(path)
+    script = "compare.py" if is_study(path) else "train.py"
     command = path.read_text(encoding="utf-8").splitlines()[0]
     assert command.startswith("# ") and f"python {script} configs/{path.name}" in command
     assert config.name == path.stem and config.runs == "runs"
