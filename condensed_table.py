@@ -61,6 +61,7 @@ def condensed_tree(results: dict[str, Result]) -> list[dict]:
         rival = result.name if task.condense.method == "random" else random_rival(result.row, planned)
         random = results[rival] if rival is not None else None
         score = result.values("mAP").mean() if result.seeds else math.nan
+        top = full.values("mAP").mean() if full is not None and full.seeds else 0.0
         rows.append(
             {
                 "name": result.name,
@@ -72,7 +73,7 @@ def condensed_tree(results: dict[str, Result]) -> list[dict]:
                 "seeds": result.seeds,
                 "sets": sorted({result.row.set_folder(seed).name for seed in result.seeds}),
                 "steps": max((result.reports[seed]["steps"] for seed in result.seeds), default=None),
-                "of_full": plain(score / full.values("mAP").mean()) if full is not None and full.seeds else None,
+                "of_full": plain(score / top) if top > 0 else None,
                 "gap_closed": plain(gap_closed(score, full, random)),
                 "seconds": plain(np.mean([m["seconds"] for m in costs.values()])) if costs else None,
                 "peak_gigabytes": plain(max(m["peak_gigabytes"] for m in costs.values())) if costs else None,

@@ -66,7 +66,8 @@ class Row:
     """One line of the table. `config` is that of its runs, but for their names and seeds.
 
     baseline: the row that the cost of a step is relative to: the first one without terms that has the same student,
-    else the first of the file. A row that names none to be compared to is compared to that one.
+    else the first of the file. A row that names none to be compared to is compared to that one, or where it trains on
+    a condensed set to the row of as many real pictures at random.
     """
 
     name: str
@@ -299,7 +300,8 @@ def find_rivals(planned: dict[str, Row], files: dict[str, RowFile], source: str)
         baseline = next(alike, first)
         against = files[row.name].against if row.name in files else None
         if against is None:
-            rival = random_rival(row, planned) or baseline
+            rival = random_rival(row, planned)
+            rival = baseline if rival in (None, row.name) else rival
             against = () if rival == row.name else (rival,)
         for name in against:
             if name not in planned or name == row.name:
