@@ -14,11 +14,11 @@ One step:
     3  r = g_theta(omega B)
     4  s = g_theta(omega X), without a graph, X or as many of its pictures as a step takes
     5  v = d D(s, r) / d s
-    6  for each stored picture x of X:  slope of x = d/dx <v, its part of s>, through a graph of that picture alone
+    6  for each few pictures x of X:  slope of x = d/dx <v, the part of x in s>, through a graph of those alone
     7  the pixels move against their slopes and are clipped to [0, 1]
 
-D depends on a picture through the sum s alone, so 4 to 6 are exact, whatever the number of pictures, and the memory of
-a step is that of one picture.
+D depends on a picture through the sum s alone, so 4 to 6 are exact, and the memory of a step is that of the pictures that
+go through a network together, however many there are in all.
 
 L is the detector's own loss of a batch of one picture: its normaliser (the sum of the target scores of YOLOv8, for
 instance) is the picture's own, on both sides. That is what makes g a mean over pictures; the loss of a batch divides by
@@ -28,7 +28,7 @@ in 6 and is constant in 6 too. A loss that samples (Faster R-CNN) draws the same
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ class MatchingSettings:
     """steps, seed; pool: which networks. What is matched: distance, a key of gradient_distance.DISTANCES, over the
     convolution weights whose names begin with one of `layers` (empty: all of them).
 
-    pictures_per_step: stored pictures that a step takes, drawn anew for each; 0: all.
+    pictures_per_step: stored pictures that a step takes, drawn anew for each; 0: all. pictures_at_once: pictures that
+    go through a network together; memory and speed follow it, the result does not, but for rounding.
     optimizer, learning_rate, momentum: of the pixels, see PixelOptimizer. total_variation: lambda.
     """
 
@@ -66,6 +67,7 @@ class MatchingSettings:
     distance: str = "cosine"
     layers: tuple[str, ...] = ()
     pictures_per_step: int = 0
+    pictures_at_once: int = 8
     optimizer: str = "adam"
     learning_rate: float = 0.01
     momentum: float = 0.5
@@ -152,15 +154,18 @@ class GradientMatching:
         with torch.no_grad():
             images, targets = augment(as_float(images), targets)
         set_statistics(network, images)
-        r, r_loss = mean_gradient(network, singles(images, targets), parameters, sampling)
+        real = list(chunks(images, targets, settings.pictures_at_once))
+        r, r_loss = mean_gradient(network, real, parameters, sampling)
 
+        # As many stored pictures as hold pictures_at_once, at least one.
+        groups = rows.split(max(1, settings.pictures_at_once // synthetic.formation**2))
         with torch.no_grad():
-            stored = (augment(*synthetic.decode(row)) for row in rows.split(1))
-            pictures = (picture for images, targets in stored for picture in singles(images, targets))
-            s, s_loss = mean_gradient(network, pictures, parameters, sampling)
+            s, s_loss = mean_gradient(
+                network, (augment(*synthetic.decode(group)) for group in groups), parameters, sampling
+            )
         distance, v = distance_and_slope(s, r, settings.distance)
         slopes = torch.cat(
-            [self._slope_of(row, network, augment, parameters, v, len(rows), sampling) for row in rows.split(1)]
+            [self._slope_of(group, network, augment, parameters, v, len(rows), sampling) for group in groups]
         )  # (n, 3, S, S)
         self._check_finite({"gradient distance": distance, "slope of the pixels": slopes.abs().max()}, number, trained)
 
@@ -180,21 +185,19 @@ class GradientMatching:
         )
 
     def _slope_of(
-        self, row: Tensor, network: nn.Module, augment: Augmentation, parameters: list[Tensor], v: list[Tensor],
+        self, rows: Tensor, network: nn.Module, augment: Augmentation, parameters: list[Tensor], v: tuple[Tensor, ...],
         count: int, sampling: int,
     ) -> Tensor:  # fmt: skip
-        """d/dx of D + lambda TV for one stored picture x, row (1,) of the set, of `count` in the step: (1, 3, S, S)."""
+        """d/dx of D + lambda TV for n stored pictures, of `count` in the step: (n, 3, S, S)."""
         synthetic = self.synthetic
-        stored = synthetic.pixels.detach()[row].requires_grad_()
-        pictures, targets = augment(*synthetic.decode(row, stored))  # (f f, 3, S, S)
-        slopes = []
-        for picture, objects in singles(pictures.detach(), targets):
-            picture.requires_grad_()
-            g, _ = picture_gradient(network, picture, objects, parameters, sampling, create_graph=True)
-            inner = sum((a * b).sum() for a, b in zip(g, v)) / (count * len(pictures))  # <v, the picture's part of s>
-            slopes.append(torch.autograd.grad(inner, picture)[0])
+        stored = synthetic.pixels.detach()[rows].requires_grad_()
+        pictures, targets = augment(*synthetic.decode(rows, stored))  # (n f f, 3, S, S)
+        leaf = pictures.detach().requires_grad_()
+        g, _ = summed_gradient(network, leaf, targets, parameters, sampling, create_graph=True)
+        part = sum((a * b).sum() for a, b in zip(g, v)) / (count * synthetic.formation**2)  # <v, their part of s>
+        slope = torch.autograd.grad(part, leaf)[0]
         prior = self.settings.total_variation / count * total_variation(stored, synthetic.formation).sum()
-        return torch.autograd.grad([pictures, prior], stored, [torch.cat(slopes), torch.ones_like(prior)])[0]
+        return torch.autograd.grad([pictures, prior], stored, [slope, torch.ones_like(prior)])[0]
 
     def _check_finite(self, values: dict[str, Tensor], number: int, trained: int) -> None:
         for name, value in values.items():
@@ -237,32 +240,61 @@ def matched_parameters(network: nn.Module, layers: tuple[str, ...] = ()) -> list
     return chosen
 
 
-def picture_gradient(
+def summed_gradient(
     network: nn.Module,
-    picture: Tensor,
+    pictures: Tensor,
     targets: Targets,
     parameters: list[Tensor],
     sampling: int,
     *,
     create_graph: bool,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """d L / d parameters for a batch of one picture (1, 3, S, S), and L. sampling: the seed of losses that sample."""
-    with torch.enable_grad(), reproducible(sampling):
-        loss = sum(network.losses(network(picture), targets).values())
-        # Gradients of 0 for what the loss does not reach.
+) -> tuple[tuple[Tensor, ...], float]:
+    """sum_i d L(x_i) / d parameters over the pictures (n, 3, S, S), each a batch of its own in L, and the sum of L.
+
+    sampling: the seed of losses that sample, the same for every picture.
+    """
+    with torch.enable_grad():
+        loss = 0
+        for index, output in enumerate(split_output(network(pictures), len(pictures))):
+            objects = targets[targets.image == index]
+            objects = Targets(objects.boxes_xyxy, objects.labels, torch.zeros_like(objects.image), objects.ignore)
+            with reproducible(sampling):
+                loss = loss + sum(network.losses(output, objects).values())
+        # Gradients of 0 for what no loss reaches.
         gradient = torch.autograd.grad(loss, parameters, create_graph=create_graph, materialize_grads=True)
-    return gradient, loss.detach()
+    return gradient, loss.item()
+
+
+def split_output(output: Any, count: int) -> list[Any]:
+    """A detector's output dataclass for `count` pictures -> one for each picture alone, with the graph.
+
+    A tensor whose first dimension is `count`, also within a dict, belongs to the pictures; all else is shared. (What
+    is shared is longer than any batch: the anchors of Faster R-CNN.)
+    """
+    if count == 1:
+        return [output]
+
+    def parts(value: Any) -> list[Any]:
+        if isinstance(value, Tensor) and value.dim() and len(value) == count:
+            return list(value.split(1))
+        if isinstance(value, dict):
+            columns = {key: parts(item) for key, item in value.items()}
+            return [{key: column[index] for key, column in columns.items()} for index in range(count)]
+        return [value] * count
+
+    columns = {f.name: parts(getattr(output, f.name)) for f in fields(output)}
+    return [replace(output, **{name: column[index] for name, column in columns.items()}) for index in range(count)]
 
 
 def mean_gradient(
-    network: nn.Module, pictures: Iterable[tuple[Tensor, Targets]], parameters: list[Tensor], sampling: int
+    network: nn.Module, batches: Iterable[tuple[Tensor, Targets]], parameters: list[Tensor], sampling: int
 ) -> tuple[list[Tensor], float]:
-    """g_theta: the mean of picture_gradient over (picture, targets) pairs, and of their losses. Without a graph."""
+    """g_theta: the mean of d L / d parameters over the pictures of all batches, and the mean of L. Without a graph."""
     total, total_loss, count = [torch.zeros_like(p) for p in parameters], 0.0, 0
-    for picture, targets in pictures:
-        gradient, loss = picture_gradient(network, picture, targets, parameters, sampling, create_graph=False)
-        torch._foreach_add_(total, list(gradient))
-        total_loss, count = total_loss + loss.item(), count + 1
+    for pictures, targets in batches:
+        gradient, loss = summed_gradient(network, pictures, targets, parameters, sampling, create_graph=False)
+        torch._foreach_add_(total, gradient)
+        total_loss, count = total_loss + loss, count + len(pictures)
     torch._foreach_div_(total, count)
     return total, total_loss / count
 
@@ -274,11 +306,12 @@ def distance_and_slope(s: list[Tensor], r: list[Tensor], kind: str) -> tuple[Ten
     return distance.detach(), torch.autograd.grad(distance, s, materialize_grads=True)
 
 
-def singles(pictures: Tensor, targets: Targets) -> Iterator[tuple[Tensor, Targets]]:
-    """A batch as batches of one: (1, 3, S, S) and the targets of that picture."""
-    for index, picture in enumerate(pictures.split(1)):
-        objects = targets[targets.image == index]
-        yield picture, Targets(objects.boxes_xyxy, objects.labels, torch.zeros_like(objects.image), objects.ignore)
+def chunks(pictures: Tensor, targets: Targets, size: int) -> Iterator[tuple[Tensor, Targets]]:
+    """A batch in batches of at most `size` pictures, each with its targets."""
+    for start in range(0, len(pictures), size):
+        part = pictures[start : start + size]
+        objects = targets[(targets.image >= start) & (targets.image < start + len(part))]
+        yield part, Targets(objects.boxes_xyxy, objects.labels, objects.image - start, objects.ignore)
 
 
 def draw_rows(count: int, wanted: int, generator: torch.Generator) -> Tensor:
