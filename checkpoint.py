@@ -161,7 +161,7 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file, expected a checkpoint")
-    state = load(path) if arch is None else _load_if_ours(path)
+    state = _load_ours(path) if arch is None else _load_if_ours(path)
     if state is not None:
         if arch is not None and arch != state["arch"]:
             raise UserError(f"{path}: holds {state['arch']}, expected {arch}")
@@ -173,6 +173,19 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
     else:
         model, info = _load_public_model(Path(path), arch)
     return model.to(device).float().eval().requires_grad_(False), info
+
+
+def _load_ours(path: str | Path) -> dict[str, Any]:
+    """As `load`; of a public file the error says what it looks like, and what is missing."""
+    try:
+        return load(path)
+    except UserError as error:
+        try:
+            family = weights.read_state_dict(path)[1].family
+        except UserError:
+            raise error from None
+        hint = f"; it looks like released weights of {family}, which need --arch" if family else ""
+        raise UserError(f"{error}{hint}", error.exit_code) from None
 
 
 def _load_if_ours(path: str | Path) -> dict[str, Any] | None:
@@ -221,7 +234,7 @@ def _load_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo
         count = count_classes(state, arch, path)
         names = released_names(arch, count) or tuple(map(str, range(count)))
     model = models.build(arch, len(names))
-    weights.load_public(model, state)
+    weights.load_public(model, state, source=str(path))
     return model, CheckpointInfo(arch, names, said.image_size or PUBLIC_IMAGE_SIZE, source="public")
 
 

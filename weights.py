@@ -265,7 +265,12 @@ class LoadReport:
     layout: str
 
 
-def load_public(model: nn.Module, state_or_path: dict[str, Tensor] | str | Path, new_head: bool = False) -> LoadReport:
+def load_public(
+    model: nn.Module,
+    state_or_path: dict[str, Tensor] | str | Path,
+    new_head: bool = False,
+    source: str = "the given state",
+) -> LoadReport:
     """Fill `model` with public weights: every released name is claimed by one row of the table of one of the model's
     layouts (`public_layouts`, or the one of `public_names`), every parameter and buffer of ours is filled, every shape
     is equal; values are cast to the dtype of the parameter.
@@ -274,11 +279,12 @@ def load_public(model: nn.Module, state_or_path: dict[str, Tensor] | str | Path,
         state_or_path: public names -> tensors, or a file that `read_state_dict` reads.
         new_head: entries under the prefixes `model.class_head` whose shape differs keep the model's own values
             (a class head for another number of classes). They are listed in the report and printed.
+        source: what the report and errors call a dict; a path goes by its own name.
     Raises UserError, with the model untouched, for anything left over on either side. The one tolerance: BatchNorm's
     step counters `num_batches_tracked`, which no forward in eval mode reads, may be absent from old files.
     """
     if isinstance(state_or_path, dict):
-        source, state = "the given state", state_or_path
+        state = state_or_path
     else:
         source, state = str(state_or_path), read_state_dict(state_or_path)[0]
     try:

@@ -271,3 +271,20 @@ def test_public_checkpoint(shared_data):
         pytest.skip("no public checkpoint among the small real data")
     model, info = checkpoint.load_model(files[0], "yolov5n")
     assert info.source == "public" and model.num_classes == len(info.names)
+
+
+def test_a_public_file_without_arch_and_with_another_one(tmp_path):
+    """The message names the file and the argument that is missing or wrong."""
+    model = models.build("yolov8n", 2)
+    state = {_public_name(name, model.public_names): tensor for name, tensor in model.state_dict().items()}
+    state |= {f"{public}x": torch.zeros(1) for public, ours in model.public_names if ours is None}
+    path = tmp_path / "released.pt"
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"released\.pt: not a checkpoint of ours: .*yolov8n.*--arch"):
+        checkpoint.load_model(path)
+    assert checkpoint.load_model(path, "yolov8n")[1].arch == "yolov8n"
+    with pytest.raises(UserError, match=r"released\.pt: .*these are yolov8n weights, the model is yolov8s"):
+        checkpoint.load_model(path, "yolov8s")
+    torch.save({"something": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"released\.pt: not a checkpoint of ours: no key 'format'$"):
+        checkpoint.load_model(path)
