@@ -44,7 +44,7 @@ from progress import Progress
 from run_folder import DISK_EXIT_CODE
 from sources import Source, find_sources
 from structures import Detections
-from video import VideoReader, VideoWriter
+from video import VideoReader, VideoWriter, require_av
 
 
 class Predictor:
@@ -240,10 +240,10 @@ class Prediction:
         return min(reader.frame_count or self.max_frames or 0, self.max_frames or reader.frame_count) or None
 
     def video_line(self, reader: VideoReader, done: int, seconds: float, labels: Counter[int], speed: float) -> str:
-        of_how_many = f" of {reader.frame_count}" if reader.frame_count not in (0, done) else ""
+        frames = plural(done, "frame") if reader.frame_count in (0, done) else f"{done} of {reader.frame_count} frames"
         return (
             f"{reader.name}: {reader.width} x {reader.height}{', turned upright' * reader.is_turned}, "
-            f"{done}{of_how_many} frames in {seconds:.1f} s at {float(reader.frame_rate):.4g} a second"
+            f"{frames} in {seconds:.1f} s at {float(reader.frame_rate):.4g} a second"
             f"{', sound dropped' * (reader.has_sound and self.draw)}, {count_words(labels, self.names)}; "
             f"{speed:.1f} frames per second"
         )
@@ -261,7 +261,9 @@ def open_video(source: Source) -> VideoReader:
 
 
 def check_videos(sources: Sequence[Source]) -> None:
-    """Open each video that was given by name, before any work starts: UserError where one cannot be looked at."""
+    """UserError, before any work starts, where videos cannot be read at all, or one that was given by name cannot."""
+    if any(source.is_video for source in sources):
+        require_av()
     for source in sources:
         if source.is_video and source.is_named:
             open_video(source).close()
