@@ -125,9 +125,7 @@ def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto
     shapes, images = None, torch.zeros(1, 3, image_size, image_size)
     if dynamic:
         # Sizes that differ from one another and from 1, or the tracer takes them for constants.
-        images = torch.zeros(2, 3, 10 * SIZE_MULTIPLE, 8 * SIZE_MULTIPLE)
-        rows, columns = torch.export.Dim("rows", min=1), torch.export.Dim("columns", min=1)
-        shapes = {"images": {0: torch.export.Dim("batch", min=1), 2: SIZE_MULTIPLE * rows, 3: SIZE_MULTIPLE * columns}}
+        images, shapes = torch.zeros(2, 3, 10 * SIZE_MULTIPLE, 8 * SIZE_MULTIPLE), free_sizes()
     with without_warnings(), torch.no_grad():
         program = torch.onnx.export(
             Decoded(detector),
