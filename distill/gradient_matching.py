@@ -17,8 +17,8 @@ One step:
     6  for each few pictures x of X:  slope of x = d/dx <v, the part of x in s>, through a graph of those alone
     7  the pixels move against their slopes and are clipped to [0, 1]
 
-D depends on a picture through the sum s alone, so 4 to 6 are exact, and the memory of a step is that of the pictures that
-go through a network together, however many there are in all.
+D depends on a picture through the sum s alone, so 4 to 6 are exact, and the memory of a step is that of the pictures
+that go through a network together, however many there are in all.
 
 L is the detector's own loss of a batch of one picture: its normaliser (the sum of the target scores of YOLOv8, for
 instance) is the picture's own, on both sides. That is what makes g a mean over pictures; the loss of a batch divides by
