@@ -74,7 +74,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool =
 
 
 def launches() -> list[Launch]:
-    """Every kernel in every form it takes, at the shapes of training."""
+    """Every kernel in the forms it takes in training, at its shapes."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         short = str(dtype).removeprefix("torch.")
@@ -113,6 +113,33 @@ def launches() -> list[Launch]:
     for kernel in ("_compare_kernel", "_settle_kernel", "_spread_kernel"):
         rows.append(Launch(f"nms (32, 30,000) {kernel}", nms_triton, kernel, call, is_dense=False))
     return rows
+
+
+def rare_launches() -> list[Launch]:
+    """The other forms of the fused losses, which change the types in them: an interpreter does not see a wrong one."""
+    far = lambda *shape: empty(2**32 + 64).as_strided(shape, (0, 2**31 + 64, *(1,) * (len(shape) - 2))).requires_grad_()
+    learnt = lambda *shape, dtype: empty(*shape, dtype=dtype).requires_grad_()
+    forms = {  # name: student's rows, student's maps
+        "offsets beyond 32 bits": (far(1, 3, 16), far(1, 3, 16, 1)),
+        "float64": (learnt(32, 8400, 80, dtype=torch.float64), learnt(2, 256, 80, 80, dtype=torch.float64)),
+        "float16 with gradient": (learnt(2, 9, 41, dtype=torch.float16), learnt(2, 5, 7, 9, dtype=torch.float16)),
+        "value alone": (empty(2, 9, 9000, dtype=torch.float16), empty(2, 5, 7, 9, dtype=torch.bfloat16)),
+    }
+    rows = []
+    for name, (s, s_map) in forms.items():
+        weight = None if name == "value alone" else empty(*s.shape[:2])
+        for module, loss in (
+            (temperature_kl, temperature_kl.temperature_kl_triton),
+            (sigmoid_kl, sigmoid_kl.sigmoid_kl_triton),
+        ):
+            call = lambda loss=loss, s=s, weight=weight: loss(s, s.detach(), 2.0, weight, 1.0)
+            rows.append(Launch(f"{loss.__name__}, {name}", module, "_kl_kernel", call, is_dense=False))
+        mask = empty(s_map.shape[0], 1, *s_map.shape[2:])
+        call = lambda s=s_map, mask=mask: masked_mse.masked_squares_triton(s, s.detach(), mask, 1.0)
+        rows.append(Launch(f"masked_mse, {name}", masked_mse, "_mse_kernel", call, is_dense=False))
+    held, upstream = empty(64, dtype=torch.float64), empty(dtype=torch.float64)
+    call = lambda: held_gradient.scale_in_place(held, upstream)
+    return [*rows, Launch("held_gradient, float64", held_gradient, "_scale_kernel", call, is_dense=False)]
 
 
 def pooling_launches() -> list[Launch]:

@@ -105,10 +105,10 @@ def sigmoid_kl_triton(
 
 
 def tile_of(n_columns: int, column_stride: int, dtype: torch.dtype) -> Tile:
-    """2,048 elements, the longer side where elements are neighbours in memory."""
-    longest = 2048 if column_stride == 1 else 64
-    columns = min(max(16, 1 << (n_columns - 1).bit_length()), longest)
-    return Tile(2048 // columns, columns, False, {"TERMS": 18 if dtype == torch.float64 else 8, "num_warps": 4})
+    """2,048 elements, or 1,024 of float64; the longer side where elements are neighbours in memory."""
+    size, terms = (1024, 18) if dtype == torch.float64 else (2048, 8)
+    columns = min(max(16, 1 << (n_columns - 1).bit_length()), size if column_stride == 1 else 64)
+    return Tile(size // columns, columns, False, {"TERMS": terms, "num_warps": 4})
 
 
 def sigmoid_kl(

@@ -28,6 +28,16 @@ def test_resources(launch, architecture, record_property):
         assert found.wide_share(found.stores) > 0.7, found.stores
 
 
+@pytest.mark.parametrize(
+    "launch", [pytest.param(launch, id=launch.name) for launch in kernel_resources.rare_launches()]
+)
+def test_rare_forms_compile(launch):
+    assert kernel_resources.compile_launch(launch, 90).spilled_bytes == 0
+    arguments, _ = kernel_resources.record(launch)
+    assert arguments.get("IS_WIDE", False) == ("32 bits" in launch.name)
+    assert arguments.get("HAS_GRADIENT", True) == ("alone" not in launch.name)
+
+
 @pytest.mark.parametrize("launch", [case for case in LAUNCHES if re.search("nms.*(compare|spread)", case.id)])
 def test_nms_rounds_as_its_specification(launch):
     """Each operation on its own, correctly rounded, numbers near 0 kept: what decides ties at the threshold."""
