@@ -10,8 +10,10 @@ The file takes `images` (B, 3, H, W), float32 RGB in [0, 1], letterboxed as data
     boxes_xyxy (N, 4), scores (N), labels (N) and image (N), the row of the batch: the detections, best first. The
         inputs score_threshold, iou_threshold and max_detections may be left out: they have defaults.
 
-BatchNorm is folded away; adapters and teachers of distillation are not in it. The metadata holds architecture, class
-names, picture size and commit. eval.py and predict.py take the file in place of a checkpoint.
+It is checked on --pictures; without them on pictures of a test split, that of --calibrate or of the run in whose folder
+the checkpoint is; where that is not there, on drawn ones. BatchNorm is folded away; adapters and teachers of
+distillation are not in the file. Its metadata holds architecture, class names, picture size and commit. eval.py and
+predict.py take it in place of a checkpoint.
 
 --int8 writes a second file, <name>.int8.onnx, quantized over pictures of --calibrate, and prints the mAP of both files
 on another split of that dataset and their time for a picture.
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 import checkpoint
 import onnx_graph
 from checkpoint import CheckpointInfo
+from config import load_config
 from datasets.images import read_image
 from datasets.index import DatasetIndex
 from datasets.letterbox import letterbox
@@ -43,7 +46,9 @@ from kernels.nms import select_detections
 from onnx_detector import SUFFIX, OnnxDetector, open_session
 from onnx_graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
 from onnx_int8 import quantize
-from run_folder import commit, write_bytes
+from plots import spread
+from predict import plural
+from run_folder import RunFolder, commit, write_bytes
 from sources import find_pictures
 from teachers.rtdetr import RTDETR
 from timing import rotate
@@ -78,12 +83,39 @@ def check_exportable(model: nn.Module, arch: str) -> None:
         )
 
 
-def load_images(sources: Sequence[str], image_size: int) -> Tensor:
-    """(n, 3, S, S) float32 in [0, 1]: the first pictures of --pictures, letterboxed, or drawn ones without."""
-    if sources:
-        pictures = [read_image(picture.path) for picture in find_pictures(sources)[:CHECK_PICTURES]]
-    else:
-        pictures = [draw_picture(0, "test", index, image_size)[0] for index in range(CHECK_PICTURES)]
+def choose_pictures(args: argparse.Namespace, test: DatasetIndex | None) -> tuple[list[Path], str]:
+    """What the graph is checked on, and whose pictures these are: of --pictures, else of `test`, the split that int8 is
+    measured on, else of the test split of the run that the checkpoint lies in; no paths where no dataset is there.
+    """
+    if args.pictures:
+        return [picture.path for picture in find_pictures(args.pictures)[:CHECK_PICTURES]], "of --pictures"
+    if test is None:
+        test = find_test_split(RunFolder(args.checkpoint.resolve().parent.parent))
+    if test is None:
+        return [], "drawn for it"
+    return [sample.image_path for sample in spread(test, CHECK_PICTURES).samples], "of the test split"
+
+
+def find_test_split(run: RunFolder) -> DatasetIndex | None:
+    """None where the folder is no run's, or its dataset is elsewhere."""
+    try:
+        data = load_config(run.config).data
+        return open_dataset(data.format, data.root, data.test)
+    except UserError:
+        return None
+
+
+def load_images(paths: Iterable[Path], image_size: int) -> Tensor:
+    """(n, 3, S, S) float32 in [0, 1]: pictures, letterboxed."""
+    return to_images([read_image(path) for path in paths], image_size)
+
+
+def draw_images(image_size: int) -> Tensor:
+    """As load_images, of CHECK_PICTURES generated pictures."""
+    return to_images([draw_picture(0, "test", k, image_size)[0] for k in range(CHECK_PICTURES)], image_size)
+
+
+def to_images(pictures: Sequence[np.ndarray], image_size: int) -> Tensor:
     squares = np.stack([letterbox(picture, image_size)[0] for picture in pictures])
     return torch.from_numpy(squares).permute(0, 3, 1, 2).float().contiguous() / 255
 
@@ -176,8 +208,8 @@ def _check_selection(session, feed: dict[str, np.ndarray], names: list[str], sup
 
 def calibration_images(index: DatasetIndex, image_size: int, count: int) -> Iterator[np.ndarray]:
     """(1, 3, S, S) float32 each, of `count` pictures evenly spaced in the split."""
-    for row in np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int):
-        yield load_images([str(index.samples[row].image_path)], image_size).numpy()
+    for sample in spread(index, count).samples:
+        yield load_images([sample.image_path], image_size).numpy()
 
 
 def print_comparison(
@@ -227,7 +259,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--score-threshold", type=float, default=0.25, help="default of --with-nms (%(default)s)")
     parser.add_argument("--nms-iou", type=float, default=0.7, help="default of --with-nms (%(default)s)")
     parser.add_argument("--max-detections", type=int, default=300, help="default of --with-nms (%(default)s)")
-    parser.add_argument("--pictures", nargs="+", default=[], metavar="SOURCE", help="to check on; default: drawn ones")
+    parser.add_argument(
+        "--pictures", nargs="+", default=[], metavar="SOURCE", help="to check on; default: of the test split"
+    )
     parser.add_argument("--int8", action="store_true", help="write <name>.int8.onnx as well; needs --calibrate")
     parser.add_argument(
         "--calibrate", nargs="+", metavar="PART", help="|".join(READERS) + " ROOT [SPLIT], default split: train"
@@ -252,17 +286,20 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "export", "export.py")
+    if not args.output.parent.is_dir():
+        raise UserError(f"{args.output}: no such folder: {args.output.parent}")
     model, said = checkpoint.load_model(args.checkpoint, args.arch)
     check_exportable(model, said.arch)
     splits = open_splits(args, said) if args.int8 else None
     size, suppresses = args.image_size or said.image_size, not isinstance(model, RTDETR)
-    images = load_images(args.pictures, size)
+    paths, whose = choose_pictures(args, splits and splits[1])
+    images = load_images(paths, size) if paths else draw_images(size)
     model = fuse(model)
 
     graphs = {"float32": onnx_graph.trace(model, size, dynamic=args.dynamic)}
     if args.int8:
         graphs["int8"] = quantize(graphs["float32"], calibration_images(splits[0], size, args.calibration_pictures))
-    infos, paths = {}, {"float32": args.output, "int8": args.output.with_suffix(f".int8{SUFFIX}")}
+    infos, files = {}, {"float32": args.output, "int8": args.output.with_suffix(f".int8{SUFFIX}")}
     for name in graphs:
         if args.with_nms:
             graphs[name] = onnx_graph.append_selection(
@@ -282,10 +319,10 @@ def main(argv: list[str]) -> None:
             f"{args.output}: differs from PyTorch in {measured}, expected at most {BOX_TOLERANCE} px and "
             f"{SCORE_TOLERANCE}; nothing was written"
         )
-    print(f"{len(images)} pictures at {size} px: ONNX and PyTorch differ in {measured}")
+    print(f"{plural(len(images), 'picture')} {whose} at {size} px: ONNX and PyTorch differ in {measured}")
     for name, graph in graphs.items():
-        write_bytes(paths[name], graph.SerializeToString())
-        print(f"written: {paths[name]} ({said.arch}, {len(said.names)} classes, {name})")
+        write_bytes(files[name], graph.SerializeToString())
+        print(f"written: {files[name]} ({said.arch}, {len(said.names)} classes, {name})")
     if args.int8:
         print_comparison(graphs, infos, splits[1], images[:1])
 

@@ -47,7 +47,8 @@ def traced(exported, monkeypatch):
 def test_says_what_was_checked_and_written(exported):
     for said, size in zip(exported.said, (exported.dynamic, exported.fixed)):
         difference = re.search(
-            r"4 pictures at 64 px: ONNX and PyTorch differ in boxes by at most (\S+) px, scores by (\S+)", said
+            r"4 pictures of --pictures at 64 px: ONNX and PyTorch differ in boxes by at most (\S+) px, scores by (\S+)",
+            said,
         )
         assert float(difference[1]) < 1e-3 and float(difference[2]) < 1e-5
         assert f"written: {size} (yolov8n, 2 classes, float32)" in said
@@ -161,9 +162,32 @@ def test_pictures_may_be_given(exported, traced, tmp_path, capsys):
     picture = exported.data / "images" / "test" / "000.png"
     arguments = [str(exported.checkpoint), "--output", str(tmp_path / "out.onnx")]
     export.main([*arguments, "--pictures", str(picture)])
-    assert capsys.readouterr().out.startswith("1 pictures at 64 px")
+    assert capsys.readouterr().out.startswith("1 picture of --pictures at 64 px")
     with pytest.raises(UserError, match="absent: no such file or folder, expected pictures"):
         export.main([*arguments, "--pictures", str(tmp_path / "absent")])
+
+
+def test_real_pictures_come_first(exported, traced, tmp_path, capsys):
+    """Without --pictures: the test split of --calibrate, else of the run itself; drawn ones where neither is there."""
+    output = ["--output", str(tmp_path / "out.onnx")]
+    export.main([str(exported.checkpoint), *output])
+    assert capsys.readouterr().out.startswith("4 pictures of the test split at 64 px: ")
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes(exported.checkpoint.read_bytes())
+    export.main([str(moved), *output])
+    assert capsys.readouterr().out.startswith("4 pictures drawn for it at 64 px: ")
+    calibrate = ["--int8", "--calibrate", "yolo", str(exported.data), "--test-split", "train"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "quantize", lambda graph, images: graph)
+        patch.setattr(export, "print_comparison", lambda *args: None)
+        export.main([str(moved), *output, *calibrate])
+    assert capsys.readouterr().out.startswith("4 pictures of the test split at 64 px: ")
+
+
+def test_a_folder_that_is_not_there_is_refused_before_any_work(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("read the model"))
+    with pytest.raises(UserError, match=r"absent/out\.onnx: no such folder: .*absent"):
+        export.main([str(exported.checkpoint), "--output", str(tmp_path / "absent" / "out.onnx")])
 
 
 def test_a_query_is_compared_to_its_nearest():
@@ -178,7 +202,7 @@ def test_a_query_is_compared_to_its_nearest():
 
 @pytest.mark.parametrize("suppresses", [False, True])
 def test_queries_may_change_places_and_locations_may_not(monkeypatch, suppresses):
-    model, images = small_rtdetr(), export.load_images([], SIZE)[:1]
+    model, images = small_rtdetr(), export.draw_images(SIZE)[:1]
     with torch.no_grad():
         swapped = [part[:, [1, 0, *range(2, part.shape[1])]].numpy() for part in model.decode(model(images))]
     session = SimpleNamespace(run=lambda names, feed: swapped)
@@ -288,8 +312,8 @@ def test_rtdetr(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "load_model", lambda *args: (model, info))
     path = tmp_path / "rtdetr.onnx"
     export.main(["rtdetr.pt", "--output", str(path), "--with-nms"])
-    assert "4 pictures at 64 px" in capsys.readouterr().out
-    detector, images = load_onnx(path), export.load_images([], SIZE)
+    assert "4 pictures drawn for it at 64 px" in capsys.readouterr().out
+    detector, images = load_onnx(path), export.draw_images(SIZE)
     assert not detector.info.suppresses
     settings = dict(score_threshold=0.0, iou_threshold=0.1, max_detections=30)
     with torch.no_grad():
