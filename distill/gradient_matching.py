@@ -208,7 +208,7 @@ class GradientMatching:
                 )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, as tensors, numbers, lists and dicts; the networks' tensors are those in use."""
+        """Where the run stands: a copy, of tensors, numbers, lists and dicts."""
         return {
             "steps_done": self.steps_done,
             "synthetic": self.synthetic.state_dict(),

@@ -113,7 +113,7 @@ class Inversion:
         return InversionReport(self.steps_done, loss.item(), statistics.item(), variation.item())
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, as tensors, numbers, lists and dicts."""
+        """Where the run stands: a copy, of tensors, numbers, lists and dicts."""
         return {
             "steps_done": self.steps_done,
             "synthetic": self.synthetic.state_dict(),

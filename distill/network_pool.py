@@ -5,6 +5,7 @@ a few steps and a fresh one takes its place. Everything follows from (seed, step
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,7 @@ class NetworkPool:
         member.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, lists and dicts; the tensors are those in use, so write them down before the next step."""
+        """A copy, of tensors, numbers, lists and dicts."""
         members = [
             member
             and {
@@ -138,7 +139,7 @@ class NetworkPool:
             }
             for member in self._members
         ]
-        return {"members": members}
+        return copy.deepcopy({"members": members})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where state_dict was written. ValueError for a pool of another size."""
@@ -148,7 +149,7 @@ class NetworkPool:
             if saved is not None:
                 member = self._members[number] = self._create(number, saved["life"])
                 member.network.load_state_dict(saved["network"])
-                member.optimizer.load_state_dict(saved["optimizer"])
+                member.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
                 member.trained = saved["trained"]
 
 

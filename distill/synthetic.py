@@ -6,6 +6,7 @@ Multi-formation (Kim et al., arXiv:2205.14959, sec. 4): a stored picture is a gr
 each tile, enlarged to S, is a picture of its own; its boxes grow with it. f = 1: a stored picture is a picture.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -193,7 +194,8 @@ class PixelOptimizer:
             self._pictures[row].clamp_(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
+        """A copy."""
+        return copy.deepcopy(self._optimizer.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
+        self._optimizer.load_state_dict(copy.deepcopy(state))
