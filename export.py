@@ -40,7 +40,7 @@ from datasets.letterbox import letterbox
 from datasets.open import READERS, open_dataset
 from datasets.shapes import draw_picture
 from errors import UserError, require, run_script
-from eval import EvaluationResult, evaluate_model
+from evaluation import EvaluationResult, evaluate_model
 from fusion import fuse
 from kernels.nms import select_detections
 from onnx_detector import SUFFIX, OnnxDetector, open_session

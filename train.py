@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import checkpoint
-import eval as evaluation
+import evaluation
 import run_folder
 from balance import TermRange, term_ranges
 from config import Config, load_config

@@ -73,7 +73,7 @@ class KnowsTheAnswers(nn.Module):
 def main(folder: Path) -> None:
     import torch.distributed as dist
 
-    from eval import evaluate_model
+    from evaluation import evaluate_model
 
     dist.init_process_group("gloo")
     index = make_index(folder)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import checkpoint
-import eval as evaluation
+import eval
+import evaluation
 import models
 from class_names import COCO, map_classes
 from cross_dataset import CommonClasses, map_index, on_common_classes
@@ -132,7 +133,7 @@ def coco_model(tmp_path_factory):
 def measured(arguments, tmp_path):
     out = tmp_path / "out.json"
     settings = ["--device", "cpu", "--batch-size", "25", "--max-detections", "20", "--json", str(out)]
-    evaluation.main([*map(str, arguments), *settings])
+    eval.main([*map(str, arguments), *settings])
     return json.loads(out.read_text())
 
 

@@ -1,141 +1,19 @@
-"""eval.py: a model on an index, one process and two; files without a model; what is printed, written and refused."""
+"""eval.py: files without a model, a checkpoint on a dataset; what is printed, written and refused."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
-import eval as evaluation
+import eval
+import evaluation
 import models
 from datasets import open_dataset
 from errors import UserError, run_script
-from metrics.tables import DetectionTable, GroundTruth
-from tests.conftest import ROOT
-from tests.known_answers import KnowsTheAnswers, make_index
 from tests.tiny_training import write_dataset
-
-
-@pytest.fixture
-def known(tmp_path):
-    index = make_index(tmp_path)
-    return KnowsTheAnswers(index, 64), index
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_boxes_come_back_in_pixels_of_the_original_picture(known, batch_size, workers):
-    model, index = known
-    result = evaluation.evaluate_model(model, index, image_size=64, batch_size=batch_size, workers=workers)
-    found = result.detections[result.detections.scores > 0.1]
-    expected = result.ground_truth
-    assert found.image.tolist() == expected.image.tolist() == [i for i in range(7) for _ in range(i)]
-    np.testing.assert_allclose(found.boxes_xyxy, expected.boxes_xyxy, atol=1e-3)
-    np.testing.assert_array_equal(found.labels, expected.labels)
-    alarms = result.detections[result.detections.scores < 0.1]
-    assert [box[2:].tolist() for box in alarms.boxes_xyxy] == [[s.width, s.height] for s in index.samples]  # clipped
-    assert result.numbers["mAP50-95"] == pytest.approx(1.0) == result.numbers["AR_100"]
-    assert result.numbers["precision"] == result.numbers["recall"] == 1.0
-    assert result.report.best.score_threshold > 0.01
-
-
-def test_model_is_left_as_it_was_and_gets_the_settings(known):
-    model, index = known
-    model.train()
-    done = []
-    evaluation.evaluate_model(
-        model,
-        index,
-        image_size=64,
-        batch_size=4,
-        score_threshold=0.02,
-        iou_threshold=0.6,
-        max_detections=17,
-        on_batch=lambda *numbers: done.append(numbers),
-    )
-    assert model.training and done == [(1, 2), (2, 2)]
-    assert model.calls == [{"score_threshold": 0.02, "iou_threshold": 0.6, "max_detections": 17}] * 2
-    model.detect = lambda output, **settings: (_ for _ in ()).throw(RuntimeError("stop"))
-    with pytest.raises(RuntimeError, match="stop"):
-        evaluation.evaluate_model(model, index, image_size=64, batch_size=4)
-    assert model.training
-
-
-@pytest.mark.parametrize("protocol", ["voc07", "voc12"])
-def test_voc_protocols_ignore_difficult_objects(known, protocol):
-    model, index = known
-    result = evaluation.evaluate_model(model, index, image_size=64, batch_size=4, protocol=protocol)
-    assert result.numbers["AP50"] == pytest.approx(1.0)
-    assert result.report.instances.sum() == sum((~s.ignore).sum() for s in index.samples) < len(result.ground_truth)
-    assert "mAP50-95" in result.table() and f"{protocol[-2:]}" in protocol
-
-
-def test_non_finite_boxes_name_the_picture(known):
-    model, index = known
-    answer = model.answer
-    broken = lambda number: answer(number) if number != 3 else nan_boxes(answer(number))
-    model.answer = broken
-    with pytest.raises(UserError, match=r"3\.png: the model found boxes that are not finite") as error:
-        evaluation.evaluate_model(model, index, image_size=64, batch_size=4)
-    assert error.value.exit_code == 3
-
-
-def nan_boxes(detections):
-    detections.boxes_xyxy[0, 0] = torch.nan
-    return detections
-
-
-def test_another_number_of_classes_is_refused(known):
-    model, index = known
-    model.num_classes = 4
-    with pytest.raises(UserError, match="the model has 4 classes, the dataset 3"):
-        evaluation.evaluate_model(model, index, image_size=64, batch_size=4)
-
-
-def test_two_processes_find_what_one_finds(known, tmp_path):
-    model, index = known
-    alone = evaluation.evaluate_model(model, index, image_size=64, batch_size=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "known_answers.py"), str(tmp_path)]
-    children = [subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank)}) for rank in range(2)]
-    assert [child.wait(timeout=240) for child in children] == [0, 0]
-    answers = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert answers[0]["numbers"] == answers[1]["numbers"] == pytest.approx(alone.numbers)
-    assert [answer["pictures"] for answer in answers] == [2, 2]  # batches: 4 pictures and 3
-    for name, rows in answers[0]["detections"].items():
-        np.testing.assert_array_equal(rows, getattr(alone.detections, name))
-
-
-def test_metrics_of_a_small_test_set_are_quick():
-    """72 pictures x 300 detections, 3 classes, as after each epoch on BCCD; the bound is on CPU time."""
-    rng = np.random.default_rng(0)
-
-    def boxes(count):
-        corner = rng.random((count, 2)) * 250
-        return np.concatenate((corner, corner + 20 + rng.random((count, 2)) * 60), axis=1)
-
-    image = np.repeat(np.arange(72), 13)
-    ground_truth = GroundTruth(image, boxes(len(image)), rng.integers(0, 3, len(image)), 72, ("a", "b", "c"))
-    image = np.repeat(np.arange(72), 300)
-    detections = DetectionTable(image, boxes(len(image)), rng.random(len(image)), rng.integers(0, 3, len(image)))
-    best = min(cpu_seconds(lambda: evaluation.measure(ground_truth, detections)) for _ in range(3))
-    assert best < 0.3
-
-
-def cpu_seconds(function):
-    began = time.process_time()
-    function()
-    return time.process_time() - began
-
 
 # ------------------------------------------------------------------------------------------- files, without a model
 
@@ -152,15 +30,15 @@ def test_voc_oracle_from_the_command_line(voc_files, shared_data, tmp_path, caps
     out = tmp_path / "out.json"
     for protocol, key in (("voc07", "voc07_11pt"), ("voc12", "voc_area")):
         expected = oracle["plus_one_pixel_convention"][key]
-        evaluation.main([*voc_files, "--protocol", protocol, "--json", str(out)])
+        eval.main([*voc_files, "--protocol", protocol, "--json", str(out)])
         tree = json.loads(out.read_text())
         assert tree["numbers"]["AP50"] == pytest.approx(expected["mAP"], abs=1e-9)
         got = {name: row["AP50"] for name, row in tree["per_class"].items()}
         assert got == pytest.approx(expected["per_class_AP"], abs=1e-9)
         assert f"IoU=0.50 = {expected['mAP']:.4f}" in capsys.readouterr().out
-        evaluation.main([*voc_files, "--protocol", protocol, "--json", str(out), "--pixels", "continuous"])
+        eval.main([*voc_files, "--protocol", protocol, "--json", str(out), "--pixels", "continuous"])
         assert json.loads(out.read_text())["numbers"]["AP"] < tree["numbers"]["AP"] - 1e-3
-    evaluation.main([*voc_files, "--json", str(out)])
+    eval.main([*voc_files, "--json", str(out)])
     tree = json.loads(out.read_text())
     expected = oracle["coco_metric_difficult_counted_as_normal"]
     assert {key: tree["numbers"][key] for key in expected} == pytest.approx(expected, abs=1e-9)
@@ -172,16 +50,14 @@ def test_seven_image_oracle_from_the_command_line(shared_data, tmp_path):
     arguments += ["--detection-boxes", "xywh", "--iou-thresholds", "0.3", "--json", str(out), "--protocol"]
     expected = json.loads((folder / "expected.json").read_text())
     for protocol, key in (("voc07", "AP_11_point"), ("voc12", "AP_every_point")):
-        evaluation.main([*arguments, protocol])
+        eval.main([*arguments, protocol])
         assert json.loads(out.read_text())["numbers"]["AP30"] == pytest.approx(expected[key], abs=1e-9)
 
 
 def test_coco_oracle_and_what_is_printed(shared_data, tmp_path, capsys):
     folder, out = shared_data / "evaluator_oracles" / "coco_val2014_100", tmp_path / "out.json"
     truth, found = folder / "instances_val2014_100.json", folder / "instances_val2014_fakebbox100_results.json"
-    evaluation.main(
-        ["--ground-truth", str(truth), "--detections", str(found), "--protocol", "coco", "--json", str(out)]
-    )
+    eval.main(["--ground-truth", str(truth), "--detections", str(found), "--protocol", "coco", "--json", str(out)])
     tree = json.loads(out.read_text())
     expected = json.loads((folder / "expected.json").read_text())["expected"]
     assert {key: tree["numbers"][key] for key in expected} == pytest.approx(expected, abs=1e-9)
@@ -210,7 +86,7 @@ def test_coco_oracle_and_what_is_printed(shared_data, tmp_path, capsys):
 )
 def test_mistakes_are_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:
-        evaluation.main(arguments)
+        eval.main(arguments)
     assert "\n" not in str(error.value)
 
 
@@ -219,7 +95,7 @@ def test_script_ends_with_one_line_and_code_two(tmp_path, monkeypatch, capsys):
     arguments = ["--ground-truth", str(tmp_path / "gt.json"), "--detections", str(tmp_path / "gt.json")]
     monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        run_script(evaluation.main)
+        run_script(eval.main)
     printed = capsys.readouterr()
     assert end.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and "gt.json" in printed.err
@@ -227,7 +103,7 @@ def test_script_ends_with_one_line_and_code_two(tmp_path, monkeypatch, capsys):
 
 def test_json_that_cannot_be_written_is_the_disk_and_leaves_the_old(voc_files, tmp_path):
     with pytest.raises(UserError, match="could not be written") as error:
-        evaluation.main([*voc_files, "--json", str(tmp_path / "no" / "folder.json")])
+        eval.main([*voc_files, "--json", str(tmp_path / "no" / "folder.json")])
     assert error.value.exit_code == 5
 
 
@@ -243,7 +119,7 @@ def test_checkpoint_on_a_dataset(tmp_path, capsys):
     settings = ["--device", "cpu", "--batch-size", "3", "--json", str(out), "--max-detections", "50"]
     settings += ["--score-threshold", "0.0001"]
     found = tmp_path / "found.json"
-    evaluation.main([str(weights), "yolo", str(root), "test", *settings, "--save-detections", str(found)])
+    eval.main([str(weights), "yolo", str(root), "test", *settings, "--save-detections", str(found)])
     tree = json.loads(out.read_text())
     assert tree["images"] == 8 and 0 < tree["detections"] == len(json.loads(found.read_text())) <= 8 * 50
     assert "Speed: loading" in capsys.readouterr().out
@@ -258,14 +134,14 @@ def test_checkpoint_on_a_dataset(tmp_path, capsys):
         f"name: x\ndata: {{format: yolo, root: {root}}}\nstudent: {{arch: yolov8n}}\nimage_size: 64\ndevice: cpu\n"
     )
     arguments = [str(weights), "--config", str(config), "evaluation.max_detections=50"]
-    evaluation.main([*arguments, "evaluation.score_threshold=0.0001", "--json", str(out)])
+    eval.main([*arguments, "evaluation.score_threshold=0.0001", "--json", str(out)])
     assert json.loads(out.read_text())["detections"] == tree["detections"]
     # Classes in another order are found by name; others are refused.
     first = {(row["category_id"], row["score"]) for row in json.loads(found.read_text())}
     checkpoint.save(weights, state | {"names": ("red", "green")})
-    evaluation.main([str(weights), "yolo", str(root), "test", *settings, "--save-detections", str(found)])
+    eval.main([str(weights), "yolo", str(root), "test", *settings, "--save-detections", str(found)])
     assert {(1 - row["category_id"], row["score"]) for row in json.loads(found.read_text())} == first
     assert "2 of the model, 2 evaluated: green, red" in capsys.readouterr().out
     checkpoint.save(weights, state | {"names": ("blue", "violet")})
     with pytest.raises(UserError, match="no class in common: the dataset has green, red; the model has blue, violet"):
-        evaluation.main([str(weights), "yolo", str(root), "test", *settings])
+        eval.main([str(weights), "yolo", str(root), "test", *settings])

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import checkpoint
-import eval as evaluation
+import eval
+import evaluation
 import predict
 from datasets import open_dataset
 from datasets.loader import Loader
@@ -112,7 +113,7 @@ def test_scripts_take_the_file(exported, tmp_path, capsys):
     data = ["yolo", str(exported.data), "test"]
     arguments = [*data, "--score-threshold", "0", "--json"]
     for name, path in (("torch", exported.checkpoint), ("onnx", exported.dynamic)):
-        evaluation.main([str(path), *arguments, str(tmp_path / f"{name}.json")])
+        eval.main([str(path), *arguments, str(tmp_path / f"{name}.json")])
     numbers = [json.loads((tmp_path / f"{name}.json").read_text())["numbers"] for name in ("torch", "onnx")]
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-4, nan_ok=True)
     capsys.readouterr()
@@ -161,12 +162,12 @@ def test_what_does_not_fit_is_refused(exported, index, tmp_path):
     with pytest.raises(
         UserError, match=rf"found pictures of 96 px, expected {SIZE}, or a file exported with --dynamic"
     ):
-        evaluation.main([str(exported.fixed), "yolo", str(exported.data), "test", "--image-size", "96"])
+        eval.main([str(exported.fixed), "yolo", str(exported.data), "test", "--image-size", "96"])
     other = shutil.copytree(exported.data, tmp_path / "other")
     text = (other / "data.yaml").read_text()
     (other / "data.yaml").write_text(text.replace("[green, red]", "[cat, dog]"))
     with pytest.raises(UserError, match="no class in common: the dataset has cat, dog; the model has green, red"):
-        evaluation.main([str(exported.fixed), "yolo", str(other), "test"])
+        eval.main([str(exported.fixed), "yolo", str(other), "test"])
     with pytest.raises(UserError, match="the model has 2 classes, the dataset 3"):
         evaluation.evaluate_model(
             load_onnx(exported.fixed), dataclasses.replace(index, names=("a", "b", "c")), image_size=SIZE, batch_size=4

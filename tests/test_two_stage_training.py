@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import checkpoint
-import eval as evaluation
+import evaluation
 import models
 import run_folder
 import train
