@@ -112,6 +112,9 @@ def launches() -> list[Launch]:
     call = lambda: nms_triton.suppress(boxes, labels, empty(32, 30_000, dtype=torch.bool), 0.5, 300)
     for kernel in ("_compare_kernel", "_settle_kernel", "_spread_kernel"):
         rows.append(Launch(f"nms (32, 30,000) {kernel}", nms_triton, kernel, call, is_dense=False))
+    call = lambda: nms_triton.in_order(boxes[0], empty(30_000), labels[0])
+    for kernel in ("_usable_kernel", "_gather_kernel"):
+        rows.append(Launch(f"nms 30,000 {kernel}", nms_triton, kernel, call, is_dense=False))
     return rows
 
 

@@ -2,6 +2,8 @@
 
 As the specification, the order is walked in blocks; a block is BLOCK candidates of every image at once:
 
+    _usable_kernel    which rows are candidates; then the device sorts their scores
+    _gather_kernel    boxes and labels in that order (both for one image only)
     _compare_kernel   who overlaps whom in the block: for each candidate, a bit for each better one that suppresses it
     _settle_kernel    who survives in the block: one program an image walks its bits, 64 candidates at a time
     _spread_kernel    who is lost further down: every later candidate against the block's survivors only
@@ -14,11 +16,12 @@ last bit: float32 in the same order, a division that rounds correctly, no fused 
 import torch
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON
+from kernels.backend import HAS_TRITON, compute_dtype
 from structures import Detections
 
 BLOCK = 2048  # candidates: enough work to hide three launches, few enough for one program to settle
 WORD = 64  # bits
+ROWS = 256  # of a program that prepares
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # its key
 
 if HAS_TRITON:
@@ -47,6 +50,37 @@ if HAS_TRITON:
         i_label = tl.load(labels_ptr + i, mask=is_i, other=0)
         j_label = tl.load(labels_ptr + j, mask=is_j, other=0)
         return (iou > threshold) & (i_label[:, None] == j_label[None, :]) & is_i[:, None] & is_j[None, :]
+
+    @triton.jit
+    def _usable_kernel(
+        boxes_ptr, scores_ptr, usable_ptr, count, box_row, box_corner, score_row, ROWS: tl.constexpr
+    ):  # fmt: skip
+        # The scores; -inf where a number of the row is not finite. -0 becomes 0, which a sort by bits tells apart.
+        i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        score = tl.load(scores_ptr + i * score_row, mask=i < count, other=0.0).to(usable_ptr.dtype.element_ty)
+        is_finite = tl.abs(score) < float("inf")
+        for corner in tl.static_range(4):
+            x = tl.load(boxes_ptr + i * box_row + corner * box_corner, mask=i < count, other=0.0).to(tl.float64)
+            is_finite = is_finite & (tl.abs(x) < float("inf"))
+        score = tl.where(score == 0, 0.0, score)
+        tl.store(usable_ptr + i, tl.where(is_finite, score, float("-inf")), mask=i < count)
+
+    @triton.jit
+    def _gather_kernel(
+        boxes_ptr, labels_ptr, order_ptr, usable_ptr, gathered_ptr, gathered_labels_ptr, lost_ptr, count,
+        box_row, box_corner, label_row, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        # Boxes corner by corner and labels, best first; lost: those that are no candidates from the start.
+        i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        is_row = i < count
+        row = tl.load(order_ptr + i, mask=is_row, other=0)
+        for corner in tl.static_range(4):
+            x = tl.load(boxes_ptr + row * box_row + corner * box_corner, mask=is_row, other=0.0)
+            tl.store(gathered_ptr + corner * count + i, x.to(tl.float32), mask=is_row)
+        label = tl.load(labels_ptr + row * label_row, mask=is_row, other=0)
+        tl.store(gathered_labels_ptr + i, label.to(tl.int32), mask=is_row)
+        is_lost = tl.load(usable_ptr + i, mask=is_row, other=0.0) == float("-inf")
+        tl.store(lost_ptr + i, is_lost.to(tl.int32), mask=is_row)
 
     @triton.jit(do_not_specialize=["block"])
     def _compare_kernel(
@@ -105,7 +139,7 @@ if HAS_TRITON:
                 rank = survivors + tl.cumsum(is_kept, 0) - 1
                 tl.store(kept_ptr + image * limit + rank, j, mask=(is_kept != 0) & (rank < limit))
                 survivors += tl.sum(is_kept, 0)
-            tl.store(survivors_ptr + image, survivors)
+            tl.store(survivors_ptr + image, tl.minimum(survivors, limit))
 
     @triton.jit(do_not_specialize=["block"])
     def _spread_kernel(
@@ -137,15 +171,19 @@ def suppress(
     boxes_xyxy (B, N, 4), labels (B, N), is_candidate (B, N), threshold a float32 number; M = min(max_detections, N).
     Row b of the places holds the survivors of image b, best first; after the number that count it holds anything.
     """
+    boxes = boxes_xyxy.float().transpose(1, 2).contiguous()  # (B, 4, N)
+    return _walk(boxes, labels.int().contiguous(), (~is_candidate).int(), threshold, max_detections)
+
+
+def _walk(boxes: Tensor, labels: Tensor, lost: Tensor, threshold: float, max_detections: int) -> tuple[Tensor, Tensor]:
+    """suppress, of boxes (B, 4, N) float32, labels (B, N) int32 and lost (B, N) int32: not 0 where no candidate is."""
     images, count = labels.shape
     limit = min(max_detections, count)
-    kept = torch.zeros(images, limit, dtype=torch.int32, device=labels.device)
+    kept = torch.empty(images, limit, dtype=torch.int32, device=labels.device)
     survivors = torch.zeros(images, dtype=torch.int32, device=labels.device)
     if kept.numel() == 0:
         return kept, survivors
     before = torch.empty_like(survivors)
-    boxes = boxes_xyxy.float().transpose(1, 2).contiguous()  # (B, 4, N)
-    labels, lost = labels.int().contiguous(), (~is_candidate).int()
     block_size = min(BLOCK, max(WORD, triton.next_power_of_2(count)))
     bits = torch.empty(images, block_size // WORD, block_size, dtype=torch.int64, device=labels.device)
     exact = dict(BLOCK=block_size, enable_fp_fusion=False)
@@ -162,20 +200,39 @@ def suppress(
                 _spread_kernel[tiles](
                     boxes, labels, lost, survivors, before, kept, block, count, limit, threshold, COLUMNS=32, **exact
                 )
-    return kept, survivors.clamp(max=limit)
+    return kept, survivors
 
 
 def batched_nms_triton(
     boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int
 ) -> Tensor:
-    """The contract of kernels.nms.batched_nms; the host hears once, how many survive."""
-    is_finite = boxes_xyxy.isfinite().all(1) & scores.isfinite()
-    scores = scores.masked_fill(~is_finite, -torch.inf)
-    order = scores.sort(stable=True, descending=True).indices
-    kept, survivors = suppress(
-        boxes_xyxy[order][None], labels[order][None], is_finite[order][None], threshold, max_detections
-    )
+    """The contract of kernels.nms.batched_nms; the host hears once, how many survive.
+
+    Two kernels beside the sort, where PyTorch's own operations would be thirty: of a thousand boxes, launching them
+    would be most of the time.
+    """
+    order, *candidates = in_order(boxes_xyxy, scores, labels)
+    kept, survivors = _walk(*(x[None] for x in candidates), threshold, max_detections)
     return order[kept[0, : survivors.item()]]
+
+
+def in_order(boxes_xyxy: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(N, 4), (N,), (N,) -> rows (N,) by falling score, and in this order boxes (4, N), labels (N,), lost (N,)."""
+    count, device = len(scores), scores.device
+    usable = torch.empty(count, dtype=compute_dtype(scores), device=device)
+    boxes = torch.empty(4, count, dtype=torch.float32, device=device)
+    of_class, lost = torch.empty(2, count, dtype=torch.int32, device=device)
+    grid = (triton.cdiv(count, ROWS),)
+    with torch.cuda.device_of(boxes):
+        if count:
+            _usable_kernel[grid](boxes_xyxy, scores, usable, count, *boxes_xyxy.stride(), *scores.stride(), ROWS=ROWS)
+        usable, order = usable.sort(stable=True, descending=True)
+        if count:
+            _gather_kernel[grid](
+                boxes_xyxy, labels, order, usable, boxes, of_class, lost, count,
+                *boxes_xyxy.stride(), *labels.stride(), ROWS=ROWS,
+            )  # fmt: skip
+    return order, boxes, of_class, lost
 
 
 def select_detections_triton(
