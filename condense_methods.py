@@ -15,7 +15,7 @@ from datasets.scan import check, scan
 from distill import canvas, coresets
 from errors import UserError
 from structures import Detections, Targets
-from training_parts import take, training_set
+from training_parts import DECODE_AT_MOST, take, training_set
 
 CHOOSE, COMPOSE, NOISE = range(3)  # streams of random numbers that have nothing to do with one another
 FEATURES = ("p3", "p4", "p5")  # the maps whose means over a picture say where it lies among the others
@@ -30,7 +30,7 @@ class RealPictures:
         index = open_dataset(*place)
         if 0 < data.max_samples < len(index):
             index = take(index, data.max_samples)
-        report = scan(index, title=" ".join(place))
+        report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         check(report, data.max_bad_fraction)
         self.index, self.image_size, self.place = report.index, image_size, place
         self.loader = Loader(self.index, image_size=image_size, batch_size=16, seed=0, shuffle=False, cache=data.cache)
@@ -180,12 +180,13 @@ def canvas_layout(task: Task, real: RealPictures, network: nn.Module | None, cou
     observe = observer(network, settings.score_threshold) if settings.rounds else None
     rows, _, areas = real.objects()
     margins = canvas.context_margins(areas, settings.context * size)
+    starts = torch.searchsorted(rows, torch.arange(len(real))).tolist()  # of each picture's objects
     composed = []
     for part in torch.randperm(len(real), generator=generator).tensor_split(count):
         cutouts = []
         for row in part.tolist():
             batch = real.read([row])
-            for box, label, margin in zip(batch.targets.boxes_xyxy, batch.targets.labels, margins[rows == row]):
+            for box, label, margin in zip(batch.targets.boxes_xyxy, batch.targets.labels, margins[starts[row] :]):
                 content = batch.content_xyxy[0]
                 cutouts.append(
                     canvas.cut_out(batch.images[0], box, int(label), margin=float(margin), content_xyxy=content)

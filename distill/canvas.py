@@ -32,7 +32,8 @@ MIN_VISIBLE_FRACTION, MIN_SIDE_PX = 0.1, 2.0  # of an object at the edge of a cr
 
 @dataclass(frozen=True)
 class CanvasSettings:
-    """A canvas. Defaults are those of OD3, its context of 10 px on a canvas of 484 x 578 as a share of the side.
+    """A canvas. Defaults are those of OD3, its context of 10 px on a canvas of 484 x 578 as a share of the side, but
+    for class_agnostic, which is true there: an object under one of another class would keep its label.
 
     max_overlap: share of a rectangle that may lie on what is taken already. context: pixels around the smallest object,
     as a share of the picture's side; the largest has none. min_iou: of an object with the observer's nearest detection.
@@ -45,7 +46,7 @@ class CanvasSettings:
     attempts: int = 40
     context: float = 0.019
     min_iou: float = 0.25
-    class_agnostic: bool = True
+    class_agnostic: bool = False
     min_area: float = 0.2
     rounds: int = 10
     score_threshold: float = 0.25
