@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Call `main(sys.argv[1:])` and exit with what it returns; a UserError becomes one line on stderr.
+    """Call `main(sys.argv[1:])` and exit with what it returns; a UserError becomes one line on stderr, Ctrl-C one word.
 
     A reader that closes our output early (`| head`) ends the script without a traceback.
     """
@@ -27,6 +27,9 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     except BrokenPipeError:
         sys.stderr.close()
         code = 141

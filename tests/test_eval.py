@@ -101,6 +101,15 @@ def test_script_ends_with_one_line_and_code_two(tmp_path, monkeypatch, capsys):
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and "gt.json" in printed.err
 
 
+def test_ctrl_c_is_no_traceback(capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_script(interrupt)
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_json_that_cannot_be_written_is_the_disk_and_leaves_the_old(voc_files, tmp_path):
     with pytest.raises(UserError, match="could not be written") as error:
         eval.main([*voc_files, "--json", str(tmp_path / "no" / "folder.json")])
