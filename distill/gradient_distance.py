@@ -42,7 +42,7 @@ def gradient_distance(s_gradients: Sequence[Tensor], r_gradients: Sequence[Tenso
 def cosine_distance(s: Tensor, r: Tensor) -> Tensor:
     """sum_o 1 - cos(s_o, r_o) of two matrices (out, n): 0 for equal directions, 2 out for opposite ones."""
     product = s.square().sum(1) * r.square().sum(1)  # (out,)
-    has_direction = product > SMALLEST_PRODUCT**2
+    has_direction = ~(product <= SMALLEST_PRODUCT**2)  # nan has one, so that the distance shows it
     lengths = torch.where(has_direction, product, 1).sqrt()  # chosen before the root, whose slope at 0 is infinite
     return (1 - torch.where(has_direction, (s * r).sum(1) / lengths, 0)).sum()
 

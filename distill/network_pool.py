@@ -103,6 +103,8 @@ class NetworkPool:
         seed = seeded_generator(self.seed, BUILD, number, life).initial_seed()
         with reproducible(seed):
             network = self._build(seed).to(self.device).requires_grad_()
+        if not hasattr(network, "losses"):
+            raise UserError(f"{type(network).__name__} has no losses: it cannot be trained, nor matched")
         optimizer = torch.optim.SGD(
             network.parameters(), lr=self.settings.learning_rate, momentum=self.settings.momentum
         )

@@ -97,7 +97,8 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = F.adaptive_avg_pool2d(x, 1)  # (B, C, 1, 1)
-        return x * F.hardsigmoid(self.expand(F.relu(self.reduce(mean))))
+        # Not F.hardsigmoid, which cannot be differentiated twice.
+        return x * (F.relu6(self.expand(F.relu(self.reduce(mean))) + 3) / 6)
 
 
 class InvertedResidual(nn.Module):
