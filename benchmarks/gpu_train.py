@@ -45,7 +45,7 @@ from benchmarks.distill_step import TERMS
 from benchmarks.host_waits import host_waits
 from benchmarks.train_step import NUM_CLASSES, random_batch
 from boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from config import AugmentConfig, OptimizerConfig
+from config import AugmentConfig, OptimizerConfig, TermConfig
 from datasets.augment import augment
 from distill.criterion import Criterion, TeacherFacts
 from errors import run_script
@@ -79,6 +79,7 @@ class Setting:
     device: torch.device
     image_size: int
     batch_size: int
+    bfloat16: bool = True
 
 
 class Marks:
@@ -116,14 +117,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def our_forward(setting: Setting) -> tuple[nn.Module, nn.Module, Forward]:
-    """Student, what learns beside it, the terms of one batch: as training_parts.build and Objective have them."""
+def our_forward(setting: Setting, *further: TermConfig) -> tuple[nn.Module, nn.Module, Forward]:
+    """Student, what learns beside it, the terms of one batch: as training_parts.build and Objective have them.
+
+    further: terms beside the two of the taught student.
+    """
     device = setting.device
     build = lambda arch: models.build(arch, NUM_CLASSES).to(device, memory_format=torch.channels_last)
     torch.manual_seed(0)
     student = build(setting.student).train()
     teachers = {TEACHER: fuse(build(TEACHER).eval().requires_grad_(False))} if setting.is_taught else {}
-    terms = TERMS["cwd+soft_class"] if setting.is_taught else ()
+    terms = (*TERMS["cwd+soft_class"], *further) if setting.is_taught else ()
     criterion = Criterion(
         tuple(dataclasses.replace(term, teacher=TEACHER) for term in terms),
         student=student,
@@ -136,14 +140,14 @@ def our_forward(setting: Setting) -> tuple[nn.Module, nn.Module, Forward]:
     if setting.contestant in COMPILE:
         for module in (student, *teachers.values()):
             module.compile(mode=COMPILE[setting.contestant])
-    teach = Teachers(teachers, {name: TeacherFacts() for name in teachers}, bfloat16=True)
+    teach = Teachers(teachers, {name: TeacherFacts() for name in teachers}, setting.bfloat16)
 
     def forward(images: Tensor, targets: Targets, mark: Mark) -> dict[str, Tensor]:
         if setting.contestant == "graphs":
             torch.compiler.cudagraph_mark_step_begin()
         t_outputs = teach(images)
         mark("teacher")
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=setting.bfloat16):
             s_output = student(images)
         mark("student")
         found = student.losses(s_output, targets)
@@ -176,7 +180,7 @@ def peer_forward(setting: Setting) -> tuple[nn.Module, nn.Module, Forward]:
     def forward(images: Tensor, targets: Targets, mark: Mark) -> dict[str, Tensor]:
         boxes_cxcywh_norm = xyxy_to_cxcywh(targets.boxes_xyxy) / images.shape[-1]
         rows = {"cls": targets.labels[:, None].float(), "bboxes": boxes_cxcywh_norm, "batch_idx": targets.image.float()}
-        with torch.autocast(setting.device.type, dtype=torch.bfloat16):
+        with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.bfloat16):
             found = model({"img": images, **rows})[0]
         mark("student")  # with its losses, the teacher and distillation
         return {"all": found.sum().float() / len(images)}

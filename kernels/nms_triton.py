@@ -146,8 +146,8 @@ if HAS_TRITON:
         boxes_ptr, labels_ptr, lost_ptr, survivors_ptr, before_ptr, kept_ptr, block, count, limit, threshold,
         BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        image = tl.program_id(0).to(tl.int64)
-        j = (block + 1) * BLOCK + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        image = tl.program_id(1).to(tl.int64)
+        j = (block + 1) * BLOCK + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         before = tl.load(before_ptr + image)
         after = tl.load(survivors_ptr + image)
         is_lost = tl.load(lost_ptr + image * count + j, mask=j < count, other=1)
@@ -196,7 +196,7 @@ def _walk(boxes: Tensor, labels: Tensor, lost: Tensor, threshold: float, max_det
             _settle_kernel[(images,)](lost, bits, survivors, before, kept, block, count, limit, **exact)
             left = count - (block + 1) * block_size
             if left > 0:
-                tiles = (images, triton.cdiv(left, 32))
+                tiles = (triton.cdiv(left, 32), images)  # only the first may exceed 65,535
                 _spread_kernel[tiles](
                     boxes, labels, lost, survivors, before, kept, block, count, limit, threshold, COLUMNS=32, **exact
                 )
