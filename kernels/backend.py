@@ -88,6 +88,11 @@ def is_wide(*tensors: Tensor) -> bool:
     return any(span(x) >= 2**31 - 2**16 for x in tensors if x.numel())  # a block may reach beyond the last element
 
 
+def at_temperature(values: Tensor, temperature: float) -> Tensor:
+    """values / T; the values themselves at T = 1, which saves a pass over them forwards and another backwards."""
+    return values if temperature == 1 else values / temperature
+
+
 def scale_of(factor: float, normaliser: Tensor | float, like: Tensor) -> Tensor:
     """factor / normaliser, () in the dtype and on the device of `like`, without waiting for the device."""
     if isinstance(normaliser, Tensor):

@@ -9,10 +9,11 @@ to 8,192 pixels stays in registers (three passes over a map); on a longer row an
 are C apart, the softmax is found online (up to five passes). The gradient has the student's layout.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import compute_dtype, not_floating, require_shape, use_triton
+from kernels.backend import at_temperature, compute_dtype, not_floating, require_shape, use_triton
 from kernels.temperature_kl import temperature_kl_triton
 
 
@@ -22,10 +23,16 @@ def channel_kl_eager(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor
     s_map, t_map = s_map.to(dtype), t_map.detach().to(dtype)
     if s_map.numel() == 0:
         return s_map.sum()
-    log_q_s = F.log_softmax(s_map.flatten(2) / temperature, dim=-1)  # (B, C, H*W)
-    log_q_t = F.log_softmax(t_map.flatten(2) / temperature, dim=-1)  # (B, C, H*W)
+    log_q_s, log_q_t = (log_softmax_over_pixels(at_temperature(z, temperature)) for z in (s_map, t_map))  # (B, C, H*W)
     kl = (log_q_t.exp() * (log_q_t - log_q_s)).sum(-1)  # (B, C)
     return temperature**2 * kl.mean()
+
+
+def log_softmax_over_pixels(logits: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H*W), in the layout the map has: reordering channels_last costs more than the rest."""
+    if logits.is_contiguous(memory_format=torch.channels_last):
+        return F.log_softmax(logits.permute(0, 2, 3, 1).flatten(1, 2), dim=1).transpose(1, 2)
+    return F.log_softmax(logits.flatten(2), dim=-1)
 
 
 def channel_kl_triton(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:

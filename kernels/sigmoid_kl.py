@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, compute_dtype, not_floating, scale_of, use_triton
+from kernels.backend import HAS_TRITON, at_temperature, compute_dtype, not_floating, scale_of, use_triton
 from kernels.rows import Tile, require_rows, row_loss_triton
 
 
@@ -20,7 +20,7 @@ def sigmoid_kl_eager(
     """Specification: (..., K), (..., K), weight (...) or None for 1, normaliser M -> the scalar L."""
     dtype = compute_dtype(s_logits, t_logits)
     s, t = s_logits.to(dtype), t_logits.detach().to(dtype)
-    kl = bernoulli_kl(s / temperature, t / temperature).sum(-1)  # (...)
+    kl = bernoulli_kl(at_temperature(s, temperature), at_temperature(t, temperature)).sum(-1)  # (...)
     if weight is not None:
         kl = weight.detach().to(dtype) * kl
     return scale_of(temperature**2, normaliser, kl) * kl.sum()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, compute_dtype, not_floating, scale_of, use_triton
+from kernels.backend import HAS_TRITON, at_temperature, compute_dtype, not_floating, scale_of, use_triton
 from kernels.rows import Tile, require_rows, row_loss_triton
 
 WHOLE_ROW = 8192  # columns that are neighbours in memory: 32 a thread and tensor, at 8 warps
@@ -27,7 +27,7 @@ def temperature_kl_eager(
     """Specification: (..., K), (..., K), weight (...) or None for 1, normaliser M -> the scalar L."""
     dtype = compute_dtype(s_logits, t_logits)
     s, t = s_logits.to(dtype), t_logits.detach().to(dtype)
-    log_p_s, log_p_t = (F.log_softmax(z / temperature, dim=-1) for z in (s, t))  # (..., K)
+    log_p_s, log_p_t = (F.log_softmax(at_temperature(z, temperature), dim=-1) for z in (s, t))  # (..., K)
     kl = (log_p_t.exp() * (log_p_t - log_p_s)).sum(-1)  # (...)
     if weight is not None:
         kl = weight.detach().to(dtype) * kl

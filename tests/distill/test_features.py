@@ -1,5 +1,7 @@
 """Feature losses on maps small enough to work out by hand; their checks and mutants are in test_mutants."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from distill.features import (
     score_weighted_l2,
     unit_deviations,
 )
+from tests.reference import distillation as reference
 
 
 def row(*channels) -> torch.Tensor:
@@ -70,6 +73,21 @@ def test_cwd_of_two_pixels():
     t_map = row([torch.log(torch.tensor(3.0)).item(), 0.0])
     expected = 0.75 * torch.log(torch.tensor(1.5)) + 0.25 * torch.log(torch.tensor(0.5))
     assert channel_wise_kl(s_map=row([0.0, 0.0]), t_map=t_map).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_cwd_of_maps_in_any_layout(temperature):
+    """channels_last maps take a way of their own; a mixed pair does too."""
+    s_map, t_map = (torch.randn(2, 3, 4, 5, dtype=torch.float64) for _ in range(2))
+    expected = reference.channel_wise_kl(s_map.numpy(), t_map.numpy(), temperature)
+    slopes = []
+    for s_format, t_format in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+        s = s_map.contiguous(memory_format=s_format).requires_grad_()
+        loss = channel_wise_kl(s_map=s, t_map=t_map.contiguous(memory_format=t_format), temperature=temperature)
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+        slopes.append(torch.autograd.grad(loss, s)[0])
+    for slope in slopes[1:]:
+        torch.testing.assert_close(slope, slopes[0])
 
 
 @pytest.mark.parametrize("loss", [feature_mse, cosine_distance, channel_wise_kl, channel_correlation])

@@ -13,6 +13,7 @@ from distill.features import (
     score_weighted_l2,
 )
 from kernels.channel_wise_kl import channel_kl_eager
+from kernels.channel_wise_kl import log_softmax_over_pixels as OVER_PIXELS
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.mutants.maps import every_map_loss, maps, shapes
 from tests.distill.properties import (
@@ -102,20 +103,18 @@ CASES = [
             "mean over pixels": Edit(".sum(-1)", ".mean(-1)", channel_kl_eager),
             "sum over channels": Edit("kl.mean()", "kl.sum(1).mean()", channel_kl_eager),
             "softmax over channels": Edit(
-                "F.log_softmax(s_map.flatten(2) / temperature, dim=-1)",
-                "F.log_softmax(s_map.flatten(2) / temperature, dim=1)",
-                channel_kl_eager,
+                "F.log_softmax(logits.flatten(2), dim=-1)", "F.log_softmax(logits.flatten(2), dim=1)", OVER_PIXELS
             ),
-            "student without temperature": Edit("s_map.flatten(2) / temperature", "s_map.flatten(2)", channel_kl_eager),
+            "student without temperature": Edit(
+                "in (s_map, t_map)", "in (temperature * s_map, t_map)", channel_kl_eager
+            ),
             "swapped roles": Edit(
                 "log_q_t.exp() * (log_q_t - log_q_s)", "log_q_s.exp() * (log_q_s - log_q_t)", channel_kl_eager
             ),
             "cross-entropy": cross_entropy_over_pixels,
             "teacher learns": Edit("t_map.detach()", "t_map", channel_kl_eager),
             "log of a softmax": Edit(
-                "F.log_softmax(s_map.flatten(2) / temperature, dim=-1)",
-                "(s_map.flatten(2) / temperature).softmax(-1).log()",
-                channel_kl_eager,
+                "F.log_softmax(logits.flatten(2), dim=-1)", "logits.flatten(2).softmax(-1).log()", OVER_PIXELS
             ),
         },
     ),

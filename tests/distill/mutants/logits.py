@@ -150,8 +150,8 @@ CASES = [
             "mean score as confidence": Edit("t_logits.amax(-1).to(dtype).sigmoid()", "t_logits.sigmoid().mean(-1)"),
             "student's confidence": Edit("t_logits.amax(-1)", "s_logits.amax(-1)"),
             "swapped roles": Edit(
-                "bernoulli_kl(s / temperature, t / temperature)",
-                "bernoulli_kl(t / temperature, s / temperature)",
+                "bernoulli_kl(at_temperature(s, temperature), at_temperature(t, temperature))",
+                "bernoulli_kl(at_temperature(t, temperature), at_temperature(s, temperature))",
                 sigmoid_kl_eager,
             ),
             "no temperature": Edit("temperature=temperature, ", ""),
@@ -201,15 +201,15 @@ CASES = [
             "unweighted": Edit("weight=weight", "weight=None"),
             "weights learn": Edit("weight.detach()", "weight", temperature_kl_eager),
             "broadcasts the weights": Edit("require_rows(s_logits, t_logits, weight)", "", temperature_kl),
-            "softmax over rows": Edit(
-                "F.log_softmax(z / temperature, dim=-1)", "F.log_softmax(z / temperature, dim=0)", temperature_kl_eager
-            ),
+            "softmax over rows": Edit("temperature), dim=-1)", "temperature), dim=0)", temperature_kl_eager),
             "swapped roles": Edit(
                 "log_p_t.exp() * (log_p_t - log_p_s)", "log_p_s.exp() * (log_p_s - log_p_t)", temperature_kl_eager
             ),
             "cross-entropy": cross_entropy_of_rows,
             "log of a softmax": Edit(
-                "F.log_softmax(z / temperature, dim=-1)", "(z / temperature).softmax(-1).log()", temperature_kl_eager
+                "F.log_softmax(at_temperature(z, temperature), dim=-1)",
+                "at_temperature(z, temperature).softmax(-1).log()",
+                temperature_kl_eager,
             ),
             "teacher learns": Edit("t_logits.detach()", "t_logits", temperature_kl_eager),
             "computes in half precision": Edit(
