@@ -12,6 +12,7 @@ from PIL import Image
 
 import checkpoint
 import condense
+import condense_methods
 import models
 import train
 from condense_config import LEARNT, METHODS, WITHOUT_DRAWS
@@ -116,7 +117,7 @@ def test_a_set_is_an_ordinary_dataset_with_a_manifest(method, make, real, capsys
         assert sum(map(len, enlarged.samples)) == sum(map(len, index.samples))
     assert facts["method"] == method and facts["ratio"] == 0.25 and facts["source"]["pictures"] == 12
     assert facts["objects"] == sum(map(len, index.samples)) > 0
-    assert facts["seconds"] > 0 and 0.05 < facts["peak_gigabytes"] < 20 and facts["commit"]
+    assert facts["seconds"] > 0 and 0.05 < facts["peak_gigabytes"] < 20 and "commit" in facts
     assert Image.open(folder / "set.png").size[0] > 300
     assert not folder.with_name("out.part").exists() and not list(folder.glob("state*"))
     assert (folder / "steps.csv").exists() == (method in LEARNT)
@@ -181,6 +182,21 @@ def test_labels_lie_on_their_objects(method, make):
         shares.append(np.mean(fits))
         assert len(fits) > 8
     assert shares[0] > 0.8 and min(shares[1:]) > shares[0] - 0.1
+
+
+def test_small_objects_are_cut_out_with_more_context(make, monkeypatch):
+    calls, cut_out = [], condense_methods.canvas.cut_out
+
+    def noted(picture, box_xyxy, label, *, margin, content_xyxy):
+        calls.append((float((box_xyxy[2:] - box_xyxy[:2]).prod()), margin))
+        return cut_out(picture, box_xyxy, label, margin=margin, content_xyxy=content_xyxy)
+
+    monkeypatch.setattr(condense_methods.canvas, "cut_out", noted)
+    make("canvas", 3, canvas={"rounds": 0, "context": 0.05})
+    areas, margins = np.array(calls).T
+    assert len(areas) > 20
+    expected = 0.05 * 64 * (1 - (areas - areas.min()) / (areas.max() - areas.min()))
+    np.testing.assert_allclose(margins, expected, atol=1e-3)
 
 
 def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):

@@ -53,6 +53,13 @@ def test_a_row_trains_on_its_set_and_tests_on_the_shared_one(config, tmp_path):
     assert rows["random_2"].against == ("full",)
 
 
+def test_max_samples_is_of_the_real_pictures(tmp_path):
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", name="study", data={"max_samples": 9})
+    rows = by_name(make(config))
+    assert rows["full"].config.data.max_samples == rows["random_2"].task.data.max_samples == 9
+    assert rows["random_2"].config.data.max_samples == 0
+
+
 def test_a_set_is_named_by_what_it_follows_from_and_by_nothing_else(config):
     def folder(section, seed=5, **row):
         rows = {"full": None, "x": {"condense": {"pictures": 2} | section, **row}}
