@@ -10,7 +10,7 @@
 One step:
 
     1  theta: the next network of the pool, early in its training on real pictures; omega: an augmentation
-    2  B: a batch of real pictures. The normalisation takes its statistics from omega B, and keeps them (eval mode)
+    2  B: a batch of real pictures. BatchNorms, where the pool keeps them, take their statistics from omega B for good
     3  r = g_theta(omega B)
     4  s = g_theta(omega X), without a graph, X or as many of its pictures as a step takes
     5  v = d D(s, r) / d s

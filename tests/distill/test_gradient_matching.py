@@ -1,7 +1,7 @@
 """Gradient matching: slopes against torch.func and finite differences, exactness of the parts, a known optimum."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from errors import UserError
 from structures import Targets
 from tests.distill.tiny_detector import TinyDetector, build_tiny, tiny_scene
 
-FRESH = PoolSettings(networks=1, steps_between=0)  # every step a fresh network, never trained
+FRESH = PoolSettings(networks=1, steps_between=0, normalization="batch")  # every step a fresh network, never trained
 LEARNING_RATE = 1e-4  # so small that no pixel is clipped
 AUGMENT = AugmentConfig(mosaic=0.0, scale=0.3, translate=0.1, degrees=5.0, flip_vertical=0.5)
 
@@ -94,14 +94,18 @@ def test_matched_gradient_is_that_of_torch_func(network, at_once):
     assert loss > 0
 
 
+@pytest.mark.parametrize("normalization", ["batch", "group"])
 @pytest.mark.parametrize("kind", ["cosine", "mse", "l1"])
-def test_slope_of_the_pixels_is_that_of_torch_func(kind):
+def test_slope_of_the_pixels_is_that_of_torch_func(kind, normalization):
     """The whole objective at once, distance, mean and prior, differentiated twice by torch.func."""
     pictures, targets = tiny_scene(4)
     real, real_targets = tiny_scene(5, seed=1)
-    got = slopes_of(SyntheticSet(pictures, targets), (real, real_targets), distance=kind, total_variation=0.7)
+    pool = replace(FRESH, normalization=normalization)
+    got = slopes_of(
+        SyntheticSet(pictures, targets), (real, real_targets), distance=kind, total_variation=0.7, pool=pool
+    )
 
-    matching = matching_of(SyntheticSet(pictures, targets))
+    matching = matching_of(SyntheticSet(pictures, targets), pool=pool)
     network, _, _ = matching.pool.visit(0)
     set_statistics(network, real)
     r = func_gradient(network, real, real_targets)

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from distill.network_pool import NetworkPool, PoolSettings, reproducible, seeded_generator, set_statistics
+import models
+from distill.network_pool import (
+    NetworkPool,
+    PoolSettings,
+    replace_batchnorms,
+    reproducible,
+    seeded_generator,
+    set_statistics,
+)
 from errors import UserError
 from frcnn.norm import BatchNorm
 from tests.distill.tiny_detector import build_tiny, tiny_scene
@@ -117,6 +125,36 @@ def test_statistics_are_those_of_the_batch_and_stay():
     kept = network[0].running_mean.clone()
     network(torch.rand(2, 3, 4, 6) + 1)
     assert torch.equal(network[0].running_mean, kept)
+
+
+def test_groups_take_the_place_of_batches():
+    network = models.build("yolov8p", 3).eval()
+    norms = {name: copy.deepcopy(m) for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for norm in norms.values():
+        nn.init.uniform_(norm.weight)
+    network.load_state_dict({f"{name}.weight": norm.weight for name, norm in norms.items()}, strict=False)
+    images = torch.rand(3, 3, 32, 32)
+    before = network(images).class_logits
+    replace_batchnorms(network)
+    groups = {name: m for name, m in network.named_modules() if isinstance(m, nn.GroupNorm)}
+    assert groups.keys() == norms.keys() and not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    for name, group in groups.items():
+        assert torch.equal(group.weight, norms[name].weight) and group.eps == norms[name].eps
+        assert group.num_channels % group.num_groups == 0 and group.num_channels // group.num_groups in (4, 8)
+    after = network(images).class_logits
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(network.train()(images[1:2]).class_logits, after[1:2], atol=1e-4, rtol=1e-4)
+    pool = pool_of(lambda seed: models.build("yolov8p", 2), normalization="group")
+    assert any(isinstance(m, nn.GroupNorm) for m in pool._create(0, 0).network.modules())
+
+
+def test_a_batchnorm_that_is_part_of_another_layer_stays():
+    build = lambda seed: models.build("fasterrcnn_mobilenet_v3_small", 2)
+    with pytest.raises(UserError, match=r"pool\.normalization: found 'group', expected 'batch': .* FasterRCNN"):
+        pool_of(build).visit(0)
+    assert isinstance(pool_of(build, normalization="batch").visit(0)[0], nn.Module)
+    with pytest.raises(UserError, match=r"pool\.normalization: found 'layer', expected batch or group"):
+        pool_of(normalization="layer")
 
 
 def test_streams_differ_by_every_number_and_their_order():

@@ -1,0 +1,110 @@
+"""What a step of gradient matching costs: seconds, and the memory it takes as the synthetic set grows.
+
+    python benchmarks/condense.py [--arch yolov8p yolov8n] [--image-size 160] [--steps 3] [--threads N] [--gigabytes 4]
+
+A step as gradient matching takes it by default, with noise for pictures, three objects in each: 16 real pictures, the
+training of the network between two matches included. `in a step` are the synthetic pictures whose pixels move in it:
+16 of the stored ones, or all. Each row is a process of its own; its seconds are the median of --steps steps after
+one that is not measured, its CPU seconds those of all threads, and its memory the largest resident size of the process,
+torch's own 0.3 GB included. Exits with 1 where a step with 16 pictures takes more than --seconds, or any row more than
+--gigabytes.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import models
+from config import AugmentConfig
+from datasets.augment import draw_siamese
+from distill.gradient_matching import GradientMatching, MatchingSettings
+from distill.network_pool import PoolSettings
+from distill.synthetic import SyntheticSet
+from errors import run_script
+from structures import Targets
+
+STORED = (16, 64, 256)
+PICTURES, OBJECTS, NUM_CLASSES = 16, 3, 3
+
+
+def noise_batch(count: int, image_size: int, generator: torch.Generator) -> tuple[Tensor, Targets]:
+    """Pictures (count, 3, S, S) in [0, 1], and boxes of an eighth to a half of the side."""
+    rows = count * OBJECTS
+    side = image_size * (1 / 8 + 3 / 8 * torch.rand(rows, 2, generator=generator))
+    corner = torch.rand(rows, 2, generator=generator) * (image_size - side)
+    targets = Targets(
+        torch.cat((corner, corner + side), 1),
+        torch.randint(0, NUM_CLASSES, (rows,), generator=generator),
+        torch.arange(count).repeat_interleave(OBJECTS),
+        torch.zeros(rows, dtype=torch.bool),
+    )
+    return torch.rand(count, 3, image_size, image_size, generator=generator), targets
+
+
+def measure(arch: str, stored: int, in_step: int, image_size: int, steps: int) -> dict[str, float]:
+    """seconds and cpu of the median step, gigabytes of this process."""
+    augmentation = AugmentConfig(mosaic=0.0)
+    matching = GradientMatching(
+        SyntheticSet(*noise_batch(stored, image_size, torch.Generator().manual_seed(0))),
+        settings=MatchingSettings(pictures_per_step=in_step, pool=PoolSettings(networks=1)),
+        build_network=lambda seed: models.build(arch, NUM_CLASSES),
+        draw_real=lambda generator: noise_batch(PICTURES, image_size, generator),
+        draw_augmentation=lambda generator: draw_siamese(generator=generator, settings=augmentation),
+    )
+    matching.step()  # on a fresh network, before which nothing is trained
+    seconds, cpu = [], []
+    for _ in range(steps):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        matching.step()
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - cpu_start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"seconds": statistics.median(seconds), "cpu": statistics.median(cpu), "gigabytes": peak / 1e9}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["yolov8p", "yolov8n"])
+    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--stored", type=int, nargs="+", default=list(STORED))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default, one for each core")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.row:
+        arch, stored, in_step = args.row
+        print(json.dumps(measure(arch, int(stored), int(in_step), args.image_size, args.steps)))
+        return 0
+    print(
+        f"{args.image_size} px, {PICTURES} real pictures, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    print(f"{'network':<10}{'stored':>8}{'in a step':>11}{'seconds':>9}{'CPU s':>8}{'peak GB':>9}")
+    is_within = True
+    for arch in args.arch:
+        for stored, in_step in dict.fromkeys(
+            [(n, min(n, PICTURES)) for n in args.stored] + [(n, n) for n in args.stored]
+        ):
+            command = [sys.executable, __file__, "--row", arch, str(stored), str(in_step), *argv]
+            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            figures = f"{row['seconds']:>9.2f}{row['cpu']:>8.2f}{row['gigabytes']:>9.2f}"
+            print(f"{arch:<10}{stored:>8}{in_step:>11}{figures}", flush=True)
+            is_within &= row["gigabytes"] <= args.gigabytes and (in_step > PICTURES or row["seconds"] <= args.seconds)
+    return 0 if is_within else 1
+
+
+if __name__ == "__main__":
+    run_script(main)
