@@ -38,7 +38,7 @@ from dry_run import dry_run
 from errors import UserError, run_script
 from interruption import StopRequested, StopSignals
 from metrics.report import DetectionReport
-from processes import Processes
+from processes import Processes, keep_freed_memory
 from progress import Progress, ScalarLog, words
 from run_folder import RunFolder
 from run_pictures import draw, evaluation_pictures
@@ -232,6 +232,7 @@ def run(
         allow_change: keys that a resumed run may change.
     Raises UserError, or SystemExit after a signal, when all is saved; both with the exit codes above.
     """
+    keep_freed_memory()
     processes = Processes(config.device)
     progress = Progress(quiet=quiet or not processes.is_first)
     state, folder, position = None, None, Position()

@@ -33,7 +33,7 @@ from config import TermConfig
 from distill.criterion import Criterion, TeacherFacts
 from errors import run_script
 from fusion import fuse
-from processes import choose_device, use_bfloat16
+from processes import choose_device, keep_freed_memory, use_bfloat16
 from structures import Targets
 from teaching import Teachers
 from timing import rotate
@@ -135,6 +135,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as train.py does
     device = choose_device(args.device)
     bfloat16 = use_bfloat16("auto", device)
     batch = tuple(part.to(device) for part in random_batch(args.batch_size, args.image_size))
