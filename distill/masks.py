@@ -64,8 +64,7 @@ def anchor_mask(
         anchor_sizes: (n, 2) width, height in pixels of the image; all n stand at the center of every pixel, also
             where they cross the border. Of a detector, or from make_anchor_sizes.
     """
-    chosen = objects(targets)
-    boxes, image = chosen.boxes_xyxy.float(), chosen.image
+    boxes, image = targets.boxes_xyxy.float(), targets.image
     x, y = pixel_centers(grid_size, image_size, boxes.device)  # (W,), (H,)
     best = boxes.new_zeros(len(boxes), *grid_size)  # (N, H, W), IoU with the best anchor of each pixel
     for width, height in anchor_sizes.tolist():
@@ -75,7 +74,8 @@ def anchor_mask(
         union = width * height + box_area(boxes)[:, None, None] - intersection
         best = torch.maximum(best, intersection / union)
     threshold = psi * best.amax((1, 2), keepdim=True) if best.numel() else best
-    return max_over_objects(best > threshold, image, batch_size) > 0
+    marked = (best > threshold) & is_learnt(targets)[:, None, None]
+    return max_over_objects(marked, image, batch_size) > 0
 
 
 def make_anchor_sizes(sizes: list[float], ratios: list[float]) -> Tensor:
@@ -132,8 +132,13 @@ def level_maps(values: Tensor, grid_sizes: list[tuple[int, int]], anchors_per_pi
 
 
 def objects(targets: Targets) -> Targets:
-    """The rows that are learnt: not ignored, with an area."""
-    return targets[~targets.ignore & (box_area(targets.boxes_xyxy) > 0)]
+    """The rows that are learnt. How many they are is not known on a GPU: the host waits."""
+    return targets[is_learnt(targets)]
+
+
+def is_learnt(targets: Targets) -> Tensor:
+    """(N,) bool: not ignored, with an area."""
+    return ~targets.ignore & (box_area(targets.boxes_xyxy) > 0)
 
 
 def pixel_centers(
@@ -146,14 +151,13 @@ def pixel_centers(
 
 
 def raster_boxes(targets: Targets, grid_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The pixels of each learnt object as box_mask defines them, (N, H, W) bool, and its image (N,)."""
-    chosen = objects(targets)
-    boxes = clip_boxes(chosen.boxes_xyxy.float(), *image_size)
+    """The pixels of each object as box_mask defines them, (N, H, W) bool, none of one not learnt; its image (N,)."""
+    boxes = clip_boxes(targets.boxes_xyxy.float(), *image_size)
     x, y = pixel_centers(grid_size, image_size, boxes.device)
     in_x = covered_1d(x, image_size[1] / max(grid_size[1], 1), boxes[:, 0], boxes[:, 2])  # (N, W)
     in_y = covered_1d(y, image_size[0] / max(grid_size[0], 1), boxes[:, 1], boxes[:, 3])  # (N, H)
-    inside = in_y[:, :, None] & in_x[:, None, :]  # (N, H, W)
-    return inside & (box_area(boxes) > 0)[:, None, None], chosen.image  # an object outside the image has no pixels
+    has_pixels = is_learnt(targets) & (box_area(boxes) > 0)  # an object outside the image has none
+    return in_y[:, :, None] & in_x[:, None, :] & has_pixels[:, None, None], targets.image  # (N, H, W)
 
 
 def covered_1d(centers: Tensor, step: float, low: Tensor, high: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def check_scores(split) -> None:
 
 
 RASTER = {
-    "ignored objects learnt": Edit("~targets.ignore & (box_area", "(box_area", within="objects"),
+    "ignored objects learnt": Edit("~targets.ignore & (box_area", "(box_area", within="is_learnt"),
     "small objects lost": Edit("inside | (holds_middle & ~inside.any(1, keepdim=True))", "inside", within="covered_1d"),
     "one pixel too many, between two centers": Edit(
         "holds_middle & ~inside.any(1, keepdim=True)", "holds_middle", "covered_1d"
@@ -133,7 +133,9 @@ RASTER = {
     "closed above": Edit("(centers < high[:, None])", "(centers <= high[:, None])", within="covered_1d"),
     "height for width": Edit("width / max(w, 1)", "height / max(h, 1)", within="pixel_centers"),
     "all in the first image": Edit("image[:, None].expand", "(0 * image)[:, None].expand", within="max_over_objects"),
-    "outside objects marked": Edit("inside & (box_area(boxes) > 0)[:, None, None]", "inside", within="raster_boxes"),
+    "outside objects marked": Edit(
+        "is_learnt(targets) & (box_area(boxes) > 0)", "is_learnt(targets)", within="raster_boxes"
+    ),
 }
 
 CASES = [
@@ -179,7 +181,7 @@ CASES = [
             "union without the intersection": Edit(" - intersection\n", "\n"),
             "first anchor only": Edit("in anchor_sizes.tolist()", "in anchor_sizes[:1].tolist()"),
             "height and width of the anchor swapped": Edit("for width, height in", "for height, width in"),
-            "ignored objects learnt": Edit("~targets.ignore & (box_area", "(box_area", within="objects"),
+            "ignored objects learnt": Edit("~targets.ignore & (box_area", "(box_area", within="is_learnt"),
             "corners of pixels": Edit(
                 "torch.arange(h, device=device) + 0.5", "torch.arange(h, device=device) + 0.0", "pixel_centers"
             ),
