@@ -113,6 +113,26 @@ def test_each_survivor_of_a_block_suppresses_in_the_next(survivors, device, smal
     assert keep.tolist() == list(range(survivors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_columns_of_a_table_in_other_types(dtype, device, against_eager):
+    """Boxes, score and label as a head has them side by side: nothing is contiguous."""
+    rng = np.random.default_rng(6)
+    columns = (random_boxes(rng, 90), rng.random((90, 1)), rng.integers(0, 2, (90, 1)))
+    rows = torch.tensor(np.concatenate(columns, 1)).to(device, dtype)
+    rows[::13, 2], rows[::17, 4] = torch.inf, torch.nan
+    for labels in (rows[:, 5], rows[:, 5].long()[:, None].expand(-1, 2)[:, 1]):
+        found, expected = against_eager(lambda: batched_nms(rows[:, :4], rows[:, 4], labels, 0.4, 90))  # noqa: B023
+        assert torch.equal(found, expected) and 0 < len(found) < 80
+
+
+def test_zeros_of_both_signs_are_equal_scores(device):
+    scores = torch.zeros(100, device=device)
+    scores[::3] = -0.0
+    corner = 10 * torch.arange(100.0, device=device)[:, None].expand(-1, 2)
+    keep = batched_nms(torch.cat((corner, corner + 5), 1), scores, 0 * scores.long(), 0.5, 100)
+    assert keep.tolist() == list(range(100))
+
+
 def test_non_finite_rows(device, against_eager):
     rng = np.random.default_rng(2)
     boxes, scores = random_boxes(rng, 200), rng.random(200).astype("f4")
