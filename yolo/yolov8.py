@@ -6,6 +6,9 @@ Its parts: cross-stage partial blocks (CSPNet, arXiv:1911.11929), SPP (arXiv:140
 path (FPN, arXiv:1612.03144; PANet, arXiv:1803.01534), one decoupled head per level (YOLOX, arXiv:2107.08430), box edges
 as distributions (Generalized Focal Loss, arXiv:2006.04388). Losses and assigner: yolo/losses.py.
 
+"p" is none of the released sizes: half as wide as n and less deep, for the matching networks of dataset distillation on
+a few cores; it has no weights to load.
+
 Differs from the released code, not in what it computes: the bins 0..R-1 are no parameter (losses.decode_distances
 counts them), `forward` returns the same in train and eval mode, and sizes are written out instead of multiplied out.
 Decoding and losses are float32 under autocast.
@@ -39,9 +42,7 @@ NUM_BINS = 16  # R: an edge is at most 15 strides away from its point
 
 # channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32.
 SIZES = {
-    "p": dict(
-        channels=(8, 16, 32, 64, 128), depths=(1, 1, 1, 1), neck_depth=1
-    ),  # no released size: half of n, for CPUs
+    "p": dict(channels=(8, 16, 32, 64, 128), depths=(1, 1, 1, 1), neck_depth=1),  # of ours
     "n": dict(channels=(16, 32, 64, 128, 256), depths=(1, 2, 2, 1), neck_depth=1),
     "s": dict(channels=(32, 64, 128, 256, 512), depths=(1, 2, 2, 1), neck_depth=1),
     "m": dict(channels=(48, 96, 192, 384, 576), depths=(2, 4, 4, 2), neck_depth=2),

@@ -116,6 +116,27 @@ def test_slope_of_the_pixels_is_that_of_torch_func(kind, normalization):
     torch.testing.assert_close(got, torch.func.grad(objective)(pictures), atol=1e-8, rtol=1e-6)
 
 
+def test_slope_through_tiles_and_augmentation_is_that_of_torch_func():
+    pictures, targets = tiny_scene(8)
+    real, real_targets = tiny_scene(5, seed=1)
+    augment = draw_siamese_here(torch.Generator().manual_seed(2))
+    options = dict(
+        augmentation=lambda generator: augment, total_variation=0.7, pool=replace(FRESH, normalization="group")
+    )
+    synthetic = SyntheticSet.from_pictures(pictures, targets, 2)
+    stored, rows = synthetic.pixels.detach().clone(), torch.arange(2)
+    got = slopes_of(synthetic, (real, real_targets), **options)
+
+    network, _, _ = matching_of(synthetic, **options).pool.visit(0)
+    r = func_gradient(network, *augment(real, real_targets))
+
+    def objective(x: Tensor) -> Tensor:
+        s = func_gradient(network, *augment(*synthetic.decode(rows, x)))
+        return gradient_distance(s, r, "cosine") + 0.7 * total_variation(x, 2).mean()
+
+    torch.testing.assert_close(got, torch.func.grad(objective)(stored), atol=1e-8, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["cosine", "mse"])
 def test_double_backward_by_gradcheck(network, kind):
     pictures, targets = tiny_scene(2, size=8)
