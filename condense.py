@@ -33,7 +33,7 @@ from condensed_set import DECODED, STORED, Picture, draw_set, part_folder, read_
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
 from datasets.loader import seeded_generator
-from distill.gradient_matching import GradientMatching
+from distill.gradient_matching import GradientMatching, matched_parameters
 from distill.inversion import Inversion
 from distill.synthetic import SyntheticSet
 from errors import UserError, run_script
@@ -202,7 +202,18 @@ def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticS
 def build_learner(
     task: Task, synthetic: SyntheticSet, real: RealPictures, network: nn.Module | None
 ) -> GradientMatching | Inversion:
-    """What moves the pixels. UserError for an augmentation that joins pictures."""
+    """What moves the pixels. UserError for settings that it cannot learn by."""
+    c = task.condense
+    section = {"gradient_matching": "matching"}.get(c.method, c.method)
+    try:
+        return _build_learner(task, synthetic, real, network)
+    except ValueError as error:
+        raise UserError(f"key 'condense.{section}': {error}") from None
+
+
+def _build_learner(
+    task: Task, synthetic: SyntheticSet, real: RealPictures, network: nn.Module | None
+) -> GradientMatching | Inversion:
     c = task.condense
 
     def draw_augmentation(generator: torch.Generator):
@@ -212,10 +223,12 @@ def build_learner(
     if c.method == "inversion":
         settings = dataclasses.replace(c.inversion, seed=task.seed)
         return Inversion(synthetic, settings=settings, network=network, draw_augmentation=draw_augmentation)
+    build_network = lambda seed: models.build(task.arch, len(real.index.names))
+    matched_parameters(build_network(0), c.matching.layers)
     return GradientMatching(
         synthetic,
         settings=dataclasses.replace(c.matching, seed=task.seed),
-        build_network=lambda seed: models.build(task.arch, len(real.index.names)),
+        build_network=build_network,
         draw_real=real.draw(c.real_batch),
         draw_augmentation=draw_augmentation,
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from config import AugmentConfig, DataConfig, from_tree, to_tree
 from distill.canvas import CanvasSettings
+from distill.gradient_distance import DISTANCES
 from distill.gradient_matching import MatchingSettings
 from distill.inversion import InversionSettings
 from errors import UserError
@@ -171,9 +172,15 @@ class Task:
             if getattr(c, name) < 0:
                 raise UserError(f"{key}.{name}': found {getattr(c, name)}, expected a number, or 0 for never")
         for name in ("matching", "inversion"):
-            if getattr(c, name).seed:
-                found = getattr(c, name).seed
-                raise UserError(f"{key}.{name}.seed': found {found}, expected none: condense.seed is of the whole set")
+            settings = getattr(c, name)
+            if settings.seed:
+                found = f"{key}.{name}.seed': found {settings.seed}"
+                raise UserError(f"{found}, expected none: condense.seed is of the whole set")
+            if settings.steps < 0:
+                raise UserError(f"{key}.{name}.steps': found {settings.steps}, expected a number, or 0 for none")
+        if c.matching.distance not in DISTANCES:
+            found = f"{key}.matching.distance': found {c.matching.distance!r}"
+            raise UserError(f"{found}, expected one of {', '.join(DISTANCES)}")
 
     def check_source(self, count: int) -> None:
         """UserError where the source has too few pictures: each is used once, in one stored picture."""

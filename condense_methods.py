@@ -1,5 +1,6 @@
 """From real pictures to those that a synthetic set begins with: chosen, or put together; learning is in condense.py."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+from boxes import clip_boxes
 from condense_config import LEARNT, NetworkConfig, Task
 from config import DataConfig
 from datasets.loader import Batch, Loader, seeded_generator
@@ -40,9 +42,11 @@ class RealPictures:
         return len(self.index)
 
     def read(self, rows: list[int]) -> Batch:
+        """Boxes clipped to the squares: labels may reach past the edge of their picture by rounding."""
         batch = self.loader.read(rows)
-        counts = ~batch.targets.ignore
-        return Batch(batch.images, batch.targets[counts], batch.indices, batch.scale, batch.pad, batch.content_xyxy)
+        t = batch.targets[~batch.targets.ignore]
+        boxes_xyxy = clip_boxes(t.boxes_xyxy, self.image_size, self.image_size)
+        return dataclasses.replace(batch, targets=Targets(boxes_xyxy, t.labels, t.image, t.ignore))
 
     def draw(self, count: int) -> Callable[[torch.Generator], tuple[Tensor, Targets]]:
         """generator -> `count` different pictures at random (all, where there are fewer) and their targets."""

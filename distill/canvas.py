@@ -49,7 +49,7 @@ class CanvasSettings:
     class_agnostic: bool = False
     min_area: float = 0.2
     rounds: int = 10
-    score_threshold: float = 0.25
+    score_threshold: float = 0.05
 
 
 @dataclass(frozen=True, eq=False)

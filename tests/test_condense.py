@@ -55,6 +55,9 @@ def real(tmp_path_factory) -> Path:
                 picture[y : y + h, x : x + w] = (230, 40, 40) if label else (40, 220, 60)
                 row = ((x + w / 2) / WIDTH, (y + h / 2) / HEIGHT, w / WIDTH, h / HEIGHT)
                 rows.append(f"{label} " + " ".join(f"{value:.8f}" for value in row))
+            if number == 5:  # a box that ends 0.6 px past the edge, as rounding leaves some
+                picture[20:40, 50:] = (40, 220, 60)
+                rows.append(f"0 {57.3 / WIDTH:.8f} {30 / HEIGHT:.8f} {14.6 / WIDTH:.8f} {20 / HEIGHT:.8f}")
             Image.fromarray(picture).save(root / "images" / split / f"r{number:02}.png")
             (root / "labels" / split / f"r{number:02}.txt").write_text("".join(f"{row}\n" for row in rows))
     (root / "data.yaml").write_text("path: .\ntrain: images/train\ntest: images/test\nnames: [green, red]\n")
@@ -128,13 +131,13 @@ def test_a_set_is_an_ordinary_dataset_with_a_manifest(method, make, real, capsys
 
 
 def test_chosen_pictures_are_the_real_ones_without_padding(make, real):
-    folder = make("random", 5, seed=3)
+    folder = make("random", 12, seed=3)
     source = {s.image_path.name: s for s in open_dataset("yolo", real, "train").samples}
     names = manifest(folder)["source_pictures"]
-    assert len(set(names)) == 5
+    assert len(set(names)) == 12
     for name, sample in zip(names, open_dataset("yolo", folder, "train").samples):
         assert np.array_equal(Image.open(sample.image_path), Image.open(source[name].image_path))
-        np.testing.assert_allclose(sample.boxes_xyxy, source[name].boxes_xyxy, atol=1e-5)
+        np.testing.assert_allclose(sample.boxes_xyxy, source[name].boxes_xyxy.clip(max=[64, 48] * 2), atol=1e-5)
         assert sample.labels.tolist() == source[name].labels.tolist()
 
 
@@ -196,7 +199,7 @@ def test_small_objects_are_cut_out_with_more_context(make, monkeypatch):
     areas, margins = np.array(calls).T
     assert len(areas) > 20
     expected = 0.05 * 64 * (1 - (areas - areas.min()) / (areas.max() - areas.min()))
-    np.testing.assert_allclose(margins, expected, atol=1e-3)
+    np.testing.assert_allclose(margins, expected, atol=0.05)  # one area is of a clipped box
 
 
 def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
@@ -228,6 +231,12 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
         ({"method": "random", "inti": "noise"}, [], r"unknown key 'condense.inti', did you mean 'condense.init'"),
         ({"method": "gradient_matching", "matching": {"seed": 3}}, [], r"matching.seed': found 3, expected none"),
         ({"method": "gradient_matching", "augment": {"mosaic": 0.5}}, [], r"augment.mosaic: found 0.5, expected 0"),
+        ({"method": "gradient_matching", "matching": {"distance": "l3"}}, [], r"matching.distance': found 'l3'"),
+        ({"method": "gradient_matching", "matching": {"steps": -1}}, [], r"matching.steps': found -1"),
+        ({"method": "gradient_matching", "matching": {"optimizer": "adm"}}, [], r"matching': pixel optimizer 'adm'"),
+        ({"method": "inversion", "inversion": {"optimizer": "adm"}}, [], r"condense.inversion': pixel optimizer 'adm'"),
+        ({"method": "gradient_matching", "matching": {"layers": ["nose"]}}, [], r"layers: 'nose' begins no"),
+        ({"method": "gradient_matching", "matching": {"pool": {"networks": 0}}}, [], r"condense.matching': .*networks"),
         ({"method": "gradient_matching", "real_batch": 0}, [], r"condense.real_batch': found 0"),
         ({"method": "random"}, ["--seed", "1"], r"argument --seed: expected --row"),
         ({"method": "random"}, ["--row", "full"], r"expected a teacher and a term|argument --row"),
