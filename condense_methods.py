@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,9 +70,8 @@ class RealPictures:
         rows, labels, areas = [], [], []
         for row, sample in enumerate(self.index.samples):
             counts = ~sample.ignore
-            sides = (sample.boxes_xyxy[counts, 2:] - sample.boxes_xyxy[counts, :2]) * (
-                self.image_size / max(sample.width, sample.height)
-            )
+            boxes = np.clip(sample.boxes_xyxy[counts], 0, [sample.width, sample.height] * 2)
+            sides = (boxes[:, 2:] - boxes[:, :2]) * (self.image_size / max(sample.width, sample.height))
             rows.append(torch.full((int(counts.sum()),), row))
             labels.append(torch.from_numpy(sample.labels[counts]))
             areas.append(torch.from_numpy(sides.prod(1)))
