@@ -25,7 +25,7 @@ from checkpoint import CheckpointInfo
 from datasets.enhance import Enhancement, enhance
 from datasets.images import SUFFIXES, read_image
 from errors import UserError
-from onnx_detector import OnnxDetector, load_detector
+from onnx_files.detector import OnnxDetector, load_detector
 from processes import choose_device
 
 RUNS = Path("runs")

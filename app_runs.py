@@ -16,7 +16,7 @@ from config import Config, TermConfig, from_tree
 from datasets.letterbox import letterbox
 from distill.terms import LOSSES
 from heat_maps import attention_heat, grid, heat_colors, overlay, to_pictures
-from onnx_detector import SUFFIX, OnnxDetector
+from onnx_files.detector import SUFFIX, OnnxDetector
 from predict import Predictor
 from run_folder import RunFolder
 from structures import Detections

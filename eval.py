@@ -35,7 +35,7 @@ from metrics import coco
 from metrics.coco_files import write_coco_detections
 from metrics.files import TEXT_BOXES, read_detections, read_ground_truth, read_names
 from metrics.tables import inclusive_to_continuous
-from onnx_detector import load_detector
+from onnx_files.detector import load_detector
 from processes import choose_device
 from run_folder import write_text
 

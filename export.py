@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-import onnx_graph
 from checkpoint import CheckpointInfo
 from config import load_config
 from datasets.images import read_image
@@ -43,9 +42,10 @@ from errors import UserError, require, run_script
 from evaluation import EvaluationResult, evaluate_model
 from fusion import fuse
 from kernels.nms import select_detections
-from onnx_detector import SUFFIX, OnnxDetector, open_session
-from onnx_graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
-from onnx_int8 import quantize
+from onnx_files import graph as onnx_graph
+from onnx_files.detector import SUFFIX, OnnxDetector, open_session
+from onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
+from onnx_files.int8 import quantize
 from plots import spread
 from predict import plural
 from run_folder import RunFolder, commit, write_bytes
@@ -90,16 +90,18 @@ def choose_pictures(args: argparse.Namespace, test: DatasetIndex | None) -> tupl
     if args.pictures:
         return [picture.path for picture in find_pictures(args.pictures)[:CHECK_PICTURES]], "of --pictures"
     if test is None:
-        test = find_test_split(RunFolder(args.checkpoint.resolve().parent.parent))
+        test = find_test_split(args.checkpoint.resolve().parent)
     if test is None:
         return [], "drawn for it"
     return [sample.image_path for sample in spread(test, CHECK_PICTURES).samples], "of the test split"
 
 
-def find_test_split(run: RunFolder) -> DatasetIndex | None:
-    """None where the folder is no run's, or its dataset is elsewhere."""
+def find_test_split(weights: Path) -> DatasetIndex | None:
+    """Of the run whose folder of weights it is; None where it is no run's, or its dataset is elsewhere."""
+    if weights.name != "weights":
+        return None
     try:
-        data = load_config(run.config).data
+        data = load_config(RunFolder(weights.parent).config).data
         return open_dataset(data.format, data.root, data.test)
     except UserError:
         return None

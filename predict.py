@@ -37,7 +37,7 @@ from drawing import draw_detections
 from errors import UserError, run_script
 from fusion import fuse
 from interruption import StopSignals
-from onnx_detector import load_detector
+from onnx_files.detector import load_detector
 from prediction_files import PredictionFiles, complete_file, count_words, drawn_path
 from processes import choose_device, use_bfloat16
 from progress import Progress

@@ -12,11 +12,11 @@ from torch import nn
 import checkpoint
 import export
 import models
-import onnx_graph
 from datasets.images import read_image
 from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
 from fusion import fuse
+from onnx_files import graph as onnx_graph
 from predict import Predictor
 from sources import find_pictures
 from teachers.rtdetr import RTDETR
@@ -306,7 +306,7 @@ def small_rtdetr():
 def test_rtdetr(tmp_path, monkeypatch, capsys):
     """Nothing is suppressed in it, queries may change places, and its thresholds are those of any detector."""
     pytest.importorskip("onnxscript")
-    from onnx_detector import load_onnx
+    from onnx_files.detector import load_onnx
 
     model, info = small_rtdetr(), checkpoint.CheckpointInfo("rtdetr_r18vd", NAMES, SIZE)
     monkeypatch.setattr(checkpoint, "load_model", lambda *args: (model, info))
@@ -340,7 +340,7 @@ def test_sizes_stay_free(arch):
 def test_yolov5_on_photographs(tmp_path, capsys):
     """The public detector of helmets and vests where it is at hand, else weights by their names on drawn pictures."""
     pytest.importorskip("onnxscript")
-    from onnx_detector import load_detector
+    from onnx_files.detector import load_detector
 
     data = ROOT.parent / "shared" / "data"
     path, photos, options = save_model(tmp_path / "model.pt", "yolov5n"), [], []

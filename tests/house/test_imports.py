@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-FOLDERS = {"yolo", "frcnn", "teachers", "distill", "datasets", "metrics", "kernels"}
+FOLDERS = {"yolo", "frcnn", "teachers", "distill", "datasets", "metrics", "kernels", "onnx_files"}
 BASE = {"structures", "boxes", "errors", "yaml_files"}
 ALLOWED = {  # of the project's own modules
     "structures": BASE,
@@ -29,6 +29,7 @@ ALLOWED = {  # of the project's own modules
     "yolo": BASE | {"weights", "kernels", "transformer", "fusion"},
     "frcnn": BASE | {"weights", "kernels", "transformer", "fusion"},
     "teachers": BASE | {"weights", "kernels", "transformer", "fusion"},
+    "onnx_files": BASE | {"kernels", "checkpoint"},
     "distill": BASE | {"kernels"},
     "distill.criterion": BASE | {"kernels", "config"},
 }

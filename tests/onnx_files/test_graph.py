@@ -6,7 +6,7 @@ import torch
 
 from errors import UserError
 from kernels.nms import select_detections
-from onnx_graph import (
+from onnx_files.graph import (
     DETECTIONS,
     FORMAT,
     PREFIX,
@@ -24,8 +24,8 @@ pytest.importorskip("onnxruntime")
 
 from onnx import helper, parser  # noqa: E402
 
-from onnx_detector import open_session  # noqa: E402
-from onnx_int8 import float_nodes  # noqa: E402
+from onnx_files.detector import open_session  # noqa: E402
+from onnx_files.int8 import float_nodes  # noqa: E402
 
 INFO = GraphInfo("yolov8n", ("disk", "Störche, weiß"), 160, True, "float32", "ours", None)
 PASSED_THROUGH = """

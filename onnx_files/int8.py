@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from errors import require
-from onnx_graph import without_warnings
+from onnx_files.graph import without_warnings
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -34,7 +34,7 @@ class _Reader:
 
 
 def quantize(model: "ModelProto", images: Iterable[np.ndarray]) -> "ModelProto":
-    """A graph of onnx_graph.trace and calibration images (1, 3, H, W) float32 in [0, 1] -> the graph in int8.
+    """A graph of graph.trace and calibration images (1, 3, H, W) float32 in [0, 1] -> the graph in int8.
 
     Inputs and outputs stay float32. Everything that some convolution still needs is quantized, as far as OPERATORS
     name it, and so are the convolutions themselves, but the last ones.

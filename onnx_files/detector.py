@@ -16,7 +16,7 @@ import checkpoint
 from checkpoint import CheckpointInfo
 from errors import UserError, require
 from kernels.nms import select_detections
-from onnx_graph import DETECTIONS, GraphInfo, float32_at_most, read_info
+from onnx_files.graph import DETECTIONS, GraphInfo, float32_at_most, read_info
 from structures import Detections
 
 if TYPE_CHECKING:

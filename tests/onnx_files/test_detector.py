@@ -16,7 +16,7 @@ import predict
 from datasets import open_dataset
 from datasets.loader import Loader
 from errors import UserError
-from onnx_detector import load_detector, load_onnx
+from onnx_files.detector import load_detector, load_onnx
 from tests.exporting import NAMES
 from tests.tiny_training import SIZE
 
