@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,10 @@ def learn(
     progress.start(c.method, total, learner.steps_done)
     try:
         learner.run(on_step)
+    except UserError:
+        if learner.steps_done == 0:
+            shutil.rmtree(part)  # its networks cannot be learnt by: nothing to go on with
+        raise
     finally:
         progress.finish()
     if rows:

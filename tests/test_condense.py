@@ -237,6 +237,7 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
         ({"method": "inversion", "inversion": {"optimizer": "adm"}}, [], r"condense.inversion': pixel optimizer 'adm'"),
         ({"method": "gradient_matching", "matching": {"layers": ["nose"]}}, [], r"layers: 'nose' begins no"),
         ({"method": "gradient_matching", "matching": {"pool": {"networks": 0}}}, [], r"condense.matching': .*networks"),
+        ({"method": "gradient_matching", "arch": "rtdetr_r18vd"}, [], r"has no losses: it cannot be trained"),
         ({"method": "gradient_matching", "real_batch": 0}, [], r"condense.real_batch': found 0"),
         ({"method": "random"}, ["--seed", "1"], r"argument --seed: expected --row"),
         ({"method": "random"}, ["--row", "full"], r"expected a teacher and a term|argument --row"),
