@@ -44,6 +44,7 @@ from processes import choose_device
 from progress import Progress
 from structures import Targets
 from study import StudyFile, load_study, sets_folder, task_of
+from train import MEMORY_EXIT_CODE, is_out_of_memory
 
 
 def main(argv: list[str]) -> None:
@@ -61,16 +62,16 @@ def main(argv: list[str]) -> None:
             raise UserError("argument --seed: expected --row beside it; condense.seed=N is the seed of one set")
         file = from_tree(StudyFile, read_tree(arguments.config, arguments.overrides), source=arguments.config)
         if "method" not in file.condense:
-            advice = (
-                f"condense.method=NAME, or --row with one of {', '.join(file.rows)}" if file.rows else "method: NAME"
-            )
+            advice = "condense.method=NAME, or --row NAME" if file.rows else "condense.method=NAME"
             raise UserError(f"{arguments.config}: key 'condense.method' is missing, expected {advice}")
         config, task = file, task_of(file, file.condense, arguments.config).with_seed(file.seed)
     else:
         study = load_study(arguments.config, arguments.overrides)
         row = next((row for row in study.rows if row.name == arguments.row), None)
         if row is None or row.task is None:
-            known = ", ".join(row.name for row in study.rows if row.task is not None) or "no row: none has `condense`"
+            known = (
+                ", ".join(row.name for row in study.rows if row.task is not None) or "a study with rows that condense"
+            )
             raise UserError(f"argument --row: found {arguments.row!r}, expected {known}")
         seed = row.seeds[0] if arguments.seed is None else arguments.seed
         config, task = study.config, row.task.with_seed(seed)
@@ -105,6 +106,11 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
         except StopRequested:
             print(f"stopped, saved in {part}; the same command goes on", flush=True)
             raise SystemExit(stop.exit_code) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = "use a smaller image_size, fewer pictures, or matching networks of another arch"
+            raise UserError(f"out of memory: {str(error).split(chr(10))[0]}; {advice}", MEMORY_EXIT_CODE) from None
 
 
 def refuse_other(settings: dict[str, Any], task: Task, folder: Path) -> None:

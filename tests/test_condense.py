@@ -255,7 +255,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(section, changes, 
 def test_a_config_without_the_section_is_told(real, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(to_tree(tiny_config(real, tmp_path / "runs"))))
-    with pytest.raises(UserError, match=r"key 'condense.method' is missing, expected method: NAME"):
+    with pytest.raises(UserError, match=r"key 'condense.method' is missing, expected condense.method=NAME"):
         condense.main([str(path)])
     condense.main([str(path), "condense.method=random", "condense.pictures=2", "condense.seed=4"])
     assert [p.name[:15] for p in (tmp_path / "runs" / "tiny" / "sets").iterdir()] == ["random_2_seed4_"]
@@ -274,6 +274,16 @@ def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
     with pytest.raises(UserError, match=r"mine: holds no finished set, expected a new folder"):
         make("random", 3, "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_no_memory_is_one_line(make, monkeypatch, tmp_path):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore")
+
+    monkeypatch.setattr(condense, "first_layout", fail)
+    with pytest.raises(UserError, match=r"^out of memory: .* 9 bytes.; use a smaller image_size") as raised:
+        make("random")
+    assert raised.value.exit_code == 4 and not list(tmp_path.glob("out*"))
 
 
 def test_a_network_of_other_classes_is_refused(make, network, tmp_path):
