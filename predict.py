@@ -37,7 +37,7 @@ from drawing import draw_detections
 from errors import UserError, run_script
 from fusion import fuse
 from interruption import StopSignals
-from onnx_files.detector import load_detector
+from onnx_files.detector import OnnxDetector, load_detector
 from prediction_files import PredictionFiles, complete_file, count_words, drawn_path
 from processes import choose_device, use_bfloat16
 from progress import Progress
@@ -323,9 +323,12 @@ def main(argv: list[str]) -> int:
     check_videos(sources)
     device = choose_device(args.device)
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision)
+    image_size = args.image_size or info.image_size
+    if isinstance(model, OnnxDetector):
+        model.check_size(image_size, image_size)
     predictor = Predictor(
         model,
-        image_size=args.image_size or info.image_size,
+        image_size=image_size,
         score_threshold=args.score_threshold,
         iou_threshold=args.nms_iou,
         max_detections=args.max_detections,

@@ -59,16 +59,19 @@ class OnnxDetector(nn.Module):
 
     def forward(self, images: Tensor) -> OnnxOutput:
         """images (B, 3, H, W) float in [0, 1]. UserError where the file takes another size."""
-        found = tuple(images.shape[2:])
-        if self.size is not None and found != self.size:
-            wanted = f"expected {self.size[1]}, or a file exported with --dynamic"
-            raise UserError(f"{self.path}: found pictures of {found[1]} px, {wanted}")
+        self.check_size(*images.shape[2:])
         images = images.detach().float().cpu()
         if self.has_selection:
             return OnnxOutput(images, None, None)
         parts = [self.session.run(None, {"images": part.numpy()}) for part in self._parts(images)]
         boxes_xyxy, scores = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
         return OnnxOutput(images, boxes_xyxy, scores)
+
+    def check_size(self, height: int, width: int) -> None:
+        """UserError where the file takes another size."""
+        if self.size is not None and (height, width) != self.size:
+            wanted = f"expected {self.size[1]}, or a file exported with --dynamic"
+            raise UserError(f"{self.path}: found pictures of {width} px, {wanted}")
 
     def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
         return images.contiguous().split(1 if self.is_single else max(1, len(images)))

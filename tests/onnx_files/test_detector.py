@@ -159,10 +159,13 @@ def test_what_does_not_fit_is_refused(exported, index, tmp_path):
         load_detector(exported.fixed, "yolov8s")
     with pytest.raises(UserError, match=r"fixed\.onnx: computes in float32, found the precision bfloat16"):
         load_detector(exported.fixed, precision="bfloat16")
-    with pytest.raises(
-        UserError, match=rf"found pictures of 96 px, expected {SIZE}, or a file exported with --dynamic"
-    ):
+    size = rf"found pictures of 96 px, expected {SIZE}, or a file exported with --dynamic"
+    with pytest.raises(UserError, match=size):
         eval.main([str(exported.fixed), "yolo", str(exported.data), "test", "--image-size", "96"])
+    with pytest.raises(UserError, match=size):
+        pictures, output = str(exported.data / "images"), str(tmp_path / "out")
+        predict.main([str(exported.fixed), pictures, "--image-size", "96", "--json", "--output", output])
+    assert not (tmp_path / "out").exists()
     other = shutil.copytree(exported.data, tmp_path / "other")
     text = (other / "data.yaml").read_text()
     (other / "data.yaml").write_text(text.replace("[green, red]", "[cat, dog]"))
