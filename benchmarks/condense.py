@@ -61,7 +61,7 @@ def measure(arch: str, stored: int, in_step: int, image_size: int, steps: int) -
         draw_real=lambda generator: noise_batch(PICTURES, image_size, generator),
         draw_augmentation=lambda generator: draw_siamese(generator=generator, settings=augmentation),
     )
-    matching.step()  # on a fresh network, before which nothing is trained
+    matching.step()  # makes the network
     seconds, cpu = [], []
     for _ in range(steps):
         start, cpu_start = time.perf_counter(), time.process_time()

@@ -69,7 +69,7 @@ class MatchingSettings:
     pictures_per_step: int = 0
     pictures_at_once: int = 8
     optimizer: str = "adam"
-    learning_rate: float = 0.01
+    learning_rate: float = 0.005
     momentum: float = 0.5
     total_variation: float = 0.0
     pool: PoolSettings = field(default_factory=PoolSettings)

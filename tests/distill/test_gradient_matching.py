@@ -27,7 +27,7 @@ from errors import UserError
 from structures import Targets
 from tests.distill.tiny_detector import TinyDetector, build_tiny, tiny_scene
 
-FRESH = PoolSettings(networks=1, steps_between=0, normalization="batch")  # every step a fresh network, never trained
+FRESH = PoolSettings(networks=1, first_steps=0, steps_between=0, normalization="batch")  # a new network for each step
 LEARNING_RATE = 1e-4  # so small that no pixel is clipped
 AUGMENT = AugmentConfig(mosaic=0.0, scale=0.3, translate=0.1, degrees=5.0, flip_vertical=0.5)
 

@@ -25,7 +25,7 @@ def pool_of(build=build_tiny, seed: int = 0, **settings) -> NetworkPool:
     pictures, targets = tiny_scene(6)
     return NetworkPool(
         build,
-        settings=PoolSettings(**settings),
+        settings=PoolSettings(**{"first_steps": 0} | settings),
         draw_real=lambda generator: (pictures + 0.01 * torch.rand(1, generator=generator), targets),
         draw_augmentation=None,
         seed=seed,
