@@ -247,6 +247,24 @@ def test_real_pictures_match_themselves_under_any_augmentation():
     assert other.relative > 0.01
 
 
+def test_several_real_batches_are_one_large_one():
+    real, real_targets = tiny_scene(6, seed=1)
+    halves = list(chunks(real, real_targets, 3))
+    pool = replace(FRESH, normalization="group")
+    whole = slopes_of(SyntheticSet(*tiny_scene(3)), (real, real_targets), pool=pool)
+    synthetic = SyntheticSet(*tiny_scene(3))
+    before = synthetic.pixels.detach().clone()
+    matching = matching_of(synthetic, pool=pool, real_batches=2)
+    draws = iter(halves)
+    matching._draw_real = lambda generator: next(draws)
+    matching.step()
+    torch.testing.assert_close((before - synthetic.pixels.detach()) / LEARNING_RATE, whole, atol=1e-9, rtol=1e-7)
+    assert not list(draws)
+    for name in ("real_batches", "pictures_at_once"):
+        with pytest.raises(ValueError, match="expected real_batches and pictures_at_once of 1 or more"):
+            matching_of(synthetic, **{name: 0})
+
+
 def test_the_assignment_is_the_same_in_both_derivatives_and_constant(monkeypatch):
     seen, original = [], yolo.losses.task_aligned_assignment
     monkeypatch.setattr(
