@@ -27,9 +27,10 @@ from yaml_files import dump_yaml
 WIDTH, HEIGHT = 64, 48
 NAMES = ("green", "red")
 CHEAP = [method for method in METHODS if method not in LEARNT]
+POOL = {"networks": 1, "first_steps": 0, "steps_between": 1}
 QUICK = {
     "arch": "yolov8p",
-    "matching": {"steps": 2, "pool": {"networks": 1, "steps_between": 1}},
+    "matching": {"steps": 2, "pool": POOL},
     "inversion": {"steps": 2},
     "real_batch": 2,
 }
@@ -101,7 +102,7 @@ def manifest(folder):
 
 EXTRA = {
     "mosaic": {"formation": 2},
-    "gradient_matching": {"formation": 2, "matching": {"steps": 1}},
+    "gradient_matching": {"formation": 2, "matching": {"steps": 1, "pool": POOL}},
     "canvas": {"canvas": {"rounds": 2}},
 }
 
@@ -298,7 +299,7 @@ def test_a_network_of_other_classes_is_refused(make, network, tmp_path):
 
 @pytest.mark.parametrize("method", LEARNT)
 def test_stopped_and_gone_on_with_ends_with_the_same_bytes(method, make, tmp_path, monkeypatch):
-    section = {"matching": {"steps": 4, "pool": {"networks": 1, "steps_between": 1}}, "inversion": {"steps": 4}}
+    section = {"matching": {"steps": 4, "pool": POOL}, "inversion": {"steps": 4}}
     section |= {"picture_every_steps": 2, "init": "noise"}
     whole = make(method, 2, "whole", **section)
     learner = {"gradient_matching": condense.GradientMatching, "inversion": condense.Inversion}[method]
