@@ -1,0 +1,29 @@
+"""Gradient matching of tiny scenes, as its tests run it."""
+
+import torch
+
+from config import AugmentConfig
+from datasets.augment import draw_siamese
+from distill.gradient_matching import GradientMatching, MatchingSettings
+from distill.network_pool import PoolSettings
+from tests.distill.tiny_detector import build_tiny, tiny_scene
+
+FRESH = PoolSettings(networks=1, first_steps=0, steps_between=0, normalization="batch")  # a new network for each step
+LEARNING_RATE = 1e-4  # so small that no pixel is clipped
+AUGMENT = AugmentConfig(mosaic=0.0, scale=0.3, translate=0.1, degrees=5.0, flip_vertical=0.5)
+
+
+def draw_siamese_here(generator: torch.Generator):
+    return draw_siamese(generator=generator, settings=AUGMENT)
+
+
+def matching_of(synthetic, real=None, build=build_tiny, augmentation=None, **settings) -> GradientMatching:
+    real = real if real is not None else tiny_scene(5, seed=1)
+    defaults = dict(optimizer="sgd", momentum=0.0, learning_rate=LEARNING_RATE, pool=FRESH)
+    return GradientMatching(
+        synthetic,
+        settings=MatchingSettings(**defaults | settings),
+        build_network=build,
+        draw_real=lambda generator: real,
+        draw_augmentation=augmentation,
+    )
