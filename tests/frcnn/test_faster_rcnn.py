@@ -422,13 +422,16 @@ def test_learns_two_pictures():
         if isinstance(module, BatchNorm):
             module.freeze()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    for _ in range(60):  # at 30 steps the classes are learnt or not quite, by the rounding of the number of threads
+    history = []
+    for _ in range(45):
         terms = model.losses(model(images), targets)
+        history.append([terms["rpn_objectness"].item(), terms["roi_class"].item()])
         optimizer.zero_grad()
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
-    assert terms["rpn_objectness"] < 0.1 and terms["roi_class"] < 0.5
+    objectness, classes = torch.tensor(history)[-15:].mean(0)  # each step samples other regions
+    assert objectness < 0.1 and classes < 0.5
     with torch.no_grad():
         found = model.eval().detect(model(images), score_threshold=0.05, iou_threshold=0.5, max_detections=10)
     every = [(score.item(), row, label, box) for row, d in enumerate(found) for box, score, label in d]
