@@ -70,6 +70,8 @@ bench: setup  ## Every table of benchmarks/; peers are printed where they are in
 	$(BIN)/python benchmarks/distill_step.py
 	$(BIN)/python benchmarks/evaluator.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python -m benchmarks.frcnn
+	$(BIN)/python benchmarks/condense.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -12,8 +12,7 @@ from distill.features import (
     feature_mse,
     score_weighted_l2,
 )
-from kernels.channel_wise_kl import channel_kl_eager
-from kernels.channel_wise_kl import log_softmax_over_pixels as OVER_PIXELS
+from kernels.channel_wise_kl import channel_kl_eager, log_softmax_over_pixels
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.mutants.maps import every_map_loss, maps, shapes
 from tests.distill.properties import (
@@ -103,7 +102,9 @@ CASES = [
             "mean over pixels": Edit(".sum(-1)", ".mean(-1)", channel_kl_eager),
             "sum over channels": Edit("kl.mean()", "kl.sum(1).mean()", channel_kl_eager),
             "softmax over channels": Edit(
-                "F.log_softmax(logits.flatten(2), dim=-1)", "F.log_softmax(logits.flatten(2), dim=1)", OVER_PIXELS
+                "F.log_softmax(logits.flatten(2), dim=-1)",
+                "F.log_softmax(logits.flatten(2), dim=1)",
+                log_softmax_over_pixels,
             ),
             "student without temperature": Edit(
                 "in (s_map, t_map)", "in (temperature * s_map, t_map)", channel_kl_eager
@@ -114,7 +115,9 @@ CASES = [
             "cross-entropy": cross_entropy_over_pixels,
             "teacher learns": Edit("t_map.detach()", "t_map", channel_kl_eager),
             "log of a softmax": Edit(
-                "F.log_softmax(logits.flatten(2), dim=-1)", "logits.flatten(2).softmax(-1).log()", OVER_PIXELS
+                "F.log_softmax(logits.flatten(2), dim=-1)",
+                "logits.flatten(2).softmax(-1).log()",
+                log_softmax_over_pixels,
             ),
         },
     ),
