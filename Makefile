@@ -25,7 +25,7 @@ app: setup  ## The demo in a browser, at http://localhost:8501, with the models 
 
 browser: setup  ## The demo's test in headless Chromium, which has to be installed; SCREENSHOTS=. takes the README's
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-browser.txt
-	$(BIN)/python -m pytest tests/test_app_browser.py
+	$(BIN)/python -m pytest tests/web_demo/test_browser.py
 
 test: setup  ## Everything CI runs
 	$(BIN)/python -m ruff check .

@@ -17,16 +17,15 @@ from PIL import Image
 from starlette.formparsers import MultiPartParser
 from torch import nn
 
-import app_pictures
-import app_runs
-from app_pictures import MAX_MEGABYTES, MAX_MEGAPIXELS
-from app_runs import Result, Run
 from checkpoint import CheckpointInfo
 from datasets.enhance import Enhancement, enhance
 from datasets.images import SUFFIXES, read_image
 from errors import UserError
 from onnx_files.detector import OnnxDetector, load_detector
-from processes import choose_device
+from runtime.processes import choose_device
+from web_demo import gallery, run_views
+from web_demo.gallery import MAX_MEGABYTES, MAX_MEGAPIXELS
+from web_demo.run_views import Result, Run
 
 RUNS = Path("runs")
 COMPARE, EXPLAIN = "Compare two models", "What distillation did"
@@ -49,7 +48,7 @@ def main() -> None:
     st.set_page_config(page_title="Retort", layout="wide")
     keep_uploads_in_memory()
     st.title("Retort: what did distillation buy me?")
-    runs = app_runs.find_runs(RUNS.resolve())
+    runs = run_views.find_runs(RUNS.resolve())
     if not runs:
         st.info(f"There is no trained model below {RUNS.resolve()} yet. This trains four, in some minutes:")
         st.code("make demo", language="sh")
@@ -60,7 +59,7 @@ def main() -> None:
         picture = choose_picture(right)
         steps = choose_enhancement()
         thresholds = choose_thresholds()
-        titles = app_runs.short_names([left.name, right.name])
+        titles = run_views.short_names([left.name, right.name])
         models = {title: load(run.weights, run.version) for title, run in zip(titles, (left, right))}
     except UserError as error:
         st.error(str(error))
@@ -98,7 +97,7 @@ def device() -> torch.device:
 
 def choose_models(runs: dict[str, Run]) -> tuple[Run, Run]:
     names = list(runs)
-    first, second = app_runs.default_pair(names)
+    first, second = run_views.default_pair(names)
     st.sidebar.header("Models")
     left = st.sidebar.selectbox("Left model", names, index=names.index(first), key="left")
     right = st.sidebar.selectbox("Right model", names, index=names.index(second), key="right")
@@ -110,19 +109,19 @@ def choose_picture(run: Run) -> np.ndarray | None:
     st.sidebar.header("Picture")
     source = st.sidebar.radio("Where from", (BUILT_IN, FROM_RUN, UPLOAD), horizontal=True, key="source")
     if source == BUILT_IN:
-        name = st.sidebar.selectbox("Built-in picture", list(app_pictures.BUILT_IN), key="built_in")
-        return app_pictures.built_in_picture(name)
+        name = st.sidebar.selectbox("Built-in picture", list(gallery.BUILT_IN), key="built_in")
+        return gallery.built_in_picture(name)
     if source == FROM_RUN:
         paths = find_test_pictures(str(run.folder.path), run)
-        return app_pictures.shrink(read_image(paths[st.sidebar.selectbox("Test picture", list(paths), key="test")]))
+        return gallery.shrink(read_image(paths[st.sidebar.selectbox("Test picture", list(paths), key="test")]))
     st.sidebar.caption(
         f"JPEG, PNG, BMP or WebP of at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels. It stays in this "
-        f"server's memory; what is larger than {app_pictures.WORKING_SIDE} pixels a side is shrunk."
+        f"server's memory; what is larger than {gallery.WORKING_SIDE} pixels a side is shrunk."
     )
     file = st.sidebar.file_uploader(
         "Your picture", type=[s.removeprefix(".") for s in SUFFIXES], max_upload_size=MAX_MEGABYTES, key="upload"
     )
-    return None if file is None else app_pictures.read_upload(file.getvalue())
+    return None if file is None else gallery.read_upload(file.getvalue())
 
 
 @st.cache_data(max_entries=8, show_spinner="Reading the test split")
@@ -130,7 +129,7 @@ def find_test_pictures(folder: str, _run: Run) -> dict[str, Path]:
     config = _run.config()
     if config is None:
         raise UserError(f"{_run.folder.config}: no such file, so the run's test split is not known")
-    return app_pictures.find_test_pictures(config)
+    return gallery.find_test_pictures(config)
 
 
 def choose_enhancement() -> Enhancement:
@@ -178,16 +177,16 @@ def show_results(
     models: dict[str, tuple[nn.Module, CheckpointInfo]],
     thresholds: tuple[float, float],
 ) -> None:
-    results = detect(app_pictures.digest(enhanced), tuple(models), thresholds, enhanced, models)
+    results = detect(gallery.digest(enhanced), tuple(models), thresholds, enhanced, models)
     named = {name: (result.found, models[name][1].names) for name, result in results.items()}
-    views = {"picture": app_pictures.shown(picture), "enhanced": app_pictures.shown(enhanced)}
-    views |= {name: app_pictures.shown_with(enhanced, *pair) for name, pair in named.items()}
+    views = {"picture": gallery.shown(picture), "enhanced": gallery.shown(enhanced)}
+    views |= {name: gallery.shown_with(enhanced, *pair) for name, pair in named.items()}
     pictures, numbers = st.columns([2, 1])
     places = [place for _ in range(2) for place in pictures.columns(2)]
     for place, (title, view) in zip(places, views.items()):
         place.image(view, caption=title, width="stretch", output_format="JPEG")
     numbers.subheader("Found")
-    numbers.dataframe(app_runs.count_classes(named), hide_index=True)
+    numbers.dataframe(run_views.count_classes(named), hide_index=True)
     numbers.subheader("Latency")
     for name, result in results.items():
         numbers.metric(name, f"{result.milliseconds:.1f} ms")
@@ -195,7 +194,7 @@ def show_results(
         f"{name}: ONNX, {m.info.precision}, cpu." for name, (m, _) in models.items() if isinstance(m, OnnxDetector)
     ]
     numbers.caption(
-        f"Median of {app_runs.ROUNDS} rounds in turns, from letterbox to suppression; one picture, float32, "
+        f"Median of {run_views.ROUNDS} rounds in turns, from letterbox to suppression; one picture, float32, "
         f"device {device().type}, threads {torch.get_num_threads()}. {' '.join(graphs)}"
     )
     show_divided(views)
@@ -210,7 +209,7 @@ def show_divided(views: dict[str, Image.Image]) -> None:
     left = first.selectbox("Left of the divider", names, index=len(names) - 2, key="wipe_left")
     right = second.selectbox("Right of the divider", names, index=len(names) - 1, key="wipe_right")
     share = st.slider("Divider", 0, 100, 50, key="divider", format="%d %%")
-    whole = app_pictures.wipe(views[left], views[right], share / 100)
+    whole = gallery.wipe(views[left], views[right], share / 100)
     st.image(whole, caption=f"{left} | {right}", output_format="JPEG")
 
 
@@ -224,7 +223,7 @@ def detect(
 ) -> dict[str, Result]:
     """Kept by the first three arguments: Streamlit's own digest of a large array looks at a part of it."""
     score, iou = thresholds
-    return app_runs.compare(_models, _picture, score_threshold=score, iou_threshold=iou, device=device())
+    return run_views.compare(_models, _picture, score_threshold=score, iou_threshold=iou, device=device())
 
 
 # ---------------------------------------------------------------- what distillation did
@@ -239,11 +238,11 @@ def explain(
     """runs and models: both, by their titles; right: the run whose terms are explained."""
     st.markdown(EXPLANATION)
     config = right.config()
-    terms = app_runs.term_columns(config) if config else {}
+    terms = run_views.term_columns(config) if config else {}
     if terms:
         st.subheader(f"What {right.name} was taught")
         for term in terms.values():
-            st.text(app_runs.describe_term(term))
+            st.text(run_views.describe_term(term))
     elif config:
         st.info(f"{right.name} was trained without a teacher: choose a distilled run as the right model.")
     else:
@@ -253,8 +252,8 @@ def explain(
         with st.expander("The comparison that both belong to", expanded=True):
             st.markdown(table.read_text(encoding="utf-8").partition("\n")[2])
     show_curves(runs, list(terms))
-    teachers = app_runs.find_teachers(config) if config else {}
-    shown = app_runs.with_maps(models)
+    teachers = run_views.find_teachers(config) if config else {}
+    shown = run_views.with_maps(models)
     for name, path in teachers.items():
         shown[f"teacher {name}"] = load(path, path.stat().st_mtime)
     show_maps(shown, enhanced, tuple(name for term in terms.values() for name in term.student_maps))
@@ -266,8 +265,8 @@ def explain(
 
 def show_curves(runs: dict[str, Run], terms: list[str]) -> None:
     st.subheader("Curves")
-    titles = app_runs.CURVES | {name.removeprefix("train/"): name for name in terms}
-    curves = {title: app_runs.read_curves(runs, column) for title, column in titles.items()}
+    titles = run_views.CURVES | {name.removeprefix("train/"): name for name in terms}
+    curves = {title: run_views.read_curves(runs, column) for title, column in titles.items()}
     curves = {title: rows for title, rows in curves.items() if rows["epoch"]}
     if not curves:
         st.info("These runs have written no metrics.csv yet.")
@@ -285,13 +284,13 @@ def show_maps(
 ) -> None:
     """taught: names of maps, of which the first known one is shown first."""
     st.subheader("Where the maps are strong")
-    names = app_runs.map_names([model for model, _ in models.values()])
+    names = run_views.map_names([model for model, _ in models.values()])
     if not names:
         st.info("These models have no map of the same name.")
         return
     first = next((names.index(name) for name in taught if name in names), 0)
     name = st.selectbox("Map", names, index=first, key="map")
-    st.image(draw_heat(app_pictures.digest(picture), tuple(models), name, picture, models), output_format="JPEG")
+    st.image(draw_heat(gallery.digest(picture), tuple(models), name, picture, models), output_format="JPEG")
     st.caption("The mean absolute value over a map's channels, from the least (black) to the most (white) of each map.")
 
 
@@ -304,7 +303,7 @@ def draw_heat(
     _models: dict[str, tuple[nn.Module, CheckpointInfo]],
 ) -> Image.Image:
     """Kept as by `detect`."""
-    return app_runs.heat_sheet(_models, _picture, map_name)
+    return run_views.heat_sheet(_models, _picture, map_name)
 
 
 main()

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 import models
 import weights
-from class_names import released_names
 from errors import UserError
+from evaluation.class_names import released_names
 
 FORMAT = 1
 DISK_EXIT_CODE = 5

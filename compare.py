@@ -11,8 +11,8 @@ A config with teachers and terms is trained as
     longer      the student alone, for as many epochs as baseline and teachers together: what the time spent on the
                 teacher would have bought without it (absent where every teacher came with weights)
 
-How a file lists rows of its own, also of students that train on synthetic sets, is said in study.py. All rows are
-trained with the first seed, then all with the next.
+How a file lists rows of its own, also of students that train on synthetic sets, is said in comparison/study.py. All
+rows are trained with the first seed, then all with the next.
 
 comparison.md, comparison.json and comparison.png in <runs>/<name>/ are written anew after every run, and say which runs
 are missing. Numbers are those of the last EMA weights on the test split; no epoch is selected on it. A run that is
@@ -26,20 +26,20 @@ import json
 import shutil
 from pathlib import Path
 
-import comparison_plot
 import models
-import run_folder
 import train
-from comparison_table import Result, as_json, markdown
+from comparison import plot
+from comparison.condensed_table import condensed_markdown, condensed_tree
+from comparison.study import Row, Study, last_weights, load_study
+from comparison.table import Result, as_json, markdown
 from condense import condense
-from condensed_table import condensed_markdown, condensed_tree
 from config import Config, from_tree, to_tree
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from errors import UserError, run_script
-from study import Row, Study, last_weights, load_study
-from teaching import build_teachers
-from training_parts import build_criterion, build_student, training_set
+from runtime import run_folder
+from training.building import build_criterion, build_student, training_set
+from training.teaching import build_teachers
 from yaml_files import read_yaml
 
 
@@ -62,7 +62,7 @@ def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
     Returns what is known of every row of the study, in the order of the table. UserError, after everything else is
     trained and written, where a run failed.
     """
-    comparison_plot.require_plots()
+    plot.require_plots()
     rows = list(study.rows) if only is None else study.with_teachers(only)
     results = {row.name: find_finished(row) for row in study.rows}
     check_rows([row for row in rows if results[row.name].missing], study)
@@ -165,7 +165,7 @@ def write(study: Study, results: dict[str, Result], *, with_pictures: bool = Fal
     run_folder.write_text(study.folder / "comparison.md", tables(study, results))
     text = as_json(study, results, condensed=condensed_tree(results))
     run_folder.write_text(study.folder / "comparison.json", text)
-    comparison_plot.write(study.folder / "comparison.png", study, results, with_pictures=with_pictures)
+    plot.write(study.folder / "comparison.png", study, results, with_pictures=with_pictures)
 
 
 def first_difference(a: dict | list | object, b: dict | list | object, key: str = "") -> str | None:

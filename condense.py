@@ -3,8 +3,8 @@
     python condense.py CONFIG condense.method=random condense.pictures=5 [--output FOLDER] [key=value ...]
     python condense.py STUDY --row NAME [--seed N]        the set that a row of a study trains on
 
-CONFIG has the keys of a training config and a section `condense`; the methods are in condense_config.METHODS. What is
-written is an ordinary YOLO dataset (condensed_set.py), by default where compare.py looks for it:
+CONFIG has the keys of a training config and a section `condense`; the methods are in condensing.config.METHODS. What is
+written is an ordinary YOLO dataset (condensing/set_files.py), by default where compare.py looks for it:
 <runs>/<name>/sets/<method>_<pictures>_seed<seed>_<hash of the settings>. A set that is there already is left as it is.
 
 A method that learns shows its pictures in <folder>.part/steps, and is stopped with Ctrl-C and given again at will: the
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-import run_folder
-from condense_config import LEARNT, Task
-from condense_methods import NOISE, Layout, RealPictures, first_layout, load_network
-from condensed_set import DECODED, STORED, Picture, draw_set, part_folder, read_manifest, to_picture, write_set
+from comparison.study import StudyFile, load_study, sets_folder, task_of
+from condensing.config import LEARNT, Task
+from condensing.methods import NOISE, Layout, RealPictures, first_layout, load_network
+from condensing.set_files import DECODED, STORED, Picture, draw_set, part_folder, read_manifest, to_picture, write_set
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
 from datasets.loader import seeded_generator
@@ -38,12 +38,12 @@ from distill.gradient_matching import GradientMatching, matched_parameters
 from distill.inversion import Inversion
 from distill.synthetic import SyntheticSet
 from errors import UserError, run_script
-from interruption import StopRequested, StopSignals
-from peak_memory import peak_gigabytes, reset_peak
-from processes import choose_device
-from progress import Progress
+from runtime import run_folder
+from runtime.interruption import StopRequested, StopSignals
+from runtime.peak_memory import peak_gigabytes, reset_peak
+from runtime.processes import choose_device
+from runtime.progress import Progress
 from structures import Targets
-from study import StudyFile, load_study, sets_folder, task_of
 from train import MEMORY_EXIT_CODE, is_out_of_memory
 
 

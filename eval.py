@@ -6,7 +6,8 @@
     python eval.py --ground-truth GT --detections DT           no model
 
 Where the model's classes are not the dataset's, those that mean the same are evaluated, and what became of every class
-is printed: class_names.py has the rules, --class-map changes them, cross_dataset.py says what happens to the rest.
+is printed: evaluation/class_names.py has the rules, --class-map changes them, evaluation/cross_dataset.py says what
+happens to the rest.
 
 GT is a COCO JSON file, a folder of Pascal VOC XML files or a folder of text files; DT a COCO results file or a folder
 of text files, one per image: metrics.files says how they are read. Printed are the numbers of the protocol, AP at each
@@ -25,19 +26,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from class_names import read_class_map
 from config import load_config
-from cross_dataset import on_common_classes
 from datasets.open import READERS, open_dataset
 from errors import UserError, run_script
-from evaluation import EvaluationResult, evaluate_model, measure
+from evaluation.class_names import read_class_map
+from evaluation.cross_dataset import on_common_classes
+from evaluation.measuring import EvaluationResult, evaluate_model, measure
 from metrics import coco
 from metrics.coco_files import write_coco_detections
 from metrics.files import TEXT_BOXES, read_detections, read_ground_truth, read_names
 from metrics.tables import inclusive_to_continuous
 from onnx_files.detector import load_detector
-from processes import choose_device
-from run_folder import write_text
+from runtime.processes import choose_device
+from runtime.run_folder import write_text
 
 PROTOCOLS = ("coco", "voc07", "voc12")
 

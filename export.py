@@ -38,20 +38,20 @@ from datasets.index import DatasetIndex
 from datasets.letterbox import letterbox
 from datasets.open import READERS, open_dataset
 from datasets.shapes import draw_picture
+from drawing.plots import spread
 from errors import UserError, require, run_script
-from evaluation import EvaluationResult, evaluate_model
-from fusion import fuse
+from evaluation.measuring import EvaluationResult, evaluate_model
 from kernels.nms import select_detections
+from layers.fusion import fuse
 from onnx_files import graph as onnx_graph
 from onnx_files.detector import SUFFIX, OnnxDetector, open_session
 from onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
 from onnx_files.int8 import quantize
-from plots import spread
 from predict import plural
-from run_folder import RunFolder, commit, write_bytes
-from sources import find_pictures
+from prediction.sources import find_pictures
+from runtime.run_folder import RunFolder, commit, write_bytes
+from runtime.timing import rotate
 from teachers.rtdetr import RTDETR
-from timing import rotate
 
 if TYPE_CHECKING:
     from onnx import ModelProto

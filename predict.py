@@ -33,18 +33,18 @@ from torch import nn
 
 from datasets.images import read_image
 from datasets.letterbox import letterbox, unletterbox
-from drawing import draw_detections
+from drawing.detections import draw_detections
 from errors import UserError, run_script
-from fusion import fuse
-from interruption import StopSignals
+from layers.fusion import fuse
 from onnx_files.detector import OnnxDetector, load_detector
-from prediction_files import PredictionFiles, complete_file, count_words, drawn_path
-from processes import choose_device, use_bfloat16
-from progress import Progress
-from run_folder import DISK_EXIT_CODE
-from sources import Source, find_sources
+from prediction.files import PredictionFiles, complete_file, count_words, drawn_path
+from prediction.sources import Source, find_sources
+from prediction.video import VideoReader, VideoWriter, require_av
+from runtime.interruption import StopSignals
+from runtime.processes import choose_device, use_bfloat16
+from runtime.progress import Progress
+from runtime.run_folder import DISK_EXIT_CODE
 from structures import Detections
-from video import VideoReader, VideoWriter, require_av
 
 
 class Predictor:

@@ -28,22 +28,22 @@ import torch
 from torch import nn
 
 import checkpoint
-import evaluation
-import run_folder
-from balance import TermRange, term_ranges
 from config import Config, load_config
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, seeded_generator
-from dry_run import dry_run
 from errors import UserError, run_script
-from interruption import StopRequested, StopSignals
+from evaluation import measuring
 from metrics.report import DetectionReport
-from processes import Processes, keep_freed_memory
-from progress import Progress, ScalarLog, words
-from run_folder import RunFolder
-from run_pictures import draw, evaluation_pictures
-from training_parts import Parts, build, count_parameters
-from training_state import Position, describe_model, position_from, position_tree, refuse_changes
+from runtime import run_folder
+from runtime.interruption import StopRequested, StopSignals
+from runtime.processes import Processes, keep_freed_memory
+from runtime.progress import Progress, ScalarLog, words
+from runtime.run_folder import RunFolder
+from training.balance import TermRange, term_ranges
+from training.building import Parts, build, count_parameters
+from training.dry_run import dry_run
+from training.run_pictures import draw, evaluation_pictures
+from training.state import Position, describe_model, position_from, position_tree, refuse_changes
 
 LOST_EXIT_CODE, NOT_FINITE_EXIT_CODE, MEMORY_EXIT_CODE = 1, 3, 4
 
@@ -353,7 +353,7 @@ def evaluate(
     Every process calls this and gets the whole result of its and the others' pictures.
     """
     settings = parts.config.evaluation
-    result = evaluation.evaluate_model(
+    result = measuring.evaluate_model(
         model,
         index,
         image_size=parts.config.image_size,

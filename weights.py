@@ -1,7 +1,7 @@
 """Public weight files -> named tensors -> our models, without running anything a file names.
 
-`read_state_dict` reads a file (containers: weight_files; pickles: inert_pickle) and finds the weights in it
-(weight_places); `rename` maps released names to ours by a table with one row per name pattern; `load_public` applies a
+`read_state_dict` reads a file (weight_files/containers.py, inert_pickle.py) and finds the weights in it (places.py);
+`rename` maps released names to ours by a table with one row per name pattern; `load_public` applies a
 model's own table, or the one of its layouts that fits, strictly both ways. `python -m weights inspect FILE` says what a
 file is.
 """
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, run_script
-from inert_pickle import Inert, Refused, short
-from weight_families import guess_family
-from weight_files import MAX_FILE_BYTES, open_weights
-from weight_places import find_weights, load_entry
+from weight_files.containers import MAX_FILE_BYTES, open_weights
+from weight_files.families import guess_family
+from weight_files.inert_pickle import Inert, Refused, short
+from weight_files.places import find_weights, load_entry
 
 # Released files of torch.hub end in the first digits of their SHA-256: resnet18-f37072fd.pth
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)$")

@@ -32,12 +32,12 @@ from boxes import cxcywh_to_xyxy
 from config import TermConfig
 from distill.criterion import Criterion, TeacherFacts
 from errors import run_script
-from fusion import fuse
-from processes import choose_device, keep_freed_memory, use_bfloat16
+from layers.fusion import fuse
+from runtime.processes import choose_device, keep_freed_memory, use_bfloat16
+from runtime.timing import rotate
 from structures import Targets
-from teaching import Teachers
-from timing import rotate
-from training_parts import Objective
+from training.building import Objective
+from training.teaching import Teachers
 
 TARGET = 1.08
 NECK = ("p3", "p4", "p5")

@@ -32,8 +32,8 @@ from benchmarks.train_step import build_step
 from errors import run_script
 from frcnn.resnet import ResNet
 from kernels.roi_align import assign_levels, roi_align
+from runtime.timing import rotate
 from structures import Targets
-from timing import rotate
 from weights import load_public
 
 NUM_CLASSES, OBJECTS, BOXES = 20, 10, 512

@@ -49,12 +49,12 @@ from config import AugmentConfig, OptimizerConfig, TermConfig
 from datasets.augment import augment
 from distill.criterion import Criterion, TeacherFacts
 from errors import run_script
-from fusion import fuse
 from kernels.backend import HAS_TRITON
-from optimization import Ema, build_optimizer
-from processes import choose_device
+from layers.fusion import fuse
+from runtime.processes import choose_device
 from structures import Targets
-from teaching import Teachers
+from training.optimization import Ema, build_optimizer
+from training.teaching import Teachers
 
 STUDENTS, TEACHER = ("yolov8n", "yolov8s"), "yolov8m"
 CONTESTANTS = ("eager", "kernels", "compile", "graphs", "peer")
@@ -118,7 +118,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def our_forward(setting: Setting, *further: TermConfig) -> tuple[nn.Module, nn.Module, Forward]:
-    """Student, what learns beside it, the terms of one batch: as training_parts.build and Objective have them.
+    """Student, what learns beside it, the terms of one batch: as training.building.build and Objective have them.
 
     further: terms beside the two of the taught student.
     """

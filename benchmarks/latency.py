@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import models
 from errors import run_script
-from fusion import fuse
+from layers.fusion import fuse
 from onnx_files import graph as onnx_graph
 from onnx_files.detector import open_session
 from onnx_files.int8 import quantize
-from timing import rotate
+from runtime.timing import rotate
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from boxes import cxcywh_to_xyxy
 from errors import run_script
 from kernels.nms import batched_nms, select_detections
+from runtime.timing import rotate
 from structures import Detections
-from timing import rotate
 
 NUM_CLASSES, IMAGE_SIZE, MAX_DETECTIONS, IOU_THRESHOLD = 80, 640, 300, 0.7
 

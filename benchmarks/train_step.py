@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
 from boxes import cxcywh_to_xyxy
 from errors import run_script
-from optimization import build_optimizer
-from processes import use_bfloat16
+from runtime.processes import use_bfloat16
+from runtime.timing import rotate
 from structures import Targets
-from timing import rotate
+from training.optimization import build_optimizer
 
 NUM_CLASSES, OBJECTS = 80, 10
 VARIANTS = {  # name: (bfloat16, channels_last)

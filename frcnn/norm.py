@@ -22,7 +22,7 @@ another epsilon into one that computes the same with ours. So no checkpoint of o
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion import fold_batchnorm
+from layers.fusion import fold_batchnorm
 
 EPSILON = 1e-5
 

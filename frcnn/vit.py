@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from frcnn.norm import ChannelNorm
 from frcnn.pretrained import backbone_layouts, strip_wrapper
-from transformer import Block, PatchEmbedding, interpolate_positions, tokens_to_map
+from layers.transformer import Block, PatchEmbedding, interpolate_positions, tokens_to_map
 
 PATCH = 16  # pixels
 PRETRAINED_GRID = 14  # patches of the 224 px the files were trained at

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.transformer import Block, PatchEmbedding, causal_mask, interpolate_positions, quick_gelu, tokens_to_map
 from teachers.clip_prompts import BACKGROUND_TEXTS, TEMPLATES, class_embeddings
 from teachers.clip_regions import average_over_boxes, crop_batches, enlarge_boxes
 from teachers.clip_tokenizer import CONTEXT_LENGTH, ClipTokenizer
-from transformer import Block, PatchEmbedding, causal_mask, interpolate_positions, quick_gelu, tokens_to_map
 from weights import PublicLayout, fuse_entries
 
 NATIVE_SIZE = 224  # pixels, the side of the square pictures CLIP was trained on

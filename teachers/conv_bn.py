@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fusion import fold_batchnorm
+from layers.fusion import fold_batchnorm
 
 
 class ConvBN(nn.Module):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from transformer import Block, PatchEmbedding, interpolate_positions, tokens_to_map
+from layers.transformer import Block, PatchEmbedding, interpolate_positions, tokens_to_map
 from weights import PublicLayout, fuse_entries
 
 PATCH = 14  # pixels, the side of a patch

@@ -9,8 +9,8 @@ import pytest
 
 import train
 from tests.conftest import ROOT
-from tests.test_distilled_training import TERMS
-from tests.tiny_app import photo, png, write_runs
+from tests.training.test_distilled_training import TERMS
+from tests.web_demo.tiny_app import photo, png, write_runs
 
 pytest.importorskip("streamlit", reason="the demo in a browser needs requirements-app.txt")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -262,9 +262,9 @@ def test_a_run_without_a_teacher_says_so(start, runs):
 def test_the_server_listens_to_this_machine_alone():
     import tomllib
 
-    import app_pictures
+    from web_demo import gallery
 
     settings = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text(encoding="utf-8"))
     assert settings["server"]["address"] == "localhost"
-    assert settings["server"]["maxUploadSize"] == app_pictures.MAX_MEGABYTES
+    assert settings["server"]["maxUploadSize"] == gallery.MAX_MEGABYTES
     assert settings["browser"]["gatherUsageStats"] is False

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import compare
-import run_folder
+from comparison.study import load_study, plan
 from config import to_tree
 from errors import UserError
-from study import load_study, plan
+from runtime import run_folder
 from tests.tiny_training import tiny_config, write_dataset
 from yaml_files import dump_yaml
 
@@ -44,7 +44,7 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(compare.train, "run", run)
     monkeypatch.setattr(compare, "check_rows", lambda rows, study: None)
-    monkeypatch.setattr(compare.comparison_plot, "write", lambda path, *_, **__: path)
+    monkeypatch.setattr(compare.plot, "write", lambda path, *_, **__: path)
     return configs
 
 

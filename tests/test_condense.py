@@ -12,11 +12,11 @@ from PIL import Image
 
 import checkpoint
 import condense
-import condense_methods
 import models
 import train
-from condense_config import LEARNT, METHODS, WITHOUT_DRAWS
-from condense_methods import RealPictures
+from condensing import methods
+from condensing.config import LEARNT, METHODS, WITHOUT_DRAWS
+from condensing.methods import RealPictures
 from config import DataConfig, from_tree, to_tree
 from datasets.open import open_dataset
 from distill import coresets
@@ -189,13 +189,13 @@ def test_labels_lie_on_their_objects(method, make):
 
 
 def test_small_objects_are_cut_out_with_more_context(make, monkeypatch):
-    calls, cut_out = [], condense_methods.canvas.cut_out
+    calls, cut_out = [], methods.canvas.cut_out
 
     def noted(picture, box_xyxy, label, *, margin, content_xyxy):
         calls.append((float((box_xyxy[2:] - box_xyxy[:2]).prod()), margin))
         return cut_out(picture, box_xyxy, label, margin=margin, content_xyxy=content_xyxy)
 
-    monkeypatch.setattr(condense_methods.canvas, "cut_out", noted)
+    monkeypatch.setattr(methods.canvas, "cut_out", noted)
     make("canvas", 3, canvas={"rounds": 0, "context": 0.05})
     areas, margins = np.array(calls).T
     assert len(areas) > 20

@@ -9,10 +9,10 @@ import torch
 
 import checkpoint
 import eval
-import evaluation
 import models
 from datasets import open_dataset
 from errors import UserError, run_script
+from evaluation import measuring
 from tests.tiny_training import write_dataset
 
 # ------------------------------------------------------------------------------------------- files, without a model
@@ -134,7 +134,7 @@ def test_checkpoint_on_a_dataset(tmp_path, capsys):
     assert "Speed: loading" in capsys.readouterr().out
     # The same from Python, and a config in place of the dataset.
     index = open_dataset("yolo", root, "test")
-    again = evaluation.evaluate_model(
+    again = measuring.evaluate_model(
         model, index, image_size=64, batch_size=8, max_detections=50, score_threshold=0.0001
     )
     assert len(again.detections) == tree["detections"]

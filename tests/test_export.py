@@ -15,10 +15,10 @@ import models
 from datasets.images import read_image
 from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
-from fusion import fuse
+from layers.fusion import fuse
 from onnx_files import graph as onnx_graph
 from predict import Predictor
-from sources import find_pictures
+from prediction.sources import find_pictures
 from teachers.rtdetr import RTDETR
 from tests.conftest import ROOT
 from tests.exporting import NAMES, fill, save_model
@@ -147,7 +147,7 @@ def test_a_selection_that_differs_is_not_written(exported, traced, tmp_path, mon
 
 
 def test_a_full_disk_leaves_the_old_file(exported, traced, tmp_path, monkeypatch):
-    import run_folder
+    from runtime import run_folder
 
     def refuse(path, data):
         raise OSError(28, "No space left on device")

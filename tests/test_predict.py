@@ -12,8 +12,8 @@ import checkpoint
 import models
 import predict
 from errors import UserError
-from sources import find_pictures
-from tests.colour_detector import NAMES, ColourDetector
+from prediction.sources import find_pictures
+from tests.prediction.colour_detector import NAMES, ColourDetector
 
 
 def scene(width: int, height: int, red=None, blue=None) -> Image.Image:

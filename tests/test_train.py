@@ -10,16 +10,16 @@ from PIL import Image
 
 import checkpoint
 import models
-import run_folder
 import train
-import training_parts
 from config import load_config
 from errors import UserError
-from fusion import fuse
-from optimization import Ema
-from processes import Processes, choose_device, use_bfloat16
+from layers.fusion import fuse
+from runtime import run_folder
+from runtime.processes import Processes, choose_device, use_bfloat16
 from tests.tiny_training import tiny_config
-from training_state import Position
+from training import building
+from training.optimization import Ema
+from training.state import Position
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,18 +53,18 @@ def distilled(tiny_data, tmp_path_factory):
         evaluation={"every_epochs": 1},
     )
     given = {}
-    build = training_parts.build_teachers
+    build = building.build_teachers
 
     def keep(*args):
         teachers = build(*args)
         given.update(teachers.models)
         return teachers
 
-    training_parts.build_teachers = keep
+    building.build_teachers = keep
     try:
         report = train.run(config)
     finally:
-        training_parts.build_teachers = build
+        building.build_teachers = build
     return folder / "runs" / "tiny", config, report, teacher, given["t"]
 
 
@@ -154,7 +154,7 @@ def test_teacher_is_untouched_and_not_saved(distilled):
 def test_adapters_learn(distilled):
     run, config, _, _, _ = distilled
     state = checkpoint.load(run / "weights" / "last.pt")["criterion"]
-    fresh = training_parts.build(config, Processes("cpu"), None, lambda line: None).criterion.state_dict()
+    fresh = building.build(config, Processes("cpu"), None, lambda line: None).criterion.state_dict()
     assert set(state) == set(fresh) and len(state) >= 4
     assert all(not torch.equal(state[name], fresh[name]) for name in state if name.endswith("weight"))
 
@@ -195,7 +195,7 @@ def test_accumulated_gradient(make_tiny, monkeypatch, sum_over_batch):
     off = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
     settings = {"accumulate": 2, "clip_norm": 0.0, "sum_over_batch": sum_over_batch, "warmup_epochs": 0}
     config = make_tiny(epochs=1, batch_size=16, optimizer=settings, augment=off)
-    parts = training_parts.build(config, Processes("cpu"), None, lambda line: None)
+    parts = building.build(config, Processes("cpu"), None, lambda line: None)
     expected = None
     for number, batch in enumerate(parts.loader.epoch(0)):
         images, targets = parts.prepare(batch, 0, number)
@@ -271,22 +271,22 @@ def test_position_is_over():
 def test_holdout_is_a_partition_and_the_same_for_every_seed(make_tiny):
     quiet = lambda line: None
     config = make_tiny(data={"holdout_fraction": 0.25})
-    splits = training_parts.open_splits(config, quiet)
+    splits = building.open_splits(config, quiet)
     names = lambda index: [sample.image_path.name for sample in index.samples]
     kept, held = names(splits.train), names(splits.holdout)
     assert len(held) == 6 and len(kept) == 18 and not set(kept) & set(held) and kept == sorted(kept)
-    other = training_parts.open_splits(dataclasses.replace(config, seed=5), quiet)
+    other = building.open_splits(dataclasses.replace(config, seed=5), quiet)
     assert names(other.holdout) == held
     for fraction in (0.001, 1.0, -0.1):
         with pytest.raises(UserError, match="holdout_fraction"):
-            training_parts.open_splits(make_tiny(data={"holdout_fraction": fraction}), quiet)
+            building.open_splits(make_tiny(data={"holdout_fraction": fraction}), quiet)
 
 
 def test_mosaic_closes(make_tiny):
     config = make_tiny(epochs=12, augment={"mixup": 0.3, "close_mosaic_epochs": 4})
-    closed = [training_parts.augmentation_at(config, epoch).mosaic == 0 for epoch in range(12)]
+    closed = [building.augmentation_at(config, epoch).mosaic == 0 for epoch in range(12)]
     assert closed == [False] * 8 + [True] * 4
-    assert training_parts.augmentation_at(config, 11).scale == config.augment.scale
+    assert building.augmentation_at(config, 11).scale == config.augment.scale
 
 
 def test_dry_run(make_tiny, tmp_path, capsys):
@@ -329,8 +329,8 @@ def test_given_teacher(make_tiny):
 
 def test_starts_from_weights(make_tiny, distilled):
     config = make_tiny(student={"arch": "yolov8n", "weights": str(distilled[0] / "weights" / "best.pt")})
-    splits = training_parts.open_splits(config, lambda line: None)
-    student = training_parts.build_student(config, splits.names)
+    splits = building.open_splits(config, lambda line: None)
+    student = building.build_student(config, splits.names)
     ema = checkpoint.load(distilled[0] / "weights" / "best.pt")["ema"]
     assert all(torch.equal(value, ema[name]) for name, value in student.state_dict().items())
 
@@ -339,7 +339,7 @@ def test_bfloat16_and_contiguous(make_tiny):
     """The other precision and layout give the same loss to bfloat16's rounding."""
     losses = []
     for changes in ({"precision": "bfloat16"}, {"channels_last": False}, {}):
-        parts = training_parts.build(make_tiny(**changes), Processes("cpu"), None, lambda line: None)
+        parts = building.build(make_tiny(**changes), Processes("cpu"), None, lambda line: None)
         images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
         assert images.is_contiguous(memory_format=torch.channels_last) == parts.config.channels_last
         terms = parts.objective(images, targets, {}, 0.0)

@@ -16,8 +16,8 @@ from torch import nn
 
 import models
 from errors import UserError, run_script
-from tests.hostile import fake_modules
 from tests.reference.golden_models import relative_error
+from tests.weight_files.hostile import fake_modules
 from weights import describe, load_public, main, read_state_dict
 
 CHECKPOINT = "public_weights/yolov5n_helmet_vest.pt"

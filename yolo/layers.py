@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion import fold_batchnorm
+from layers.fusion import fold_batchnorm
 
 BATCHNORM_EPS = 1e-3  # the released weights were trained with these two; a state dict does not hold them
 BATCHNORM_MOMENTUM = 0.03

@@ -9,7 +9,7 @@ import torch
 from benchmarks import gpu_train
 from benchmarks.gpu_train import Setting, contestants_of, disagreement, rate_of_peer, table
 from benchmarks.host_waits import host_waits
-from training_parts import Objective
+from training.building import Objective
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--image-size", "64", "--batch-size", "2", "--steps", "2", "--warmup", "1", "--rounds", "1"]

@@ -10,7 +10,7 @@ from distill.adapters import build_adapter
 from distill.crosskd import cross_logits, crosskd_classes, crosskd_edges
 from distill.localization import localization_kl
 from distill.logits import quality_focal
-from fusion import fuse
+from layers.fusion import fuse
 from yolo.yolov8 import AnchorFreeHead
 
 GRIDS = [(8, 8), (4, 4), (2, 2)]

@@ -6,7 +6,7 @@ import torch
 
 from frcnn.fpn import FPN, fpn_names
 from frcnn.norm import BatchNorm
-from fusion import fuse
+from layers.fusion import fuse
 from tests.reference.convolution import convolve
 from tests.reference.random_statistics import draw_statistics
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from frcnn.mobilenet import HS, RE, Bneck, InvertedResidual, MobileNetV3, SqueezeExcite, round_to_eight
-from fusion import fuse
+from layers.fusion import fuse
 from tests.reference.random_statistics import draw_statistics
 
 

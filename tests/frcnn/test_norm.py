@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frcnn.norm import BatchNorm, ChannelNorm, ConvNorm, freeze_norms, rescale_for_epsilon
-from fusion import fuse
+from layers.fusion import fuse
 from tests.reference.random_statistics import draw_statistics
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from frcnn.norm import BatchNorm, ConvNorm
 from frcnn.resnet import BasicBlock, Bottleneck, ResNet
-from fusion import fuse
+from layers.fusion import fuse
 from tests.reference.random_statistics import draw_statistics
 
 

@@ -11,11 +11,11 @@ import torch
 
 import checkpoint
 import eval
-import evaluation
 import predict
 from datasets import open_dataset
 from datasets.loader import Loader
 from errors import UserError
+from evaluation import measuring
 from onnx_files.detector import load_detector, load_onnx
 from tests.exporting import NAMES
 from tests.tiny_training import SIZE
@@ -34,7 +34,7 @@ def half_right(model, index):
 
     A model of a few steps finds nothing; of this truth it finds some, and every score and box has a say in the mAP.
     """
-    found = evaluation.evaluate_model(model, index, image_size=SIZE, batch_size=4, **SETTINGS).detections
+    found = measuring.evaluate_model(model, index, image_size=SIZE, batch_size=4, **SETTINGS).detections
     rng = np.random.default_rng(0)
     samples = []
     for number, sample in enumerate(index.samples):
@@ -59,7 +59,7 @@ def test_map_is_that_of_pytorch(exported, model, index, kind):
     detector, info = load_detector(getattr(exported, kind))
     assert (info.arch, info.names, info.image_size, info.source) == ("yolov8n", NAMES, SIZE, "ours")
     settings = dict(image_size=SIZE, batch_size=4, **SETTINGS)
-    expected, found = (evaluation.evaluate_model(m, index, **settings) for m in (model, detector))
+    expected, found = (measuring.evaluate_model(m, index, **settings) for m in (model, detector))
     assert 0.05 < expected.numbers["mAP50-95"] < expected.numbers["mAP50"] < 0.95
     for name, value in expected.numbers.items():
         assert found.numbers[name] == pytest.approx(value, abs=1e-4, nan_ok=True), name
@@ -172,6 +172,6 @@ def test_what_does_not_fit_is_refused(exported, index, tmp_path):
     with pytest.raises(UserError, match="no class in common: the dataset has cat, dog; the model has green, red"):
         eval.main([str(exported.fixed), "yolo", str(other), "test"])
     with pytest.raises(UserError, match="the model has 2 classes, the dataset 3"):
-        evaluation.evaluate_model(
+        measuring.evaluate_model(
             load_onnx(exported.fixed), dataclasses.replace(index, names=("a", "b", "c")), image_size=SIZE, batch_size=4
         )

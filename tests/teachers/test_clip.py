@@ -16,7 +16,7 @@ from teachers.clip import CLIP
 from teachers.clip_tokenizer import ClipTokenizer
 from tests.reference import clip as reference
 from tests.reference.golden_models import golden_image, public_state, relative_error
-from tests.tiny_clip import DEPTH, pictures, tiny_clip, with_classes
+from tests.teachers.tiny_clip import DEPTH, pictures, tiny_clip, with_classes
 from weights import load_public
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ from torch import nn
 from errors import UserError
 from models import TEACHERS, build_teacher
 from teachers.clip import CLIP, HUGGING_FACE_NAMES, OPENAI_NAMES, build_clip, drop_sizes, join_and_transpose
-from tests.tiny_clip import DEPTH, pictures, tiny_clip
+from tests.teachers.tiny_clip import DEPTH, pictures, tiny_clip
 from weights import guess_family, load_public, read_state_dict, row_pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,15 +8,15 @@ import torch
 
 import checkpoint
 import predict
-import training_parts
 from boxes import xyxy_to_cxcywh
 from errors import UserError
-from fusion import fuse
+from layers.fusion import fuse
 from models import build
 from structures import Detector
 from teachers.rtdetr import RTDETROutput, build_rtdetr, read_best_query
 from tests.reference.golden_models import golden_image, public_state, relative_error
-from weight_families import guess_family
+from training import building
+from weight_files.families import guess_family
 from weights import load_public, rename
 
 GOLDENS = [
@@ -309,7 +309,7 @@ def test_is_refused_as_a_student(make_tiny):
     config = make_tiny()
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, arch="rtdetr_r18vd"))
     with pytest.raises(UserError, match="rtdetr_r18vd can only teach"):
-        training_parts.build_student(config, ("disc", "square"))
+        building.build_student(config, ("disc", "square"))
 
 
 def test_another_class_count_starts_the_heads_fresh(public_file, capsys):

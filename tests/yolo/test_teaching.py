@@ -7,7 +7,7 @@ import torch
 from distill.beliefs import assigned_logits
 from distill.crosskd import cross_logits
 from distill.masks import positive_masks
-from fusion import fuse
+from layers.fusion import fuse
 from models import build
 from structures import Targets
 from tests.reference import yolo_losses as reference

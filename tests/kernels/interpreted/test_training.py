@@ -7,7 +7,7 @@ import torch
 from benchmarks import gpu_train
 from config import TermConfig
 from kernels.backend import IS_INTERPRETED
-from optimization import build_optimizer
+from training.optimization import build_optimizer
 
 STEPS, BATCH_SIZE, IMAGE_SIZE = (2, 1, 64) if IS_INTERPRETED else (200, 16, 320)
 MASKED = TermConfig(gpu_train.TEACHER, "masked_mse", 0.01, ("p4",), adapter="conv1x1")

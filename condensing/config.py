@@ -1,0 +1,193 @@
+"""What a synthetic set is made of: the `condense` section of a config, and the Task that one set follows from.
+
+    condense: {method: random, pictures: 5}                  python condense.py CONFIG
+
+A study (comparison/study.py) has the section at its top level for what its sets share, and in the rows that train on
+one.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from config import AugmentConfig, DataConfig, from_tree, to_tree
+from distill.canvas import CanvasSettings
+from distill.gradient_distance import DISTANCES
+from distill.gradient_matching import MatchingSettings
+from distill.inversion import InversionSettings
+from errors import UserError
+
+METHODS = {
+    "random": "real pictures at random",
+    "uniform": "real pictures with about as many objects of each class",
+    "herding": "real pictures whose features have the mean of all",
+    "k_center": "real pictures near to which all others are",
+    "highest_loss": "real pictures that a trained network finds hardest",
+    "most_objects": "real pictures with the most objects",
+    "crops": "mosaics of crops around real objects",
+    "mosaic": "several real pictures in each stored one",
+    "canvas": "real objects pasted where a trained network sees them",
+    "gradient_matching": "pixels learnt: their gradient is that of real pictures, early in training",
+    "inversion": "pixels learnt: a trained network finds in them what their labels say",
+}
+LEARNT = ("gradient_matching", "inversion")
+WITHOUT_DRAWS = ("herding", "k_center", "highest_loss", "most_objects")  # the same set whatever the seed
+SIAMESE = AugmentConfig(mosaic=0.0, flip_vertical=0.5, close_mosaic_epochs=0)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A trained detector of the same classes: a checkpoint of ours, or a public file and its architecture.
+
+    row: in a study, the row whose first run it is; a row above, in the place of `weights`.
+    """
+
+    weights: str | None = None
+    arch: str | None = None
+    row: str | None = None
+
+
+@dataclass(frozen=True)
+class CondenseConfig:
+    """One synthetic set. Sections that its method has no use for change nothing."""
+
+    method: Literal[tuple(METHODS)]
+    pictures: int  # that are stored
+    seed: int | None = None  # None: the config's, in a study each run's own
+    formation: int = 1  # f: a stored picture is f x f of them; counts are of stored ones
+    init: Literal["noise", "real", "crops", "canvas"] = "real"  # of learnt pixels; where labels come from
+    layouts: Literal["random", "uniform"] = "random"  # which real pictures: of noise, real and mosaic
+    crops: int = 2  # a mosaic of crops has this many a side
+    network: NetworkConfig = NetworkConfig()
+    canvas: CanvasSettings = field(default_factory=CanvasSettings)
+    arch: str | None = None  # of the networks whose gradients are matched; None: the student's
+    real_batch: int = 16  # real pictures of a matching step
+    augment: AugmentConfig = SIAMESE  # of a learning step, the same for all its pictures
+    matching: MatchingSettings = field(default_factory=MatchingSettings)
+    inversion: InversionSettings = field(default_factory=InversionSettings)
+    save_every_steps: int = 50  # of learning: what a stop without warning may lose
+    picture_every_steps: int = 100
+
+
+def read_condense(tree: Any, source: str) -> CondenseConfig:
+    """The section as its file gives it; keys of `augment` that it leaves out are those of SIAMESE."""
+    if isinstance(tree, dict) and isinstance(tree.get("augment"), dict):
+        tree = tree | {"augment": to_tree(SIAMESE) | tree["augment"]}
+    return from_tree(CondenseConfig, tree, source=source, key="condense")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One set: everything that its pixels follow from. `arch` is that of the networks to match."""
+
+    data: DataConfig
+    image_size: int
+    arch: str
+    condense: CondenseConfig
+
+    def with_seed(self, seed: int) -> "Task":
+        """The task of a run with this seed; the set's own seed stays."""
+        if self.condense.seed is not None:
+            return self
+        return dataclasses.replace(self, condense=dataclasses.replace(self.condense, seed=seed))
+
+    @property
+    def seed(self) -> int:
+        return self.condense.seed or 0
+
+    @property
+    def decoded(self) -> int:
+        """Pictures that the stored ones decode into."""
+        return self.condense.pictures * self.condense.formation**2
+
+    @property
+    def needs_network(self) -> bool:
+        c = self.condense
+        by_method = c.method in ("herding", "k_center", "highest_loss", "inversion")
+        return by_method or (self.pastes and c.canvas.rounds > 0)
+
+    @property
+    def pastes(self) -> bool:
+        return self.condense.method == "canvas" or (self.condense.method in LEARNT and self.condense.init == "canvas")
+
+    def settings(self) -> dict[str, Any]:
+        """The part of the config that this set depends on, as plain values: equal settings give equal pixels."""
+        c, is_learnt = self.condense, self.condense.method in LEARNT
+        tree: dict[str, Any] = {"image_size": self.image_size, "method": c.method, "pictures": c.pictures}
+        data = to_tree(self.data)
+        tree["data"] = {key: data[key] for key in ("format", "train", "max_samples")}
+        if c.method not in WITHOUT_DRAWS:
+            tree["seed"] = self.seed
+        if is_learnt or c.method == "mosaic":
+            tree["formation"] = c.formation
+        if is_learnt:
+            tree |= {"init": c.init, "augment": to_tree(c.augment)}
+        if c.method == "mosaic" or (is_learnt and c.init in ("noise", "real")):
+            tree["layouts"] = c.layouts
+        if c.method == "crops" or (is_learnt and c.init == "crops"):
+            tree["crops"] = c.crops
+        if self.needs_network:
+            tree["network"] = to_tree(c.network)
+        if self.pastes:
+            tree["canvas"] = to_tree(c.canvas)
+        if c.method == "gradient_matching":
+            tree |= {"arch": self.arch, "real_batch": c.real_batch, "matching": to_tree(c.matching)}
+        if c.method == "inversion":
+            tree["inversion"] = to_tree(c.inversion)
+        return tree
+
+    @property
+    def name(self) -> str:
+        """Of its folder: method, pictures, seed, and a hash of all settings."""
+        settings = self.settings()
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        seed = f"_seed{settings['seed']}" if "seed" in settings else ""
+        return f"{self.condense.method}_{self.condense.pictures}{seed}_{digest}"
+
+    def folder(self, sets: str | Path) -> Path:
+        return Path(sets) / self.name
+
+    def check(self) -> None:
+        """UserError for every mistake that the settings alone show."""
+        c, key = self.condense, "key 'condense"
+        f = c.formation
+        if c.pictures < 1:
+            raise UserError(f"{key}.pictures': found {c.pictures}, expected at least 1")
+        if f < 1 or self.image_size % f:
+            raise UserError(f"{key}.formation': found {f}, expected 1 or a divisor of {self.image_size} pixels")
+        if c.method == "mosaic" and f == 1:
+            raise UserError(f"{key}.formation': found 1, expected 2 or more: a mosaic of one picture is random")
+        if f > 1 and c.method not in (*LEARNT, "mosaic"):
+            raise UserError(f"{key}.formation': found {f}, expected 1: {c.method} stores pictures as they are")
+        if c.crops < 1 or self.image_size % c.crops:
+            raise UserError(f"{key}.crops': found {c.crops}, expected a divisor of {self.image_size} pixels")
+        if self.needs_network and c.network.weights is None:
+            use = {"inversion": "learns from", "canvas": "looks with"}.get(c.method, "measures by")
+            raise UserError(f"{key}.network': {c.method} {use} a trained network, expected {{weights: FILE}}")
+        if c.real_batch < 1:
+            raise UserError(f"{key}.real_batch': found {c.real_batch}, expected at least 1")
+        for name in ("save_every_steps", "picture_every_steps"):
+            if getattr(c, name) < 0:
+                raise UserError(f"{key}.{name}': found {getattr(c, name)}, expected a number, or 0 for never")
+        for name in ("matching", "inversion"):
+            settings = getattr(c, name)
+            if settings.seed:
+                found = f"{key}.{name}.seed': found {settings.seed}"
+                raise UserError(f"{found}, expected none: condense.seed is of the whole set")
+            if settings.steps < 0:
+                raise UserError(f"{key}.{name}.steps': found {settings.steps}, expected a number, or 0 for none")
+        if c.matching.distance not in DISTANCES:
+            found = f"{key}.matching.distance': found {c.matching.distance!r}"
+            raise UserError(f"{found}, expected one of {', '.join(DISTANCES)}")
+
+    def check_source(self, count: int) -> None:
+        """UserError where the source has too few pictures: each is used once, in one stored picture."""
+        if self.decoded > count:
+            found = f"found {self.condense.pictures}"
+            if self.condense.formation > 1:
+                found += f", {self.condense.formation} x {self.condense.formation} real ones each"
+            place = f"{self.data.train_root or self.data.root} {self.data.train}"
+            raise UserError(f"key 'condense.pictures': {found}, expected as many as {place} has: {count}")

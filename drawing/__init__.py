@@ -1,0 +1,6 @@
+"""Pictures of what was found and learnt.
+
+detections  boxes on a picture, with Pillow alone
+heat_maps   maps as colors
+plots       the curves and tables of a run (matplotlib), drawn predictions (Pillow)
+"""

@@ -1,0 +1,97 @@
+"""What predict.py looks at: pictures, folders, patterns, video files and webcams, found and named."""
+
+import glob
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.images import SUFFIXES
+from errors import UserError
+from prediction import video
+
+WEBCAM = re.compile(r"webcam(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or a webcam, and its name below the output folder, without a suffix.
+
+    is_named: given by its own name, not found in a folder or by a pattern. camera: the number of a webcam.
+    """
+
+    path: Path
+    name: Path
+    is_named: bool = True
+    camera: int | None = None
+
+    @property
+    def is_video(self) -> bool:
+        return self.camera is not None or self.path.suffix.lower() in video.SUFFIXES
+
+
+def find_pictures(sources: Sequence[str]) -> list[Source]:
+    """As find_sources, pictures alone."""
+    found: dict[Path, Source] = {}
+    for source in sources:
+        _add_files(found, source, is_picture, f"holds no picture ({', '.join(SUFFIXES)})")
+    return _with_own_names(found)
+
+
+def find_sources(sources: Sequence[str]) -> list[Source]:
+    """The pictures and videos of files, folders (and their subfolders) and patterns, each once, in the order given.
+
+    In a folder or a pattern only files with a picture's or a video's suffix count; a file given by name is always
+    taken, as a picture where it has no video's suffix. `webcam` and `webcam:1` are cameras, where no file has that
+    name. Two sources that would be written under one name get different ones: `a`, `a-2`.
+    """
+    found: dict[Path, Source] = {}
+    for source in sources:
+        camera = WEBCAM.fullmatch(source)
+        if camera and not Path(source).exists():
+            number = int(camera[1] or 0)
+            path = Path(f"webcam:{number}")
+            found.setdefault(path, Source(path, Path(f"webcam-{number}"), camera=number))
+        else:
+            fault = f"holds no picture ({', '.join(SUFFIXES)}) and no video ({', '.join(video.SUFFIXES)})"
+            _add_files(found, source, lambda path: is_picture(path) or is_video(path), fault)
+    return _with_own_names(found)
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in video.SUFFIXES and path.is_file()
+
+
+def _add_files(found: dict[Path, Source], source: str, is_wanted: Callable[[Path], bool], fault: str) -> None:
+    """Into `found`, by the resolved path, what one argument stands for."""
+    path = Path(source)
+    if path.is_dir():
+        pairs = [(p, p.relative_to(path)) for p in sorted(path.rglob("*")) if is_wanted(p)]
+    elif path.exists():
+        pairs = [(path, Path(path.name))]
+    elif glob.has_magic(source):
+        pairs = [(p, Path(p.name)) for p in map(Path, sorted(glob.glob(source, recursive=True))) if is_wanted(p)]
+    else:
+        raise UserError(f"{source}: no such file or folder, expected pictures or videos")
+    if not pairs:
+        raise UserError(f"{source}: {fault}")
+    is_named = path.exists() and not path.is_dir()
+    for path, name in pairs:
+        found.setdefault(path.resolve(), Source(path, name.with_suffix(""), is_named))
+
+
+def _with_own_names(found: dict[Path, Source]) -> list[Source]:
+    taken: set[Path] = set()
+    sources = []
+    for source in found.values():
+        unique, number = source.name, 1
+        while unique in taken:
+            number += 1
+            unique = source.name.with_name(f"{source.name.name}-{number}")
+        taken.add(unique)
+        sources.append(Source(source.path, unique, source.is_named, source.camera))
+    return sources

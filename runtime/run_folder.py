@@ -1,0 +1,188 @@
+"""The folder of a run: runs/<name>/ with config.yaml, metrics.csv, report.json and weights/.
+
+metrics.csv is plain CSV, one row an epoch, header `epoch,time,train/<term>...,metrics/...,lr`; report.json holds the
+numbers that are reported, with all that is needed to get them again.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import DISK_EXIT_CODE, previous_path, sync_folder, write_durably
+from config import Config, to_tree
+from errors import UserError
+from yaml_files import dump_yaml
+
+AP_COLUMNS = tuple(f"metrics/AP{percent}" for percent in range(50, 100, 5))  # at each IoU threshold
+METRIC_COLUMNS = ("metrics/precision", "metrics/recall", "metrics/mAP50", "metrics/mAP50-95", *AP_COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "weights" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "weights" / "best.pt"
+
+    def remove_stale(self) -> None:
+        """Files of a write that a killed process left unfinished."""
+        for stale in [*self.path.glob("*.tmp"), *self.path.glob("weights/*.tmp")]:
+            stale.unlink(missing_ok=True)
+
+
+def create(config: Config) -> tuple[RunFolder, Config]:
+    """A new folder runs/<name>, or <name>2, <name>3, ... where that is taken, and the config under that name."""
+    if config.name in ("", ".", "..") or Path(config.name).name != config.name:
+        raise UserError(f"key 'name': found {config.name!r}, expected the name of a folder")
+    number = 1
+    while True:
+        name = config.name if number == 1 else f"{config.name}{number}"
+        path = Path(config.runs) / name
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"{path}: could not be made: {error.strerror}", DISK_EXIT_CODE) from None
+    config = dataclasses.replace(config, name=name)
+    folder = RunFolder(path)
+    write_config(folder, config)
+    return folder, config
+
+
+def write_config(folder: RunFolder, config: Config) -> None:
+    write_text(folder.config, dump_yaml(to_tree(config)))
+
+
+def find(run: str | Path) -> RunFolder:
+    """The run that `run` names: its folder, or a file in its weights/ folder."""
+    path = Path(run)
+    if path.is_file() and path.parent.name == "weights":
+        path = path.parent.parent
+    if not path.is_dir():
+        raise UserError(f"{run}: no such run, expected a folder such as runs/name")
+    folder = RunFolder(path)
+    if not folder.last.is_file() and not previous_path(folder.last).is_file():
+        raise UserError(f"{folder.last}: no such file; the run stopped before its first checkpoint, start it again")
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file as a whole. UserError with exit code 5 where the disk refuses."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As write_text."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write_durably(temporary, data)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written: {error.strerror}", DISK_EXIT_CODE) from None
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv as text by column; none where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit() and None not in row.values()]
+
+
+def append_metrics(path: Path, row: dict[str, Any]) -> None:
+    """Add the row of an epoch. Rows of that epoch or later ones, left by a run that was killed, are replaced.
+
+    The file is written anew as a whole, so that it never ends in half a row. Columns are the union of all rows',
+    in the order train/..., metrics/..., lr; a value that an epoch does not have is empty.
+    """
+    text = {key: _cell(value) for key, value in row.items()}
+    rows = [old for old in read_metrics(path) if int(old["epoch"]) < int(row["epoch"])] + [text]
+    names = list(dict.fromkeys(key for r in rows for key in r))
+    train = [name for name in names if name.startswith("train/")]
+    columns = ["epoch", "time", *train, *METRIC_COLUMNS, "lr"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, out.getvalue())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """JSON; a number that is not one (precision of nothing) becomes null."""
+    write_text(path, json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the config: commit, versions, processor, threads."""
+    import numpy
+    import PIL
+
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "platform": f"{sys.platform} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `-dirty` where files differ from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        run = lambda *args: subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        head = run("rev-parse", "HEAD")
+        return head + ("-dirty" if run("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

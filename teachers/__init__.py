@@ -1,0 +1,1 @@
+"""Models that only ever teach: DINOv2, CLIP, RT-DETR, and what remembers their answers."""

@@ -1,0 +1,10 @@
+"""What train.py is made of, in the order a run meets it.
+
+building      from a config to data splits, student, teachers, criterion, optimizer, EMA
+teaching      the teachers: from the config to frozen models, and what they say of a batch
+optimization  parameter groups, optimizers, schedules, the running mean of the weights
+dry_run       what a run would do, from one batch
+balance       the distillation terms beside the detection loss
+state         where a run is, and what may differ when it is resumed
+run_pictures  what the model finds, and what the maps hold
+"""

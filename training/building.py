@@ -1,0 +1,392 @@
+"""From a config to what a run is made of: data splits, student, teachers, criterion, optimizer, EMA."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import models
+from config import AugmentConfig, Config, DataConfig, ModelConfig
+from datasets.augment import augment
+from datasets.download import how_to_fetch
+from datasets.index import DatasetIndex
+from datasets.loader import Batch, Loader, seeded_generator
+from datasets.open import open_dataset
+from datasets.scan import ScanReport, check, scan
+from distill.criterion import Criterion
+from errors import UserError
+from frcnn.faster_rcnn import FasterRCNN
+from frcnn.norm import freeze_norms
+from frcnn.pretrained import freeze, load_backbone
+from runtime.processes import Processes, use_bfloat16
+from structures import Targets
+from training.optimization import Ema, build_optimizer, set_rates
+from training.state import fingerprint
+from training.teaching import Teachers, build_teachers
+
+# The released files' names begin with these, where they differ from the name of the backbone.
+RELEASED_BACKBONES = {"vit_tiny": ("deit_tiny", "vit_tiny")}
+SIZE_MULTIPLE = 32  # pixels: the coarsest stride of every detector
+DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a larger one the headers are read
+
+
+class Objective(nn.Module):
+    """Student and criterion as one module, so that DistributedDataParallel averages the gradients of both."""
+
+    def __init__(
+        self, student: nn.Module, criterion: Criterion, bfloat16: bool, *, detection_weight: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.student, self.criterion, self.bfloat16 = student, criterion, bfloat16
+        self.detection_weight = detection_weight
+
+    def forward(self, images: Tensor, targets: Targets, t_outputs: dict[str, Any], epoch: float) -> dict[str, Tensor]:
+        """Every term by name, weighted float32 scalars: the student's detection losses, then those of distillation."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            s_output = self.student(images)
+        detection = {name: self.detection_weight * v for name, v in self.student.losses(s_output, targets).items()}
+        return detection | self.criterion(s_output, t_outputs, targets, epoch)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The pictures of a run. `holdout` is a part of the training pictures that is never trained on, or None."""
+
+    names: tuple[str, ...]
+    train: DatasetIndex
+    holdout: DatasetIndex | None
+    test: DatasetIndex
+    reports: dict[str, ScanReport]
+
+
+@dataclass
+class Parts:
+    """All that the training loop works with."""
+
+    config: Config
+    processes: Processes
+    splits: Splits
+    loader: Loader
+    batches_per_epoch: int
+    student: nn.Module
+    teachers: Teachers
+    criterion: Criterion
+    objective: nn.Module  # Objective, under DistributedDataParallel where there are several processes
+    optimizer: torch.optim.Optimizer
+    ema: Ema
+    bfloat16: bool
+    data: str  # training.state.fingerprint of the training pictures
+    evaluation_loaders: dict[int, Loader] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.batches_per_epoch / self.config.optimizer.accumulate)
+
+    def prepare(self, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
+        """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
+        generator = seeded_generator(self.config.seed, epoch, number, self.processes.rank)
+        settings = augmentation_at(self.config, epoch)
+        # The targets stay on the host until their number is known.
+        images = batch.images.to(self.processes.device, non_blocking=True)
+        images, targets = augment(
+            images, batch.targets, generator=generator, settings=settings, content_xyxy=batch.content_xyxy
+        )
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, targets.to(self.processes.device)
+
+    def set_rates(self, step: int) -> float:
+        """Rates of the optimizer for a step of the run; returns the scheduled learning rate."""
+        settings = self.config.optimizer
+        return set_rates(
+            self.optimizer,
+            step,
+            total_steps=self.config.epochs * self.steps_per_epoch,
+            warmup_steps=round(settings.warmup_epochs * self.steps_per_epoch),
+            learning_rate=settings.learning_rate,
+            final_fraction=settings.final_fraction,
+            schedule=settings.schedule,
+            momentum=settings.momentum,
+            warmup_momentum=settings.warmup_momentum,
+            warmup_bias_learning_rate=settings.warmup_bias_learning_rate,
+        )
+
+    def evaluation_loader(self, index: DatasetIndex) -> Loader:
+        """The pictures of a split in their order; made once, so that what is cached stays."""
+        if id(index) not in self.evaluation_loaders:
+            self.evaluation_loaders[id(index)] = Loader(
+                index,
+                image_size=self.config.image_size,
+                batch_size=self.config.evaluation.batch_size,
+                seed=0,
+                workers=self.config.data.workers,
+                shuffle=False,
+                cache=self.config.data.cache and self.config.evaluation.every_epochs > 0,
+                rank=self.processes.rank,
+                world_size=self.processes.count,
+            )
+        return self.evaluation_loaders[id(index)]
+
+    def machine(self) -> dict[str, Any]:
+        """What the bytes of a run depend on besides its config."""
+        device = self.processes.device
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "precision": "bfloat16" if self.bfloat16 else "float32",
+            "processes": self.processes.count,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+
+    def __str__(self) -> str:
+        facts = self.machine()
+        teachers = "".join(f", teacher {name} ({count_parameters(t):,})" for name, t in self.teachers.models.items())
+        return (
+            f"{self.config.student.arch} ({count_parameters(self.student):,} parameters){teachers}, "
+            f"{len(self.splits.train)} pictures, {self.config.epochs} epochs of {self.steps_per_epoch} steps, "
+            f"{facts['device']}, {facts['precision']}, {facts['processes']} x {facts['threads']} threads"
+        )
+
+
+def build(
+    config: Config, processes: Processes, given: dict[str, nn.Module] | None, say: Callable[[str], None]
+) -> Parts:
+    """The parts of a run. Every reason not to start it is found here, before anything is written."""
+    if config.batch_size % processes.count:
+        raise UserError(
+            f"key 'batch_size': found {config.batch_size}, expected a multiple of {processes.count} processes"
+        )
+    if not config.detection_weight >= 0 or (config.detection_weight == 0 and not config.terms):
+        raise UserError(f"key 'detection_weight': found {config.detection_weight}, expected a number above 0")
+    if config.image_size < SIZE_MULTIPLE or config.image_size % SIZE_MULTIPLE:
+        raise UserError(f"key 'image_size': found {config.image_size}, expected a multiple of {SIZE_MULTIPLE}")
+    if config.patience and not config.data.holdout_fraction:
+        raise UserError("key 'patience': needs held-out pictures to judge by, expected data.holdout_fraction above 0")
+    splits = open_splits(config, say)
+    data = fingerprint(splits.train)
+    processes.check_same("set of training pictures", data)
+    loader = Loader(
+        splits.train,
+        image_size=config.image_size,
+        batch_size=config.batch_size // processes.count,
+        seed=config.seed,
+        workers=config.data.workers,
+        cache=config.data.cache,
+        rank=processes.rank,
+        world_size=processes.count,
+        pictures_per_epoch=config.data.pictures_per_epoch,
+    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    student = build_student(config, splits.names).to(processes.device, memory_format=memory_format)
+    settings = config.optimizer
+    ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
+    teachers = build_teachers(config, splits.names, given, ema.model)
+    for teacher in teachers.models.values():
+        teacher.to(processes.device, memory_format=memory_format)
+    torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
+    criterion = build_criterion(config, splits.names, student, teachers).to(processes.device)
+    for name, teacher in teachers.models.items():
+        if teacher is not ema.model:  # which is evaluated too
+            teacher.wanted = criterion.wanted(name)
+    optimizer = build_optimizer(
+        (student, criterion),
+        name=settings.name,
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    if config.compile:
+        for module in (student, *(model for model in teachers.models.values() if model is not ema.model)):
+            module.compile()
+    bfloat16 = teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
+    if config.teacher_cache_gigabytes:
+        check_unaugmented(config)
+        teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
+    # A term that is off for a while leaves its adapter without gradients.
+    find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
+    objective = processes.wrap(
+        Objective(student, criterion, bfloat16, detection_weight=config.detection_weight), find_unused=find_unused
+    )
+    return Parts(
+        config,
+        processes,
+        splits,
+        loader,
+        len(loader),
+        student,
+        teachers,
+        criterion,
+        objective,
+        optimizer,
+        ema,
+        bfloat16,
+        data,
+    )
+
+
+def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
+    """Read and check the dataset; take at most data.max_samples of the training pictures, and hold out a part of those.
+
+    Which pictures are taken and held out depends on the dataset and these keys alone, not on the seed: runs of several
+    seeds train on the same pictures. The test split stays whole.
+    """
+    data = config.data
+    if data.max_samples < 0:
+        raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or 0 for all")
+    if data.pictures_per_epoch < 0:
+        found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
+        raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
+    reports = {}
+    for role, place in (("train", training_set(data)), ("test", (data.format, data.root, data.test))):
+        index = open_dataset(*place)
+        if role == "train" and 0 < data.max_samples < len(index):
+            index = take(index, data.max_samples)
+        reports[role] = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
+        say(reports[role].table() + "\n")
+        check(reports[role], data.max_bad_fraction)
+    train, test = reports["train"].index, reports["test"].index
+    if train.names != test.names:
+        root = data.train_root or data.root
+        found = f"{root}: the classes of {data.train!r} are {', '.join(train.names)}"
+        raise UserError(f"{found}; expected those of {data.test!r} in {data.root}: {', '.join(test.names)}")
+    fraction = data.holdout_fraction
+    if not 0 <= fraction < 1:
+        raise UserError(f"key 'data.holdout_fraction': found {fraction}, expected 0 up to less than 1")
+    if fraction == 0:
+        return Splits(train.names, train, None, test, reports)
+    held = round(fraction * len(train))
+    if not 0 < held < len(train):
+        raise UserError(f"key 'data.holdout_fraction': {fraction} of {len(train)} pictures is {held}, expected some")
+    order = np.random.default_rng(0).permutation(len(train))
+    kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
+    return Splits(train.names, train.subset(kept), train.subset(held_out), test, reports)
+
+
+def training_set(data: DataConfig) -> tuple[str, str, str]:
+    """Format, root and split of the training pictures."""
+    if data.train_format is not None and data.train_root is None:
+        raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
+    return data.train_format or data.format, data.train_root or data.root, data.train
+
+
+def take(index: DatasetIndex, count: int) -> DatasetIndex:
+    """`count` pictures of an index in its order, at random but always the same ones, and the faults that are theirs."""
+    rows = np.sort(np.random.default_rng(0).permutation(len(index))[:count]).tolist()
+    taken = index.subset(rows)
+    theirs = {"", *(sample.image_path.name for sample in taken.samples)}  # "": a fault of a whole file
+    return dataclasses.replace(taken, faults=tuple(fault for fault in index.faults if fault.picture in theirs))
+
+
+def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:
+    """The student, fresh from config.seed, or with the weights its config names."""
+    torch.manual_seed(config.seed)
+    student = models.build(config.student.arch, len(names))
+    if not hasattr(student, "losses"):
+        raise UserError(f"key 'student.arch': {config.student.arch} can only teach: it has no training losses here")
+    if config.student.weights is not None:
+        checkpoint.load_into(student, config.student.weights, new_head=config.student.new_head)
+    if config.student.backbone_weights is not None:
+        start_backbone(student, config.student)
+    freeze_backbone(student, config.student)
+    return student
+
+
+def freeze_backbone(student: nn.Module, settings: ModelConfig) -> None:
+    """What of a Faster R-CNN's backbone does not learn, as the config says."""
+    for key, is_given in (
+        ("trainable_stages", settings.trainable_stages is not None),
+        ("frozen_norms", settings.frozen_norms),
+    ):
+        if is_given and not isinstance(student, FasterRCNN):
+            raise UserError(f"key 'student.{key}': {settings.arch} learns as a whole, expected none")
+    if settings.trainable_stages is not None:
+        try:
+            freeze(student.backbone, settings.trainable_stages)
+        except ValueError as error:
+            raise UserError(f"key 'student.trainable_stages': {error}") from None
+    if settings.frozen_norms:
+        if settings.weights is None and settings.backbone_weights is None:
+            raise UserError(
+                "key 'student.frozen_norms': found true without weights, expected backbone_weights or weights; in a "
+                "fresh backbone the gammas of residual branches are 0, and would stay so"
+            )
+        freeze_norms(student.backbone)
+
+
+def start_backbone(student: nn.Module, settings: ModelConfig) -> None:
+    """Fill the backbone of a Faster R-CNN from an ImageNet file, or from the one of its name in a folder."""
+    path = settings.backbone_weights
+    if settings.weights is not None:
+        raise UserError(f"key 'student.backbone_weights': found {path}, expected none beside student.weights")
+    if not isinstance(student, FasterRCNN):
+        raise UserError(f"key 'student.backbone_weights': {settings.arch} has no released backbone, expected none")
+    load_backbone(student.backbone, find_backbone_file(Path(path), settings.arch))
+
+
+def find_backbone_file(path: Path, arch: str) -> Path:
+    """`path`, or where it is a folder the one file in it, or in a folder of it, that is named as arch's backbone is.
+
+    "resnet18-f37072fd.pth" for "fasterrcnn_resnet18": so one config fits all students. UserError that says what to get.
+    """
+    if path.is_file():
+        return path
+    backbone = re.match(r"fasterrcnn_(.*?)(_v2|_320)?$", arch)[1]  # forms of the detector, not of its backbone
+    names = RELEASED_BACKBONES.get(backbone, (backbone,))
+    advice = how_to_fetch(names[0])
+    if not path.is_dir():
+        raise UserError(f"key 'student.backbone_weights': {path}: no such file or folder{advice}")
+    found = sorted(
+        file
+        for file in (*path.glob("*.*"), *path.glob("*/*.*"))
+        if any(re.match(re.escape(name) + r"[_.-]", file.name) for name in names)
+    )
+    if len(found) == 1:
+        return found[0]
+    expected = " or ".join(f"{name}-*.pth" for name in names)
+    what = ", ".join(file.name for file in found) or "none"
+    raise UserError(f"key 'student.backbone_weights': {path}: found {what}, expected one {expected}{advice}")
+
+
+def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:
+    """The distillation terms of a config between these models; `names` are the dataset's classes."""
+    return Criterion(
+        config.terms,
+        student=student,
+        teachers=teachers.models,
+        epochs=config.epochs,
+        image_size=config.image_size,
+        class_names=names,
+        facts=teachers.facts,
+        teacher_weighting=config.teacher_weighting,
+    )
+
+
+def check_unaugmented(config: Config) -> None:
+    """UserError where pictures change from epoch to epoch: what a teacher said of one would never be asked again."""
+    if config.teacher_cache_gigabytes < 0:
+        raise UserError(f"key 'teacher_cache_gigabytes': found {config.teacher_cache_gigabytes}, expected 0 or more")
+    for setting in dataclasses.fields(config.augment):
+        value = getattr(config.augment, setting.name)
+        if value and setting.name != "close_mosaic_epochs":
+            raise UserError(
+                f"key 'augment.{setting.name}': found {value}, expected 0 where teacher_cache_gigabytes keeps outputs"
+            )
+
+
+def augmentation_at(config: Config, epoch: int) -> AugmentConfig:
+    """The last epochs see whole pictures again: without mosaic and mixup."""
+    if epoch >= config.epochs - config.augment.close_mosaic_epochs:
+        return dataclasses.replace(config.augment, mosaic=0.0, mixup=0.0)
+    return config.augment
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
