@@ -28,16 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from datasets.images import read_image
-from datasets.letterbox import letterbox, unletterbox
 from drawing.detections import draw_detections
 from errors import UserError, run_script
-from layers.fusion import fuse
 from onnx_files.detector import OnnxDetector, load_detector
 from prediction.files import PredictionFiles, complete_file, count_words, drawn_path
+from prediction.predictor import Predictor
 from prediction.sources import Source, find_sources
 from prediction.video import VideoReader, VideoWriter, require_av
 from runtime.interruption import StopSignals
@@ -45,45 +42,6 @@ from runtime.processes import choose_device, use_bfloat16
 from runtime.progress import Progress
 from runtime.run_folder import DISK_EXIT_CODE
 from structures import Detections
-
-
-class Predictor:
-    """A copy of a detector, its BatchNorms folded away, for pictures of any size."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        image_size: int,
-        score_threshold: float = 0.25,
-        iou_threshold: float = 0.7,
-        max_detections: int = 300,
-        device: torch.device | str = "cpu",
-        bfloat16: bool = False,
-    ) -> None:
-        self.device = torch.device(device)
-        self.model = fuse(model).to(self.device, memory_format=torch.channels_last)
-        self.image_size = image_size
-        self.settings = dict(
-            score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=max_detections
-        )
-        self.bfloat16 = bfloat16
-
-    @torch.inference_mode()
-    def __call__(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        """uint8 RGB (h, w, 3) each -> Detections on the CPU, in pixels of the picture and clipped to it."""
-        squares = [letterbox(picture, self.image_size) for picture in pictures]
-        images = torch.from_numpy(np.stack([square for square, _, _ in squares])).to(self.device)  # (B, S, S, 3)
-        images = images.permute(0, 3, 1, 2).float() / 255  # (B, 3, S, S), channels_last in memory
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            output = self.model(images)
-        found = []
-        for picture, square, detections in zip(pictures, squares, self.model.detect(output, **self.settings)):
-            _, scale, (left, top, _, _) = square
-            height, width = picture.shape[:2]
-            boxes = unletterbox(detections.boxes_xyxy.float(), scale, (left, top), width, height)
-            found.append(Detections(boxes, detections.scores.float(), detections.labels).to("cpu"))
-        return found
 
 
 @dataclass

@@ -13,7 +13,7 @@ from datasets.images import read_image
 from drawing.detections import draw_detections
 from drawing.plots import labels_of
 from errors import require
-from predict import Predictor
+from prediction.predictor import Predictor
 from runtime import run_folder
 
 PICTURES = 4

@@ -17,7 +17,7 @@ from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
 from layers.fusion import fuse
 from onnx_files import graph as onnx_graph
-from predict import Predictor
+from prediction.predictor import Predictor
 from prediction.sources import find_pictures
 from teachers.rtdetr import RTDETR
 from tests.conftest import ROOT

@@ -16,7 +16,7 @@ from datasets.letterbox import letterbox
 from distill.terms import LOSSES
 from drawing.heat_maps import attention_heat, grid, heat_colors, overlay, to_pictures
 from onnx_files.detector import SUFFIX, OnnxDetector
-from predict import Predictor
+from prediction.predictor import Predictor
 from runtime import run_folder
 from runtime.run_folder import RunFolder
 from runtime.timing import rotate

@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 
 BASE = {"structures", "boxes", "errors", "yaml_files"}
 MODEL = BASE | {"weights", "kernels", "layers"}
+RUN = BASE | {"config", "checkpoint", "datasets", "runtime", "drawing"}
 ALLOWED = {  # of the project's own modules; a folder's files may import one another, unless they have rows of their own
     "structures": BASE,
     "boxes": BASE,
@@ -38,26 +39,13 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "drawing": BASE | {"datasets", "metrics", "runtime", "teachers.dinov2"},
     "evaluation": BASE | {"datasets", "metrics", "runtime"},
     "evaluation.class_names": BASE | {"distill.beliefs"},
-    "prediction": BASE | {"datasets", "runtime"},
+    "prediction": BASE | {"datasets", "layers", "runtime"},
+    "training": RUN | {"models", "layers", "frcnn", "teachers", "distill", "metrics"},
+    "condensing": RUN | {"distill", "training"},
+    "comparison": RUN | {"models", "training", "condensing", "prediction"},
+    "web_demo": RUN | {"distill", "onnx_files", "prediction"},
 }
-ALLOWED |= {
-    "training": BASE
-    | {"config", "models", "checkpoint", "layers", "frcnn", "teachers"}
-    | {"datasets", "distill", "metrics", "runtime", "drawing"},
-    "condensing": BASE | {"config", "checkpoint", "datasets", "distill", "runtime", "drawing", "training"},
-    "comparison": BASE
-    | {"config", "models", "checkpoint", "datasets", "runtime", "drawing", "training", "condensing", "predict"},
-    "web_demo": BASE | {"config", "checkpoint", "datasets", "distill", "runtime", "drawing", "onnx_files", "predict"},
-}
-COMMANDS = {
-    "train",
-    "eval",
-    "predict",
-    "export",
-    "compare",
-    "condense",
-    "app",
-}  # no row: they import everything
+COMMANDS = set("train eval predict export compare condense app".split())  # they have no row, and import everything
 CORE = {"torch", "numpy", "PIL", "yaml", "triton"} | set(sys.stdlib_module_names)
 EXTRAS = {"matplotlib", "tqdm", "tensorboard", "onnx", "onnxruntime", "onnxscript", "av"}  # never at the top level
 SCRIPTS = {"app.py": {"streamlit", "starlette"}}  # that nothing imports, and that are nothing without these

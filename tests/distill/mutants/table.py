@@ -11,6 +11,7 @@ from tests.distill.mutants import (
     masks,
     mgd,
     relations,
+    sigmoid_logits,
 )
 
 CASES = [
@@ -21,6 +22,7 @@ CASES = [
     *relations.CASES,
     *masks.CASES,
     *logits.CASES,
+    *sigmoid_logits.CASES,
     *localization.CASES,
     *crosskd.CASES,
     *beliefs.CASES,
