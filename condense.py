@@ -137,20 +137,20 @@ def make(
     layout = first_layout(task, real, network)
     stop.may_raise = False
     splits: dict[str, list[Picture]] = {}
-    if c.method in LEARNT or c.formation > 1:
+    if c.method in LEARNT or c.formation != (1, 1):
         synthetic = to_synthetic(task, layout, device)
         if c.method in LEARNT:
-            learner = build_learner(task, synthetic, real, network)
+            learner = build_learner(task, synthetic, layout, real, network)
             learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop)
         splits[STORED] = stored_pictures(synthetic, layout)
-        if c.formation > 1:
+        if c.formation != (1, 1):
             splits[DECODED] = decoded_pictures(synthetic, layout)
     else:
         splits[STORED] = as_pictures(layout.images, layout.targets, layout.content_xyxy)
     manifest = {
         "method": c.method,
         "pictures": c.pictures,  # that are stored
-        "formation": c.formation,
+        "formation": list(c.formation),
         "decoded": task.decoded,
         "objects": len(layout.targets),
         "ratio": c.pictures / len(real),
@@ -199,27 +199,28 @@ def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticS
             count=c.pictures,
             image_size=task.image_size,
             formation=c.formation,
+            content_xyxy=layout.content_xyxy,
             generator=seeded_generator(task.seed, NOISE),
         )
     else:
-        made = SyntheticSet.from_pictures(layout.images.float() / 255, targets, c.formation)
-    return SyntheticSet(made.pixels.to(device), made.targets, c.formation)
+        made = SyntheticSet.from_pictures(layout.images.float() / 255, targets, c.formation, layout.content_xyxy)
+    return SyntheticSet(made.pixels.to(device), made.targets, c.formation, layout.content_xyxy)
 
 
 def build_learner(
-    task: Task, synthetic: SyntheticSet, real: RealPictures, network: nn.Module | None
+    task: Task, synthetic: SyntheticSet, layout: Layout, real: RealPictures, network: nn.Module | None
 ) -> GradientMatching | Inversion:
     """What moves the pixels. UserError for settings that it cannot learn by."""
     c = task.condense
     section = {"gradient_matching": "matching"}.get(c.method, c.method)
     try:
-        return _build_learner(task, synthetic, real, network)
+        return _build_learner(task, synthetic, layout, real, network)
     except ValueError as error:
         raise UserError(f"key 'condense.{section}': {error}") from None
 
 
 def _build_learner(
-    task: Task, synthetic: SyntheticSet, real: RealPictures, network: nn.Module | None
+    task: Task, synthetic: SyntheticSet, layout: Layout, real: RealPictures, network: nn.Module | None
 ) -> GradientMatching | Inversion:
     c = task.condense
 
@@ -238,6 +239,7 @@ def _build_learner(
         build_network=build_network,
         draw_real=real.draw(c.real_batch),
         draw_augmentation=draw_augmentation,
+        read_originals=layout.read,
     )
 
 
@@ -303,8 +305,8 @@ def draw_step(synthetic: SyntheticSet, layout: Layout, names: tuple[str, ...], p
 
 def stored_pictures(synthetic: SyntheticSet, layout: Layout) -> list[Picture]:
     """What is stored; without the padding of its layout, where one picture is one picture."""
-    content = layout.content_xyxy if synthetic.formation == 1 else None
-    return as_pictures(synthetic.pixels.detach().cpu(), synthetic.targets.to("cpu"), content)
+    content = layout.content_xyxy if synthetic.tiles == 1 else None
+    return as_pictures(synthetic.pixels.detach().cpu(), synthetic.stored_targets().to("cpu"), content)
 
 
 def decoded_pictures(synthetic: SyntheticSet, layout: Layout) -> list[Picture]:

@@ -68,7 +68,7 @@ def condensed_tree(results: dict[str, Result]) -> list[dict]:
                 "method": task.condense.method,
                 "init": task.condense.init if "init" in task.settings() else None,
                 "pictures": task.condense.pictures,
-                "formation": task.condense.formation,
+                "formation": list(task.condense.formation),
                 "terms": [term.loss for term in result.row.config.terms],
                 "seeds": result.seeds,
                 "sets": sorted({result.row.set_folder(seed).name for seed in result.seeds}),

@@ -235,8 +235,10 @@ def condensed_row(
         task.check()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if file.decoded and task.condense.formation == 1:
-        raise UserError(f"{where}: key 'decoded': found true, expected a set with condense.formation above 1")
+    if file.decoded and task.decoded == task.condense.pictures:
+        raise UserError(
+            f"{where}: key 'decoded': found true, expected a set of condense.formation with more than one tile"
+        )
     data = dataclasses.replace(row.config.data, train_format="yolo", train="train_decoded" if file.decoded else "train")
     # Sampling a fraction is for the real pictures; the set is small as it is.
     row_config = dataclasses.replace(row.config, data=dataclasses.replace(data, max_samples=0))

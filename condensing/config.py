@@ -9,6 +9,7 @@ one.
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +58,10 @@ class CondenseConfig:
     method: Literal[tuple(METHODS)]
     pictures: int  # that are stored
     seed: int | None = None  # None: the config's, in a study each run's own
-    formation: int = 1  # f: a stored picture is f x f of them; counts are of stored ones
+    formation: tuple[int, ...] = (
+        1,
+        1,
+    )  # r, c: a stored picture is r rows and c columns of them; counts are of stored ones
     init: Literal["noise", "real", "crops", "canvas"] = "real"  # of learnt pixels; where labels come from
     layouts: Literal["random", "uniform"] = "random"  # which real pictures: of noise, real and mosaic
     crops: int = 2  # a mosaic of crops has this many a side
@@ -101,7 +105,7 @@ class Task:
     @property
     def decoded(self) -> int:
         """Pictures that the stored ones decode into."""
-        return self.condense.pictures * self.condense.formation**2
+        return self.condense.pictures * math.prod(self.condense.formation)
 
     @property
     def needs_network(self) -> bool:
@@ -122,7 +126,7 @@ class Task:
         if c.method not in WITHOUT_DRAWS:
             tree["seed"] = self.seed
         if is_learnt or c.method == "mosaic":
-            tree["formation"] = c.formation
+            tree["formation"] = list(c.formation)
         if is_learnt:
             tree |= {"init": c.init, "augment": to_tree(c.augment)}
         if c.method == "mosaic" or (is_learnt and c.init in ("noise", "real")):
@@ -153,15 +157,16 @@ class Task:
     def check(self) -> None:
         """UserError for every mistake that the settings alone show."""
         c, key = self.condense, "key 'condense"
-        f = c.formation
         if c.pictures < 1:
             raise UserError(f"{key}.pictures': found {c.pictures}, expected at least 1")
-        if f < 1 or self.image_size % f:
-            raise UserError(f"{key}.formation': found {f}, expected 1 or a divisor of {self.image_size} pixels")
-        if c.method == "mosaic" and f == 1:
-            raise UserError(f"{key}.formation': found 1, expected 2 or more: a mosaic of one picture is random")
-        if f > 1 and c.method not in (*LEARNT, "mosaic"):
-            raise UserError(f"{key}.formation': found {f}, expected 1: {c.method} stores pictures as they are")
+        found = f"{key}.formation': found {list(c.formation)}, expected"
+        if len(c.formation) != 2 or not all(1 <= side <= self.image_size for side in c.formation):
+            raise UserError(f"{found} [rows, columns], each 1 to {self.image_size}")
+        tiles = math.prod(c.formation)
+        if c.method == "mosaic" and tiles == 1:
+            raise UserError(f"{found} more than one tile: a mosaic of one picture is random")
+        if tiles > 1 and c.method not in (*LEARNT, "mosaic"):
+            raise UserError(f"{found} [1, 1]: {c.method} stores pictures as they are")
         if c.crops < 1 or self.image_size % c.crops:
             raise UserError(f"{key}.crops': found {c.crops}, expected a divisor of {self.image_size} pixels")
         if self.needs_network and c.network.weights is None:
@@ -187,7 +192,7 @@ class Task:
         """UserError where the source has too few pictures: each is used once, in one stored picture."""
         if self.decoded > count:
             found = f"found {self.condense.pictures}"
-            if self.condense.formation > 1:
-                found += f", {self.condense.formation} x {self.condense.formation} real ones each"
+            if self.decoded > self.condense.pictures:
+                found += f", {' x '.join(map(str, self.condense.formation))} real ones each"
             place = f"{self.data.train_root or self.data.root} {self.data.train}"
             raise UserError(f"key 'condense.pictures': {found}, expected as many as {place} has: {count}")

@@ -90,6 +90,13 @@ class Layout:
     content_xyxy: Tensor | None
     sources: tuple[str, ...] = ()
 
+    def read(self, numbers: Tensor) -> tuple[Tensor, Targets]:
+        """Some of the pictures, and their targets."""
+        numbers, place = numbers.cpu(), torch.full((len(self.images),), -1)
+        place[numbers] = torch.arange(len(numbers))
+        t = self.targets[place[self.targets.image] >= 0]
+        return self.images[numbers], Targets(t.boxes_xyxy, t.labels, place[t.image], t.ignore)
+
 
 def load_network(settings: NetworkConfig, names: tuple[str, ...], device: torch.device) -> nn.Module:
     """The trained detector, in eval mode; its classes must be the dataset's."""

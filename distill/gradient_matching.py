@@ -47,7 +47,7 @@ from distill.network_pool import (
     seeded_generator,
     set_statistics,
 )
-from distill.synthetic import PixelOptimizer, SyntheticSet, total_variation
+from distill.synthetic import PixelOptimizer, SyntheticSet
 from errors import UserError
 from structures import Targets
 
@@ -57,7 +57,10 @@ class MatchingSettings:
     """steps, seed; pool: which networks. What is matched: distance, a key of gradient_distance.DISTANCES, over the
     convolution weights whose names begin with one of `layers` (empty: all of them).
 
-    real_batches: draws of real pictures that r is a mean over; of one, much of the distance is the chance of the draw.
+    against: what r is of. "real": real pictures drawn anew in every step, real_batches draws of them; of one draw, much
+    of the distance is chance. "originals": the very pictures that the stored ones of a step hold, before they were
+    reduced to their tiles. s and r then differ by what the reduction lost alone, and it is that which the pixels learn
+    to make up for, with far less noise.
     pictures_per_step: stored pictures that a step takes, drawn anew for each; 0: all. pictures_at_once: pictures that
     go through a network together; memory and speed follow it, the result does not, but for rounding.
     optimizer, learning_rate, momentum: of the pixels, see PixelOptimizer. total_variation: lambda.
@@ -67,6 +70,7 @@ class MatchingSettings:
     seed: int = 0
     distance: str = "cosine"
     layers: tuple[str, ...] = ()
+    against: str = "real"
     real_batches: int = 1
     pictures_per_step: int = 0
     pictures_at_once: int = 8
@@ -107,6 +111,8 @@ class GradientMatching:
         draw_real: generator -> a batch of real pictures and targets (network_pool.RealBatch), of the set's image size.
         draw_augmentation: generator -> the augmentation of a step, the same for every picture of both sides
             (datasets.augment.draw_siamese); None: none.
+        read_originals: numbers (n,) of decoded pictures -> what they were made of and its targets, as draw_real gives
+            them; for settings.against = "originals".
     The networks are built on the device of the set's pixels. Every number drawn follows from settings.seed and the
     step, so state_dict, written after any step, is all it takes to go on to the same bytes.
     """
@@ -119,11 +125,17 @@ class GradientMatching:
         build_network: Callable[[int], nn.Module],
         draw_real: RealBatch,
         draw_augmentation: DrawAugmentation | None = None,
+        read_originals: Callable[[Tensor], tuple[Tensor, Targets]] | None = None,
     ) -> None:
         if settings.real_batches < 1 or settings.pictures_at_once < 1:
             raise ValueError(f"{settings}: expected real_batches and pictures_at_once of 1 or more")
+        if settings.against not in ("real", "originals"):
+            raise ValueError(f"against: found {settings.against!r}, expected real or originals")
+        if settings.against == "originals" and (read_originals is None or synthetic.tiles == 1):
+            raise ValueError("against: found 'originals', expected 'real' where pictures are stored as they are")
         self.synthetic, self.settings, self.steps_done = synthetic, settings, 0
         self._draw_real, self._draw_augmentation = draw_real, draw_augmentation
+        self._read_originals = read_originals
         self.pool = NetworkPool(
             build_network,
             settings=settings.pool,
@@ -153,10 +165,10 @@ class GradientMatching:
         rows = draw_rows(len(synthetic), settings.pictures_per_step, generator)
         sampling = generator.initial_seed()  # what losses that sample are seeded with
 
-        r, r_loss = mean_gradient(network, self._real(network, augment, generator), parameters, sampling)
+        r, r_loss = mean_gradient(network, self._real(network, augment, rows, generator), parameters, sampling)
 
         # As many stored pictures as hold pictures_at_once, at least one.
-        groups = rows.split(max(1, settings.pictures_at_once // synthetic.formation**2))
+        groups = rows.split(max(1, settings.pictures_at_once // synthetic.tiles))
         with torch.no_grad():
             s, s_loss = mean_gradient(
                 network, (augment(*synthetic.decode(group)) for group in groups), parameters, sampling
@@ -183,12 +195,15 @@ class GradientMatching:
         )
 
     def _real(
-        self, network: nn.Module, augment: Augmentation, generator: torch.Generator
+        self, network: nn.Module, augment: Augmentation, rows: Tensor, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Targets]]:
         """The real pictures of a step, a few at once; BatchNorms have their statistics before the first come out."""
         device = self.synthetic.pixels.device
-        for number in range(self.settings.real_batches):
-            images, targets = self._draw_real(generator)
+        if self.settings.against == "originals":
+            batches = map(self._read_originals, self.synthetic.numbers(rows).split(self.settings.pictures_at_once))
+        else:
+            batches = (self._draw_real(generator) for _ in range(self.settings.real_batches))
+        for number, (images, targets) in enumerate(batches):
             with torch.no_grad():
                 images, targets = augment(as_float(images.to(device)), targets.to(device))
             if number == 0:
@@ -202,12 +217,12 @@ class GradientMatching:
         """d/dx of D + lambda TV for n stored pictures, of `count` in the step: (n, 3, S, S)."""
         synthetic = self.synthetic
         stored = synthetic.pixels.detach()[rows].requires_grad_()
-        pictures, targets = augment(*synthetic.decode(rows, stored))  # (n f f, 3, S, S)
+        pictures, targets = augment(*synthetic.decode(rows, stored))  # (n r c, 3, S, S)
         leaf = pictures.detach().requires_grad_()
         g, _ = summed_gradient(network, leaf, targets, parameters, sampling, create_graph=True)
-        part = sum((a * b).sum() for a, b in zip(g, v)) / (count * synthetic.formation**2)  # <v, their part of s>
+        part = sum((a * b).sum() for a, b in zip(g, v)) / (count * synthetic.tiles)  # <v, their part of s>
         slope = torch.autograd.grad(part, leaf)[0]
-        prior = self.settings.total_variation / count * total_variation(stored, synthetic.formation).sum()
+        prior = self.settings.total_variation / count * synthetic.total_variation(rows, stored).sum()
         return torch.autograd.grad([pictures, prior], stored, [slope, torch.ones_like(prior)])[0]
 
     def _check_finite(self, values: dict[str, Tensor], number: int, trained: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from distill.gradient_matching import as_it_is, draw_rows
 from distill.network_pool import MATCH, DrawAugmentation, reproducible, seeded_generator
-from distill.synthetic import PixelOptimizer, SyntheticSet, total_variation
+from distill.synthetic import PixelOptimizer, SyntheticSet
 from errors import UserError
 
 
@@ -100,7 +100,7 @@ class Inversion:
                 " no BatchNorm in eval mode"
             )
         statistics = sum(distances) / max(len(distances), 1) * torch.ones_like(loss)
-        variation = total_variation(stored, synthetic.formation).mean()
+        variation = synthetic.total_variation(rows, stored).mean()
         objective = loss + settings.total_variation * variation + settings.statistics * statistics
         slope = torch.autograd.grad(objective, stored)[0]
         if not (objective.isfinite() and slope.isfinite().all()):

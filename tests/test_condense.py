@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def manifest(folder):
 
 
 EXTRA = {
-    "mosaic": {"formation": 2},
-    "gradient_matching": {"formation": 2, "matching": {"steps": 1, "pool": POOL}},
+    "mosaic": {"formation": [2, 2]},
+    "gradient_matching": {"formation": [2, 2], "matching": {"steps": 1, "pool": POOL}},
     "canvas": {"canvas": {"rounds": 2}},
 }
 
@@ -113,7 +114,7 @@ def test_a_set_is_an_ordinary_dataset_with_a_manifest(method, make, real, capsys
     facts = manifest(folder)
     index = open_dataset("yolo", folder, "train")
     assert not index.faults and index.names == NAMES and len(index) == facts["pictures"] == 3
-    decoded = 3 * facts["formation"] ** 2
+    decoded = 3 * math.prod(facts["formation"])
     assert facts["decoded"] == decoded and (decoded == 12) == (method in ("mosaic", "gradient_matching"))
     if decoded > 3:
         enlarged = open_dataset("yolo", folder, "train_decoded")
@@ -172,7 +173,7 @@ def test_methods_choose_as_their_rules_say(make, real, network):
 @pytest.mark.parametrize("method", ["crops", "canvas", "mosaic"])
 def test_labels_lie_on_their_objects(method, make):
     """The middle of a box has the color of its class, as often as in real pictures, where objects overlap too."""
-    extra = {"mosaic": {"formation": 2}, "canvas": {"canvas": {"rounds": 0, "max_overlap": 0.0}}}.get(method, {})
+    extra = {"mosaic": {"formation": [2, 2]}, "canvas": {"canvas": {"rounds": 0, "max_overlap": 0.0}}}.get(method, {})
     folders = [(make("random", 12, "real"), "train"), (make(method, 3, "made", **extra), "train")]
     folders += [(folders[1][0], "train_decoded")] if method == "mosaic" else []
     shares = []
@@ -218,10 +219,10 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
     [
         ({"method": "random", "pictures": 0}, [], r"condense.pictures': found 0, expected at least 1"),
         ({"method": "random", "pictures": 13}, [], r"condense.pictures': found 13, expected as many as .* has: 12"),
-        ({"method": "mosaic", "formation": 2, "pictures": 4}, [], r"found 4, 2 x 2 real ones each, .* has: 12"),
-        ({"method": "mosaic"}, [], r"condense.formation': found 1, expected 2 or more"),
-        ({"method": "random", "formation": 2}, [], r"condense.formation': found 2, expected 1: random stores"),
-        ({"method": "inversion", "formation": 3}, [], r"condense.formation': found 3, expected 1 or a divisor of 64"),
+        ({"method": "mosaic", "formation": [2, 2], "pictures": 4}, [], r"found 4, 2 x 2 real ones each, .* has: 12"),
+        ({"method": "mosaic"}, [], r"condense.formation': found \[1, 1\], expected more than one tile"),
+        ({"method": "random", "formation": [1, 2]}, [], r"found \[1, 2\], expected \[1, 1\]: random stores"),
+        ({"method": "inversion", "formation": [65, 1]}, [], r"found \[65, 1\], expected \[rows, columns\]"),
         ({"method": "crops", "crops": 5}, [], r"condense.crops': found 5, expected a divisor of 64"),
         ({"method": "crops", "crops": 16}, [], r"condense.pictures': 768 crops need as many objects; there are"),
         ({"method": "herding", "network": {}}, [], r"condense.network': herding measures by a trained network"),
@@ -340,7 +341,7 @@ def test_learning_moves_pixels_and_leaves_boxes(make):
 
 def test_training_on_a_set_takes_the_steps_of_the_whole_and_tests_on_real_pictures(make, real, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
-    folder = make("mosaic", 2, formation=2)
+    folder = make("mosaic", 2, formation=[2, 2])
     config = tiny_config(real, tmp_path / "runs", epochs=1)
     steps = {}
     for split, root in (("train", None), ("train", str(folder)), ("train_decoded", str(folder))):

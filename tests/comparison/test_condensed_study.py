@@ -22,7 +22,7 @@ ROWS = {
     "full": None,
     "random_2": {"condense": {"method": "random", "pictures": 2}, "seeds": 2},
     "herding_2": {"condense": {"method": "herding", "pictures": 2}},
-    "mosaic_2": {"condense": {"method": "mosaic", "formation": 2, "pictures": 2}, "decoded": True},
+    "mosaic_2": {"condense": {"method": "mosaic", "formation": [2, 2], "pictures": 2}, "decoded": True},
 }
 SHARED = {"network": {"row": "full"}}
 
@@ -147,7 +147,7 @@ def test_fraction_of_full_and_share_of_the_gap(config):
     assert found["herding_2"]["of_full"] == pytest.approx(0.75) and found["herding_2"]["gap_closed"] == pytest.approx(
         0.5
     )
-    assert found["mosaic_2"]["gap_closed"] == pytest.approx(-0.5) and found["mosaic_2"]["formation"] == 2
+    assert found["mosaic_2"]["gap_closed"] == pytest.approx(-0.5) and found["mosaic_2"]["formation"] == [2, 2]
     assert found["random_2"]["gap_closed"] == pytest.approx(0) and found["random_2"]["of_full"] == pytest.approx(0.5)
     assert found["random_2"]["seconds"] == 7 and found["random_2"]["peak_gigabytes"] == 1.5
     assert len(found["random_2"]["sets"]) == 2 and found["herding_2"]["steps"] == 40

@@ -17,7 +17,7 @@ from distill.gradient_matching import (
     summed_gradient,
 )
 from distill.network_pool import set_statistics
-from distill.synthetic import SyntheticSet, total_variation
+from distill.synthetic import SyntheticSet
 from structures import Targets
 from tests.distill.tiny_detector import TinyDetector, build_tiny, tiny_scene
 from tests.distill.tiny_matching import FRESH, LEARNING_RATE, draw_siamese_here, matching_of
@@ -28,6 +28,10 @@ def slopes_of(synthetic: SyntheticSet, *args, **kwargs) -> Tensor:
     before = synthetic.pixels.detach().clone()
     matching_of(synthetic, *args, **kwargs).step()
     return (before - synthetic.pixels.detach()) / kwargs.get("learning_rate", LEARNING_RATE)
+
+
+def prior(synthetic: SyntheticSet, x: Tensor) -> Tensor:
+    return synthetic.total_variation(torch.arange(len(x)), x).mean()
 
 
 # ---------------------------------------------------------------- against torch.func and finite differences
@@ -76,9 +80,8 @@ def test_slope_of_the_pixels_is_that_of_torch_func(kind, normalization):
     pictures, targets = tiny_scene(4)
     real, real_targets = tiny_scene(5, seed=1)
     pool = replace(FRESH, normalization=normalization)
-    got = slopes_of(
-        SyntheticSet(pictures, targets), (real, real_targets), distance=kind, total_variation=0.7, pool=pool
-    )
+    synthetic = SyntheticSet(pictures, targets)
+    got = slopes_of(synthetic, (real, real_targets), distance=kind, total_variation=0.7, pool=pool)
 
     matching = matching_of(SyntheticSet(pictures, targets), pool=pool)
     network, _, _ = matching.pool.visit(0)
@@ -86,7 +89,7 @@ def test_slope_of_the_pixels_is_that_of_torch_func(kind, normalization):
     r = func_gradient(network, real, real_targets)
 
     def objective(x: Tensor) -> Tensor:
-        return gradient_distance(func_gradient(network, x, targets), r, kind) + 0.7 * total_variation(x).mean()
+        return gradient_distance(func_gradient(network, x, targets), r, kind) + 0.7 * prior(synthetic, x)
 
     torch.testing.assert_close(got, torch.func.grad(objective)(pictures), atol=1e-8, rtol=1e-6)
 
@@ -98,7 +101,7 @@ def test_slope_through_tiles_and_augmentation_is_that_of_torch_func():
     options = dict(
         augmentation=lambda generator: augment, total_variation=0.7, pool=replace(FRESH, normalization="group")
     )
-    synthetic = SyntheticSet.from_pictures(pictures, targets, 2)
+    synthetic = SyntheticSet.from_pictures(pictures, targets, (2, 2))
     stored, rows = synthetic.pixels.detach().clone(), torch.arange(2)
     got = slopes_of(synthetic, (real, real_targets), **options)
 
@@ -107,7 +110,7 @@ def test_slope_through_tiles_and_augmentation_is_that_of_torch_func():
 
     def objective(x: Tensor) -> Tensor:
         s = func_gradient(network, *augment(*synthetic.decode(rows, x)))
-        return gradient_distance(s, r, "cosine") + 0.7 * total_variation(x, 2).mean()
+        return gradient_distance(s, r, "cosine") + 0.7 * prior(synthetic, x)
 
     torch.testing.assert_close(got, torch.func.grad(objective)(stored), atol=1e-8, rtol=1e-6)
 
@@ -181,9 +184,9 @@ def hold_alpha(monkeypatch) -> None:
 # ---------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("formation", [1, 2])
+@pytest.mark.parametrize("formation", [(1, 1), (2, 2), (1, 3)])
 def test_pictures_in_parts_are_the_whole(formation):
-    pictures, targets = tiny_scene(5 * formation**2, size=16)
+    pictures, targets = tiny_scene(5 * formation[0] * formation[1], size=16)
     build = lambda: SyntheticSet.from_pictures(pictures, targets, formation)
     options = dict(augmentation=draw_siamese_here, total_variation=0.5)
     whole = slopes_of(build(), pictures_at_once=1000, **options)
@@ -220,6 +223,31 @@ def test_real_pictures_match_themselves_under_any_augmentation():
     assert report.s_loss == pytest.approx(report.r_loss)
     other = matching_of(SyntheticSet(*tiny_scene(4, seed=7)), real, augmentation=draw_siamese_here).step()
     assert other.relative > 0.01
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_against_the_originals_r_is_the_gradient_of_what_the_step_holds(at_once):
+    """Of the stored pictures of the step alone, at full size: without a reduction the distance would be 0."""
+    pictures, targets = tiny_scene(12)
+    build = lambda: SyntheticSet.from_pictures(pictures, targets, (2, 2))
+    asked = []
+
+    def read(numbers: Tensor) -> tuple[Tensor, Targets]:
+        asked.extend(numbers.tolist())
+        place = torch.full((len(pictures),), -1)
+        place[numbers] = torch.arange(len(numbers))
+        objects = targets[place[targets.image] >= 0]
+        return pictures[numbers], Targets(objects.boxes_xyxy, objects.labels, place[objects.image], objects.ignore)
+
+    options = dict(pictures_per_step=2, pictures_at_once=at_once, pool=replace(FRESH, normalization="group"))
+    slopes = slopes_of(build(), against="originals", read_originals=read, **options)
+    rows = slopes.flatten(1).abs().amax(1).gt(0).nonzero()[:, 0]
+    assert len(rows) == 2 and asked == build().numbers(rows).tolist()
+    torch.testing.assert_close(slopes, slopes_of(build(), read(torch.tensor(asked)), **options), atol=1e-9, rtol=1e-7)
+    with pytest.raises(ValueError, match="found 'originals', expected 'real' where"):
+        matching_of(SyntheticSet(pictures, targets), against="originals", read_originals=read)
+    with pytest.raises(ValueError, match="found 'average', expected real or originals"):
+        matching_of(build(), against="average")
 
 
 def test_several_real_batches_are_one_large_one():

@@ -9,7 +9,7 @@ from config import AugmentConfig
 from datasets.augment import draw_siamese
 from distill.inversion import Inversion, InversionSettings, statistics_distances
 from distill.network_pool import set_statistics
-from distill.synthetic import SyntheticSet, total_variation
+from distill.synthetic import SyntheticSet
 from errors import UserError
 from structures import Targets
 from tests.distill.tiny_detector import build_tiny, tiny_scene
@@ -22,7 +22,7 @@ def trained_network() -> torch.nn.Module:
     return network
 
 
-def inversion_of(pictures, targets, network=None, formation=1, **settings) -> Inversion:
+def inversion_of(pictures, targets, network=None, formation=(1, 1), **settings) -> Inversion:
     synthetic = SyntheticSet.from_pictures(pictures, targets, formation)
     return Inversion(synthetic, settings=InversionSettings(**settings), network=network or trained_network())
 
@@ -52,17 +52,21 @@ def test_a_step_of_descent_is_that_of_the_whole_objective():
     x = pictures.clone().requires_grad_()
     with statistics_distances(network) as distances:
         loss = sum(network.losses(network(x), targets).values())
-    objective = loss + 0.3 * total_variation(x).mean() + 0.7 * sum(distances) / len(distances)
+    objective = (
+        loss + 0.3 * run.synthetic.total_variation(torch.arange(4), x).mean() + 0.7 * sum(distances) / len(distances)
+    )
     (slope,) = torch.autograd.grad(objective, x)
     report = run.step()
     torch.testing.assert_close((pictures - run.synthetic.pixels.detach()) / 1e-4, slope, atol=1e-8, rtol=1e-6)
     assert report.loss == pytest.approx(loss.item()) and report.statistics == pytest.approx(distances[0].item())
 
 
-@pytest.mark.parametrize("formation", [1, 2])
+@pytest.mark.parametrize("formation", [(1, 1), (2, 2)])
 def test_the_detector_sees_its_objects_after_some_steps_from_noise(formation):
-    _, targets = tiny_scene(4 * formation**2)
-    noise = torch.rand(4 * formation**2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, targets = tiny_scene(4 * formation[0] * formation[1])
+    noise = torch.rand(
+        4 * formation[0] * formation[1], 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     run = inversion_of(noise, targets, formation=formation, steps=40, learning_rate=0.05, statistics=0.1)
     before = {name: p.clone() for name, p in run.network.state_dict().items()}
     losses = []
