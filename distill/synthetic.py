@@ -23,6 +23,8 @@ from structures import Targets
 
 PADDING = 114 / 255  # grey beside the pictures, as a loader has it
 
+SMALLEST_SLOPE = 1e-30  # a picture without any slope stays
+
 Formation = tuple[int, int]  # r rows, c columns
 Area = tuple[int, int, int, int]  # x1, y1, x2, y2, whole pixels
 
@@ -222,24 +224,36 @@ def total_variation(tile: Tensor) -> Tensor:
 class PixelOptimizer:
     """Moves some pictures of a set along their gradients, then clips them to [0, 1].
 
-    name: "sgd" (with momentum) or "adam" (betas momentum, 0.999). Every stored picture has an optimizer state of its
-    own, which moves only when the picture does, so a set of which each step draws a part is learnt as a whole one.
+    name: "sgd" (with momentum), "adam" (betas momentum, 0.999), or "normalized":
+
+        m <- momentum m + (1 - momentum) g / rms(g),    x <- x - learning_rate m
+
+    with rms(g) over the pixels of one stored picture: the learning rate is what a pixel moves in a step, in 0..1, where
+    steps agree. Slopes of gradient matching differ a hundredfold from network to network; Adam, whose second moments
+    remember the largest for a thousand steps, then moves by the few steps with the youngest networks and hardly by the
+    rest. Every stored picture has an optimizer state of its own, which moves only when the picture does, so a set of
+    which each step draws a part is learnt as a whole one.
     """
 
     def __init__(self, synthetic: SyntheticSet, *, name: str, learning_rate: float, momentum: float) -> None:
         self._pictures = list(synthetic.pixels.detach().unbind(0))  # views: they share the pixels' memory
+        self._is_normalized = name == "normalized"
         if name == "sgd":
             self._optimizer = torch.optim.SGD(self._pictures, lr=learning_rate, momentum=momentum)
         elif name == "adam":
             self._optimizer = torch.optim.Adam(self._pictures, lr=learning_rate, betas=(momentum, 0.999))
+        elif name == "normalized":
+            self._optimizer = torch.optim.SGD(self._pictures, lr=learning_rate, momentum=momentum, dampening=momentum)
         else:
-            raise ValueError(f"pixel optimizer {name!r}: expected sgd or adam")
+            raise ValueError(f"pixel optimizer {name!r}: expected sgd, adam or normalized")
 
     @torch.no_grad()
     def step(self, rows: Tensor, gradient: Tensor) -> None:
         """rows (n,) of the set and the gradient (n, 3, S, S) of their pixels."""
         rows = rows.tolist()
         for row, slope in zip(rows, gradient, strict=True):
+            if self._is_normalized:
+                slope = slope / slope.square().mean().sqrt().clamp(min=SMALLEST_SLOPE)
             self._pictures[row].grad = slope
         self._optimizer.step()
         for row in rows:
