@@ -281,5 +281,5 @@ def test_pixels_stay_colours_and_the_optimizer_goes_on_from_its_state():
             resumed.step(rows, slope)
     assert torch.equal(other.pixels, synthetic.pixels)
     assert synthetic.pixels.min() == 0 and synthetic.pixels.max() == 1
-    with pytest.raises(ValueError, match="expected sgd or adam"):
+    with pytest.raises(ValueError, match="expected sgd, adam or normalized"):
         PixelOptimizer(synthetic, name="lbfgs", learning_rate=1, momentum=0)
