@@ -19,6 +19,7 @@ import io
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from condensing.set_files import DECODED, STORED, Picture, draw_set, part_folder
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
 from datasets.loader import seeded_generator
+from distill.gradient_choice import gradient_products
 from distill.gradient_matching import GradientMatching, matched_parameters
 from distill.inversion import Inversion
 from distill.synthetic import SyntheticSet
@@ -134,7 +136,7 @@ def make(
     """The pictures of the set, learnt where its method learns, then all its files and the manifest."""
     c, cost = task.condense, Cost(device)
     stop.may_raise = True  # nothing is lost
-    layout = first_layout(task, real, network)
+    layout = first_layout(task, real, network, lambda: products_of_gradients(task, real, device, progress))
     stop.may_raise = False
     splits: dict[str, list[Picture]] = {}
     if c.method in LEARNT or c.formation != (1, 1):
@@ -168,6 +170,36 @@ def make(
     write_set(folder, splits, real.index.names, manifest)
     progress.say(f"written: {folder}, {c.pictures} pictures with {len(layout.targets)} objects")
     return manifest
+
+
+def products_of_gradients(task: Task, real: RealPictures, device: torch.device, progress: Progress) -> Tensor:
+    """What a choice by gradients is made of: K of distill.gradient_choice, for all real pictures."""
+    c = task.condense
+
+    def read(row: int) -> tuple[Tensor, Targets]:
+        batch = real.read([row])
+        return batch.images, batch.targets
+
+    progress.start("gradients of the real pictures", c.choice.visits)
+    try:
+        return gradient_products(
+            read,
+            len(real),
+            settings=c.choice,
+            build_network=network_builder(task, real),
+            draw_real=real.draw(c.real_batch),
+            draw_augmentation=lambda generator: draw_siamese(generator=generator, settings=c.augment),
+            seed=task.seed,
+            device=device,
+            on_visit=lambda visit: progress.advance({}),
+        )
+    finally:
+        progress.finish()
+
+
+def network_builder(task: Task, real: RealPictures) -> Callable[[int], nn.Module]:
+    """A fresh detector of the task for every call; distill.network_pool seeds torch around it."""
+    return lambda seed: models.build(task.arch, len(real.index.names))
 
 
 class Cost:
@@ -231,7 +263,7 @@ def _build_learner(
     if c.method == "inversion":
         settings = dataclasses.replace(c.inversion, seed=task.seed)
         return Inversion(synthetic, settings=settings, network=network, draw_augmentation=draw_augmentation)
-    build_network = lambda seed: models.build(task.arch, len(real.index.names))
+    build_network = network_builder(task, real)
     matched_parameters(build_network(0), c.matching.layers)
     return GradientMatching(
         synthetic,

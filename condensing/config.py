@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from config import AugmentConfig, DataConfig, from_tree, to_tree
 from distill.canvas import CanvasSettings
+from distill.gradient_choice import ChoiceSettings
 from distill.gradient_distance import DISTANCES
 from distill.gradient_matching import MatchingSettings
 from distill.inversion import InversionSettings
@@ -28,6 +29,7 @@ METHODS = {
     "k_center": "real pictures near to which all others are",
     "highest_loss": "real pictures that a trained network finds hardest",
     "most_objects": "real pictures with the most objects",
+    "gradient": "real pictures whose mean gradient is that of all, early in training",
     "crops": "mosaics of crops around real objects",
     "mosaic": "several real pictures in each stored one",
     "canvas": "real objects pasted where a trained network sees them",
@@ -63,13 +65,14 @@ class CondenseConfig:
         1,
     )  # r, c: a stored picture is r rows and c columns of them; counts are of stored ones
     init: Literal["noise", "real", "crops", "canvas"] = "real"  # of learnt pixels; where labels come from
-    layouts: Literal["random", "uniform"] = "random"  # which real pictures: of noise, real and mosaic
+    layouts: Literal["random", "uniform", "gradient"] = "random"  # which real pictures: of noise, real and mosaic
     crops: int = 2  # a mosaic of crops has this many a side
     network: NetworkConfig = NetworkConfig()
     canvas: CanvasSettings = field(default_factory=CanvasSettings)
-    arch: str | None = None  # of the networks whose gradients are matched; None: the student's
+    arch: str | None = None  # of the networks whose gradients are looked at; None: the student's
     real_batch: int = 16  # real pictures of a matching step
     augment: AugmentConfig = SIAMESE  # of a learning step, the same for all its pictures
+    choice: ChoiceSettings = field(default_factory=ChoiceSettings)
     matching: MatchingSettings = field(default_factory=MatchingSettings)
     inversion: InversionSettings = field(default_factory=InversionSettings)
     save_every_steps: int = 50  # of learning: what a stop without warning may lose
@@ -114,6 +117,16 @@ class Task:
         return by_method or (self.pastes and c.canvas.rounds > 0)
 
     @property
+    def chooses_by_gradient(self) -> bool:
+        c = self.condense
+        return c.method == "gradient" or (self.has_layouts and c.layouts == "gradient")
+
+    @property
+    def has_layouts(self) -> bool:
+        c = self.condense
+        return c.method == "mosaic" or (c.method in LEARNT and c.init in ("noise", "real"))
+
+    @property
     def pastes(self) -> bool:
         return self.condense.method == "canvas" or (self.condense.method in LEARNT and self.condense.init == "canvas")
 
@@ -129,7 +142,7 @@ class Task:
             tree["formation"] = list(c.formation)
         if is_learnt:
             tree |= {"init": c.init, "augment": to_tree(c.augment)}
-        if c.method == "mosaic" or (is_learnt and c.init in ("noise", "real")):
+        if self.has_layouts:
             tree["layouts"] = c.layouts
         if c.method == "crops" or (is_learnt and c.init == "crops"):
             tree["crops"] = c.crops
@@ -137,6 +150,9 @@ class Task:
             tree["network"] = to_tree(c.network)
         if self.pastes:
             tree["canvas"] = to_tree(c.canvas)
+        if self.chooses_by_gradient:
+            tree |= {"arch": self.arch, "real_batch": c.real_batch, "augment": to_tree(c.augment)}
+            tree["choice"] = to_tree(c.choice)
         if c.method == "gradient_matching":
             tree |= {"arch": self.arch, "real_batch": c.real_batch, "matching": to_tree(c.matching)}
         if c.method == "inversion":
@@ -177,6 +193,8 @@ class Task:
         for name in ("save_every_steps", "picture_every_steps"):
             if getattr(c, name) < 0:
                 raise UserError(f"{key}.{name}': found {getattr(c, name)}, expected a number, or 0 for never")
+        if c.choice.visits < 1:
+            raise UserError(f"{key}.choice.visits': found {c.choice.visits}, expected at least 1")
         for name in ("matching", "inversion"):
             settings = getattr(c, name)
             if settings.seed:

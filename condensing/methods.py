@@ -16,6 +16,7 @@ from datasets.loader import Batch, Loader, seeded_generator
 from datasets.open import open_dataset
 from datasets.scan import check, scan
 from distill import canvas, coresets
+from distill.gradient_choice import matching_rows
 from errors import UserError
 from structures import Detections, Targets
 from training.building import DECODE_AT_MOST, take, training_set
@@ -107,10 +108,13 @@ def load_network(settings: NetworkConfig, names: tuple[str, ...], device: torch.
     return model
 
 
-def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> Layout:
+def first_layout(
+    task: Task, real: RealPictures, network: nn.Module | None, gradient_products: Callable[[], Tensor]
+) -> Layout:
     """The pictures that a set is made of: of the method, or of the `init` of a method that learns.
 
     As many as are decoded from condense.pictures stored ones. UserError where the dataset has too few.
+    gradient_products: K of distill.gradient_choice for the real pictures; called where they are chosen by it.
     """
     c = task.condense
     kind = c.init if c.method in LEARNT else c.method
@@ -121,7 +125,10 @@ def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> L
     if kind == "canvas":
         return canvas_layout(task, real, network, count)
     rule = c.layouts if kind in ("noise", "real", "mosaic") else kind
-    rows = choose(rule, real, network, count, seeded_generator(task.seed, CHOOSE)).tolist()
+    if rule == "gradient":
+        rows = matching_rows(gradient_products(), count).tolist()
+    else:
+        rows = choose(rule, real, network, count, seeded_generator(task.seed, CHOOSE)).tolist()
     batch = real.read(rows)
     sources = tuple(real.index.samples[row].image_path.name for row in rows)
     return Layout(batch.images, batch.targets, batch.content_xyxy, sources)

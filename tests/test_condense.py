@@ -32,6 +32,7 @@ POOL = {"networks": 1, "first_steps": 0, "steps_between": 1}
 QUICK = {
     "arch": "yolov8p",
     "matching": {"steps": 2, "pool": POOL},
+    "choice": {"visits": 1, "pool": POOL},
     "inversion": {"steps": 2},
     "real_batch": 2,
 }
@@ -217,6 +218,7 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
+        ({"method": "gradient", "choice": {"visits": 0}}, [], r"condense.choice.visits': found 0, expected at least 1"),
         ({"method": "random", "pictures": 0}, [], r"condense.pictures': found 0, expected at least 1"),
         ({"method": "random", "pictures": 13}, [], r"condense.pictures': found 13, expected as many as .* has: 12"),
         ({"method": "mosaic", "formation": [2, 2], "pictures": 4}, [], r"found 4, 2 x 2 real ones each, .* has: 12"),
