@@ -4,7 +4,7 @@ Images are float (B, 3, H, W), RGB, in [0, 1]. Boxes are xyxy in pixels of the t
 continuous coordinates: a box covers x1..x2, and its width is x2 - x1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,17 +19,25 @@ class Targets:
     boxes_xyxy (N, 4) float, pixels of the batch's images; labels (N,) int64 in 0..K-1; image (N,) int64, the row
     0..B-1 of the batch an object belongs to (any order); ignore (N,) bool: regions that are neither learnt nor
     punished (VOC difficult, COCO crowd, KITTI DontCare).
+    class_scores (N, K) float: the share of each class in an object, 0 or more, rows that sum to 1; what a detector is
+    taught of its class. None: all of it is `labels`, the same losses as for one-hot rows. A batch has it for all
+    objects or for none. `labels` still says which object is whose: it decides who learns the object, and its box.
     """
 
     boxes_xyxy: Tensor
     labels: Tensor
     image: Tensor
     ignore: Tensor
+    class_scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.labels)
-        if self.boxes_xyxy.shape != (count, 4) or self.image.shape != (count,) or self.ignore.shape != (count,):
-            shapes = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
+        fits = self.boxes_xyxy.shape == (count, 4) and self.image.shape == self.ignore.shape == (count,)
+        if self.class_scores is not None:
+            fits = fits and self.class_scores.dim() == 2 and len(self.class_scores) == count
+        if not fits:
+            columns = {f.name: getattr(self, f.name) for f in fields(self)}
+            shapes = {name: tuple(x.shape) for name, x in columns.items() if x is not None}
             raise ValueError(f"rows differ: {shapes}")
 
     def __len__(self) -> int:
@@ -37,10 +45,14 @@ class Targets:
 
     def __getitem__(self, rows: Tensor) -> "Targets":
         """The rows chosen by an index or a mask (N,)."""
-        return Targets(self.boxes_xyxy[rows], self.labels[rows], self.image[rows], self.ignore[rows])
+        return self._each(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> "Targets":
-        return Targets(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        columns = (getattr(self, f.name) for f in fields(self))
+        return Targets(*(None if column is None else change(column) for column in columns))
 
     @staticmethod
     def empty(device: torch.device | str = "cpu") -> "Targets":

@@ -22,7 +22,7 @@ Coordinates are continuous: pixel column i covers i..i+1 and its center is i + 1
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -318,7 +318,7 @@ def sample_affine(images: Tensor, matrices: Tensor) -> Tensor:
 def shift_boxes(targets: Targets, offset_xy: Tensor | float) -> Targets:
     """Targets moved by one number, or by (N, 2)."""
     offset = offset_xy if isinstance(offset_xy, float) else offset_xy.to(targets.boxes_xyxy).repeat(1, 2)
-    return Targets(targets.boxes_xyxy + offset, targets.labels, targets.image, targets.ignore)
+    return replace(targets, boxes_xyxy=targets.boxes_xyxy + offset)
 
 
 def mosaic_targets(targets: Targets, layout: MosaicLayout) -> Targets:
@@ -328,8 +328,7 @@ def mosaic_targets(targets: Targets, layout: MosaicLayout) -> Targets:
     is_used[:, 1:] = layout.joint[:, :1].isfinite()  # (B, 4)
     sources = layout.sources.masked_fill(~is_used, -1).to(device)
     view, quadrant, row = (sources[:, :, None] == targets.image).nonzero().unbind(1)
-    shown = targets[row]
-    shown = Targets(shown.boxes_xyxy, shown.labels, view, shown.ignore)
+    shown = replace(targets[row], image=view)
     return shift_boxes(shown, layout.offsets.to(device)[view, quadrant])
 
 
@@ -354,13 +353,13 @@ def drop_hidden(targets: Targets, moved_xyxy: Tensor, *, image_size: int) -> Tar
     keep = box_area(clipped) >= MIN_VISIBLE_FRACTION * box_area(moved_xyxy)
     keep &= (short > MIN_SIDE_PX) & (long < MAX_ASPECT_RATIO * short)
     keep |= targets.ignore & (short > 0)
-    return Targets(clipped, targets.labels, targets.image, targets.ignore)[keep]
+    return replace(targets, boxes_xyxy=clipped)[keep]
 
 
 def mixup(images: Tensor, targets: Targets, partner: Tensor, weight: Tensor) -> tuple[Tensor, Targets]:
     """images[b] w_b + images[partner_b] (1 - w_b), with the objects of both. w (B,); at 1 only those of b itself.
 
-    Boxes and labels are not weighted: an object half seen through is still an object.
+    Boxes, labels and class scores are not weighted: an object half seen through is still an object.
     """
     w = weight.to(images)[:, None, None, None]
     mixed = torch.lerp(images[partner.to(images.device)], images, w)
@@ -372,6 +371,7 @@ def mixup(images: Tensor, targets: Targets, partner: Tensor, weight: Tensor) -> 
         torch.cat((targets.labels, guests.labels)),
         torch.cat((targets.image, view)),
         torch.cat((targets.ignore, guests.ignore)),
+        None if targets.class_scores is None else torch.cat((targets.class_scores, guests.class_scores)),
     )
     return mixed, joined
 

@@ -10,6 +10,7 @@ What each one cannot hold (the command counts it, but for the order):
     coco    nothing; a region of no class becomes one crowd region a class, a difficult object has `ignore`: 1
     yolo    ignored objects (difficult, crowd, regions of no class), mask areas, numeric image ids, the pictures' order
     kitti   mask areas, numeric image ids, the class of ignored objects (they become DontCare), spaces in class names
+    all     soft labels (yolo_txt.py): the label alone is written
 
 Labels always refer to upright pixels and state the upright size, so pictures keep their bytes, EXIF included.
 Truncation, poses, masks and 3D columns are not read, hence not written. The destination appears whole or not at all.
@@ -68,6 +69,8 @@ def convert(
         raise UserError(f"{src_root}: splits {', '.join(src_splits)} differ in their classes or share a name")
 
     losses: Counter = Counter()
+    samples = [sample for index in indices.values() for sample in index.samples]
+    losses["soft labels"] = sum(len(sample) for sample in samples if sample.class_scores is not None)
     class_names = _class_names(next(iter(names)), dst_format, losses)
     pictures = _picture_names(indices)
     temporary = None

@@ -39,6 +39,8 @@ class Sample:
     area (N,) float64: what the evaluator sorts objects by: COCO's own value (the mask's area), else of the box.
     crowd (N,) bool: the part of `ignore` that is a region of many objects and may absorb many detections (COCO
         crowd, KITTI DontCare); `ignore & ~crowd` are VOC's difficult objects. None: no crowd.
+    class_scores (N, K) float64: the share of each class in an object, rows that sum to 1 (structures.Targets). None:
+        all of it is `labels`. The samples of an index have it all, or none of them has.
     """
 
     image_path: Path
@@ -50,14 +52,18 @@ class Sample:
     ignore: np.ndarray
     area: np.ndarray
     crowd: np.ndarray | None = None
+    class_scores: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.crowd is None:
             object.__setattr__(self, "crowd", np.zeros(len(self.labels), dtype=bool))
         count = len(self.labels)
         rows = {name: getattr(self, name).shape for name in ("labels", "ignore", "area", "crowd")}
+        scores = self.class_scores
         if self.boxes_xyxy.shape != (count, 4) or set(rows.values()) != {(count,)}:
             raise ValueError(f"{self.image_path}: rows differ: boxes_xyxy {self.boxes_xyxy.shape}, {rows}")
+        if scores is not None and (scores.ndim != 2 or len(scores) != count):
+            raise ValueError(f"{self.image_path}: class_scores {scores.shape}, expected ({count}, K)")
 
     def __len__(self) -> int:
         return len(self.labels)

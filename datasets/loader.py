@@ -64,7 +64,8 @@ class Loader:
     """Batches of an index of samples (datasets.index.DatasetIndex), by epoch.
 
     Args:
-        index: anything with `samples`, each with image_path, boxes_xyxy (N, 4), labels (N,) and ignore (N,).
+        index: anything with `samples`, each with image_path, boxes_xyxy (N, 4), labels (N,) and ignore (N,), and
+            where objects are of several classes in part, class_scores (N, K).
         image_size: S, of the square that pictures are letterboxed to.
         batch_size: pictures per batch on this rank. The last batch of an epoch may be smaller, unless `drop_last`.
         seed: of the order.
@@ -252,8 +253,15 @@ class _Reader(Dataset):
             torch.from_numpy(np.concatenate([np.asarray(self.samples[row].labels, np.int64) for row in rows])),
             torch.arange(len(rows)).repeat_interleave(counts),
             torch.from_numpy(np.concatenate([np.asarray(self.samples[row].ignore, bool) for row in rows])),
+            self._class_scores(rows),
         )
         return Batch(torch.from_numpy(images), targets, torch.tensor(rows), scale, content[:, :2].clone(), content)
+
+    def _class_scores(self, rows: list[int]) -> Tensor | None:
+        """float32 (N, K) of these pictures' objects; readers give them to all samples of an index or to none."""
+        if getattr(self.samples[rows[0]], "class_scores", None) is None:
+            return None
+        return torch.from_numpy(np.concatenate([self.samples[row].class_scores for row in rows]).astype(np.float32))
 
     def rows_being_read(self) -> list[int]:
         """Of samples, by the workers of an epoch."""

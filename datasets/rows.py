@@ -21,7 +21,10 @@ EDGE_TOLERANCE = 1.0  # pixels
 
 @dataclass(eq=False)
 class LabelRows:
-    """The objects of one picture as parallel lists. Boxes are corners in pixels; an area of None means the box's."""
+    """The objects of one picture as parallel lists. Boxes are corners in pixels; an area of None means the box's.
+
+    class_scores: of all objects, a tuple of K shares each, or of none.
+    """
 
     boxes: list = field(default_factory=list)
     labels: list = field(default_factory=list)
@@ -29,14 +32,16 @@ class LabelRows:
     crowd: list = field(default_factory=list)
     area: list = field(default_factory=list)
     lines: list = field(default_factory=list)
+    class_scores: list = field(default_factory=list)
 
-    def add(self, box, label, *, difficult=False, crowd=False, area=None, line=None) -> None:
+    def add(self, box, label, *, difficult=False, crowd=False, area=None, line=None, class_scores=None) -> None:
         self.boxes.append(box)
         self.labels.append(label)
         self.difficult.append(difficult)
         self.crowd.append(crowd)
         self.area.append(area)
         self.lines.append(line)
+        self.class_scores.append(class_scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +106,12 @@ def make_sample(
     image_id: int | str,
     label_path: Path,
     drop_duplicates: bool = False,
+    num_soft_classes: int | None = None,
 ) -> Sample:
-    """The Sample of the usable rows; what is unusable goes to the log. `drop_duplicates`: of rows equal in all."""
+    """The Sample of the usable rows; what is unusable goes to the log. `drop_duplicates`: of rows equal in all.
+
+    num_soft_classes: K, where the rows have class_scores.
+    """
     boxes = np.array(rows.boxes, dtype=np.float64).reshape(-1, 4)
     labels = np.array(rows.labels, dtype=np.int64)
     difficult, crowd = np.array(rows.difficult, dtype=bool), np.array(rows.crowd, dtype=bool)
@@ -118,7 +127,8 @@ def make_sample(
         boxes, is_kept = _sort_out(boxes, limit, rows, log, image_path, label_path)
     if drop_duplicates:
         seen = set()
-        for row, key in enumerate(zip(map(tuple, rows.boxes), rows.labels, rows.difficult, rows.crowd)):
+        columns = map(tuple, rows.boxes), rows.labels, rows.difficult, rows.crowd, rows.class_scores
+        for row, key in enumerate(zip(*columns)):
             if key in seen and is_kept[row]:
                 _log_row(row, "duplicate box", "duplicate dropped", boxes, limit, rows, log, image_path, label_path)
                 is_kept[row] = False
@@ -127,10 +137,12 @@ def make_sample(
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     if any(value is not None for value in rows.area):
         area = np.array([b if a is None else a for a, b in zip(rows.area, area)], dtype=np.float64)
-    ignore = difficult | crowd
+    ignore, scores = difficult | crowd, None
+    if num_soft_classes is not None:
+        scores = np.array(rows.class_scores, dtype=np.float64).reshape(-1, num_soft_classes)[is_kept]
     if not is_kept.all():
         boxes, labels, ignore, area, crowd = (array[is_kept] for array in (boxes, labels, ignore, area, crowd))
-    return Sample(image_path, image_id, frame.width, frame.height, boxes, labels, ignore, area, crowd)
+    return Sample(image_path, image_id, frame.width, frame.height, boxes, labels, ignore, area, crowd, scores)
 
 
 def _sort_out(boxes, limit, rows: LabelRows, log: FaultLog, image_path: Path, label_path: Path):

@@ -71,9 +71,10 @@ class ScanReport:
             shown = name if len(name) <= SHOWN_NAME else name[: SHOWN_NAME - 1] + "…"
             rows.append((shown, *(str(count) for count in counts)))
         empty = sum(len(sample) == 0 for sample in samples)
+        soft = ", soft labels" if samples and samples[0].class_scores is not None else ""
         lines = [
             self.title,
-            f"{len(samples)} pictures{_sizes(self.index)}, {empty} without objects, {len(names)} classes; "
+            f"{len(samples)} pictures{_sizes(self.index)}, {empty} without objects, {len(names)} classes{soft}; "
             + ("every picture decoded" if self.decoded else "headers read, pictures not decoded"),
             "",
             *_align(rows),

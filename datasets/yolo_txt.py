@@ -5,6 +5,9 @@ of the first pixel. A row of a class and three or more points x y (a segmentatio
 equal in all are one object; nearly equal ones are kept. An empty or missing label file means a picture without objects.
 Ignore regions do not exist in this format.
 
+Ours beside it: where there is a folder soft_labels/a, the pictures of images/a have there, under the names of labels/a,
+a row of K numbers for each label row, in their order: the share of each class in the object, 0 or more and 1 in sum.
+
 Every path is relative to the folder of the yaml file (never to the working directory or a global folder), `path` first;
 `download` is never acted upon.
 """
@@ -23,6 +26,7 @@ from errors import UserError
 from yaml_files import read_yaml
 
 NORM_TOLERANCE = 0.01  # a fraction up to 1.01 is rounding; beyond, the row is in pixels or broken
+SUM_TOLERANCE = 0.001  # shares that miss 1 by less were rounded, and are divided by their sum
 
 
 def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
@@ -57,17 +61,32 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
         sample = _read_sample(image_path, image_id, own_names, log)
         if sample is not None:
             samples.append(sample)
+    soft = sum(sample.class_scores is not None for sample in samples)
+    if 0 < soft < len(samples):
+        found = f"split {split!r}: {soft} of {len(samples)} pictures lie in folders with soft_labels"
+        raise UserError(f"{yaml_path or root}: {found}, expected all or none")
     return DatasetIndex(own_names, tuple(samples), tuple(log.faults), None, "yolo")
 
 
 def label_path_of(image_path: Path) -> Path:
     """Where the labels of a picture lie: its last folder `images` becomes `labels`; without one, beside the picture."""
+    return (_twin_of(image_path, "labels") or image_path).with_suffix(".txt")
+
+
+def soft_label_path_of(image_path: Path) -> Path | None:
+    """Where its soft labels lie, None where it has none: its last folder `images` has no twin `soft_labels`."""
+    path = _twin_of(image_path, "soft_labels")
+    return path.with_suffix(".txt") if path is not None and path.parent.is_dir() else None
+
+
+def _twin_of(image_path: Path, folder: str) -> Path | None:
+    """The path with `folder` in the place of its last folder `images`; None where it has no such folder."""
     parts = list(image_path.parts)
     for position in range(len(parts) - 2, -1, -1):
         if parts[position] == "images":
-            parts[position] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+            parts[position] = folder
+            return Path(*parts)
+    return None
 
 
 def _find_yaml(root: Path) -> Path | None:
@@ -178,18 +197,61 @@ def _read_sample(image_path: Path, image_id: str, names: tuple[str, ...], log: F
         reason = str(error).removeprefix(f"{label_path}: ")
         log.add(label_path, None, reason, "unreadable label file", "picture dropped", image_path.name)
         return None
+    soft_path = soft_label_path_of(image_path)
+    soft_lines = [(0, None)] * len(lines)
+    if soft_path is not None:
+        try:
+            soft_lines = read_lines(soft_path) if lines or soft_path.is_file() else []
+            if len(soft_lines) != len(lines):
+                found = f"{len(soft_lines)} rows, expected {len(lines)}"
+                raise UserError(f"{soft_path}: {found}: one for each of {label_path.name} in {label_path.parent}")
+        except UserError as error:
+            reason = str(error).removeprefix(f"{soft_path}: ")
+            log.add(soft_path, None, reason, "unusable soft label file", "picture dropped", image_path.name)
+            return None
     rows = LabelRows()
-    for number, line in lines:
-        fault = _add_line(line, number, len(names), frame, rows)
+    for (number, line), (soft_number, soft_line) in zip(lines, soft_lines, strict=True):
+        shares = None if soft_line is None else _read_shares(soft_line, len(names))
+        if isinstance(shares, str):
+            log.add(soft_path, soft_number, shares, "malformed soft label", "object dropped", image_path.name)
+            continue
+        fault = _add_line(line, number, len(names), frame, rows, shares)
         if fault is not None:
             reason, kind = fault
             log.add(label_path, number, reason, kind, "object dropped", image_path.name)
     return make_sample(
-        rows, frame, log, image_path=image_path, image_id=image_id, label_path=label_path, drop_duplicates=True
+        rows,
+        frame,
+        log,
+        image_path=image_path,
+        image_id=image_id,
+        label_path=label_path,
+        drop_duplicates=True,
+        num_soft_classes=None if soft_path is None else len(names),
     )
 
 
-def _add_line(line: str, number: int, num_classes: int, frame: Frame, rows: LabelRows) -> tuple[str, str] | None:
+def _read_shares(line: str, num_classes: int) -> tuple[float, ...] | str:
+    """The shares of the K classes, or why the row cannot be used."""
+    columns = line.split()
+    if len(columns) != num_classes:
+        return f"{len(columns)} values, expected {num_classes}: a share for each class"
+    try:
+        shares = [float(column) for column in columns]
+    except ValueError as error:
+        return f"{error}, expected a number"
+    if not all(np.isfinite(shares)) or min(shares) < 0:
+        worst = next(column for column, share in zip(columns, shares) if not 0 <= share < np.inf)
+        return f"a share of {worst}, expected 0 to 1"
+    total = sum(shares)
+    if abs(total - 1) > SUM_TOLERANCE:
+        return f"shares with the sum {total:g}, expected 1"
+    return tuple(share / total for share in shares)
+
+
+def _add_line(
+    line: str, number: int, num_classes: int, frame: Frame, rows: LabelRows, class_scores: tuple[float, ...] | None
+) -> tuple[str, str] | None:
     """Add a row, or say why not: (reason, kind)."""
     columns = line.split()
     if len(columns) != 5 and (len(columns) < 7 or len(columns) % 2 == 0):
@@ -215,5 +277,5 @@ def _add_line(line: str, number: int, num_classes: int, frame: Frame, rows: Labe
     else:
         x1, y1, x2, y2 = min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2])
     box = (x1 * frame.width, y1 * frame.height, x2 * frame.width, y2 * frame.height)
-    rows.add(box, label, line=number)
+    rows.add(box, label, line=number, class_scores=class_scores)
     return None

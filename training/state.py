@@ -64,6 +64,8 @@ def fingerprint(index) -> str:
     for sample in index.samples:
         digest.update(f"\n{sample.image_path.name} {sample.width} {sample.height} ".encode())
         digest.update(sample.boxes_xyxy.tobytes() + sample.labels.tobytes() + sample.ignore.tobytes())
+        if sample.class_scores is not None:
+            digest.update(sample.class_scores.tobytes())
     return digest.hexdigest()
 
 

@@ -54,7 +54,7 @@ def index(tmp_path_factory):
 
 def flat(batch: Batch) -> list[torch.Tensor]:
     return [batch.images, batch.indices, batch.scale, batch.pad, batch.content_xyxy] + [
-        getattr(batch.targets, f.name) for f in fields(batch.targets)
+        column for f in fields(batch.targets) if (column := getattr(batch.targets, f.name)) is not None
     ]
 
 
