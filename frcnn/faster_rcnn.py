@@ -197,9 +197,9 @@ class FasterRCNN(nn.Module):
         per_image = [split_targets(targets, image) for image in range(len(output.objectness_logits))]
         return self._rpn_losses(output, per_image) | self._roi_losses(output, per_image)
 
-    def _rpn_losses(self, output: FasterRCNNOutput, per_image: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    def _rpn_losses(self, output: FasterRCNNOutput, per_image: list[tuple[Tensor | None, ...]]) -> dict[str, Tensor]:
         anchors_xyxy, rows = output.anchors_xyxy, []
-        for image, (objects_xyxy, _, ignored_xyxy) in enumerate(per_image):
+        for image, (objects_xyxy, _, _, ignored_xyxy) in enumerate(per_image):
             matched = match(
                 anchors_xyxy, objects_xyxy, ignored_xyxy, positive_iou=0.7, negative_iou=0.3, every_object=True
             )
@@ -220,9 +220,11 @@ class FasterRCNN(nn.Module):
         )
         return {"rpn_objectness": objectness, "rpn_box": box}
 
-    def _roi_losses(self, output: FasterRCNNOutput, per_image: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-        boxes_per_image, all_labels, targets = [], [], []
-        for proposals, (objects_xyxy, labels, ignored_xyxy) in zip(output.select(**self.train_selection), per_image):
+    def _roi_losses(self, output: FasterRCNNOutput, per_image: list[tuple[Tensor | None, ...]]) -> dict[str, Tensor]:
+        boxes_per_image, all_labels, targets, scores = [], [], [], []
+        for proposals, (objects_xyxy, labels, class_scores, ignored_xyxy) in zip(
+            output.select(**self.train_selection), per_image
+        ):
             objects_xyxy = objects_xyxy.to(proposals)
             boxes_xyxy = torch.cat((proposals, objects_xyxy))  # the objects themselves are proposals as well
             matched = match(
@@ -232,6 +234,8 @@ class FasterRCNN(nn.Module):
             boxes_per_image.append(boxes_xyxy[torch.cat((positives, background))])
             all_labels.append(torch.cat((1 + labels[matched[positives]], torch.zeros_like(background))))
             targets.append(encode_boxes(objects_xyxy[matched[positives]], boxes_xyxy[positives], ROI_WEIGHTS))
+            if class_scores is not None:
+                scores.append(class_scores[matched[positives]])
         labels, target_deltas = torch.cat(all_labels), torch.cat(targets)
         class_logits, box_deltas = self.predict_at(output, boxes_per_image)
         positive = labels.nonzero().squeeze(1)
@@ -240,6 +244,7 @@ class FasterRCNN(nn.Module):
             labels=labels,
             box_deltas=box_deltas[positive, labels[positive]],
             target_deltas=target_deltas,
+            class_scores=torch.cat(scores) if scores else None,
         )
         return {"roi_class": classes, "roi_box": box}
 

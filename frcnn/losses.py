@@ -32,7 +32,12 @@ def rpn_losses(
 
 
 def roi_losses(
-    *, class_logits: Tensor, labels: Tensor, box_deltas: Tensor, target_deltas: Tensor
+    *,
+    class_logits: Tensor,
+    labels: Tensor,
+    box_deltas: Tensor,
+    target_deltas: Tensor,
+    class_scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Class and box loss over N sampled proposals of a batch, P of them positive.
 
@@ -40,10 +45,17 @@ def roi_losses(
 
     class_logits (N, 1 + K) with the background in column 0, labels (N,) in 0..K; box_deltas (P, 4), those predicted for
     each positive's own class, and target_deltas (P, 4).
+    class_scores q (P, K), rows that sum to 1, of the positives in their order: their terms of L_class become
+    -1/N sum_k q_pk log softmax(z_p)_k. The gradient flows into q.
     """
     logits = _at_least_float(class_logits)
     count = max(len(logits), 1)
-    return F.cross_entropy(logits, labels, reduction="sum") / count, _smooth_l1(box_deltas, target_deltas) / count
+    box = _smooth_l1(box_deltas, target_deltas) / count
+    if class_scores is None:
+        return F.cross_entropy(logits, labels, reduction="sum") / count, box
+    log_p = logits.log_softmax(1)
+    positive = class_scores.to(log_p.dtype) * log_p[labels > 0, 1:]  # (P, K)
+    return -(positive.sum() + log_p[labels == 0, 0].sum()) / count, box
 
 
 def _smooth_l1(deltas: Tensor, targets: Tensor) -> Tensor:

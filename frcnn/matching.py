@@ -75,11 +75,14 @@ def choose(rows: Tensor, count: int) -> Tensor:
     return rows[chosen.to(rows.device)]
 
 
-def split_targets(targets: Targets, image: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one image: objects to learn, boxes (G, 4) and labels (G,), and ignored regions (M, 4).
+def split_targets(targets: Targets, image: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Of one image: objects to learn, boxes (G, 4), labels (G,) and class_scores (G, K), and ignored regions (M, 4).
+
+    class_scores are None where the targets have none.
 
     A box without area cannot be encoded (log 0) and is left out: it is neither.
     """
     is_here = (targets.image == image) & (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(1)
     here, ignored = is_here & ~targets.ignore, is_here & targets.ignore
-    return targets.boxes_xyxy[here], targets.labels[here], targets.boxes_xyxy[ignored]
+    objects = targets[here]
+    return objects.boxes_xyxy, objects.labels, objects.class_scores, targets.boxes_xyxy[ignored]

@@ -132,7 +132,8 @@ def yolov8_losses(
 ) -> dict[str, Tensor]:
     """The three terms of the anchor-free heads, over the task-aligned positives P with target scores t.
 
-        w_n = sum_k t_nk,    S = max(sum_n w_n, 1)
+        w_n = the alignment of n with its object g_n (the assigner's target score),    S = max(sum_n w_n, 1)
+        t_nk = w_n p_(g_n)k at positives, 0 elsewhere,    p_gk = class_scores, or [k is the label of g] without them
         box = box_gain / S * sum_(n in P) w_n (1 - CIoU(b_n, g_n))         boxes in cells
         cls = cls_gain / S * sum_(all n, k) BCE(z_nk, t_nk)
         dfl = dfl_gain / S * sum_(n in P) w_n DFL(z_n, ltrb distances of g_n from point n)
@@ -140,10 +141,11 @@ def yolov8_losses(
     Args:
         box_logits: (B, A, 4, R), edges in ltrb order. class_logits: (B, A, K).
         points: (A, 2) centers in cells. strides: (A, 1) in pixels. Both as from make_points.
-        targets: labels in 0..K-1; may be empty.
+        targets: labels in 0..K-1; may be empty. The assigner reads labels alone.
         assignment: one made before by yolov8_assignment from the same predictions; made here when None.
     Returns:
-        {"box", "cls", "dfl"}: scalars (), not multiplied by B.
+        {"box", "cls", "dfl"}: scalars (), not multiplied by B. cls is affine in class_scores: w and S do
+        not depend on them.
     """
     box_logits, class_logits = _at_least_float32(box_logits), _at_least_float32(class_logits)
     points, strides = points.to(box_logits.dtype), strides.to(box_logits.dtype)
@@ -155,13 +157,17 @@ def yolov8_losses(
     row = assignment.gt_index[image, n]
     weight = assignment.target_scores[image, n, targets.labels[row]]  # w (P,)
     total = weight.sum().clamp(min=1)  # S
+    target_scores = assignment.target_scores  # t (B, A, K)
+    if targets.class_scores is not None:
+        shares = weight[:, None] * targets.class_scores[row].to(weight.dtype)  # (P, K)
+        target_scores = torch.zeros_like(target_scores).index_put((image, n), shares)
 
     logits = box_logits[image, n]  # (P, 4, R)
     gt_xyxy = targets.boxes_xyxy[row].to(logits.dtype) / strides[n]  # (P, 4) cells
     predicted_xyxy = decode_distances(logits, points[n], torch.ones_like(strides[n]))  # (P, 4) cells
     box = (weight * ciou_loss(predicted_xyxy, gt_xyxy)).sum() / total
     dfl = (weight * distribution_focal_loss(logits, xyxy_to_distances(points[n], gt_xyxy))).sum() / total
-    cls = classification_loss(class_logits, assignment.target_scores, assignment.is_ignored) / total
+    cls = classification_loss(class_logits, target_scores, assignment.is_ignored) / total
     return {"box": box_gain * box, "cls": cls_gain * cls, "dfl": dfl_gain * dfl}
 
 
@@ -228,7 +234,8 @@ def yolov5_losses(
 
         box = box_gain * sum_l 1 / |M_l| sum_(m in M_l) (1 - CIoU(b_m, g_m))                  boxes in cells
         obj = obj_gain * sum_l balance_l * mean_(b, a in l) BCE(z_ba, o_ba),   o = max(CIoU, 0), detached; 0 elsewhere
-        cls = cls_gain * sum_l 1 / (|M_l| K) sum_(m in M_l) sum_k BCE(z_mk, [k is the label of g_m])
+        cls = cls_gain * sum_l 1 / (|M_l| K) sum_(m in M_l) sum_k BCE(z_mk, p_mk)
+        p_mk = class_scores of g_m, or [k is the label of g_m] without them
 
     Args:
         box_logits: (B, A, 4). objectness_logits: (B, A). class_logits: (B, A, K). A in the order of make_anchors.
@@ -252,8 +259,11 @@ def yolov5_losses(
     box = (weight * (1 - ciou)).sum()
 
     logits = class_logits[matches.image, matches.location]  # (M, K)
-    is_label = F.one_hot(targets.labels[matches.row], class_logits.shape[-1]).to(logits.dtype)
-    cls = (weight * F.binary_cross_entropy_with_logits(logits, is_label, reduction="none").mean(-1)).sum()
+    if targets.class_scores is None:
+        shares = F.one_hot(targets.labels[matches.row], class_logits.shape[-1]).to(logits.dtype)
+    else:
+        shares = targets.class_scores[matches.row].to(logits.dtype)  # (M, K)
+    cls = (weight * F.binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(-1)).sum()
 
     winner = last_match(matches, *objectness_logits.shape)  # (B, A)
     target = torch.zeros_like(objectness_logits)

@@ -136,3 +136,42 @@ def test_nothing_sampled_still_has_a_gradient():
     assert all(term == 0 for term in terms)
     sum(terms).backward()
     assert z.grad is not None and d.grad is not None
+
+
+# ---------------------------------------------------------------- objects of several classes in part
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3], ids=["usual", "saturated"])
+@pytest.mark.parametrize("N, P", [(0, 0), (1, 1), (9, 0), (20, 6)])
+def test_class_scores_match_reference(N, P, scale):
+    _, _, logits, labels, deltas, targets = inputs(N, P, 5, scale)
+    shares = np.random.default_rng(P).dirichlet(np.ones(5), P)
+    tensors = dict(box_deltas=torch.tensor(deltas), target_deltas=torch.tensor(targets))
+    got, box = roi_losses(
+        class_logits=torch.tensor(logits), labels=torch.tensor(labels), class_scores=torch.tensor(shares), **tensors
+    )
+    rows, total = iter(shares), 0.0
+    for z, label in zip(logits, labels):
+        wanted = [0.0, *next(rows)] if label else [1.0, 0, 0, 0, 0, 0]
+        total -= sum(p * (z[k] - np.logaddexp.reduce(z)) for k, p in enumerate(wanted))
+    np.testing.assert_allclose(got.item(), total / max(N, 1), rtol=1e-9)
+    assert box == roi_losses(class_logits=torch.tensor(logits), labels=torch.tensor(labels), **tensors)[1]
+
+
+def test_one_hot_class_scores_are_labels():
+    """The same gradient, bit for bit; the value but for the order of its sum."""
+    _, _, logits, labels, deltas, targets = inputs(200, 60, 5, 1.0)
+    labels, shares = torch.tensor(labels), torch.eye(5, dtype=torch.float64)[labels[labels > 0] - 1]
+    values, gradients = [], []
+    for class_scores in (None, shares):
+        leaf = torch.tensor(logits, requires_grad=True)
+        value, _ = roi_losses(
+            class_logits=leaf,
+            labels=labels,
+            box_deltas=torch.tensor(deltas),
+            target_deltas=torch.tensor(targets),
+            class_scores=class_scores,
+        )
+        values.append(value.item())
+        gradients.append(torch.autograd.grad(value, leaf)[0])
+    assert values[0] == pytest.approx(values[1], rel=1e-12) and torch.equal(*gradients)

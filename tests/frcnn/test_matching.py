@@ -1,5 +1,7 @@
 """The matcher against loops and by hand; the sampler by its counts and its distribution."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -134,8 +136,11 @@ def test_split_targets():
     targets = Targets(
         boxes_xyxy, torch.arange(5), torch.tensor([1, 0, 1, 1, 1]), torch.tensor([False, False, True, False, False])
     )
-    objects, labels, ignored = split_targets(targets, 1)
+    objects, labels, scores, ignored = split_targets(targets, 1)
+    assert scores is None
     assert torch.equal(objects, boxes_xyxy[[0, 4]]) and labels.tolist() == [0, 4]  # 3 has no width
     assert torch.equal(ignored, boxes_xyxy[[2]])
-    objects, labels, ignored = split_targets(Targets.empty(), 0)
+    shares = torch.rand(5, 3)
+    assert torch.equal(split_targets(replace(targets, class_scores=shares), 1)[2], shares[[0, 4]])
+    objects, labels, _, ignored = split_targets(Targets.empty(), 0)
     assert objects.shape == (0, 4) and labels.shape == (0,) and ignored.shape == (0, 4)

@@ -77,8 +77,14 @@ def focal_distribution(logits, distance):
     return -(low + 1 - distance) * log_p[low] - (distance - low) * log_p[low + 1]
 
 
-def yolov8(box_logits, class_logits, points, strides, gt_boxes, gt_labels, gt_image, gt_ignore, gains=(7.5, 0.5, 1.5)):
-    """(B, A, 4, R), (B, A, K) -> the terms box, cls, dfl; the row of each location's object (B, A); target scores."""
+def yolov8(
+    box_logits, class_logits, points, strides, gt_boxes, gt_labels, gt_image, gt_ignore, gt_scores=None,
+    gains=(7.5, 0.5, 1.5),
+):  # fmt: skip
+    """(B, A, 4, R), (B, A, K) -> the terms box, cls, dfl; the row of each location's object (B, A); target scores.
+
+    gt_scores: the share of each class in an object, (N, K).
+    """
     B, A, K = class_logits.shape
     owners, targets = np.full((B, A), -1), np.zeros((B, A))
     is_ignored = np.zeros((B, A), dtype=bool)
@@ -100,7 +106,8 @@ def yolov8(box_logits, class_logits, points, strides, gt_boxes, gt_labels, gt_im
         for a in range(A):
             n = owners[b, a]
             for k in range(K):
-                t = targets[b, a] if n >= 0 and gt_labels[n] == k else 0.0
+                share = 0.0 if n < 0 else float(gt_labels[n] == k) if gt_scores is None else gt_scores[n, k]
+                t = targets[b, a] * share
                 cls += 0.0 if is_ignored[b, a] else cross_entropy(class_logits[b, a, k], t)
             if n >= 0:
                 box += targets[b, a] * (1 - ciou(predicted[b, a] / strides[a], gt_boxes[n] / strides[a]))
@@ -148,7 +155,7 @@ def anchor_matches(boxes, anchors, grid, stride, threshold=4.0):
 
 def yolov5(
     box_logits, obj_logits, class_logits, grids, strides, anchors, gt_boxes, gt_labels, gt_image, gt_ignore,
-    gains=(0.05, 1.0, 0.5), balance=(4.0, 1.0, 0.4),
+    gt_scores=None, gains=(0.05, 1.0, 0.5), balance=(4.0, 1.0, 0.4),
 ):  # fmt: skip
     """(B, A, 4), (B, A), (B, A, K) -> terms box, obj, cls; matches as a list of (row, image, location)."""
     B, _, K = class_logits.shape
@@ -170,7 +177,8 @@ def yolov5(
             box_terms.append(1 - value)
             target[b, local] = max(value, 0.0)
             logits = class_logits[b, start + local]
-            cls_terms += [cross_entropy(logits[k], float(k == gt_labels[n])) for k in range(K)]
+            shares = np.arange(K) == gt_labels[n] if gt_scores is None else gt_scores[n]
+            cls_terms += [cross_entropy(logits[k], float(shares[k])) for k in range(K)]
         taken = {(b, location) for _, b, location in matches}
         total = 0.0
         for b in range(B):

@@ -1,6 +1,7 @@
 """The YOLO losses against loops in float64, recorded public outputs, their own identities, and awkward inputs."""
 
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,53 @@ def test_yolov5_matches_reference(count, ignored):
     )
     last = {(b, location): n for n, b, location in matches}  # the last match of a location stays
     assert {(b, a): n for (b, a), n in np.ndenumerate(assignment.gt_index.numpy()) if n >= 0} == last
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+@both_heads
+def test_class_scores_match_reference(head, count):
+    targets, make = scene(2, count=count, ignored=0.2)
+    targets = targets[(targets.boxes_xyxy[:, 2:] - targets.boxes_xyxy[:, :2]).amin(-1) > 8]
+    targets = replace(targets, class_scores=(3 * make(len(targets), K)).softmax(1).detach())
+    loss, logits_of = HEADS[head]
+    logits = logits_of(make)
+    arrays = [x.detach().numpy() for x in logits]
+    columns = [getattr(targets, f.name).numpy() for f in fields(targets)]
+    if head == "v8":
+        expected = reference.yolov8(*arrays, POINTS.numpy(), STEPS[:, 0].numpy(), *columns)[0]
+    else:
+        expected = reference.yolov5(*arrays, GRIDS, STRIDES, ANCHORS.numpy(), *columns)[0]
+    assert values(loss(*logits, targets)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@both_heads
+def test_one_hot_class_scores_are_labels_bit_for_bit(head, dtype):
+    targets, make = scene(3, ignored=0.2, dtype=dtype)
+    loss, logits_of = HEADS[head]
+    logits = logits_of(make)
+    found = []
+    for scores in (None, torch.eye(K)[targets.labels]):
+        terms = loss(*logits, replace(targets, class_scores=scores))
+        found.append((values(terms), torch.autograd.grad(sum(terms.values()), logits)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+
+
+@both_heads
+def test_class_scores_are_taught_through_cls_alone_which_is_affine_in_them(head):
+    targets, make = scene(4, ignored=0.2)
+    loss, logits_of = HEADS[head]
+    logits = [x.detach() for x in logits_of(make)]
+    scores = [make(len(targets), K).softmax(1).detach().requires_grad_() for _ in range(2)]
+    ends, slopes = [], []
+    for shares in scores:
+        terms = loss(*logits, replace(targets, class_scores=shares))
+        assert not any(terms[name].requires_grad for name in terms if name != "cls")
+        slopes += torch.autograd.grad(terms["cls"], shares)
+        ends.append(terms["cls"].item())
+    assert torch.equal(*slopes) and slopes[0].any() and not slopes[0][targets.ignore].any()
+    assert ends[1] - ends[0] == pytest.approx(((scores[1] - scores[0]) * slopes[0]).sum().item(), rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ identities
