@@ -38,7 +38,7 @@ from datasets.loader import seeded_generator
 from distill.gradient_choice import gradient_products
 from distill.gradient_matching import GradientMatching, matched_parameters
 from distill.inversion import Inversion
-from distill.synthetic import SyntheticSet
+from distill.synthetic import SyntheticSet, first_class_logits
 from errors import UserError, run_script
 from runtime import run_folder
 from runtime.interruption import StopRequested, StopSignals
@@ -140,7 +140,7 @@ def make(
     stop.may_raise = False
     splits: dict[str, list[Picture]] = {}
     if c.method in LEARNT or c.formation != (1, 1):
-        synthetic = to_synthetic(task, layout, device)
+        synthetic = to_synthetic(task, layout, device, len(real.index.names))
         if c.method in LEARNT:
             learner = build_learner(task, synthetic, layout, real, network)
             learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop)
@@ -155,6 +155,7 @@ def make(
         "formation": list(c.formation),
         "decoded": task.decoded,
         "objects": len(layout.targets),
+        "soft_labels": splits[STORED][0].class_scores is not None,
         "ratio": c.pictures / len(real),
         "seed": task.seed,
         "image_size": task.image_size,
@@ -222,8 +223,8 @@ class Cost:
         return max(self._highest, peak_gigabytes(self._device) or 0.0)
 
 
-def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticSet:
-    """The layout's pictures, or noise in their place, packed into the stored ones."""
+def to_synthetic(task: Task, layout: Layout, device: torch.device, num_classes: int) -> SyntheticSet:
+    """The layout's pictures, or noise in their place, packed into the stored ones; with class logits to be learnt."""
     c, targets = task.condense, layout.targets
     if c.method in LEARNT and c.init == "noise":
         made = SyntheticSet.from_noise(
@@ -236,7 +237,13 @@ def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticS
         )
     else:
         made = SyntheticSet.from_pictures(layout.images.float() / 255, targets, c.formation, layout.content_xyxy)
-    return SyntheticSet(made.pixels.to(device), made.targets, c.formation, layout.content_xyxy)
+    class_logits = None
+    if c.method == "gradient_matching" and c.matching.class_learning_rate:
+        try:
+            class_logits = first_class_logits(made.targets.labels, num_classes)
+        except ValueError as error:
+            raise UserError(f"key 'condense.matching.class_learning_rate': {error}") from None
+    return SyntheticSet(made.pixels.to(device), made.targets, c.formation, layout.content_xyxy, class_logits)
 
 
 def build_learner(
@@ -351,7 +358,7 @@ def as_pictures(images: Tensor, targets: Targets, content_xyxy: Tensor | None) -
     for row, image in enumerate(images):
         objects = targets[targets.image == row]
         content = None if content_xyxy is None else content_xyxy[row]
-        found.append(to_picture(image, objects.boxes_xyxy, objects.labels, content))
+        found.append(to_picture(image, objects.boxes_xyxy, objects.labels, content, objects.class_scores))
     return found
 
 

@@ -202,6 +202,9 @@ class Task:
                 raise UserError(f"{found}, expected none: condense.seed is of the whole set")
             if settings.steps < 0:
                 raise UserError(f"{key}.{name}.steps': found {settings.steps}, expected a number, or 0 for none")
+        if c.matching.class_learning_rate < 0:
+            found = f"{key}.matching.class_learning_rate': found {c.matching.class_learning_rate}"
+            raise UserError(f"{found}, expected a number, or 0 for labels that stay")
         if c.matching.distance not in DISTANCES:
             found = f"{key}.matching.distance': found {c.matching.distance!r}"
             raise UserError(f"{found}, expected one of {', '.join(DISTANCES)}")

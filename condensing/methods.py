@@ -36,6 +36,8 @@ class RealPictures:
             index = take(index, data.max_samples)
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         check(report, data.max_bad_fraction)
+        if any(sample.class_scores is not None for sample in report.index.samples):
+            raise UserError(f"{' '.join(place[1:])}: found soft labels, expected a set of real pictures without them")
         self.index, self.image_size, self.place = report.index, image_size, place
         self.loader = Loader(self.index, image_size=image_size, batch_size=16, seed=0, shuffle=False, cache=data.cache)
         self.ignored = sum(int(sample.ignore.sum()) for sample in self.index.samples)

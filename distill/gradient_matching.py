@@ -17,6 +17,10 @@ One step:
     6  for each few pictures x of X:  slope of x = d/dx <v, the part of x in s>, through a graph of those alone
     7  the pixels move against their slopes and are clipped to [0, 1]
 
+Where class_learning_rate is above 0, the class scores of the synthetic objects are learnt beside the pixels: X is then
+pixels and class logits, 6 has the slopes of both, and the logits move in 7 with an optimizer of their own. L is affine
+in class scores: the alignments, matches and normalisers of our detectors are made of predictions, boxes and labels.
+
 D depends on a picture through the sum s alone, so 4 to 6 are exact, and the memory of a step is that of the pictures
 that go through a network together, however many there are in all.
 
@@ -47,7 +51,7 @@ from distill.network_pool import (
     seeded_generator,
     set_statistics,
 )
-from distill.synthetic import PixelOptimizer, SyntheticSet
+from distill.synthetic import PixelOptimizer, RowOptimizer, SyntheticSet
 from errors import UserError
 from structures import Targets
 
@@ -64,6 +68,7 @@ class MatchingSettings:
     pictures_per_step: stored pictures that a step takes, drawn anew for each; 0: all. pictures_at_once: pictures that
     go through a network together; memory and speed follow it, the result does not, but for rounding.
     optimizer, learning_rate, momentum: of the pixels, see PixelOptimizer. total_variation: lambda.
+    class_learning_rate: of the set's class_logits, by the same optimizer; 0: they stay.
     """
 
     steps: int = 500
@@ -76,6 +81,7 @@ class MatchingSettings:
     pictures_at_once: int = 8
     optimizer: str = "adam"
     learning_rate: float = 0.005
+    class_learning_rate: float = 0.0
     momentum: float = 0.5
     total_variation: float = 0.0
     pool: PoolSettings = field(default_factory=PoolSettings)
@@ -100,7 +106,7 @@ class MatchingReport:
 
 
 class GradientMatching:
-    """Learns the pixels of a SyntheticSet, in place.
+    """Learns the pixels of a SyntheticSet, in place, and its class_logits where class_learning_rate is above 0.
 
         matching = GradientMatching(synthetic, settings=..., build_network=lambda seed: models.build("yolov8n", 3),
                                     draw_real=..., draw_augmentation=...)
@@ -133,6 +139,8 @@ class GradientMatching:
             raise ValueError(f"against: found {settings.against!r}, expected real or originals")
         if settings.against == "originals" and (read_originals is None or synthetic.tiles == 1):
             raise ValueError("against: found 'originals', expected 'real' where pictures are stored as they are")
+        if settings.class_learning_rate and synthetic.class_logits is None:
+            raise ValueError(f"class_learning_rate {settings.class_learning_rate} for a set without class_logits")
         self.synthetic, self.settings, self.steps_done = synthetic, settings, 0
         self._draw_real, self._draw_augmentation = draw_real, draw_augmentation
         self._read_originals = read_originals
@@ -147,6 +155,14 @@ class GradientMatching:
         self._optimizer = PixelOptimizer(
             synthetic, name=settings.optimizer, learning_rate=settings.learning_rate, momentum=settings.momentum
         )
+        self._class_optimizer = None
+        if settings.class_learning_rate and len(synthetic.targets):
+            self._class_optimizer = RowOptimizer(
+                synthetic.class_logits,
+                name=settings.optimizer,
+                learning_rate=settings.class_learning_rate,
+                momentum=settings.momentum,
+            )
 
     def run(self, on_step: Callable[[int, MatchingReport], None] | None = None) -> None:
         """The steps that are left; on_step(steps_done, report) after each may end the run by an exception."""
@@ -174,13 +190,19 @@ class GradientMatching:
                 network, (augment(*synthetic.decode(group)) for group in groups), parameters, sampling
             )
         distance, v = distance_and_slope(s, r, settings.distance)
-        slopes = torch.cat(
-            [self._slope_of(group, network, augment, parameters, v, len(rows), sampling) for group in groups]
-        )  # (n, 3, S, S)
-        self._check_finite({"gradient distance": distance, "slope of the pixels": slopes.abs().max()}, number, trained)
+        found = [self._slopes_of(group, network, augment, parameters, v, len(rows), sampling) for group in groups]
+        slopes = torch.cat([slope for slope, _ in found])  # (n, 3, S, S)
+        values = {"gradient distance": distance, "slope of the pixels": slopes.abs().max()}
+        if self._class_optimizer is not None:
+            class_slopes = sum(slope for _, slope in found)  # (M, K); an object is in one group
+            values["slope of the class logits"] = class_slopes.abs().max()
+        self._check_finite(values, number, trained)
 
         before = synthetic.pixels.detach()[rows]
         self._optimizer.step(rows, slopes)
+        if self._class_optimizer is not None:
+            objects = torch.isin(synthetic.targets.image, synthetic.numbers(rows)).nonzero()[:, 0]
+            self._class_optimizer.step(objects, class_slopes[objects])
         self.steps_done += 1
         nothing = gradient_distance([torch.zeros_like(x) for x in r], r, settings.distance)
         return MatchingReport(
@@ -210,20 +232,26 @@ class GradientMatching:
                 set_statistics(network, images)
             yield from chunks(images, targets, self.settings.pictures_at_once)
 
-    def _slope_of(
+    def _slopes_of(
         self, rows: Tensor, network: nn.Module, augment: Augmentation, parameters: list[Tensor], v: tuple[Tensor, ...],
         count: int, sampling: int,
-    ) -> Tensor:  # fmt: skip
-        """d/dx of D + lambda TV for n stored pictures, of `count` in the step: (n, 3, S, S)."""
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """d/dx of D + lambda TV for n stored pictures, of `count` in the step: (n, 3, S, S).
+
+        And d D / d class_logits (M, K), 0 for the objects of other pictures; None where they are not learnt.
+        """
         synthetic = self.synthetic
         stored = synthetic.pixels.detach()[rows].requires_grad_()
-        pictures, targets = augment(*synthetic.decode(rows, stored))  # (n r c, 3, S, S)
+        learnt = [] if self._class_optimizer is None else [synthetic.class_logits.detach().requires_grad_()]
+        pictures, targets = augment(*synthetic.decode(rows, stored, *learnt))  # (n r c, 3, S, S)
         leaf = pictures.detach().requires_grad_()
         g, _ = summed_gradient(network, leaf, targets, parameters, sampling, create_graph=True)
         part = sum((a * b).sum() for a, b in zip(g, v)) / (count * synthetic.tiles)  # <v, their part of s>
-        slope = torch.autograd.grad(part, leaf)[0]
+        # The classes have no slope where none of the objects is learnt.
+        slope, *class_slope = torch.autograd.grad(part, [leaf, *learnt], materialize_grads=True)
         prior = self.settings.total_variation / count * synthetic.total_variation(rows, stored).sum()
-        return torch.autograd.grad([pictures, prior], stored, [slope, torch.ones_like(prior)])[0]
+        stored_slope = torch.autograd.grad([pictures, prior], stored, [slope, torch.ones_like(prior)])[0]
+        return stored_slope, class_slope[0] if class_slope else None
 
     def _check_finite(self, values: dict[str, Tensor], number: int, trained: int) -> None:
         for name, value in values.items():
@@ -235,18 +263,23 @@ class GradientMatching:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: a copy, of tensors, numbers, lists and dicts."""
-        return {
+        state = {
             "steps_done": self.steps_done,
             "synthetic": self.synthetic.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "pool": self.pool.state_dict(),
         }
+        if self._class_optimizer is not None:
+            state["class_optimizer"] = self._class_optimizer.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where state_dict was written, by a run of the same arguments; the set's pixels are filled in place."""
         self.steps_done = state["steps_done"]
         self.synthetic.load_state_dict(state["synthetic"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._class_optimizer is not None:
+            self._class_optimizer.load_state_dict(state["class_optimizer"])
         self.pool.load_state_dict(state["pool"])
 
 
@@ -283,7 +316,7 @@ def summed_gradient(
         loss = 0
         for index, output in enumerate(split_output(network(pictures), len(pictures))):
             objects = targets[targets.image == index]
-            objects = Targets(objects.boxes_xyxy, objects.labels, torch.zeros_like(objects.image), objects.ignore)
+            objects = replace(objects, image=torch.zeros_like(objects.image))
             with reproducible(sampling):
                 loss = loss + sum(network.losses(output, objects).values())
         # Gradients of 0 for what no loss reaches.
@@ -337,7 +370,7 @@ def chunks(pictures: Tensor, targets: Targets, size: int) -> Iterator[tuple[Tens
     for start in range(0, len(pictures), size):
         part = pictures[start : start + size]
         objects = targets[(targets.image >= start) & (targets.image < start + len(part))]
-        yield part, Targets(objects.boxes_xyxy, objects.labels, objects.image - start, objects.ignore)
+        yield part, replace(objects, image=objects.image - start)
 
 
 def draw_rows(count: int, wanted: int, generator: torch.Generator) -> Tensor:

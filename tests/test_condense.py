@@ -19,6 +19,7 @@ from condensing import methods
 from condensing.config import LEARNT, METHODS, WITHOUT_DRAWS
 from condensing.methods import RealPictures
 from config import DataConfig, from_tree, to_tree
+from datasets.loader import Loader
 from datasets.open import open_dataset
 from distill import coresets
 from errors import UserError
@@ -237,6 +238,7 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
         ({"method": "gradient_matching", "augment": {"mosaic": 0.5}}, [], r"augment.mosaic: found 0.5, expected 0"),
         ({"method": "gradient_matching", "matching": {"distance": "l3"}}, [], r"matching.distance': found 'l3'"),
         ({"method": "gradient_matching", "matching": {"steps": -1}}, [], r"matching.steps': found -1"),
+        ({"method": "random", "matching": {"class_learning_rate": -1}}, [], r"class_learning_rate': found -1"),
         ({"method": "gradient_matching", "matching": {"optimizer": "adm"}}, [], r"matching': pixel optimizer 'adm'"),
         ({"method": "inversion", "inversion": {"optimizer": "adm"}}, [], r"condense.inversion': pixel optimizer 'adm'"),
         ({"method": "gradient_matching", "matching": {"layers": ["nose"]}}, [], r"layers: 'nose' begins no"),
@@ -336,6 +338,41 @@ def test_learning_moves_pixels_and_leaves_boxes(make):
             assert files(learnt)[name] == data
     one, two = (np.asarray(Image.open(f / "images/train/000.png")).astype(int) for f in (start, learnt))
     assert one.shape == two.shape == (HEIGHT, WIDTH, 3) and 0.1 < np.abs(one - two).mean() < 20
+
+
+def test_learnt_class_scores_are_soft_labels_that_a_loader_reads(make):
+    """Beside the same label files; of the stored pictures and of the enlarged ones; no source of another set."""
+    matching = {"steps": 2, "pool": POOL}
+    hard = make("gradient_matching", 2, "hard", seed=0, formation=[2, 2], matching=matching)
+    rate = {"class_learning_rate": 0.3}
+    soft = make("gradient_matching", 2, "soft", seed=0, formation=[2, 2], matching=matching | rate)
+    assert manifest(soft)["soft_labels"] and not manifest(hard)["soft_labels"] and not (hard / "soft_labels").exists()
+    assert "class_learning_rate" not in manifest(hard)["settings"]["matching"]  # its name is that of earlier versions
+    assert manifest(soft)["settings"]["matching"]["class_learning_rate"] == 0.3
+    for name, data in files(hard).items():
+        if name.startswith("labels/"):
+            assert files(soft)[name] == data
+    shares = {}
+    for split, count in (("train", 2), ("train_decoded", 8)):
+        index = open_dataset("yolo", soft, split)
+        assert not index.faults and len(index) == count
+        targets = Loader(index, image_size=64, batch_size=count, seed=0, shuffle=False).read(list(range(count))).targets
+        shares[split] = targets.class_scores
+        torch.testing.assert_close(shares[split].sum(1), torch.ones(len(targets)))
+        label = shares[split].gather(1, targets.labels[:, None])
+        assert label.min() > 0.5 and (label - 0.95).abs().max() > 1e-3  # they began at 0.95
+    stored, decoded = (x[x[:, 0].argsort()] for x in shares.values())
+    torch.testing.assert_close(stored, decoded)
+    data = DataConfig(format="yolo", root=str(soft))
+    with pytest.raises(UserError, match=r"soft train: found soft labels, expected a set of real pictures without them"):
+        RealPictures(data, 64)
+
+
+def test_one_class_has_nothing_to_share(make, monkeypatch):
+    first = condense.first_class_logits
+    monkeypatch.setattr(condense, "first_class_logits", lambda labels, count: first(labels, 1))
+    with pytest.raises(UserError, match=r"condense.matching.class_learning_rate': 1 class, expected 2 or more"):
+        make("gradient_matching", matching={"class_learning_rate": 0.1})
 
 
 # ---------------------------------------------------------------- training on it

@@ -17,7 +17,7 @@ from datasets.scan import scan
 from datasets.yolo_txt import soft_label_path_of
 from errors import UserError
 from structures import Targets
-from training_state import fingerprint
+from training.state import fingerprint
 
 EVERYTHING = AugmentConfig(mosaic=0.7, mixup=0.5, degrees=20.0, shear=8.0, flip_vertical=0.5)
 FIRST, SECOND = "0 0.5 0.5 0.2 0.4", "2 0.3 0.3 0.2 0.2"
