@@ -72,6 +72,7 @@ bench: setup  ## Every table of benchmarks/; peers are printed where they are in
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python -m benchmarks.frcnn
 	$(BIN)/python benchmarks/condense.py
+	if [ -d data/bccd ]; then $(BIN)/python benchmarks/gradients.py; fi
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -347,7 +347,6 @@ def test_learnt_class_scores_are_soft_labels_that_a_loader_reads(make):
     rate = {"class_learning_rate": 0.3}
     soft = make("gradient_matching", 2, "soft", seed=0, formation=[2, 2], matching=matching | rate)
     assert manifest(soft)["soft_labels"] and not manifest(hard)["soft_labels"] and not (hard / "soft_labels").exists()
-    assert "class_learning_rate" not in manifest(hard)["settings"]["matching"]  # its name is that of earlier versions
     assert manifest(soft)["settings"]["matching"]["class_learning_rate"] == 0.3
     for name, data in files(hard).items():
         if name.startswith("labels/"):
