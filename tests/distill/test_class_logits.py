@@ -140,7 +140,7 @@ def test_without_a_class_learning_rate_nothing_changes():
 
 def test_objects_rest_while_their_picture_does():
     synthetic = soft_set(4)
-    options = dict(class_learning_rate=0.1, pictures_per_step=1, optimizer="adam")
+    options = dict(class_learning_rate=0.1, pictures_per_step=1, optimizer="adam", momentum=0.5)
     matching, seen = matching_of(synthetic, None, build_soft, **options), set()
     for _ in range(8):
         before, pixels = synthetic.class_logits.detach().clone(), synthetic.pixels.detach().clone()
