@@ -27,13 +27,17 @@ browser: setup  ## The demo's test in headless Chromium, which has to be install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-browser.txt
 	$(BIN)/python -m pytest tests/web_demo/test_browser.py
 
+# A process for each core, at most four, with one thread of torch each: most tests are too small for two threads to help.
+# The tests of a file stay together, for the fixtures that they share.
+IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: setup  ## Everything CI runs
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest
+	$(IN_PARALLEL)
 
 test-fast: setup  ## Without the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(IN_PARALLEL) -m "not slow"
 
 # The two targets for a machine with a CUDA device use its own Python, PyTorch and Triton: no .venv, and nothing is
 # downloaded. What they measure goes to RESULTS, which git ignores: numbers that the README quotes are copied to reports/.
