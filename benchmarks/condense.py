@@ -12,7 +12,6 @@ torch's own 0.3 GB included. Exits with 1 where a step with 16 pictures takes mo
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from distill.gradient_matching import GradientMatching, MatchingSettings
 from distill.network_pool import PoolSettings
 from distill.synthetic import SyntheticSet
 from errors import run_script
+from runtime.peak_memory import peak_gigabytes
 from structures import Targets
 
 STORED = (16, 64, 256)
@@ -68,8 +68,8 @@ def measure(arch: str, stored: int, in_step: int, image_size: int, steps: int) -
         matching.step()
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - cpu_start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": statistics.median(seconds), "cpu": statistics.median(cpu), "gigabytes": peak / 1e9}
+    peak = peak_gigabytes(torch.device("cpu"))
+    return {"seconds": statistics.median(seconds), "cpu": statistics.median(cpu), "gigabytes": peak}
 
 
 def main(argv: list[str]) -> int:
