@@ -273,7 +273,7 @@ class RowOptimizer:
         m <- momentum m + (1 - momentum) g / rms(g),    x <- x - learning_rate m
 
     with rms(g) over one row: the learning rate is what a number moves in a step, where steps agree. Slopes of gradient
-    matching differ a hundredfold from network to network; Adam, whose second moments remember the largest for a
+    matching differ many times over from network to network; Adam, whose second moments remember the largest for a
     thousand steps, then moves by the few steps with the youngest networks and hardly by the rest. Every row has an
     optimizer state of its own, which moves only when the row does, so a set of which each step draws a part is learnt
     as a whole one.
