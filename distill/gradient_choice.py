@@ -36,12 +36,13 @@ from structures import Targets
 
 SKETCH = 16384
 STATISTICS, PLACES = range(3, 5)  # streams of random numbers, beside those of the pool
-MOST_EXCHANGES = 1000
+MOST_EXCHANGES, SMALLEST_GAIN = 1000, 1e-12  # less is rounding: the mean of K's diagonal is 1
 
 
 @dataclass(frozen=True)
 class ChoiceSettings:
-    """visits: networks in all, |Theta|, as the pool has them in turn; by default two, each at 50, 200 and 350 steps.
+    """visits: |Theta|, networks as the pool has them in turn; by default one at 50, 200 and 350 steps of its training,
+    one at 50 and 200, and, since the places of a pool do not start anew together, a third at 50.
 
     BatchNorms are kept (PoolSettings.normalization): nothing learns to exploit them here.
     """
@@ -125,19 +126,19 @@ def set_distance(products: Tensor, rows: Tensor) -> float:
 def matching_rows(products: Tensor, count: int) -> Tensor:
     """`count` different rows (k,) int64: each next one brings the objective lowest, then single exchanges that lower
     it most, until none does."""
-    total, mean = len(products), products.mean(1)  # (N,)
+    total, mean, constant = len(products), products.mean(1), float(products.mean())
     chosen: list[int] = []
     for size in range(1, count + 1):
         chosen.append(_best_addition(products, mean, chosen, size)[0])
     for _ in range(MOST_EXCHANGES if 0 < count < total else 0):
-        now = _value(products, mean, torch.tensor(chosen))
+        now = set_distance(products, torch.tensor(chosen)) - constant
         options = []
         for place in range(count):
             rest = chosen[:place] + chosen[place + 1 :]
             row, value = _best_addition(products, mean, rest, count, without=chosen[place])
             options.append((value, place, row))
         value, place, row = min(options)
-        if not value < now - 1e-12 * abs(now):
+        if not value < now - SMALLEST_GAIN:
             break
         chosen[place] = row
     return torch.tensor(chosen, dtype=torch.int64)
@@ -155,7 +156,3 @@ def _best_addition(
         value[without] = torch.inf
     row = int(value.argmin())
     return row, float(value[row])
-
-
-def _value(products: Tensor, mean: Tensor, rows: Tensor) -> float:
-    return float(products[rows][:, rows].mean() - 2 * mean[rows].mean())

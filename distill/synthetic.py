@@ -148,9 +148,8 @@ class SyntheticSet:
 
     def numbers(self, rows: Tensor) -> Tensor:
         """rows (n,) of stored pictures -> the decoded pictures they hold (n r c,), in the order of decode."""
-        return (
-            rows.to(self.pixels.device)[:, None] * self.tiles + torch.arange(self.tiles).to(self.pixels.device)
-        ).flatten()
+        device = self.pixels.device
+        return (rows.to(device)[:, None] * self.tiles + torch.arange(self.tiles, device=device)).flatten()
 
     def stored_targets(self) -> Targets:
         """The objects where they are in the stored pictures: `image` is the row of `pixels`."""
@@ -272,11 +271,11 @@ class RowOptimizer:
 
         m <- momentum m + (1 - momentum) g / rms(g),    x <- x - learning_rate m
 
-    with rms(g) over one row: the learning rate is what a number moves in a step, where steps agree. Slopes of gradient
-    matching differ many times over from network to network; Adam, whose second moments remember the largest for a
-    thousand steps, then moves by the few steps with the youngest networks and hardly by the rest. Every row has an
-    optimizer state of its own, which moves only when the row does, so a set of which each step draws a part is learnt
-    as a whole one.
+    with rms(g) over one row, and the first g / rms(g) for the first m: the learning rate is what a number moves in a
+    step, where steps agree. Slopes of gradient matching differ many times over from network to network; Adam, whose
+    second moments remember the largest for a thousand steps, then moves by the few steps with the youngest networks and
+    hardly by the rest. Every row has an optimizer state of its own, which moves only when the row does, so a set of
+    which each step draws a part is learnt as a whole one.
     """
 
     def __init__(self, values: Tensor, *, name: str, learning_rate: float, momentum: float) -> None:

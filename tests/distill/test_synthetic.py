@@ -283,3 +283,21 @@ def test_pixels_stay_colours_and_the_optimizer_goes_on_from_its_state():
     assert synthetic.pixels.min() == 0 and synthetic.pixels.max() == 1
     with pytest.raises(ValueError, match="expected sgd, adam or normalized"):
         PixelOptimizer(synthetic, name="lbfgs", learning_rate=1, momentum=0)
+
+
+def test_normalized_steps_are_of_one_length_whatever_the_slope():
+    """By hand: m is a mean of slopes over their root mean squares; a picture without a slope stays."""
+    slopes = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    slopes[:, 0] *= 1e-6
+    slopes[:, 1] *= 1e3
+    synthetic = SyntheticSet(torch.full((3, 3, 4, 4), 0.5), Targets.empty())
+    optimizer = PixelOptimizer(synthetic, name="normalized", learning_rate=0.01, momentum=0.9)
+    expected = np.full((2, 3, 4, 4), 0.5)
+    m = None
+    for slope in slopes:
+        optimizer.step(torch.tensor([0, 1, 2]), torch.cat((slope, torch.zeros(1, 3, 4, 4))))
+        unit = slope.double().numpy() / np.sqrt((slope.double().numpy() ** 2).mean((1, 2, 3), keepdims=True))
+        m = unit if m is None else 0.9 * m + 0.1 * unit
+        expected -= 0.01 * m
+    np.testing.assert_allclose(synthetic.pixels.detach()[:2], expected, atol=1e-6)
+    assert torch.equal(synthetic.pixels[2], torch.full((3, 4, 4), 0.5))

@@ -160,8 +160,11 @@ def gadgets(path: str) -> dict[str, Call]:
     }
 
 
+NAMED = r"it names .*, which no weights need"
+
+
 def code_files(folder: Path) -> Iterator[Case]:
-    named = r"it names .*, which no weights need"
+    """Code to be run, where a pickle has a value."""
 
     def gadget(name: str, kind: str = "os-system") -> Call:
         return gadgets(str(folder / f"ran-{name}"))[kind]
@@ -169,10 +172,10 @@ def code_files(folder: Path) -> Iterator[Case]:
     for protocol in range(6):
         for container, wrap in {"bare": bytes, "zip": torch_zip, "legacy": legacy}.items():
             name = f"code-{container}-protocol{protocol}"
-            yield Case(name, wrap(dump({"model": gadget(name)}, protocol)), named)
+            yield Case(name, wrap(dump({"model": gadget(name)}, protocol)), NAMED)
     for kind in gadgets(""):
         name = f"code-{kind}"
-        yield Case(name, torch_zip(dump({"w": tensor(), "x": gadget(name, kind)})), named)
+        yield Case(name, torch_zip(dump({"w": tensor(), "x": gadget(name, kind)})), NAMED)
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:
         for entry in ("storages", "tensors", "pickle"):
@@ -190,14 +193,14 @@ def code_files(folder: Path) -> Iterator[Case]:
         "dict-key": {"model": state, "history": {(gadget("code-in-dict-key"),): 1}},
     }
     for where, value in hidden.items():
-        yield Case(f"code-in-{where}", saved(value), named)
-        yield Case(f"code-in-{where}-legacy", saved(value, zipped=False), named)
+        yield Case(f"code-in-{where}", saved(value), NAMED)
+        yield Case(f"code-in-{where}-legacy", saved(value, zipped=False), NAMED)
     name = "code-in-hooks"
     hooked = Call(torch._utils._rebuild_tensor_v2, Storage(), 0, (4,), (1,), False, gadget(name))
-    yield Case(name, torch_zip(dump({"w": hooked})), named)
+    yield Case(name, torch_zip(dump({"w": hooked})), NAMED)
     for field in ("key", "numel"):
         name = f"code-in-storage-{field}"
-        yield Case(name, torch_zip(dump({"w": tensor(Storage(**{field: gadget(name)}))})), named)
+        yield Case(name, torch_zip(dump({"w": tensor(Storage(**{field: gadget(name)}))})), NAMED)
     good = dump({"w": tensor()})
     yield Case("code-after-stop", torch_zip(good + dump(gadget("code-after-stop"))), "bytes after its end")
     evil = dump({"w": tensor(), "x": gadget("code-second-pickle")})
@@ -205,13 +208,16 @@ def code_files(folder: Path) -> Iterator[Case]:
     yield Case("code-second-pickle-same-name", torch_zip(good, extra=twice[:1]), "in the archive twice")
     yield Case("code-second-pickle-elsewhere", torch_zip(good, extra=[("other/data.pkl", evil)]), "2 data.pkl")
     yield Case("code-appended-zip", torch_zip(good) + zip_of(twice), "bytes before the first entry|it names")
-    yield Case("code-prepended-pickle", dump(gadget("code-prepended-pickle")) + torch_zip(good), named)
+    yield Case("code-prepended-pickle", dump(gadget("code-prepended-pickle")) + torch_zip(good), NAMED)
     script = [("archive/constants.pkl", dump(gadget("code-in-constants"))), ("archive/code/a.py", b"")]
-    yield Case("code-in-constants", torch_zip(good, extra=script), named)
+    yield Case("code-in-constants", torch_zip(good, extra=script), NAMED)
     head = dump(0x1950A86A20F9469CFC6C) + dump(1001)
-    yield Case("code-in-legacy-system", head + dump(gadget("code-in-legacy-system")) + dump({}) + dump([]), named)
-    yield Case("code-in-legacy-keys", LEGACY_HEAD + dump({}) + dump([gadget("code-in-legacy-keys")]), named)
+    yield Case("code-in-legacy-system", head + dump(gadget("code-in-legacy-system")) + dump({}) + dump([]), NAMED)
+    yield Case("code-in-legacy-keys", LEGACY_HEAD + dump({}) + dump([gadget("code-in-legacy-keys")]), NAMED)
 
+
+def opcode_files(folder: Path) -> Iterator[Case]:
+    """Programs of a pickle written by hand, that name code or would run it."""
     path = str(folder / "ran-opcode").encode()
     touch = b"touch " + path
     by_hand = {
@@ -230,14 +236,14 @@ def code_files(folder: Path) -> Iterator[Case]:
         "homoglyph": "cm\N{CYRILLIC SMALL LETTER O}dels.yolo\nsystem\n)R.".encode(),
     }
     for name, program in by_hand.items():
-        yield Case(f"code-opcode-{name}", torch_zip(program), named + "|damaged pickle")
+        yield Case(f"code-opcode-{name}", torch_zip(program), NAMED + "|damaged pickle")
     yield Case("code-opcode-extension", torch_zip(b"\x80\x02\x82\x01."), "EXT1|extension")
     yield Case("code-opcode-text-id", torch_zip(b"Pstorage\n."), "PERSID")
     # legacy files keep a module's class with its source beside it: the class is checked, the source is only text
     with_source = b"\x80\x02(X\x06\x00\x00\x00module%bS'a.py'\nS'import os; os.system(\"touch %b\")'\ntQ)\x81}b."
     good_class, bad_class = b"cmodels.yolo\nModel\n", b"cposix\nsystem\n"
     yield Case("code-in-module-source", legacy(with_source % (good_class, path)), "models.yolo.Model has no parameters")
-    yield Case("code-in-module-class", legacy(with_source % (bad_class, path)), named)
+    yield Case("code-in-module-class", legacy(with_source % (bad_class, path)), NAMED)
     setstate = b"\x80\x02cmodels.yolo\nModel\n)\x81}X\x0c\x00\x00\x00__setstate__cmodels.yolo\nrun\nsb."
     yield Case("code-set-attribute", torch_zip(setstate), "not a module")
     on_class = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x08\x00\x00\x00__code__K\x01sb."
@@ -249,7 +255,7 @@ def corpus(folder: Path) -> list[Case]:
     from tests.weight_files.hostile_arrays import npz_files, safetensors_files
     from tests.weight_files.hostile_content import bomb_files, lying_files, wrong_files
 
-    makers = (code_files, lying_files, bomb_files, wrong_files, safetensors_files, npz_files)
+    makers = (code_files, opcode_files, lying_files, bomb_files, wrong_files, safetensors_files, npz_files)
     cases = [case for make in makers for case in make(folder)]
     assert len({case.name for case in cases}) == len(cases)
     return cases
