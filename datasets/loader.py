@@ -147,6 +147,22 @@ class Loader:
             for rows in batches:
                 yield self.read(rows)
             return
+        try:
+            yield from self._read_by_workers(batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            # What fails inside a worker arrives as text or as another RuntimeError; OSError and EOFError are of a
+            # worker that died while it handed a batch over.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
+                raise
+            files = ", ".join(str(self._reader.samples[row].image_path) for row in self._reader.rows_being_read())
+            reason = " ".join(str(error).split()) or "it closed the connection"
+            raise UserError(f"a loader process died or hung while reading {files or 'nothing'}: {reason}") from error
+
+    def _read_by_workers(self, batches: list[list[int]]) -> Iterator[Batch]:
+        """A worker that died raises at any line from then on, out of torch's signal handler, until it is shut down.
+
+        So this only reads and shuts down: whatever line is hit, the error that leaves says the same.
+        """
         self._reader.reading[:] = 0
         iterator = iter(
             DataLoader(
@@ -164,19 +180,9 @@ class Loader:
         try:
             for _ in batches:
                 yield _checked(next(iterator))
-        except (RuntimeError, OSError, EOFError) as error:
-            # What fails inside a worker arrives as text or as another RuntimeError; OSError and EOFError are of a
-            # worker that died while it handed a batch over.
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
-                raise
-            files = ", ".join(str(self._reader.samples[row].image_path) for row in self._reader.rows_being_read())
-            reason = " ".join(str(error).split()) or "it closed the connection"
-            raise UserError(f"a loader process died or hung while reading {files or 'nothing'}: {reason}") from error
         finally:
-            # There is no public way. Until it is done, a worker that died raises at any later line, out of torch's
-            # signal handler: also inside this call, which still completes.
-            with contextlib.suppress(RuntimeError):
-                iterator._shutdown_workers()
+            with contextlib.suppress(RuntimeError):  # raised inside this call, it still completes
+                iterator._shutdown_workers()  # there is no public way
             for worker in iterator._workers:
                 worker.join(1)  # one that had to be terminated stays a zombie otherwise (torch 2.11)
 

@@ -305,6 +305,20 @@ class TestWorkers:
         with pytest.raises(UserError, match="a loader process died or hung"):
             list(Loader(index, image_size=32, batch_size=4, seed=0, workers=1).epoch(0))
 
+    def test_a_worker_whose_death_is_signalled_late_is_one_error_all_the_same(self, index, monkeypatch):
+        def receive(iterator):
+            os.kill(iterator._workers[0].pid, signal.SIGKILL)
+            raise ConnectionResetError(104, "reset")
+
+        def slowly(reader, rows_being_read=loader_module._Reader.rows_being_read):
+            time.sleep(0.2)  # the signal arrives here, if the dead worker is still one of torch's
+            return rows_being_read(reader)
+
+        monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", receive)
+        monkeypatch.setattr(loader_module._Reader, "rows_being_read", slowly)
+        with pytest.raises(UserError, match="a loader process died or hung"):
+            list(Loader(index, image_size=32, batch_size=4, seed=0, workers=1).epoch(0))
+
     def test_a_hanging_worker_ends_in_a_timeout(self, index, monkeypatch):
         before = worker_ids()
         monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # of a polite end
