@@ -2,7 +2,7 @@
 
 On a CUDA device PyTorch says so itself (torch.cuda.set_sync_debug_mode). On a CPU nothing waits; counted are the
 operations that would on a device whose tensors are all there: those whose shape or Python result depends on values, and
-tensors made of Python's numbers. For torch.device("meta"), whose tensors have no values, counted are the copies to it
+tensors made of lists of numbers. For torch.device("meta"), whose tensors have no values, counted are the copies to it
 that are not non_blocking: what code with tensors of both the host and a device makes wait.
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ATEN = torch.ops.aten
 WAITING = {
     ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.unique_dim, ATEN._unique2, ATEN.unique_consecutive,
-    ATEN.bincount, ATEN.equal, ATEN.lift_fresh,
+    ATEN.bincount, ATEN.equal,
 }  # fmt: skip
 BY_MASK = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_}
 
@@ -61,13 +61,14 @@ class _Watch(TorchDispatchMode):
         if is_masked and len(args) > 2 and args[2].numel() == 1:
             is_masked = False  # one number under a mask is a masked_fill
         named = kwargs or {}
+        is_list = packet is ATEN.lift_fresh and args[0].dim() > 0  # one number is filled in, without a copy
         repeats_by_value = packet is ATEN.repeat_interleave and named.get("output_size") is None
         if self.device.type == "meta":
             device = named.get("device")
             waits = packet is ATEN._to_copy and device is not None and device.type == "meta"
             waits = waits and args[0].device != device and not named.get("non_blocking")
         else:
-            waits = packet in WAITING or is_masked or repeats_by_value
+            waits = packet in WAITING or is_masked or is_list or repeats_by_value
         if waits:
             self.found[_line_of_project()] += 1
         return function(*args, **named)

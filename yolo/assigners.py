@@ -46,7 +46,7 @@ class Assignment:
         """Image and location of the positives, (P,) int64 each, in this order; is_real (P,) bool: the others fill up.
 
         Where the host runs ahead, P is max_positives; of more (nan, see _largest_per_row) the last are left out.
-        What fills up are the first locations, each once: the gradients of one repeated would be added one by one.
+        Place i is filled up with location i of all B * A: the gradients of one repeated would be added one by one.
         """
         if not runs_ahead(self.is_positive.device) or self.max_positives is None:
             image, location = self.is_positive.nonzero(as_tuple=True)

@@ -119,7 +119,7 @@ def test_waits_are_found_by_line():
         (x[positive], x.nonzero(), x.sum().item())
         (x[positive.long()], torch.where(positive, x, 0), x.topk(2), x.cumsum(0))
         x[positive] = 0.0  # a masked_fill
-        x.clamp(max=torch.tensor(3.0))  # the number is copied
+        x.clamp(max=torch.tensor([3.0]))  # the list is copied
     lines = {int(key.split(":")[1]): count for key, count in waits.items()}
     assert lines == {min(lines): 1, min(lines) + 1: 3, min(lines) + 4: 1}
     assert all(key.startswith("tests/benchmarks/test_gpu_train.py:") for key in waits)
