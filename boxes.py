@@ -48,8 +48,8 @@ def xyxy_to_distances(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
 
 def clip_boxes(boxes_xyxy: Tensor, height: float, width: float) -> Tensor:
     """Corners moved into the image 0..width, 0..height."""
-    limit = boxes_xyxy.new_tensor([width, height, width, height])
-    return boxes_xyxy.clamp(min=0).minimum(limit)
+    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)  # not a tensor of limits: the host would wait for its copy to the device
+    return torch.stack((x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)), dim=-1)
 
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ to log), SGD and the running mean. The contestants, one after another, each alon
 
 "images/s" is the median round, of `steps` steps without marks between the parts. The parts' shares are of one more
 round, between events on the device: where the host is late, the part that the device waits in is the longer one.
-"waits" counts what makes the host wait in one step, by line in the JSON; 1 is the goal. "of peer" has the target 1.3.
+"waits" counts what makes the host wait in one step, by line in the JSON; 1 is the goal. With --device cpu it is more:
+there the assigner lists its candidates, which costs less than masks. "of peer" has the target 1.3.
 Where a contestant's first losses are not those of eager, it has no numbers. Writes OUTPUT/gpu_train.md and .json.
 """
 

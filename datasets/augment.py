@@ -267,10 +267,10 @@ def sample_mosaic(images: Tensor, layout: MosaicLayout, matrices: Tensor) -> Ten
     atlas = atlas.view(1, 3, count * slot, slot).expand(count, -1, -1, -1)
 
     x, y = _view_to_source_lines(torch.linalg.inv(matrices), size, images)
-    joint = layout.joint.to(images)[:, :, None, None]  # (B, 2, 1, 1)
+    joint = layout.joint.to(images, non_blocking=True)[:, :, None, None]  # (B, 2, 1, 1)
     is_right, is_below = x >= joint[:, 0], y >= joint[:, 1]
-    offsets = layout.offsets.to(images)[..., None, None]  # (B, 4, 2, 1, 1)
-    slots = (layout.sources * slot).to(images)[..., None, None]  # (B, 4, 1, 1): first row in the atlas
+    offsets = layout.offsets.to(images, non_blocking=True)[..., None, None]  # (B, 4, 2, 1, 1)
+    slots = (layout.sources * slot).to(images, non_blocking=True)[..., None, None]  # (B, 4, 1, 1) in the atlas
     u = _pick(is_right, is_below, [x - offsets[:, q, 0] for q in range(4)])
     # Clamped to the centers of the frame's pixels: farther away is grey, and no other slot is touched.
     v = _pick(is_right, is_below, [(y - offsets[:, q, 1]).clamp(-0.5, size + 0.5) + slots[:, q] for q in range(4)])
@@ -285,7 +285,7 @@ def _view_to_source_lines(inverse: Tensor, size: int, like: Tensor) -> tuple[Ten
 
     The thin shapes are why the usual case (no rotation, no shear) costs little: what follows broadcasts late.
     """
-    m = inverse.to(like)[:, :2, :, None, None]  # (B, 2, 3, 1, 1)
+    m = inverse.to(like, non_blocking=True)[:, :2, :, None, None]  # (B, 2, 3, 1, 1)
     column = (torch.arange(size, dtype=like.dtype, device=like.device) + 0.5).view(1, 1, size)
     row = column.view(1, size, 1)
     x, y = m[:, 0, 0] * column + m[:, 0, 2], m[:, 1, 1] * row + m[:, 1, 2]  # (B, 1, S), (B, S, 1)
@@ -361,8 +361,8 @@ def mixup(images: Tensor, targets: Targets, partner: Tensor, weight: Tensor) -> 
 
     Boxes, labels and class scores are not weighted: an object half seen through is still an object.
     """
-    w = weight.to(images)[:, None, None, None]
-    mixed = torch.lerp(images[partner.to(images.device)], images, w)
+    w = weight.to(images, non_blocking=True)[:, None, None, None]
+    mixed = torch.lerp(images[partner.to(images.device, non_blocking=True)], images, w)
     guest = torch.where(weight < 1, partner, -1).to(targets.image.device)
     view, row = (guest[:, None] == targets.image).nonzero().unbind(1)
     guests = targets[row]
@@ -387,7 +387,7 @@ def jitter_hsv(images: Tensor, hue_shift: Tensor, saturation_gain: Tensor, value
     with clamp to 0..1.
     """
     hue_shift, saturation_gain, value_gain = (
-        p.to(images)[:, None, None] for p in (hue_shift, saturation_gain, value_gain)
+        p.to(images, non_blocking=True)[:, None, None] for p in (hue_shift, saturation_gain, value_gain)
     )
     red, green, blue = images.unbind(1)  # (B, H, W) each
     value = torch.maximum(torch.maximum(red, green), blue)

@@ -7,6 +7,10 @@
 Both work on the flat rows of `Targets`, not on a padded (B, G, A) block, so an image with many objects costs the others
 nothing. Both give the same result on every run: of equal candidates, the lower location or row wins.
 
+Where the host runs ahead of the device (CUDA), the task-aligned assigner never asks it for a number: shapes follow
+from those of the inputs, and masks say which rows count. On a CPU only those that count are listed. One algorithm,
+the same result.
+
 Rows marked `ignore`, with a side that is not positive, or of a center outside the image (anchor head) are not learnt;
 a location whose center lies in an ignored box and that learns nothing else is not taught to be background either.
 """
@@ -19,6 +23,8 @@ from torch import Tensor
 from boxes import paired_ciou, xyxy_to_cxcywh
 from structures import Targets
 
+MAX_PAIRS = 2**24  # of which all are listed without asking which count; they take about 200 bytes each
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -27,12 +33,29 @@ class Assignment:
     is_positive (B, A) bool: the location learns an object; gt_index (B, A) int64: the object's row of `Targets`, or -1;
     target_scores (B, A, K): in [0, 1], above 0 only at a positive and its object's label; is_ignored (B, A) bool: not
     positive, and the center lies in an ignored box, so the location is not background either.
+    max_positives: so many locations are positive at most, told without reading a tensor; None: unknown.
     """
 
     is_positive: Tensor
     gt_index: Tensor
     target_scores: Tensor
     is_ignored: Tensor
+    max_positives: int | None = None
+
+    def positives(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Image and location of the positives, (P,) int64 each, in this order; is_real (P,) bool: the others fill up.
+
+        Where the host runs ahead, P is max_positives; of more (nan, see _largest_per_row) the last are left out.
+        Place i is filled up with location i of all B * A: the gradients of one repeated would be added one by one.
+        """
+        if not runs_ahead(self.is_positive.device) or self.max_positives is None:
+            image, location = self.is_positive.nonzero(as_tuple=True)
+            return image, location, torch.ones_like(image, dtype=torch.bool)
+        (B, A), flat = self.is_positive.shape, self.is_positive.flatten()
+        found = torch.nonzero_static(flat, size=min(self.max_positives, B * A), fill_value=-1)[:, 0]  # (P,)
+        is_real = found >= 0
+        found = torch.where(is_real, found, torch.arange(len(found), device=found.device))
+        return found // A, found % A, is_real
 
 
 @dataclass(frozen=True)
@@ -120,41 +143,43 @@ def task_aligned_assignment(
     that stride when candidates are sought, since such a box may lie between all centers and would never be learnt.
     Differs from public YOLOv8 code: locations of t = 0 are no positives (there they have weight 0, the loss is equal).
     """
-    B, A = class_logits.shape[:2]
+    (B, A), N = class_logits.shape[:2], len(targets)
     centers, smallest = points * strides, strides.min()  # (A, 2) pixels
-    rows = _learnable_rows(targets)  # (N,)
-    gt_boxes = targets.boxes_xyxy[rows].to(boxes_xyxy.dtype)  # (N, 4)
-    gt_labels, gt_images = targets.labels[rows], targets.image[rows]  # (N,) each
+    learnable, ignore = _is_learnable(targets), targets.ignore  # (N,) each
+    gt_boxes, gt_labels = targets.boxes_xyxy.to(boxes_xyxy.dtype), targets.labels.where(learnable, 0)
 
-    gt, point = _is_inside(centers, _widen(gt_boxes, smallest)).nonzero(as_tuple=True)  # (P,) pairs, by gt, then point
-    image = gt_images[gt]
-    location = image * A + point  # (P,) in 0..B*A-1
+    reach = torch.where(ignore[:, None], gt_boxes, _widen(gt_boxes, smallest))  # (N, 4)
+    pairs = _list_pairs(_is_inside(centers, reach) & (learnable | ignore)[:, None])
+    gt, image = pairs.gt, targets.image[pairs.gt]  # (P,) each
+    location = image * A + pairs.point  # (P,) in 0..B*A-1
     overlap = paired_ciou(boxes_xyxy.reshape(-1, 4).index_select(0, location), gt_boxes.index_select(0, gt))
     overlap = overlap.clamp(min=0)  # u (P,)
-    score = class_logits[image, point, gt_labels[gt]].to(overlap.dtype).sigmoid()
-    metric = score**alpha * overlap**beta  # t (P,)
-    some = metric.nonzero()[:, 0]
-    gt, location, overlap, metric = (x[some] for x in (gt, location, overlap, metric))
+    score = class_logits[image, pairs.point, gt_labels[gt]].to(overlap.dtype).sigmoid()
+    is_candidate = pairs.is_real & learnable[gt]
+    metric = torch.where(is_candidate, score**alpha * overlap**beta, 0)  # t (P,), 0 for what is no candidate
+    is_some = metric != 0
+    overlap = torch.where(is_some, overlap, 0)
 
-    chosen = _largest_per_group(metric, gt, len(rows), topk)  # (P,) bool
-    claims = torch.bincount(location[chosen], minlength=B * A)[location]  # (P,)
-    best = overlap.new_zeros(B * A).scatter_reduce_(0, location, overlap, "amax")[location] == overlap
-    first = location.new_full((B * A,), len(rows))
-    first.scatter_reduce_(0, location[best], gt[best], "amin")  # equal overlaps: the lower row
-    wins = torch.where(claims > 1, gt == first[location], chosen & (claims == 1)).nonzero()[:, 0]
-    gt, location, overlap, metric = (x[wins] for x in (gt, location, overlap, metric))  # one pair per location now
+    chosen = _largest_per_row(pairs.by_object(metric, N), topk).flatten()[pairs.slot]  # (P,) bool
+    at_location = lambda start, values, how: start.scatter_reduce_(0, location, values, how)  # (B*A,)
+    claims = location.new_zeros(B * A).scatter_add_(0, location, chosen.long())
+    best = is_some & (at_location(overlap.new_zeros(B * A), overlap, "amax")[location] == overlap)
+    first = at_location(gt.new_full((B * A,), N), torch.where(best, gt, N), "amin")  # equal overlaps: the lower row
+    wins = torch.where(claims[location] > 1, gt == first[location], chosen)  # one pair per location now
 
-    largest_metric = metric.new_zeros(len(rows)).scatter_reduce_(0, gt, metric, "amax")  # (N,)
-    largest_overlap = overlap.new_zeros(len(rows)).scatter_reduce_(0, gt, overlap, "amax")
-    target = metric * largest_overlap[gt] / (largest_metric[gt] + eps)
+    # Not scattered into (N,), where all the pairs of an object would meet at one address.
+    largest_metric, largest_overlap = (
+        pairs.by_object(torch.where(wins, x, 0), N).amax(1)[gt] for x in (metric, overlap)
+    )
+    target = torch.where(wins, metric * largest_overlap / (largest_metric + eps), 0)  # (P,)
 
-    gt_index = rows.new_full((B * A,), -1)
-    gt_index[location] = rows[gt]
-    gt_index = gt_index.view(B, A)
-    target_scores = torch.zeros_like(class_logits)
-    target_scores[location // A, location % A, gt_labels[gt]] = target.to(target_scores.dtype)
+    gt_index = at_location(gt.new_full((B * A,), -1), torch.where(wins, gt, -1), "amax").view(B, A)
+    target = at_location(target.new_zeros(B * A), target, "amax").view(B, A, 1)
+    label = torch.cat((gt_labels, gt_labels.new_zeros(1)))[gt_index]  # (B, A); row -1 finds the 0 at the end
+    target_scores = torch.zeros_like(class_logits).scatter_(2, label[..., None], target.to(class_logits.dtype))
     is_positive = gt_index >= 0
-    return Assignment(is_positive, gt_index, target_scores, in_ignored_box(centers, targets, B) & ~is_positive)
+    is_ignored = at_location(gt.new_zeros(B * A), (pairs.is_real & ignore[gt]).long(), "amax").view(B, A) > 0
+    return Assignment(is_positive, gt_index, target_scores, is_ignored & ~is_positive, max_positives=topk * N)
 
 
 @torch.no_grad()
@@ -182,7 +207,7 @@ def anchor_ratio_matches(
     Differs from public YOLOv5 code: a center exactly on the border of two cells gives each of the two once (there,
     one cell twice), and objects whose center lies outside the image are left out (there, moved to the border cell).
     """
-    rows = _learnable_rows(targets)  # (N,)
+    rows = _is_learnable(targets).nonzero()[:, 0]  # (N,)
     boxes = xyxy_to_cxcywh(targets.boxes_xyxy[rows].to(anchors.dtype))  # (N, 4) pixels
     neighbours = boxes.new_tensor([[0, 0], [-1, 0], [0, -1], [1, 0], [0, 1]]).long()  # (5, 2) as x, y
     found, start, n = [], 0, anchors.shape[1]
@@ -239,14 +264,18 @@ def assignment_of_matches(
 
 def in_ignored_box(centers: Tensor, targets: Targets, num_images: int) -> Tensor:
     """centers (A, 2) in pixels -> (B, A) bool: the center lies strictly inside an ignored box of the image."""
+    inside = _is_inside(centers, targets.boxes_xyxy.to(centers.dtype)) & targets.ignore[:, None]  # (N, A)
     found = torch.zeros(num_images, len(centers), dtype=torch.int32, device=centers.device)
-    boxes = targets.boxes_xyxy[targets.ignore].to(centers.dtype)
-    return found.index_add_(0, targets.image[targets.ignore], _is_inside(centers, boxes).int()) > 0
+    return found.index_add_(0, targets.image, inside.int()) > 0
 
 
-def _learnable_rows(targets: Targets) -> Tensor:
-    has_area = (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(-1)
-    return (has_area & ~targets.ignore).nonzero()[:, 0]
+def runs_ahead(device: torch.device) -> bool:
+    """Whether a shape that depends on values makes the host wait for all that the device still has to do."""
+    return device.type == "cuda"
+
+
+def _is_learnable(targets: Targets) -> Tensor:
+    return (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(-1) & ~targets.ignore
 
 
 def _is_inside(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
@@ -265,26 +294,50 @@ def _widen(boxes_xyxy: Tensor, smallest: Tensor) -> Tensor:
     return torch.cat((top_left, bottom_right), dim=-1)
 
 
-def _largest_per_group(values: Tensor, group: Tensor, num_groups: int, count: int) -> Tensor:
-    """values (P,) > 0, group (P,) ascending -> (P,) bool: the `count` largest of each group; of equal ones, the first.
+@dataclass(frozen=True)
+class _Pairs:
+    """P pairs of an object and a location of its image, by object, then location; and their places in (N, width).
 
-    Padding to one row per group and topk takes a third of the time of two stable sorts; only topk's values are used,
-    since which of equal entries it takes is not defined.
+    gt (P,) row of Targets; point (P,) in 0..A-1; is_real (P,) bool: the others only fill up;
+    slot (P,) in 0..N*width-1: the place in a block with a row for each object, padded to `width` >= 1.
     """
-    sizes = torch.bincount(group, minlength=num_groups)
-    longest = int(sizes.max()) if len(values) else 0
-    if longest <= count:
-        return torch.ones_like(group, dtype=torch.bool)
-    padded = values.new_zeros(num_groups, longest)
-    padded[group, _rank_in_group(group, sizes)] = values
-    last = padded.topk(count, dim=1).values[:, -1].contiguous()[group]  # (P,) 0 where all of the group are taken
-    is_above, is_tie = ~(values <= last), values == last  # nan counts as above, so that the loss shows it
-    room = (count - torch.bincount(group[is_above], minlength=num_groups))[group[is_tie]]
-    ties = torch.bincount(group[is_tie], minlength=num_groups)
-    is_above[is_tie] = _rank_in_group(group[is_tie], ties) < room
-    return is_above
+
+    gt: Tensor
+    point: Tensor
+    is_real: Tensor
+    slot: Tensor
+    width: int
+
+    def by_object(self, values: Tensor, num_objects: int) -> Tensor:
+        """values (P,) -> (N, width), 0 where there is no pair."""
+        block = values.new_zeros(num_objects * self.width)
+        return block.scatter_(0, self.slot, values).view(num_objects, self.width)
 
 
-def _rank_in_group(group: Tensor, sizes: Tensor) -> Tensor:
-    """group (P,) ascending, sizes = its counts -> (P,): 0, 1, 2, ... within each group."""
-    return torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+def _list_pairs(is_pair: Tensor) -> _Pairs:
+    """is_pair (N, A) bool -> where the host runs ahead all N * A pairs, marked, else (or for too many) those it has."""
+    N, A = is_pair.shape
+    if runs_ahead(is_pair.device) and N * A <= MAX_PAIRS:
+        slot = torch.arange(N * A, device=is_pair.device)
+        return _Pairs(slot // A, slot % A, is_pair.flatten(), slot, A)
+    gt, point = is_pair.nonzero(as_tuple=True)
+    sizes = torch.bincount(gt, minlength=N)
+    width = max(1, int(sizes.max())) if N else 1
+    rank = torch.arange(len(gt), device=gt.device) - (sizes.cumsum(0) - sizes)[gt]  # 0, 1, 2, ... within each object
+    return _Pairs(gt, point, torch.ones_like(gt, dtype=torch.bool), gt * width + rank, width)
+
+
+def _largest_per_row(values: Tensor, count: int) -> Tensor:
+    """values (N, W) >= 0 -> (N, W) bool: the `count` largest of each row that are not 0; of equal ones, the first.
+
+    topk and a count of the ties take a third of the time of a stable sort; only topk's values are used, since which of
+    equal entries it takes is not defined. nan is the largest, and of a row with `count` of them all that is not 0 is
+    taken, so that the loss shows it.
+    """
+    is_some = values != 0
+    if values.shape[1] <= count:
+        return is_some
+    last = values.topk(count, dim=1).values[:, -1:]  # (N, 1), 0 where all of the row that is not 0 is taken
+    is_above, is_tie = ~(values <= last), values == last
+    room = count - is_above.sum(1, keepdim=True)
+    return is_some & (is_above | (is_tie & (is_tie.cumsum(1, dtype=torch.int32) <= room)))

@@ -61,10 +61,10 @@ def classification_loss(class_logits: Tensor, target_scores: Tensor, is_ignored:
 
     class_logits and target_scores (..., K); locations with is_ignored (...) count 0. Returns a scalar.
     """
-    softplus = F.softplus(class_logits, threshold=40)  # -log(1 - sigmoid(z)), exact in float64
-    linear = class_logits * target_scores
-    if is_ignored is not None and is_ignored.any():
-        softplus, linear = (x.masked_fill(is_ignored[..., None], 0) for x in (softplus, linear))
+    softplus = F.softplus(class_logits, threshold=40).sum(-1)  # -log(1 - sigmoid(z)), exact in float64
+    linear = (class_logits * target_scores).sum(-1)  # (...)
+    if is_ignored is not None:
+        softplus, linear = (x.masked_fill(is_ignored, 0) for x in (softplus, linear))
     return softplus.sum() - linear.sum()
 
 
@@ -153,17 +153,18 @@ def yolov8_losses(
         assignment = yolov8_assignment(
             box_logits=box_logits, class_logits=class_logits, points=points, strides=strides, targets=targets
         )
-    image, n = assignment.is_positive.nonzero(as_tuple=True)  # (P,) each
-    row = assignment.gt_index[image, n]
-    weight = assignment.target_scores[image, n, targets.labels[row]]  # w (P,)
+    image, n, is_real = assignment.positives()  # (P,) each
+    row = assignment.gt_index[image, n].clamp(min=0)
+    weight = torch.where(is_real, assignment.target_scores[image, n, targets.labels[row]], 0)  # w (P,)
     total = weight.sum().clamp(min=1)  # S
     target_scores = assignment.target_scores  # t (B, A, K)
     if targets.class_scores is not None:
         shares = weight[:, None] * targets.class_scores[row].to(weight.dtype)  # (P, K)
-        target_scores = torch.zeros_like(target_scores).index_put((image, n), shares)
+        target_scores = torch.zeros_like(target_scores).index_put((image, n), shares, accumulate=True)
 
-    logits = box_logits[image, n]  # (P, 4, R)
-    gt_xyxy = targets.boxes_xyxy[row].to(logits.dtype) / strides[n]  # (P, 4) cells
+    # What is not real gets finite numbers before the terms, not only weight 0: their gradient times 0 may be nan.
+    logits = torch.where(is_real[:, None, None], box_logits[image, n], 0)  # (P, 4, R)
+    gt_xyxy = torch.where(is_real[:, None], targets.boxes_xyxy[row].to(logits.dtype) / strides[n], 0)  # (P, 4) cells
     predicted_xyxy = decode_distances(logits, points[n], torch.ones_like(strides[n]))  # (P, 4) cells
     box = (weight * ciou_loss(predicted_xyxy, gt_xyxy)).sum() / total
     dfl = (weight * distribution_focal_loss(logits, xyxy_to_distances(points[n], gt_xyxy))).sum() / total

@@ -9,7 +9,10 @@ import torch
 from benchmarks import gpu_train
 from benchmarks.gpu_train import Setting, contestants_of, disagreement, rate_of_peer, table
 from benchmarks.host_waits import host_waits
+from config import AugmentConfig
+from datasets.augment import augment
 from training.building import Objective
+from yolo import assigners
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--image-size", "64", "--batch-size", "2", "--steps", "2", "--warmup", "1", "--rounds", "1"]
@@ -34,13 +37,16 @@ def test_it_runs_on_a_cpu_and_writes_its_table(tmp_path, capsys, monkeypatch, on
     )
 
 
-def test_the_step_has_the_losses_of_the_training_loop(one_thread):
+def test_the_step_has_the_losses_of_the_training_loop_and_no_wait(one_thread, monkeypatch):
     setting = Setting("yolov8n", False, "eager", CPU, 64, 2)
     student, criterion, forward = gpu_train.our_forward(setting)
     images, targets = next(gpu_train.batches(setting))
     images = images.float() / 255
     marks: list[str] = []
-    found = forward(images, targets, marks.append)
+    with monkeypatch.context() as patch, host_waits(CPU) as waits:
+        patch.setattr(assigners, "runs_ahead", lambda device: True)
+        found = forward(images, targets, marks.append)
+    assert not waits
     expected = Objective(student, criterion, True)(images, targets, {}, 0.0)
     assert set(found) == {"box", "cls", "dfl"} and marks == ["teacher", "student", "detection", "distillation"]
     for name, value in expected.items():
@@ -111,8 +117,33 @@ def test_waits_are_found_by_line():
         positive = x > 2
         x[positive] = torch.ones(3)
         (x[positive], x.nonzero(), x.sum().item())
-        (x[torch.tensor([1, 2])], torch.where(positive, x, 0), x.topk(2), x.cumsum(0))
+        (x[positive.long()], torch.where(positive, x, 0), x.topk(2), x.cumsum(0))
         x[positive] = 0.0  # a masked_fill
+        x.clamp(max=torch.tensor([3.0]))  # the list is copied
     lines = {int(key.split(":")[1]): count for key, count in waits.items()}
-    assert lines == {min(lines): 1, min(lines) + 1: 3}
+    assert lines == {min(lines): 1, min(lines) + 1: 3, min(lines) + 4: 1}
     assert all(key.startswith("tests/benchmarks/test_gpu_train.py:") for key in waits)
+
+
+def test_copies_that_wait_are_found():
+    x, elsewhere = torch.arange(3.0), torch.empty(3, device="meta")
+    with host_waits(elsewhere.device) as waits:
+        (
+            x.to("meta", non_blocking=True),
+            x.to(elsewhere, non_blocking=True),
+            elsewhere.double(),
+            x.double(),
+            x.nonzero(),
+        )
+        (x.to(elsewhere), x.double().to("meta"))
+    assert list(waits.values()) == [2]
+
+
+@pytest.mark.parametrize("settings", [AugmentConfig(), AugmentConfig(mosaic=0.0, mixup=1.0, degrees=5.0)])
+def test_augmentation_makes_no_copy_that_waits(settings):
+    """The host draws and moves boxes; the device has the pictures."""
+    _, targets = next(gpu_train.batches(Setting("yolov8n", False, "eager", CPU, 64, 4)))
+    images = torch.empty(4, 3, 64, 64, device="meta")
+    with host_waits(images.device) as waits:
+        augment(images, targets, generator=torch.Generator().manual_seed(0), settings=settings)
+    assert not waits

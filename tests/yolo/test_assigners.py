@@ -1,12 +1,16 @@
 """The assigners against loops over objects and cells, on scenes where the answer is known, and on awkward boxes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.host_waits import host_waits
 from structures import Targets
 from tests.golden.recipe import uniform
 from tests.reference import yolo_losses as reference
+from yolo import assigners
 from yolo.assigners import (
     anchor_ratio_matches,
     assignment_of_matches,
@@ -107,6 +111,71 @@ def test_task_aligned_matches_reference(seed, count):
         dense[owner >= 0, labels[expected[owner >= 0]]] = score[owner >= 0]
         np.testing.assert_allclose(got.target_scores[b].numpy(), dense, rtol=1e-9, atol=1e-12)
     assert torch.equal(got.is_positive, got.gt_index >= 0)
+
+
+def awkward_scene(kind, seed, count=40, B=3, K=4):
+    """Logits, predictions and targets (the last fifth ignored) of which many are equal, without area, or nan."""
+    rng = np.random.default_rng([seed, count])
+    boxes, labels, image, ignore = reference.random_objects(rng, B, count, 64, K, ignored=0.2)
+    if kind == "equal":
+        boxes[: count // 3] = boxes[:1]
+    predicted, logits = random_predictions(rng, boxes, image, B, K)
+    if kind == "equal":
+        predicted[:, ::3], logits = [0, 0, 64, 64], np.round(logits / 3)
+    if kind == "without area":
+        boxes[::3, 2:] = boxes[::3, :2]
+        boxes[1::3, 2] = boxes[1::3, 0] - 5
+        labels[ignore] = 99  # nobody's business
+    if kind == "nan":
+        predicted[rng.random((B, 84)) < 0.1] = np.nan
+        logits[rng.random(logits.shape) < 0.1] = np.nan
+    return torch.tensor(logits), torch.tensor(predicted), targets_of(boxes, labels, image, ignore)
+
+
+@pytest.mark.parametrize("kind", ["usual", "equal", "without area", "nan"])
+@pytest.mark.parametrize("count", [0, 1, 40, 200])
+def test_all_pairs_make_the_same_assignment_as_the_candidates(kind, count, monkeypatch):
+    """What a GPU lists, whose host does not ask how many candidates there are."""
+    for seed in range(2):
+        logits, predicted, targets = awkward_scene(kind, seed, count)
+        candidates = assign(logits, predicted, targets, topk=5)
+        with monkeypatch.context() as patch, host_waits(logits.device) as waits:
+            patch.setattr(assigners, "runs_ahead", lambda device: True)
+            all_pairs = assign(logits, predicted, targets, topk=5)
+        assert not waits
+        for name in ("is_positive", "gt_index", "is_ignored"):
+            assert torch.equal(getattr(all_pairs, name), getattr(candidates, name)), name
+        # Not bit for bit: vector and scalar arithmetic round differently, and which is used depends on the place.
+        scores = all_pairs.target_scores, candidates.target_scores
+        torch.testing.assert_close(*scores, rtol=1e-12, atol=0, equal_nan=True)
+        assert all_pairs.max_positives == candidates.max_positives == 5 * count
+        assert kind == "nan" or candidates.is_positive.sum() <= 5 * count
+
+
+def test_too_many_pairs_are_not_all_listed(monkeypatch):
+    logits, predicted, targets = awkward_scene("usual", 0)
+    expected = assign(logits, predicted, targets)
+    monkeypatch.setattr(assigners, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(assigners, "MAX_PAIRS", 40 * 84 - 1)
+    with host_waits(logits.device) as waits:
+        got = assign(logits, predicted, targets)
+    assert waits and torch.equal(got.target_scores, expected.target_scores)
+
+
+@pytest.mark.parametrize("max_positives", [None, 3, 4, 7, 100])
+def test_positives_are_listed_in_order_and_filled_up(max_positives, monkeypatch):
+    is_positive = torch.zeros(2, 10, dtype=torch.bool)
+    is_positive[0, 3] = is_positive[1, 0] = is_positive[1, 9] = True
+    given = assigners.Assignment(is_positive, is_positive.long() - 1, is_positive[..., None].double(), ~is_positive)
+    given = replace(given, max_positives=max_positives)
+    image, location, is_real = given.positives()
+    assert list(zip(image.tolist(), location.tolist())) == [(0, 3), (1, 0), (1, 9)] and is_real.all()
+    monkeypatch.setattr(assigners, "runs_ahead", lambda device: True)
+    image, location, is_real = given.positives()
+    assert list(zip(image.tolist(), location.tolist()))[:3] == [(0, 3), (1, 0), (1, 9)]
+    assert len(image) == min(max_positives or 3, 20) and is_real.tolist() == [i < 3 for i in range(len(image))]
+    filled = (image * 10 + location)[3:]
+    assert ((filled >= 0) & (filled < 20)).all() and len(set(filled.tolist())) == len(filled)
 
 
 def test_golden_assignment(golden):
