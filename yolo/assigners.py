@@ -23,7 +23,7 @@ from torch import Tensor
 from boxes import paired_ciou, xyxy_to_cxcywh
 from structures import Targets
 
-MAX_PAIRS = 2**24  # of which all are listed without asking which count; they take about 200 bytes each
+MAX_PAIRS = 2**24  # of which all are listed without asking which count; by estimate 200 bytes each, 3.4 GB in all
 
 
 @dataclass(frozen=True)
