@@ -37,7 +37,9 @@ METHODS = {
     "inversion": "pixels learnt: a trained network finds in them what their labels say",
 }
 LEARNT = ("gradient_matching", "inversion")
-WITHOUT_DRAWS = ("herding", "k_center", "highest_loss", "most_objects")  # the same set whatever the seed
+MEASURED = ("herding", "k_center", "highest_loss")  # by a trained network
+WITHOUT_DRAWS = (*MEASURED, "most_objects")  # the same pictures whatever the seed
+RULES = ("random", "uniform", "gradient", *WITHOUT_DRAWS)  # by which real pictures are chosen
 SIAMESE = AugmentConfig(mosaic=0.0, flip_vertical=0.5, close_mosaic_epochs=0)
 
 
@@ -65,7 +67,7 @@ class CondenseConfig:
         1,
     )  # r, c: a stored picture is r rows and c columns of them; counts are of stored ones
     init: Literal["noise", "real", "crops", "canvas"] = "real"  # of learnt pixels; where labels come from
-    layouts: Literal["random", "uniform", "gradient"] = "random"  # which real pictures: of noise, real and mosaic
+    layouts: Literal[RULES] = "random"  # which real pictures: of noise, real and mosaic
     crops: int = 2  # a mosaic of crops has this many a side
     network: NetworkConfig = NetworkConfig()
     canvas: CanvasSettings = field(default_factory=CanvasSettings)
@@ -111,15 +113,21 @@ class Task:
         return self.condense.pictures * math.prod(self.condense.formation)
 
     @property
+    def rule(self) -> str | None:
+        """One of RULES; None for a set that is put together of crops or on canvases."""
+        c = self.condense
+        if c.method in RULES:
+            return c.method
+        return c.layouts if self.has_layouts else None
+
+    @property
     def needs_network(self) -> bool:
         c = self.condense
-        by_method = c.method in ("herding", "k_center", "highest_loss", "inversion")
-        return by_method or (self.pastes and c.canvas.rounds > 0)
+        return self.rule in MEASURED or c.method == "inversion" or (self.pastes and c.canvas.rounds > 0)
 
     @property
     def chooses_by_gradient(self) -> bool:
-        c = self.condense
-        return c.method == "gradient" or (self.has_layouts and c.layouts == "gradient")
+        return self.rule == "gradient"
 
     @property
     def has_layouts(self) -> bool:
@@ -136,7 +144,7 @@ class Task:
         tree: dict[str, Any] = {"image_size": self.image_size, "method": c.method, "pictures": c.pictures}
         data = to_tree(self.data)
         tree["data"] = {key: data[key] for key in ("format", "train", "max_samples")}
-        if c.method not in WITHOUT_DRAWS:
+        if is_learnt or self.rule not in WITHOUT_DRAWS:
             tree["seed"] = self.seed
         if is_learnt or c.method == "mosaic":
             tree["formation"] = list(c.formation)

@@ -126,11 +126,10 @@ def first_layout(
         return crop_layout(task, real, count)
     if kind == "canvas":
         return canvas_layout(task, real, network, count)
-    rule = c.layouts if kind in ("noise", "real", "mosaic") else kind
-    if rule == "gradient":
+    if task.rule == "gradient":
         rows = matching_rows(gradient_products(), count).tolist()
     else:
-        rows = choose(rule, real, network, count, seeded_generator(task.seed, CHOOSE)).tolist()
+        rows = choose(task.rule, real, network, count, seeded_generator(task.seed, CHOOSE)).tolist()
     batch = real.read(rows)
     sources = tuple(real.index.samples[row].image_path.name for row in rows)
     return Layout(batch.images, batch.targets, batch.content_xyxy, sources)
