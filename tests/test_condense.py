@@ -167,6 +167,8 @@ def test_methods_choose_as_their_rules_say(make, real, network):
         found = manifest(make(method, 4, method))
         assert found["source_pictures"] == [names[row] for row in rows[:4]], method
         assert "seed" not in found["settings"]
+        mosaic = manifest(make("mosaic", 1, f"mosaic_{method}", formation=[2, 2], layouts=method))
+        assert mosaic["source_pictures"] == found["source_pictures"] and "seed" not in mosaic["settings"], method
     uniform = manifest(make("uniform", 4, "uniform"))["source_pictures"]
     labels = np.concatenate([pictures.index.samples[names.index(name)].labels for name in uniform])
     assert abs((labels == 0).mean() - 0.5) < abs(np.mean([0, *(batch.targets.labels == 0)]) - 0.5)

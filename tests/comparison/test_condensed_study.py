@@ -72,7 +72,12 @@ def test_a_set_is_named_by_what_it_follows_from_and_by_nothing_else(config):
     assert folder({"method": "random", "seed": 3}) == folder({"method": "random", "seed": 3}, seed=6)
     assert folder({"method": "herding"}) == folder({"method": "herding"}, seed=6)  # draws nothing
     assert folder({"method": "random"}, image_size=32) != random
+    mosaic = {"method": "mosaic", "formation": [2, 1], "layouts": "most_objects"}
+    assert folder(mosaic) == folder(mosaic, seed=6) != folder(mosaic | {"layouts": "uniform"})
     learnt = folder({"method": "gradient_matching"})
+    assert folder({"method": "gradient_matching", "layouts": "most_objects"}, seed=6) != folder(
+        {"method": "gradient_matching", "layouts": "most_objects"}
+    )  # draws more than its pictures
     assert folder({"method": "gradient_matching"}, student={"arch": "yolov5n"}) == learnt  # made for the shared student
     for changed in ({"matching": {"steps": 7}}, {"arch": "yolov5n"}, {"init": "noise"}, {"layouts": "uniform"}):
         assert folder({"method": "gradient_matching"} | changed) != learnt
