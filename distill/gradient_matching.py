@@ -21,6 +21,10 @@ Where class_learning_rate is above 0, the class scores of the synthetic objects 
 pixels and class logits, 6 has the slopes of both, and the logits move in 7 with an optimizer of their own. L is affine
 in class scores: the alignments, matches and normalisers of our detectors are made of predictions, boxes and labels.
 
+With by_class a step is of one class k, as the first paper's are: X and B are then the pictures with objects of k, and
+the other objects in them are to be ignored. Without it much of D is how many objects of each class there are on either
+side, which no pixel changes.
+
 D depends on a picture through the sum s alone, so 4 to 6 are exact, and the memory of a step is that of the pictures
 that go through a network together, however many there are in all.
 
@@ -55,6 +59,8 @@ from distill.synthetic import PixelOptimizer, RowOptimizer, SyntheticSet
 from errors import UserError
 from structures import Targets
 
+MOST_DRAWS = 100  # of real pictures, in search of a class
+
 
 @dataclass(frozen=True)
 class MatchingSettings:
@@ -69,6 +75,7 @@ class MatchingSettings:
     go through a network together; memory and speed follow it, the result does not, but for rounding.
     optimizer, learning_rate, momentum: of the pixels, see PixelOptimizer. total_variation: lambda.
     class_learning_rate: of the set's class_logits, by the same optimizer; 0: they stay.
+    by_class: each step is of one of the classes that the set has objects of, drawn at random.
     """
 
     steps: int = 500
@@ -82,6 +89,7 @@ class MatchingSettings:
     optimizer: str = "adam"
     learning_rate: float = 0.005
     class_learning_rate: float = 0.0
+    by_class: bool = False
     momentum: float = 0.5
     total_variation: float = 0.0
     pool: PoolSettings = field(default_factory=PoolSettings)
@@ -91,6 +99,7 @@ class MatchingSettings:
 class MatchingReport:
     """What a step saw. relative: D(s, r) / D(0, r), 1 where the set has no gradient, 0 where it has the real one.
 
+    label: of the step's class, -1 without by_class.
     network, trained: which of the pool, and the training steps it had made. s_loss, r_loss: mean detection losses of
     the synthetic and real pictures. moved: mean change of the pixels of the step's pictures, in 0..1.
     """
@@ -98,6 +107,7 @@ class MatchingReport:
     step: int
     distance: float
     relative: float
+    label: int
     network: int
     trained: int
     s_loss: float
@@ -139,6 +149,8 @@ class GradientMatching:
             raise ValueError(f"against: found {settings.against!r}, expected real or originals")
         if settings.against == "originals" and (read_originals is None or synthetic.tiles == 1):
             raise ValueError("against: found 'originals', expected 'real' where pictures are stored as they are")
+        if settings.by_class and not len(synthetic.targets):
+            raise ValueError("by_class: found true, expected false for a set without objects")
         if settings.class_learning_rate and synthetic.class_logits is None:
             raise ValueError(f"class_learning_rate {settings.class_learning_rate} for a set without class_logits")
         self.synthetic, self.settings, self.steps_done = synthetic, settings, 0
@@ -178,19 +190,23 @@ class GradientMatching:
         parameters = matched_parameters(network, settings.layers)
         generator = seeded_generator(settings.seed, MATCH, self.steps_done)
         augment = self._draw_augmentation(generator) if self._draw_augmentation else as_it_is  # omega
-        rows = draw_rows(len(synthetic), settings.pictures_per_step, generator)
+        rows, label = self._draw_rows(generator)
         sampling = generator.initial_seed()  # what losses that sample are seeded with
 
-        r, r_loss = mean_gradient(network, self._real(network, augment, rows, generator), parameters, sampling)
+        r, r_loss = mean_gradient(network, self._real(network, augment, rows, label, generator), parameters, sampling)
 
         # As many stored pictures as hold pictures_at_once, at least one.
         groups = rows.split(max(1, settings.pictures_at_once // synthetic.tiles))
         with torch.no_grad():
             s, s_loss = mean_gradient(
-                network, (augment(*synthetic.decode(group)) for group in groups), parameters, sampling
+                network, (augment(*of_class(*synthetic.decode(group), label)) for group in groups), parameters, sampling
             )
         distance, v = distance_and_slope(s, r, settings.distance)
-        found = [self._slopes_of(group, network, augment, parameters, v, len(rows), sampling) for group in groups]
+        share = 1 / len(of_class(*synthetic.decode(rows), label)[0])  # of a picture in s
+        found = [
+            self._slopes_of(group, network, augment, label, parameters, v, share, len(rows), sampling)
+            for group in groups
+        ]
         slopes = torch.cat([slope for slope, _ in found])  # (n, 3, S, S)
         values = {"gradient distance": distance, "slope of the pixels": slopes.abs().max()}
         if self._class_optimizer is not None:
@@ -209,6 +225,7 @@ class GradientMatching:
             step=self.steps_done,
             distance=distance.item(),
             relative=(distance / nothing).item(),
+            label=-1 if label is None else label,
             network=number,
             trained=trained,
             s_loss=s_loss,
@@ -216,15 +233,26 @@ class GradientMatching:
             moved=(synthetic.pixels.detach()[rows] - before).abs().mean().item(),
         )
 
+    def _draw_rows(self, generator: torch.Generator) -> tuple[Tensor, int | None]:
+        """The stored pictures of a step, and its class: all of them hold an object of it. None without by_class."""
+        targets, wanted = self.synthetic.targets, self.settings.pictures_per_step
+        if not self.settings.by_class:
+            return draw_rows(len(self.synthetic), wanted, generator), None
+        labels = targets.labels.unique()
+        label = int(labels[torch.randint(len(labels), (), generator=generator)])
+        holding = (targets.image[targets.labels == label] // self.synthetic.tiles).unique().cpu()
+        return holding[draw_rows(len(holding), wanted, generator)], label
+
     def _real(
-        self, network: nn.Module, augment: Augmentation, rows: Tensor, generator: torch.Generator
+        self, network: nn.Module, augment: Augmentation, rows: Tensor, label: int | None, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Targets]]:
         """The real pictures of a step, a few at once; BatchNorms have their statistics before the first come out."""
         device = self.synthetic.pixels.device
         if self.settings.against == "originals":
             batches = map(self._read_originals, self.synthetic.numbers(rows).split(self.settings.pictures_at_once))
+            batches = (part for part in (of_class(*batch, label) for batch in batches) if len(part[0]))
         else:
-            batches = (self._draw_real(generator) for _ in range(self.settings.real_batches))
+            batches = self._draw_real_of(label, generator)
         for number, (images, targets) in enumerate(batches):
             with torch.no_grad():
                 images, targets = augment(as_float(images.to(device)), targets.to(device))
@@ -232,21 +260,36 @@ class GradientMatching:
                 set_statistics(network, images)
             yield from chunks(images, targets, self.settings.pictures_at_once)
 
+    def _draw_real_of(self, label: int | None, generator: torch.Generator) -> Iterator[tuple[Tensor, Targets]]:
+        """settings.real_batches draws, of which those without an object of the class do not count."""
+        found = 0
+        for _ in range(MOST_DRAWS * self.settings.real_batches):
+            images, targets = of_class(*self._draw_real(generator), label)
+            if len(images) or label is None:
+                yield images, targets
+                found += 1
+            if found == self.settings.real_batches:
+                return
+        raise UserError(
+            f"by_class: {MOST_DRAWS} draws of real pictures hold no object of class {label}, which the set has"
+        )
+
     def _slopes_of(
-        self, rows: Tensor, network: nn.Module, augment: Augmentation, parameters: list[Tensor], v: tuple[Tensor, ...],
-        count: int, sampling: int,
+        self, rows: Tensor, network: nn.Module, augment: Augmentation, label: int | None, parameters: list[Tensor],
+        v: tuple[Tensor, ...], share: float, count: int, sampling: int,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """d/dx of D + lambda TV for n stored pictures, of `count` in the step: (n, 3, S, S).
+        """d/dx of D + lambda TV for n stored pictures, of `count` in the step: (n, 3, S, S). share: of a picture in s.
 
         And d D / d class_logits (M, K), 0 for the objects of other pictures; None where they are not learnt.
         """
         synthetic = self.synthetic
         stored = synthetic.pixels.detach()[rows].requires_grad_()
         learnt = [] if self._class_optimizer is None else [synthetic.class_logits.detach().requires_grad_()]
-        pictures, targets = augment(*synthetic.decode(rows, stored, *learnt))  # (n r c, 3, S, S)
+        decoded = of_class(*synthetic.decode(rows, stored, *learnt), label)
+        pictures, targets = augment(*decoded)  # (n r c, 3, S, S), or fewer: those of the class
         leaf = pictures.detach().requires_grad_()
         g, _ = summed_gradient(network, leaf, targets, parameters, sampling, create_graph=True)
-        part = sum((a * b).sum() for a, b in zip(g, v)) / (count * synthetic.tiles)  # <v, their part of s>
+        part = share * sum((a * b).sum() for a, b in zip(g, v))  # <v, their part of s>
         # The classes have no slope where none of the objects is learnt.
         slope, *class_slope = torch.autograd.grad(part, [leaf, *learnt], materialize_grads=True)
         prior = self.settings.total_variation / count * synthetic.total_variation(rows, stored).sum()
@@ -371,6 +414,22 @@ def chunks(pictures: Tensor, targets: Targets, size: int) -> Iterator[tuple[Tens
         part = pictures[start : start + size]
         objects = targets[(targets.image >= start) & (targets.image < start + len(part))]
         yield part, replace(objects, image=objects.image - start)
+
+
+def of_class(images: Tensor, targets: Targets, label: int | None) -> tuple[Tensor, Targets]:
+    """The pictures with an object of class `label` that counts, in which all other objects are to be ignored.
+
+    Differentiable in the pictures. All, as they are, for None.
+    """
+    if label is None:
+        return images, targets
+    counts = (targets.labels == label) & ~targets.ignore
+    kept = targets.image[counts].unique()  # sorted
+    place = torch.full((len(images),), -1, device=kept.device)
+    place[kept] = torch.arange(len(kept), device=kept.device)
+    objects = place[targets.image] >= 0
+    targets = replace(targets, ignore=~counts)[objects]
+    return images[kept.to(images.device)], replace(targets, image=place[targets.image])
 
 
 def draw_rows(count: int, wanted: int, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,10 @@ class TinyOutput:
 
 
 class TinyDetector(nn.Module):
-    """K logits per cell of 4 x 4 pixels: BCE against the boxes its center lies in, over the number of such cells."""
+    """K logits per cell of 4 x 4 pixels: BCE against the boxes its center lies in, over the number of such cells.
+
+    Cells with their center in a box to be ignored are left out, unless it is in another's too.
+    """
 
     def __init__(self, num_classes: int = 2) -> None:
         super().__init__()
@@ -34,11 +37,19 @@ class TinyDetector(nn.Module):
         logits, wanted = output.logits, torch.zeros_like(output.logits)
         h, w = logits.shape[2:]
         y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
-        for box, label, image in zip(targets.boxes_xyxy / output.stride, targets.labels, targets.image):
-            wanted[image, label, (x > box[0]) & (x < box[2]) & (y > box[1]) & (y < box[3])] = 1
+        counts = torch.ones_like(logits)
+        for box, label, image, ignore in zip(
+            targets.boxes_xyxy / output.stride, targets.labels, targets.image, targets.ignore
+        ):
+            inside = (x > box[0]) & (x < box[2]) & (y > box[1]) & (y < box[3])
+            if ignore:
+                counts[image, :, inside] = 0
+            else:
+                wanted[image, label, inside] = 1
+        counts = torch.maximum(counts, wanted.amax(1, keepdim=True))
         total = wanted.sum().clamp(min=1)
         return {
-            "cls": F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / total,
+            "cls": F.binary_cross_entropy_with_logits(logits, wanted, counts, reduction="sum") / total,
             "size": 0.1 * (logits.square() * wanted).sum() / total,
         }
 
