@@ -149,7 +149,7 @@ class GradientMatching:
             raise ValueError(f"against: found {settings.against!r}, expected real or originals")
         if settings.against == "originals" and (read_originals is None or synthetic.tiles == 1):
             raise ValueError("against: found 'originals', expected 'real' where pictures are stored as they are")
-        if settings.by_class and not len(synthetic.targets):
+        if settings.by_class and synthetic.targets.ignore.all():
             raise ValueError("by_class: found true, expected false for a set without objects")
         if settings.class_learning_rate and synthetic.class_logits is None:
             raise ValueError(f"class_learning_rate {settings.class_learning_rate} for a set without class_logits")
@@ -202,7 +202,7 @@ class GradientMatching:
                 network, (augment(*of_class(*synthetic.decode(group), label)) for group in groups), parameters, sampling
             )
         distance, v = distance_and_slope(s, r, settings.distance)
-        share = 1 / len(of_class(*synthetic.decode(rows), label)[0])  # of a picture in s
+        share = 1 / len(self._pictures_of(rows, label))  # of a picture in s
         found = [
             self._slopes_of(group, network, augment, label, parameters, v, share, len(rows), sampling)
             for group in groups
@@ -238,10 +238,18 @@ class GradientMatching:
         targets, wanted = self.synthetic.targets, self.settings.pictures_per_step
         if not self.settings.by_class:
             return draw_rows(len(self.synthetic), wanted, generator), None
-        labels = targets.labels.unique()
+        labels = targets.labels[~targets.ignore].unique()
         label = int(labels[torch.randint(len(labels), (), generator=generator)])
-        holding = (targets.image[targets.labels == label] // self.synthetic.tiles).unique().cpu()
+        every = torch.arange(len(self.synthetic))
+        holding = (self._pictures_of(every, label) // self.synthetic.tiles).unique().cpu()
         return holding[draw_rows(len(holding), wanted, generator)], label
+
+    def _pictures_of(self, rows: Tensor, label: int | None) -> Tensor:
+        """Numbers of the decoded pictures that of_class keeps of these stored ones."""
+        numbers, t = self.synthetic.numbers(rows), self.synthetic.targets
+        if label is None:
+            return numbers
+        return numbers[torch.isin(numbers, t.image[(t.labels == label) & ~t.ignore])]
 
     def _real(
         self, network: nn.Module, augment: Augmentation, rows: Tensor, label: int | None, generator: torch.Generator
