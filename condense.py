@@ -36,8 +36,9 @@ from config import from_tree, read_tree
 from datasets.augment import draw_siamese
 from datasets.loader import seeded_generator
 from distill.gradient_choice import gradient_products
-from distill.gradient_matching import GradientMatching, matched_parameters
+from distill.gradient_matching import GradientMatching
 from distill.inversion import Inversion
+from distill.mean_gradient import matched_parameters
 from distill.synthetic import SyntheticSet, first_class_logits
 from errors import UserError, run_script
 from runtime import run_folder

@@ -3,7 +3,7 @@
     python benchmarks/gradients.py [--root data/bccd] [--arch yolov8p] [--image-size 160] [--visits 5]
 
 A network learns on the training pictures of BCCD, once with BatchNorms and once with GroupNorms in their place. Now and
-then the mean gradients a and b of two sets (distill.gradient_matching.mean_gradient) are compared: 1 - the mean cosine
+then the mean gradients a and b of two sets (distill.mean_gradient) are compared: 1 - the mean cosine
 of the output channels whose gradients both have a direction (`cosine`), and |a - b|^2 / |b|^2 (`squared`).
 
     tiles       12 pictures in 4 x 3 tiles of a stored one, enlarged again, and the 12 as they were
@@ -28,7 +28,7 @@ from condensing.methods import RealPictures
 from config import DataConfig
 from datasets.augment import draw_siamese
 from distill.gradient_distance import SMALLEST_PRODUCT
-from distill.gradient_matching import chunks, matched_parameters, mean_gradient
+from distill.mean_gradient import chunks, matched_parameters, mean_gradient
 from distill.network_pool import NetworkPool, PoolSettings, as_float, seeded_generator, set_statistics
 from distill.synthetic import SyntheticSet
 from errors import UserError, run_script

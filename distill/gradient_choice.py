@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from distill.gradient_matching import matched_parameters, summed_gradient
+from distill.mean_gradient import matched_parameters, summed_gradient
 from distill.network_pool import (
     DrawAugmentation,
     NetworkPool,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import models
 from distill.gradient_distance import gradient_distance
-from distill.gradient_matching import chunks, matched_parameters, mean_gradient
+from distill.mean_gradient import chunks, matched_parameters, mean_gradient
 from distill.network_pool import PoolSettings, set_statistics
 from distill.synthetic import SyntheticSet, first_class_logits
 from structures import Targets

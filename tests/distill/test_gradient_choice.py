@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.gradient_choice import SKETCH, ChoiceSettings, gradient_products, matching_rows, set_distance, sketch_of
-from distill.gradient_matching import matched_parameters, summed_gradient
+from distill.mean_gradient import matched_parameters, summed_gradient
 from distill.network_pool import NetworkPool, PoolSettings
 from structures import Targets
 from tests.distill.tiny_detector import build_tiny, tiny_scene

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import models
 import yolo.losses
 from distill.gradient_distance import gradient_distance
-from distill.gradient_matching import (
+from distill.mean_gradient import (
     chunks,
     matched_parameters,
     mean_gradient,

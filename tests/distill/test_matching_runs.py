@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import models
-from distill.gradient_matching import GradientMatching, MatchingSettings, matched_parameters
+from distill.gradient_matching import GradientMatching, MatchingSettings
+from distill.mean_gradient import matched_parameters
 from distill.network_pool import PoolSettings
 from distill.synthetic import SyntheticSet
 from errors import UserError
