@@ -3,8 +3,8 @@
     python benchmarks/gradients.py [--root data/bccd] [--arch yolov8p] [--image-size 160] [--visits 5]
 
 A network learns on the training pictures of BCCD, once with BatchNorms and once with GroupNorms in their place. Now and
-then the mean gradients a and b of two sets (distill.mean_gradient) are compared: 1 - the mean cosine
-of the output channels whose gradients both have a direction (`cosine`), and |a - b|^2 / |b|^2 (`squared`).
+then the mean gradients a and b of two sets (distill.mean_gradient) are compared: 1 - the mean cosine of the output
+channels whose gradients both have a direction (`cosine`), and |a - b|^2 / |b|^2 (`squared`).
 
     tiles       12 pictures in 4 x 3 tiles of a stored one, enlarged again, and the 12 as they were
     twelve      these 12, and 48 others: what a set of 12 could gain

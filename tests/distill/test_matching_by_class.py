@@ -47,7 +47,7 @@ def test_slope_of_one_class_is_that_of_torch_func(formation):
         assert got.flatten(1).abs().amax(1).gt(0).tolist() == holds and not all(holds)
 
 
-def test_steps_of_one_class_take_all_classes_of_the_set_in_turn_and_no_other():
+def test_steps_draw_from_the_classes_of_the_set_and_no_other():
     pictures, targets = tiny_scene(6)
     matching = matching_of(SyntheticSet(pictures, targets), by_class=True)
     assert {matching.step().label for _ in range(12)} == {0, 1}
