@@ -22,8 +22,8 @@ pixels and class logits, 6 has the slopes of both, and the logits move in 7 with
 in class scores: the alignments, matches and normalisers of our detectors are made of predictions, boxes and labels.
 
 With by_class a step is of one class k: X and B are then the pictures with objects of k, and the other objects in them
-are to be ignored. What share of the objects each class has on either side, which no pixel changes, is then no part of D.
-The first paper matches class by class too, but adds up D over all classes in a step; here a step draws one.
+are to be ignored. What share each class has on either side, which no pixel changes, is then no part of D. The first
+paper matches class by class too, but adds up D over all classes in a step; here a step draws one.
 
 D depends on a picture through the sum s alone, so 4 to 6 are exact, and the memory of a step is that of the pictures
 that go through a network together, however many there are in all.
