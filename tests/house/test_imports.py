@@ -26,7 +26,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "layers.fusion": set(),
     "kernels": BASE,
     "datasets": BASE,
-    "metrics": BASE,
+    "metrics": BASE | {"datasets"},
     "yolo": MODEL,
     "frcnn": MODEL,
     "teachers": MODEL,

@@ -1,0 +1,88 @@
+"""What a value in an annotation file means: flags, numbers, ids and boxes, by one rule for every format.
+
+The readers of datasets/ and those of metrics/ both read by these functions, so that an object is difficult, a crowd or
+unusable for training and for evaluation alike. Every function raises ValueError for a value that has no meaning; its
+message holds what was found and what was expected, and the caller adds the file and the line.
+"""
+
+import math
+from typing import Any
+
+YES = frozenset({"1", "true", "yes", "t", "y"})
+NO = frozenset({"", "0", "false", "no", "f", "n", "unspecified", "none", "null"})
+
+
+def read_flag(value: Any) -> bool:
+    """Whether a flag (VOC difficult, COCO iscrowd or ignore) is set.
+
+    Set: true, 1, 1.0, and the texts "1", "1.0", "true", "yes", "t", "y". Not set: a missing value (None), false, 0,
+    0.0, and the texts "", "0", "0.0", "false", "no", "f", "n", "none", "null", "Unspecified" (VOC's own word). Upper
+    and lower case are one. Any other value is a ValueError.
+    """
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    word = value.strip().casefold() if isinstance(value, str) else None
+    if word is not None and word in YES | NO:
+        return word in YES
+    try:
+        as_number = read_number(value)
+    except ValueError:
+        as_number = math.nan
+    if as_number not in (0.0, 1.0):
+        raise ValueError(f"found {_short(value)}, expected 0 or 1")
+    return as_number == 1.0
+
+
+def read_number(value: Any) -> float:
+    """A finite number, as a number or as text. ValueError for nan, inf, true, None, "1_000" and "1,5"."""
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            pass
+    elif isinstance(value, str) and "_" not in value:  # Python's own spelling of large numbers is nobody's file format
+        try:
+            number = float(value)
+        except ValueError:
+            pass
+    if not math.isfinite(number):
+        raise ValueError(f"found {_short(value)}, expected a finite number")
+    return number
+
+
+def read_id(value: Any) -> int | str:
+    """An id of an image or a category: a whole number (1 and 1.0 are one) or a text, which stays a text."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"found {_short(value)}, expected a whole number or a text")
+    return value
+
+
+def read_size(width: Any, height: Any) -> tuple[float, float] | None:
+    """The stated size of a picture, (width, height); None where it is missing, null, 0 or no number."""
+    try:
+        size = read_number(width), read_number(height)
+    except ValueError:
+        return None
+    return size if min(size) > 0 else None
+
+
+def box_fault(x1: float, y1: float, x2: float, y2: float) -> tuple[str, str] | None:
+    """(reason, kind) of corners, as the file has them, that are no box; None for a box."""
+    corners = f"{x1:g}, {y1:g}, {x2:g}, {y2:g}"
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        return f"not a number: {corners}", "not a number"
+    if x1 > x2 or y1 > y2:
+        return f"box turned inside out: {corners}", "box turned inside out"
+    if x1 == x2 or y1 == y2:
+        return f"zero-size box: {corners}", "zero-size box"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
