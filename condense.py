@@ -19,7 +19,6 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,15 @@ from torch import Tensor, nn
 import checkpoint
 import models
 from comparison.study import StudyFile, load_study, sets_folder, task_of
-from condensing.config import LEARNT, Task
+from condensing.config import Task
 from condensing.methods import NOISE, Layout, RealPictures, first_layout, load_network
 from condensing.set_files import DECODED, STORED, Picture, draw_set, part_folder, read_manifest, to_picture, write_set
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
 from datasets.loader import seeded_generator
-from distill.gradient_choice import gradient_products
 from distill.gradient_matching import GradientMatching
-from distill.inversion import Inversion
 from distill.mean_gradient import matched_parameters
-from distill.synthetic import SyntheticSet, first_class_logits
+from distill.synthetic import SyntheticSet
 from errors import UserError, run_script
 from runtime import run_folder
 from runtime.interruption import StopRequested, StopSignals
@@ -137,13 +134,13 @@ def make(
     """The pictures of the set, learnt where its method learns, then all its files and the manifest."""
     c, cost = task.condense, Cost(device)
     stop.may_raise = True  # nothing is lost
-    layout = first_layout(task, real, network, lambda: products_of_gradients(task, real, device, progress))
+    layout = first_layout(task, real, network)
     stop.may_raise = False
     splits: dict[str, list[Picture]] = {}
-    if c.method in LEARNT or c.formation != (1, 1):
-        synthetic = to_synthetic(task, layout, device, len(real.index.names))
-        if c.method in LEARNT:
-            learner = build_learner(task, synthetic, layout, real, network)
+    if task.is_learnt or c.formation != (1, 1):
+        synthetic = to_synthetic(task, layout, device)
+        if task.is_learnt:
+            learner = build_learner(task, synthetic, real)
             learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop)
         splits[STORED] = stored_pictures(synthetic, layout)
         if c.formation != (1, 1):
@@ -156,7 +153,6 @@ def make(
         "formation": list(c.formation),
         "decoded": task.decoded,
         "objects": len(layout.targets),
-        "soft_labels": splits[STORED][0].class_scores is not None,
         "ratio": c.pictures / len(real),
         "seed": task.seed,
         "image_size": task.image_size,
@@ -172,36 +168,6 @@ def make(
     write_set(folder, splits, real.index.names, manifest)
     progress.say(f"written: {folder}, {c.pictures} pictures with {len(layout.targets)} objects")
     return manifest
-
-
-def products_of_gradients(task: Task, real: RealPictures, device: torch.device, progress: Progress) -> Tensor:
-    """What a choice by gradients is made of: K of distill.gradient_choice, for all real pictures."""
-    c = task.condense
-
-    def read(row: int) -> tuple[Tensor, Targets]:
-        batch = real.read([row])
-        return batch.images, batch.targets
-
-    progress.start("gradients of the real pictures", c.choice.visits)
-    try:
-        return gradient_products(
-            read,
-            len(real),
-            settings=c.choice,
-            build_network=network_builder(task, real),
-            draw_real=real.draw(c.real_batch),
-            draw_augmentation=lambda generator: draw_siamese(generator=generator, settings=c.augment),
-            seed=task.seed,
-            device=device,
-            on_visit=lambda visit: progress.advance({}),
-        )
-    finally:
-        progress.finish()
-
-
-def network_builder(task: Task, real: RealPictures) -> Callable[[int], nn.Module]:
-    """A fresh detector of the task for every call; distill.network_pool seeds torch around it."""
-    return lambda seed: models.build(task.arch, len(real.index.names))
 
 
 class Cost:
@@ -224,10 +190,10 @@ class Cost:
         return max(self._highest, peak_gigabytes(self._device) or 0.0)
 
 
-def to_synthetic(task: Task, layout: Layout, device: torch.device, num_classes: int) -> SyntheticSet:
-    """The layout's pictures, or noise in their place, packed into the stored ones; with class logits to be learnt."""
+def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticSet:
+    """The layout's pictures, or noise under their boxes, packed into the stored ones."""
     c, targets = task.condense, layout.targets
-    if c.method in LEARNT and c.init == "noise":
+    if task.is_learnt and c.init == "noise":
         made = SyntheticSet.from_noise(
             targets,
             count=c.pictures,
@@ -238,54 +204,37 @@ def to_synthetic(task: Task, layout: Layout, device: torch.device, num_classes: 
         )
     else:
         made = SyntheticSet.from_pictures(layout.images.float() / 255, targets, c.formation, layout.content_xyxy)
-    class_logits = None
-    if c.method == "gradient_matching" and c.matching.class_learning_rate:
-        try:
-            class_logits = first_class_logits(made.targets.labels, num_classes)
-        except ValueError as error:
-            raise UserError(f"key 'condense.matching.class_learning_rate': {error}") from None
-    return SyntheticSet(made.pixels.to(device), made.targets, c.formation, layout.content_xyxy, class_logits)
+    return SyntheticSet(made.pixels.to(device), made.targets, c.formation, layout.content_xyxy)
 
 
-def build_learner(
-    task: Task, synthetic: SyntheticSet, layout: Layout, real: RealPictures, network: nn.Module | None
-) -> GradientMatching | Inversion:
+def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> GradientMatching:
     """What moves the pixels. UserError for settings that it cannot learn by."""
-    c = task.condense
-    section = {"gradient_matching": "matching"}.get(c.method, c.method)
-    try:
-        return _build_learner(task, synthetic, layout, real, network)
-    except ValueError as error:
-        raise UserError(f"key 'condense.{section}': {error}") from None
-
-
-def _build_learner(
-    task: Task, synthetic: SyntheticSet, layout: Layout, real: RealPictures, network: nn.Module | None
-) -> GradientMatching | Inversion:
     c = task.condense
 
     def draw_augmentation(generator: torch.Generator):
         return draw_siamese(generator=generator, settings=c.augment)
 
-    draw_augmentation(seeded_generator(0))
-    if c.method == "inversion":
-        settings = dataclasses.replace(c.inversion, seed=task.seed)
-        return Inversion(synthetic, settings=settings, network=network, draw_augmentation=draw_augmentation)
-    build_network = network_builder(task, real)
-    matched_parameters(build_network(0), c.matching.layers)
-    return GradientMatching(
-        synthetic,
-        settings=dataclasses.replace(c.matching, seed=task.seed),
-        build_network=build_network,
-        draw_real=real.draw(c.real_batch),
-        draw_augmentation=draw_augmentation,
-        read_originals=layout.read,
-    )
+    def build_network(seed: int) -> nn.Module:
+        """A fresh detector for every call; distill.network_pool seeds torch around it."""
+        return models.build(task.arch, len(real.index.names))
+
+    try:
+        draw_augmentation(seeded_generator(0))
+        matched_parameters(build_network(0), c.matching.layers)
+        return GradientMatching(
+            synthetic,
+            settings=dataclasses.replace(c.matching, seed=task.seed),
+            build_network=build_network,
+            draw_real=real.draw(c.real_batch),
+            draw_augmentation=draw_augmentation,
+        )
+    except ValueError as error:
+        raise UserError(f"key 'condense.matching': {error}") from None
 
 
 def learn(
     task: Task,
-    learner: GradientMatching | Inversion,
+    learner: GradientMatching,
     layout: Layout,
     names: tuple[str, ...],
     part: Path,
@@ -359,7 +308,7 @@ def as_pictures(images: Tensor, targets: Targets, content_xyxy: Tensor | None) -
     for row, image in enumerate(images):
         objects = targets[targets.image == row]
         content = None if content_xyxy is None else content_xyxy[row]
-        found.append(to_picture(image, objects.boxes_xyxy, objects.labels, content, objects.class_scores))
+        found.append(to_picture(image, objects.boxes_xyxy, objects.labels, content))
     return found
 
 

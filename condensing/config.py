@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import AugmentConfig, DataConfig, from_tree, to_tree
-from distill.canvas import CanvasSettings
-from distill.gradient_choice import ChoiceSettings
 from distill.gradient_distance import DISTANCES
 from distill.gradient_matching import MatchingSettings
-from distill.inversion import InversionSettings
 from errors import UserError
 
 METHODS = {
@@ -29,17 +26,13 @@ METHODS = {
     "k_center": "real pictures near to which all others are",
     "highest_loss": "real pictures that a trained network finds hardest",
     "most_objects": "real pictures with the most objects",
-    "gradient": "real pictures whose mean gradient is that of all, early in training",
     "crops": "mosaics of crops around real objects",
     "mosaic": "several real pictures in each stored one",
-    "canvas": "real objects pasted where a trained network sees them",
     "gradient_matching": "pixels learnt: their gradient is that of real pictures, early in training",
-    "inversion": "pixels learnt: a trained network finds in them what their labels say",
 }
-LEARNT = ("gradient_matching", "inversion")
 MEASURED = ("herding", "k_center", "highest_loss")  # by a trained network
 WITHOUT_DRAWS = (*MEASURED, "most_objects")  # the same pictures whatever the seed
-RULES = ("random", "uniform", "gradient", *WITHOUT_DRAWS)  # by which real pictures are chosen
+RULES = ("random", "uniform", *WITHOUT_DRAWS)  # by which real pictures are chosen
 SIAMESE = AugmentConfig(mosaic=0.0, flip_vertical=0.5, close_mosaic_epochs=0)
 
 
@@ -62,21 +55,15 @@ class CondenseConfig:
     method: Literal[tuple(METHODS)]
     pictures: int  # that are stored
     seed: int | None = None  # None: the config's, in a study each run's own
-    formation: tuple[int, ...] = (
-        1,
-        1,
-    )  # r, c: a stored picture is r rows and c columns of them; counts are of stored ones
-    init: Literal["noise", "real", "crops", "canvas"] = "real"  # of learnt pixels; where labels come from
+    formation: tuple[int, ...] = (1, 1)  # r, c: a stored picture is r rows and c columns of real ones
+    init: Literal["noise", "real", "crops"] = "real"  # of learnt pixels; where labels come from
     layouts: Literal[RULES] = "random"  # which real pictures: of noise, real and mosaic
     crops: int = 2  # a mosaic of crops has this many a side
     network: NetworkConfig = NetworkConfig()
-    canvas: CanvasSettings = field(default_factory=CanvasSettings)
     arch: str | None = None  # of the networks whose gradients are looked at; None: the student's
     real_batch: int = 16  # real pictures of a matching step
     augment: AugmentConfig = SIAMESE  # of a learning step, the same for all its pictures
-    choice: ChoiceSettings = field(default_factory=ChoiceSettings)
     matching: MatchingSettings = field(default_factory=MatchingSettings)
-    inversion: InversionSettings = field(default_factory=InversionSettings)
     save_every_steps: int = 50  # of learning: what a stop without warning may lose
     picture_every_steps: int = 100
 
@@ -114,7 +101,7 @@ class Task:
 
     @property
     def rule(self) -> str | None:
-        """One of RULES; None for a set that is put together of crops or on canvases."""
+        """One of RULES; None for a set that is put together of crops."""
         c = self.condense
         if c.method in RULES:
             return c.method
@@ -122,25 +109,21 @@ class Task:
 
     @property
     def needs_network(self) -> bool:
-        c = self.condense
-        return self.rule in MEASURED or c.method == "inversion" or (self.pastes and c.canvas.rounds > 0)
+        return self.rule in MEASURED
 
     @property
-    def chooses_by_gradient(self) -> bool:
-        return self.rule == "gradient"
+    def is_learnt(self) -> bool:
+        """Whether the pixels are learnt, by gradient matching, and not those of real pictures."""
+        return self.condense.method == "gradient_matching"
 
     @property
     def has_layouts(self) -> bool:
         c = self.condense
-        return c.method == "mosaic" or (c.method in LEARNT and c.init in ("noise", "real"))
-
-    @property
-    def pastes(self) -> bool:
-        return self.condense.method == "canvas" or (self.condense.method in LEARNT and self.condense.init == "canvas")
+        return c.method == "mosaic" or (self.is_learnt and c.init in ("noise", "real"))
 
     def settings(self) -> dict[str, Any]:
         """The part of the config that this set depends on, as plain values: equal settings give equal pixels."""
-        c, is_learnt = self.condense, self.condense.method in LEARNT
+        c, is_learnt = self.condense, self.is_learnt
         tree: dict[str, Any] = {"image_size": self.image_size, "method": c.method, "pictures": c.pictures}
         data = to_tree(self.data)
         tree["data"] = {key: data[key] for key in ("format", "train", "max_samples")}
@@ -156,15 +139,8 @@ class Task:
             tree["crops"] = c.crops
         if self.needs_network:
             tree["network"] = to_tree(c.network)
-        if self.pastes:
-            tree["canvas"] = to_tree(c.canvas)
-        if self.chooses_by_gradient:
-            tree |= {"arch": self.arch, "real_batch": c.real_batch, "augment": to_tree(c.augment)}
-            tree["choice"] = to_tree(c.choice)
-        if c.method == "gradient_matching":
+        if is_learnt:
             tree |= {"arch": self.arch, "real_batch": c.real_batch, "matching": to_tree(c.matching)}
-        if c.method == "inversion":
-            tree["inversion"] = to_tree(c.inversion)
         return tree
 
     @property
@@ -189,30 +165,22 @@ class Task:
         tiles = math.prod(c.formation)
         if c.method == "mosaic" and tiles == 1:
             raise UserError(f"{found} more than one tile: a mosaic of one picture is random")
-        if tiles > 1 and c.method not in (*LEARNT, "mosaic"):
+        if tiles > 1 and not self.is_learnt and c.method != "mosaic":
             raise UserError(f"{found} [1, 1]: {c.method} stores pictures as they are")
         if c.crops < 1 or self.image_size % c.crops:
             raise UserError(f"{key}.crops': found {c.crops}, expected a divisor of {self.image_size} pixels")
         if self.needs_network and c.network.weights is None:
-            use = {"inversion": "learns from", "canvas": "looks with"}.get(c.method, "measures by")
-            raise UserError(f"{key}.network': {c.method} {use} a trained network, expected {{weights: FILE}}")
+            raise UserError(f"{key}.network': {c.method} measures by a trained network, expected {{weights: FILE}}")
         if c.real_batch < 1:
             raise UserError(f"{key}.real_batch': found {c.real_batch}, expected at least 1")
         for name in ("save_every_steps", "picture_every_steps"):
             if getattr(c, name) < 0:
                 raise UserError(f"{key}.{name}': found {getattr(c, name)}, expected a number, or 0 for never")
-        if c.choice.visits < 1:
-            raise UserError(f"{key}.choice.visits': found {c.choice.visits}, expected at least 1")
-        for name in ("matching", "inversion"):
-            settings = getattr(c, name)
-            if settings.seed:
-                found = f"{key}.{name}.seed': found {settings.seed}"
-                raise UserError(f"{found}, expected none: condense.seed is of the whole set")
-            if settings.steps < 0:
-                raise UserError(f"{key}.{name}.steps': found {settings.steps}, expected a number, or 0 for none")
-        if c.matching.class_learning_rate < 0:
-            found = f"{key}.matching.class_learning_rate': found {c.matching.class_learning_rate}"
-            raise UserError(f"{found}, expected a number, or 0 for labels that stay")
+        if c.matching.seed:
+            found = f"{key}.matching.seed': found {c.matching.seed}"
+            raise UserError(f"{found}, expected none: condense.seed is of the whole set")
+        if c.matching.steps < 0:
+            raise UserError(f"{key}.matching.steps': found {c.matching.steps}, expected a number, or 0 for none")
         if c.matching.distance not in DISTANCES:
             found = f"{key}.matching.distance': found {c.matching.distance!r}"
             raise UserError(f"{found}, expected one of {', '.join(DISTANCES)}")

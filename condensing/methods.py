@@ -10,20 +10,18 @@ from torch import Tensor, nn
 
 import checkpoint
 from boxes import clip_boxes
-from condensing.config import LEARNT, NetworkConfig, Task
+from condensing.config import NetworkConfig, Task
 from config import DataConfig
 from datasets.loader import Batch, Loader, seeded_generator
 from datasets.open import open_dataset
 from datasets.scan import check, scan
-from distill import canvas, coresets
-from distill.gradient_choice import matching_rows
+from distill import coresets, crops
 from errors import UserError
-from structures import Detections, Targets
+from structures import Targets
 from training.building import DECODE_AT_MOST, take, training_set
 
 CHOOSE, COMPOSE, NOISE = range(3)  # streams of random numbers that have nothing to do with one another
 FEATURES = ("p3", "p4", "p5")  # the maps whose means over a picture say where it lies among the others
-SAME_BOX_IOU, MOST_DETECTIONS = 0.7, 300  # of the observer's NMS, as in training
 
 
 class RealPictures:
@@ -93,13 +91,6 @@ class Layout:
     content_xyxy: Tensor | None
     sources: tuple[str, ...] = ()
 
-    def read(self, numbers: Tensor) -> tuple[Tensor, Targets]:
-        """Some of the pictures, and their targets."""
-        numbers, place = numbers.cpu(), torch.full((len(self.images),), -1)
-        place[numbers] = torch.arange(len(numbers))
-        t = self.targets[place[self.targets.image] >= 0]
-        return self.images[numbers], Targets(t.boxes_xyxy, t.labels, place[t.image], t.ignore)
-
 
 def load_network(settings: NetworkConfig, names: tuple[str, ...], device: torch.device) -> nn.Module:
     """The trained detector, in eval mode; its classes must be the dataset's."""
@@ -110,26 +101,16 @@ def load_network(settings: NetworkConfig, names: tuple[str, ...], device: torch.
     return model
 
 
-def first_layout(
-    task: Task, real: RealPictures, network: nn.Module | None, gradient_products: Callable[[], Tensor]
-) -> Layout:
-    """The pictures that a set is made of: of the method, or of the `init` of a method that learns.
+def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> Layout:
+    """The pictures that a set is made of: those of the method, or of `init` where the pixels are learnt.
 
     As many as are decoded from condense.pictures stored ones. UserError where the dataset has too few.
-    gradient_products: K of distill.gradient_choice for the real pictures; called where they are chosen by it.
     """
-    c = task.condense
-    kind = c.init if c.method in LEARNT else c.method
-    count = task.decoded
+    c, count = task.condense, task.decoded
     task.check_source(len(real))
-    if kind == "crops":
+    if "crops" in (c.method, c.init if task.is_learnt else c.method):
         return crop_layout(task, real, count)
-    if kind == "canvas":
-        return canvas_layout(task, real, network, count)
-    if task.rule == "gradient":
-        rows = matching_rows(gradient_products(), count).tolist()
-    else:
-        rows = choose(task.rule, real, network, count, seeded_generator(task.seed, CHOOSE)).tolist()
+    rows = choose(task.rule, real, network, count, seeded_generator(task.seed, CHOOSE)).tolist()
     batch = real.read(rows)
     sources = tuple(real.index.samples[row].image_path.name for row in rows)
     return Layout(batch.images, batch.targets, batch.content_xyxy, sources)
@@ -184,59 +165,12 @@ def crop_layout(task: Task, real: RealPictures, count: int) -> Layout:
     if wanted > len(rows):
         raise UserError(f"key 'condense.pictures': {wanted} crops need as many objects; there are {len(rows)}")
     tiles = []
-    for number in canvas.in_turn(labels, generator=generator)[:wanted].tolist():
+    for number in crops.in_turn(labels, generator=generator)[:wanted].tolist():
         batch = real.read([int(rows[number])])
         within = int((rows[:number] == rows[number]).sum())  # which of its picture's objects
-        window = canvas.crop_window(batch.targets.boxes_xyxy[within], batch.content_xyxy[0], cell)
-        tiles.append(canvas.crop(batch.images[0], batch.targets.boxes_xyxy, batch.targets.labels, window, cell))
-    return joined([canvas.pack_crops(tiles[i : i + grid**2], grid) for i in range(0, wanted, grid**2)])
-
-
-def canvas_layout(task: Task, real: RealPictures, network: nn.Module | None, count: int) -> Layout:
-    """`count` canvases; each is offered the objects of its own part of the real pictures."""
-    settings, size = task.condense.canvas, real.image_size
-    generator = seeded_generator(task.seed, COMPOSE)
-    observe = observer(network, settings.score_threshold) if settings.rounds else None
-    rows, _, areas = real.objects()
-    margins = canvas.context_margins(areas, settings.context * size)
-    starts = torch.searchsorted(rows, torch.arange(len(real))).tolist()  # of each picture's objects
-    composed = []
-    for part in torch.randperm(len(real), generator=generator).tensor_split(count):
-        cutouts = []
-        for row in part.tolist():
-            batch = real.read([row])
-            for box, label, margin in zip(batch.targets.boxes_xyxy, batch.targets.labels, margins[starts[row] :]):
-                content = batch.content_xyxy[0]
-                cutouts.append(
-                    canvas.cut_out(batch.images[0], box, int(label), margin=float(margin), content_xyxy=content)
-                )
-        order = canvas.in_turn(torch.tensor([c.label for c in cutouts], dtype=torch.int64), generator=generator)
-        first = real.read([int(part[0])])
-        composed.append(
-            canvas.compose(
-                canvas.smooth_background(first.images[0], first.content_xyxy[0]),
-                [cutouts[i] for i in order.tolist()],
-                observe=observe,
-                generator=generator,
-                settings=settings,
-            )
-        )
-    return joined(composed)
-
-
-def observer(network: nn.Module, score_threshold: float) -> Callable[[Tensor], Detections]:
-    """picture uint8 (3, S, S) -> what the network finds in it."""
-    device = next(network.parameters()).device
-
-    @torch.no_grad()
-    def observe(picture: Tensor) -> Detections:
-        output = network(picture[None].to(device).float() / 255)
-        found = network.detect(
-            output, score_threshold=score_threshold, iou_threshold=SAME_BOX_IOU, max_detections=MOST_DETECTIONS
-        )
-        return found[0].to("cpu")
-
-    return observe
+        window = crops.crop_window(batch.targets.boxes_xyxy[within], batch.content_xyxy[0], cell)
+        tiles.append(crops.crop(batch.images[0], batch.targets.boxes_xyxy, batch.targets.labels, window, cell))
+    return joined([crops.pack_crops(tiles[i : i + grid**2], grid) for i in range(0, wanted, grid**2)])
 
 
 def joined(pictures: list[tuple[Tensor, Tensor, Tensor]]) -> Layout:

@@ -1,7 +1,6 @@
 """A synthetic set on disk: an ordinary YOLO dataset, a manifest, and a sheet that shows all of it.
 
     images/train/*.png, labels/train/*.txt        the stored pictures
-    soft_labels/train/*.txt                       where class scores were learnt: a row of K shares for each label row
     images/train_decoded, labels/train_decoded    where one stored picture holds several: each of them, enlarged
     data.yaml                                     the class names, as those of the source
     manifest.json                                 what it was made of, how, and what that cost
@@ -38,21 +37,14 @@ STORED, DECODED = "train", "train_decoded"
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """pixels: uint8 RGB (h, w, 3). boxes_xyxy (N, 4) in its pixels, labels (N,) int64, class_scores (N, K) or None."""
+    """pixels: uint8 RGB (h, w, 3). boxes_xyxy (N, 4) in its pixels, labels (N,) int64."""
 
     pixels: np.ndarray
     boxes_xyxy: np.ndarray
     labels: np.ndarray
-    class_scores: np.ndarray | None = None
 
 
-def to_picture(
-    image: Tensor,
-    boxes_xyxy: Tensor,
-    labels: Tensor,
-    content_xyxy: Tensor | None = None,
-    class_scores: Tensor | None = None,
-) -> Picture:
+def to_picture(image: Tensor, boxes_xyxy: Tensor, labels: Tensor, content_xyxy: Tensor | None = None) -> Picture:
     """image (3, S, S), uint8 or float in [0, 1], rounded; cut to content_xyxy (4,), whole pixels, where that is given.
 
     A loader letterboxes the cut picture to the very square it was cut from.
@@ -64,9 +56,8 @@ def to_picture(
         pixels = pixels[:, y1:y2, x1:x2]
         corner, limit = boxes.new_tensor([x1, y1] * 2), boxes.new_tensor([x2 - x1, y2 - y1] * 2)
         boxes = (boxes - corner).clamp(min=0).minimum(limit)
-    scores = None if class_scores is None else class_scores.detach().double().cpu().numpy()
     pixels = pixels.permute(1, 2, 0).contiguous().cpu().numpy()
-    return Picture(pixels, boxes.cpu().numpy(), labels.cpu().numpy(), scores)
+    return Picture(pixels, boxes.cpu().numpy(), labels.cpu().numpy())
 
 
 def part_folder(folder: Path) -> Path:
@@ -105,15 +96,10 @@ def write_set(
 
 
 def write_split(part: Path, split: str, pictures: Sequence[Picture]) -> None:
-    """images/<split>/000.png, labels/<split>/000.txt and, where the pictures have class_scores, soft_labels/<split>.
-
-    In the place of what is there.
-    """
-    is_soft = any(picture.class_scores is not None for picture in pictures)
-    for kind in ("images", "labels", "soft_labels"):
+    """images/<split>/000.png and labels/<split>/000.txt; what is there already is replaced."""
+    for kind in ("images", "labels"):
         shutil.rmtree(part / kind / split, ignore_errors=True)
-        if kind != "soft_labels" or is_soft:
-            (part / kind / split).mkdir(parents=True)
+        (part / kind / split).mkdir(parents=True)
     digits = max(3, len(str(len(pictures) - 1)))
     for number, picture in enumerate(pictures):
         height, width = picture.pixels.shape[:2]
@@ -121,9 +107,6 @@ def write_split(part: Path, split: str, pictures: Sequence[Picture]) -> None:
         Image.fromarray(picture.pixels).save(part / "images" / split / f"{stem}.png", compress_level=9)
         text = yolo_labels(picture.boxes_xyxy, picture.labels, width, height)
         (part / "labels" / split / f"{stem}.txt").write_text(text, encoding="utf-8", newline="")
-        if is_soft:
-            rows = (" ".join(f"{share:.9g}" for share in row) + "\n" for row in picture.class_scores)
-            (part / "soft_labels" / split / f"{stem}.txt").write_text("".join(rows), encoding="utf-8", newline="")
 
 
 def draw_set(pictures: Sequence[Picture], names: Sequence[str], *, columns: int = 4) -> Image.Image:

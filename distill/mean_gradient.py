@@ -96,19 +96,3 @@ def chunks(pictures: Tensor, targets: Targets, size: int) -> Iterator[tuple[Tens
         part = pictures[start : start + size]
         objects = targets[(targets.image >= start) & (targets.image < start + len(part))]
         yield part, replace(objects, image=objects.image - start)
-
-
-def of_class(images: Tensor, targets: Targets, label: int | None) -> tuple[Tensor, Targets]:
-    """The pictures with an object of class `label` that counts, in which all other objects are to be ignored.
-
-    Differentiable in the pictures. All, as they are, for None.
-    """
-    if label is None:
-        return images, targets
-    counts = (targets.labels == label) & ~targets.ignore
-    kept = targets.image[counts].unique()  # sorted
-    place = torch.full((len(images),), -1, device=kept.device)
-    place[kept] = torch.arange(len(kept), device=kept.device)
-    objects = place[targets.image] >= 0
-    targets = replace(targets, ignore=~counts)[objects]
-    return images[kept.to(images.device)], replace(targets, image=place[targets.image])

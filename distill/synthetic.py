@@ -1,7 +1,5 @@
 """The learnt set of dataset distillation: pictures whose pixels move, under boxes and labels that do not.
 
-What an object is taught to be may move too: class_scores = softmax(class_logits), beside the label it began as.
-
     stored (N, 3, S, S) ── decode ── pictures (N r c, 3, S, S) that a detector is trained on
 
 Multi-formation (Kim et al., arXiv:2205.14959, sec. 4): a stored picture is a grid of r rows and c columns of tiles, and
@@ -15,7 +13,6 @@ loses least (BCCD at 160 px, 12 tiles: 36.9 dB, against 34.9 dB of the mean and 
 """
 
 import copy
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +36,6 @@ class SyntheticSet:
     pixels: (N, 3, S, S) float32 or float64 in [0, 1], a leaf that requires grad; changed in place by PixelOptimizer.
     targets: boxes in pixels of the decoded pictures, of which `image` is the row; constants. A picture may have none.
     formation: r, c. content_xyxy: (P, 4) int64, what of each decoded picture is picture; the rest is grey.
-    class_logits: (M, K) of the objects, a leaf that requires grad, changed in place by RowOptimizer; None: labels only.
     """
 
     def __init__(
@@ -48,12 +44,8 @@ class SyntheticSet:
         targets: Targets,
         formation: Formation = (1, 1),
         content_xyxy: Tensor | None = None,
-        class_logits: Tensor | None = None,
     ) -> None:
-        """pixels and class_logits are copied. content_xyxy is rounded; None: no padding.
-
-        ValueError for what does not fit, and for targets with class_scores, which class_logits are in the place of.
-        """
+        """pixels are copied. content_xyxy is rounded; None: no padding. ValueError for what does not fit together."""
         count, _, height, width = pixels.shape
         rows, columns = formation
         if height != width or not (1 <= rows <= height and 1 <= columns <= width):
@@ -61,10 +53,6 @@ class SyntheticSet:
         pictures = count * rows * columns
         if len(targets) and not 0 <= int(targets.image.min()) <= int(targets.image.max()) < pictures:
             raise ValueError(f"objects of picture {int(targets.image.max())}, expected 0..{pictures - 1}")
-        if targets.class_scores is not None:
-            raise ValueError("targets with class_scores, expected class_logits")
-        if class_logits is not None and (class_logits.dim() != 2 or len(class_logits) != len(targets)):
-            raise ValueError(f"class_logits of shape {tuple(class_logits.shape)} for {len(targets)} objects")
         if content_xyxy is None:
             content_xyxy = torch.tensor([0, 0, width, height]).repeat(pictures, 1)
         self.content_xyxy = content_xyxy.round().long().cpu()
@@ -73,9 +61,6 @@ class SyntheticSet:
             raise ValueError(f"content of shape {tuple(c.shape)}, expected {pictures} areas within {width} pixels")
         self.pixels = pixels.detach().clone().requires_grad_()
         self.targets = targets.to(pixels.device)
-        self.class_logits = None
-        if class_logits is not None:
-            self.class_logits = class_logits.detach().to(pixels).clone().requires_grad_()
         self.formation = rows, columns
         self._tiles = [tile_area(k % (rows * columns), width, formation, c[k].tolist()) for k in range(pictures)]
 
@@ -91,11 +76,6 @@ class SyntheticSet:
     def tiles(self) -> int:
         """r c, of each stored picture."""
         return self.formation[0] * self.formation[1]
-
-    def taught(self, class_logits: Tensor | None = None) -> Targets:
-        """targets, with class_scores where there are class_logits; differentiable in them, or in those given (M, K)."""
-        logits = self.class_logits if class_logits is None else class_logits
-        return self.targets if logits is None else replace(self.targets, class_scores=logits.softmax(1))
 
     @classmethod
     def from_pictures(
@@ -124,13 +104,11 @@ class SyntheticSet:
         noise = torch.rand(count, 3, image_size, image_size, generator=generator)
         return cls(noise, targets, formation, content_xyxy)
 
-    def decode(
-        self, rows: Tensor, stored: Tensor | None = None, class_logits: Tensor | None = None
-    ) -> tuple[Tensor, Targets]:
+    def decode(self, rows: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Targets]:
         """rows (n,) int64, distinct -> pictures (n r c, 3, S, S) and their targets.
 
         Picture i r c + t is tile t of stored picture rows[i]. Differentiable in `pixels`, or in stored (n, 3, S, S),
-        which is read in the place of pixels[rows]; and so in class_logits, its own or those given.
+        which is used instead of pixels[rows].
         """
         stored = self.pixels[rows.to(self.pixels.device)] if stored is None else stored
         numbers = self.numbers(rows)
@@ -143,7 +121,7 @@ class SyntheticSet:
         found = torch.full((len(self) * self.tiles,), -1, device=self.pixels.device)
         found[numbers] = torch.arange(len(numbers), device=found.device)
         place = found[self.targets.image]  # (M,) of the object's picture among `numbers`, or -1
-        targets = replace(self.taught(class_logits)[place >= 0], image=place[place >= 0])
+        targets = replace(self.targets[place >= 0], image=place[place >= 0])
         return torch.stack(pictures) if pictures else stored.new_zeros(0, *self.pixels.shape[1:]), targets
 
     def numbers(self, rows: Tensor) -> Tensor:
@@ -153,7 +131,7 @@ class SyntheticSet:
 
     def stored_targets(self) -> Targets:
         """The objects where they are in the stored pictures: `image` is the row of `pixels`."""
-        t = self.taught()
+        t = self.targets
         tile = torch.tensor(self._tiles, dtype=t.boxes_xyxy.dtype).reshape(-1, 4).to(self.pixels.device)[t.image]
         content = self.content_xyxy.to(tile)[t.image]
         scale = (tile[:, 2:] - tile[:, :2]) / (content[:, 2:] - content[:, :2])  # (M, 2)
@@ -182,10 +160,9 @@ class SyntheticSet:
         return crop(stored[number // self.tiles], self._tiles[number])
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and lists alone; pixels and class_logits, where there are any, are copied."""
+        """Tensors, numbers and lists alone; pixels are copied."""
         t = self.targets
-        learnt = {} if self.class_logits is None else {"class_logits": self.class_logits.detach().clone()}
-        return learnt | {
+        return {
             "pixels": self.pixels.detach().clone(),
             "boxes_xyxy": t.boxes_xyxy, "labels": t.labels, "image": t.image, "ignore": t.ignore,
             "formation": list(self.formation), "content_xyxy": self.content_xyxy,
@@ -195,25 +172,19 @@ class SyntheticSet:
     def from_state(cls, state: dict[str, Any]) -> "SyntheticSet":
         """The set that state_dict wrote down, bit for bit."""
         targets = Targets(state["boxes_xyxy"], state["labels"], state["image"], state["ignore"])
-        return cls(
-            state["pixels"], targets, tuple(state["formation"]), state["content_xyxy"], state.get("class_logits")
-        )
+        return cls(state["pixels"], targets, tuple(state["formation"]), state["content_xyxy"])
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the pixels and class_logits of a set with the same objects, in place; ValueError for another one."""
+        """Takes the pixels of a set with the same objects, in place; ValueError for another one."""
         saved = SyntheticSet.from_state(state)
         same = saved.pixels.shape == self.pixels.shape and saved.formation == self.formation
         same = same and torch.equal(saved.content_xyxy, self.content_xyxy)
-        shapes = [None if logits is None else logits.shape for logits in (saved.class_logits, self.class_logits)]
-        same = same and shapes[0] == shapes[1]
         for name in ("boxes_xyxy", "labels", "image", "ignore"):
             same = same and torch.equal(getattr(saved.targets, name).cpu(), getattr(self.targets, name).cpu())
         if not same:
             raise ValueError("the state is of another synthetic set: its size, formation or objects differ")
         self.pixels.copy_(saved.pixels)
-        if self.class_logits is not None:
-            self.class_logits.copy_(saved.class_logits)
 
 
 def tile_area(tile: int, image_size: int, formation: Formation, content_xyxy: list[int]) -> Area:
@@ -247,39 +218,28 @@ def resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(picture[None], size=size, mode="bicubic", align_corners=False, antialias=True)[0].clamp(0, 1)
 
 
-def first_class_logits(labels: Tensor, num_classes: int, doubt: float = 0.05) -> Tensor:
-    """(M,) -> (M, K) float32 whose softmax gives 1 - doubt to the label, and equal parts of doubt to the others.
-
-    Some doubt, since the slope of a softmax vanishes where it is certain. ValueError for K = 1: nothing to share.
-    """
-    if num_classes < 2:
-        raise ValueError(f"{num_classes} class, expected 2 or more for class scores to be learnt")
-    lead = math.log((1 - doubt) * (num_classes - 1) / doubt)
-    return lead * F.one_hot(labels, num_classes).float()
-
-
 def total_variation(tile: Tensor) -> Tensor:
     """A scalar, of (3, h, w)."""
     parts = (tile[:, 1:] - tile[:, :-1], tile[:, :, 1:] - tile[:, :, :-1])
     return sum(part.abs().mean() for part in parts if part.numel())
 
 
-class RowOptimizer:
-    """Moves some rows of a tensor (N, ...) along their gradients, in place; N > 0.
+class PixelOptimizer:
+    """Moves some stored images of a set along their gradients, in place, and clips them to [0, 1].
 
     name: "sgd" (with momentum), "adam" (betas momentum, 0.999), or "normalized":
 
         m <- momentum m + (1 - momentum) g / rms(g),    x <- x - learning_rate m
 
-    with rms(g) over one row, and the first g / rms(g) for the first m: the learning rate is what a number moves in a
+    with rms(g) over one image, and the first g / rms(g) for the first m: the learning rate is what a pixel moves in a
     step, where steps agree. Slopes of gradient matching differ many times over from network to network; Adam, whose
     second moments remember the largest for a thousand steps, then moves by the few steps with the youngest networks and
-    hardly by the rest. Every row has an optimizer state of its own, which moves only when the row does, so a set of
+    hardly by the rest. Every image has an optimizer state of its own, which moves only when the image does, so a set of
     which each step draws a part is learnt as a whole one.
     """
 
-    def __init__(self, values: Tensor, *, name: str, learning_rate: float, momentum: float) -> None:
-        self._rows = list(values.detach().unbind(0))  # views: they share its memory
+    def __init__(self, synthetic: SyntheticSet, *, name: str, learning_rate: float, momentum: float) -> None:
+        self._rows = list(synthetic.pixels.detach().unbind(0))  # views: they share its memory
         self._is_normalized = name == "normalized"
         if name == "sgd":
             self._optimizer = torch.optim.SGD(self._rows, lr=learning_rate, momentum=momentum)
@@ -292,7 +252,7 @@ class RowOptimizer:
 
     @torch.no_grad()
     def step(self, rows: Tensor, gradient: Tensor) -> None:
-        """rows (n,) of the tensor and their gradient (n, ...)."""
+        """rows (n,) of the set and the gradient (n, 3, S, S) of their pixels."""
         rows = rows.tolist()
         for row, slope in zip(rows, gradient, strict=True):
             if self._is_normalized:
@@ -301,6 +261,7 @@ class RowOptimizer:
         self._optimizer.step()
         for row in rows:
             self._rows[row].grad = None
+            self._rows[row].clamp_(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy."""
@@ -308,17 +269,3 @@ class RowOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(copy.deepcopy(state))
-
-
-class PixelOptimizer(RowOptimizer):
-    """RowOptimizer of a set's pictures, which are clipped to [0, 1] when they have moved."""
-
-    def __init__(self, synthetic: SyntheticSet, *, name: str, learning_rate: float, momentum: float) -> None:
-        super().__init__(synthetic.pixels, name=name, learning_rate=learning_rate, momentum=momentum)
-
-    @torch.no_grad()
-    def step(self, rows: Tensor, gradient: Tensor) -> None:
-        """rows (n,) of the set and the gradient (n, 3, S, S) of their pixels."""
-        super().step(rows, gradient)
-        for row in rows.tolist():
-            self._rows[row].clamp_(0, 1)

@@ -15,11 +15,9 @@ import checkpoint
 import condense
 import models
 import train
-from condensing import methods
-from condensing.config import LEARNT, METHODS, WITHOUT_DRAWS
+from condensing.config import METHODS, WITHOUT_DRAWS
 from condensing.methods import RealPictures
 from config import DataConfig, from_tree, to_tree
-from datasets.loader import Loader
 from datasets.open import open_dataset
 from distill import coresets
 from errors import UserError
@@ -28,13 +26,10 @@ from yaml_files import dump_yaml
 
 WIDTH, HEIGHT = 64, 48
 NAMES = ("green", "red")
-CHEAP = [method for method in METHODS if method not in LEARNT]
 POOL = {"networks": 1, "first_steps": 0, "steps_between": 1}
 QUICK = {
     "arch": "yolov8p",
     "matching": {"steps": 2, "pool": POOL},
-    "choice": {"visits": 1, "pool": POOL},
-    "inversion": {"steps": 2},
     "real_batch": 2,
 }
 
@@ -106,7 +101,6 @@ def manifest(folder):
 EXTRA = {
     "mosaic": {"formation": [2, 2]},
     "gradient_matching": {"formation": [2, 2], "matching": {"steps": 1, "pool": POOL}},
-    "canvas": {"canvas": {"rounds": 2}},
 }
 
 
@@ -127,7 +121,7 @@ def test_a_set_is_an_ordinary_dataset_with_a_manifest(method, make, real, capsys
     assert facts["seconds"] > 0 and 0.05 < facts["peak_gigabytes"] < 20 and "commit" in facts
     assert Image.open(folder / "set.png").size[0] > 300
     assert not folder.with_name("out.part").exists() and not list(folder.glob("state*"))
-    assert (folder / "steps.csv").exists() == (method in LEARNT)
+    assert (folder / "steps.csv").exists() == (method == "gradient_matching")
     make(method, **EXTRA.get(method, {}))
     assert "made before" in capsys.readouterr().out
     again = make(method, output="again", **EXTRA.get(method, {}))
@@ -174,10 +168,10 @@ def test_methods_choose_as_their_rules_say(make, real, network):
     assert abs((labels == 0).mean() - 0.5) < abs(np.mean([0, *(batch.targets.labels == 0)]) - 0.5)
 
 
-@pytest.mark.parametrize("method", ["crops", "canvas", "mosaic"])
+@pytest.mark.parametrize("method", ["crops", "mosaic"])
 def test_labels_lie_on_their_objects(method, make):
     """The middle of a box has the color of its class, as often as in real pictures, where objects overlap too."""
-    extra = {"mosaic": {"formation": [2, 2]}, "canvas": {"canvas": {"rounds": 0, "max_overlap": 0.0}}}.get(method, {})
+    extra = {"mosaic": {"formation": [2, 2]}}.get(method, {})
     folders = [(make("random", 12, "real"), "train"), (make(method, 3, "made", **extra), "train")]
     folders += [(folders[1][0], "train_decoded")] if method == "mosaic" else []
     shares = []
@@ -193,21 +187,6 @@ def test_labels_lie_on_their_objects(method, make):
     assert shares[0] > 0.8 and min(shares[1:]) > shares[0] - 0.1
 
 
-def test_small_objects_are_cut_out_with_more_context(make, monkeypatch):
-    calls, cut_out = [], methods.canvas.cut_out
-
-    def noted(picture, box_xyxy, label, *, margin, content_xyxy):
-        calls.append((float((box_xyxy[2:] - box_xyxy[:2]).prod()), margin))
-        return cut_out(picture, box_xyxy, label, margin=margin, content_xyxy=content_xyxy)
-
-    monkeypatch.setattr(methods.canvas, "cut_out", noted)
-    make("canvas", 3, canvas={"rounds": 0, "context": 0.05})
-    areas, margins = np.array(calls).T
-    assert len(areas) > 20
-    expected = 0.05 * 64 * (1 - (areas - areas.min()) / (areas.max() - areas.min()))
-    np.testing.assert_allclose(margins, expected, atol=1e-3)
-
-
 def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
     sources = {
         seed: manifest(make("random", 5, f"s{seed}", f"condense.seed={seed}"))["source_pictures"] for seed in (0, 1)
@@ -221,18 +200,20 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ({"method": "gradient", "choice": {"visits": 0}}, [], r"condense.choice.visits': found 0, expected at least 1"),
         ({"method": "random", "pictures": 0}, [], r"condense.pictures': found 0, expected at least 1"),
         ({"method": "random", "pictures": 13}, [], r"condense.pictures': found 13, expected as many as .* has: 12"),
         ({"method": "mosaic", "formation": [2, 2], "pictures": 4}, [], r"found 4, 2 x 2 real ones each, .* has: 12"),
         ({"method": "mosaic"}, [], r"condense.formation': found \[1, 1\], expected more than one tile"),
         ({"method": "random", "formation": [1, 2]}, [], r"found \[1, 2\], expected \[1, 1\]: random stores"),
-        ({"method": "inversion", "formation": [65, 1]}, [], r"found \[65, 1\], expected \[rows, columns\]"),
+        ({"method": "gradient_matching", "formation": [65, 1]}, [], r"found \[65, 1\], expected \[rows, columns\]"),
         ({"method": "crops", "crops": 5}, [], r"condense.crops': found 5, expected a divisor of 64"),
         ({"method": "crops", "crops": 16}, [], r"condense.pictures': 768 crops need as many objects; there are"),
         ({"method": "herding", "network": {}}, [], r"condense.network': herding measures by a trained network"),
-        ({"method": "canvas", "network": {}}, [], r"condense.network': canvas looks with a trained network"),
-        ({"method": "gradient_matching", "init": "canvas", "network": {}}, [], r"condense.network': gradient_matching"),
+        ({"method": "gradient_matching", "init": "canvas"}, [], r"condense.init': found 'canvas', expected one of"),
+        (
+            {"method": "gradient_matching", "layouts": "herding", "network": {}}, [],
+            r"condense.network': gradient_matching measures",
+        ),
         ({"method": "herding", "network": {"weights": "gone.pt"}}, [], r"gone.pt: no such file"),
         ({"method": "randm"}, [], r"condense.method': found 'randm', expected one of random"),
         ({"method": "random", "inti": "noise"}, [], r"unknown key 'condense.inti', did you mean 'condense.init'"),
@@ -240,9 +221,7 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
         ({"method": "gradient_matching", "augment": {"mosaic": 0.5}}, [], r"augment.mosaic: found 0.5, expected 0"),
         ({"method": "gradient_matching", "matching": {"distance": "l3"}}, [], r"matching.distance': found 'l3'"),
         ({"method": "gradient_matching", "matching": {"steps": -1}}, [], r"matching.steps': found -1"),
-        ({"method": "random", "matching": {"class_learning_rate": -1}}, [], r"class_learning_rate': found -1"),
         ({"method": "gradient_matching", "matching": {"optimizer": "adm"}}, [], r"matching': pixel optimizer 'adm'"),
-        ({"method": "inversion", "inversion": {"optimizer": "adm"}}, [], r"condense.inversion': pixel optimizer 'adm'"),
         ({"method": "gradient_matching", "matching": {"layers": ["nose"]}}, [], r"layers: 'nose' begins no"),
         ({"method": "gradient_matching", "matching": {"pool": {"networks": 0}}}, [], r"condense.matching': .*networks"),
         ({"method": "gradient_matching", "arch": "rtdetr_r18vd"}, [], r"has no losses: it cannot be trained"),
@@ -304,12 +283,10 @@ def test_a_network_of_other_classes_is_refused(make, network, tmp_path):
 # ---------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("method", LEARNT)
-def test_stopped_and_gone_on_with_ends_with_the_same_bytes(method, make, tmp_path, monkeypatch):
-    section = {"matching": {"steps": 4, "pool": POOL}, "inversion": {"steps": 4}}
-    section |= {"picture_every_steps": 2, "init": "noise"}
+def test_stopped_and_gone_on_with_ends_with_the_same_bytes(make, tmp_path, monkeypatch):
+    method, learner = "gradient_matching", condense.GradientMatching
+    section = {"matching": {"steps": 4, "pool": POOL}, "picture_every_steps": 2, "init": "noise"}
     whole = make(method, 2, "whole", **section)
-    learner = {"gradient_matching": condense.GradientMatching, "inversion": condense.Inversion}[method]
     step = learner.step
 
     def step_and_stop(self):
@@ -340,40 +317,6 @@ def test_learning_moves_pixels_and_leaves_boxes(make):
             assert files(learnt)[name] == data
     one, two = (np.asarray(Image.open(f / "images/train/000.png")).astype(int) for f in (start, learnt))
     assert one.shape == two.shape == (HEIGHT, WIDTH, 3) and 0.1 < np.abs(one - two).mean() < 20
-
-
-def test_learnt_class_scores_are_soft_labels_that_a_loader_reads(make):
-    """Beside the same label files; of the stored pictures and of the enlarged ones; no source of another set."""
-    matching = {"steps": 2, "pool": POOL}
-    hard = make("gradient_matching", 2, "hard", seed=0, formation=[2, 2], matching=matching)
-    rate = {"class_learning_rate": 0.3}
-    soft = make("gradient_matching", 2, "soft", seed=0, formation=[2, 2], matching=matching | rate)
-    assert manifest(soft)["soft_labels"] and not manifest(hard)["soft_labels"] and not (hard / "soft_labels").exists()
-    assert manifest(soft)["settings"]["matching"]["class_learning_rate"] == 0.3
-    for name, data in files(hard).items():
-        if name.startswith("labels/"):
-            assert files(soft)[name] == data
-    shares = {}
-    for split, count in (("train", 2), ("train_decoded", 8)):
-        index = open_dataset("yolo", soft, split)
-        assert not index.faults and len(index) == count
-        targets = Loader(index, image_size=64, batch_size=count, seed=0, shuffle=False).read(list(range(count))).targets
-        shares[split] = targets.class_scores
-        torch.testing.assert_close(shares[split].sum(1), torch.ones(len(targets)))
-        label = shares[split].gather(1, targets.labels[:, None])
-        assert label.min() > 0.5 and (label - 0.95).abs().max() > 1e-3  # they began at 0.95
-    stored, decoded = (x[x[:, 0].argsort()] for x in shares.values())
-    torch.testing.assert_close(stored, decoded)
-    data = DataConfig(format="yolo", root=str(soft))
-    with pytest.raises(UserError, match=r"soft train: found soft labels, expected a set of real pictures without them"):
-        RealPictures(data, 64)
-
-
-def test_one_class_has_nothing_to_share(make, monkeypatch):
-    first = condense.first_class_logits
-    monkeypatch.setattr(condense, "first_class_logits", lambda labels, count: first(labels, 1))
-    with pytest.raises(UserError, match=r"condense.matching.class_learning_rate': 1 class, expected 2 or more"):
-        make("gradient_matching", matching={"class_learning_rate": 0.1})
 
 
 # ---------------------------------------------------------------- training on it

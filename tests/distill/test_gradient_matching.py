@@ -207,31 +207,6 @@ def test_real_pictures_match_themselves_under_any_augmentation():
     assert other.relative > 0.01
 
 
-@pytest.mark.parametrize("at_once", [1, 8])
-def test_against_the_originals_r_is_the_gradient_of_what_the_step_holds(at_once):
-    """Of the stored pictures of the step alone, at full size: without a reduction the distance would be 0."""
-    pictures, targets = tiny_scene(12)
-    build = lambda: SyntheticSet.from_pictures(pictures, targets, (2, 2))
-    asked = []
-
-    def read(numbers: Tensor) -> tuple[Tensor, Targets]:
-        asked.extend(numbers.tolist())
-        place = torch.full((len(pictures),), -1)
-        place[numbers] = torch.arange(len(numbers))
-        objects = targets[place[targets.image] >= 0]
-        return pictures[numbers], Targets(objects.boxes_xyxy, objects.labels, place[objects.image], objects.ignore)
-
-    options = dict(pictures_per_step=2, pictures_at_once=at_once, pool=replace(FRESH, normalization="group"))
-    slopes = slopes_of(build(), against="originals", read_originals=read, **options)
-    rows = slopes.flatten(1).abs().amax(1).gt(0).nonzero()[:, 0]
-    assert len(rows) == 2 and asked == build().numbers(rows).tolist()
-    torch.testing.assert_close(slopes, slopes_of(build(), read(torch.tensor(asked)), **options), atol=1e-9, rtol=1e-7)
-    with pytest.raises(ValueError, match="found 'originals', expected 'real' where"):
-        matching_of(SyntheticSet(pictures, targets), against="originals", read_originals=read)
-    with pytest.raises(ValueError, match="found 'average', expected real or originals"):
-        matching_of(build(), against="average")
-
-
 def test_several_real_batches_are_one_large_one():
     real, real_targets = tiny_scene(6, seed=1)
     halves = list(chunks(real, real_targets, 3))

@@ -19,9 +19,7 @@ def draw_siamese_here(generator: torch.Generator):
     return draw_siamese(generator=generator, settings=AUGMENT)
 
 
-def matching_of(
-    synthetic, real=None, build=build_tiny, augmentation=None, read_originals=None, **settings
-) -> GradientMatching:
+def matching_of(synthetic, real=None, build=build_tiny, augmentation=None, **settings) -> GradientMatching:
     real = real if real is not None else tiny_scene(5, seed=1)
     defaults = dict(optimizer="sgd", momentum=0.0, learning_rate=LEARNING_RATE, pool=FRESH)
     return GradientMatching(
@@ -30,7 +28,6 @@ def matching_of(
         build_network=build,
         draw_real=lambda generator: real,
         draw_augmentation=augmentation,
-        read_originals=read_originals,
     )
 
 
