@@ -112,11 +112,6 @@ def exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a file in a folder of pictures is one of them: a known suffix, not a hidden file such as `._x.jpg`."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
 def find_picture(folder: Path, stem: str) -> Path | None:
     """The picture `stem` with any of SUFFIXES, lower or upper case, in a folder; None where there is none."""
     for suffix in SUFFIXES:

@@ -9,7 +9,8 @@ Geiger et al., "Are we ready for Autonomous Driving? The KITTI Vision Benchmark 
 
 from pathlib import Path
 
-from datasets.images import find_picture, is_picture_name
+from datasets.folders import list_files
+from datasets.images import SUFFIXES, find_picture
 from datasets.index import ANY_CLASS, DatasetIndex
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
 from datasets.text_lines import read_lines, read_names
@@ -79,8 +80,9 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
     known = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
     if split != "all" and (known or split not in ("train", "val")):
         raise UserError(f"{choices[0]}: no such list, found {', '.join(known) or 'none'} (`all` takes every frame)")
-    stems = {path.stem for path in (base / "label_2").glob("*.txt") if not path.name.startswith(".")}
-    stems |= {path.stem for path in (base / "image_2").iterdir() if is_picture_name(path.name)}
+    stems = set()
+    for folder, suffixes in ((base / "label_2", (".txt",)), (base / "image_2", SUFFIXES)):
+        stems |= {path.relative_to(folder).with_suffix("").as_posix() for path in list_files(folder, suffixes)}
     if split == "all":
         return sorted(stems)
     return [stem for number, stem in enumerate(sorted(stems)) if (number % 5 == 4) == (split == "val")]

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from xml.parsers import expat
 
-from datasets.images import SUFFIXES, find_picture, is_picture_name
+from datasets.folders import list_files
+from datasets.images import SUFFIXES, find_picture
 from datasets.index import DatasetIndex
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
 from datasets.text_lines import read_lines, read_names
@@ -80,7 +81,9 @@ def _find_part(root: Path, part: str) -> _Part:
     files += [base / f"{name}{end}.csv" for base in (folder, folder / "data") for end in ("", "_labels")]
     source = next((file for file in files if file.is_file()), annotations if name == "all" else None)
     if source is None:
-        known = sorted(path.stem for path in lists.glob("*.txt")) or sorted(path.name for path in folder.rglob("*.csv"))
+        known = sorted(path.stem for path in lists.glob("*.txt")) or [
+            path.name for path in list_files(folder, (".csv",))
+        ]
         raise UserError(f"{lists}: no list {name!r}, found {', '.join(known) or 'none'} (`all` takes every picture)")
     return _Part(folder, annotations, pictures, source)
 
@@ -95,7 +98,7 @@ def _first_folder(folder: Path, choices: tuple[str, ...]) -> Path:
 def _read_list(part: _Part, log: FaultLog) -> list[str]:
     """The stems a split names, in its order."""
     if part.source.is_dir():
-        files = [path.relative_to(part.source) for path in part.source.rglob("*.xml") if not path.name.startswith(".")]
+        files = [path.relative_to(part.source) for path in list_files(part.source, (".xml",))]
         stems = sorted(path.with_suffix("").as_posix() for path in files)
         _log_unlabelled(part, set(stems), log)
         return stems
@@ -123,9 +126,9 @@ def _stem(line: str, part: _Part) -> str:
 
 
 def _log_unlabelled(part: _Part, stems: set[str], log: FaultLog) -> None:
-    for path in sorted(part.pictures.rglob("*")):
+    for path in list_files(part.pictures, SUFFIXES):
         stem = path.relative_to(part.pictures).with_suffix("").as_posix()
-        if is_picture_name(path.name) and stem not in stems:
+        if stem not in stems:
             log.add(path, None, "no annotation file", "picture without label file", "picture dropped", path.name)
 
 
@@ -137,7 +140,7 @@ def _class_names(folders: list[Path]) -> tuple[str, ...]:
         return tuple(CLASSES)
     names = set()
     for folder in folders:
-        for path in _first_folder(folder, ("Annotations", "annotations")).rglob("*.xml"):
+        for path in list_files(_first_folder(folder, ("Annotations", "annotations")), (".xml",)):
             try:
                 names.update(item.name for item in read_annotation(path).objects if item.name)
             except UserError:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from datasets.images import SUFFIXES, is_picture_name
+from datasets.folders import list_files
+from datasets.images import SUFFIXES
 from datasets.index import DatasetIndex
 from datasets.rows import FaultLog, Frame, LabelRows, make_sample, read_frame
 from datasets.text_lines import check_names, read_lines, read_names
@@ -154,7 +155,7 @@ def _list_pictures(base: Path, entry: str, log: FaultLog) -> list[Path]:
     if not path.exists() and entry.startswith("../"):
         path = base / entry.removeprefix("../")  # as some exporters write it, one folder too high
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if is_picture_name(p.name) and p.is_file())
+        found = list_files(path, SUFFIXES)
         _log_orphans(path, found, log)
         if not found:
             raise UserError(f"{path.resolve()}: no pictures in this folder, expected {', '.join(SUFFIXES)}")
@@ -181,8 +182,8 @@ def _log_orphans(folder: Path, found: list[Path], log: FaultLog) -> None:
     if twin == folder or not twin.is_dir():
         return
     expected = {label_path_of(path) for path in found}
-    for path in sorted(twin.rglob("*.txt")):
-        if path not in expected and path.name != "classes.txt" and not path.name.startswith("."):
+    for path in list_files(twin, (".txt",)):
+        if path not in expected and path.name != "classes.txt":
             log.add(path, None, "labels without a picture", "label without picture", "picture dropped", path.stem)
 
 

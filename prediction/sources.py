@@ -2,10 +2,11 @@
 
 import glob
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets.folders import is_left_out, list_files
 from datasets.images import SUFFIXES
 from errors import UserError
 from prediction import video
@@ -34,7 +35,7 @@ def find_pictures(sources: Sequence[str]) -> list[Source]:
     """As find_sources, pictures alone."""
     found: dict[Path, Source] = {}
     for source in sources:
-        _add_files(found, source, is_picture, f"holds no picture ({', '.join(SUFFIXES)})")
+        _add_files(found, source, SUFFIXES, f"holds no picture ({', '.join(SUFFIXES)})")
     return _with_own_names(found)
 
 
@@ -54,27 +55,22 @@ def find_sources(sources: Sequence[str]) -> list[Source]:
             found.setdefault(path, Source(path, Path(f"webcam-{number}"), camera=number))
         else:
             fault = f"holds no picture ({', '.join(SUFFIXES)}) and no video ({', '.join(video.SUFFIXES)})"
-            _add_files(found, source, lambda path: is_picture(path) or is_video(path), fault)
+            _add_files(found, source, (*SUFFIXES, *video.SUFFIXES), fault)
     return _with_own_names(found)
 
 
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
-
-
-def is_video(path: Path) -> bool:
-    return path.suffix.lower() in video.SUFFIXES and path.is_file()
-
-
-def _add_files(found: dict[Path, Source], source: str, is_wanted: Callable[[Path], bool], fault: str) -> None:
+def _add_files(found: dict[Path, Source], source: str, suffixes: tuple[str, ...], fault: str) -> None:
     """Into `found`, by the resolved path, what one argument stands for."""
     path = Path(source)
     if path.is_dir():
-        pairs = [(p, p.relative_to(path)) for p in sorted(path.rglob("*")) if is_wanted(p)]
+        pairs = [(p, p.relative_to(path)) for p in list_files(path, suffixes)]
     elif path.exists():
         pairs = [(path, Path(path.name))]
     elif glob.has_magic(source):
-        pairs = [(p, Path(p.name)) for p in map(Path, sorted(glob.glob(source, recursive=True))) if is_wanted(p)]
+        given = {*path.parts}
+        paths = [p for p in map(Path, sorted(glob.glob(source, recursive=True))) if p.is_file() or not p.exists()]
+        paths = [p for p in paths if not any(is_left_out(part) for part in p.parts if part not in given | {".."})]
+        pairs = [(p, Path(p.name)) for p in paths if p.name.lower().endswith(suffixes)]
     else:
         raise UserError(f"{source}: no such file or folder, expected pictures or videos")
     if not pairs:

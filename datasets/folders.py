@@ -1,0 +1,70 @@
+"""The files of a folder and its subfolders, found by one rule for every reader and every command.
+
+Links to files and to folders are followed. Each folder is visited once: by its own path where that lies below the one
+that is read, else by the first link to it. A link to a folder above is left out, so that no walk goes round in circles.
+Left out as well are files and folders that systems and programs put beside the data: hidden ones (`._x.jpg`,
+`.DS_Store`, `.ipynb_checkpoints`), `__MACOSX` of macOS's archives, `@eaDir` of network drives.
+"""
+
+import heapq
+import os
+from pathlib import Path
+
+from errors import UserError
+
+LEFT_OUT = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file or folder of this name is none of the data."""
+    return name.startswith(".") or name in LEFT_OUT
+
+
+def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files below a folder whose names end with one of `suffixes` (lower case; upper case counts too), in the order
+    of their paths, part by part.
+
+    A link that leads nowhere is returned where its name has such a suffix, so that the caller meets the missing file.
+    UserError for a folder that cannot be read, and for a link without a suffix that leads nowhere.
+    """
+    start = Path(folder).resolve()
+    seen = {_identity(above) for above in start.parents}
+    found: list[str] = []
+    folders: list[str] = [str(folder)]
+    links: list[tuple[list[str], str]] = []  # a heap: links wait until every folder proper has been visited
+    while folders or links:
+        path = folders.pop() if folders else heapq.heappop(links)[1]
+        if (identity := _identity(path)) in seen:
+            continue
+        seen.add(identity)
+        for entry in _entries(path):
+            if is_left_out(entry.name):
+                continue
+            is_link = entry.is_symlink()
+            if not is_link and entry.is_dir():
+                folders.append(entry.path)
+            elif is_link and entry.is_dir():
+                heapq.heappush(links, (_parts(entry.path), entry.path))
+            elif entry.name.lower().endswith(suffixes):
+                if entry.is_file() or (is_link and not os.path.exists(entry.path)):
+                    found.append(entry.path)
+            elif is_link and "." not in entry.name and not os.path.exists(entry.path):
+                raise UserError(f"{entry.path}: a link to {os.readlink(entry.path)}, where nothing is")
+    return [Path(path) for path in sorted(found, key=_parts)]
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from None
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _parts(path: str) -> list[str]:
+    return path.split(os.sep)
