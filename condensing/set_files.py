@@ -23,13 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoint import DISK_EXIT_CODE, sync_folder
-from datasets.convert import yolo_labels
+from datasets.convert import data_yaml, yolo_labels
 from drawing.detections import draw_detections
 from drawing.plots import TILE, contact_sheet
 from errors import UserError
 from runtime import run_folder
 from structures import Detections
-from yaml_files import dump_yaml
 
 SHEET_PICTURES = 64  # at most, on set.png
 STORED, DECODED = "train", "train_decoded"
@@ -83,8 +82,8 @@ def write_set(
         part.mkdir(parents=True, exist_ok=True)
         for split, pictures in splits.items():
             write_split(part, split, pictures)
-        tree = {"path": ".", **{split: f"images/{split}" for split in splits}, "nc": len(names)}
-        run_folder.write_text(part / "data.yaml", dump_yaml(tree | {"names": dict(enumerate(names))}))
+        entries = {split: f"images/{split}" for split in splits}
+        run_folder.write_text(part / "data.yaml", data_yaml(entries, names))
         draw_set(splits[STORED], names).save(part / "set.png")
         run_folder.write_report(part / "manifest.json", manifest)
         for state in ("state.pt", "state.prev.pt", "settings.json"):

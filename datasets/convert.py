@@ -23,6 +23,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -213,10 +214,9 @@ def write_coco(folder: Path, indices: Indices, class_names: Names, picture_names
 
 def write_yolo(folder: Path, indices: Indices, class_names: Names, picture_names: Pictures, losses: Counter) -> None:
     """data.yaml, images/<split> and labels/<split>."""
-    tree = {"path": ".", **{split: f"images/{split}" for split in indices}, "nc": len(class_names)}
     if set(indices) & {"path", "names", "nc", "download"}:
         raise UserError(f"split {', '.join(indices)}: expected names other than the keys of data.yaml")
-    _write(folder / "data.yaml", dump_yaml(tree | {"names": dict(enumerate(class_names))}))
+    _write(folder / "data.yaml", data_yaml({split: f"images/{split}" for split in indices}, class_names))
     for split, index in indices.items():
         (folder / "labels" / split).mkdir(parents=True)
         for sample in index.samples:
@@ -227,6 +227,29 @@ def write_yolo(folder: Path, indices: Indices, class_names: Names, picture_names
             boxes, labels = sample.boxes_xyxy[~sample.ignore], sample.labels[~sample.ignore]
             text = yolo_labels(boxes, labels, sample.width, sample.height)
             _write(folder / "labels" / split / f"{Path(name).stem}.txt", text)
+
+
+def data_yaml(entries: dict[str, str], class_names: Sequence[str]) -> str:
+    """The text of a data.yaml: `entries` (split -> folder or list, relative to the file), and the class names.
+
+    There is no key `path`: readers take it relative to the file, to the working directory or to a folder of their own.
+    Where `entries` lacks train, val or test, which other trainers look for, the key gets the splits whose names contain
+    it (trainval is a train, valid a val); a single split of another name is train, and without a val the test split is.
+    """
+    usual = {
+        "train": [entry for split, entry in entries.items() if "train" in split.lower()],
+        "val": [entry for split, entry in entries.items() if "val" in split.lower() and "train" not in split.lower()],
+        "test": [entry for split, entry in entries.items() if "test" in split.lower()],
+    }
+    if len(entries) == 1 and not any(usual.values()):
+        usual["train"] = list(entries.values())
+    usual["val"] = usual["val"] or usual["test"]
+    tree: dict = {}
+    for key, found in usual.items():
+        if key in entries or found:
+            tree[key] = entries.get(key) or (found[0] if len(found) == 1 else found)
+    tree |= entries
+    return dump_yaml(tree | {"nc": len(class_names), "names": dict(enumerate(class_names))})
 
 
 def yolo_labels(boxes_xyxy: np.ndarray, labels: np.ndarray, width: int, height: int) -> str:

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from datasets import ANY_CLASS, open_dataset
-from datasets.convert import convert, main
+from datasets.convert import convert, data_yaml, main
 from errors import UserError
+from yaml_files import parse_yaml
 
 
 def rows_of(index, *, ignored=True, flags=True) -> dict[str, list]:
@@ -221,3 +222,35 @@ def test_bad_samples_stop_a_conversion(shared_data, tmp_path):
 def test_splits_that_clash(shared_data, tmp_path):
     with pytest.raises(UserError, match="share a name"):
         convert("voc", shared_data / "bccd", ["val", "val"], "voc", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        (["default"], {"train": "images/default", "default": "images/default"}),
+        (["train", "test"], {"train": "images/train", "val": "images/test", "test": "images/test"}),
+        (["train2017", "val2017"], {"train": "images/train2017", "val": "images/val2017"}),
+        (["a_trainval", "b_trainval"], {"train": ["images/a_trainval", "images/b_trainval"]}),
+        (["train", "valid", "test"], {"train": "images/train", "val": "images/valid", "test": "images/test"}),
+        (["test"], {"val": "images/test", "test": "images/test"}),
+        (["trainval", "train"], {"train": "images/train"}),
+    ],
+)
+def test_a_data_yaml_has_the_keys_that_other_trainers_read(splits, expected):
+    tree = parse_yaml(data_yaml({split: f"images/{split}" for split in splits}, ["a", "b"]), "text")
+    assert tree["nc"] == 2 and tree["names"] == {0: "a", 1: "b"}
+    assert "path" not in tree  # which some trainers take relative to the working directory
+    assert {key: tree[key] for key in tree if key in expected} == expected
+    for key in ("train", "val", "test"):
+        assert (key in tree) == (key in expected or key in splits)
+    assert all(tree[split] == f"images/{split}" for split in splits)
+
+
+def test_a_converted_yolo_set_is_found_from_every_folder(odd_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert("yolo", odd_root, ["train"], "yolo", "out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data = tmp_path / "out" / "data.yaml"
+    folder = data.parent / parse_yaml(data.read_text(encoding="utf-8"), "text")["train"]  # as other trainers join them
+    assert len(list(folder.iterdir())) == len(open_dataset("yolo", data, "train")) > 0
