@@ -1,5 +1,6 @@
-"""What models of several folders share.
+"""What models and losses of several folders share.
 
-transformer  the plain vision transformer in parts
-fusion       BatchNorm folded into the convolution before it
+transformer     the plain vision transformer in parts
+fusion          BatchNorm folded into the convolution before it
+over_processes  sums and normalisers of a loss over the processes of a run
 """
