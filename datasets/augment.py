@@ -159,7 +159,10 @@ class Parameters:
 
 
 def draw(count: int, *, generator: torch.Generator, settings) -> Parameters:
-    """Parameters for `count` pictures. How many numbers are drawn depends on `count` alone."""
+    """Parameters for `count` pictures. How many numbers are drawn depends on `count` alone.
+
+    A picture that is alone has no partner: nothing is mixed in.
+    """
     chance = torch.rand(count, 4, generator=generator, dtype=torch.float64)
     spread = torch.rand(count, 11, generator=generator, dtype=torch.float64) * 2 - 1  # -1..1
     keys = torch.rand(count, count, generator=generator, dtype=torch.float64)
@@ -168,7 +171,8 @@ def draw(count: int, *, generator: torch.Generator, settings) -> Parameters:
     keys.fill_diagonal_(-1.0)  # sorted, each row starts with the picture itself; then come the others in random order
     order = keys.argsort(dim=1)  # (B, B)
     # The median of 63 uniform numbers follows Beta(32, 32), the weight the public recipes draw.
-    weight = torch.where(chance[:, 1] < settings.mixup, mixing.median(dim=1).values, 1.0)
+    is_mixed = (chance[:, 1] < settings.mixup) & (count > 1)
+    weight = torch.where(is_mixed, mixing.median(dim=1).values, 1.0)
     return Parameters(
         use_mosaic=chance[:, 0] < settings.mosaic,
         neighbours=order[:, torch.arange(4) % count],

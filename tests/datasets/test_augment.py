@@ -250,6 +250,16 @@ def test_mixup_shows_both_pictures_and_keeps_both_boxes():
         assert sorted(moved.labels[moved.image == b].tolist()) == sorted([b, guest])
 
 
+def test_a_picture_that_is_alone_has_no_partner():
+    images, targets = torch.rand(1, 3, 32, 32), targets_of([[8, 8, 20, 24]], [0])
+    out, moved = augment(images, targets, generator=generator(), settings=replace(NOTHING, mixup=1.0))
+    assert torch.equal(out, images) and moved.boxes_xyxy.tolist() == [[8, 8, 20, 24]]
+    for count in (1, 2, 3):  # and the draws of a batch do not depend on it
+        assert (A.draw(count, generator=generator(), settings=replace(NOTHING, mixup=1.0)).mixup_weight < 1).all() == (
+            count > 1
+        )
+
+
 def test_mixup_weight_follows_beta_32_32():
     p = A.draw(20_000 // 50, generator=generator(), settings=replace(NOTHING, mixup=1.0))
     weight = p.mixup_weight.numpy()
