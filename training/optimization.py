@@ -11,9 +11,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+TOKENS = ("class_token", "registers", "positions")  # learnt inputs of a vision transformer, as our ViTs call them
+
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
-    """Three groups over the trainable parameters: `weights` decay; `norms` (other vectors) and `biases` do not.
+    """Three groups over the trainable parameters: `weights` decay; `norms` and `biases` do not.
+
+    `norms` are other vectors and a transformer's TOKENS, as ViTs are trained: decay pulls what is multiplied with an
+    input towards 0, and a token is an input itself.
 
     The order is the modules' own, so that an optimizer state saved by one process fits the next.
     """
@@ -21,8 +26,9 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                is_bias = name.rpartition(".")[2] == "bias"
-                rows["biases" if is_bias else "weights" if parameter.dim() > 1 else "norms"].append(parameter)
+                own_name = name.rpartition(".")[2]
+                is_weight = parameter.dim() > 1 and own_name not in TOKENS
+                rows["biases" if own_name == "bias" else "weights" if is_weight else "norms"].append(parameter)
     decay = {"weights": weight_decay, "norms": 0.0, "biases": 0.0}
     return [{"name": name, "params": rows[name], "weight_decay": decay[name]} for name in rows]
 

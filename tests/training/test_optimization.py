@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import models
 from training.optimization import Ema, build_optimizer, parameter_groups, schedule_factor, set_rates
 
 
@@ -30,6 +31,31 @@ def test_groups_cover_every_trainable_parameter_once():
         "biases": ["conv.bias", "norm.bias", "bias"],
     }
     assert {key: group["weight_decay"] for key, group in groups.items()} == {"weights": 0.1, "norms": 0, "biases": 0}
+
+
+def tensors_held_by_no_layer(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a model learns beside the weights and biases of its layers, and of more than one dimension."""
+    layers = ("weight", "bias")
+    return {n: p for n, p in model.named_parameters() if p.dim() > 1 and n.rpartition(".")[2] not in layers}
+
+
+@pytest.mark.parametrize(("build", "tokens"), [
+    (lambda: models.build("fasterrcnn_vit_tiny", 2), {"class_token", "positions"}),
+    (lambda: models.build_teacher("dinov2_vits14_reg"), {"class_token", "positions", "registers"}),
+    (lambda: models.build("yolov8n", 2), set()),
+    (lambda: models.build("yolov5n", 2), set()),
+    (lambda: models.build("fasterrcnn_resnet50_v2", 2), set()),
+    (lambda: models.build("fasterrcnn_mobilenet_v3_small", 2), set()),
+])  # fmt: skip
+def test_tokens_and_positions_do_not_decay(build, tokens):
+    with torch.device("meta"):
+        model = build()
+    held = tensors_held_by_no_layer(model)
+    assert {name.rpartition(".")[2] for name in held} == tokens  # a new kind has to be decided upon
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups((model,), 0.1)}
+    assert {id(p) for p in held.values()} <= groups["norms"]
+    assert all(p.dim() > 1 for p in model.parameters() if id(p) in groups["weights"])
+    assert {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)} <= groups["weights"]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
