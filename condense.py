@@ -29,15 +29,15 @@ import checkpoint
 import models
 from comparison.study import StudyFile, load_study, sets_folder, task_of
 from condensing.config import Task
-from condensing.methods import NOISE, Layout, RealPictures, first_layout, load_network
+from condensing.methods import Layout, RealPictures, first_layout, load_network
 from condensing.set_files import DECODED, STORED, Picture, draw_set, part_folder, read_manifest, to_picture, write_set
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
-from datasets.loader import seeded_generator
 from distill.gradient_matching import GradientMatching
 from distill.mean_gradient import matched_parameters
 from distill.synthetic import SyntheticSet
 from errors import UserError, run_script
+from random_streams import Stream, seeded_generator
 from runtime import run_folder
 from runtime.interruption import StopRequested, StopSignals
 from runtime.peak_memory import peak_gigabytes, reset_peak
@@ -200,7 +200,7 @@ def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticS
             image_size=task.image_size,
             formation=c.formation,
             content_xyxy=layout.content_xyxy,
-            generator=seeded_generator(task.seed, NOISE),
+            generator=seeded_generator(Stream.NOISE, task.seed),
         )
     else:
         made = SyntheticSet.from_pictures(layout.images.float() / 255, targets, c.formation, layout.content_xyxy)
@@ -219,7 +219,7 @@ def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> Gr
         return models.build(task.arch, len(real.index.names))
 
     try:
-        draw_augmentation(seeded_generator(0))
+        draw_augmentation(torch.Generator())
         matched_parameters(build_network(0), c.matching.layers)
         return GradientMatching(
             synthetic,

@@ -30,10 +30,11 @@ from torch import nn
 import checkpoint
 from config import Config, load_config
 from datasets.index import DatasetIndex
-from datasets.loader import Batch, seeded_generator
+from datasets.loader import Batch
 from errors import UserError, run_script
 from evaluation import measuring
 from metrics.report import DetectionReport
+from random_streams import Stream, seeded_generator
 from runtime import run_folder
 from runtime.interruption import StopRequested, StopSignals
 from runtime.processes import Processes, keep_freed_memory
@@ -65,7 +66,8 @@ def train(parts: Parts, position: Position, folder: RunFolder, progress: Progres
         began = time.perf_counter()
         for batches in in_groups(parts.loader.epoch(epoch, start=position.batch), config.optimizer.accumulate):
             parts.set_rates(position.step)
-            torch.manual_seed(seeded_generator(config.seed, position.step, parts.processes.rank, 1).initial_seed())
+            stream = seeded_generator(Stream.STEP, config.seed, position.step, parts.processes.rank)
+            torch.manual_seed(stream.initial_seed())
             rows = []
             for number, batch in enumerate(batches, position.batch):
                 images, targets = parts.prepare(batch, epoch, number)

@@ -29,7 +29,7 @@ from config import DataConfig
 from datasets.augment import draw_siamese
 from distill.gradient_distance import SMALLEST_PRODUCT
 from distill.mean_gradient import chunks, matched_parameters, mean_gradient
-from distill.network_pool import NetworkPool, PoolSettings, as_float, seeded_generator, set_statistics
+from distill.network_pool import NetworkPool, PoolSettings, as_float, set_statistics
 from distill.synthetic import SyntheticSet
 from errors import UserError, run_script
 from structures import Targets
@@ -58,7 +58,7 @@ def gradient_of(network: nn.Module, pictures: Tensor, targets: Targets) -> list[
 
 def print_ages(real: RealPictures, arch: str, normalization: str, args: argparse.Namespace) -> None:
     """A line for each age of one network."""
-    order = torch.randperm(len(real), generator=seeded_generator(args.seed)).tolist()
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(args.seed)).tolist()
     few, many, five = (real.read(rows) for rows in (order[:FEW], order[FEW : FEW + MANY], order[:5]))
     tiles = SyntheticSet.from_pictures(as_float(few.images), few.targets, FORMATION, few.content_xyxy)
     pictures, targets = tiles.decode(torch.tensor([0]))

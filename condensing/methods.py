@@ -12,15 +12,15 @@ import checkpoint
 from boxes import clip_boxes
 from condensing.config import NetworkConfig, Task
 from config import DataConfig
-from datasets.loader import Batch, Loader, seeded_generator
+from datasets.loader import Batch, Loader
 from datasets.open import open_dataset
 from datasets.scan import check, scan
 from distill import coresets, crops
 from errors import UserError
+from random_streams import Stream, seeded_generator
 from structures import Targets
 from training.building import DECODE_AT_MOST, take, training_set
 
-CHOOSE, COMPOSE, NOISE = range(3)  # streams of random numbers that have nothing to do with one another
 FEATURES = ("p3", "p4", "p5")  # the maps whose means over a picture say where it lies among the others
 
 
@@ -110,7 +110,7 @@ def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> L
     task.check_source(len(real))
     if "crops" in (c.method, c.init if task.is_learnt else c.method):
         return crop_layout(task, real, count)
-    rows = choose(task.rule, real, network, count, seeded_generator(task.seed, CHOOSE)).tolist()
+    rows = choose(task.rule, real, network, count, seeded_generator(Stream.CHOICE, task.seed)).tolist()
     batch = real.read(rows)
     sources = tuple(real.index.samples[row].image_path.name for row in rows)
     return Layout(batch.images, batch.targets, batch.content_xyxy, sources)
@@ -158,7 +158,7 @@ def losses_of(real: RealPictures, network: nn.Module) -> Tensor:
 
 def crop_layout(task: Task, real: RealPictures, count: int) -> Layout:
     """`count` mosaics of crops around objects of each class in turn."""
-    grid, generator = task.condense.crops, seeded_generator(task.seed, COMPOSE)
+    grid, generator = task.condense.crops, seeded_generator(Stream.CROPS, task.seed)
     cell = real.image_size // grid
     rows, labels, _ = real.objects()
     wanted = count * grid**2

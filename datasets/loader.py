@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from datasets.images import read_image
 from datasets.letterbox import letterbox, letterbox_boxes, unletterbox
 from errors import UserError
+from random_streams import Stream, seeded_generator
 from structures import Targets
 
 MAX_CACHE_FRACTION = 0.5  # of the machine's memory
@@ -189,7 +190,7 @@ class Loader:
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """A permutation of range(count): a pure function of its arguments."""
-    return torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
+    return torch.randperm(count, generator=seeded_generator(Stream.ORDER, seed, epoch)).tolist()
 
 
 def endless_order(count: int, seed: int, epoch: int, per_epoch: int) -> list[int]:
@@ -201,14 +202,6 @@ def endless_order(count: int, seed: int, epoch: int, per_epoch: int) -> list[int
     passes = range(first // count, -(-last // count))
     rows = [row for number in passes for row in epoch_order(count, seed, number)]
     return rows[first % count :][:per_epoch]
-
-
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all of the numbers, whole and in 0..2^64 - 1, and on their order."""
-    # The length and fixed-width numbers: SeedSequence itself takes (0,) and (0, 0) for the same.
-    entropy = [len(numbers), *(word for n in numbers for word in (n & 0xFFFFFFFF, n >> 32))]
-    words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 def shard(rows: list[int], rank: int, world_size: int, *, wrap_around: bool) -> list[int]:

@@ -37,18 +37,17 @@ from torch import Tensor, nn
 from distill.gradient_distance import gradient_distance
 from distill.mean_gradient import chunks, matched_parameters, mean_gradient, summed_gradient
 from distill.network_pool import (
-    MATCH,
     Augmentation,
     DrawAugmentation,
     NetworkPool,
     PoolSettings,
     RealBatch,
     as_float,
-    seeded_generator,
     set_statistics,
 )
 from distill.synthetic import PixelOptimizer, SyntheticSet
 from errors import UserError
+from random_streams import Stream, seeded_generator
 from structures import Targets
 
 
@@ -148,7 +147,7 @@ class GradientMatching:
         settings, synthetic = self.settings, self.synthetic
         network, number, trained = self.pool.visit(self.steps_done)
         parameters = matched_parameters(network, settings.layers)
-        generator = seeded_generator(settings.seed, MATCH, self.steps_done)
+        generator = seeded_generator(Stream.MATCHING, settings.seed, self.steps_done)
         augment = self._draw_augmentation(generator) if self._draw_augmentation else as_it_is  # omega
         rows = draw_rows(len(synthetic), settings.pictures_per_step, generator)
         sampling = generator.initial_seed()  # what losses that sample are seeded with

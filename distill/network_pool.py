@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from random_streams import Stream, seeded_generator
 from structures import Targets
 
 RealBatch = Callable[[torch.Generator], tuple[Tensor, Targets]]
@@ -26,7 +26,6 @@ Augmentation = Callable[[Tensor, Targets], tuple[Tensor, Targets]]
 DrawAugmentation = Callable[[torch.Generator], Augmentation]
 
 GROUP_CHANNELS = 8
-MATCH, BUILD, TRAIN = range(3)  # streams of random numbers that have nothing to do with one another
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class NetworkPool:
         return member.network, number, member.trained
 
     def _create(self, number: int, life: int) -> Member:
-        seed = seeded_generator(self.seed, BUILD, number, life).initial_seed()
+        seed = seeded_generator(Stream.NETWORK, self.seed, number, life).initial_seed()
         with reproducible(seed):
             network = self._build(seed).to(self.device).requires_grad_()
         if not hasattr(network, "losses"):
@@ -127,7 +126,7 @@ class NetworkPool:
     def _train(self, member: Member, number: int, steps: int) -> None:
         network = member.network.train()
         for _ in range(steps):
-            generator = seeded_generator(self.seed, TRAIN, number, member.life, member.trained)
+            generator = seeded_generator(Stream.NETWORK_STEP, self.seed, number, member.life, member.trained)
             images, targets = real_batch(self._draw_real, self._draw_augmentation, generator, self.device)
             with reproducible(generator.initial_seed()):
                 loss = sum(network.losses(network(images), targets).values())
@@ -233,10 +232,3 @@ def reproducible(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all of the numbers, each in 0..2^64 - 1, and on their order."""
-    entropy = [len(numbers), *(word for n in numbers for word in (n & 0xFFFFFFFF, n >> 32))]
-    words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))

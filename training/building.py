@@ -18,7 +18,7 @@ from config import AugmentConfig, Config, DataConfig, ModelConfig
 from datasets.augment import augment
 from datasets.download import how_to_fetch
 from datasets.index import DatasetIndex
-from datasets.loader import Batch, Loader, seeded_generator
+from datasets.loader import Batch, Loader
 from datasets.open import open_dataset
 from datasets.scan import ScanReport, check, scan
 from distill.criterion import Criterion
@@ -26,6 +26,7 @@ from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
 from frcnn.norm import freeze_norms
 from frcnn.pretrained import freeze, load_backbone
+from random_streams import Stream, seeded_generator
 from runtime.processes import Processes, use_bfloat16
 from structures import Targets
 from training.optimization import Ema, build_optimizer, set_rates
@@ -92,7 +93,7 @@ class Parts:
 
     def prepare(self, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
         """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
-        generator = seeded_generator(self.config.seed, epoch, number, self.processes.rank)
+        generator = seeded_generator(Stream.AUGMENTATION, self.config.seed, epoch, number, self.processes.rank)
         settings = augmentation_at(self.config, epoch)
         # The targets stay on the host until their number is known.
         images = batch.images.to(self.processes.device, non_blocking=True)

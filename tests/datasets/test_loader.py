@@ -15,7 +15,7 @@ from PIL import Image
 
 from datasets import letterbox as L
 from datasets import loader as loader_module
-from datasets.loader import Batch, Loader, endless_order, epoch_order, seeded_generator, shard
+from datasets.loader import Batch, Loader, endless_order, epoch_order, shard
 from errors import UserError
 
 
@@ -133,8 +133,6 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     orders = {(s, e): tuple(epoch_order(50, s, e)) for s in range(3) for e in range(3)}
     assert len(set(orders.values())) == 9 and all(sorted(o) == list(range(50)) for o in orders.values())
     assert epoch_order(50, 1, 2) == list(orders[1, 2])
-    draws = [torch.rand(1, generator=seeded_generator(*n)).item() for n in [(0,), (0, 0), (0, 1), (1, 0), (2**32, 0)]]
-    assert len(set(draws)) == 5
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
