@@ -11,7 +11,7 @@ from config import Config
 from datasets import open_dataset
 from datasets.images import read_image
 from drawing.detections import draw_detections
-from drawing.plots import labels_of
+from drawing.plots import labels_of, save_figure
 from errors import require
 from prediction.predictor import Predictor
 from runtime import run_folder
@@ -51,7 +51,7 @@ def write(path: Path, study: Study, results: dict[str, Result], *, with_pictures
     if curves:
         draw_curves(axes[2], curves)
     figure.suptitle(study.config.name)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     return path
 
 

@@ -1,13 +1,13 @@
 """Detections drawn onto a picture, with Pillow alone."""
 
 import colorsys
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from drawing.fonts import OWN, drawable, load_font
 from structures import Detections
 
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are outside
@@ -19,7 +19,8 @@ def draw_detections(
     """A copy of the picture, in RGB, with a box and a label ("name 0.87") for each detection.
 
     image: a Pillow picture, or (H, W, 3) uint8 RGB. detections: boxes in pixels of that picture; they are clipped to
-    it, and those outside or not finite are left out. A label without a name is drawn as its number.
+    it, and those outside or not finite are left out. A label without a name is drawn as its number; fonts.drawable says
+    what becomes of a name that Pillow's font has no letters for.
     Lines and letters grow with the picture, the colour is the class's (`class_color`), the best detection is on top
     and chooses its label's place first (`place_label`).
     """
@@ -37,10 +38,11 @@ def draw_detections(
         draw.rectangle((left, top, right - 1, bottom - 1), outline=class_color(label), width=line)
     placed: list[Rectangle] = []
     for rectangle, label, score in rows:
-        name = names[label] if 0 <= label < len(names) else str(label)
-        text, font = _fit_text(f"{name} {score:.2f}" if show_scores else name, letters, picture.width)
-        left, _, right, _ = draw.textbbox((0, 0), text, font=font)
-        _, top, _, bottom = draw.textbbox((0, 0), "Ápg|", font=font)  # one height for all labels
+        name, path = drawable(names[label], label) if 0 <= label < len(names) else (str(label), OWN)
+        text, font = _fit_text(f"{name} {score:.2f}" if show_scores else name, path, letters, picture.width)
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        _, usual_top, _, usual_bottom = draw.textbbox((0, 0), "Ápg|", font=font)  # one height for all Latin labels
+        top, bottom = min(top, usual_top), max(bottom, usual_bottom)
         margin = max(1, line // 2)
         size = (min(picture.width, right - left + 2 * margin), min(picture.height, bottom - top + 2 * margin))
         place = place_label(size, rectangle, placed, picture.size)
@@ -99,20 +101,15 @@ def _visible_rectangle(box_xyxy: list[float], picture_size: tuple[int, int]) -> 
     return left, top, max(left + 1, min(width, math.ceil(x2))), max(top + 1, min(height, math.ceil(y2)))
 
 
-def _fit_text(text: str, letters: int, width: int) -> tuple[str, ImageFont.ImageFont]:
-    """The text and a font in which it is at most `width` wide: smaller letters first, then fewer of them."""
+def _fit_text(text: str, path: str, letters: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The text and a size of a font in which it is at most `width` wide: smaller letters first, then fewer of them."""
     for size in range(letters, 7, -1):
-        font = _font(size)
+        font = load_font(path, size)
         if font.getlength(text) <= width - 2:
             return text, font
     while len(text) > 1 and font.getlength(text + "...") > width - 2:
         text = text[:-1]
     return text + "...", font
-
-
-@functools.lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # Pillow's own scalable font: the same picture on every machine
 
 
 def _text_color(background: tuple[int, int, int]) -> tuple[int, int, int]:

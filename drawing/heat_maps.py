@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from drawing.fonts import drawable, load_font
 from teachers.dinov2 import patch_pca
 
 GAP = 4  # pixels between the cells of a grid
@@ -54,15 +55,18 @@ def overlay(pictures: Sequence[Image.Image], heat: Sequence[Image.Image], share:
 
 
 def grid(columns: dict[str, Sequence[Image.Image]], heading: str = "") -> Image.Image:
-    """Columns of pictures of one size, each under its title, on white, with a line of heading above; Pillow's font."""
+    """Columns of pictures of one size, each under its title, on white, with a line of heading above."""
     size = next(iter(columns.values()))[0].width
     num_rows = max(map(len, columns.values()))
     top = TITLE_HEIGHT * (2 if heading else 1)
     sheet = Image.new("RGB", (len(columns) * (size + GAP), top + num_rows * (size + GAP)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    draw.text((GAP, 2), heading, font=font, fill="black")
+    draw = ImageDraw.Draw(sheet)
+    heading, path = drawable(heading)
+    draw.text((GAP, 2), heading, font=load_font(path, 12), fill="black")
     for number, (title, pictures) in enumerate(columns.items()):
         left = number * (size + GAP)
+        title, path = drawable(title)
+        font = load_font(path, 12)
         while len(title) > 1 and font.getlength(title) > size:
             title = title[:-1]
         draw.text((left + 2, top - TITLE_HEIGHT + 2), title, font=font, fill="black")

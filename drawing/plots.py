@@ -1,5 +1,6 @@
 """The plots of a run: results.png, confusion_matrix.png, pr_curve.png (matplotlib), and drawn predictions (Pillow)."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from datasets.images import read_image
 from datasets.index import DatasetIndex, Sample
 from datasets.loader import Loader
 from drawing.detections import draw_detections
+from drawing.fonts import drawable
 from metrics.report import DetectionReport
 from runtime import run_folder
 from structures import Detections
@@ -26,6 +28,34 @@ def is_available() -> bool:
     except ImportError:
         return False
     return True
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure, each text in a font that has its characters (fonts.drawable), and no `$` read as mathematics."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        shown, font = drawable(text.get_text(), default=default_font())
+        if shown != text.get_text():
+            text.set_text(shown)
+        if font != default_font():
+            text.set_fontproperties(FontProperties(fname=font, size=text.get_fontsize()))
+    figure.savefig(path, dpi=110)
+
+
+def plot_names(names: Sequence[str]) -> list[str]:
+    """Names as matplotlib's texts can have them: with numbers where a name has characters that no font here has."""
+    return [drawable(name, number, default=default_font())[0] for number, name in enumerate(names)]
+
+
+@functools.lru_cache(maxsize=1)
+def default_font() -> str:
+    """The file of the font that matplotlib draws with."""
+    from matplotlib.font_manager import FontProperties, findfont
+
+    return findfont(FontProperties())
 
 
 def _figure(width: float, height: float):
@@ -60,7 +90,7 @@ def draw_results(metrics_csv: Path, path: Path) -> None:
         axis.tick_params(labelsize=7)
     for axis in figure.axes[len(plotted) :]:
         axis.set_axis_off()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def draw_confusion(report: DetectionReport, path: Path) -> None:
@@ -71,7 +101,7 @@ def draw_confusion(report: DetectionReport, path: Path) -> None:
     counts = report.confusion.astype(np.float64)  # (K + 1, K + 1)
     totals = counts.sum(axis=0, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
-    names = [*report.names, "background"]
+    names = [*plot_names(report.names), "background"]
     size = min(4 + 0.45 * len(names), 24)
     figure = _figure(size, size)
     axis = figure.subplots()
@@ -87,17 +117,18 @@ def draw_confusion(report: DetectionReport, path: Path) -> None:
     axis.set_ylabel("predicted")
     given = report.given.score_threshold
     axis.set_title(f"IoU {report.iou_threshold:g}, score {given:g} and above", fontsize=9)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def draw_pr_curve(report: DetectionReport, path: Path) -> None:
     """Interpolated precision over recall, one line a class that has objects, and their mean."""
     figure = _figure(6.5, 5)
     axis = figure.subplots()
+    names = plot_names(report.names)
     measured = [k for k in range(len(report.names)) if np.isfinite(report.pr_precision[k]).all()]
     has_legend = len(measured) <= LEGEND_CLASSES
     for k in measured:
-        label = f"{report.names[k]} {report.pr_precision[k].mean():.3f}" if has_legend else None
+        label = f"{names[k]} {report.pr_precision[k].mean():.3f}" if has_legend else None
         axis.plot(report.recalls, report.pr_precision[k], linewidth=1, label=label, color=None if has_legend else "0.8")
     if measured:
         mean = report.pr_precision[measured].mean(axis=0)  # (101,)
@@ -105,7 +136,7 @@ def draw_pr_curve(report: DetectionReport, path: Path) -> None:
         axis.legend(fontsize=7)
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axis.set_title(f"IoU {report.iou_threshold:g}; the numbers are areas", fontsize=9)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 @torch.no_grad()
