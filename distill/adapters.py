@@ -3,8 +3,34 @@
 They belong to the criterion, learn with the student, are saved for resume, and never leave with an exported student.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from layers.over_processes import process_count, sum_over_processes
+
+EPSILON = 1e-5
+
+
+class ChannelNorm(nn.Module):
+    """Each channel at mean 0 and variance 1 over the batch and the pixels: (B, C, H, W) -> (B, C, H, W).
+
+        y_bcp = (x_bcp - mean_c) / sqrt(var_c + 1e-5)
+
+    Without parameters and without running statistics: the formula of BatchNorm on what it is given, in eval mode too,
+    where a process takes its own images alone; in training the statistics are of all processes. A channel with one
+    value becomes 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or process_count() == 1:
+            return torch.batch_norm(x, None, None, None, None, True, 0.0, EPSILON, torch.backends.cudnn.enabled)
+        values = x if x.dtype == torch.float64 else x.float()
+        count = sum_over_processes(values.new_full((), x.numel() / max(x.shape[1], 1)))
+        mean = sum_over_processes(values.sum((0, 2, 3), keepdim=True)) / count  # (1, C, 1, 1)
+        deviations = values - mean
+        variance = sum_over_processes(deviations.square().sum((0, 2, 3), keepdim=True)) / count
+        return (deviations * (variance + EPSILON).rsqrt()).to(x.dtype)
 
 
 def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn.Module:
@@ -12,8 +38,8 @@ def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn
 
     none          the map as it is; needs equal widths
     conv1x1       one 1x1 convolution
-    conv1x1_norm  1x1 convolution, then BatchNorm without affine parameters (batch statistics while training): the
-                  student's map arrives with zero mean and unit variance per channel
+    conv1x1_norm  1x1 convolution, then ChannelNorm; the teacher's map is normalised alike (like_adapted), as the
+                  published recipes of RTMDet and DAMO-YOLO normalise both sides
     conv3x3       3x3 convolution and ReLU (FGFI, arXiv:1906.03609)
     mlp           1x1 - ReLU - 1x1, hidden width teacher_channels
 
@@ -29,13 +55,26 @@ def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn
         return nn.Conv2d(student_channels, teacher_channels, 1)
     if kind == "conv1x1_norm":
         convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
-        return nn.Sequential(convolution, nn.BatchNorm2d(teacher_channels, affine=False))
+        return nn.Sequential(convolution, ChannelNorm())
     if kind == "conv3x3":
         return nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 3, padding=1), nn.ReLU())
     if kind == "mlp":
         hidden = nn.Conv2d(student_channels, teacher_channels, 1)
         return nn.Sequential(hidden, nn.ReLU(), nn.Conv2d(teacher_channels, teacher_channels, 1))
     raise ValueError(f"unknown adapter {kind!r}")
+
+
+def normalises(adapter: nn.Module) -> bool:
+    """Whether an adapter of build_adapter ends in a ChannelNorm."""
+    return isinstance(adapter, nn.Sequential) and isinstance(adapter[-1], ChannelNorm)
+
+
+def like_adapted(adapter: nn.Module, t_map: Tensor) -> Tensor:
+    """The teacher's map (B, C, H, W) as it is compared with an adapted one: normalised where the adapter normalises.
+
+    A student whose convolution makes the teacher's map is then at the teacher.
+    """
+    return adapter[-1](t_map) if normalises(adapter) else t_map
 
 
 def resize_like(t_map: Tensor, s_map: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import readings, scene
+from distill.adapters import like_adapted, normalises
 from distill.beliefs import box_class_kl
 from distill.crosskd import crosskd_classes, crosskd_edges
 from distill.features import (
@@ -86,6 +87,7 @@ class LossEntry:
     extras: keyword of the loss -> function(scene, student tensor, **options) that makes its value.
     same_width: the maps need equal channels. is_softmax: both heads must be softmax, with equal class lists.
     reads_scores: looks at the dense teacher's class scores besides what the reading reads.
+    finishes_maps: gives maps to the teacher's own layers, which expect the teacher's as it is.
     """
 
     loss: Callable[..., Any]
@@ -94,6 +96,7 @@ class LossEntry:
     same_width: bool = True
     is_softmax: bool = False
     reads_scores: bool = False
+    finishes_maps: bool = False
 
 
 # fmt: off
@@ -111,9 +114,10 @@ LOSSES = {
     "location_similarity": LossEntry(location_similarity, same_width=False),
     "instance_distance": LossEntry(_related_objects, extras={"scene": scene.scene_itself}, same_width=False),
     "crosskd_classes": LossEntry(
-        crosskd_classes, extras={"t_tail": scene.teacher_tail, "normaliser": scene.score_sum}, reads_scores=True),
+        crosskd_classes, extras={"t_tail": scene.teacher_tail, "normaliser": scene.score_sum}, reads_scores=True,
+        finishes_maps=True),
     "crosskd_edges": LossEntry(
-        crosskd_edges, reads_scores=True,
+        crosskd_edges, reads_scores=True, finishes_maps=True,
         extras={"t_tail": scene.teacher_tail, "weight": scene.teacher_scores, "normaliser": scene.score_sum}),
     "soft_class": LossEntry(soft_class_targets, "logits"),
     "quality_focal": LossEntry(quality_focal, "logits", {"normaliser": scene.score_sum}, reads_scores=True),
@@ -181,6 +185,11 @@ class TermLoss(nn.Module):
             scene = dataclasses.replace(scene, boxes=function(scene, **options))
         function, options = self.sources["reading"]
         pair = function(scene, adapter, **options)
+        if self.entry.reads == "map" and normalises(adapter):
+            if not self.entry.finishes_maps:
+                pair["t_map"] = like_adapted(adapter, pair["t_map"])
+            elif not self.parameters_of_loss.get("rescale", True):
+                raise ValueError("the teacher's layers cannot read a normalised map: expected rescale: true")
         s = next(iter(pair.values()))
         with torch.autocast(s.device.type, enabled=False):
             extras = {name: self.sources[name] for name in self.entry.extras}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from config import TermConfig
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
-from distill.adapters import resize_like
+from distill.adapters import like_adapted, resize_like
 from distill.readings import named_map
 from distill.terms import LOSSES
 from drawing import plots
@@ -97,7 +97,7 @@ def term_sheet(parts: Parts, name: str, term: TermConfig, images: Tensor, s_outp
     s_map, t_map = named_map(s_output, s_name).float(), named_map(t_output, t_name)
     columns[f"student's {s_name}"] = to_pictures(patch_pca(s_map.cpu()), SIDE)
     adapted = parts.criterion.adapters[name][0](s_map)
-    t_map = resize_like(t_map, adapted)
+    t_map = like_adapted(parts.criterion.adapters[name][0], resize_like(t_map, adapted))
     titles = (f"adapted {s_name}", f"{t_name} of {term.teacher}")
     if adapted.shape == t_map.shape:
         both = common_colors(adapted.cpu(), t_map.cpu())

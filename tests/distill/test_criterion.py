@@ -1,5 +1,6 @@
 """The criterion on two small stand-in detectors: terms, schedules, adapters, and every refusal."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from config import TermConfig
-from distill.adapters import build_adapter, resize_like
+from distill.adapters import ChannelNorm, build_adapter, resize_like
 from distill.criterion import Criterion, TeacherFacts, schedule_factor
 from distill.logits import soft_class_targets
 from distill.terms import LOSSES
@@ -263,6 +264,52 @@ def test_adapters_carry_widths_and_learn(kind):
     if kind == "conv1x1_norm":
         torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(5), atol=1e-5, rtol=0)
         assert not [n for n, _ in adapter.named_parameters() if n.startswith("1.")]
+
+
+MAP_LOSSES = (
+    "mse cosine cwd pkd attention location_similarity instance_distance score_weighted_l2 masked_mse decoupled_mse fgd "
+    "crosskd_classes crosskd_edges"
+).split()  # each is 0 at the teacher's own map, up to rounding
+
+
+@pytest.mark.parametrize("loss", MAP_LOSSES)
+@pytest.mark.parametrize("adapter", ["conv1x1", "conv1x1_norm"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_perfect_student_costs_nothing_behind_any_adapter(loss, adapter, training):
+    """Its maps are the teacher's and its convolution is the identity; another's map costs something."""
+    teacher = TinyDetector(6).requires_grad_(False).eval()
+    student = copy.deepcopy(teacher)
+    maps = {"crosskd_classes": ("p3",), "crosskd_edges": ("p4",)}.get(loss, ("p3", "p4"))
+    criterion = build(term(loss=loss, adapter=adapter, student_maps=maps), student=student, teachers={"big": teacher})
+    criterion.train(training)
+    (pairs,) = criterion.adapters.values()
+    for pair in pairs:
+        convolution = pair[0] if adapter == "conv1x1_norm" else pair
+        convolution.weight.data = torch.eye(len(convolution.weight))[:, :, None, None]
+        if convolution.bias is not None:
+            convolution.bias.data.zero_()
+    boxes_xyxy, zero = torch.tensor([[4.0, 4, 20, 20], [8, 2, 30, 25], [1, 9, 12, 30]]), torch.zeros(3).long()
+    targets = Targets(boxes_xyxy, zero, zero, zero.bool())
+    perfect, other = (
+        criterion(student(images), {"big": teacher(IMAGES)}, targets, 0.0)[f"{loss}_big"].item()
+        for images in (IMAGES, IMAGES.flip(3))
+    )
+    assert abs(perfect) < 1e-6 and other > 20 * abs(perfect)
+
+
+def test_the_teachers_layers_read_no_normalised_map():
+    cross = term(loss="crosskd_classes", student_maps=("p3",), adapter="conv1x1_norm", parameters={"rescale": False})
+    with pytest.raises(UserError, match=r"terms\.0: the teacher's layers cannot read a normalised map"):
+        build(cross, student=TinyDetector(6), teachers={"big": TinyDetector(6).requires_grad_(False).eval()})
+
+
+def test_channel_norm_is_that_of_the_batch_in_train_and_eval_mode():
+    x = 3 + 2 * torch.randn(4, 5, 6, 7, dtype=torch.float64)
+    mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
+    for norm in (ChannelNorm().train(), ChannelNorm().eval()):
+        assert not norm.state_dict()
+        torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt())
+    assert norm(x[:1, :, :1, :1]).abs().max() == 0  # one value is its own mean
 
 
 def test_resizing_keeps_points_in_place():

@@ -119,7 +119,10 @@ def test_the_adapted_map_is_shown_before_the_teachers(parts, monkeypatch):
         pictures = torch.stack([torch.from_numpy(read(sample)) for sample in spread(parts.splits.test, 4).samples])
         images = pictures.permute(0, 3, 1, 2).float() / 255
         expected = parts.teachers.models["dino"](resize_images(images, 70)).features["block0"]
-    torch.testing.assert_close(t_map, resize_like(expected, adapted), rtol=1e-4, atol=1e-4)
+    expected = resize_like(expected, adapted)  # both sides of this adapter are normalised
+    deviations = expected - expected.mean((0, 2, 3), keepdim=True)
+    expected = deviations / deviations.square().mean((0, 2, 3), keepdim=True).sqrt()
+    torch.testing.assert_close(t_map, expected, rtol=1e-3, atol=1e-3)
 
 
 def read(sample):
