@@ -10,8 +10,9 @@ is printed: evaluation/class_names.py has the rules, --class-map changes them, e
 happens to the rest.
 
 GT is a COCO JSON file, a folder of Pascal VOC XML files or a folder of text files; DT a COCO results file or a folder
-of text files, one per image: metrics.files says how they are read. Printed are the numbers of the protocol, AP at each
-IoU threshold, and the table of classes; --json writes all of it.
+of text files, one per image, such as predict.py's predictions.json and labels: metrics.files says how they are read.
+--names FILE names the classes of files, and of a model whose own file does not. Printed are the numbers of the
+protocol, AP at each IoU threshold, and the table of classes; --json writes all of it.
 
 Protocols: coco (12 numbers; crowd regions absorb detections; objects marked difficult count unless
 --ignore-difficult), voc07 (11-point AP) and voc12 (area AP), where difficult objects are neither rewarded nor punished.
@@ -34,8 +35,9 @@ from evaluation.cross_dataset import on_common_classes
 from evaluation.measuring import EvaluationResult, evaluate_model, measure
 from metrics import coco
 from metrics.coco_files import write_coco_detections
-from metrics.files import TEXT_BOXES, read_detections, read_ground_truth, read_names
+from metrics.files import read_detections, read_ground_truth, read_names
 from metrics.tables import inclusive_to_continuous
+from metrics.text_files import TEXT_BOXES
 from onnx_files.detector import load_detector
 from runtime.processes import choose_device
 from runtime.run_folder import write_text
@@ -57,6 +59,11 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
         inclusive = args.protocol != "coco" and annotations.inclusive_pixels
     if inclusive:
         ground_truth, detections = inclusive_to_continuous(ground_truth), inclusive_to_continuous(detections)
+    for note in annotations.notes:
+        print(f"{args.ground_truth}: {note}")
+    if not (~ground_truth.crowd).any():
+        found = f"no object in {ground_truth.num_images} images"
+        raise UserError(f"{args.ground_truth}: {found}, expected at least one to measure by")
     return measure(
         ground_truth,
         detections,
@@ -95,7 +102,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     index = open_dataset(*dataset)
     device = choose_device(settings["device"])
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=settings["precision"])
-    model, index, class_map = on_common_classes(model, index, info.names, read_class_map(args.class_map))
+    names = name_classes(info.names, args.names) if args.names else info.names
+    model, index, class_map = on_common_classes(model, index, names, read_class_map(args.class_map))
     result = evaluate_model(
         model,
         index,
@@ -115,8 +123,20 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         print(f"{len(index.faults)} faults in the labels or pictures, the first: {index.faults[0]}")
     if args.save_detections:
         ids = [sample.image_id for sample in index.samples]
-        write_coco_detections(args.save_detections, result.detections, ids, index.category_ids)
+        pictures = [str(sample.image_path) for sample in index.samples]
+        columns = {"file_names": pictures, "names": index.names}
+        write_coco_detections(args.save_detections, result.detections, ids, index.category_ids, **columns)
     return replace(result, class_map=class_map)
+
+
+def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:
+    """The names of --names in the place of a model's own; a line says so where the model had some."""
+    names = read_names(path)
+    if len(names) != len(own):
+        raise UserError(f"{path}: found {len(names)} names, expected one for each of the model's {len(own)} classes")
+    if own != names and own != tuple(map(str, range(len(own)))):
+        print(f"{path}: names the model's classes {', '.join(names[:10])}, not {', '.join(own[:10])} as its file does")
+    return names
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -141,13 +161,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--score-threshold", type=float, help="detections below are dropped (0.001)")
     model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression (0.7)")
     model.add_argument("--max-detections", type=int, help="per image (300)")
+    model.add_argument("--names", metavar="FILE", help="class names: one a line, or the names of a data.yaml")
     model.add_argument("--class-map", action="append", default=[], metavar="A=B", help="dataset's A is model's B")
     model.add_argument("--save-detections", metavar="FILE", help="write them as COCO results")
 
     files = parser.add_argument_group("without a model")
     files.add_argument("--ground-truth", metavar="GT")
     files.add_argument("--detections", metavar="DT")
-    files.add_argument("--names", metavar="FILE", help="class names: one a line, or the names of a data.yaml")
     files.add_argument("--images", metavar="FOLDER", help="pictures of text ground truth: for sizes, and empty images")
     files.add_argument("--ground-truth-boxes", choices=TEXT_BOXES, default="xywh", help="in text files (%(default)s)")
     files.add_argument("--detection-boxes", choices=TEXT_BOXES, default="xyxy", help="in text files (%(default)s)")

@@ -14,6 +14,7 @@ or anything else: what was made until then is kept, and a video can be played. W
                         classes. Of a video's frame also "frame", its number from 0, and "seconds" since the first one
     labels/<name>.txt   with --txt: a line `class center_x center_y width height score` for each detection, boxes as
                         fractions of the upright picture's size; an empty file where nothing was found
+    labels/classes.txt  the names of the classes in the order of their numbers, where the model has names
     labels/<name>.mp4/000000.txt and so on: the same of each frame of a video
 A file has its name only once it is complete. A picture or frame that cannot be read is named or counted, and left out;
 the exit code is 1 if there was one, 130 after Ctrl-C.

@@ -1,11 +1,12 @@
-"""What every reader of ground truth returns, and the little that the readers share."""
+"""What every reader of ground truth returns, and how class names and numbers of detections are understood."""
 
-import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 from errors import UserError
+from metrics.picture_names import PictureFinder
 from metrics.tables import GroundTruth
 
 
@@ -13,35 +14,84 @@ from metrics.tables import GroundTruth
 class Annotations:
     """Ground truth read from files, and what detections need to find their image and class in it.
 
-    image_ids: for each image the id that detections name it by: COCO's, else the file's stem. stems: the stems.
+    pictures: of each image the name of its picture: its path below the folder without the suffix, or COCO's file_name;
+        None where a COCO file gives none.
+    image_ids: of each image COCO's id; for other formats the same as `pictures`.
     sizes: (width, height) of each image in pixels, None where the files do not say.
     category_ids: the classes' COCO ids, None for other formats.
-    names_are_closed: the list of names was declared; otherwise it is what the files happened to hold.
+    numbered: the lists of names that a class number may be a place in; two where the format allows two readings, none
+        where the names were not declared but are what the files happened to hold (numbers then stand for themselves).
     inclusive_pixels: the files of this format hold first and last pixels (VOC XML), or are usually taken so (text in
         pixels, as public VOC evaluators do).
+    notes: what was left out, a line each.
     """
 
     ground_truth: GroundTruth
+    pictures: tuple[str | None, ...]
     image_ids: tuple[int | str, ...]
-    stems: tuple[str, ...]
     sizes: tuple[tuple[float, float] | None, ...]
     category_ids: tuple[int | str, ...] | None
-    names_are_closed: bool
+    numbered: tuple[tuple[str, ...], ...]
     inclusive_pixels: bool
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def finder(self) -> PictureFinder:
+        return PictureFinder(self.pictures, None if self.category_ids is None else self.image_ids)
 
 
-def size_of(width: Any, height: Any) -> tuple[float, float] | None:
-    try:
-        size = float(width), float(height)
-    except (TypeError, ValueError):
-        return None
-    return size if min(size) > 0 and math.isfinite(sum(size)) else None
+def is_number(token: str) -> bool:
+    """Whether a class is written as a number: 3, 03 or, as numpy writes it, 3.0."""
+    return re.fullmatch(r"[0-9]{1,9}(\.0*)?", token) is not None
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+def plain_number(token: str) -> str:
+    """`03` and `3.0` are `3`; a name stays as it is."""
+    return str(int(float(token))) if is_number(token) else token
+
+
+def find_labels(used: Mapping[str, str], names: Sequence[str], readings: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The label of each class token; `used` says where each was met first.
+
+    A token is one of `names`, or a number as one of `readings` has it. Numbers that are names as well as places are
+    taken as the one that all of them can be, names where words stand beside them. UserError where both are possible
+    and differ, and for a token that is neither.
+    """
+    by_name = {name: label for label, name in enumerate(names)}
+    numbers = [token for token in used if is_number(token)]
+    word = next((token for token in used if not is_number(token) and token not in by_name), None)
+    if word is not None:
+        raise UserError(f"{used[word]}: found class {word!r}, expected {_expected(names, readings)}")
+    choices = [{token: by_name[token] for token in numbers if token in by_name}]
+    if len(numbers) == len(used) or len(choices[0]) < len(numbers):
+        choices += [
+            {t: reading[plain_number(t)] for t in numbers if plain_number(t) in reading} for reading in readings
+        ]
+    choices = [choice for choice in choices if len(choice) == len(numbers)]
+    if not choices:
+        unknown = (t for t in numbers if t not in by_name and not any(plain_number(t) in r for r in readings))
+        token = next(unknown, numbers[0])
+        raise UserError(f"{used[token]}: found class {token!r}, expected {_expected(names, readings)}")
+    first = choices[0]
+    other = next((choice for choice in choices if choice != first), first)
+    token = next((token for token in numbers if first[token] != other[token]), None)
+    if token is not None:
+        both = f"{names[first[token]]!r} and {names[other[token]]!r}"
+        raise UserError(
+            f"{used[token]}: class {token!r} may be {both}: expected the names of classes, or beside the text files a "
+            "classes.txt, the list that their numbers are places in"
+        )
+    return {token: by_name[token] for token in used if token not in first} | first
+
+
+def places(names: Sequence[str], lists: Sequence[Sequence[str]]) -> list[dict[str, int]]:
+    """What numbers mean that are places in each of `lists`: number -> label in `names`."""
+    label = {name: k for k, name in enumerate(names)}
+    return [{str(k): label[name] for k, name in enumerate(one) if name in label} for one in lists]
+
+
+def _expected(names: Sequence[str], readings: Sequence[Mapping[str, int]]) -> str:
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    if not readings:
+        return f"one of {shown} (for numbers, name the classes: --names FILE)"
+    return f"one of {shown}, or the place in that list, 0..{max(len(reading) for reading in readings) - 1}"

@@ -1,146 +1,214 @@
 """Ground truth and detections from COCO JSON files; see metrics.files."""
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from datasets.coco import read_json
+from datasets.values import read_flag, read_id, read_number, read_size
 from errors import UserError
-from metrics.annotations import Annotations, read_text, size_of
+from metrics.annotations import Annotations, find_labels, places
+from metrics.picture_names import find_doubles
 from metrics.tables import DetectionTable, GroundTruth
+from metrics.text_files import check_score, sized_boxes
+
+Ids = tuple[int | str, ...]
 
 
 def read_coco(path: Path) -> Annotations:
-    tree = _read_json(path)
+    tree = read_json(path)
     if not isinstance(tree, dict) or not all(isinstance(tree.get(k), list) for k in ("images", "categories")):
         raise UserError(f"{path}: found no lists 'images' and 'categories', expected COCO ground truth")
-    annotations = tree.get("annotations", [])
-    image_ids, stems, sizes, category_ids, names = _coco_images_and_categories(path, tree)
-    image_row, label = {i: row for row, i in enumerate(image_ids)}, {i: k for k, i in enumerate(category_ids)}
-    try:
-        image = [image_row[a["image_id"]] for a in annotations]
-        labels = [label[a["category_id"]] for a in annotations]
-        xywh = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
-        area = np.array([a.get("area", math.nan) for a in annotations], dtype=np.float64)
-        crowd = [bool(a.get("iscrowd", 0)) for a in annotations]
-        ignore = [bool(a.get("ignore", 0)) for a in annotations]
-        if len(xywh) != len(annotations) or not np.isfinite(xywh).all():
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
-        _blame_coco_row(path, "annotations", annotations, image_row, label, ("bbox",))
-    boxes, box_area = _corners(xywh)
-    ground_truth = GroundTruth(
-        image,
-        boxes,
-        labels,
-        len(image_ids),
-        names,
-        crowd=crowd,
-        difficult=np.array(ignore, dtype=bool) & ~np.array(crowd, dtype=bool),
-        area=np.where(np.isnan(area), box_area, area),
-        box_area=box_area,
+    images, image_ids = _entries(path, tree, "images")
+    pictures = tuple(_text(entry, "file_name") for entry in images)
+    if (twice := find_doubles(pictures)) is not None:
+        first, second = (f"{image_ids[row]!r}" for row in twice)
+        raise UserError(f"{path}: images: {pictures[twice[0]]!r} is given twice, as the ids {first} and {second}")
+    category_ids, names = _categories(path, tree)
+
+    rows = tree.get("annotations", [])
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: annotations: found {_short(rows)}, expected a list")
+    where = _places(path, "annotations")
+    _check_objects(rows, where)
+    image_row, label = ({i: row for row, i in enumerate(ids)} for ids in (image_ids, category_ids))
+    image = [_known(row, "image_id", image_row, where, n) for n, row in enumerate(rows)]
+    labels = [_known(row, "category_id", label, where, n) for n, row in enumerate(rows)]
+    xywh = _read_boxes(rows, where)
+    crowd, ignore = (
+        np.array([_read(read_flag, row, key, where, n) for n, row in enumerate(rows)], dtype=bool)
+        for key in ("iscrowd", "ignore")
     )
-    return Annotations(ground_truth, image_ids, stems, sizes, category_ids, True, False)
-
-
-def _coco_images_and_categories(path: Path, tree: dict):
-    """image ids (rising), stems, sizes, category ids (rising), names."""
-    for kind in ("images", "categories"):
-        for row, entry in enumerate(tree[kind]):
-            if not isinstance(entry, dict) or not _is_id(entry.get("id")):
-                raise UserError(f"{path}: {kind}[{row}]: found {_short(entry)}, expected an object with an 'id'")
-        ids = [entry["id"] for entry in tree[kind]]
-        if len(set(ids)) != len(ids):
-            twice = next(i for n, i in enumerate(ids) if i in ids[:n])
-            raise UserError(f"{path}: {kind}: id {twice!r} is given twice")
-        if len({type(i) for i in ids}) > 1:
-            raise UserError(f"{path}: {kind}: found numbers and text as ids, expected one kind")
-    images = sorted(tree["images"], key=lambda entry: entry["id"])
-    categories = sorted(tree["categories"], key=lambda entry: entry["id"])
-    names = tuple(str(entry.get("name", entry["id"])) for entry in categories)
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}: categories: two have the same name, expected each class once")
-    stems = tuple(Path(str(entry.get("file_name", entry["id"]))).stem for entry in images)
-    sizes = tuple(size_of(entry.get("width"), entry.get("height")) for entry in images)
-    return tuple(entry["id"] for entry in images), stems, sizes, tuple(entry["id"] for entry in categories), names
+    boxes, box_area = _corners(xywh)
+    area = [
+        _read(read_number, row, "area", where, n) if row.get("area") is not None else None for n, row in enumerate(rows)
+    ]
+    area = np.array([own if a is None else a for a, own in zip(area, box_area.tolist())], dtype=np.float64)
+    kept, notes = sized_boxes(boxes, where)
+    columns = (np.array(image, dtype=np.int64), boxes, np.array(labels, dtype=np.int64), crowd, ignore & ~crowd)
+    image, boxes, labels, crowd, difficult, area, box_area = (column[kept] for column in (*columns, area, box_area))
+    ground_truth = GroundTruth(image, boxes, labels, len(images), names, crowd, difficult, area, box_area)
+    sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images)
+    return Annotations(ground_truth, pictures, image_ids, sizes, category_ids, (names,), False, notes)
 
 
 def read_coco_detections(path: Path, annotations: Annotations) -> DetectionTable:
-    tree = _read_json(path)
-    names = annotations.ground_truth.names
-    image_row = {stem: row for row, stem in enumerate(annotations.stems)}
-    image_row |= {i: row for row, i in enumerate(annotations.image_ids)}
-    label: dict[Any, int] = {name: k for k, name in enumerate(names)}
-    label |= {i: k for k, i in enumerate(annotations.category_ids or range(len(names)))}
-    rows, kind = tree, "results"
+    tree = read_json(path)
+    rows, kind, own_pictures, own_names = tree, "results", {}, {}
     if isinstance(tree, dict) and isinstance(tree.get("annotations"), list):
         rows, kind = tree["annotations"], "annotations"
         if isinstance(tree.get("images"), list) and isinstance(tree.get("categories"), list):
-            # Ids of another numbering: images meet by the stem of their file, classes by name.
-            image_ids, stems, _, category_ids, own_names = _coco_images_and_categories(path, tree)
-            image_row = {i: image_row[stem] for i, stem in zip(image_ids, stems) if stem in image_row}
-            label = {i: label[name] for i, name in zip(category_ids, own_names) if name in label}
+            # Ids of another numbering: images meet by the name of their file, classes by theirs.
+            images, image_ids = _entries(path, tree, "images")
+            own_pictures = {i: _text(entry, "file_name") for i, entry in zip(image_ids, images)}
+            own_names = dict(zip(*_categories(path, tree)))
     if not isinstance(rows, list):
         raise UserError(f"{path}: found {_short(tree)}, expected a list of COCO results")
-    try:
-        image = [image_row[r["image_id"]] for r in rows]
-        labels = [label[r["category_id"]] for r in rows]
-        xywh = np.array([r["bbox"] for r in rows], dtype=np.float64).reshape(-1, 4)
-        scores = np.array([r["score"] for r in rows], dtype=np.float64)
-        if len(xywh) != len(rows) or not np.isfinite(xywh).all() or not np.isfinite(scores).all():
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
-        _blame_coco_row(path, kind, rows, image_row, label, ("bbox", "score"))
-    boxes, box_area = _corners(xywh)
+    where = _places(path, kind)
+    _check_objects(rows, where)
+    image = _find_images(rows, own_pictures, annotations, where)
+    labels = _find_labels(rows, own_names, annotations, where)
+    boxes, box_area = _corners(_read_boxes(rows, where))
+    scores = [check_score(_read(read_number, row, "score", where, n), where(n)) for n, row in enumerate(rows)]
     return DetectionTable(image, boxes, scores, labels, box_area)
 
 
-def _blame_coco_row(path: Path, kind: str, rows: list, image_row: dict, label: dict, numbers: tuple) -> NoReturn:
-    """Find the first bad row, which the fast path met, and say what is wrong with it."""
+def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]) -> list[int]:
+    """The image of each row: by its file_name, or that of its image in the same file, else by its image_id."""
+    names = [_text(row, "file_name") for row in rows]
+    keys: list[Any] = [None] * len(rows)
+    if None in names:
+        keys = [_id(row, "image_id", where, n) for n, row in enumerate(rows)]
+        if own and (unknown := next((n for n, key in enumerate(keys) if key not in own), None)) is not None:
+            raise UserError(f"{where(unknown)}: image_id: found {keys[unknown]!r}, expected one of the file's images")
+        names = [own.get(key) if name is None else name for name, key in zip(names, keys)]
+    if all(name is None for name in names):
+        row_of = annotations.finder.find_ids(_first(keys, where))
+        return [row_of[key] for key in keys]
+    if None in names:
+        raise UserError(f"{where(names.index(None))}: no file_name, which other rows have, expected all or none")
+    row_of = annotations.finder.find_names(_first(names, where))
+    return [row_of[name] for name in names]
 
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-    for n, row in enumerate(rows):
-        where = f"{path}: {kind}[{n}]"
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: found {_short(row)}, expected an object with image_id, category_id, bbox")
-        for key, known in (("image_id", image_row), ("category_id", label)):
-            if not _is_id(row.get(key)) or row[key] not in known:
-                raise UserError(f"{where}: {key}: found {_short(row.get(key))}, expected one of the ground truth's")
-        for key in numbers:
-            value = row.get(key)
-            values = value if key == "bbox" and isinstance(value, list) else [value]
-            if len(values) != (4 if key == "bbox" else 1) or not all(map(is_number, values)):
-                expected = "4 numbers" if key == "bbox" else "a number"
-                raise UserError(f"{where}: {key}: found {_short(value)}, expected {expected}")
-        if not is_number(row.get("area", 0)):
-            raise UserError(f"{where}: area: found {_short(row['area'])}, expected a number")
-    raise UserError(f"{path}: {kind}: found values of mixed types, expected COCO rows")
+def _find_labels(rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]) -> list[int]:
+    """The class of each row: by its category_name, or that of its category in the same file, else by its category_id.
+
+    An id is COCO's; where the ground truth has none, a number is a place in its list of names, and a text a name.
+    """
+    names, ids = annotations.ground_truth.names, annotations.category_ids
+    words = [_text(row, "category_name") for row in rows]
+    keys = [
+        _id(row, "category_id", where, n) if word is None else None for n, (row, word) in enumerate(zip(rows, words))
+    ]
+    if own:
+        unknown = next((n for n, key in enumerate(keys) if key is not None and key not in own), None)
+        if unknown is not None:
+            found = f"{where(unknown)}: category_id: found {keys[unknown]!r}"
+            raise UserError(f"{found}, expected one of the file's categories")
+        words = [own[key] if word is None else word for word, key in zip(words, keys)]
+        keys = [None] * len(rows)
+    of_word = find_labels(_first(words, where), names, ())
+    used, of_id = _first(keys, where), {i: label for label, i in enumerate(ids or ())}
+    if not used.keys() <= of_id.keys():
+        wrong = next((key for key in used if key not in of_id and not isinstance(key, str)), None)
+        if ids is not None and wrong is not None:
+            raise UserError(f"{used[wrong]}: category_id: found {wrong!r}, expected one of the ground truth's")
+        readings = places(names, annotations.numbered) if ids is None else [{str(i): k for i, k in of_id.items()}]
+        label_of = find_labels({str(key): place for key, place in used.items()}, names, readings)
+        of_id = {key: label_of[str(key)] for key in used}
+    return [of_id[key] if word is None else of_word[word] for word, key in zip(words, keys)]
+
+
+def _entries(path: Path, tree: dict, kind: str) -> tuple[list[dict], Ids]:
+    """The images or categories by rising id, and their ids."""
+    where, entries = _places(path, kind), tree[kind]
+    _check_objects(entries, where)
+    ids = [_id(entry, "id", where, n) for n, entry in enumerate(entries)]
+    if len(set(ids)) != len(ids):
+        twice = next(i for n, i in enumerate(ids) if i in ids[:n])
+        raise UserError(f"{path}: {kind}: id {twice!r} is given twice")
+    if len({type(i) for i in ids}) > 1:
+        raise UserError(f"{path}: {kind}: found numbers and text as ids, expected one kind")
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    return [entries[row] for row in order], tuple(ids[row] for row in order)
+
+
+def _categories(path: Path, tree: dict) -> tuple[Ids, tuple[str, ...]]:
+    entries, ids = _entries(path, tree, "categories")
+    names = tuple(str(entry.get("name", i)) for entry, i in zip(entries, ids))
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: categories: two have the same name, expected each class once")
+    return ids, names
+
+
+def _places(path: Path, kind: str) -> Callable[[int], str]:
+    return lambda row: f"{path}: {kind}[{row}]"
+
+
+def _check_objects(rows: list, where: Callable[[int], str]) -> None:
+    bad = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if bad is not None:
+        raise UserError(f"{where(bad)}: found {_short(rows[bad])}, expected an object")
+
+
+def _first(values: Sequence, where: Callable[[int], str]) -> dict[Any, str]:
+    """Each value that is not None, and where it stands first."""
+    first: dict[Any, int] = {}
+    for n, value in enumerate(values):
+        first.setdefault(value, n)
+    return {value: where(n) for value, n in first.items() if value is not None}
+
+
+def _text(entry: dict, key: str) -> str | None:
+    value = entry.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def _id(row: dict, key: str, where: Callable[[int], str], n: int) -> int | str:
+    return _read(read_id, row, key, where, n)
+
+
+def _known(row: dict, key: str, known: Mapping[int | str, int], where: Callable[[int], str], n: int) -> int:
+    value = _id(row, key, where, n)
+    if value not in known:
+        raise UserError(f"{where(n)}: {key}: found {value!r}, expected one of the ids in the file")
+    return known[value]
+
+
+def _read(read: Callable[[Any], Any], row: dict, key: str, where: Callable[[int], str], n: int) -> Any:
+    try:
+        return read(row.get(key))
+    except ValueError as error:
+        raise UserError(f"{where(n)}: {key}: {error}") from None
+
+
+def _read_boxes(rows: list[dict], where: Callable[[int], str]) -> np.ndarray:
+    """(N, 4) left, top, width, height."""
+    boxes = [row.get("bbox") for row in rows]
+    wrong = next((n for n, box in enumerate(boxes) if not isinstance(box, list) or len(box) != 4), None)
+    if wrong is not None:
+        raise UserError(f"{where(wrong)}: bbox: found {_short(boxes[wrong])}, expected 4 numbers")
+    for n, box in enumerate(boxes):
+        try:
+            boxes[n] = [read_number(value) for value in box]
+        except ValueError:
+            raise UserError(f"{where(n)}: bbox: found {_short(box)}, expected 4 numbers") from None
+    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    is_inverted = (xywh[:, 2:] < 0).any(axis=1)
+    if is_inverted.any():
+        n = int(is_inverted.argmax())
+        found = f"{where(n)}: bbox: found {boxes[n]}, a box turned inside out"
+        raise UserError(f"{found}: expected x, y, width, height with sides of 0 or more")
+    return xywh
 
 
 def _corners(xywh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N, 4) left, top, width, height -> corners (N, 4) and area (N,), computed as pycocotools does."""
     return np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1), xywh[:, 2] * xywh[:, 3]
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def _read_json(path: Path) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise UserError(f"{path}: found {constant}, expected finite numbers")
-
-    try:
-        return json.loads(read_text(path), parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON: {type(error).__name__}") from None
 
 
 def _short(value: Any) -> str:
@@ -153,20 +221,25 @@ def write_coco_detections(
     detections: DetectionTable,
     image_ids: Sequence[int | str],
     category_ids: Sequence[int] | None = None,
+    *,
+    file_names: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """COCO results JSON, read back by read_detections: image_id, category_id, bbox x, y, width, height, score."""
+    """COCO results JSON, read back by read_detections: image_id, category_id, bbox x, y, width, height, score.
+
+    file_names of the images and names of the classes, where given, stand beside the ids, and are what is read back.
+    """
     x1, y1, x2, y2 = detections.boxes_xyxy.T
     columns = (detections.image, detections.labels, x1, y1, x2 - x1, y2 - y1, detections.scores)
     results = [
-        {
-            "image_id": image_ids[image],
-            "category_id": category_ids[label] if category_ids else label,
-            "bbox": [x, y, width, height],
-            "score": score,
-        }
+        {"image_id": image_ids[image]}
+        | ({"file_name": file_names[image]} if file_names else {})
+        | {"category_id": category_ids[label] if category_ids else label}
+        | ({"category_name": names[label]} if names else {})
+        | {"bbox": [x, y, width, height], "score": score}
         for image, label, x, y, width, height, score in zip(*(column.tolist() for column in columns))
     ]
     try:
-        Path(path).write_text(json.dumps(results))
+        Path(path).write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror}") from None

@@ -14,9 +14,11 @@ from prediction.sources import Source
 from prediction.video import Frame
 from structures import Detections
 
+CLASS_LIST = "classes.txt"
+
 
 class PredictionFiles:
-    """predictions.json and labels/, written as the detections come; a context.
+    """predictions.json and labels/ with the list of classes, written as the detections come; a context.
 
     predictions.json grows under another name and gets its own at the end, so that a long video needs no memory;
     after an error there is none.
@@ -28,6 +30,9 @@ class PredictionFiles:
     def __enter__(self) -> "PredictionFiles":
         self._open = contextlib.ExitStack()
         self._json, self._separator = None, "[\n"
+        if self.write_txt and not is_unnamed(self.names):
+            with complete_file(self.output / "labels" / CLASS_LIST) as path:
+                path.write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8")
         if self.write_json:
             path = self._open.enter_context(complete_file(self.output / "predictions.json"))
             self._json = self._open.enter_context(open(path, "w", encoding="utf-8"))
@@ -77,8 +82,8 @@ def json_rows(
             **moment,
             "category_id": label,
             "category_name": names[label],
-            "bbox": [round(value, 3) for value in box],
-            "score": round(score, 6),
+            "bbox": [round(value, 6) for value in box],
+            "score": float(f"{score:.9g}"),  # all that float32 holds: an evaluation orders by it
         }
         for box, score, label in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist())
     ]
@@ -89,7 +94,12 @@ def yolo_text(found: Detections, width: int, height: int) -> str:
     size = torch.tensor([width, height, width, height], dtype=torch.float64)
     boxes = xyxy_to_cxcywh(found.boxes_xyxy.double()) / size
     rows = zip(found.labels.tolist(), boxes.tolist(), found.scores.tolist())
-    return "".join(f"{label} {' '.join(f'{v:.6f}' for v in box)} {score:.6f}\n" for label, box, score in rows)
+    return "".join(f"{label} {' '.join(f'{v:.9f}' for v in box)} {score:.9g}\n" for label, box, score in rows)
+
+
+def is_unnamed(names: Sequence[str]) -> bool:
+    """Whether a model's names are only its numbers: its file named no classes."""
+    return tuple(names) == tuple(map(str, range(len(names))))
 
 
 def count_words(labels: Counter[int], names: Sequence[str]) -> str:

@@ -81,7 +81,7 @@ def _add_files(found: dict[Path, Source], source: str, suffixes: tuple[str, ...]
 
 
 def _with_own_names(found: dict[Path, Source]) -> list[Source]:
-    taken: set[Path] = set()
+    taken = {Path("classes")}  # labels/classes.txt is the list of classes
     sources = []
     for source in found.values():
         unique, number = source.name, 1

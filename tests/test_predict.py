@@ -89,7 +89,11 @@ def test_broken_pictures_are_named_and_left_out(tmp_path, colour_model, capsys):
     assert code == 1 and "1 picture, 1 detection (1 red thing), 3 skipped" in said
     for name in ("empty.jpg", "cut.png", "words.txt"):
         assert f"skipped: {tmp_path / name}: " in said
-    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"good.jpg", "good.txt"}
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
+        "good.jpg",
+        "good.txt",
+        "classes.txt",
+    }
 
 
 def test_finds_each_picture_once_under_a_name_of_its_own(tmp_path):

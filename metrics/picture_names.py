@@ -1,0 +1,123 @@
+"""Which picture of the ground truth a name or an id of the detections means: found, or refused; never a guess.
+
+A name is a path as somebody wrote it: `a`, `a.jpg`, `test/a.jpg`, `C:\\set\\a.jpg`. Two names mean one picture where
+their last parts are equal, up to the suffix of a picture and the way Unicode composes its letters. Of several pictures
+with that last part, the one that is called so in full is meant; else the one whose folders are the end of the other's
+(`test/a` and `imgs/test/a`), the longer the better; else the one with the same suffix. Two that fit equally, and two
+names that lead to one picture, are refused.
+"""
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+
+from datasets.images import SUFFIXES
+from errors import UserError
+
+SUFFIXES_MET = tuple(
+    {*SUFFIXES, ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".ppm"}
+)  # in names, readable or not
+
+
+def split_name(name: str) -> tuple[tuple[str, ...], str]:
+    """(folders and the bare name, the suffix of a picture in lower case or "")."""
+    parts = _parts(name)
+    suffix = next((suffix for suffix in SUFFIXES_MET if parts and parts[-1].lower().endswith(suffix)), "")
+    if not suffix or parts[-1].lower() == suffix:
+        return parts, ""
+    return (*parts[:-1], parts[-1][: -len(suffix)]), suffix
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    return tuple(part for part in parts if part not in ("", ".", ".."))
+
+
+class PictureFinder:
+    """Finds the row of a picture by its name, or by its id.
+
+    names: of each picture, its path below a folder, with or without a suffix; None where it has none.
+    ids: of each picture, a number or a text; None where the format has no ids.
+    """
+
+    def __init__(self, names: Sequence[str | None], ids: Sequence[int | str] | None = None) -> None:
+        self.names, self.ids = names, ids
+        self.of_id = {} if ids is None else {i: row for row, i in enumerate(ids)}
+        self.split = [None if name is None else split_name(name) for name in names]
+        self.of_bare_name: dict[str, list[int]] = {}
+        for row, found in enumerate(self.split):
+            if found is not None and found[0]:
+                self.of_bare_name.setdefault(found[0][-1], []).append(row)
+
+    def find_names(self, used: Mapping[str, str]) -> dict[str, int]:
+        """The row of each name; `used` says where each was met.
+
+        Names that are none of the pictures' may be ids, written as text: where all of them are. UserError for a name
+        without a picture, for one that several fit, and for two names of one picture.
+        """
+        rows = {name: self.find_name(name, where) for name, where in used.items()}
+        unknown = next((name for name, row in rows.items() if row is None), None)
+        if unknown is not None:
+            of_text = {str(i): row for i, row in self.of_id.items()}
+            if not all(name in of_text for name in used):
+                ids = "" if self.ids is None else ", nor has its id"
+                raise UserError(f"{used[unknown]}: no image of the ground truth is called {unknown!r}{ids}")
+            return {name: of_text[name] for name in used}
+        taken: dict[int, str] = {}
+        for name, row in rows.items():
+            other = taken.setdefault(row, name)
+            if split_name(other) != split_name(name):
+                raise UserError(
+                    f"{used[name]}: {name!r} and {other!r} both fit the image {self.names[row]!r} of the ground truth, "
+                    "expected one name for each image"
+                )
+        return rows
+
+    def find_name(self, name: str, where: str) -> int | None:
+        """The row of one name; None where no picture is called so. UserError where several fit equally."""
+        asked = (split_name(name), (_parts(name), ""))  # `a.jpg` of a.jpg, or of a.jpg.png
+        rows = {row for parts, _ in asked if parts for row in self.of_bare_name.get(parts[-1], ())}
+        ranks = {row: max(_rank(self.split[row], one) for one in asked) for row in sorted(rows)}
+        best = [row for row, rank in ranks.items() if rank == max(ranks.values())]
+        if len(best) > 1:
+            both = " and ".join(repr(self.names[row]) for row in best[:2])
+            raise UserError(f"{where}: {name!r} fits {both} of the ground truth alike, expected the folder in the name")
+        return best[0] if best else None
+
+    def find_ids(self, used: Mapping[int | str, str]) -> dict[int | str, int]:
+        """The row of each image id. An id that is text, in a ground truth without such ids, is a name.
+
+        Where the ground truth has no ids, a number is a name of digits: 7 is 000007.
+        """
+        if all(i in self.of_id for i in used):
+            return {i: self.of_id[i] for i in used}
+        if all(isinstance(i, str) for i in used):
+            return self.find_names(used)
+        of_number: dict[int | str, list[int]] = {}
+        for row, found in enumerate(self.split) if self.ids is None else ():
+            if found is not None and found[0] and found[0][-1].isdecimal():
+                of_number.setdefault(int(found[0][-1]), []).append(row)
+        rows = {i: self.of_id.get(i) if self.ids is not None else _only(of_number.get(i)) for i in used}
+        unknown = next((i for i, row in rows.items() if row is None), None)
+        if unknown is not None:
+            raise UserError(f"{used[unknown]}: image_id: found {unknown!r}, expected one of the ground truth's")
+        return rows
+
+
+def find_doubles(names: Iterable[str | None]) -> tuple[int, int] | None:
+    """The rows of the first two names that mean one file, None where all differ."""
+    seen: dict[tuple, int] = {}
+    for row, name in enumerate(names):
+        if name is not None and (first := seen.setdefault(split_name(name), row)) != row:
+            return first, row
+    return None
+
+
+def _rank(known: tuple[tuple[str, ...], str], asked: tuple[tuple[str, ...], str]) -> tuple[bool, bool, int, bool]:
+    """How well a name fits: wholly equal; one the end of the other; how many parts from the end; the same suffix."""
+    (a, a_suffix), (b, b_suffix) = known, asked
+    equal = next((n for n, (x, y) in enumerate(zip(reversed(a), reversed(b))) if x != y), min(len(a), len(b)))
+    return a == b, 0 < equal == min(len(a), len(b)), equal, equal > 0 and a_suffix == b_suffix
+
+
+def _only(rows: list[int] | None) -> int | None:
+    return rows[0] if rows is not None and len(rows) == 1 else None

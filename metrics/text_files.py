@@ -1,0 +1,283 @@
+"""Ground truth and detections from folders of text files; see metrics.files."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from datasets.folders import is_left_out, list_files
+from datasets.images import SUFFIXES, read_size
+from datasets.text_lines import read_lines, read_names
+from datasets.values import box_fault, read_number
+from errors import UserError
+from metrics.annotations import Annotations, find_labels, is_number, places, plain_number
+from metrics.picture_names import PictureFinder
+from metrics.tables import DetectionTable, GroundTruth
+
+TextBoxes = Literal["xyxy", "xywh", "cxcywhn"]
+TEXT_BOXES = ("xyxy", "xywh", "cxcywhn")
+CLASS_LIST = "classes.txt"
+NORM_TOLERANCE = 0.01  # fractions up to 1.01 are rounding, as for datasets.yolo_txt
+MOST_NORM = 2.0  # a detection may leave the picture; beyond, its numbers are pixels
+
+
+@dataclass
+class Rows:
+    """Boxes as files hold them: parallel lists, the class as written; `where` is file:line.
+
+    columns: of text, the numbers behind the class as they stand there.
+    """
+
+    image: list[int] = field(default_factory=list)
+    token: list[str] = field(default_factory=list)
+    box: list[tuple[float, ...]] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    difficult: list[bool] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
+    columns: list[tuple[float, ...]] = field(default_factory=list)
+
+    @property
+    def used(self) -> dict[str, str]:
+        """Each class as written, and where it is met first."""
+        return dict(zip(reversed(self.token), reversed(self.where)))
+
+    def labels(self, label_of: Mapping[str, int]) -> np.ndarray:
+        return np.array([label_of[token] for token in self.token], dtype=np.int64)
+
+    def ground_truth(
+        self, label_of: Mapping[str, int], num_images: int, names: Sequence[str]
+    ) -> tuple[GroundTruth, tuple[str, ...]]:
+        """The objects, without those whose box has no width or no height, and a note on those."""
+        boxes = np.array(self.box, dtype=np.float64).reshape(-1, 4)
+        kept, notes = sized_boxes(boxes, lambda row: self.where[row])
+        columns = (np.array(self.image, dtype=np.int64), boxes, self.labels(label_of))
+        difficult = np.array(self.difficult, dtype=bool) if self.difficult else np.zeros(len(boxes), dtype=bool)
+        image, boxes, labels = (column[kept] for column in columns)
+        return GroundTruth(image, boxes, labels, num_images, tuple(names), difficult=difficult[kept]), notes
+
+
+def sized_boxes(boxes_xyxy: np.ndarray, where: Callable[[int], str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N,) bool: the objects that datasets/ keeps, boxes with a width and a height; and a note on the others."""
+    kept = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(axis=1)
+    if kept.all():
+        return kept, ()
+    count = int((~kept).sum())
+    return kept, (f"{count} object{'s' * (count > 1)} left out: zero-size box, first: {where(int(kept.argmin()))}",)
+
+
+def read_text_ground_truth(
+    folder: Path, names: Sequence[str] | None, text_boxes: TextBoxes, images: str | Path | None
+) -> Annotations:
+    listed = class_list(folder)
+    path_of = named_below(folder, text_paths(folder))
+    sizes = picture_sizes(Path(images)) if images is not None else {}
+    finder = PictureFinder(tuple(sizes))
+    met = {name: str(path) for name, path in path_of.items() if finder.find_name(name, str(path)) is not None}
+    rows_met = finder.find_names(met)
+    path_of = {finder.names[rows_met[name]] if name in met else name: path for name, path in path_of.items()}
+    pictures = tuple(sorted(path_of.keys() | sizes.keys()))
+    rows = Rows()
+    for image, picture in enumerate(pictures):
+        if picture in path_of:
+            read_text_rows(rows, path_of[picture], image, sizes.get(picture), text_boxes, names=names or listed or ())
+    check_boxes(rows, text_boxes, "--ground-truth-boxes")
+    if names is None and listed is None:
+        rows.token = [plain_number(token) for token in rows.token]
+        names, numbered = sorted_tokens(rows.token), ()
+        label_of = {name: label for label, name in enumerate(names)}
+    else:
+        if listed is not None:
+            name_numbers(rows, listed)
+        names = tuple(listed if names is None else names)
+        numbered = (names,)
+        label_of = find_labels(rows.used, names, places(names, numbered) if listed is None else ())
+    ground_truth, notes = rows.ground_truth(label_of, len(pictures), names)
+    all_sizes = tuple(sizes.get(picture) for picture in pictures)
+    return Annotations(ground_truth, pictures, pictures, all_sizes, None, numbered, text_boxes != "cxcywhn", notes)
+
+
+def read_text_detections(
+    folder: Path, annotations: Annotations, text_boxes: TextBoxes, score_last: bool
+) -> tuple[GroundTruth, DetectionTable]:
+    paths, listed = text_paths(folder), class_list(folder)
+    if not paths and any(not is_left_out(path.name) for path in folder.iterdir()):
+        raise UserError(f"{folder}: found no .txt files, expected one per image")
+    ground_truth = annotations.ground_truth
+    names = named_below(folder, paths)
+    image_of = annotations.finder.find_names({name: str(path) for name, path in names.items()})
+    rows = Rows()
+    for name, path in names.items():
+        image = image_of[name]
+        score_at = -1 if score_last else 0
+        known = listed or ground_truth.names
+        read_text_rows(rows, path, image, annotations.sizes[image], text_boxes, score_at=score_at, names=known)
+    check_boxes(rows, text_boxes, "--detection-boxes")
+    check_order(rows, text_boxes, score_last)
+    are_numbers = not annotations.numbered and all(map(is_number, ground_truth.names))
+    if listed is not None and not are_numbers:  # else numbers of both sides stand for themselves
+        name_numbers(rows, listed)
+    readings = places(ground_truth.names, annotations.numbered) if listed is None else ()
+    if not annotations.numbered:
+        rows.token = [plain_number(token) for token in rows.token]
+        ground_truth = _with_classes(ground_truth, rows)
+        readings = ()
+    label_of = find_labels(rows.used, ground_truth.names, readings)
+    boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
+    return ground_truth, DetectionTable(rows.image, boxes, rows.score, rows.labels(label_of))
+
+
+def _with_classes(ground_truth: GroundTruth, rows: Rows) -> GroundTruth:
+    """The same with the classes that only the detections have. UserError where the two have none in common."""
+    old, found = ground_truth.names, rows.used
+    if old and found and not set(old) & found.keys():
+        token = next(iter(found))
+        raise UserError(
+            f"{found[token]}: found class {token!r}, and none of the ground truth's, {', '.join(old[:20])}: expected "
+            "the same classes on both sides (name them: --names FILE)"
+        )
+    names = sorted_tokens([*old, *found])
+    moved = np.array([names.index(name) for name in old], dtype=np.int64)
+    return replace(ground_truth, names=names, labels=moved[ground_truth.labels])
+
+
+def text_paths(folder: Path) -> list[Path]:
+    return [path for path in list_files(folder, (".txt",)) if path.name != CLASS_LIST]
+
+
+def named_below(folder: Path, paths: Sequence[Path]) -> dict[str, Path]:
+    """Each file by its path below the folder, without its last suffix. UserError for two of one name (a.txt, a.TXT)."""
+    named: dict[str, Path] = {}
+    for path in paths:
+        other = named.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+        if other != path:
+            raise UserError(f"{path}: named as {other.name} is, expected one file for each image")
+    return named
+
+
+def class_list(folder: Path) -> tuple[str, ...] | None:
+    """The names in classes.txt, in the folder or below. UserError where there are several, and they differ."""
+    paths = [path for path in list_files(folder, (".txt",)) if path.name == CLASS_LIST]
+    lists = {read_names(path): path for path in paths}
+    if len(lists) > 1:
+        raise UserError(f"{' and '.join(map(str, lists.values()))}: two lists of classes, expected one")
+    return next(iter(lists), None)
+
+
+def name_numbers(rows: Rows, listed: Sequence[str]) -> None:
+    """Replace class numbers by the names of a list that numbers are places in."""
+    for row, token in enumerate(rows.token):
+        if is_number(token):
+            place = int(plain_number(token))
+            if place >= len(listed):
+                raise UserError(
+                    f"{rows.where[row]}: found class {token!r}, expected 0..{len(listed) - 1} of {CLASS_LIST}"
+                )
+            rows.token[row] = listed[place]
+
+
+def sorted_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
+    """The different classes: numbers by value, then names."""
+    return tuple(sorted(set(tokens), key=lambda t: (0, int(t), t) if is_number(t) else (1, 0, t)))
+
+
+def read_text_rows(
+    rows: Rows,
+    path: Path,
+    image: int,
+    size: tuple[float, float] | None,
+    text_boxes: TextBoxes,
+    *,
+    names: Sequence[str],
+    score_at: int | None = None,
+) -> None:
+    """Append the rows of one file. score_at: 0 or -1, the place of the score in the numbers; None for ground truth."""
+    expected = {None: "class and 4 numbers", 0: "class, score and 4 numbers", -1: "class, 4 numbers and score"}
+    count = 4 if score_at is None else 5
+    for number, line in read_lines(path):
+        words, where = line.split(), f"{path}:{number}"
+        token, texts = " ".join(words[:-count]), words[-count:]
+        if len(words) <= count or (
+            len(words) > count + 1 and token not in names and any(map(_is_text_number, words[:-count]))
+        ):
+            raise UserError(f"{where}: found {len(words)} columns, expected {expected[score_at]}")
+        values = list(read_numbers(texts, where))
+        rows.columns.append(tuple(values))
+        if score_at is not None:
+            rows.score.append(check_score(values.pop(score_at), where))
+        a, b, c, d = values
+        if text_boxes == "cxcywhn":
+            if size is None:
+                raise UserError(f"{where}: boxes are fractions of an image of unknown size: name the folder of images")
+            low, high = (-NORM_TOLERANCE, 1 + NORM_TOLERANCE) if score_at is None else (1 - MOST_NORM, MOST_NORM)
+            if not all(low <= value <= high for value in values):
+                raise UserError(f"{where}: not normalised: {' '.join(texts)}, expected fractions of the picture, 0..1")
+            width, height = size
+            a, b, c, d = (a - c / 2) * width, (b - d / 2) * height, (a + c / 2) * width, (b + d / 2) * height
+        elif text_boxes == "xywh":
+            c, d = a + c, b + d
+        rows.image.append(image)
+        rows.token.append(token)
+        rows.box.append((a, b, c, d))
+        rows.where.append(where)
+
+
+def check_score(score: float, where: str) -> float:
+    if not 0 <= score <= 1:
+        raise UserError(
+            f"{where}: score: found {score:g}, expected 0 to 1 (text is read as `class score box`; --score-last takes "
+            "the last column; percents are to be divided by 100)"
+        )
+    return score
+
+
+def check_boxes(rows: Rows, text_boxes: TextBoxes, option: str) -> None:
+    """UserError for a box turned inside out, and for fractions that are read as pixels."""
+    for box, where in zip(rows.box, rows.where):
+        fault = box_fault(*box)
+        if fault is not None and fault[1] != "zero-size box":
+            raise UserError(f"{where}: {fault[0]}, expected left <= right and top <= bottom ({option} is {text_boxes})")
+    values = np.array([columns[-4:] for columns in rows.columns]).reshape(-1, 4)
+    if text_boxes != "cxcywhn" and len(values) and (abs(values) <= 1 + NORM_TOLERANCE).all() and (values % 1 > 0).any():
+        raise UserError(f"{rows.where[0]}: all boxes lie in 0..1, expected pixels (for fractions: {option} cxcywhn)")
+
+
+def check_order(rows: Rows, text_boxes: TextBoxes, score_last: bool) -> None:
+    """UserError where fractions lie in their pictures only if the score stands at the other end of the row."""
+    if text_boxes != "cxcywhn" or not rows.columns:
+        return
+
+    def stick_out(values: np.ndarray) -> np.ndarray:
+        low, high = values[:, :2] - values[:, 2:] / 2, values[:, :2] + values[:, 2:] / 2
+        return ((low < -NORM_TOLERANCE) | (high > 1 + NORM_TOLERANCE)).any(axis=1)
+
+    columns = np.array(rows.columns)
+    read, other = (columns[:, :4], columns[:, 1:]) if score_last else (columns[:, 1:], columns[:, :4])
+    if stick_out(read).any() and not stick_out(other).any():
+        where = rows.where[int(stick_out(read).argmax())]
+        found, hint = ("class box score", "without") if score_last else ("class score box", "with")
+        raise UserError(f"{where}: read as `{found}`, the box leaves its picture: expected it {hint} --score-last")
+
+
+def read_numbers(texts: Sequence[str | None], where: str) -> tuple[float, ...]:
+    try:
+        return tuple(read_number(text) for text in texts)
+    except ValueError:
+        raise UserError(f"{where}: found {' '.join(map(str, texts))!r}, expected finite numbers") from None
+
+
+def _is_text_number(word: str) -> bool:
+    try:
+        return math.isfinite(read_number(word))
+    except ValueError:
+        return False
+
+
+def picture_sizes(folder: Path) -> dict[str, tuple[float, float]]:
+    """The path of each picture below a folder -> width and height of the upright picture, from the headers."""
+    paths = list_files(folder, SUFFIXES) if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"{folder}: found no pictures, expected the folder of images")
+    return {path.relative_to(folder).as_posix(): read_size(path) for path in paths}
