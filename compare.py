@@ -38,7 +38,14 @@ from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from errors import UserError, run_script
 from runtime import run_folder
-from training.building import build_criterion, build_student, training_set
+from training.batch_norms import check_batches
+from training.building import (
+    SIZE_MULTIPLE,
+    build_criterion,
+    build_student,
+    count_training_pictures,
+    training_set,
+)
 from training.teaching import build_teachers
 from yaml_files import read_yaml
 
@@ -126,7 +133,10 @@ def check_rows(rows: list[Row], study: Study) -> None:
             fresh = {t.name: models.build(t.arch, len(names)) for t in config.teachers if t.weights in in_place}
             student = build_student(config, names)
             teachers = build_teachers(config, names, fresh, student)
-            build_criterion(config, names, student, teachers)
+            criterion = build_criterion(config, names, student, teachers)
+            if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small
+                pictures = row.task.decoded if row.task is not None else count_training_pictures(config.data)
+                check_batches(config, pictures, student, criterion)
         except UserError as error:
             raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
 

@@ -45,6 +45,7 @@ from runtime.processes import choose_device
 from runtime.progress import Progress
 from structures import Targets
 from train import MEMORY_EXIT_CODE, is_out_of_memory
+from training.batch_norms import norm_of_one_value
 
 
 def main(argv: list[str]) -> None:
@@ -220,7 +221,10 @@ def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> Gr
 
     try:
         draw_augmentation(torch.Generator())
-        matched_parameters(build_network(0), c.matching.layers)
+        network = build_network(0)
+        matched_parameters(network, c.matching.layers)
+        if min(c.real_batch, len(real)) == 1 and c.matching.pool.normalization == "batch":
+            refuse_one_value(task, network)
         return GradientMatching(
             synthetic,
             settings=dataclasses.replace(c.matching, seed=task.seed),
@@ -230,6 +234,14 @@ def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> Gr
         )
     except ValueError as error:
         raise UserError(f"key 'condense.matching': {error}") from None
+
+
+def refuse_one_value(task: Task, network: nn.Module) -> None:
+    """UserError where one real picture gives a BatchNorm one value per channel."""
+    norm = norm_of_one_value(network, None, task.image_size)
+    if norm is not None:
+        found = f"key 'condense.real_batch': one picture of {task.image_size} px gives BatchNorm ({norm}) one value"
+        raise UserError(f"{found} per channel, expected at least 2: more pictures, or a larger image_size")
 
 
 def learn(

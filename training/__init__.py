@@ -2,6 +2,7 @@
 
 building      from a config to data splits, student, teachers, criterion, optimizer, EMA
 teaching      the teachers: from the config to frozen models, and what they say of a batch
+batch_norms   batches too small for a BatchNorm, found before the run
 optimization  parameter groups, optimizers, schedules, the running mean of the weights
 dry_run       what a run would do, from one batch
 balance       the distillation terms beside the detection loss

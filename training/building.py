@@ -29,6 +29,7 @@ from frcnn.pretrained import freeze, load_backbone
 from random_streams import Stream, seeded_generator
 from runtime.processes import Processes, use_bfloat16
 from structures import Targets
+from training.batch_norms import check_batches
 from training.optimization import Ema, build_optimizer, set_rates
 from training.state import fingerprint
 from training.teaching import Teachers, build_teachers
@@ -194,6 +195,7 @@ def build(
         teacher.to(processes.device, memory_format=memory_format)
     torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
     criterion = build_criterion(config, splits.names, student, teachers).to(processes.device)
+    check_batches(config, len(splits.train), student, criterion, processes.count)
     for name, teacher in teachers.models.items():
         if teacher is not ema.model:  # which is evaluated too
             teacher.wanted = criterion.wanted(name)
@@ -276,6 +278,13 @@ def training_set(data: DataConfig) -> tuple[str, str, str]:
     if data.train_format is not None and data.train_root is None:
         raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
     return data.train_format or data.format, data.train_root or data.root, data.train
+
+
+def count_training_pictures(data: DataConfig) -> int:
+    """How many pictures a run trains on, told without decoding them."""
+    count = len(open_dataset(*training_set(data)))
+    count = min(count, data.max_samples) if data.max_samples > 0 else count
+    return count - round(data.holdout_fraction * count)
 
 
 def take(index: DatasetIndex, count: int) -> DatasetIndex:
