@@ -28,7 +28,7 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     "yolov8m": partial(build_yolov8, "m"),
     "yolov8l": partial(build_yolov8, "l"),
     "yolov8x": partial(build_yolov8, "x"),
-    "yolov8p": partial(build_yolov8, "p"),  # of ours: narrower than any released, a matching network for two cores
+    "yolov8_narrow": partial(build_yolov8, "narrow"),  # not released: a small matching network for two cores
     "yolov5n": partial(build_yolov5, "n"),
     "yolov5s": partial(build_yolov5, "s"),
     "yolov5m": partial(build_yolov5, "m"),

@@ -133,11 +133,11 @@ class Detector(Protocol):
 class DenseDetector(Detector, Protocol):
     """A detector that predicts at A fixed locations (points or anchors).
 
-    wanted: names of `output.features` and of the output's logits that the caller reads, None for all. What is not named
-    may be missing or None, and the parts of the model that only it needs are not run. For frozen teachers.
+    requested_outputs: names of `output.features` and of the output's logits that the caller reads, None for all. What
+    is not named may be missing or None, and the parts of the model that only it needs are not run. For frozen teachers.
     """
 
-    wanted: frozenset[str] | None
+    requested_outputs: frozenset[str] | None
 
     def decode(self, output: Any) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels and scores (B, A, K) in [0, 1]: every location, before NMS."""

@@ -1,6 +1,7 @@
 """What a step of gradient matching costs: seconds, and the memory it takes as the synthetic set grows.
 
-    python benchmarks/condense.py [--arch yolov8p yolov8n] [--image-size 160] [--steps 3] [--threads N] [--gigabytes 4]
+    python benchmarks/condense.py [--arch yolov8_narrow yolov8n] [--image-size 160] [--steps 3] [--threads N]
+                                  [--gigabytes 4]
 
 A step as gradient matching takes it by default, with noise for pictures, three objects in each: 16 real pictures, the
 training of the network between two matches included. `in a step` are the synthetic pictures whose pixels move in it:
@@ -74,7 +75,7 @@ def measure(arch: str, stored: int, in_step: int, image_size: int, steps: int) -
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["yolov8p", "yolov8n"])
+    parser.add_argument("--arch", nargs="+", default=["yolov8_narrow", "yolov8n"])
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--stored", type=int, nargs="+", default=list(STORED))
     parser.add_argument("--steps", type=int, default=3)

@@ -137,7 +137,7 @@ def our_forward(setting: Setting, *further: TermConfig) -> tuple[nn.Module, nn.M
         class_names=tuple(map(str, range(NUM_CLASSES))),
     ).to(device)
     for name, teacher in teachers.items():
-        teacher.wanted = criterion.wanted(name)
+        teacher.requested_outputs = criterion.requested_outputs(name)
     if setting.contestant in COMPILE:
         for module in (student, *teachers.values()):
             module.compile(mode=COMPILE[setting.contestant])

@@ -1,6 +1,6 @@
 """What the gradients of a young detector see of a set: how far those of few and of reduced pictures are from others'.
 
-    python benchmarks/gradients.py [--root data/bccd] [--arch yolov8p] [--image-size 160] [--visits 5]
+    python benchmarks/gradients.py [--root data/bccd] [--arch yolov8_narrow] [--image-size 160] [--visits 5]
 
 A network learns on the training pictures of BCCD, once with BatchNorms and once with GroupNorms in their place. Now and
 then the mean gradients a and b of two sets (distill.mean_gradient) are compared: 1 - the mean cosine of the output
@@ -91,7 +91,7 @@ def print_ages(real: RealPictures, arch: str, normalization: str, args: argparse
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/bccd")
-    parser.add_argument("--arch", default="yolov8p")
+    parser.add_argument("--arch", default="yolov8_narrow")
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--first", type=int, default=10, help="steps the network has made when it is first looked at")
     parser.add_argument("--every", type=int, default=95, help="steps between two looks")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.logits import as_logit_pair, bernoulli_kl, weighted_mean
+from kernels.backend import at_least_float32
 
 Head = Literal["sigmoid", "softmax"]
 
@@ -67,7 +68,7 @@ def log_odds(logits: Tensor, head: Head) -> Tensor:
 
     The softmax form takes no logarithm of 1 - p, so a saturated row keeps its order; memory N (1 + K)^2.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     if head == "sigmoid":
         return logits
     if head != "softmax":

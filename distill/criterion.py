@@ -129,7 +129,7 @@ class Criterion(nn.Module):
             losses[name] = factor * trust[term.teacher] * value if term.teacher in trust else factor * value
         return losses
 
-    def wanted(self, teacher: str) -> frozenset[str] | None:
+    def requested_outputs(self, teacher: str) -> frozenset[str] | None:
         """The parts of a teacher's output that its terms read, so that it can leave out the rest; None: all of it."""
         terms = [term for term in self.terms.values() if term.teacher == teacher]
         whole = ("boxes", "outputs")

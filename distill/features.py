@@ -9,6 +9,7 @@ for half-precision inputs, in float64 for float64. Student gradients only: the t
 import torch
 from torch import Tensor
 
+from kernels.backend import compute_dtype
 from kernels.channel_wise_kl import channel_kl
 
 TINY = 1e-24  # a vector no longer than 1e-12 has no direction
@@ -148,7 +149,7 @@ def as_map_pair(s_map: Tensor, t_map: Tensor, *, same_width: bool = True) -> tup
     Raises ValueError unless they are (B, C, H, W) of equal shapes; with same_width=False, C may differ.
     """
     require_map_pair(s_map, t_map, same_width=same_width)
-    dtype = s_map.dtype if s_map.dtype.itemsize >= 4 else torch.float32
+    dtype = compute_dtype(s_map)
     return s_map.to(dtype), t_map.detach().to(dtype)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from boxes import paired_iou
 from distill.logits import as_logit_pair, weighted_mean
+from kernels.backend import at_least_float32
 from structures import Targets
 
 
@@ -90,7 +91,7 @@ def valuable_region(
     b, a = gt_index.shape
     if boxes_xyxy.shape != (b, a, 4):
         raise ValueError(f"boxes {tuple(boxes_xyxy.shape)} must be (B, A, 4), gt_index {tuple(gt_index.shape)} (B, A)")
-    boxes_xyxy = boxes_xyxy if boxes_xyxy.dtype == torch.float64 else boxes_xyxy.float()
+    boxes_xyxy = at_least_float32(boxes_xyxy)
     gt_xyxy = targets.boxes_xyxy.to(boxes_xyxy.dtype)
     is_positive = gt_index >= 0
     row = gt_index[is_positive]  # (P,)

@@ -287,7 +287,7 @@ def objectness_scaled(
 def as_logit_pair(s_logits: Tensor, t_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32 (float64 stays), the teacher's detached. Raises ValueError where the shapes differ."""
     require_equal_shapes(s_logits, t_logits)
-    dtype = s_logits.dtype if s_logits.dtype.itemsize >= 4 else torch.float32
+    dtype = compute_dtype(s_logits)
     return s_logits.to(dtype), t_logits.detach().to(dtype)
 
 

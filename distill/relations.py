@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.features import as_map_pair, unit_vectors
+from kernels.backend import compute_dtype
 
 
 def location_similarity(*, s_map: Tensor, t_map: Tensor, nodes: int = 16) -> Tensor:
@@ -64,7 +65,7 @@ def instance_distance(*, s_features: Tensor, t_features: Tensor, image: Tensor) 
     """
     if len(s_features) != len(t_features) or image.shape != (len(s_features),):
         raise ValueError(f"{len(s_features)} student rows, {len(t_features)} teacher rows, image {tuple(image.shape)}")
-    dtype = s_features.dtype if s_features.dtype.itemsize >= 4 else torch.float32
+    dtype = compute_dtype(s_features)
     related = (image[:, None] == image[None, :]).triu(1)  # every pair once; (N, N)
     count = related.sum().clamp(min=1)
     with torch.autocast(s_features.device.type, enabled=False):
@@ -90,7 +91,7 @@ def pool_boxes(
         image_size: (height, width) of the batch's images in pixels.
     """
     (_, c, h, w), (height, width) = feature_map.shape, image_size
-    boxes = boxes_xyxy.detach().to(feature_map.dtype if feature_map.dtype.itemsize >= 4 else torch.float32)
+    boxes = boxes_xyxy.detach().to(compute_dtype(feature_map))
     step = (torch.arange(size, device=boxes.device, dtype=boxes.dtype) + 0.5) / size  # (size,)
     x = boxes[:, 0, None] + (boxes[:, 2] - boxes[:, 0])[:, None] * step  # (N, size), pixels of the image
     y = boxes[:, 1, None] + (boxes[:, 3] - boxes[:, 1])[:, None] * step

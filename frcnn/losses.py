@@ -12,6 +12,8 @@ beta = 1 in the second stage).
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import at_least_float32
+
 SMOOTH_L1_BETA = 1 / 9
 
 
@@ -25,7 +27,7 @@ def rpn_losses(
     objectness_logits (N,), is_positive (N,) bool; box_deltas and target_deltas (P, 4), of the positives alone.
     (The paper divides the second by the number of anchor positions and weighs it by 10: nearly the same.)
     """
-    logits = _at_least_float(objectness_logits)
+    logits = at_least_float32(objectness_logits)
     count = max(len(logits), 1)
     objectness = F.binary_cross_entropy_with_logits(logits, is_positive.to(logits.dtype), reduction="sum") / count
     return objectness, _smooth_l1(box_deltas, target_deltas) / count
@@ -48,7 +50,7 @@ def roi_losses(
     class_scores q (P, K), rows that sum to 1, of the positives in their order: their terms of L_class become
     -1/N sum_k q_pk log softmax(z_p)_k. The gradient flows into q.
     """
-    logits = _at_least_float(class_logits)
+    logits = at_least_float32(class_logits)
     count = max(len(logits), 1)
     box = _smooth_l1(box_deltas, target_deltas) / count
     if class_scores is None:
@@ -59,9 +61,5 @@ def roi_losses(
 
 
 def _smooth_l1(deltas: Tensor, targets: Tensor) -> Tensor:
-    deltas = _at_least_float(deltas)
+    deltas = at_least_float32(deltas)
     return F.smooth_l1_loss(deltas, targets.to(deltas.dtype), beta=SMOOTH_L1_BETA, reduction="sum")
-
-
-def _at_least_float(x: Tensor) -> Tensor:
-    return x.float() if x.itemsize < 4 else x

@@ -38,11 +38,19 @@ class Bneck(NamedTuple):
     stride: int
 
 
+class Size(NamedTuple):
+    """blocks: the rows of the table. last: channels of the last convolution, which is c5. hidden: of the classifier."""
+
+    blocks: tuple[Bneck, ...]
+    last: int
+    hidden: int
+
+
 RE, HS = F.relu, F.hardswish
 # fmt: off
 SIZES = {
-    "small": dict(
-        blocks=[
+    "small": Size(
+        blocks=(
             Bneck(3, 16, 16, True, RE, 2),
             Bneck(3, 72, 24, False, RE, 2),
             Bneck(3, 88, 24, False, RE, 1),
@@ -54,11 +62,11 @@ SIZES = {
             Bneck(5, 288, 96, True, HS, 2),
             Bneck(5, 576, 96, True, HS, 1),
             Bneck(5, 576, 96, True, HS, 1),
-        ],
+        ),
         last=576, hidden=1024,
     ),
-    "large": dict(
-        blocks=[
+    "large": Size(
+        blocks=(
             Bneck(3, 16, 16, False, RE, 1),
             Bneck(3, 64, 24, False, RE, 2),
             Bneck(3, 72, 24, False, RE, 1),
@@ -74,7 +82,7 @@ SIZES = {
             Bneck(5, 672, 160, True, HS, 2),
             Bneck(5, 960, 160, True, HS, 1),
             Bneck(5, 960, 160, True, HS, 1),
-        ],
+        ),
         last=960, hidden=1280,
     ),
 }
@@ -137,9 +145,8 @@ class MobileNetV3(nn.Module):
 
     def __init__(self, size: str, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
         super().__init__()
-        rows, last = SIZES[size]["blocks"], SIZES[size]["last"]
+        rows, last, self.hidden = SIZES[size]
         norm = dict(frozen=norm_frozen, eps=norm_eps)
-        self.hidden = SIZES[size]["hidden"]
         self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2, **norm)
         c_in, stride = STEM_CHANNELS, 2
         self.blocks = nn.ModuleList()

@@ -10,6 +10,7 @@ Images come normalised with `mean` and `std`. Released files: frcnn/pretrained.p
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,10 +21,19 @@ from frcnn.pretrained import IMAGENET_NORMALIZATION, backbone_layouts, read_clas
 STAGE_WIDTHS = (64, 128, 256, 512)  # of stage2..stage5, before a bottleneck's expansion
 EXPANSION = 4  # channels out of a bottleneck, in units of its width
 FILE_EPSILON = 1e-5  # of the BatchNorms in the released ImageNet files
+
+
+class Size(NamedTuple):
+    """depths: blocks in stage2..stage5. bottleneck: whether they are Bottleneck or BasicBlock."""
+
+    depths: tuple[int, int, int, int]
+    bottleneck: bool
+
+
 SIZES = {
-    18: dict(depths=(2, 2, 2, 2), bottleneck=False),
-    34: dict(depths=(3, 4, 6, 3), bottleneck=False),
-    50: dict(depths=(3, 4, 6, 3), bottleneck=True),
+    18: Size(depths=(2, 2, 2, 2), bottleneck=False),
+    34: Size(depths=(3, 4, 6, 3), bottleneck=False),
+    50: Size(depths=(3, 4, 6, 3), bottleneck=True),
 }
 
 
@@ -74,7 +84,7 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
         super().__init__()
-        depths, bottleneck = SIZES[depth]["depths"], SIZES[depth]["bottleneck"]
+        depths, bottleneck = SIZES[depth]
         norm = dict(frozen=norm_frozen, eps=norm_eps)
         block, expansion = (Bottleneck, EXPANSION) if bottleneck else (BasicBlock, 1)
         self.stem = ConvNorm(3, 64, 7, stride=2, **norm)

@@ -12,6 +12,8 @@ ViTDet: attention is global in every block (at 480 px a block sees 900 tokens; w
 tables are absolute alone, and c4 comes after the final norm that classification was trained with.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,17 @@ from layers.transformer import Block, PatchEmbedding, interpolate_positions, tok
 PATCH = 16  # pixels
 PRETRAINED_GRID = 14  # patches of the 224 px the files were trained at
 NORM_EPSILON = 1e-6
-SIZES = {"tiny": dict(width=192, depth=12, heads=3)}
+
+
+class Size(NamedTuple):
+    """width: channels of a token. depth: blocks. heads: of attention in each."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES = {"tiny": Size(width=192, depth=12, heads=3)}
 
 # fmt: off
 VIT_NAMES = [
@@ -81,7 +93,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, size: str = "tiny") -> None:
         super().__init__()
-        width, depth, heads = (SIZES[size][key] for key in ("width", "depth", "heads"))
+        width, depth, heads = SIZES[size]
         self.embedding = TokenEmbedding(width)
         self.blocks = nn.ModuleList(Block(width, heads, norm_eps=NORM_EPSILON) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPSILON)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import use_triton
+from kernels.backend import at_least_float32, use_triton
 from kernels.roi_align_triton import roi_align_triton
 
 CANONICAL_LEVEL, CANONICAL_SIZE = 4, 224  # a box of 224 x 224 pixels is pooled from p4, at stride 2^4
@@ -84,8 +84,7 @@ def roi_align(
 
 def pixel_rows(maps: list[Tensor]) -> Tensor:
     """maps (B, C, H_l, W_l) -> their pixels (P, C), level by level, image by image, row by row; at least float32."""
-    rows = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    return at_least_float32(torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]))
 
 
 def sparse_product(columns: Tensor, offsets: Tensor, weights: Tensor, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ patch, and are normalised here; the text tower leaves out the columns behind the
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,20 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_EPS = 1e-5
 TEXTS_PER_BATCH = 256
 
-SIZES = {  # both towers have 12 blocks, and a head for every 64 channels
-    "vit_b32": dict(patch=32, image_width=768, text_width=512, embedding_width=512, depth=12),
-    "vit_b16": dict(patch=16, image_width=768, text_width=512, embedding_width=512, depth=12),
+
+class Size(NamedTuple):
+    """patch: side in pixels. depth: blocks of each tower, with a head for every 64 channels. Widths are channels."""
+
+    patch: int
+    image_width: int
+    text_width: int
+    embedding_width: int
+    depth: int
+
+
+SIZES = {
+    "vit_b32": Size(patch=32, image_width=768, text_width=512, embedding_width=512, depth=12),
+    "vit_b16": Size(patch=16, image_width=768, text_width=512, embedding_width=512, depth=12),
 }
 
 
@@ -139,7 +150,7 @@ class CLIPOutput:
     texts, not of length 1 (ImageTower._dense_tokens).
     image_embedding (B, D): as the tower gives it, not of length 1. image_logits (B, K): exp(s) cos(image, class), in
     float32; None before CLIP.set_classes. images: what went in, for crops. image_size: (H, W).
-    What CLIP.wanted does not name may be missing from features, or None.
+    What CLIP.requested_outputs does not name may be missing from features, or None.
     """
 
     features: dict[str, Tensor]
@@ -159,8 +170,8 @@ class CLIP(nn.Module):
                 image tower: one forward pass per box, `crops_per_batch` at a time. What CLIP was trained to do.
         "pool"  the mean over the box of the unit vectors of "dense": one pass for all boxes; as coarse as the patches.
 
-    wanted: the names of features, "image_embedding" and "image_logits" that the caller reads, or None for all of them,
-    which keeps every block's map in memory.
+    requested_outputs: the names of features, "image_embedding" and "image_logits" that the caller reads, or None for
+    all of them, which keeps every block's map in memory.
     """
 
     def __init__(
@@ -202,7 +213,7 @@ class CLIP(nn.Module):
             PublicLayout("Hugging Face", HUGGING_FACE_NAMES, convert=join_and_transpose),
         )
         self.public_names = self.public_layouts[0].table
-        self.wanted: frozenset[str] | None = None
+        self.requested_outputs: frozenset[str] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -243,8 +254,8 @@ class CLIP(nn.Module):
 
     def forward(self, images: Tensor) -> CLIPOutput:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of the patch, else ValueError."""
-        names = {*self.strides, "image_embedding"} if self.wanted is None else set(self.wanted)
-        has_logits = bool(self.class_names) and (self.wanted is None or "image_logits" in names)
+        names = {*self.strides, "image_embedding"} if self.requested_outputs is None else set(self.requested_outputs)
+        has_logits = bool(self.class_names) and (self.requested_outputs is None or "image_logits" in names)
         if has_logits:
             names.add("image_embedding")
         embedding, features = self.image_tower((images - self.mean) / self.std, names)
@@ -279,7 +290,9 @@ class CLIP(nn.Module):
     def _pool_vectors(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
         """(N, D): the mean over each box of the unit vectors of the patches."""
         if "dense" not in output.features:
-            raise ValueError(f"the map 'dense' was left out: wanted is {sorted(self.wanted or ())}, without it")
+            raise ValueError(
+                f"the map 'dense' was left out: requested_outputs is {sorted(self.requested_outputs or ())}, without it"
+            )
         vectors = [self.background[:0]]  # (0, D)
         with torch.autocast(output.images.device.type, enabled=False):
             for dense, boxes in zip(F.normalize(output.features["dense"].float(), dim=1), boxes_per_image):
@@ -376,4 +389,4 @@ def build_clip(name: str, **settings) -> CLIP:
 
     Draws from torch's global generator. Released weights: weights.load_public.
     """
-    return CLIP(**SIZES[name], **settings)
+    return CLIP(**SIZES[name]._asdict(), **settings)

@@ -10,6 +10,7 @@ come in [0, 1] and are normalised here, and the heads of attention are not split
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,19 @@ PATCH = 14  # pixels, the side of a patch
 TABLE_SIDE = 37  # patches: the position table was learnt on 518 x 518 pixels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]
 
+
+class Size(NamedTuple):
+    """width: channels of a token. depth: blocks. heads: of attention in each."""
+
+    width: int
+    depth: int
+    heads: int
+
+
 SIZES = {
-    "vits14": dict(width=384, depth=12, heads=6),
-    "vitb14": dict(width=768, depth=12, heads=12),
-    "vitl14": dict(width=1024, depth=24, heads=16),
+    "vits14": Size(width=384, depth=12, heads=6),
+    "vitb14": Size(width=768, depth=12, heads=12),
+    "vitl14": Size(width=1024, depth=24, heads=16),
 }
 NUM_REGISTERS = 4  # of the models whose names end in _reg
 
@@ -38,7 +48,7 @@ class DINOv2Output:
     class_token (B, C): after the final LayerNorm. class_attention (B, heads, h, w): how the class token of the last
     block spreads its attention over the patches; what is missing to 1 rests on itself and the registers.
     image_size: (H, W).
-    What DINOv2.wanted does not name may be missing from features, or None.
+    What DINOv2.requested_outputs does not name may be missing from features, or None.
     """
 
     features: dict[str, Tensor]
@@ -54,8 +64,8 @@ class DINOv2(nn.Module):
     sampling with an offset of 0.1 patches, with registers plainly and antialiased. (Hugging Face's code drops the
     offset, so that its maps differ a little from the released model's at other sizes than 518 x 518.)
 
-    wanted: the names of features, "class_token" and "class_attention" that the caller reads, or None for all of them,
-    which keeps every block's map in memory. Blocks behind the last one wanted are not run.
+    requested_outputs: the names of features, "class_token" and "class_attention" that the caller reads, or None for all
+    of them, which keeps every block's map in memory. Blocks behind the last requested one are not run.
     """
 
     def __init__(
@@ -86,16 +96,16 @@ class DINOv2(nn.Module):
             ),
         )
         self.public_names = self.public_layouts[0].table
-        self.wanted: frozenset[str] | None = None
+        self.requested_outputs: frozenset[str] | None = None
 
-    def _is_wanted(self, name: str) -> bool:
-        return self.wanted is None or name in self.wanted
+    def _is_requested(self, name: str) -> bool:
+        return self.requested_outputs is None or name in self.requested_outputs
 
-    def _last_wanted(self) -> int:
+    def _last_needed_block(self) -> int:
         """The last block that has to run; -1 for none."""
-        if any(self._is_wanted(name) for name in ("patches", "class_token", "class_attention")):
+        if any(self._is_requested(name) for name in ("patches", "class_token", "class_attention")):
             return len(self.blocks) - 1
-        return max((i for i in range(len(self.blocks)) if self._is_wanted(f"block{i}")), default=-1)
+        return max((i for i in range(len(self.blocks)) if self._is_requested(f"block{i}")), default=-1)
 
     def _embed(self, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
         """images (B, 3, H, W) -> the first block's input (B, N, C), and the row of its first patch token."""
@@ -113,18 +123,18 @@ class DINOv2(nn.Module):
         grid = (height // PATCH, width // PATCH)
         x, first = self._embed(images, grid)  # (B, N, C); tokens[:, first:] are patches
         features, attention = {}, None
-        last = self._last_wanted()
+        last = self._last_needed_block()
         for i, block in enumerate(self.blocks[: last + 1]):
-            if i == len(self.blocks) - 1 and self._is_wanted("class_attention"):
+            if i == len(self.blocks) - 1 and self._is_requested("class_attention"):
                 attention = block.attention.probabilities_of(block.norm1(x), token=0)[:, :, first:]  # (B, heads, h w)
                 attention = attention.unflatten(2, grid)
             x = block(x)
-            if self._is_wanted(f"block{i}"):
+            if self._is_requested(f"block{i}"):
                 features[f"block{i}"] = tokens_to_map(self.norm(x[:, first:]), grid)
         if last < len(self.blocks) - 1:
             return DINOv2Output(features, None, None, (height, width))
         x = self.norm(x)  # (B, 1 + R + h w, C)
-        if self._is_wanted("patches"):
+        if self._is_requested("patches"):
             features["patches"] = tokens_to_map(x[:, first:], grid)
         return DINOv2Output(features, x[:, 0], attention, (height, width))
 
@@ -180,7 +190,7 @@ def build_dinov2(name: str) -> DINOv2:
     Draws from torch's global generator. Released weights: weights.load_public.
     """
     size = name.removesuffix("_reg")
-    return DINOv2(**SIZES[size], num_registers=NUM_REGISTERS if name != size else 0)
+    return DINOv2(**SIZES[size]._asdict(), num_registers=NUM_REGISTERS if name != size else 0)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ convolutions. From stage 3 on a layer is light: a 1x1 convolution and a depthwis
 Not implemented: the learnable affine block of the smaller HGNetV2 sizes, the classifier.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,17 +18,42 @@ from torch import Tensor, nn
 from teachers.conv_bn import ConvBN
 
 LAYERS_PER_BLOCK = 6
-# stem: channels inside and out. stages: width of a layer, c_out, kernel, light layers, blocks.
+
+
+class StageSize(NamedTuple):
+    """width: channels of a layer. c_out: of a block. light: whether its layers are LightConv."""
+
+    width: int
+    c_out: int
+    kernel: int
+    light: bool
+    num_blocks: int
+
+
+class Size(NamedTuple):
+    """stem_width, stem_out: channels within the stem and behind it."""
+
+    stem_width: int
+    stem_out: int
+    stages: tuple[StageSize, StageSize, StageSize, StageSize]
+
+
+# fmt: off
 SIZES = {
-    "l": dict(
-        stem=(32, 48),
-        stages=((48, 128, 3, False, 1), (96, 512, 3, False, 1), (192, 1024, 5, True, 3), (384, 2048, 5, True, 1)),
-    ),
-    "x": dict(
-        stem=(32, 64),
-        stages=((64, 128, 3, False, 1), (128, 512, 3, False, 2), (256, 1024, 5, True, 5), (512, 2048, 5, True, 2)),
-    ),
+    "l": Size(32, 48, (
+        StageSize(48, 128, 3, False, 1),
+        StageSize(96, 512, 3, False, 1),
+        StageSize(192, 1024, 5, True, 3),
+        StageSize(384, 2048, 5, True, 1),
+    )),
+    "x": Size(32, 64, (
+        StageSize(64, 128, 3, False, 1),
+        StageSize(128, 512, 3, False, 2),
+        StageSize(256, 1024, 5, True, 5),
+        StageSize(512, 2048, 5, True, 2),
+    )),
 }
+# fmt: on
 
 
 class Stem(nn.Module):
@@ -107,13 +134,13 @@ class HGNetV2(nn.Module):
 
     def __init__(self, size: str) -> None:
         super().__init__()
-        c_in = SIZES[size]["stem"][1]
-        self.stem = Stem(*SIZES[size]["stem"])
+        stem_width, c_in, stages = SIZES[size]
+        self.stem = Stem(stem_width, c_in)
         self.stages = nn.ModuleList()
-        for index, (width, c_out, kernel, light, num_blocks) in enumerate(SIZES[size]["stages"]):
-            self.stages.append(Stage(c_in, width, c_out, kernel, light, num_blocks, downsample=index > 0))
-            c_in = c_out
-        self.channels = {name: stage[1] for name, stage in zip(("c3", "c4", "c5"), SIZES[size]["stages"][1:])}
+        for index, stage in enumerate(stages):
+            self.stages.append(Stage(c_in, *stage, downsample=index > 0))
+            c_in = stage.c_out
+        self.channels = {name: stage.c_out for name, stage in zip(("c3", "c4", "c5"), stages[1:])}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         c2 = self.stages[0](self.stem(images))

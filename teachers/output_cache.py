@@ -245,7 +245,7 @@ def image_key(pixels: Tensor) -> str:
 
 
 def fingerprint_of(model: nn.Module, **settings: Any) -> str:
-    """A digest of a model's class, its state dict, what is wanted of it (`model.wanted`) and the settings.
+    """A digest of a model's class, its state dict, its `requested_outputs` and the settings.
 
     settings: plain values of whatever else its outputs depend on: input size, precision, class names.
     """
@@ -253,8 +253,8 @@ def fingerprint_of(model: nn.Module, **settings: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes_of(tensor))
-    wanted = getattr(model, "wanted", None)
-    said = {"wanted": None if wanted is None else sorted(wanted), "settings": settings}
+    requested = getattr(model, "requested_outputs", None)
+    said = {"requested_outputs": None if requested is None else sorted(requested), "settings": settings}
     digest.update(json.dumps(said, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -7,17 +7,24 @@ The released models train with these BatchNorms frozen. A frozen BatchNorm is a 
 only mode a teacher is in, so there is no class of its own for it here.
 """
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teachers.conv_bn import ConvBN
 
 STAGE_WIDTHS = (64, 128, 256, 512)
-# expansion: C_out of a block by its stage's width.
-SIZES = {
-    18: dict(blocks=(2, 2, 2, 2), expansion=1),
-    50: dict(blocks=(3, 4, 6, 3), expansion=4),
-}
+
+
+class Size(NamedTuple):
+    """blocks: of each stage. expansion: C_out of a block by its stage's width."""
+
+    blocks: tuple[int, int, int, int]
+    expansion: int
+
+
+SIZES = {18: Size(blocks=(2, 2, 2, 2), expansion=1), 50: Size(blocks=(3, 4, 6, 3), expansion=4)}
 
 
 class BasicBlock(nn.Module):
@@ -71,7 +78,7 @@ class ResNetVD(nn.Module):
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        blocks, expansion = SIZES[depth]["blocks"], SIZES[depth]["expansion"]
+        blocks, expansion = SIZES[depth]
         self.stem = nn.Sequential(
             ConvBN(3, 32, 3, stride=2, activation=F.relu),
             ConvBN(32, 32, 3, activation=F.relu),

@@ -14,15 +14,17 @@ float32 under autocast. Any multiples of 32 will do for H and W; the released we
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from boxes import box_iou, cxcywh_to_xyxy
+from kernels.backend import at_least_float32
 from structures import Detections
 from teachers.hgnetv2 import HGNetV2
 from teachers.resnet_vd import ResNetVD
-from teachers.rtdetr_decoder import Decoder, wide
+from teachers.rtdetr_decoder import Decoder
 from teachers.rtdetr_encoder import HybridEncoder
 from teachers.rtdetr_names import RTDETR_L_NAMES, RTDETR_X_NAMES, authors_names
 
@@ -30,12 +32,25 @@ FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
 DECODER_PARTS = frozenset({"boxes_xyxy", "query_logits"})
 IOU_POWER = 6.0  # of the match in class_logits_at; see read_best_query
 
-# batchnorm_eps: what the released models normalise with; a state dict does not hold it.
+
+class Size(NamedTuple):
+    """width, hidden, feedforward: of the encoder. num_layers: of the decoder.
+
+    batchnorm_eps: what the released models normalise with; a state dict does not hold it.
+    """
+
+    width: int
+    hidden: int
+    feedforward: int
+    num_layers: int
+    batchnorm_eps: float
+
+
 SIZES = {
-    "l": dict(width=256, hidden=256, feedforward=1024, num_layers=6, batchnorm_eps=1e-3),
-    "x": dict(width=384, hidden=384, feedforward=2048, num_layers=6, batchnorm_eps=1e-3),
-    "r18vd": dict(width=256, hidden=128, feedforward=1024, num_layers=3, batchnorm_eps=1e-5),
-    "r50vd": dict(width=256, hidden=256, feedforward=1024, num_layers=6, batchnorm_eps=1e-5),
+    "l": Size(width=256, hidden=256, feedforward=1024, num_layers=6, batchnorm_eps=1e-3),
+    "x": Size(width=384, hidden=384, feedforward=2048, num_layers=6, batchnorm_eps=1e-3),
+    "r18vd": Size(width=256, hidden=128, feedforward=1024, num_layers=3, batchnorm_eps=1e-5),
+    "r50vd": Size(width=256, hidden=256, feedforward=1024, num_layers=6, batchnorm_eps=1e-5),
 }
 
 
@@ -45,7 +60,7 @@ class RTDETROutput:
 
     features: c3, c4, c5 (backbone) and p3, p4, p5 (encoder), (B, C, H / s, W / s) each. boxes_xyxy (B, Q, 4) in pixels,
     not clipped to the image, and query_logits (B, Q, K): the last decoder layer's, queries in the order of their
-    selection; None where the decoder was skipped (RTDETR.wanted). image_size is (H, W).
+    selection; None where the decoder was skipped (RTDETR.requested_outputs). image_size is (H, W).
     """
 
     features: dict[str, Tensor]
@@ -57,8 +72,8 @@ class RTDETROutput:
 class RTDETR(nn.Module):
     """backbone -> hybrid encoder -> decoder. It has what eval.py, predict.py and distillation ask of a model.
 
-    wanted: names of the output's parts that the caller reads, None for all. The decoder runs only where `boxes_xyxy` or
-        `query_logits` is among them: a frozen teacher of which only maps are tapped does not pay for it.
+    requested_outputs: names of the output's parts that the caller reads, None for all. The decoder runs only where
+        `boxes_xyxy` or `query_logits` is among them: a frozen teacher that gives maps alone does not pay for it.
     backbone: images -> {"c3", "c4", "c5"}, with `channels`. width, hidden, feedforward: of HybridEncoder.
     """
 
@@ -90,7 +105,7 @@ class RTDETR(nn.Module):
         self.public_names = public_names
         self.class_head = ("decoder.candidate_class.", "decoder.class_heads.")
         self.class_activation = "sigmoid"
-        self.wanted: frozenset[str] | None = None
+        self.requested_outputs: frozenset[str] | None = None
 
     def forward(self, images: Tensor) -> RTDETROutput:
         """images (B, 3, H, W) in [0, 1], which the released models do not normalise; H and W multiples of 32, else
@@ -99,7 +114,7 @@ class RTDETR(nn.Module):
         image_size = check_image_size(images)
         features = self.backbone(images)
         features = features | self.encoder(features)
-        if self.wanted is not None and not self.wanted & DECODER_PARTS:
+        if self.requested_outputs is not None and not self.requested_outputs & DECODER_PARTS:
             return RTDETROutput(features, None, None, image_size)
         boxes, query_logits = self.decoder([features["p3"], features["p4"], features["p5"]])
         height, width = image_size
@@ -111,8 +126,9 @@ class RTDETR(nn.Module):
     def decode(self, output: RTDETROutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, Q, 4) in pixels and scores (B, Q, K) = sigmoid(query_logits). ValueError without a decoder."""
         if output.query_logits is None:
-            raise ValueError(f"the decoder was skipped: wanted is {sorted(self.wanted or ())}, without query_logits")
-        return output.boxes_xyxy, wide(output.query_logits).sigmoid()
+            found = sorted(self.requested_outputs or ())
+            raise ValueError(f"the decoder was skipped: requested_outputs is {found}, without query_logits")
+        return output.boxes_xyxy, at_least_float32(output.query_logits).sigmoid()
 
     @torch.no_grad()
     def detect(
@@ -138,7 +154,9 @@ class RTDETR(nn.Module):
         return torch.cat(
             [
                 read_best_query(z, query_xyxy=queries, boxes_xyxy=boxes)
-                for z, queries, boxes in zip(wide(output.query_logits), boxes_xyxy, boxes_per_image, strict=True)
+                for z, queries, boxes in zip(
+                    at_least_float32(output.query_logits), boxes_xyxy, boxes_per_image, strict=True
+                )
             ]
         )
 
@@ -180,4 +198,4 @@ def build_rtdetr(size: str, num_classes: int) -> RTDETR:
         "r18vd": lambda: (ResNetVD(18), authors_names(convolutions_per_block=2, narrow=True)),
         "r50vd": lambda: (ResNetVD(50), authors_names(convolutions_per_block=3, narrow=False)),
     }[size]()
-    return RTDETR(backbone=backbone, num_classes=num_classes, public_names=public_names, **SIZES[size])
+    return RTDETR(backbone=backbone, num_classes=num_classes, public_names=public_names, **SIZES[size]._asdict())

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.backend import at_least_float32
 from kernels.deformable_attention import deformable_attention
 from teachers.conv_bn import ConvBN
 
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
         for layer, box_head in zip(self.layers, self.box_heads):
             position = self.query_position(boxes.to(memory))  # (B, Q, D)
             queries = layer(queries, position, boxes, memory, level_sizes)
-            boxes = (wide(box_head(queries)) + inverse_sigmoid(boxes)).sigmoid()
+            boxes = (at_least_float32(box_head(queries)) + inverse_sigmoid(boxes)).sigmoid()
         return boxes, self.class_heads[-1](queries)
 
     def select(self, memory: Tensor, level_sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
         scores = self.candidate_class(cells).amax(-1)  # (B, S)
         chosen = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices  # (B, Q)
         queries = cells.gather(1, chosen[:, :, None].expand(-1, -1, cells.shape[2]))  # (B, Q, D)
-        start = wide(self.candidate_box(queries))
+        start = at_least_float32(self.candidate_box(queries))
         anchor_logits = torch.where(is_candidate, inverse_sigmoid(anchors), torch.inf)  # (S, 4)
         return queries, (start + anchor_logits[chosen].to(start)).sigmoid()
 
@@ -164,8 +165,3 @@ def inverse_sigmoid(p: Tensor, eps: float = 1e-5) -> Tensor:
     """log(p / (1 - p)), with numerator and denominator at least eps: finite for p in [0, 1]."""
     p = p.clamp(0, 1)
     return p.clamp(min=eps).log() - (1 - p).clamp(min=eps).log()
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32; float64 stays. Boxes are computed in this."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 64, 48
 NAMES = ("green", "red")
 POOL = {"networks": 1, "first_steps": 0, "steps_between": 1}
 QUICK = {
-    "arch": "yolov8p",
+    "arch": "yolov8_narrow",
     "matching": {"steps": 2, "pool": POOL},
     "real_batch": 2,
 }

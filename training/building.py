@@ -198,7 +198,7 @@ def build(
     check_batches(config, len(splits.train), student, criterion, processes.count)
     for name, teacher in teachers.models.items():
         if teacher is not ema.model:  # which is evaluated too
-            teacher.wanted = criterion.wanted(name)
+            teacher.requested_outputs = criterion.requested_outputs(name)
     optimizer = build_optimizer(
         (student, criterion),
         name=settings.name,

@@ -87,7 +87,7 @@ def term_sheet(parts: Parts, name: str, term: TermConfig, images: Tensor, s_outp
     teacher = parts.teachers.models[term.teacher]
     seen = resize_images(images, parts.teachers.facts[term.teacher].image_size)
     is_dino = isinstance(teacher, DINOv2)
-    with wanting(teacher, {"patches", "class_attention"} if is_dino else set()):
+    with requesting(teacher, {"patches", "class_attention"} if is_dino else set()):
         t_output = teacher.forward(seen)
     if is_dino:
         columns[f"tokens of {term.teacher}"] = to_pictures(patch_pca(t_output.features["patches"].cpu()), SIDE)
@@ -118,13 +118,13 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def wanting(teacher: nn.Module, names: set[str]) -> Iterator[None]:
+def requesting(teacher: nn.Module, names: set[str]) -> Iterator[None]:
     """The teacher gives these parts of its output besides those its terms read."""
-    before = getattr(teacher, "wanted", None)
+    before = getattr(teacher, "requested_outputs", None)
     if before is not None and names:
-        teacher.wanted = before | names
+        teacher.requested_outputs = before | names
     try:
         yield
     finally:
         if before is not None:
-            teacher.wanted = before
+            teacher.requested_outputs = before

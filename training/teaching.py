@@ -57,8 +57,9 @@ class Teachers:
         return outputs
 
     def keep_outputs(self, folder: Path, max_gigabytes: float) -> None:
-        """From now on ask each teacher once about an image: its outputs stay in `folder`. Call when `wanted` is set.
+        """From now on ask each teacher once about an image: its outputs stay in `folder`.
 
+        Call when its `requested_outputs` are set.
         UserError for a teacher whose output cannot be kept. The student's average changes, and is always asked.
         """
         for name, model in self.models.items():

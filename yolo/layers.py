@@ -4,8 +4,6 @@ Each layer maps (B, C_in, H, W) to (B, C_out, H', W') and keeps the memory forma
 nothing here copies a map to another layout.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,13 +81,3 @@ def check_image_size(images: Tensor) -> tuple[int, int]:
     if height % 32 or width % 32 or not height or not width:
         raise ValueError(f"images are {height}x{width} pixels (height x width), expected multiples of 32")
     return height, width
-
-
-def is_wanted(wanted: frozenset[str] | None, names: Iterable[str]) -> bool:
-    """Whether a caller that reads `wanted` reads one of `names`; None reads everything."""
-    return wanted is None or any(name in wanted for name in names)
-
-
-def to_float(x: Tensor) -> Tensor:
-    """x in float32; float64 stays. Decoding and losses compute in this."""
-    return x if x.dtype == torch.float64 else x.float()

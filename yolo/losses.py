@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from boxes import cxcywh_to_xyxy, distances_to_xyxy, paired_ciou, xyxy_to_distances
+from kernels.backend import at_least_float32
 from structures import Targets
 from yolo.assigners import (
     AnchorMatches,
@@ -111,8 +112,8 @@ def yolov8_assignment(
 ) -> Assignment:
     """task_aligned_assignment of the predictions as they are now; arguments as in yolov8_losses. No gradient."""
     with torch.no_grad():
-        boxes_xyxy = decode_distances(_at_least_float32(box_logits), points, strides)  # (B, A, 4) pixels
-    logits = _at_least_float32(class_logits)
+        boxes_xyxy = decode_distances(at_least_float32(box_logits), points, strides)  # (B, A, 4) pixels
+    logits = at_least_float32(class_logits)
     return task_aligned_assignment(
         class_logits=logits, boxes_xyxy=boxes_xyxy, points=points, strides=strides, targets=targets, topk=topk
     )
@@ -147,7 +148,7 @@ def yolov8_losses(
         {"box", "cls", "dfl"}: scalars (), not multiplied by B. cls is affine in class_scores: w and S do
         not depend on them.
     """
-    box_logits, class_logits = _at_least_float32(box_logits), _at_least_float32(class_logits)
+    box_logits, class_logits = at_least_float32(box_logits), at_least_float32(class_logits)
     points, strides = points.to(box_logits.dtype), strides.to(box_logits.dtype)
     if assignment is None:
         assignment = yolov8_assignment(
@@ -185,7 +186,7 @@ def yolov5_matches(
     ratio_threshold: float = 4.0,
 ) -> tuple[AnchorMatches, Tensor]:
     """The matches of anchor_ratio_matches, and the CIoU (M,) of each prediction with its object, with gradient."""
-    box_logits = _at_least_float32(box_logits)
+    box_logits = at_least_float32(box_logits)
     anchors = anchors.to(box_logits.dtype)
     matches = anchor_ratio_matches(
         grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
@@ -249,7 +250,7 @@ def yolov5_losses(
     Differs from public YOLOv5 code: cls is there for K = 1 too; the gains are used as they are given (its train.py
     scales cls by K / 80 and obj by (image size / 640)^2 first).
     """
-    box_logits, objectness_logits, class_logits = map(_at_least_float32, (box_logits, objectness_logits, class_logits))
+    box_logits, objectness_logits, class_logits = map(at_least_float32, (box_logits, objectness_logits, class_logits))
     anchors = anchors.to(box_logits.dtype)
     matches, ciou = yolov5_matches(
         box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets,
@@ -274,7 +275,3 @@ def yolov5_losses(
     sizes = [anchors.shape[1] * h * w for h, w in grid_sizes]
     obj = objectness_loss(objectness_logits, target, sizes, balance)
     return {"box": box_gain * box, "obj": obj_gain * obj, "cls": cls_gain * cls}
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kernels.backend import at_least_float32
 from kernels.nms import select_detections
 from structures import Detections, Targets
 from yolo.assigners import make_anchors
-from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, is_wanted, to_float, upsample
+from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, upsample
 from yolo.losses import decode_anchor_offsets, yolov5_assignment, yolov5_losses
-from yolo.yolov8 import FEATURE_STRIDES, LEVEL_STRIDES, NECK_MAPS, AnchorFreeDetector, level_sizes, read_at_boxes
+from yolo.released_names import YOLOV5_NAMES, YOLOV5U_NAMES
+from yolo.taps import is_requested, joint_logits, logits_at_boxes
+from yolo.yolov8 import FEATURE_STRIDES, LEVEL_STRIDES, NECK_MAPS, AnchorFreeDetector, Size, level_sizes
 
 ANCHORS_PIXELS = (  # width, height; three per level p3, p4, p5; fitted to COCO by the authors of the released weights
     ((10, 13), (16, 30), (33, 23)),
@@ -32,13 +35,12 @@ ANCHORS_PIXELS = (  # width, height; three per level p3, p4, p5; fitted to COCO 
 NUM_ANCHORS = 3  # per cell
 HEAD_NAMES = frozenset({"box_logits", "objectness_logits", "class_logits"})
 
-# channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32.
 SIZES = {
-    "n": dict(channels=(16, 32, 64, 128, 256), depths=(1, 2, 3, 1), neck_depth=1),
-    "s": dict(channels=(32, 64, 128, 256, 512), depths=(1, 2, 3, 1), neck_depth=1),
-    "m": dict(channels=(48, 96, 192, 384, 768), depths=(2, 4, 6, 2), neck_depth=2),
-    "l": dict(channels=(64, 128, 256, 512, 1024), depths=(3, 6, 9, 3), neck_depth=3),
-    "x": dict(channels=(80, 160, 320, 640, 1280), depths=(4, 8, 12, 4), neck_depth=4),
+    "n": Size(channels=(16, 32, 64, 128, 256), depths=(1, 2, 3, 1), neck_depth=1),
+    "s": Size(channels=(32, 64, 128, 256, 512), depths=(1, 2, 3, 1), neck_depth=1),
+    "m": Size(channels=(48, 96, 192, 384, 768), depths=(2, 4, 6, 2), neck_depth=2),
+    "l": Size(channels=(64, 128, 256, 512, 1024), depths=(3, 6, 9, 3), neck_depth=3),
+    "x": Size(channels=(80, 160, 320, 640, 1280), depths=(4, 8, 12, 4), neck_depth=4),
 }
 
 
@@ -141,16 +143,6 @@ class AnchorHead(nn.Module):
         return raw[..., :4], raw[..., 4], raw[..., 5:]
 
 
-def joint_logits(objectness_logits: Tensor, class_logits: Tensor) -> Tensor:
-    """Logits of the scores the detector reports, sigmoid(o) sigmoid(c): (..., 1) and (..., K) -> (..., K).
-
-    With p = sigmoid(o) sigmoid(c):  logit(p) = log p / (1 - p) = -log(e^-o + e^-c + e^-(o + c))
-    """
-    objectness_logits = objectness_logits.expand_as(class_logits)
-    terms = torch.stack((-objectness_logits, -class_logits, -objectness_logits - class_logits))
-    return -terms.logsumexp(0)
-
-
 @dataclass(frozen=True)
 class YOLOv5Output:
     """What YOLOv5.forward returns, in train and eval mode alike, for images (B, 3, H, W).
@@ -158,7 +150,7 @@ class YOLOv5Output:
     features: c3, c4, c5 (backbone) and p3, p4, p5 (neck, what the head reads), (B, C, H / s, W / s) each.
     box_logits (B, A, 4) raw, objectness_logits (B, A) and class_logits (B, A, K) as AnchorHead orders them (a location
     is a pair of anchor and cell); image_size is (H, W). The logits are None, and p3, p4, p5 missing, where
-    YOLOv5.wanted leaves them out.
+    YOLOv5.requested_outputs leaves them out.
     """
 
     features: dict[str, Tensor]
@@ -174,7 +166,8 @@ class YOLOv5(nn.Module):
     The gains weight the loss terms; the defaults are the released recipe's, which makes two of them depend on the task:
     obj_gain is multiplied by H W / 640^2, cls_gain by K / 80.
 
-    wanted: the names of the features and logits that the caller reads, or None for all: as in AnchorFreeDetector.
+    requested_outputs: the names of the features and logits that the caller reads, or None for all: as in
+    AnchorFreeDetector.
     """
 
     class_activation = "sigmoid"
@@ -197,9 +190,9 @@ class YOLOv5(nn.Module):
         self.num_classes = num_classes
         self.strides = dict(FEATURE_STRIDES)
         self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
-        self.public_names = PUBLIC_NAMES
+        self.public_names = YOLOV5_NAMES
         self.class_head = ("head.predict.",)  # one convolution predicts boxes, objectness and classes
-        self.wanted: frozenset[str] | None = None
+        self.requested_outputs: frozenset[str] | None = None
         self.box_gain, self.obj_gain, self.cls_gain = box_gain, obj_gain, cls_gain
 
     def forward(self, images: Tensor) -> YOLOv5Output:
@@ -207,9 +200,9 @@ class YOLOv5(nn.Module):
         image_size = check_image_size(images)
         features = self.backbone(images)
         box = objectness = classes = None
-        if is_wanted(self.wanted, NECK_MAPS | HEAD_NAMES):
+        if is_requested(self.requested_outputs, NECK_MAPS | HEAD_NAMES):
             features |= self.neck(features)
-        if is_wanted(self.wanted, HEAD_NAMES):
+        if is_requested(self.requested_outputs, HEAD_NAMES):
             box, objectness, classes = self.head([features["p3"], features["p4"], features["p5"]])
         return YOLOv5Output(features, box, objectness, classes, image_size)
 
@@ -219,7 +212,7 @@ class YOLOv5(nn.Module):
 
     def anchors_pixels(self) -> Tensor:
         """(3 levels, 3 anchors, 2) widths and heights in pixels, float32."""
-        anchors = to_float(self.head.anchors)
+        anchors = at_least_float32(self.head.anchors)
         return anchors * anchors.new_tensor(LEVEL_STRIDES)[:, None, None]
 
     def _locations(self, output: YOLOv5Output) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,9 +221,9 @@ class YOLOv5(nn.Module):
 
     def decode(self, output: YOLOv5Output) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = objectness * class."""
-        boxes_xyxy = decode_anchor_offsets(to_float(output.box_logits), *self._locations(output))
-        objectness = to_float(output.objectness_logits).sigmoid()
-        return boxes_xyxy, objectness[..., None] * to_float(output.class_logits).sigmoid()
+        boxes_xyxy = decode_anchor_offsets(at_least_float32(output.box_logits), *self._locations(output))
+        objectness = at_least_float32(output.objectness_logits).sigmoid()
+        return boxes_xyxy, objectness[..., None] * at_least_float32(output.class_logits).sigmoid()
 
     def losses(self, output: YOLOv5Output, targets: Targets) -> dict[str, Tensor]:
         """box (CIoU), obj and cls (BCE), weighted by the gains: see losses.yolov5_losses. float32 under autocast."""
@@ -283,10 +276,12 @@ class YOLOv5(nn.Module):
 
         `output.class_logits` mean something else: the class of a location, given that it holds an object.
         """
-        return joint_logits(to_float(output.objectness_logits)[..., None], to_float(output.class_logits))
+        return joint_logits(
+            at_least_float32(output.objectness_logits)[..., None], at_least_float32(output.class_logits)
+        )
 
     def class_logits_at(self, output: YOLOv5Output, boxes_per_image: list[Tensor]) -> Tensor:
-        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) logits, by the rule of yolov8.read_at_boxes.
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) logits, by the rule of taps.logits_at_boxes.
 
         Objectness is included (joint_logits): each is the log-odds of "here is an object of class k", as
         distill/beliefs.py asks of any sigmoid head, and their sigmoid is comparable to a score of `decode`.
@@ -294,88 +289,26 @@ class YOLOv5(nn.Module):
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
             points, strides, _ = self._locations(output)
-        logits = self.location_logits(output)
-        return torch.cat(
-            [
-                read_at_boxes(z, decoded_xyxy=d, points=points * strides, boxes_xyxy=boxes_xyxy)
-                for z, d, boxes_xyxy in zip(logits, decoded_xyxy, boxes_per_image, strict=True)
-            ]
+        return logits_at_boxes(
+            self.location_logits(output),
+            decoded_xyxy=decoded_xyxy,
+            centers=points * strides,
+            boxes_per_image=boxes_per_image,
         )
-
-
-# fmt: off
-TRUNK_NAMES = [  # backbone and neck, the same in both variants; each {} is one integer
-    # released checkpoint       ours
-    ("model.0.",                "backbone.stem."),
-    ("model.1.",                "backbone.down2."),
-    ("model.2.cv1.",            "backbone.stage2.main."),
-    ("model.2.cv2.",            "backbone.stage2.bypass."),
-    ("model.2.m.{}.cv{}.",      "backbone.stage2.blocks.{}.conv{}."),
-    ("model.2.cv3.",            "backbone.stage2.merge."),
-    ("model.3.",                "backbone.down3."),
-    ("model.4.cv1.",            "backbone.stage3.main."),
-    ("model.4.cv2.",            "backbone.stage3.bypass."),
-    ("model.4.m.{}.cv{}.",      "backbone.stage3.blocks.{}.conv{}."),
-    ("model.4.cv3.",            "backbone.stage3.merge."),
-    ("model.5.",                "backbone.down4."),
-    ("model.6.cv1.",            "backbone.stage4.main."),
-    ("model.6.cv2.",            "backbone.stage4.bypass."),
-    ("model.6.m.{}.cv{}.",      "backbone.stage4.blocks.{}.conv{}."),
-    ("model.6.cv3.",            "backbone.stage4.merge."),
-    ("model.7.",                "backbone.down5."),
-    ("model.8.cv1.",            "backbone.stage5.main."),
-    ("model.8.cv2.",            "backbone.stage5.bypass."),
-    ("model.8.m.{}.cv{}.",      "backbone.stage5.blocks.{}.conv{}."),
-    ("model.8.cv3.",            "backbone.stage5.merge."),
-    ("model.9.cv1.",            "backbone.spp.reduce."),
-    ("model.9.cv2.",            "backbone.spp.merge."),
-    ("model.10.",               "neck.lateral5."),
-    ("model.13.cv1.",           "neck.top_down4.main."),
-    ("model.13.cv2.",           "neck.top_down4.bypass."),
-    ("model.13.m.{}.cv{}.",     "neck.top_down4.blocks.{}.conv{}."),
-    ("model.13.cv3.",           "neck.top_down4.merge."),
-    ("model.14.",               "neck.lateral4."),
-    ("model.17.cv1.",           "neck.top_down3.main."),
-    ("model.17.cv2.",           "neck.top_down3.bypass."),
-    ("model.17.m.{}.cv{}.",     "neck.top_down3.blocks.{}.conv{}."),
-    ("model.17.cv3.",           "neck.top_down3.merge."),
-    ("model.18.",               "neck.down3."),
-    ("model.20.cv1.",           "neck.bottom_up4.main."),
-    ("model.20.cv2.",           "neck.bottom_up4.bypass."),
-    ("model.20.m.{}.cv{}.",     "neck.bottom_up4.blocks.{}.conv{}."),
-    ("model.20.cv3.",           "neck.bottom_up4.merge."),
-    ("model.21.",               "neck.down4."),
-    ("model.23.cv1.",           "neck.bottom_up5.main."),
-    ("model.23.cv2.",           "neck.bottom_up5.bypass."),
-    ("model.23.m.{}.cv{}.",     "neck.bottom_up5.blocks.{}.conv{}."),
-    ("model.23.cv3.",           "neck.bottom_up5.merge."),
-]
-PUBLIC_NAMES = [
-    *TRUNK_NAMES,
-    ("model.24.anchors",        "head.anchors"),
-    ("model.24.m.{}.",          "head.predict.{}."),
-]
-PUBLIC_NAMES_U = [
-    *TRUNK_NAMES,
-    ("model.24.cv2.{}.{}.",     "head.box.{}.{}."),
-    ("model.24.cv3.{}.{}.",     "head.cls.{}.{}."),
-    ("model.24.dfl.",           None),  # constant 0..R-1, counted in losses.decode_distances
-]
-# fmt: on
 
 
 def build_yolov5(size: str, num_classes: int) -> YOLOv5:
     """A freshly initialised YOLOv5 with anchors; size is a key of SIZES. Draws from torch's global generator."""
-    return YOLOv5(**SIZES[size], num_classes=num_classes)
+    return YOLOv5(**SIZES[size]._asdict(), num_classes=num_classes)
 
 
 def build_yolov5u(size: str, num_classes: int) -> AnchorFreeDetector:
     """A freshly initialised YOLOv5u (anchor-free); size is a key of SIZES. Draws from torch's global generator."""
-    channels, depths, neck_depth = (SIZES[size][key] for key in ("channels", "depths", "neck_depth"))
+    channels, depths, neck_depth = SIZES[size]
     return AnchorFreeDetector(
         backbone=Backbone(channels, depths),
         neck=Neck(channels, neck_depth),
         channels=channels,
         num_classes=num_classes,
-        public_names=PUBLIC_NAMES_U,
+        public_names=YOLOV5U_NAMES,
     )

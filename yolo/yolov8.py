@@ -6,8 +6,8 @@ Its parts: cross-stage partial blocks (CSPNet, arXiv:1911.11929), SPP (arXiv:140
 path (FPN, arXiv:1612.03144; PANet, arXiv:1803.01534), one decoupled head per level (YOLOX, arXiv:2107.08430), box edges
 as distributions (Generalized Focal Loss, arXiv:2006.04388). Losses and assigner: yolo/losses.py.
 
-"p" is none of the released sizes: half as wide as n and less deep, for the matching networks of dataset distillation on
-a few cores; it has no weights to load.
+The size "narrow" is not a released one: it is half as wide as n and less deep, for the matching networks of dataset
+distillation on a few cores. There are no weights to load for it.
 
 Differs from the released code, not in what it computes: the bins 0..R-1 are no parameter (losses.decode_distances
 counts them), `forward` returns the same in train and eval mode, and sizes are written out instead of multiplied out.
@@ -16,38 +16,42 @@ Decoding and losses are float32 under autocast.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from boxes import box_iou
+from kernels.backend import at_least_float32
 from kernels.nms import select_detections
 from structures import Detections, Targets
 from yolo.assigners import make_points
-from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, is_wanted, to_float, upsample
+from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, upsample
 from yolo.losses import decode_distances, yolov8_assignment, yolov8_losses
+from yolo.released_names import YOLOV8_NAMES
+from yolo.taps import BRANCH_MAPS, branch_maps, branch_tail, is_requested, layer_outputs, logits_at_boxes
 
 LEVEL_STRIDES = (8, 16, 32)  # pixels, of p3, p4, p5
 FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
 NECK_MAPS = frozenset({"p3", "p4", "p5"})
-LEVELS = (3, 4, 5)
-HEAD_MAPS = {  # name: branch, row of LEVEL_STRIDES, how many layers of the branch the map has passed
-    f"{kind}{level}_{count}": (kind, row, count)
-    for kind in ("box", "cls")
-    for row, level in enumerate(LEVELS)
-    for count in (1, 2)
-}
-HEAD_NAMES = frozenset({"box_logits", "class_logits", *HEAD_MAPS})
+HEAD_NAMES = frozenset({"box_logits", "class_logits", *BRANCH_MAPS})
 NUM_BINS = 16  # R: an edge is at most 15 strides away from its point
 
-# channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32.
+
+class Size(NamedTuple):
+    """channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32."""
+
+    channels: tuple[int, int, int, int, int]
+    depths: tuple[int, int, int, int]
+    neck_depth: int
+
+
 SIZES = {
-    "p": dict(channels=(8, 16, 32, 64, 128), depths=(1, 1, 1, 1), neck_depth=1),  # of ours
-    "n": dict(channels=(16, 32, 64, 128, 256), depths=(1, 2, 2, 1), neck_depth=1),
-    "s": dict(channels=(32, 64, 128, 256, 512), depths=(1, 2, 2, 1), neck_depth=1),
-    "m": dict(channels=(48, 96, 192, 384, 576), depths=(2, 4, 4, 2), neck_depth=2),
-    "l": dict(channels=(64, 128, 256, 512, 512), depths=(3, 6, 6, 3), neck_depth=3),
-    "x": dict(channels=(80, 160, 320, 640, 640), depths=(3, 6, 6, 3), neck_depth=3),
+    "narrow": Size(channels=(8, 16, 32, 64, 128), depths=(1, 1, 1, 1), neck_depth=1),
+    "n": Size(channels=(16, 32, 64, 128, 256), depths=(1, 2, 2, 1), neck_depth=1),
+    "s": Size(channels=(32, 64, 128, 256, 512), depths=(1, 2, 2, 1), neck_depth=1),
+    "m": Size(channels=(48, 96, 192, 384, 576), depths=(2, 4, 4, 2), neck_depth=2),
+    "l": Size(channels=(64, 128, 256, 512, 512), depths=(3, 6, 6, 3), neck_depth=3),
+    "x": Size(channels=(80, 160, 320, 640, 640), depths=(3, 6, 6, 3), neck_depth=3),
 }
 
 
@@ -136,73 +140,32 @@ class AnchorFreeHead(nn.Module):
             nn.init.constant_(box[-1].bias, 1.0)
             nn.init.constant_(cls[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
 
-    def forward(
-        self, maps: list[Tensor], wanted: frozenset[str] | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, tuple[list[list[Tensor]], list[list[Tensor]]]]:
         """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4, R), class_logits (B, A, K), A = sum_l H_l W_l.
 
-        Locations run level by level, row by row; edges are left, top, right, bottom. The third result holds the maps
-        within the branches that are `wanted` (None: all), by the names of HEAD_MAPS, (B, widths[branch], H_l, W_l).
+        Locations run level by level, row by row; edges are left, top, right, bottom. The third result holds what every
+        layer of the box and of the class branches gives, per level: taps.branch_maps names it.
         """
-        logits, between = {"box": [], "cls": []}, {}
-        for kind, per_level in logits.items():
-            for level, branch_of_level, x in zip(LEVELS, getattr(self, kind), maps):
-                *hidden, last = branch_of_level
-                for count, layer in enumerate(hidden, start=1):
-                    x = layer(x)
-                    name = f"{kind}{level}_{count}"
-                    if is_wanted(wanted, {name}):
-                        between[name] = x
-                # Channels go last before the levels are joined: in channels_last memory that is one straight copy.
-                per_level.append(last(x).flatten(2).transpose(1, 2))  # (B, H_l W_l, 4R or K)
-        box, cls = (torch.cat(per_level, dim=1) for per_level in logits.values())
-        return box.unflatten(2, (4, NUM_BINS)), cls, between
-
-    def tail(self, name: str) -> nn.Sequential:
-        """What follows the map `name` in its branch: see AnchorFreeDetector.tail."""
-        if name not in HEAD_MAPS:
-            raise KeyError(f"{name!r} is no map within the head; those are {', '.join(HEAD_MAPS)}")
-        kind, row, count = HEAD_MAPS[name]
-        rest = getattr(self, kind)[row][count:]
-        rest.training = self.training  # a slice is a new module around the same layers
-        return rest
+        box = [layer_outputs(branch, x) for branch, x in zip(self.box, maps)]
+        cls = [layer_outputs(branch, x) for branch, x in zip(self.cls, maps)]
+        box_logits = torch.cat([flatten_cells(outputs[-1]) for outputs in box], dim=1)  # (B, A, 4R)
+        class_logits = torch.cat([flatten_cells(outputs[-1]) for outputs in cls], dim=1)  # (B, A, K)
+        return box_logits.unflatten(2, (4, NUM_BINS)), class_logits, (box, cls)
 
 
 def branch(c_in: int, width: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(ConvBNAct(c_in, width, 3), ConvBNAct(width, width, 3), nn.Conv2d(width, c_out, 1))
 
 
+def flatten_cells(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C), before levels are joined: in channels_last memory that is one straight copy."""
+    return x.flatten(2).transpose(1, 2)
+
+
 def level_sizes(image_size: tuple[int, int]) -> list[tuple[int, int]]:
     """(H, W) in pixels -> (h, w) in cells of p3, p4, p5."""
     height, width = image_size
     return [(height // stride, width // stride) for stride in LEVEL_STRIDES]
-
-
-def read_at_boxes(
-    logits: Tensor, *, decoded_xyxy: Tensor, points: Tensor, boxes_xyxy: Tensor, locations: int = 10
-) -> Tensor:
-    """What the locations of one image say about N given boxes: logits (A, K) -> (N, K), a weighted mean of them.
-
-        out_n = sum_a w_na z_a / sum_a w_na,    w_na = IoU(decoded_a, box_n) where point a lies in box n, else 0
-
-    over the `locations` largest w_na alone (the assigner of the training loss takes as many). A box that no such
-    location overlaps reads the point nearest to its center. decoded_xyxy (A, 4), points (A, 2) and boxes_xyxy (N, 4)
-    are pixels; the gradient flows into `logits`, not through w. N = 0 gives (0, K).
-    """
-    with torch.no_grad():
-        boxes_xyxy = boxes_xyxy.to(decoded_xyxy)
-        x, y = points[:, 0], points[:, 1]
-        x1, y1, x2, y2 = boxes_xyxy[:, :, None].unbind(1)  # (N, 1) each
-        is_inside = (x > x1) & (x < x2) & (y > y1) & (y < y2)  # (N, A)
-        weight = box_iou(boxes_xyxy, decoded_xyxy) * is_inside  # (N, A)
-        weight, index = weight.topk(min(locations, len(points)), dim=1)  # (N, k)
-        centers = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
-        nearest = (centers[:, None] - points).square().sum(-1).argmin(1)  # (N,)
-        is_unseen = weight[:, 0] == 0
-        index[:, 0] = torch.where(is_unseen, nearest, index[:, 0])
-        weight[:, 0] = torch.where(is_unseen, 1.0, weight[:, 0])
-        weight = weight / weight.sum(1, keepdim=True)
-    return (weight[:, :, None] * logits[index]).sum(1)  # (N, k, K) -> (N, K)
 
 
 @dataclass(frozen=True)
@@ -213,7 +176,7 @@ class AnchorFreeOutput:
     box3_1 ... box5_2 and cls3_1 ... cls5_2: of the level, after that many of the branch's two 3x3 convolutions (with
     BatchNorm and activation). (B, C, H / s, W / s) each.
     box_logits (B, A, 4, R) and class_logits (B, A, K) as the head orders them; image_size is (H, W).
-    Both logits are None, and maps are missing, where AnchorFreeDetector.wanted leaves them out.
+    Both logits are None, and maps are missing, where AnchorFreeDetector.requested_outputs leaves them out.
     """
 
     features: dict[str, Tensor]
@@ -227,10 +190,10 @@ class AnchorFreeDetector(nn.Module):
 
     channels are the five of SIZES. The gains weight the loss terms; the defaults are the released recipe's.
 
-    wanted: the names of the features and logits that the caller reads, or None for all of them. Of a teacher that only
-    lends its maps, the head is not run (nor the neck, for maps of the backbone alone). Whatever is not named may be
-    missing. A head that runs for one of its names gives both logits; decode, detect, losses, positives and
-    class_logits_at need both.
+    requested_outputs: the names of the features and logits that the caller reads, or None for all of them. If a teacher
+    is used for its feature maps only, its head is skipped, and its neck too for maps of the backbone. What is not named
+    may be missing. If the head runs it gives both logits; decode, detect, losses, positives and class_logits_at need
+    both.
     """
 
     class_activation = "sigmoid"
@@ -252,10 +215,10 @@ class AnchorFreeDetector(nn.Module):
         self.neck = neck
         self.head = AnchorFreeHead(channels[2:], num_classes)
         self.num_classes = num_classes
-        self.strides = FEATURE_STRIDES | {name: LEVEL_STRIDES[row] for name, (_, row, _) in HEAD_MAPS.items()}
+        self.strides = FEATURE_STRIDES | {name: LEVEL_STRIDES[row] for name, (_, row, _) in BRANCH_MAPS.items()}
         self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
-        self.channels |= {name: self.head.widths[kind] for name, (kind, _, _) in HEAD_MAPS.items()}
-        self.wanted: frozenset[str] | None = None
+        self.channels |= {name: self.head.widths[kind] for name, (kind, _, _) in BRANCH_MAPS.items()}
+        self.requested_outputs: frozenset[str] | None = None
         self.public_names = public_names
         self.class_head = ("head.cls.",)
         self.box_gain, self.cls_gain, self.dfl_gain = box_gain, cls_gain, dfl_gain
@@ -265,12 +228,11 @@ class AnchorFreeDetector(nn.Module):
         image_size = check_image_size(images)
         features = self.backbone(images)
         box_logits = class_logits = None
-        if is_wanted(self.wanted, NECK_MAPS | HEAD_NAMES):
+        if is_requested(self.requested_outputs, NECK_MAPS | HEAD_NAMES):
             features |= self.neck(features)
-        if is_wanted(self.wanted, HEAD_NAMES):
-            maps = [features["p3"], features["p4"], features["p5"]]
-            box_logits, class_logits, between = self.head(maps, self.wanted)
-            features |= between
+        if is_requested(self.requested_outputs, HEAD_NAMES):
+            box_logits, class_logits, outputs = self.head([features["p3"], features["p4"], features["p5"]])
+            features |= branch_maps(outputs, self.requested_outputs)
         return AnchorFreeOutput(features, box_logits, class_logits, image_size)
 
     def tail(self, name: str) -> nn.Sequential:
@@ -280,7 +242,7 @@ class AnchorFreeDetector(nn.Module):
         edge: the logits of that level. The layers are the detector's own, not copies, in its train or eval mode as of
         now. KeyError for another name lists those there are.
         """
-        return self.head.tail(name)
+        return branch_tail(self.head, name)
 
     def _locations(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:
         """Points (A, 2) in cells and strides (A, 1) in pixels, in the order of the head."""
@@ -288,8 +250,8 @@ class AnchorFreeDetector(nn.Module):
 
     def decode(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = sigmoid(class_logits)."""
-        boxes_xyxy = decode_distances(to_float(output.box_logits), *self._locations(output))
-        return boxes_xyxy, to_float(output.class_logits).sigmoid()
+        boxes_xyxy = decode_distances(at_least_float32(output.box_logits), *self._locations(output))
+        return boxes_xyxy, at_least_float32(output.class_logits).sigmoid()
 
     def losses(self, output: AnchorFreeOutput, targets: Targets) -> dict[str, Tensor]:
         """box (CIoU), cls (BCE) and dfl, weighted by the gains: see losses.yolov8_losses. float32 under autocast."""
@@ -337,75 +299,31 @@ class AnchorFreeDetector(nn.Module):
 
     def location_logits(self, output: AnchorFreeOutput) -> Tensor:
         """(B, A, K), what class_logits_at says at each location: the class logits, at least in float32."""
-        return to_float(output.class_logits)
+        return at_least_float32(output.class_logits)
 
     def class_logits_at(self, output: AnchorFreeOutput, boxes_per_image: list[Tensor]) -> Tensor:
-        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of read_at_boxes.
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of taps.logits_at_boxes.
 
         Each is the log-odds of "here is an object of class k"; their sigmoid is comparable to a score of `decode`.
         """
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
             points, strides = self._locations(output)
-        logits = self.location_logits(output)
-        return torch.cat(
-            [
-                read_at_boxes(z, decoded_xyxy=d, points=points * strides, boxes_xyxy=boxes_xyxy)
-                for z, d, boxes_xyxy in zip(logits, decoded_xyxy, boxes_per_image, strict=True)
-            ]
+        return logits_at_boxes(
+            self.location_logits(output),
+            decoded_xyxy=decoded_xyxy,
+            centers=points * strides,
+            boxes_per_image=boxes_per_image,
         )
-
-
-# fmt: off
-PUBLIC_NAMES = [  # each {} is one integer
-    # released checkpoint       ours
-    ("model.0.",                "backbone.stem."),
-    ("model.1.",                "backbone.down2."),
-    ("model.2.cv1.",            "backbone.stage2.split."),
-    ("model.2.m.{}.cv{}.",      "backbone.stage2.blocks.{}.conv{}."),
-    ("model.2.cv2.",            "backbone.stage2.merge."),
-    ("model.3.",                "backbone.down3."),
-    ("model.4.cv1.",            "backbone.stage3.split."),
-    ("model.4.m.{}.cv{}.",      "backbone.stage3.blocks.{}.conv{}."),
-    ("model.4.cv2.",            "backbone.stage3.merge."),
-    ("model.5.",                "backbone.down4."),
-    ("model.6.cv1.",            "backbone.stage4.split."),
-    ("model.6.m.{}.cv{}.",      "backbone.stage4.blocks.{}.conv{}."),
-    ("model.6.cv2.",            "backbone.stage4.merge."),
-    ("model.7.",                "backbone.down5."),
-    ("model.8.cv1.",            "backbone.stage5.split."),
-    ("model.8.m.{}.cv{}.",      "backbone.stage5.blocks.{}.conv{}."),
-    ("model.8.cv2.",            "backbone.stage5.merge."),
-    ("model.9.cv1.",            "backbone.spp.reduce."),
-    ("model.9.cv2.",            "backbone.spp.merge."),
-    ("model.12.cv1.",           "neck.top_down4.split."),
-    ("model.12.m.{}.cv{}.",     "neck.top_down4.blocks.{}.conv{}."),
-    ("model.12.cv2.",           "neck.top_down4.merge."),
-    ("model.15.cv1.",           "neck.top_down3.split."),
-    ("model.15.m.{}.cv{}.",     "neck.top_down3.blocks.{}.conv{}."),
-    ("model.15.cv2.",           "neck.top_down3.merge."),
-    ("model.16.",               "neck.down3."),
-    ("model.18.cv1.",           "neck.bottom_up4.split."),
-    ("model.18.m.{}.cv{}.",     "neck.bottom_up4.blocks.{}.conv{}."),
-    ("model.18.cv2.",           "neck.bottom_up4.merge."),
-    ("model.19.",               "neck.down4."),
-    ("model.21.cv1.",           "neck.bottom_up5.split."),
-    ("model.21.m.{}.cv{}.",     "neck.bottom_up5.blocks.{}.conv{}."),
-    ("model.21.cv2.",           "neck.bottom_up5.merge."),
-    ("model.22.cv2.{}.{}.",     "head.box.{}.{}."),
-    ("model.22.cv3.{}.{}.",     "head.cls.{}.{}."),
-    ("model.22.dfl.",           None),  # constant 0..R-1, counted in losses.decode_distances
-]
-# fmt: on
 
 
 def build_yolov8(size: str, num_classes: int) -> AnchorFreeDetector:
     """A freshly initialised YOLOv8; size is a key of SIZES. Draws from torch's global generator."""
-    channels, depths, neck_depth = (SIZES[size][key] for key in ("channels", "depths", "neck_depth"))
+    channels, depths, neck_depth = SIZES[size]
     return AnchorFreeDetector(
         backbone=Backbone(channels, depths),
         neck=Neck(channels, neck_depth),
         channels=channels,
         num_classes=num_classes,
-        public_names=PUBLIC_NAMES,
+        public_names=YOLOV8_NAMES,
     )

@@ -2,7 +2,7 @@
 
 from benchmarks import condense
 
-TINY = ["--arch", "yolov8p", "--image-size", "32", "--stored", "2", "--steps", "1", "--threads", "1"]
+TINY = ["--arch", "yolov8_narrow", "--image-size", "32", "--stored", "2", "--steps", "1", "--threads", "1"]
 
 
 def test_prints_its_table_and_keeps_its_limits(capsys):
@@ -10,7 +10,7 @@ def test_prints_its_table_and_keeps_its_limits(capsys):
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert "32 px, 16 real pictures" in title and head.split()[-2:] == ["peak", "GB"] and len(rows) == 1
     arch, stored, in_step, seconds, _, gigabytes = rows[0].split()
-    assert (arch, stored, in_step) == ("yolov8p", "2", "2") and float(seconds) > 0 and 0.1 < float(gigabytes) < 2
+    assert (arch, stored, in_step) == ("yolov8_narrow", "2", "2") and float(seconds) > 0 and 0.1 < float(gigabytes) < 2
 
 
 def test_a_limit_that_is_broken_is_an_exit_code(monkeypatch, capsys):

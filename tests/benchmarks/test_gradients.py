@@ -23,7 +23,7 @@ def test_prints_a_line_for_every_look(shared_data, capsys):
     options = ["--image-size", "64", "--first", "1", "--every", "1", "--visits", "1"]
     assert gradients.main(["--root", str(shared_data / "bccd"), *options]) == 0
     title, _, head, *rows = capsys.readouterr().out.splitlines()[-5:]
-    assert "yolov8p, 64 px" in title and head.split()[0] == "norms" and len(rows) == 2
+    assert "yolov8_narrow, 64 px" in title and head.split()[0] == "norms" and len(rows) == 2
     for row, norms in zip(rows, ("batch", "group")):
         cells = row.split()
         assert cells[:2] == [norms, "1"] and all(0 <= float(cell) for cell in cells[2:8])

@@ -101,16 +101,16 @@ def test_a_teacher_that_leaves_out_what_no_term_reads_teaches_the_same(case, yol
     torch.manual_seed(0)
     criterion = build(student, teacher, loss, maps, **changes)
     (whole,) = value(criterion, student, teacher, pictures).values()
-    teacher.wanted = criterion.wanted("t")
+    teacher.requested_outputs = criterion.requested_outputs("t")
     (part,) = value(criterion, student, teacher, pictures).values()
     assert torch.equal(part, whole)
 
 
 def test_maps_alone_leave_out_the_head_of_the_teacher(yolos, pictures):
     criterion = build(yolos["student"], yolos["wide"], "cwd", ("p3", "p4"), adapter="conv1x1")
-    assert criterion.wanted("t") == {"p3", "p4"}
+    assert criterion.requested_outputs("t") == {"p3", "p4"}
     teacher = copy.deepcopy(yolos["wide"])
-    teacher.wanted = criterion.wanted("t")
+    teacher.requested_outputs = criterion.requested_outputs("t")
     assert teacher(pictures).class_logits is None
 
 
@@ -289,6 +289,6 @@ def test_a_teacher_that_knows_the_labels_counts_more(yolos, pictures):
         before, after = plain(s, t, TARGETS, 0.0), trusted(s, t, TARGETS, 0.0)
     for weight, name in zip(weights, before):
         torch.testing.assert_close(after[name], weight * before[name])
-    assert trusted.wanted("a") is None
+    assert trusted.requested_outputs("a") is None
     with pytest.raises(UserError, match="compares teachers, found 1"):
         build(student, yolos["v8"], "cwd", ("p3",), teacher_weighting="confidence")

@@ -234,7 +234,7 @@ def test_the_assignment_is_the_same_in_both_derivatives_and_constant(monkeypatch
     synthetic = SyntheticSet(pictures.float(), targets)
     real = tiny_scene(3, size=64, seed=1)
     matching_of(
-        synthetic, (real[0].float(), real[1]), lambda seed: models.build("yolov8p", 2), pictures_at_once=2
+        synthetic, (real[0].float(), real[1]), lambda seed: models.build("yolov8_narrow", 2), pictures_at_once=2
     ).step()
     assert len(seen) == 3 + 4 + 4
     assert any(a.is_positive.any() for a in seen[3:7])

@@ -69,7 +69,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(killed_at):
     assert not torch.equal(whole.synthetic.pixels, tiny_run().synthetic.pixels)
 
 
-@pytest.mark.parametrize("arch", ["yolov8p", "yolov5n"])
+@pytest.mark.parametrize("arch", ["yolov8_narrow", "yolov5n"])
 @pytest.mark.parametrize("has_objects", [True, False])
 def test_a_step_with_a_detector_of_ours(arch, has_objects):
     """Also where no picture on either side has an object."""

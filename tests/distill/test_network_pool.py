@@ -127,7 +127,7 @@ def test_statistics_are_those_of_the_batch_and_stay():
 
 
 def test_groups_take_the_place_of_batches():
-    network = models.build("yolov8p", 3).eval()
+    network = models.build("yolov8_narrow", 3).eval()
     norms = {name: copy.deepcopy(m) for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     for norm in norms.values():
         nn.init.uniform_(norm.weight)
@@ -143,7 +143,7 @@ def test_groups_take_the_place_of_batches():
     after = network(images).class_logits
     assert not torch.allclose(before, after)
     torch.testing.assert_close(network.train()(images[1:2]).class_logits, after[1:2], atol=1e-4, rtol=1e-4)
-    pool = pool_of(lambda seed: models.build("yolov8p", 2), normalization="group")
+    pool = pool_of(lambda seed: models.build("yolov8_narrow", 2), normalization="group")
     assert any(isinstance(m, nn.GroupNorm) for m in pool._create(0, 0).network.modules())
 
 

@@ -8,7 +8,7 @@ import torch
 
 from errors import UserError
 from kernels import backend
-from kernels.backend import compute_dtype, not_floating, scale_of, use_triton
+from kernels.backend import at_least_float32, compute_dtype, not_floating, scale_of, use_triton
 from kernels.temperature_kl import temperature_kl, temperature_kl_eager
 from tests.conftest import ROOT
 
@@ -88,6 +88,8 @@ def test_types():
     assert not_floating(s=CPU, t=whole) == "t is torch.int32, expected float32, bfloat16, float16 or float64"
     assert compute_dtype(half, half) == compute_dtype(CPU, half) == torch.float32
     assert compute_dtype(half, double) == torch.float64
+    for x, expected in ((half, CPU), (CPU.bfloat16(), CPU), (CPU, CPU), (double, double)):
+        assert at_least_float32(x).dtype == expected.dtype and torch.equal(at_least_float32(x), x.to(expected.dtype))
 
 
 def test_scale():

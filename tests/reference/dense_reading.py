@@ -4,7 +4,7 @@ import numpy as np
 
 
 def read_reference(z, decoded, points, boxes, locations):
-    """yolov8.read_at_boxes box by box, location by location: z (A, K), decoded (A, 4), points (A, 2), boxes (N, 4)."""
+    """taps.logits_at_boxes box by box, location by location: z (A, K), decoded (A, 4), points (A, 2), boxes (N, 4)."""
     rows = []
     for box in boxes:
         weights = []

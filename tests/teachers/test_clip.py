@@ -98,7 +98,7 @@ def test_names_sizes_and_shapes(model):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "features", "num_blocks", "parts"),
+    ("requested", "features", "num_blocks", "parts"),
     [
         ({"patches"}, ["patches"], 2, []),
         ({"block0"}, ["block0"], 1, []),
@@ -108,12 +108,12 @@ def test_names_sizes_and_shapes(model):
         (set(), [], 0, []),
     ],
 )
-def test_only_what_is_wanted_is_computed(wanted, features, num_blocks, parts):
+def test_only_what_is_requested_is_computed(requested, features, num_blocks, parts):
     model, images, ran = with_classes(tiny_clip()), pictures(), []
     everything = model(images)
     for block in model.image_tower.blocks:
         block.register_forward_hook(lambda *_: ran.append(1))
-    model.wanted = frozenset(wanted)
+    model.requested_outputs = frozenset(requested)
     output = model(images)
     assert list(output.features) == features and len(ran) == num_blocks
     assert all(torch.equal(output.features[name], everything.features[name]) for name in features)
@@ -257,8 +257,8 @@ def test_pool_needs_its_map_and_both_need_classes(model):
     with pytest.raises(ValueError, match="call set_classes first"):
         model.class_logits_at(model(pictures()), BOXES)
     pool = with_classes(tiny_clip(region_mode="pool"))
-    pool.wanted = frozenset({"patches"})
-    with pytest.raises(ValueError, match=r"'dense' was left out: wanted is \['patches'\]"):
+    pool.requested_outputs = frozenset({"patches"})
+    with pytest.raises(ValueError, match=r"'dense' was left out: requested_outputs is \['patches'\]"):
         pool.class_logits_at(pool(pictures()), BOXES)
     with pytest.raises(ValueError, match="must be crop or pool"):
         tiny_clip(region_mode="both")

@@ -89,7 +89,7 @@ def test_last_block_through_the_norm_is_what_patches_are(model):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "features", "num_blocks", "has_token", "has_attention"),
+    ("requested", "features", "num_blocks", "has_token", "has_attention"),
     [
         ({"patches"}, ["patches"], 3, True, False),
         ({"block0"}, ["block0"], 1, False, False),
@@ -100,12 +100,12 @@ def test_last_block_through_the_norm_is_what_patches_are(model):
         (set(), [], 0, False, False),
     ],
 )
-def test_only_what_is_wanted_is_computed(wanted, features, num_blocks, has_token, has_attention):
+def test_only_what_is_requested_is_computed(requested, features, num_blocks, has_token, has_attention):
     model, images, ran = tiny(4), torch.rand(1, 3, 28, 28), []
     everything = model(images)
     for block in model.blocks:
         block.register_forward_hook(lambda *_: ran.append(1))
-    model.wanted = frozenset(wanted)
+    model.requested_outputs = frozenset(requested)
     output = model(images)
     assert list(output.features) == features and len(ran) == num_blocks and output.image_size == (28, 28)
     assert all(torch.equal(output.features[name], everything.features[name]) for name in features)

@@ -339,11 +339,11 @@ def test_fingerprints():
     found = {same, fingerprint_of(model), fingerprint_of(model, image_size=42)}
     found.add(fingerprint_of(model, image_size=28, names=["a"]))
     found.add(fingerprint_of(nn.ModuleList(model), image_size=28))
-    model.wanted = frozenset({"block1", "patches"})
+    model.requested_outputs = frozenset({"block1", "patches"})
     found.add(fingerprint_of(model, image_size=28))
-    model.wanted = frozenset({"patches"})
+    model.requested_outputs = frozenset({"patches"})
     found.add(fingerprint_of(model, image_size=28))
-    model.wanted = None
+    model.requested_outputs = None
     assert fingerprint_of(model, image_size=28) == same
     model[1].running_mean[0] += 1
     found.add(fingerprint_of(model, image_size=28))
@@ -358,7 +358,7 @@ def test_fingerprints():
 def test_a_teacher_is_asked_once_about_an_image(tmp_path):
     torch.manual_seed(0)
     model, asked = DINOv2(width=24, depth=2, heads=2, table_side=3).eval(), []
-    model.wanted = frozenset({"patches", "class_attention"})
+    model.requested_outputs = frozenset({"patches", "class_attention"})
     model.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
     pixels = torch.randint(0, 256, (4, 3, 28, 42), dtype=torch.uint8)
     keys = [image_key(image) for image in pixels]

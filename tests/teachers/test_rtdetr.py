@@ -120,16 +120,16 @@ def test_is_no_student(model):
     assert {name for name, value in model.state_dict().items() if value.shape != other[name].shape} == head
 
 
-def test_the_decoder_is_skipped_where_only_maps_are_wanted(model, images, output):
+def test_the_decoder_is_skipped_where_only_maps_are_requested(model, images, output):
     calls = []
     hook = model.decoder.register_forward_pre_hook(lambda *args: calls.append(1))
     try:
-        for wanted, runs in [
+        for requested, runs in [
             (None, True), (frozenset({"p3", "c5"}), False), (frozenset(), False),
             (frozenset({"query_logits"}), True), (frozenset({"p3", "boxes_xyxy"}), True),
         ]:  # fmt: skip
             calls.clear()
-            model.wanted = wanted
+            model.requested_outputs = requested
             got = model(images)
             assert len(calls) == runs and (got.boxes_xyxy is None) == (got.query_logits is None) == (not runs)
             assert all(torch.equal(got.features[name], value) for name, value in output.features.items())
@@ -137,7 +137,7 @@ def test_the_decoder_is_skipped_where_only_maps_are_wanted(model, images, output
                 with pytest.raises(ValueError, match="the decoder was skipped"):
                     model.class_logits_at(got, [torch.zeros(0, 4)] * 2)
     finally:
-        model.wanted = None
+        model.requested_outputs = None
         hook.remove()
 
 

@@ -14,7 +14,7 @@ from runtime.processes import Processes
 from teachers.dinov2 import DINOv2
 from tests.tiny_training import tiny_config
 from training import run_pictures
-from training.run_pictures import NUM_PICTURES, SIDE, evaluation_pictures, map_pictures, wanting
+from training.run_pictures import NUM_PICTURES, SIDE, evaluation_pictures, map_pictures, requesting
 from training.teaching import resize_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,8 +59,8 @@ def test_what_the_columns_show(parts):
 
 def test_looking_changes_nothing(parts):
     parts.objective.train()
-    wanted = parts.teachers.models["dino"].wanted
-    assert wanted == {"block0"}
+    requested = parts.teachers.models["dino"].requested_outputs
+    assert requested == {"block0"}
     modules = (parts.student, parts.criterion, parts.ema.model, *parts.teachers.models.values())
     before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
     torch.manual_seed(5)
@@ -71,16 +71,16 @@ def test_looking_changes_nothing(parts):
     for module, state in zip(modules, before):
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert parts.student.training and parts.criterion.training and not parts.ema.model.training
-    assert parts.teachers.models["dino"].wanted == wanted
+    assert parts.teachers.models["dino"].requested_outputs == requested
     assert all(p.grad is None for p in parts.student.parameters())
 
 
-def test_what_is_wanted_is_as_before_after_an_error(parts):
+def test_what_is_requested_is_as_before_after_an_error(parts):
     teacher = parts.teachers.models["dino"]
-    with pytest.raises(RuntimeError), wanting(teacher, {"patches"}):
-        assert teacher.wanted == {"block0", "patches"}
+    with pytest.raises(RuntimeError), requesting(teacher, {"patches"}):
+        assert teacher.requested_outputs == {"block0", "patches"}
         raise RuntimeError
-    assert teacher.wanted == {"block0"}
+    assert teacher.requested_outputs == {"block0"}
 
 
 def test_a_run_without_terms_has_predictions_alone(tiny_data, tmp_path):

@@ -12,8 +12,9 @@ from models import build
 from structures import Targets
 from tests.reference import yolo_losses as reference
 from yolo.assigners import make_points
+from yolo.taps import BRANCH_MAPS
 from yolo.yolov5 import YOLOv5Output
-from yolo.yolov8 import HEAD_MAPS, LEVEL_STRIDES, AnchorFreeOutput, level_sizes
+from yolo.yolov8 import LEVEL_STRIDES, AnchorFreeOutput, level_sizes
 
 ARCHITECTURES = ["yolov8n", "yolov5n", "yolov5nu"]
 all_architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -41,7 +42,7 @@ def images():
 
 def level_logits(output, name):
     """The logits of the map's branch and level as (B, C, H, W), cut out of the whole head's."""
-    kind, row, _ = HEAD_MAPS[name]
+    kind, row, _ = BRANCH_MAPS[name]
     sizes = level_sizes(output.image_size)
     start = sum(h * w for h, w in sizes[:row])
     logits = output.class_logits if kind == "cls" else output.box_logits.flatten(2)
@@ -61,7 +62,7 @@ def test_maps_within_the_head_are_those_of_its_layers(detectors, images, arch):
                 assert torch.equal(output.features[f"{kind}{level}_2"], branch[1](first))
 
 
-@pytest.mark.parametrize("name", HEAD_MAPS)
+@pytest.mark.parametrize("name", BRANCH_MAPS)
 def test_a_tail_makes_of_its_map_what_the_head_makes(detectors, images, name):
     detector = detectors["yolov8n"]
     with torch.no_grad():
@@ -217,14 +218,14 @@ def test_beliefs_per_location_are_the_log_odds_of_its_scores(detectors, arch):
     torch.testing.assert_close(detector.location_logits(output).sigmoid(), detector.decode(output)[1])
 
 
-# ----------------------------------------------------------------------------------------------------------- wanted
+# -------------------------------------------------------------------------------------------------- requested outputs
 
 HEAD_FIELDS = {
     "yolov8n": ["box_logits", "class_logits"],
     "yolov5n": ["box_logits", "objectness_logits", "class_logits"],
 }
 HEAD_FIELDS["yolov5nu"] = HEAD_FIELDS["yolov8n"]
-WANTED = [  # names, whether the neck runs, whether the head runs
+REQUESTED = [  # names, whether the neck runs, whether the head runs
     ({"c3", "c5"}, False, False),
     ({"p4"}, True, False),
     ({"c3", "p5"}, True, False),
@@ -235,8 +236,10 @@ WANTED = [  # names, whether the neck runs, whether the head runs
 
 
 @all_architectures
-@pytest.mark.parametrize("wanted, runs_neck, runs_head", WANTED, ids=["+".join(sorted(w)) or "-" for w, *_ in WANTED])
-def test_parts_that_nobody_reads_do_not_run(detectors, images, arch, wanted, runs_neck, runs_head):
+@pytest.mark.parametrize(
+    "requested, runs_neck, runs_head", REQUESTED, ids=["+".join(sorted(w)) or "-" for w, *_ in REQUESTED]
+)
+def test_parts_that_nobody_reads_do_not_run(detectors, images, arch, requested, runs_neck, runs_head):
     detector, ran = detectors[arch], []
     hooks = [
         getattr(detector, part).register_forward_hook(lambda *_, p=part: ran.append(p)) for part in ("neck", "head")
@@ -244,41 +247,41 @@ def test_parts_that_nobody_reads_do_not_run(detectors, images, arch, wanted, run
     with torch.no_grad():
         expected = detector(images)
         ran.clear()
-        detector.wanted = frozenset(wanted)
+        detector.requested_outputs = frozenset(requested)
         try:
             got = detector(images)
         finally:
-            detector.wanted = None
+            detector.requested_outputs = None
             [hook.remove() for hook in hooks]
     assert ("neck" in ran, "head" in ran) == (runs_neck, runs_head)
-    assert not HEAD_MAPS.keys() & got.features.keys() and got.image_size == expected.image_size
-    assert wanted <= got.features.keys() | set(HEAD_FIELDS[arch])
+    assert not BRANCH_MAPS.keys() & got.features.keys() and got.image_size == expected.image_size
+    assert requested <= got.features.keys() | set(HEAD_FIELDS[arch])
     assert all(torch.equal(value, expected.features[name]) for name, value in got.features.items())
     for field in HEAD_FIELDS[arch]:
         value = getattr(got, field)
         assert torch.equal(value, getattr(expected, field)) if runs_head else value is None
 
 
-def test_of_the_maps_within_the_head_only_the_wanted_are_kept(detectors, images):
+def test_of_the_maps_within_the_head_only_the_requested_are_kept(detectors, images):
     teacher = fuse(detectors["yolov8n"])
     with torch.no_grad():
         expected = teacher(images)
-        teacher.wanted = frozenset({"p3", "cls4_1", "box3_2"})
+        teacher.requested_outputs = frozenset({"p3", "cls4_1", "box3_2"})
         got = teacher(images)
-    assert HEAD_MAPS.keys() & got.features.keys() == {"cls4_1", "box3_2"}
+    assert BRANCH_MAPS.keys() & got.features.keys() == {"cls4_1", "box3_2"}
     assert all(torch.equal(value, expected.features[name]) for name, value in got.features.items())
-    assert fuse(teacher).wanted == teacher.wanted  # a copy is asked for the same
+    assert fuse(teacher).requested_outputs == teacher.requested_outputs  # a copy is asked for the same
 
 
 @pytest.mark.slow  # tracing takes seconds
-@pytest.mark.parametrize("arch, wanted", [("yolov8n", None), ("yolov8n", {"p3", "cls3_1"}), ("yolov5n", {"p3"})])
-def test_one_graph_whatever_is_wanted(detectors, images, arch, wanted):
+@pytest.mark.parametrize("arch, requested", [("yolov8n", None), ("yolov8n", {"p3", "cls3_1"}), ("yolov5n", {"p3"})])
+def test_one_graph_whatever_is_requested(detectors, images, arch, requested):
     """torch.compile traces forward without a break, and maps and logits come out as they are."""
     detector = fuse(detectors[arch])
-    detector.wanted = wanted if wanted is None else frozenset(wanted)
+    detector.requested_outputs = None if requested is None else frozenset(requested)
     with torch.no_grad():
         expected = detector(images)
         got = torch.compile(detector, backend="eager", fullgraph=True)(images)
     assert got.features.keys() == expected.features.keys()
     assert all(torch.equal(value, expected.features[name]) for name, value in got.features.items())
-    assert (got.class_logits is None) == (expected.class_logits is None) == (wanted == {"p3"})
+    assert (got.class_logits is None) == (expected.class_logits is None) == (requested == {"p3"})

@@ -14,7 +14,8 @@ from tests.reference.dense_reading import read_reference
 from tests.reference.golden_models import check_anchor_free_golden, golden_image, public_state, relative_error
 from weights import load_public, rename
 from yolo.losses import yolov5_losses
-from yolo.yolov5 import ANCHORS_PIXELS, YOLOv5Output, joint_logits
+from yolo.taps import joint_logits
+from yolo.yolov5 import ANCHORS_PIXELS, YOLOv5Output
 from yolo.yolov8 import level_sizes
 
 SIZES = ["n", "s", "m", pytest.param("l", marks=pytest.mark.slow), pytest.param("x", marks=pytest.mark.slow)]

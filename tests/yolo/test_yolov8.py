@@ -9,7 +9,8 @@ from structures import DenseDetector, Targets
 from tests.reference.dense_reading import read_reference
 from tests.reference.golden_models import check_anchor_free_golden, public_state
 from weights import load_public
-from yolo.yolov8 import AnchorFreeOutput, level_sizes, read_at_boxes
+from yolo.taps import logits_at_boxes
+from yolo.yolov8 import AnchorFreeOutput, level_sizes
 
 SIZES = ["n", "s", "m", pytest.param("l", marks=pytest.mark.slow), pytest.param("x", marks=pytest.mark.slow)]
 
@@ -184,7 +185,7 @@ def test_decode_matches_float64_reference(model):
     np.testing.assert_allclose(scores.numpy(), 1 / (1 + np.exp(-output.class_logits.double().numpy())), rtol=1e-5)
 
 
-def test_read_at_boxes_matches_float64_reference():
+def test_logits_at_boxes_match_float64_reference():
     rng = np.random.default_rng(3)
     points = rng.uniform(0, 100, (200, 2))
     decoded = np.concatenate([points - rng.uniform(1, 30, (200, 2)), points + rng.uniform(1, 30, (200, 2))], axis=1)
@@ -194,8 +195,12 @@ def test_read_at_boxes_matches_float64_reference():
     boxes[1] = [300, 300, 320, 330]  # outside
     z = rng.normal(size=(200, 5))
     as_tensors = [torch.tensor(a) for a in (z, decoded, points, boxes)]
-    got = read_at_boxes(
-        as_tensors[0], decoded_xyxy=as_tensors[1], points=as_tensors[2], boxes_xyxy=as_tensors[3], locations=4
+    got = logits_at_boxes(
+        as_tensors[0][None],
+        decoded_xyxy=as_tensors[1][None],
+        centers=as_tensors[2],
+        boxes_per_image=[as_tensors[3]],
+        locations=4,
     )
     np.testing.assert_allclose(got.numpy(), read_reference(z, decoded, points, boxes, 4), rtol=1e-6)
 
@@ -226,8 +231,8 @@ def test_a_confident_location_is_read_back(model):
     center = points[40] * strides[40]
     box = torch.cat((center - 16, center + 16))[None]
     assert torch.allclose(model.decode(output)[0][0, 40], box[0])
-    got = read_at_boxes(
-        output.class_logits[0], decoded_xyxy=model.decode(output)[0][0], points=points * strides, boxes_xyxy=box,
-        locations=1,
+    got = logits_at_boxes(
+        output.class_logits[:1], decoded_xyxy=model.decode(output)[0][:1], centers=points * strides,
+        boxes_per_image=[box], locations=1,
     )  # fmt: skip
     assert torch.equal(got[0], output.class_logits[0, 40])

@@ -161,7 +161,7 @@ CASES = [
             "background last": Edit("(logits - others)[:, 1:]", "(logits - others)[:, :-1]"),
             "counts itself": Edit(".masked_fill(is_self, -torch.inf)", ".masked_fill(is_self & False, -torch.inf)"),
             "log of 1 - p": Edit("logits - others", "logits.log_softmax(-1) - (1 - logits.softmax(-1)).log()"),
-            "half precision": Edit("logits if logits.dtype == torch.float64 else logits.float()", "logits"),
+            "half precision": Edit("at_least_float32(logits)", "logits"),
             "every other head a softmax": Edit('head != "softmax"', "False"),
         },
     ),

@@ -82,9 +82,7 @@ CASES = [
             "student detached": Edit(
                 "s_map.to(dtype)", "s_map.detach().to(dtype).requires_grad_()", within="as_map_pair"
             ),
-            "computes in half precision": Edit(
-                "s_map.dtype if s_map.dtype.itemsize >= 4 else torch.float32", "s_map.dtype", within="as_map_pair"
-            ),
+            "computes in half precision": Edit("compute_dtype(s_map)", "s_map.dtype", within="as_map_pair"),
             "broadcasts a narrow teacher": Edit("s_shape != t_shape or", "", within="require_map_pair"),
         },
     ),

@@ -1,0 +1,119 @@
+"""What distillation reads of the YOLO detectors besides their predictions.
+
+- The parts of an output that a caller requests: `is_requested`.
+- The maps within the branches of the anchor-free head, by name, and the layers behind each: `branch_maps`,
+  `branch_tail`.
+- The class logits of given boxes: `logits_at_boxes`; `joint_logits` for a head with objectness.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from boxes import box_iou
+
+BRANCH_MAPS = {  # name: branch of the head, row of the level, number of the branch's layers the map has passed
+    f"{kind}{level}_{count}": (kind, row, count)
+    for kind in ("box", "cls")
+    for row, level in enumerate((3, 4, 5))
+    for count in (1, 2)
+}
+
+
+def is_requested(requested: frozenset[str] | None, names: Iterable[str]) -> bool:
+    """Whether a caller that reads `requested` reads one of `names`; None reads everything."""
+    return requested is None or any(name in requested for name in names)
+
+
+def layer_outputs(layers: nn.Sequential, x: Tensor) -> list[Tensor]:
+    """The output of every layer in turn; the last is that of the whole."""
+    outputs = []
+    for layer in layers:
+        outputs.append(x := layer(x))
+    return outputs
+
+
+def branch_maps(
+    outputs: tuple[list[list[Tensor]], list[list[Tensor]]], requested: frozenset[str] | None
+) -> dict[str, Tensor]:
+    """The requested maps of BRANCH_MAPS by name (None: all), from the outputs of the box and the class branches.
+
+    outputs: per kind of branch and level, the `layer_outputs` of the branch.
+    """
+    of_kind = dict(zip(("box", "cls"), outputs))
+    return {
+        name: of_kind[kind][row][count - 1]
+        for name, (kind, row, count) in BRANCH_MAPS.items()
+        if is_requested(requested, {name})
+    }
+
+
+def branch_tail(head: nn.Module, name: str) -> nn.Sequential:
+    """The layers of an anchor-free head between the map `name` and its level's logits, in the head's mode as of now.
+
+    KeyError for a name that is not in BRANCH_MAPS.
+    """
+    if name not in BRANCH_MAPS:
+        raise KeyError(f"{name!r} is no map within the head; those are {', '.join(BRANCH_MAPS)}")
+    kind, row, count = BRANCH_MAPS[name]
+    tail = getattr(head, kind)[row][count:]
+    tail.training = head.training  # a slice is a new module around the same layers
+    return tail
+
+
+def joint_logits(objectness_logits: Tensor, class_logits: Tensor) -> Tensor:
+    """Logits of the scores the detector reports, sigmoid(o) sigmoid(c): (..., 1) and (..., K) -> (..., K).
+
+    With p = sigmoid(o) sigmoid(c):  logit(p) = log p / (1 - p) = -log(e^-o + e^-c + e^-(o + c))
+    """
+    objectness_logits = objectness_logits.expand_as(class_logits)
+    terms = torch.stack((-objectness_logits, -class_logits, -objectness_logits - class_logits))
+    return -terms.logsumexp(0)
+
+
+def logits_at_boxes(
+    logits: Tensor,
+    *,
+    decoded_xyxy: Tensor,
+    centers: Tensor,
+    boxes_per_image: list[Tensor],
+    locations: int = 10,
+) -> Tensor:
+    """Logits of given boxes, as weighted means over the locations that predict them: (B, A, K) -> (sum N_b, K).
+
+        out_n = sum_a w_na z_a / sum_a w_na,    w_na = IoU(decoded_a, box_n) where center a lies in box n, else 0
+
+    over the `locations` largest w_na alone (the assigner of the training loss takes as many). A box that no such
+    location overlaps takes the logits of the center nearest to its own.
+
+    Args:
+        decoded_xyxy: predicted boxes (B, A, 4). centers: of the locations (A, 2). boxes_per_image: B tensors (N_b, 4),
+            xyxy. All are pixels. N_b may be 0; other than B tensors are a ValueError.
+    Returns:
+        (sum N_b, K). The gradient flows into `logits`, not through w.
+    """
+    return torch.cat(
+        [
+            _at_boxes_of_image(z, decoded.detach(), centers, boxes, locations)
+            for z, decoded, boxes in zip(logits, decoded_xyxy, boxes_per_image, strict=True)
+        ]
+    )
+
+
+def _at_boxes_of_image(z: Tensor, decoded_xyxy: Tensor, centers: Tensor, boxes_xyxy: Tensor, locations: int) -> Tensor:
+    """z (A, K), decoded_xyxy (A, 4), centers (A, 2), boxes_xyxy (N, 4) -> (N, K)."""
+    with torch.no_grad():
+        boxes_xyxy = boxes_xyxy.to(decoded_xyxy)
+        x, y = centers[:, 0], centers[:, 1]
+        x1, y1, x2, y2 = boxes_xyxy[:, :, None].unbind(1)  # (N, 1) each
+        is_inside = (x > x1) & (x < x2) & (y > y1) & (y < y2)  # (N, A)
+        weight = box_iou(boxes_xyxy, decoded_xyxy) * is_inside  # (N, A)
+        weight, index = weight.topk(min(locations, len(centers)), dim=1)  # (N, k)
+        middles = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+        nearest = (middles[:, None] - centers).square().sum(-1).argmin(1)  # (N,)
+        is_unseen = weight[:, 0] == 0
+        index[:, 0] = torch.where(is_unseen, nearest, index[:, 0])
+        weight[:, 0] = torch.where(is_unseen, 1.0, weight[:, 0])
+        weight = weight / weight.sum(1, keepdim=True)
+    return (weight[:, :, None] * z[index]).sum(1)  # (N, k, K) -> (N, K)
