@@ -133,10 +133,10 @@ def check_rows(rows: list[Row], study: Study) -> None:
             fresh = {t.name: models.build(t.arch, len(names)) for t in config.teachers if t.weights in in_place}
             student = build_student(config, names)
             teachers = build_teachers(config, names, fresh, student)
-            criterion = build_criterion(config, names, student, teachers)
+            build_criterion(config, names, student, teachers)
             if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small
                 pictures = row.task.decoded if row.task is not None else count_training_pictures(config.data)
-                check_batches(config, pictures, student, criterion)
+                check_batches(config, pictures, student)
         except UserError as error:
             raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
 

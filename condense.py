@@ -238,7 +238,7 @@ def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> Gr
 
 def refuse_one_value(task: Task, network: nn.Module) -> None:
     """UserError where one real picture gives a BatchNorm one value per channel."""
-    norm = norm_of_one_value(network, None, task.image_size)
+    norm = norm_of_one_value(network, task.image_size)
     if norm is not None:
         found = f"key 'condense.real_batch': one picture of {task.image_size} px gives BatchNorm ({norm}) one value"
         raise UserError(f"{found} per channel, expected at least 2: more pictures, or a larger image_size")

@@ -13,8 +13,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from config import Config
-from distill.criterion import Criterion
-from distill.readings import named_map
 from errors import UserError
 
 
@@ -24,7 +22,7 @@ def smallest_batch(pictures: int, batch_size: int, processes: int = 1) -> int:
     return on_one % (batch_size // processes) or batch_size // processes
 
 
-def norm_of_one_value(student: nn.Module, criterion: Criterion | None, image_size: int) -> str | None:
+def norm_of_one_value(student: nn.Module, image_size: int) -> str | None:
     """The name of a BatchNorm that gets one value per channel from one image while training; None: there is none.
 
     A copy of the student is run on two images, as in training; nothing in the student changes.
@@ -41,23 +39,16 @@ def norm_of_one_value(student: nn.Module, criterion: Criterion | None, image_siz
             module.register_forward_pre_hook(functools.partial(look, name))
     device = next(student.parameters()).device
     with torch.no_grad(), torch.random.fork_rng():
-        output = student(torch.zeros(2, 3, image_size, image_size, device=device))
-    for name, term in criterion.terms.items() if criterion is not None else ():
-        for adapter, s_name in zip(criterion.adapters[name], term.student_maps):
-            if any(isinstance(module, _BatchNorm) for module in adapter.modules()):
-                if named_map(output, s_name).shape[-2:].numel() == 1:
-                    found.append(f"the adapter of {name} on {s_name}")
+        student(torch.zeros(2, 3, image_size, image_size, device=device))
     return found[0] if found else None
 
 
-def check_batches(
-    config: Config, pictures: int, student: nn.Module, criterion: Criterion | None, processes: int = 1
-) -> None:
+def check_batches(config: Config, pictures: int, student: nn.Module, processes: int = 1) -> None:
     """UserError where a batch of the run would give a BatchNorm one value per channel."""
     pictures = config.data.pictures_per_epoch or pictures
     if smallest_batch(pictures, config.batch_size, processes) > 1:
         return
-    norm = norm_of_one_value(student, criterion, config.image_size)
+    norm = norm_of_one_value(student, config.image_size)
     if norm is None:
         return
     size, on_one = config.batch_size, config.batch_size // processes

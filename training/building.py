@@ -195,7 +195,7 @@ def build(
         teacher.to(processes.device, memory_format=memory_format)
     torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
     criterion = build_criterion(config, splits.names, student, teachers).to(processes.device)
-    check_batches(config, len(splits.train), student, criterion, processes.count)
+    check_batches(config, len(splits.train), student, processes.count)
     for name, teacher in teachers.models.items():
         if teacher is not ema.model:  # which is evaluated too
             teacher.requested_outputs = criterion.requested_outputs(name)

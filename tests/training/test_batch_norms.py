@@ -1,16 +1,13 @@
 """Batches that give a BatchNorm one value per channel are refused before a run, and no others."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 import models
-from config import Config, DataConfig, ModelConfig, TermConfig
+from config import Config, DataConfig, ModelConfig
 from datasets.loader import Loader
-from distill.adapters import build_adapter
 from errors import UserError
 from frcnn.norm import freeze_norms
 from structures import Targets
@@ -44,30 +41,14 @@ def test_it_is_found_exactly_where_a_training_step_fails(arch):
     student = models.build(arch, 2)
     state = {name: value.clone() for name, value in student.state_dict().items()}
     for image_size in (32, 64) if arch == "yolov8n" else (32,):
-        found = norm_of_one_value(student.train(), None, image_size) is not None
+        found = norm_of_one_value(student.train(), image_size) is not None
         assert student.training and found == (image_size == 32)
         assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
         assert fails(student, 1, image_size) == found
         student.load_state_dict(state)
     if arch == "fasterrcnn_mobilenet_v3_small":
         freeze_norms(student)
-        assert norm_of_one_value(student, None, 32) is None and not fails(student, 1, 32)
-
-
-def test_an_adapter_has_a_norm_of_its_own():
-    class Maps(nn.Conv2d):
-        def forward(self, images):
-            return SimpleNamespace(features={"p4": super().forward(images), "p5": images.mean((2, 3), keepdim=True)})
-
-    student = Maps(3, 4, 16, stride=16)
-    for name, kind, expected in (
-        ("p5", "conv1x1_norm", "the adapter of term on p5"),
-        ("p4", "conv1x1_norm", None),
-        ("p5", "mlp", None),
-    ):
-        term = TermConfig("t", "mse", 1.0, student_maps=(name,))
-        criterion = SimpleNamespace(terms={"term": term}, adapters={"term": [build_adapter(kind, 4, 4)]})
-        assert norm_of_one_value(student, criterion, 32) == expected
+        assert norm_of_one_value(student, 32) is None and not fails(student, 1, 32)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -95,19 +76,19 @@ def test_the_line_names_the_batch(monkeypatch):
     student = None
     monkeypatch.setattr(batch_norms, "norm_of_one_value", lambda *args: "stage.bn" if args[-1] == 32 else None)
     config = Config("x", DataConfig("yolo", "root"), ModelConfig("yolov8n"), batch_size=4, image_size=32)
-    check_batches(config, 6, student, None)
+    check_batches(config, 6, student)
     with pytest.raises(UserError, match=r"'batch_size': found 4: the last of 9 pictures in batches of 4 is one image"):
-        check_batches(config, 9, student, None)
+        check_batches(config, 9, student)
     with pytest.raises(UserError, match=r"'batch_size': found 4: the last of 6 pictures in batches of 2 on each of 2"):
-        check_batches(config, 6, student, None, processes=2)
-    check_batches(dataclasses.replace(config, image_size=64), 9, student, None)
+        check_batches(config, 6, student, processes=2)
+    check_batches(dataclasses.replace(config, image_size=64), 9, student)
     in_epochs = dataclasses.replace(config, data=DataConfig("yolo", "root", pictures_per_epoch=5))
     with pytest.raises(UserError, match="image_size of 64"):
-        check_batches(in_epochs, 8, student, None)
+        check_batches(in_epochs, 8, student)
     with pytest.raises(
         UserError, match=r"found 1: a batch is one image, which at image_size 32 gives BatchNorm \(stage.bn\)"
     ):
-        check_batches(dataclasses.replace(config, batch_size=1), 8, student, None)
+        check_batches(dataclasses.replace(config, batch_size=1), 8, student)
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path):
