@@ -24,7 +24,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import models
 import weights
+from config import EvaluationConfig, from_tree
 from errors import UserError
 from evaluation.class_names import released_names
 
@@ -46,6 +47,7 @@ class CheckpointInfo:
     """What a weights file says about its model.
 
     names: where a public file has none, those of class_names.released_names, else "0", "1", ...
+    config: the plain values of the run's config; empty in a file that carries none.
     """
 
     arch: str
@@ -54,6 +56,14 @@ class CheckpointInfo:
     epoch: int | None = None  # epochs done; None in a public file
     step: int | None = None
     source: str = "ours"  # or "public"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """How the model was measured in its run; what the file does not carry is as its family was published."""
+        own = self.config.get("evaluation", {})
+        own = from_tree(EvaluationConfig, own, source=f"the config in this {self.arch}", key="evaluation")
+        return own.completed(models.published_detection(self.arch))
 
 
 def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False) -> None:
@@ -166,7 +176,12 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
         if arch is not None and arch != state["arch"]:
             raise UserError(f"{path}: holds {state['arch']}, expected {arch}")
         info = CheckpointInfo(
-            state["arch"], tuple(state["names"]), state["image_size"], state.get("epoch"), state.get("step")
+            state["arch"],
+            tuple(state["names"]),
+            state["image_size"],
+            state.get("epoch"),
+            state.get("step"),
+            config=state.get("config") or {},
         )
         model = models.build(info.arch, len(info.names))
         load_state(model, state["ema"], path)

@@ -45,6 +45,7 @@ from training.building import (
     build_student,
     count_training_pictures,
     training_set,
+    with_published_settings,
 )
 from training.teaching import build_teachers
 from yaml_files import read_yaml
@@ -106,7 +107,7 @@ def refuse_other(folder: run_folder.RunFolder, config: Config) -> None:
     if not folder.config.is_file():
         return
     there = from_tree(Config, read_yaml(folder.config), source=str(folder.config))
-    key = first_difference(to_tree(there), to_tree(config))
+    key = first_difference(*(to_tree(with_published_settings(c)) for c in (there, config)))
     if key:
         raise UserError(
             f"{folder.config}: key {key!r} differs from this comparison; give another name=, or remove {folder.path}"

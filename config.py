@@ -121,12 +121,30 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """How metrics.csv, best.pt and report.json are measured, and eval.py measures a checkpoint that carries this.
+
+    Thresholds that a file does not give are those that the student's family is published with
+    (models.published_detection); a run saves the numbers it uses.
+    """
+
     every_epochs: int = 1  # 0: only at the end
     protocol: Literal["coco", "voc07", "voc12"] = "coco"
-    score_threshold: float = 0.001
-    iou_threshold: float = 0.7
-    max_detections: int = 300
+    ignore_difficult: bool = True  # objects that training ignores (VOC's difficult) are neither found nor missed
+    score_threshold: float | None = None  # detections below are dropped
+    iou_threshold: float | None = None  # of non-maximum suppression
+    max_detections: int | None = None  # in an image
     batch_size: int = 32
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of every evaluation, on the way and at the end
+
+    def completed(self, published: Any) -> "EvaluationConfig":
+        """With the thresholds of `published` (models.DetectionSettings) where this gives none."""
+        names = ("score_threshold", "iou_threshold", "max_detections")
+        missing = {name: getattr(published, name) for name in names if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of evaluation.measuring.evaluate_model: all but when to evaluate."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "every_epochs"}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ of text files, one per image, such as predict.py's predictions.json and labels: 
 --names FILE names the classes of files, and of a model whose own file does not. Printed are the numbers of the
 protocol, AP at each IoU threshold, and the table of classes; --json writes all of it.
 
-Protocols: coco (12 numbers; crowd regions absorb detections; objects marked difficult count unless
---ignore-difficult), voc07 (11-point AP) and voc12 (area AP), where difficult objects are neither rewarded nor punished.
+Protocols: coco (12 numbers; crowd regions absorb detections), voc07 (11-point AP) and voc12 (area AP). Objects marked
+difficult are neither rewarded nor punished, as in training; with coco, --no-ignore-difficult counts them.
+
+A checkpoint of ours is measured as in its run: protocol, thresholds, picture size and precision are in the file. A
+released one is measured as its family was published. A flag overrides each setting; those used are printed.
 
 Pixels: from files, coordinates are taken as written. VOC counts a box's last pixel in (width = xmax - xmin + 1), so the
 VOC protocols do that for VOC XML and for text in pixels; the COCO protocol and COCO files do not. --pixels switches it.
@@ -26,8 +29,11 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from config import load_config
+import torch
+
+from config import EvaluationConfig, load_config
 from datasets.open import READERS, open_dataset
 from errors import UserError, run_script
 from evaluation.class_names import read_class_map
@@ -38,8 +44,9 @@ from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names
 from metrics.tables import inclusive_to_continuous
 from metrics.text_files import TEXT_BOXES
+from models import published_detection
 from onnx_files.detector import load_detector
-from runtime.processes import choose_device
+from runtime.processes import choose_device, use_bfloat16
 from runtime.run_folder import write_text
 
 PROTOCOLS = ("coco", "voc07", "voc12")
@@ -69,55 +76,43 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
         detections,
         protocol=args.protocol,
         iou_thresholds=args.iou_thresholds,
-        ignore_difficult=args.ignore_difficult,
+        ignore_difficult=args.ignore_difficult is not False,
         report_score=args.report_score,
     )
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
-    """A checkpoint on a dataset, named on the command line or by an experiment's config."""
-    chosen = {name: getattr(args, name) for name in ("image_size", "batch_size", "device", "precision", "workers")}
-    chosen |= {name: getattr(args, name) for name in ("score_threshold", "nms_iou", "max_detections")}
-    if args.config:
-        config = load_config(args.config, args.dataset)
+    """A checkpoint on a dataset, named on the command line or by an experiment's config.
+
+    Each setting is the flag's, else the experiment's, else the checkpoint's, else what its family was published with.
+    """
+    config = load_config(args.config, args.dataset) if args.config else None
+    if config is not None:
         dataset = (config.data.format, config.data.root, config.data.test)
-        own = config.evaluation
-        defaults = {"image_size": config.image_size, "batch_size": own.batch_size, "device": config.device}
-        defaults |= {
-            "precision": config.precision,
-            "workers": config.data.workers,
-            "max_detections": own.max_detections,
-        }
-        defaults |= {"score_threshold": own.score_threshold, "nms_iou": own.iou_threshold}
-        protocol = args.protocol or own.protocol
+    elif len(args.dataset) not in (2, 3) or args.dataset[0] not in READERS:
+        found = " ".join(args.dataset) or "nothing"
+        raise UserError(f"after the checkpoint found {found!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
     else:
-        if len(args.dataset) not in (2, 3) or args.dataset[0] not in READERS:
-            found = " ".join(args.dataset) or "nothing"
-            raise UserError(f"after the checkpoint found {found!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
         dataset = (*args.dataset[:2], args.dataset[2] if len(args.dataset) == 3 else "test")
-        defaults = {"image_size": None, "batch_size": 32, "device": "auto", "precision": "float32", "workers": 0}
-        defaults |= {"score_threshold": 0.001, "nms_iou": 0.7, "max_detections": 300}
-        protocol = args.protocol or "coco"
-    settings = {name: defaults[name] if value is None else value for name, value in chosen.items()}
+    device = choose_device(args.device or ("auto" if config is None else config.device))
+    model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision or "float32")
+    if info.config.get("channels_last"):
+        model = model.to(memory_format=torch.channels_last)  # as in its run: other kernels round otherwise
+    evaluation = info.evaluation if config is None else config.evaluation.completed(published_detection(info.arch))
+    evaluation = replace(evaluation, **given_settings(args))
+    image_size = args.image_size or (info.image_size if config is None else config.image_size)
+    print(describe_settings(evaluation, image_size, device), flush=True)
     index = open_dataset(*dataset)
-    device = choose_device(settings["device"])
-    model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=settings["precision"])
     names = name_classes(info.names, args.names) if args.names else info.names
     model, index, class_map = on_common_classes(model, index, names, read_class_map(args.class_map))
     result = evaluate_model(
         model,
         index,
-        image_size=settings["image_size"] or info.image_size,
-        batch_size=settings["batch_size"],
+        image_size=image_size,
         device=device,
-        precision=settings["precision"],
-        score_threshold=settings["score_threshold"],
-        iou_threshold=settings["nms_iou"],
-        max_detections=settings["max_detections"],
-        workers=settings["workers"],
-        protocol=protocol,
-        ignore_difficult=args.ignore_difficult,
+        workers=args.workers if args.workers is not None else 0 if config is None else config.data.workers,
         report_score=args.report_score,
+        **evaluation.arguments(),
     )
     if index.faults:
         print(f"{len(index.faults)} faults in the labels or pictures, the first: {index.faults[0]}")
@@ -139,18 +134,43 @@ def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:
     return names
 
 
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of EvaluationConfig that a flag sets."""
+    given = {
+        name: getattr(args, name) for name in ("protocol", "ignore_difficult", "score_threshold", "max_detections")
+    }
+    given |= {"iou_threshold": args.nms_iou, "batch_size": args.batch_size, "precision": args.precision}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def describe_settings(evaluation: EvaluationConfig, image_size: int, device: torch.device) -> str:
+    difficult = "ignored" if evaluation.ignore_difficult or evaluation.protocol != "coco" else "counted"
+    precision = "bfloat16" if use_bfloat16(evaluation.precision, device) else "float32"
+    return (
+        f"protocol {evaluation.protocol}, difficult objects {difficult}, {image_size} px, {precision}, scores from "
+        f"{evaluation.score_threshold:g}, NMS IoU {evaluation.iou_threshold:g}, at most {evaluation.max_detections} "
+        f"detections an image"
+    )
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", nargs="?", help="a checkpoint of ours, a public one with --arch, or a .onnx file")
     parser.add_argument("dataset", nargs="*", help="FORMAT ROOT [SPLIT]; with --config: key=value overrides")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: coco, or the config's")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: the config's or the checkpoint's, else coco")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there, as a whole or not at all")
-    parser.add_argument("--ignore-difficult", action="store_true", help="coco: objects marked difficult do not count")
+    parser.add_argument(
+        "--ignore-difficult",
+        action=argparse.BooleanOptionalAction,
+        help="coco: objects marked difficult are neither found nor missed (default: yes, or as the checkpoint carries)",
+    )
     parser.add_argument("--report-score", type=float, default=0.25, help="score threshold of the confusion matrix")
 
-    model = parser.add_argument_group("with a checkpoint")
+    model = parser.add_argument_group(
+        "with a checkpoint", "Defaults: those of --config, else what the checkpoint carries, else its family's."
+    )
     model.add_argument("--config", help="take dataset and settings from an experiment")
     model.add_argument("--arch", help="the model a public checkpoint is of, such as yolov8n")
     model.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
@@ -162,6 +182,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression (0.7)")
     model.add_argument("--max-detections", type=int, help="per image (300)")
     model.add_argument("--names", metavar="FILE", help="class names: one a line, or the names of a data.yaml")
+    model.add_argument("--score-threshold", type=float, help="detections below are dropped")
+    model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression")
+    model.add_argument("--max-detections", type=int, help="per image")
     model.add_argument("--class-map", action="append", default=[], metavar="A=B", help="dataset's A is model's B")
     model.add_argument("--save-detections", metavar="FILE", help="write them as COCO results")
 

@@ -22,7 +22,7 @@ on another split of that dataset and their time for a picture.
 import argparse
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from checkpoint import CheckpointInfo
-from config import load_config
+from config import EvaluationConfig, load_config, to_tree
 from datasets.images import read_image
 from datasets.index import DatasetIndex
 from datasets.letterbox import letterbox
@@ -215,16 +215,23 @@ def calibration_images(index: DatasetIndex, image_size: int, count: int) -> Iter
 
 
 def print_comparison(
-    graphs: dict[str, "ModelProto"], infos: dict[str, GraphInfo], index: DatasetIndex, image: Tensor
+    graphs: dict[str, "ModelProto"],
+    infos: dict[str, GraphInfo],
+    index: DatasetIndex,
+    image: Tensor,
+    evaluation: EvaluationConfig,
 ) -> dict[str, EvaluationResult]:
     """mAP on a dataset, milliseconds for one picture and megabytes, a row for each precision."""
     data = {name: graph.SerializeToString() for name, graph in graphs.items()}
     detectors = {name: OnnxDetector(open_session(data[name]), infos[name], name) for name in graphs}
     size = infos["float32"].image_size
     results = {
-        name: evaluate_model(detector, index, image_size=size, batch_size=8) for name, detector in detectors.items()
+        name: evaluate_model(detector, index, image_size=size, **evaluation.arguments())
+        for name, detector in detectors.items()
     }
-    settings = dict(score_threshold=0.25, iou_threshold=0.7, max_detections=300)
+    settings = dict(
+        score_threshold=0.25, iou_threshold=evaluation.iou_threshold, max_detections=evaluation.max_detections
+    )
     run = lambda detector: lambda: detector.detect(detector(image), **settings)
     seconds = rotate({name: run(detector) for name, detector in detectors.items()}, TIMED_ROUNDS)
     print(f"{len(index)} pictures, {size} px, {torch.get_num_threads()} threads")
@@ -259,8 +266,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dynamic", action="store_true", help="any batch, height and width, not one square picture")
     parser.add_argument("--with-nms", action="store_true", help="end in detections, not in boxes and scores")
     parser.add_argument("--score-threshold", type=float, default=0.25, help="default of --with-nms (%(default)s)")
-    parser.add_argument("--nms-iou", type=float, default=0.7, help="default of --with-nms (%(default)s)")
-    parser.add_argument("--max-detections", type=int, default=300, help="default of --with-nms (%(default)s)")
+    parser.add_argument("--nms-iou", type=float, help="default of --with-nms (the checkpoint's, or its family's)")
+    parser.add_argument("--max-detections", type=int, help="default of --with-nms (the checkpoint's, or its family's)")
     parser.add_argument(
         "--pictures", nargs="+", default=[], metavar="SOURCE", help="to check on; default: of the test split"
     )
@@ -277,7 +284,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.image_size is not None and (args.image_size < SIZE_MULTIPLE or args.image_size % SIZE_MULTIPLE):
         parser.error(f"--image-size: found {args.image_size}, expected a multiple of {SIZE_MULTIPLE}")
     for name in ("max_detections", "calibration_pictures"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
     if args.int8 != bool(args.calibrate):
         parser.error("expected --int8 and --calibrate together")
@@ -297,6 +304,8 @@ def main(argv: list[str]) -> None:
     paths, whose = choose_pictures(args, splits and splits[1])
     images = load_images(paths, size) if paths else draw_images(size)
     model = fuse(model)
+    evaluation = replace(said.evaluation, precision="float32")  # the file computes in its own
+    nms_iou = evaluation.iou_threshold if args.nms_iou is None else args.nms_iou
 
     graphs = {"float32": onnx_graph.trace(model, size, dynamic=args.dynamic)}
     if args.int8:
@@ -307,10 +316,19 @@ def main(argv: list[str]) -> None:
             graphs[name] = onnx_graph.append_selection(
                 graphs[name],
                 score_threshold=args.score_threshold,
-                iou_threshold=args.nms_iou if suppresses else 1.0,
-                max_detections=args.max_detections,
+                iou_threshold=nms_iou if suppresses else 1.0,
+                max_detections=args.max_detections or evaluation.max_detections,
             )
-        infos[name] = GraphInfo(said.arch, said.names, size, suppresses, name, said.source, commit())
+        infos[name] = GraphInfo(
+            said.arch,
+            said.names,
+            size,
+            suppresses,
+            name,
+            said.source,
+            commit(),
+            to_tree(evaluation) if said.config else {},
+        )
         onnx_graph.write_info(graphs[name], infos[name])
 
     batches = check_batches(images, args.dynamic)
@@ -326,7 +344,7 @@ def main(argv: list[str]) -> None:
         write_bytes(files[name], graph.SerializeToString())
         print(f"written: {files[name]} ({said.arch}, {len(said.names)} classes, {name})")
     if args.int8:
-        print_comparison(graphs, infos, splits[1], images[:1])
+        print_comparison(graphs, infos, splits[1], images[:1], evaluation)
 
 
 if __name__ == "__main__":

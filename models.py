@@ -4,6 +4,7 @@ Two tables from names to builders, and nothing else. A detector may teach too; w
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import partial
 
@@ -63,6 +64,31 @@ TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "dinov2_vitl14": partial(build_dinov2, "vitl14"),
     "dinov2_vitl14_reg": partial(build_dinov2, "vitl14_reg"),
 }
+
+
+@dataclass(frozen=True)
+class DetectionSettings:
+    """What `detect` keeps of a detector's output."""
+
+    score_threshold: float
+    iou_threshold: float  # of non-maximum suppression; 1 suppresses nothing
+    max_detections: int  # in an image
+
+
+# How each family was evaluated by those who published it: the YOLOs as their current code does, Faster R-CNN with the
+# thresholds its reference models carry, RT-DETR without suppression: its queries do not repeat one another.
+PUBLISHED_DETECTION = {
+    "yolov8": DetectionSettings(0.001, 0.7, 300),
+    "yolov5": DetectionSettings(0.001, 0.7, 300),
+    "fasterrcnn": DetectionSettings(0.05, 0.5, 100),
+    "rtdetr": DetectionSettings(0.001, 1.0, 300),
+}
+
+
+def published_detection(arch: str) -> DetectionSettings:
+    """The settings that the family of an architecture was published with; YOLOv8's for a name of no family."""
+    found = (settings for family, settings in PUBLISHED_DETECTION.items() if arch.startswith(family))
+    return next(found, PUBLISHED_DETECTION["yolov8"])
 
 
 def build(arch: str, num_classes: int) -> nn.Module:

@@ -259,8 +259,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arch", help="the model a public checkpoint is of, such as yolov8n")
     parser.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
     parser.add_argument("--score-threshold", type=fraction, default=0.25, help="drop what scores less (%(default)s)")
-    parser.add_argument("--nms-iou", type=fraction, default=0.7, help="IoU of suppression (%(default)s)")
-    parser.add_argument("--max-detections", type=int, default=300, help="in a picture (%(default)s)")
+    parser.add_argument(
+        "--nms-iou", type=fraction, help="IoU of suppression; default: the checkpoint's, or its family's"
+    )
+    parser.add_argument("--max-detections", type=int, help="in a picture; default: the checkpoint's, or its family's")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-frames", type=int, metavar="N", help="look at the first N frames of a video")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
@@ -285,12 +287,19 @@ def main(argv: list[str]) -> int:
     image_size = args.image_size or info.image_size
     if isinstance(model, OnnxDetector):
         model.check_size(image_size, image_size)
+    iou_threshold = info.evaluation.iou_threshold if args.nms_iou is None else args.nms_iou
+    max_detections = args.max_detections or info.evaluation.max_detections
+    if not args.quiet:
+        print(
+            f"{image_size} px, scores from {args.score_threshold:g}, NMS IoU {iou_threshold:g}, at most "
+            f"{max_detections} detections a picture"
+        )
     predictor = Predictor(
         model,
         image_size=image_size,
         score_threshold=args.score_threshold,
-        iou_threshold=args.nms_iou,
-        max_detections=args.max_detections,
+        iou_threshold=iou_threshold,
+        max_detections=max_detections,
         device=device,
         bfloat16=use_bfloat16(args.precision, device),
     )

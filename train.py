@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import checkpoint
-from config import Config, load_config
+from config import Config, load_config, to_tree
 from datasets.index import DatasetIndex
 from datasets.loader import Batch
 from errors import UserError, run_script
@@ -41,7 +41,7 @@ from runtime.processes import Processes, keep_freed_memory
 from runtime.progress import Progress, ScalarLog, words
 from runtime.run_folder import RunFolder
 from training.balance import TermRange, term_ranges
-from training.building import Parts, build, count_parameters
+from training.building import Parts, build, count_parameters, with_published_settings
 from training.dry_run import dry_run
 from training.run_pictures import draw, evaluation_pictures
 from training.state import Position, describe_model, position_from, position_tree, refuse_changes
@@ -154,7 +154,7 @@ def finish_epoch(
         stop.may_raise = True
         if stop.received is not None:
             raise StopRequested
-        results, _ = evaluate(parts, parts.ema.model, index, precision=config.precision)
+        results, _ = evaluate(parts, parts.ema.model, index)
         stop.may_raise = False
     is_best = parts.splits.holdout is not None and bool(results)
     is_best = is_best and (position.best is None or results["mAP50-95"] > position.best)
@@ -174,7 +174,10 @@ def finish_epoch(
             scalars.add_pictures(lambda: evaluation_pictures(parts, index), epoch)
     save(parts, position, folder)
     shown = {name.split("/")[-1]: value for name, value in row.items() if name not in ("epoch", *run_folder.AP_COLUMNS)}
-    progress.say(f"epoch {epoch}/{config.epochs}  {words(shown)}" + per_iou_line(results))
+    where = ""
+    if results:
+        where = f"  on {len(index)} {'held-out' if parts.splits.holdout is not None else config.data.test} pictures"
+    progress.say(f"epoch {epoch}/{config.epochs}  {words(shown)}{where}" + per_iou_line(results))
 
 
 def per_iou_line(numbers: dict[str, float]) -> str:
@@ -235,6 +238,7 @@ def run(
     Raises UserError, or SystemExit after a signal, when all is saved; both with the exit codes above.
     """
     keep_freed_memory()
+    config = with_published_settings(config)
     processes = Processes(config.device)
     progress = Progress(quiet=quiet or not processes.is_first)
     state, folder, position = None, None, Position()
@@ -304,6 +308,10 @@ def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progre
     best = None
     if position.best_epoch is not None:
         model, info = checkpoint.load_model(folder.best, device=str(parts.processes.device))
+        if config.channels_last:
+            model = model.to(
+                memory_format=torch.channels_last
+            )  # as the one that was chosen: other kernels round otherwise
         scores, _ = evaluate(parts, model, parts.splits.test)
         best = {"epoch": info.epoch, "holdout mAP50-95": position.best, "test": scores}
     ranges = balance_of_run(parts, folder)
@@ -316,6 +324,7 @@ def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progre
         "steps": position.step,
         "weights": "last EMA weights",
         "split": config.data.test,
+        "evaluation": to_tree(config.evaluation),
         "test": test,
         "best_on_holdout": best,
         "distillation": {
@@ -347,25 +356,18 @@ def balance_of_run(parts: Parts, folder: RunFolder) -> list[TermRange]:
     return term_ranges(rows, list(parts.criterion.terms))
 
 
-def evaluate(
-    parts: Parts, model: nn.Module, index: DatasetIndex, *, precision: str = "float32"
-) -> tuple[dict[str, float], DetectionReport]:
+def evaluate(parts: Parts, model: nn.Module, index: DatasetIndex) -> tuple[dict[str, float], DetectionReport]:
     """The numbers of metrics.csv and report.json for a model on a split, and what the plots are drawn from.
 
-    Every process calls this and gets the whole result of its and the others' pictures.
+    One way for the rows on the way, the choice of best.pt and the final test: equal weights get equal numbers. Every
+    process calls this and gets the whole result of its and the others' pictures.
     """
-    settings = parts.config.evaluation
     result = measuring.evaluate_model(
         model,
         index,
         image_size=parts.config.image_size,
-        batch_size=settings.batch_size,
         device=parts.processes.device,
-        precision=precision,
-        score_threshold=settings.score_threshold,
-        iou_threshold=settings.iou_threshold,
-        max_detections=settings.max_detections,
-        protocol=settings.protocol,
+        **parts.config.evaluation.arguments(),
         loader=parts.evaluation_loader(index),
         sharded=True,
     )

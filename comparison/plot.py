@@ -135,7 +135,13 @@ def picture_strips(config: Config, results: list[Result]) -> dict[str, list[np.n
     for result in results:
         folder = run_folder.RunFolder(result.row.folder(result.seeds[0]))
         model, info = checkpoint.load_model(folder.last)
-        found = Predictor(model, image_size=info.image_size, score_threshold=SCORE_THRESHOLD)(pictures)
+        predictor = Predictor(
+            model,
+            image_size=info.image_size,
+            score_threshold=SCORE_THRESHOLD,
+            iou_threshold=info.evaluation.iou_threshold,
+        )
+        found = predictor(pictures)
         strips[result.name] = [np.asarray(draw_detections(p, d, index.names)) for p, d in zip(pictures, found)]
     return strips
 

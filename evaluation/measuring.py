@@ -141,13 +141,14 @@ def measure(
     *,
     protocol: Protocol = "coco",
     iou_thresholds: Sequence[float] = tuple(coco.IOU_THRESHOLDS),
-    ignore_difficult: bool = False,
+    ignore_difficult: bool = True,
     report_score: float = 0.25,
     seconds: dict[str, float] | None = None,
 ) -> EvaluationResult:
     """The numbers of a protocol and the detection report, from boxes in continuous coordinates.
 
-    ignore_difficult: for coco, and for the report; the VOC protocols always do.
+    ignore_difficult: objects marked difficult, which training ignores, are neither found nor missed; the VOC protocols
+        ignore them always.
     report_score: the score threshold of the confusion matrix and of the report's given operating point.
     """
     began = time.perf_counter()
@@ -181,7 +182,7 @@ def evaluate_model(
     max_detections: int = 300,
     workers: int = 0,
     protocol: Protocol = "coco",
-    ignore_difficult: bool = False,
+    ignore_difficult: bool = True,
     report_score: float = 0.25,
     cache: bool = False,
     loader: Loader | None = None,

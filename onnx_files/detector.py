@@ -147,4 +147,5 @@ def load_detector(
         raise UserError(f"{path}: holds {info.arch}, expected {arch}")
     if precision == "bfloat16":
         raise UserError(f"{path}: computes in {info.precision}, found the precision bfloat16, expected float32 or auto")
-    return detector.eval(), CheckpointInfo(info.arch, info.names, info.image_size, source=info.source)
+    config = {"evaluation": info.evaluation} if info.evaluation else {}
+    return detector.eval(), CheckpointInfo(info.arch, info.names, info.image_size, source=info.source, config=config)

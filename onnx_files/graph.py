@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,6 +93,7 @@ class GraphInfo:
     names: of the K classes. image_size: pixels, what the model was trained at, or the only size the file takes.
     suppresses: whether the detector's boxes need suppression; RT-DETR's do not.
     precision: float32 or int8. source: "ours" or "public", of the checkpoint it was made from.
+    evaluation: plain values of the EvaluationConfig that the checkpoint was measured with; none in older files.
     """
 
     arch: str
@@ -102,6 +103,7 @@ class GraphInfo:
     precision: str
     source: str
     commit: str | None
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
 
 class Decoded(nn.Module):
@@ -254,7 +256,8 @@ def read_info(entries: dict[str, str], path: object) -> GraphInfo:
     if found != FORMAT:
         raise UserError(f"{path}: found metadata of format {found!r}, this code reads {FORMAT!r}")
     try:
-        fields = {name: json.loads(entries[PREFIX + name]) for name in GraphInfo.__dataclass_fields__}
+        names = [name for name in GraphInfo.__dataclass_fields__ if name != "evaluation" or PREFIX + name in entries]
+        fields = {name: json.loads(entries[PREFIX + name]) for name in names}
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: its metadata is damaged: {error}") from None
     return GraphInfo(**fields | {"names": tuple(fields["names"])})

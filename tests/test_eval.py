@@ -38,7 +38,7 @@ def test_voc_oracle_from_the_command_line(voc_files, shared_data, tmp_path, caps
         assert f"IoU=0.50 = {expected['mAP']:.4f}" in capsys.readouterr().out
         eval.main([*voc_files, "--protocol", protocol, "--json", str(out), "--pixels", "continuous"])
         assert json.loads(out.read_text())["numbers"]["AP"] < tree["numbers"]["AP"] - 1e-3
-    eval.main([*voc_files, "--json", str(out)])
+    eval.main([*voc_files, "--json", str(out), "--no-ignore-difficult"])
     tree = json.loads(out.read_text())
     expected = oracle["coco_metric_difficult_counted_as_normal"]
     assert {key: tree["numbers"][key] for key in expected} == pytest.approx(expected, abs=1e-9)

@@ -76,7 +76,7 @@ def test_files_of_a_run(distilled):
     }  # fmt: skip
     written = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert expected <= written and not any(name.endswith(".tmp") for name in written)
-    assert load_config(run / "config.yaml") == config
+    assert load_config(run / "config.yaml") == building.with_published_settings(config)
     assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
     with Image.open(run / "predictions.jpg") as picture:
         assert picture.size == (4 * 324, 4 * 324)  # eight pictures, each with its labels and with what was found

@@ -158,10 +158,17 @@ class Parts:
         )
 
 
+def with_published_settings(config: Config) -> Config:
+    """The config with the thresholds of evaluation that it leaves to the student's family."""
+    evaluation = config.evaluation.completed(models.published_detection(config.student.arch))
+    return dataclasses.replace(config, evaluation=evaluation)
+
+
 def build(
     config: Config, processes: Processes, given: dict[str, nn.Module] | None, say: Callable[[str], None]
 ) -> Parts:
     """The parts of a run. Every reason not to start it is found here, before anything is written."""
+    config = with_published_settings(config)
     if config.batch_size % processes.count:
         raise UserError(
             f"key 'batch_size': found {config.batch_size}, expected a multiple of {processes.count} processes"

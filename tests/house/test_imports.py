@@ -33,7 +33,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "frcnn": MODEL,
     "teachers": MODEL,
     "models": {"errors", "yolo", "frcnn", "teachers"},
-    "checkpoint": {"errors", "models", "weights", "evaluation.class_names"},
+    "checkpoint": {"errors", "config", "models", "weights", "evaluation.class_names"},
     "onnx_files": BASE | {"kernels", "checkpoint"},
     "distill": BASE | {"kernels", "layers"},
     "distill.criterion": BASE | {"distill", "kernels", "layers", "config"},
