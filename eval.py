@@ -20,8 +20,9 @@ difficult are neither rewarded nor punished, as in training; with coco, --no-ign
 A checkpoint of ours is measured as in its run: protocol, thresholds, picture size and precision are in the file. A
 released one is measured as its family was published. A flag overrides each setting; those used are printed.
 
-Pixels: from files, coordinates are taken as written. VOC counts a box's last pixel in (width = xmax - xmin + 1), so the
-VOC protocols do that for VOC XML and for text in pixels; the COCO protocol and COCO files do not. --pixels switches it.
+Pixels: VOC counts a box's last pixel in (width = xmax - xmin + 1). From files, coordinates are taken as written by the
+COCO protocol, and so by the VOC protocols for VOC XML and text in pixels. COCO JSON and fractions are continuous: held
+against VOC XML they are taken as they are, and the XML is converted as in training. --pixels sets it for both sides.
 A dataset evaluated with a checkpoint is continuous to begin with (see datasets.index), where both are the same.
 """
 
@@ -61,15 +62,22 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
     ground_truth, detections = read_detections(
         args.detections, annotations, text_boxes=args.detection_boxes, score_last=args.score_last
     )
-    inclusive = args.pixels == "inclusive"
+    truth_is_inclusive = found_is_inclusive = args.pixels == "inclusive"
     if args.pixels == "auto":
-        inclusive = args.protocol != "coco" and annotations.inclusive_pixels
-    if inclusive:
-        ground_truth, detections = inclusive_to_continuous(ground_truth), inclusive_to_continuous(detections)
+        found_in_pixels = Path(args.detections).is_dir() and args.detection_boxes != "cxcywhn"
+        truth_is_inclusive = args.protocol != "coco" and annotations.pixels != "continuous"
+        found_is_inclusive = truth_is_inclusive
+        if annotations.pixels == "inclusive" and not found_in_pixels:
+            truth_is_inclusive, found_is_inclusive = True, False
+    if truth_is_inclusive:
+        ground_truth = inclusive_to_continuous(ground_truth)
+    if found_is_inclusive:
+        detections = inclusive_to_continuous(detections)
     for note in annotations.notes:
         print(f"{args.ground_truth}: {note}")
-    if not (~ground_truth.crowd).any():
-        found = f"no object in {ground_truth.num_images} images"
+    left_out = ground_truth.difficult if args.ignore_difficult is not False or args.protocol != "coco" else False
+    if (ground_truth.crowd | left_out).all():
+        found = f"no object that counts among {len(ground_truth)} in {ground_truth.num_images} images"
         raise UserError(f"{args.ground_truth}: {found}, expected at least one to measure by")
     return measure(
         ground_truth,

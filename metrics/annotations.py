@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from errors import UserError
 from metrics.picture_names import PictureFinder
@@ -21,8 +22,8 @@ class Annotations:
     category_ids: the classes' COCO ids, None for other formats.
     numbered: the lists of names that a class number may be a place in; two where the format allows two readings, none
         where the names were not declared but are what the files happened to hold (numbers then stand for themselves).
-    inclusive_pixels: the files of this format hold first and last pixels (VOC XML), or are usually taken so (text in
-        pixels, as public VOC evaluators do).
+    pixels: "inclusive" where the format holds first and last pixels (VOC XML); "as taken" where it is taken so by VOC
+        evaluators and not by others (text in pixels); else "continuous".
     notes: what was left out, a line each.
     """
 
@@ -32,7 +33,7 @@ class Annotations:
     sizes: tuple[tuple[float, float] | None, ...]
     category_ids: tuple[int | str, ...] | None
     numbered: tuple[tuple[str, ...], ...]
-    inclusive_pixels: bool
+    pixels: Literal["inclusive", "as taken", "continuous"]
     notes: tuple[str, ...] = ()
 
     @cached_property

@@ -52,7 +52,7 @@ def read_coco(path: Path) -> Annotations:
     image, boxes, labels, crowd, difficult, area, box_area = (column[kept] for column in (*columns, area, box_area))
     ground_truth = GroundTruth(image, boxes, labels, len(images), names, crowd, difficult, area, box_area)
     sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images)
-    return Annotations(ground_truth, pictures, image_ids, sizes, category_ids, (names,), False, notes)
+    return Annotations(ground_truth, pictures, image_ids, sizes, category_ids, (names,), "continuous", notes)
 
 
 def read_coco_detections(path: Path, annotations: Annotations) -> DetectionTable:

@@ -24,7 +24,7 @@ those, else the sorted names; for text, `classes.txt` in the folder, else the so
 for itself. A number that is a name as well as a place, or of which no list is known, is refused where it may be two.
 
 Coordinates are taken as written. Whether they are continuous or inclusive pixels is for the caller to know
-(tables.inclusive_to_continuous); annotations.Annotations.inclusive_pixels says what is usual for the format.
+(tables.inclusive_to_continuous); annotations.Annotations.pixels says what is usual for the format.
 """
 
 from collections.abc import Sequence
@@ -143,4 +143,4 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
         names, numbered = found, (found,)
     ground_truth, notes = rows.ground_truth(find_labels(rows.used, names, ()), len(paths), names)
     pictures = tuple(named_below(folder, paths))
-    return Annotations(ground_truth, pictures, pictures, tuple(sizes), None, numbered, True, notes)
+    return Annotations(ground_truth, pictures, pictures, tuple(sizes), None, numbered, "inclusive", notes)

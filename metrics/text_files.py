@@ -44,6 +44,15 @@ class Rows:
         """Each class as written, and where it is met first."""
         return dict(zip(reversed(self.token), reversed(self.where)))
 
+    def drop_doubles(self) -> tuple[str, ...]:
+        """Keep the first of rows that are equal in all, and say how many went."""
+        first = dict.fromkeys(zip(self.image, self.token, self.columns))
+        kept = [n for n, key in enumerate(zip(self.image, self.token, self.columns)) if first.pop(key, True) is None]
+        count = len(self.where) - len(kept)
+        for column in (self.image, self.token, self.box, self.where, self.columns):
+            column[:] = [column[n] for n in kept]
+        return (f"{count} object{'s' * (count > 1)} left out: equal to another in all",) if count else ()
+
     def labels(self, label_of: Mapping[str, int]) -> np.ndarray:
         return np.array([label_of[token] for token in self.token], dtype=np.int64)
 
@@ -84,19 +93,22 @@ def read_text_ground_truth(
         if picture in path_of:
             read_text_rows(rows, path_of[picture], image, sizes.get(picture), text_boxes, names=names or listed or ())
     check_boxes(rows, text_boxes, "--ground-truth-boxes")
+    is_yolo = text_boxes == "cxcywhn"  # where equal rows are one object, and a class is a place in the list of names
+    doubles = rows.drop_doubles() if is_yolo else ()
     if names is None and listed is None:
         rows.token = [plain_number(token) for token in rows.token]
         names, numbered = sorted_tokens(rows.token), ()
         label_of = {name: label for label, name in enumerate(names)}
     else:
-        if listed is not None:
-            name_numbers(rows, listed)
+        if listed is not None or is_yolo:
+            name_numbers(rows, listed or names)
         names = tuple(listed if names is None else names)
         numbered = (names,)
-        label_of = find_labels(rows.used, names, places(names, numbered) if listed is None else ())
+        label_of = find_labels(rows.used, names, places(names, numbered))
     ground_truth, notes = rows.ground_truth(label_of, len(pictures), names)
     all_sizes = tuple(sizes.get(picture) for picture in pictures)
-    return Annotations(ground_truth, pictures, pictures, all_sizes, None, numbered, text_boxes != "cxcywhn", notes)
+    pixels = "continuous" if is_yolo else "as taken"
+    return Annotations(ground_truth, pictures, pictures, all_sizes, None, numbered, pixels, (*doubles, *notes))
 
 
 def read_text_detections(
@@ -172,9 +184,8 @@ def name_numbers(rows: Rows, listed: Sequence[str]) -> None:
         if is_number(token):
             place = int(plain_number(token))
             if place >= len(listed):
-                raise UserError(
-                    f"{rows.where[row]}: found class {token!r}, expected 0..{len(listed) - 1} of {CLASS_LIST}"
-                )
+                expected = f"0..{len(listed) - 1}, a place in the list of names"
+                raise UserError(f"{rows.where[row]}: found class {token!r}, expected {expected}")
             rows.token[row] = listed[place]
 
 
