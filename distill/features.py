@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.backend import compute_dtype
 from kernels.channel_wise_kl import channel_kl
+from layers.over_processes import joint_mean, joint_normaliser, process_count, sum_over_processes
 
 TINY = 1e-24  # a vector no longer than 1e-12 has no direction
 CONSTANT = 1e-10  # a row whose variance is below this share of its mean square is constant, up to float32 rounding
@@ -30,7 +31,7 @@ def feature_mse(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     Differs from the paper: the mean, not half the sum, so that a weight means the same at every map size.
     """
     s_map, t_map = as_map_pair(s_map, t_map)
-    return (s_map - t_map).square().sum() / max(s_map.numel(), 1)
+    return (s_map - t_map).square().sum() / joint_normaliser(s_map.numel(), s_map)
 
 
 def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     cosine = (unit_vectors(s_map, dim=1) * unit_vectors(t_map, dim=1)).sum(1)  # (B, H, W)
-    return (1 - cosine).sum() / max(cosine.numel(), 1)
+    return (1 - cosine).sum() / joint_normaliser(cosine.numel(), cosine)
 
 
 def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -> Tensor:
@@ -71,7 +72,7 @@ def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -
         scalar ().
     """
     require_map_pair(s_map, t_map)
-    return channel_kl(s_map, t_map, temperature=temperature)
+    return joint_mean(channel_kl(s_map, t_map, temperature=temperature), len(s_map))
 
 
 def channel_correlation(*, s_map: Tensor, t_map: Tensor) -> Tensor:
@@ -95,8 +96,8 @@ def channel_correlation(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     rounding) has no correlation: it passes no gradient and costs 1/2 beside a channel that varies.
     """
     s_map, t_map = as_map_pair(s_map, t_map)
-    s_unit, t_unit = (unit_deviations(m.transpose(0, 1).flatten(1)) for m in (s_map, t_map))  # (C, B*H*W)
-    return (s_unit - t_unit).square().sum() / max(2 * len(s_unit), 1)
+    s_unit, t_unit = (unit_deviations(m.transpose(0, 1).flatten(1), joint=True) for m in (s_map, t_map))  # (C, B*H*W)
+    return sum_over_processes((s_unit - t_unit).square().sum()) / max(2 * len(s_unit), 1)
 
 
 def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> Tensor:
@@ -119,7 +120,7 @@ def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> T
     """
     s_map, t_map = as_map_pair(s_map, t_map, same_width=False)
     s_unit, t_unit = (unit_vectors(m.abs().pow(power).sum(1).flatten(1), dim=1) for m in (s_map, t_map))  # (B, H*W)
-    return (s_unit - t_unit).square().sum() / max(2 * len(s_unit), 1)
+    return (s_unit - t_unit).square().sum() / joint_normaliser(2 * len(s_unit), s_unit)
 
 
 def score_weighted_l2(*, s_map: Tensor, t_map: Tensor, weight: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def score_weighted_l2(*, s_map: Tensor, t_map: Tensor, weight: Tensor) -> Tensor
         raise ValueError(f"weight {tuple(weight.shape)} must be (B, H, W) of the map {tuple(s_map.shape)}")
     weight = weight.detach().to(s_map.dtype)
     difference = (s_map - t_map).square().sum(1)  # (B, H, W)
-    return (weight * difference).sum() / (s_map.shape[1] * weight.sum() + 1e-9)
+    return (weight * difference).sum() / (s_map.shape[1] * joint_normaliser(weight.sum(), weight, at_least=0) + 1e-9)
 
 
 def as_map_pair(s_map: Tensor, t_map: Tensor, *, same_width: bool = True) -> tuple[Tensor, Tensor]:
@@ -170,9 +171,14 @@ def unit_vectors(values: Tensor, dim: int) -> Tensor:
     return values * torch.where(square > TINY, square.clamp(min=TINY).rsqrt(), 0)
 
 
-def unit_deviations(rows: Tensor) -> Tensor:
-    """Each row of (N, D) less its mean, at length 1; 0 for a row that is constant up to rounding."""
-    deviations = rows - rows.sum(1, keepdim=True) / max(rows.shape[1], 1)
-    square = deviations.square().sum(1, keepdim=True)
-    varies = square > CONSTANT * rows.square().sum(1, keepdim=True)
+def unit_deviations(rows: Tensor, *, joint: bool = False) -> Tensor:
+    """Each row of (N, D) less its mean, at length 1; 0 for a row that is constant up to rounding.
+
+    joint: the rows of all processes are parts of N longer ones, whose means and lengths count.
+    """
+    over_all = sum_over_processes if joint else lambda values: values
+    count = joint_normaliser(rows.shape[1], rows) * process_count() if joint else max(rows.shape[1], 1)
+    deviations = rows - over_all(rows.sum(1, keepdim=True)) / count
+    square = over_all(deviations.square().sum(1, keepdim=True))
+    varies = square > CONSTANT * over_all(rows.detach().square().sum(1, keepdim=True))
     return deviations * torch.where(varies, torch.where(varies, square, 1).rsqrt(), 0)

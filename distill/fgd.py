@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distill.features import as_map_pair
 from distill.masked import as_mask
+from layers.over_processes import joint_normaliser
 
 
 def fgd_focal(
@@ -55,7 +56,7 @@ def fgd_focal(
     far = far / far.sum((1, 2, 3), keepdim=True).clamp(min=1)
     spatial, channel = attention(t_map, temperature)  # (B, 1, H, W), (B, C, 1, 1)
     weight = (foreground_weight * near + background_weight * far) * spatial  # (B, 1, H, W)
-    return (weight * channel * (t_map - s_map).square()).sum() / max(len(s_map), 1)
+    return (weight * channel * (t_map - s_map).square()).sum() / joint_normaliser(len(s_map), s_map)
 
 
 def fgd_attention(*, s_map: Tensor, t_map: Tensor, temperature: float = 0.5) -> Tensor:
@@ -70,7 +71,7 @@ def fgd_attention(*, s_map: Tensor, t_map: Tensor, temperature: float = 0.5) -> 
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     pairs = zip(attention(s_map, temperature), attention(t_map, temperature))
-    return sum((t - s).abs().sum() for s, t in pairs) / max(len(s_map), 1)
+    return sum((t - s).abs().sum() for s, t in pairs) / joint_normaliser(len(s_map), s_map)
 
 
 def fgd_global(
@@ -88,11 +89,12 @@ def fgd_global(
         scalar (); unweighted (FGD multiplies by its global_weight).
     """
     s_map, t_map = as_map_pair(s_map, t_map)
+    count = joint_normaliser(len(s_map), s_map)
     if s_map.numel() == 0:
         return s_map.sum()
     with torch.autocast(s_map.device.type, enabled=False):  # the convolutions inside, too, in float32
         t_related = t_context(t_map.clone())  # a copy: autograd may not save what comes from torch.inference_mode
-        return (t_related - s_context(s_map)).square().sum() / len(s_map)
+        return (t_related - s_context(s_map)).square().sum() / count
 
 
 def attention(feature_map: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

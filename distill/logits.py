@@ -17,6 +17,7 @@ from distill.features import unit_deviations
 from kernels.backend import compute_dtype
 from kernels.sigmoid_kl import bernoulli_kl, sigmoid_kl
 from kernels.temperature_kl import temperature_kl
+from layers.over_processes import joint_normaliser, sum_over_processes
 
 
 def soft_class_targets(*, s_logits: Tensor, t_logits: Tensor, temperature: float = 1.0, power: float = 1.0) -> Tensor:
@@ -40,10 +41,10 @@ def soft_class_targets(*, s_logits: Tensor, t_logits: Tensor, temperature: float
     """
     require_equal_shapes(s_logits, t_logits)
     dtype = compute_dtype(s_logits, t_logits)
-    if s_logits.numel() == 0:
+    if s_logits.shape[-1] == 0:
         return s_logits.sum(dtype=dtype)
     weight = t_logits.amax(-1).to(dtype).sigmoid() ** power  # (...,)
-    normaliser = weight.sum().clamp(min=1)
+    normaliser = joint_normaliser(weight.sum(), weight)
     return sigmoid_kl(s_logits, t_logits, temperature=temperature, weight=weight, normaliser=normaliser)
 
 
@@ -66,10 +67,11 @@ def softmax_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor | None = No
     Differs from the paper: the KL, not the cross-entropy, so 0 where the student equals the teacher.
     """
     require_equal_shapes(s_logits, t_logits)
-    normaliser = max(s_logits.shape[:-1].numel(), 1)
+    rows = s_logits.shape[:-1].numel()
     if weight is not None:
         weight = weight.to(compute_dtype(s_logits, t_logits))
-        normaliser = weight.sum().clamp(min=1)
+        rows = weight.sum()
+    normaliser = joint_normaliser(rows, s_logits)
     return temperature_kl(s_logits, t_logits, temperature=temperature, weight=weight, normaliser=normaliser)
 
 
@@ -140,7 +142,7 @@ def decoupled_kl(
     if s_logits.dim() != 2 or labels.shape != (len(s_logits),):
         raise ValueError(f"logits {tuple(s_logits.shape)} must be (N, K), labels {tuple(labels.shape)} (N,)")
     k = s_logits.shape[1]
-    if len(s_logits) == 0 or k < 2:
+    if k < 2:
         return s_logits.sum() * 0
     others = torch.arange(k - 1, device=labels.device)
     others = others + (others >= labels[:, None])  # (N, K - 1), every column but the label's
@@ -184,21 +186,26 @@ def prediction_correlation(
         raise ValueError(f"student logits {tuple(s_logits.shape)} must be (N, K)")
     s_prob, t_prob = ((z / temperature).softmax(1) for z in (s_logits, t_logits))  # (N, K)
     over_classes = probability_correlation(s_prob=s_prob, t_prob=t_prob)
-    over_samples = probability_correlation(s_prob=s_prob.T, t_prob=t_prob.T)
+    over_samples = probability_correlation(s_prob=s_prob.T, t_prob=t_prob.T, is_split=True)
     return temperature**2 * (class_weight * over_classes + sample_weight * over_samples)
 
 
-def probability_correlation(*, s_prob: Tensor, t_prob: Tensor) -> Tensor:
+def probability_correlation(*, s_prob: Tensor, t_prob: Tensor, is_split: bool = False) -> Tensor:
     """One minus the Pearson correlation of rows (N, K), on average: 1 / N * sum_n (1 - r(s_n, t_n)), a scalar ().
 
     Invariant to any scale above 0 and any shift of each row of either. Computed as half the squared distance of the
     rows at zero mean and unit length, which has gradient exactly 0 at the teacher. A row that is constant up to
     rounding has no correlation: it passes no gradient, and costs 1/2 beside a row that varies, 0 beside one that does
     not.
+
+    is_split: every process has some columns of each of N rows; otherwise, rows of its own.
     """
     s_prob, t_prob = as_logit_pair(s_prob, t_prob)
-    s_unit, t_unit = unit_deviations(s_prob), unit_deviations(t_prob)  # (N, K)
-    return (s_unit - t_unit).square().sum() / max(2 * len(s_unit), 1)
+    s_unit, t_unit = (unit_deviations(p, joint=is_split) for p in (s_prob, t_prob))  # (N, K)
+    distance = (s_unit - t_unit).square().sum()
+    if is_split:
+        return sum_over_processes(distance) / max(2 * len(s_unit), 1)
+    return distance / joint_normaliser(2 * len(s_unit), distance)
 
 
 def quality_focal(
@@ -229,7 +236,7 @@ def quality_focal(
     if beta < 0 or 0 < beta < 1:
         raise ValueError(f"beta {beta} must be 0 or at least 1")
     s_logits, t_logits = as_logit_pair(s_logits, t_logits)
-    if s_logits.numel() == 0:
+    if s_logits.shape[-1] == 0:
         return s_logits.sum()
     t_prob = t_logits.sigmoid()
     cross_entropy = F.binary_cross_entropy_with_logits(s_logits, t_prob, reduction="none")  # (..., K)
@@ -277,7 +284,7 @@ def objectness_scaled(
     if s_box.shape != (*s_object.shape, 4) or s_class.shape[:-1] != s_object.shape:
         shapes = ", ".join(str(tuple(z.shape)) for z in (s_box, s_object, s_class))
         raise ValueError(f"box, objectness and class logits {shapes} must be (..., 4), (...,) and (..., K)")
-    objectness = bernoulli_kl(s_object, t_object).sum() / max(s_object.numel(), 1)
+    objectness = bernoulli_kl(s_object, t_object).sum() / joint_normaliser(s_object.numel(), s_object)
     class_kl = bernoulli_kl(s_class, t_class).sum(-1)  # (...,)
     box = (2 * (s_box.sigmoid() - t_box.sigmoid())).square().sum(-1)  # (...,)
     scaled = weighted_mean(class_weight * class_kl + box_weight * box, t_object.sigmoid())
@@ -298,15 +305,18 @@ def require_equal_shapes(s_logits: Tensor, t_logits: Tensor) -> None:
 
 
 def weighted_mean(values: Tensor, weight: Tensor | None, normaliser: Tensor | float | None = None) -> Tensor:
-    """sum(w v) / max(M, 1). Without weight, w = 1; without normaliser, M = sum(w). No values give 0."""
+    """sum(w v) / max(M, 1). Without weight, w = 1; without normaliser, M = sum(w). No values give 0.
+
+    The values are those of this process, the normaliser its part of M: see layers.over_processes.
+    """
     weight = torch.ones_like(values) if weight is None else as_weight(weight, values)
     if normaliser is None:
         total = weight.sum()
     elif isinstance(normaliser, Tensor):
-        total = normaliser.detach().to(values)
+        total = normaliser.to(values)
     else:
         total = values.new_full((), normaliser)
-    return (weight * values).sum() / total.clamp(min=1)
+    return (weight * values).sum() / joint_normaliser(total, values)
 
 
 def as_weight(weight: Tensor, values: Tensor) -> Tensor:

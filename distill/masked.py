@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.features import as_map_pair, require_map_pair
 from kernels.backend import compute_dtype
 from kernels.masked_mse import masked_squares
+from layers.over_processes import joint_normaliser
 
 
 def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:
     """
     require_map_pair(s_map, t_map)
     mask = mask.to(compute_dtype(s_map, t_map))
-    return masked_squares(s_map, t_map, mask, normaliser=mask.sum().clamp(min=1))
+    return masked_squares(s_map, t_map, mask, normaliser=joint_normaliser(mask.sum(), mask))
 
 
 def decoupled_mse(
@@ -64,8 +65,8 @@ def decoupled_mse(
     mask = as_mask(foreground, s_map)
     difference = (s_map - t_map).square().sum(1, keepdim=True)  # (B, 1, H, W)
     channels = s_map.shape[1]
-    near = (mask * difference).sum() / (2 * (channels * mask.sum()).clamp(min=1))
-    far = ((1 - mask) * difference).sum() / (2 * (channels * (1 - mask).sum()).clamp(min=1))
+    near = (mask * difference).sum() / (2 * joint_normaliser(channels * mask.sum(), mask))
+    far = ((1 - mask) * difference).sum() / (2 * joint_normaliser(channels * (1 - mask).sum(), mask))
     return foreground_weight * near + background_weight * far
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distill.features import as_map_pair
 from distill.masked import as_mask
+from layers.over_processes import joint_normaliser
 
 
 def masked_generation(*, s_map: Tensor, t_map: Tensor, keep: Tensor, generate: Callable[[Tensor], Tensor]) -> Tensor:
@@ -32,10 +33,11 @@ def masked_generation(*, s_map: Tensor, t_map: Tensor, keep: Tensor, generate: C
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     keep = as_mask(keep, s_map)
+    count = joint_normaliser(len(s_map), s_map)
     if s_map.numel() == 0:
         return s_map.sum()
     with torch.autocast(s_map.device.type, enabled=False):  # the convolutions inside, too, in float32
-        return (t_map - generate(keep * s_map)).square().sum() / len(s_map)
+        return (t_map - generate(keep * s_map)).square().sum() / count
 
 
 def random_mask(feature_map: Tensor, *, drop: float, generator: torch.Generator) -> Tensor:

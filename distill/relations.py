@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.features import as_map_pair, unit_vectors
 from kernels.backend import compute_dtype
+from layers.over_processes import joint_mean, sum_over_processes
 
 
 def location_similarity(*, s_map: Tensor, t_map: Tensor, nodes: int = 16) -> Tensor:
@@ -37,11 +38,11 @@ def location_similarity(*, s_map: Tensor, t_map: Tensor, nodes: int = 16) -> Ten
     """
     s_map, t_map = as_map_pair(s_map, t_map, same_width=False)
     if s_map.numel() == 0 or t_map.numel() == 0:
-        return s_map.sum()
+        return joint_mean(s_map.sum(), 0)
     grid = tuple(min(side, nodes) for side in s_map.shape[2:])
     with torch.autocast(s_map.device.type, enabled=False):
         s_cosines, t_cosines = (node_cosines(F.adaptive_avg_pool2d(m, grid)) for m in (s_map, t_map))  # (B, P, P)
-        return (s_cosines - t_cosines).square().mean()
+        return joint_mean((s_cosines - t_cosines).square().mean(), len(s_map))
 
 
 def instance_distance(*, s_features: Tensor, t_features: Tensor, image: Tensor) -> Tensor:
@@ -67,14 +68,14 @@ def instance_distance(*, s_features: Tensor, t_features: Tensor, image: Tensor) 
         raise ValueError(f"{len(s_features)} student rows, {len(t_features)} teacher rows, image {tuple(image.shape)}")
     dtype = compute_dtype(s_features)
     related = (image[:, None] == image[None, :]).triu(1)  # every pair once; (N, N)
-    count = related.sum().clamp(min=1)
+    count = sum_over_processes(related.sum()).clamp(min=1)
     with torch.autocast(s_features.device.type, enabled=False):
         scaled = []
         for features in (s_features, t_features.detach()):
             distances = distance_matrix(features.to(dtype).flatten(1), image) * related  # (N, N)
-            total = distances.sum()
+            total = sum_over_processes(distances.sum())
             scaled.append(distances * (count / torch.where(total > 0, total, 1)))
-        return F.smooth_l1_loss(*scaled, reduction="sum") / count
+        return sum_over_processes(F.smooth_l1_loss(*scaled, reduction="sum")) / count
 
 
 def pool_boxes(

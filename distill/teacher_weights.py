@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distill.beliefs import boxes_by_image, log_odds
 from distill.masks import objects
 from distill.readings import any_map, batch_size, in_precision_of
+from layers.over_processes import sum_over_processes
 from structures import Targets
 
 
@@ -44,7 +45,7 @@ def teacher_cross_entropy(
 
         H = -1 / N * sum_n log p_n(y_n),    p = sigmoid(log odds of "this box is a y" against all else)
 
-    over the objects whose class it knows; 0 without any.
+    over the objects of all processes whose class it knows, so that these agree on the teachers' weights; 0 without any.
 
     Args:
         targets: boxes in pixels of images of image_size (H, W), the student's.
@@ -57,12 +58,11 @@ def teacher_cross_entropy(
         is_same = labels[:, None] == s_columns  # (N, J)
         found, is_same = found[is_same.any(1)], is_same[is_same.any(1)]
         labels = t_columns[is_same.int().argmax(1)]
-    if len(found) == 0:
-        return found.boxes_xyxy.new_zeros((), dtype=torch.float32)
     (height, width), (t_height, t_width) = image_size, t_output.image_size
     scale = found.boxes_xyxy.new_tensor([t_width / width, t_height / height] * 2)
     per_image, row = boxes_by_image(found.boxes_xyxy * scale, found.image, batch_size(t_output))
     with in_precision_of(any_map(t_output)):
         logits = teacher.class_logits_at(t_output, per_image)[row]
     odds = log_odds(logits, teacher.class_activation).gather(1, labels[:, None])
-    return -nn.functional.logsigmoid(odds).mean()
+    total = sum_over_processes(-nn.functional.logsigmoid(odds).sum())
+    return total / sum_over_processes(total.new_full((), len(found))).clamp(min=1)

@@ -1,7 +1,7 @@
 """The four losses of Faster R-CNN (arXiv:1506.01497, sec. 3.1.2; second stage: Fast R-CNN, arXiv:1504.08083, sec. 2.3).
 
 Pure functions of what was sampled (matching.py). All are float32 for inputs of half precision, and 0 with a gradient of
-0 where nothing was sampled.
+0 where nothing was sampled. N is that of all processes of a run, divided by their number (layers.over_processes).
 
     smooth_l1(d) = d^2 / (2 beta)    where |d| < beta,    else |d| - beta / 2
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import at_least_float32
+from layers.over_processes import joint_normaliser
 
 SMOOTH_L1_BETA = 1 / 9
 
@@ -28,7 +29,7 @@ def rpn_losses(
     (The paper divides the second by the number of anchor positions and weighs it by 10: nearly the same.)
     """
     logits = at_least_float32(objectness_logits)
-    count = max(len(logits), 1)
+    count = joint_normaliser(len(logits), logits)
     objectness = F.binary_cross_entropy_with_logits(logits, is_positive.to(logits.dtype), reduction="sum") / count
     return objectness, _smooth_l1(box_deltas, target_deltas) / count
 
@@ -51,7 +52,7 @@ def roi_losses(
     -1/N sum_k q_pk log softmax(z_p)_k. The gradient flows into q.
     """
     logits = at_least_float32(class_logits)
-    count = max(len(logits), 1)
+    count = joint_normaliser(len(logits), logits)
     box = _smooth_l1(box_deltas, target_deltas) / count
     if class_scores is None:
         return F.cross_entropy(logits, labels, reduction="sum") / count, box

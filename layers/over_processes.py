@@ -6,8 +6,8 @@ joined batch has L = sum_n l_n / M, process r therefore needs
     L_r = sum_(n of r) l_n / (M / W)
 
 with M of all processes: `joint_normaliser` makes M / W of what a process counts itself. A mean over the n_r items of a
-process is carried over by the factor n_r W / sum_q n_q: `joint_share`. What is no sum over items, such as a mean and
-a spread, comes from `sum_over_processes`, through which the gradient flows.
+process gets the factor n_r W / sum_q n_q: `joint_mean`. What is no sum over items, such as a spread, is made of sums
+by `sum_over_processes`, through which the gradient flows.
 
 Without a process group, or alone in one, each function returns what one process has and costs nothing. With one, every
 process must call each function equally often and in one order, also where it has no items: a loss that returns early
@@ -37,7 +37,8 @@ def sum_over_processes(values: Tensor) -> Tensor:
 def joint_normaliser(own: Tensor | float, like: Tensor, *, at_least: float = 1) -> Tensor | float:
     """max(sum over the W processes of `own`, at_least) / W, detached.
 
-    own: () or any one shape, or a number of the host. like: the device and the dtype of the result for a number.
+    own: () or any one shape, or a number of the host, for which `like` gives the device and the dtype (float32 for a
+    half).
     Alone: max(own, at_least), a number for a number.
     """
     count = process_count()
@@ -46,13 +47,13 @@ def joint_normaliser(own: Tensor | float, like: Tensor, *, at_least: float = 1) 
     return _total(own, like).clamp(min=at_least) / count
 
 
-def joint_share(own: int, like: Tensor) -> Tensor | float:
-    """own W / sum over the W processes of `own`: what a mean over `own` items counts in that over all items. Alone: 1.
+def joint_mean(mean: Tensor, own: int) -> Tensor:
+    """What a mean () over `own` items counts in the mean over the items of all W processes: mean * own W / sum own.
 
-    Without items on any process: 0.
+    Alone: the mean itself. It is finite also where own is 0.
     """
     count = process_count()
-    return 1.0 if count == 1 else own * count / _total(own, like).clamp(min=1)
+    return mean if count == 1 else mean * (own * count / _total(own, mean).clamp(min=1))
 
 
 def _total(own: Tensor | float, like: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def _total(own: Tensor | float, like: Tensor) -> Tensor:
         return total
     total = torch.full((), float(own), dtype=torch.float64, device=like.device)
     dist.all_reduce(total)
-    return total.to(like.dtype)
+    return total.to(like.dtype if like.dtype.itemsize >= 4 else torch.float32)
 
 
 class _Sum(torch.autograd.Function):

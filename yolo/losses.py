@@ -5,7 +5,9 @@
 
 Every loss is computed in float32, also under autocast and for half-precision inputs, or in float64 for float64 inputs.
 Scalars come back weighted and normalised so that their size does not depend on the batch size. Without objects the
-box terms are 0, with zero gradients, and the others teach the background.
+box terms are 0, with zero gradients, and the others teach the background. In a run of several processes S, |M_l| and B
+are those of all of them, divided by the number of processes (layers.over_processes): their averaged gradients are those
+of the joined batch.
 """
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from boxes import cxcywh_to_xyxy, distances_to_xyxy, paired_ciou, xyxy_to_distances
 from kernels.backend import at_least_float32
+from layers.over_processes import joint_mean, joint_normaliser
 from structures import Targets
 from yolo.assigners import (
     AnchorMatches,
@@ -157,7 +160,7 @@ def yolov8_losses(
     image, n, is_real = assignment.positives()  # (P,) each
     row = assignment.gt_index[image, n].clamp(min=0)
     weight = torch.where(is_real, assignment.target_scores[image, n, targets.labels[row]], 0)  # w (P,)
-    total = weight.sum().clamp(min=1)  # S
+    total = joint_normaliser(weight.sum(), weight)  # S
     target_scores = assignment.target_scores  # t (B, A, K)
     if targets.class_scores is not None:
         shares = weight[:, None] * targets.class_scores[row].to(weight.dtype)  # (P, K)
@@ -256,8 +259,8 @@ def yolov5_losses(
         box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets,
         ratio_threshold=ratio_threshold,
     )  # fmt: skip
-    per_level = torch.bincount(matches.level, minlength=len(strides))
-    weight = 1 / per_level.to(ciou.dtype)[matches.level]  # 1 / |M_l| (M,)
+    counts = torch.bincount(matches.level, minlength=len(strides)).to(ciou.dtype)
+    weight = 1 / joint_normaliser(counts, ciou)[matches.level]  # 1 / |M_l| (M,)
     box = (weight * (1 - ciou)).sum()
 
     logits = class_logits[matches.image, matches.location]  # (M, K)
@@ -273,5 +276,5 @@ def yolov5_losses(
     points, steps, _ = make_anchors(grid_sizes, strides, anchors)
     target[in_ignored_box(points * steps, targets, len(target)) & (winner < 0)] = -1
     sizes = [anchors.shape[1] * h * w for h, w in grid_sizes]
-    obj = objectness_loss(objectness_logits, target, sizes, balance)
+    obj = joint_mean(objectness_loss(objectness_logits, target, sizes, balance), len(target))
     return {"box": box_gain * box, "obj": obj_gain * obj, "cls": cls_gain * cls}

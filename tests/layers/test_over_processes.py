@@ -1,9 +1,8 @@
 """Sums, normalisers and shares: alone what a process has itself, in two processes what one would have."""
 
-import pytest
 import torch
 
-from layers.over_processes import joint_normaliser, joint_share, process_count, sum_over_processes
+from layers.over_processes import joint_mean, joint_normaliser, process_count, sum_over_processes
 from tests.two_processes import in_two_processes
 
 OWN = ([3.0, -1.0], [5.0])  # what each process has
@@ -28,8 +27,8 @@ def in_one_of_two(rank: int) -> dict[str, torch.Tensor]:
         "per level": joint_normaliser(counts.float(), values, at_least=0),
         "at least": joint_normaliser(0.25, values),
         "int": joint_normaliser(counts, values),
-        "share": joint_share(len(values), values),
-        "nothing": joint_share(0, values),
+        "mean": joint_mean(values.detach().mean(), len(values)),
+        "nothing": joint_mean(torch.zeros(()), 0),
         "large": joint_normaliser(2**25 + 1, values.double()),
     }
 
@@ -47,7 +46,7 @@ def test_in_two_processes(tmp_path):
         assert own["at least"] == 0.5  # at least 1 of both together
         assert own["nothing"] == 0
         assert own["large"] == 2**25 + 1
-    assert [own["share"] for own in found] == pytest.approx([4 / 3, 2 / 3])
+    torch.testing.assert_close((found[0]["mean"] + found[1]["mean"]) / 2, joined.detach().mean())
     mean = torch.cat([own["gradient"] for own in found]) / 2  # as DistributedDataParallel averages
     torch.testing.assert_close(mean, gradient)
 
@@ -58,4 +57,5 @@ def test_alone_nothing_changes():
     assert sum_over_processes(values) is values
     assert joint_normaliser(0, values) == 1 and isinstance(joint_normaliser(7, values), int)
     assert joint_normaliser(values, values).tolist() == [1, 3] and not joint_normaliser(values, values).requires_grad
-    assert joint_share(0, values) == 1 == joint_share(5, values)
+    mean = values.mean()
+    assert joint_mean(mean, 2) is mean

@@ -154,8 +154,8 @@ CASES = [
             "no mean": Edit("s_unit * t_length + t_mean", "s_unit * t_length", "like_teacher"),
             "length about zero": Edit("(t_rows - t_mean).square()", "t_rows.square()", "like_teacher"),
             "sample deviation of one, biased of the other": Edit(
-                ".square().sum(1, keepdim=True).sqrt()",
-                ".square().sum(1, keepdim=True).sqrt() * ((count - 1) / count) ** 0.5",
+                ".square().sum(1, keepdim=True)).sqrt()",
+                ".square().sum(1, keepdim=True)).sqrt() * ((count - 1) / count) ** 0.5",
                 "like_teacher",
             ),
             "statistics of the student": Edit("t_rows = t_map", "t_rows = s_map", "like_teacher"),

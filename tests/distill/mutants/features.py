@@ -73,11 +73,11 @@ CASES = [
             refuses(maps() | {"t_map": maps(2, 1, 4, 5)["t_map"]}, "equal"),
         ),
         mutants={
-            "sum, not mean": Edit(" / max(s_map.numel(), 1)", ""),
+            "sum, not mean": Edit(" / joint_normaliser(s_map.numel(), s_map)", ""),
             "half": Edit("(s_map - t_map).square().sum()", "(s_map - t_map).square().sum() / 2"),
             "absolute difference": Edit(".square()", ".abs()"),
             "mean over the batch only": Edit("s_map.numel()", "len(s_map)"),
-            "nan when empty": Edit("max(s_map.numel(), 1)", "s_map.numel()"),
+            "nan when empty": Edit("joint_normaliser(s_map.numel(), s_map)", "s_map.numel()"),
             "teacher learns": Edit("t_map.detach()", "t_map", within="as_map_pair"),
             "student detached": Edit(
                 "s_map.to(dtype)", "s_map.detach().to(dtype).requires_grad_()", within="as_map_pair"
@@ -132,8 +132,8 @@ CASES = [
             "similarity, not distance": Edit("(1 - cosine).sum()", "cosine.sum()"),
             "over pixels, not channels": Edit("unit_vectors(s_map, dim=1)", "unit_vectors(s_map, dim=2)"),
             "teacher not normalised": Edit("unit_vectors(t_map, dim=1)", "t_map"),
-            "sum over pixels": Edit("max(cosine.numel(), 1)", "len(cosine)"),
-            "sum, not mean": Edit(" / max(cosine.numel(), 1)", ""),
+            "sum over pixels": Edit("joint_normaliser(cosine.numel(), cosine)", "len(cosine)"),
+            "sum, not mean": Edit(" / joint_normaliser(cosine.numel(), cosine)", ""),
             "squared": Edit("(1 - cosine).sum()", "(1 - cosine).square().sum()"),
             "teacher learns": Edit("t_map.detach()", "t_map", within="as_map_pair"),
             "nan without direction": Edit(
@@ -162,7 +162,7 @@ CASES = [
             "per image": Edit("m.transpose(0, 1).flatten(1)", "m.flatten(0, 1).flatten(1)"),
             "over channels": Edit("m.transpose(0, 1).flatten(1)", "m.flatten(2).transpose(1, 2).flatten(0, 1)"),
             "cosine, mean not removed": Edit(
-                "rows - rows.sum(1, keepdim=True) / max(rows.shape[1], 1)", "rows", within="unit_deviations"
+                "rows - over_all(rows.sum(1, keepdim=True)) / count", "rows", within="unit_deviations"
             ),
             "covariance, not divided by the spread": Edit(
                 "deviations * torch.where(varies, torch.where(varies, square, 1).rsqrt(), 0)",
@@ -191,8 +191,8 @@ CASES = [
             refuses(maps() | {"t_map": maps(2, 3, 4, 4)["t_map"]}, "equal"),
         ),
         mutants={
-            "no half": Edit("max(2 * len(s_unit), 1)", "max(len(s_unit), 1)"),
-            "sum over images": Edit(" / max(2 * len(s_unit), 1)", " / 2"),
+            "no half": Edit("2 * len(s_unit)", "len(s_unit)"),
+            "sum over images": Edit(" / joint_normaliser(2 * len(s_unit), s_unit)", " / 2"),
             "mean over pixels": Edit(".square().sum()", ".square().mean(1).sum()"),
             "maximum over channels": Edit(".pow(power).sum(1)", ".pow(power).amax(1)"),
             "always squares": Edit(".pow(power)", ".pow(2)"),
@@ -232,12 +232,14 @@ CASES = [
             refuses(maps(weight=SCORES[:1]), "weight"),
         ),
         mutants={
-            "mean over pixels": Edit("(s_map.shape[1] * weight.sum() + 1e-9)", "s_map.numel()"),
-            "not divided by the width": Edit("s_map.shape[1] * weight.sum()", "weight.sum()"),
-            "normaliser held above 1": Edit("weight.sum() + 1e-9", "weight.sum().clamp(min=1) + 1e-9"),
+            "mean over pixels": Edit(
+                "s_map.shape[1] * joint_normaliser(weight.sum(), weight, at_least=0)", "s_map.numel()"
+            ),
+            "not divided by the width": Edit("s_map.shape[1] * joint", "joint"),
+            "normaliser held above 1": Edit("at_least=0", "at_least=1"),
             "unweighted": Edit("(weight * difference).sum()", "difference.sum()"),
             "weights squared": Edit("(weight * difference)", "(weight**2 * difference)"),
-            "nan where nothing is confident": Edit("weight.sum() + 1e-9)", "weight.sum())"),
+            "nan where nothing is confident": Edit("at_least=0) + 1e-9)", "at_least=0))"),
             "absolute difference": Edit("(s_map - t_map).square()", "(s_map - t_map).abs()"),
             "weights learn": Edit("weight.detach()", "weight"),
             "teacher learns": Edit("t_map.detach()", "t_map", within="as_map_pair"),

@@ -164,7 +164,7 @@ CASES = [
                 "foreground_weight * near + background_weight * far",
                 "background_weight * near + foreground_weight * far",
             ),
-            "mean over pixels": Edit("max(len(s_map), 1)", "max(s_map.numel(), 1)"),
+            "mean over pixels": Edit("joint_normaliser(len(s_map), s_map)", "max(s_map.numel(), 1)"),
             "attention sums to 1": Edit(".softmax(1) * (h * w)", ".softmax(1)", within="attention"),
             "signed strength": Edit("feature_map.abs()", "feature_map", within="attention"),
             "no temperature": Edit(".flatten(1).div(temperature)", ".flatten(1)", within="attention"),
@@ -180,7 +180,7 @@ CASES = [
         mutants={
             "squared": Edit("(t - s).abs()", "(t - s).square()"),
             "mean over pixels": Edit("(t - s).abs().sum()", "(t - s).abs().mean(1).sum()"),
-            "sum over images": Edit(" / max(len(s_map), 1)", ""),
+            "sum over images": Edit(" / joint_normaliser(len(s_map), s_map)", ""),
             "pixels only": Edit("for s, t in pairs", "for s, t in [next(pairs)]"),
             "signed": Edit("(t - s).abs().sum()", "(t - s).sum()"),
             "no temperature": Edit("attention(s_map, temperature)", "attention(s_map, 1.0)"),
@@ -217,8 +217,8 @@ CASES = [
             finite_when_saturated(both(s_context, scale=1e3)),
         ),
         mutants={
-            "mean": Edit(" / len(s_map)", " / s_map.numel()"),
-            "sum over images": Edit(" / len(s_map)", ""),
+            "mean": Edit(" / count", " / s_map.numel()"),
+            "sum over images": Edit(" / count", ""),
             "one context for both": Edit("t_context(t_map.clone())", "s_context(t_map)"),
             "no context": Edit("(t_related - s_context(s_map))", "(t_map - s_map)"),
             "swapped maps": Edit("(t_related - s_context(s_map))", "(t_context(s_map) - s_context(t_map))"),

@@ -131,7 +131,7 @@ CASES = [
             "mean over classes": Edit(".sum(-1)", ".mean(-1)", temperature_kl_eager),
             "sum over rows": Edit("normaliser=normaliser", "normaliser=1.0"),
             "normaliser counts the rows": Edit("weight.sum()", "weight.new_full((), len(weight))"),
-            "normaliser not held above 1": Edit(".clamp(min=1)", ""),
+            "normaliser not held above 1": Edit("joint_normaliser(rows, s_logits)", "rows"),
             "unweighted": Edit("weight=weight", "weight=None"),
             "weights learn": Edit("weight.detach()", "weight", temperature_kl_eager),
             "broadcasts the weights": Edit("require_rows(s_logits, t_logits, weight)", "", temperature_kl),
@@ -277,16 +277,14 @@ CASES = [
             finite_when_saturated(with_constant_rows(probabilities())),
         ),
         mutants={
-            "not halved": Edit("max(2 * len(s_unit), 1)", "max(len(s_unit), 1)"),
-            "sum over rows": Edit(" / max(2 * len(s_unit), 1)", " / 2"),
-            "mean over columns": Edit("max(2 * len(s_unit), 1)", "max(2 * s_unit.numel(), 1)"),
-            "cosine": Edit(
-                "unit_deviations(s_prob), unit_deviations(t_prob)", "F.normalize(s_prob), F.normalize(t_prob)"
+            "not halved": Edit("joint_normaliser(2 * len(s_unit), distance)", "max(len(s_unit), 1)"),
+            "sum over rows": Edit("joint_normaliser(2 * len(s_unit), distance)", "2"),
+            "mean over columns": Edit("joint_normaliser(2 * len(s_unit), distance)", "max(2 * s_unit.numel(), 1)"),
+            "cosine": Edit("unit_deviations(p, joint=is_split)", "F.normalize(p)"),
+            "covariance": Edit("unit_deviations(p, joint=is_split)", "p - p.mean(1, True)"),
+            "only the student normalised": Edit(
+                "unit_deviations(p, joint=is_split)", "p if p is t_prob else unit_deviations(p)"
             ),
-            "covariance": Edit(
-                "unit_deviations(s_prob), unit_deviations(t_prob)", "(p - p.mean(1, True) for p in (s_prob, t_prob))"
-            ),
-            "only the student normalised": Edit("unit_deviations(t_prob)", "t_prob"),
             "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
         },
     ),

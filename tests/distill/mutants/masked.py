@@ -65,8 +65,8 @@ CASES = [
         mutants={
             "no half": Edit("scale_of(0.5,", "scale_of(1.0,", masked_squares_eager),
             "mean over channels": Edit(".sum(1, keepdim=True)", ".mean(1, keepdim=True)", masked_squares_eager),
-            "mean over all pixels": Edit("mask.sum().clamp(min=1)", "max(mask.numel(), 1)"),
-            "nan where nothing is marked": Edit(".clamp(min=1)", ""),
+            "mean over all pixels": Edit("joint_normaliser(mask.sum(), mask)", "max(mask.numel(), 1)"),
+            "nan where nothing is marked": Edit("joint_normaliser(mask.sum(), mask)", "mask.sum()"),
             "unmasked": Edit("(mask.detach().to(dtype) * difference)", "difference", masked_squares_eager),
             "background": Edit("mask.detach()", "(1 - mask.detach())", masked_squares_eager),
             "mask squared": Edit("mask.detach()", "mask.detach().square()", masked_squares_eager),
@@ -99,13 +99,13 @@ CASES = [
                 "foreground_weight * near + background_weight * far",
                 "background_weight * near + foreground_weight * far",
             ),
-            "no half": Edit("(2 * (channels * mask.sum()).clamp(min=1))", "(channels * mask.sum()).clamp(min=1)"),
-            "one normaliser for both": Edit("(channels * (1 - mask).sum())", "(channels * mask.sum())"),
+            "no half": Edit("2 * joint_normaliser(channels * mask.sum()", "joint_normaliser(channels * mask.sum()"),
+            "one normaliser for both": Edit("channels * (1 - mask).sum()", "channels * mask.sum()"),
             "not divided by the width": Edit("channels = s_map.shape[1]", "channels = 1"),
             "no background": Edit("foreground_weight * near + background_weight * far", "foreground_weight * near"),
             "background everywhere": Edit("((1 - mask) * difference)", "difference"),
             "nan without background": Edit(
-                "(channels * (1 - mask).sum()).clamp(min=1)", "(channels * (1 - mask).sum())"
+                "joint_normaliser(channels * (1 - mask).sum(), mask)", "(channels * (1 - mask).sum())"
             ),
             "teacher learns": lambda *, s_map, t_map, foreground, **w: (
                 decoupled_mse(s_map=s_map, t_map=t_map, foreground=foreground, **w)

@@ -121,8 +121,8 @@ CASES = [
             refuses(masked(KEEP[:1]), "mask"),
         ),
         mutants={
-            "mean": Edit(" / len(s_map)", " / s_map.numel()"),
-            "sum over images": Edit(" / len(s_map)", ""),
+            "mean": Edit(" / count", " / s_map.numel()"),
+            "sum over images": Edit(" / count", ""),
             "no mask": Edit("generate(keep * s_map)", "generate(s_map)"),
             "mask turned": Edit("generate(keep * s_map)", "generate((1 - keep) * s_map)"),
             "mask after the network": Edit("generate(keep * s_map)", "keep * generate(s_map)"),

@@ -141,8 +141,8 @@ CASES = [
             refuses(rows() | {"image": IMAGE[:3]}, "rows"),
         ),
         mutants={
-            "sum over pairs": Edit('reduction="sum") / count', 'reduction="sum")'),
-            "mean over all entries": Edit('reduction="sum") / count', 'reduction="mean")'),
+            "sum over pairs": Edit('reduction="sum")) / count', 'reduction="sum"))'),
+            "mean over all entries": Edit('reduction="sum")) / count', 'reduction="mean"))'),
             "squared": Edit("F.smooth_l1_loss(*scaled", "F.mse_loss(*scaled"),
             "distances not scaled": Edit("distances * (count / torch.where(total > 0, total, 1))", "distances"),
             "scaled by the teacher's mean": Edit(

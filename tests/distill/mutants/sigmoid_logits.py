@@ -65,8 +65,8 @@ CASES = [
         mutants={
             "no T^2": Edit("temperature**2", "1.0", sigmoid_kl_eager),
             "mean over classes": Edit(".sum(-1)", ".mean(-1)", sigmoid_kl_eager),
-            "mean over locations": Edit("weight.sum().clamp(min=1)", "weight.numel()"),
-            "normaliser not held above 1": Edit(".clamp(min=1)", ""),
+            "mean over locations": Edit("joint_normaliser(weight.sum(), weight)", "weight.numel()"),
+            "normaliser not held above 1": Edit("joint_normaliser(weight.sum(), weight)", "weight.sum()"),
             "mean score as confidence": Edit("t_logits.amax(-1).to(dtype).sigmoid()", "t_logits.sigmoid().mean(-1)"),
             "student's confidence": Edit("t_logits.amax(-1)", "s_logits.amax(-1)"),
             "swapped roles": Edit(
@@ -122,9 +122,9 @@ CASES = [
             "mean over locations": Edit(
                 "believed if normaliser is None else normaliser", "cross_entropy[..., 0].numel()"
             ),
-            "normaliser not held above 1": Edit(".clamp(min=1)", "", "weighted_mean"),
+            "normaliser not held above 1": Edit("joint_normaliser(total, values)", "total.detach()", "weighted_mean"),
             "normaliser ignored": Edit("believed if normaliser is None else normaliser", "believed"),
-            "normaliser learns": Edit("normaliser.detach()", "normaliser", "weighted_mean"),
+            "normaliser learns": Edit("joint_normaliser(total, values)", "total.clamp(min=1)", "weighted_mean"),
             "sum of the weights as normaliser": Edit("believed if normaliser is None else normaliser", "normaliser"),
             "student's confidence as normaliser": Edit("t_prob.amax(-1).sum()", "s_logits.sigmoid().amax(-1).sum()"),
             "unweighted": Edit("cross_entropy.sum(-1), weight", "cross_entropy.sum(-1), None"),
@@ -184,7 +184,7 @@ CASES = [
                 "class_weight * class_kl + box_weight * box", "box_weight * class_kl + class_weight * box"
             ),
             "swapped roles": Edit("bernoulli_kl(s_class, t_class)", "bernoulli_kl(t_class, s_class)"),
-            "sum over locations": Edit(".sum() / max(s_object.numel(), 1)", ".sum()"),
+            "sum over locations": Edit(".sum() / joint_normaliser(s_object.numel(), s_object)", ".sum()"),
             "teacher learns": Edit("t_logits.detach()", "t_logits", "as_logit_pair"),
         },
     ),
