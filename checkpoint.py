@@ -59,6 +59,11 @@ class CheckpointInfo:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Those of a dataset's classes that its run was about (data.classes); none where it was about all."""
+        return tuple(self.config.get("data", {}).get("classes", ()))
+
+    @property
     def evaluation(self) -> EvaluationConfig:
         """How the model was measured in its run; what the file does not carry is as its family was published."""
         own = self.config.get("evaluation", {})

@@ -125,12 +125,13 @@ def check_rows(rows: list[Row], study: Study) -> None:
         config = row.config
         try:
             if row.task is not None:
-                source = source or open_dataset(*training_set(study.config.data))
+                source = source or open_dataset(*training_set(study.config.data), classes=study.config.data.classes)
                 row.task.check_source(len(source))
                 weights = row.task.condense.network.weights
                 if row.task.needs_network and row.network_row is None and not Path(weights).is_file():
                     raise UserError(f"key 'condense.network.weights': {weights}: no such file, expected a checkpoint")
-            names = open_dataset(config.data.format, config.data.root, config.data.test).names
+            data = config.data
+            names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
             fresh = {t.name: models.build(t.arch, len(names)) for t in config.teachers if t.weights in in_place}
             student = build_student(config, names)
             teachers = build_teachers(config, names, fresh, student)

@@ -27,7 +27,8 @@ class DataConfig:
     train_root: str | None = None  # of the training split alone: a synthetic set, tested on a real one; None: `root`
     train_format: Literal["voc", "coco", "yolo", "kitti", "shapes"] | None = None  # of train_root; None: `format`
     pictures_per_epoch: int = 0  # passes over the set are cut into epochs of this many; 0: one pass an epoch
-    max_samples: int = 0  # train on at most this many pictures, a random choice that is always the same; 0: all
+    max_samples: int = 0  # train on at most this many pictures, a random choice that is always the same; -1, 0: all
+    classes: tuple[str, ...] = ()  # those of the set's classes that count, in this order; none: all of them
     holdout_fraction: float = 0.0  # of the training pictures, never trained on: `best.pt` is chosen there
     max_bad_fraction: float = 0.01  # more bad samples than this stop the run
     cache: bool = True  # keep the decoded, resized uint8 pictures in memory (3 * image_size^2 bytes each)

@@ -36,6 +36,7 @@ import torch
 
 from config import EvaluationConfig, load_config
 from datasets.open import READERS, open_dataset
+from datasets.subset import keep_classes
 from errors import UserError, run_script
 from evaluation.class_names import read_class_map
 from evaluation.cross_dataset import on_common_classes
@@ -111,6 +112,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     image_size = args.image_size or (info.image_size if config is None else config.image_size)
     print(describe_settings(evaluation, image_size, device), flush=True)
     index = open_dataset(*dataset)
+    classes = args.classes.split(",") if args.classes else info.classes if config is None else config.data.classes
+    if classes and (args.classes or config is not None or set(classes) <= set(index.names)):  # else another dataset
+        index = keep_classes(index, tuple(classes), " ".join(dataset))
     names = name_classes(info.names, args.names) if args.names else info.names
     model, index, class_map = on_common_classes(model, index, names, read_class_map(args.class_map))
     result = evaluate_model(
@@ -190,6 +194,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--score-threshold", type=float, help="detections below are dropped")
     model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression")
     model.add_argument("--max-detections", type=int, help="per image")
+    model.add_argument("--classes", metavar="A,B", help="only objects of these classes of the dataset count")
     model.add_argument("--class-map", action="append", default=[], metavar="A=B", help="dataset's A is model's B")
     model.add_argument("--save-detections", metavar="FILE", help="write them as COCO results")
 

@@ -126,7 +126,7 @@ def pictured(finished: list[Result]) -> list[Result]:
 
 def picture_strips(config: Config, results: list[Result]) -> dict[str, list[np.ndarray]]:
     """Title -> PICTURES drawn pictures: the labels first, then what each row's first finished seed finds."""
-    index = open_dataset(config.data.format, config.data.root, config.data.test)
+    index = open_dataset(config.data.format, config.data.root, config.data.test, classes=config.data.classes)
     samples = [sample for sample in index.samples if len(sample.boxes_xyxy)][:PICTURES]
     pictures = [read_image(sample.image_path) for sample in samples]
     labels = [labels_of(sample) for sample in samples]

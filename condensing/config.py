@@ -126,7 +126,9 @@ class Task:
         c, is_learnt = self.condense, self.is_learnt
         tree: dict[str, Any] = {"image_size": self.image_size, "method": c.method, "pictures": c.pictures}
         data = to_tree(self.data)
-        tree["data"] = {key: data[key] for key in ("format", "train", "max_samples")}
+        tree["data"] = {key: data[key] for key in ("format", "train")} | {"max_samples": max(0, data["max_samples"])}
+        if data["classes"]:
+            tree["data"]["classes"] = data["classes"]
         if is_learnt or self.rule not in WITHOUT_DRAWS:
             tree["seed"] = self.seed
         if is_learnt or c.method == "mosaic":

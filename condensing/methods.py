@@ -29,7 +29,7 @@ class RealPictures:
 
     def __init__(self, data: DataConfig, image_size: int) -> None:
         place = training_set(data)
-        index = open_dataset(*place)
+        index = open_dataset(*place, classes=data.classes)
         if 0 < data.max_samples < len(index):
             index = take(index, data.max_samples)
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))

@@ -25,7 +25,7 @@ import numpy as np
 
 ANY_CLASS = -1  # the label of an ignore region that belongs to no class (KITTI DontCare); `ignore` is True there
 
-Effect = Literal["picture dropped", "object dropped", "duplicate dropped", "noted"]
+Effect = Literal["picture dropped", "object dropped", "duplicate dropped", "left out", "noted"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -41,6 +41,7 @@ class Sample:
         crowd, KITTI DontCare); `ignore & ~crowd` are VOC's difficult objects. None: no crowd.
     class_scores (N, K) float64: the share of each class in an object, rows that sum to 1 (structures.Targets). None:
         all of it is `labels`. The samples of an index have it all, or none of them has.
+    left_out: the class names of the objects that are not here because only some classes count (datasets.subset).
     """
 
     image_path: Path
@@ -53,6 +54,7 @@ class Sample:
     area: np.ndarray
     crowd: np.ndarray | None = None
     class_scores: np.ndarray | None = None
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.crowd is None:

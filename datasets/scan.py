@@ -1,6 +1,6 @@
 """What a dataset holds and what is wrong with it, in one table, before anything trains on it.
 
-    python -m datasets.scan FORMAT ROOT SPLIT [--decode] [--out FOLDER] [--max-bad-fraction 0.01]
+    python -m datasets.scan FORMAT ROOT SPLIT [--classes A,B] [--decode] [--out FOLDER] [--max-bad-fraction 0.01]
 
 Opening a dataset has already checked every label row and every picture's header; `decode` also decodes every picture,
 which finds truncated ones. Box sizes are COCO's: small below 32 x 32 pixels of area, large from 96 x 96.
@@ -79,6 +79,7 @@ class ScanReport:
             "",
             *_align(rows),
             "",
+            *_left_out_lines(self.index),
             *self._fault_lines(),
             f"bad: {self.dropped_pictures} pictures, {self.dropped_objects} objects ({100 * self.bad_fraction:.2f} %)",
         ]
@@ -169,6 +170,18 @@ def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *arrays])
 
 
+def _left_out_lines(index: DatasetIndex) -> list[str]:
+    """What `classes` took out: objects by class, and the pictures that are background now."""
+    counts = Counter(name for sample in index.samples for name in sample.left_out)
+    if not counts:
+        return []
+    shown = ", ".join(f"{name} {count}" for name, count in counts.most_common(10))
+    shown += f" and {len(counts) - 10} more classes" if len(counts) > 10 else ""
+    emptied = sum(not len(sample) and bool(sample.left_out) for sample in index.samples)
+    background = f"{emptied} pictures have no others and stay as background"
+    return [f"left out: {counts.total()} objects of other classes ({shown}); {background}", ""]
+
+
 def _sizes(index: DatasetIndex) -> str:
     if not index.samples:
         return ""
@@ -193,11 +206,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("format", choices=tuple(READERS))
     parser.add_argument("root")
     parser.add_argument("split")
+    parser.add_argument("--classes", help="names joined by commas: only objects of these count, in this order")
     parser.add_argument("--decode", action="store_true", help="decode every picture")
     parser.add_argument("--out", help="folder for dataset_report.txt and dataset_report.csv")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01)
     arguments = parser.parse_args(argv)
-    index = open_dataset(arguments.format, arguments.root, arguments.split)
+    classes = tuple(arguments.classes.split(",")) if arguments.classes else ()
+    index = open_dataset(arguments.format, arguments.root, arguments.split, classes=classes)
     title = f"{arguments.format} {arguments.root} {arguments.split}"
     report = scan(index, decode=arguments.decode, title=title)
     print(report.table())

@@ -249,14 +249,14 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
     seeds train on the same pictures. The test split stays whole.
     """
     data = config.data
-    if data.max_samples < 0:
-        raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or 0 for all")
+    if data.max_samples < -1:
+        raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or -1 for all")
     if data.pictures_per_epoch < 0:
         found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
         raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
     reports = {}
     for role, place in (("train", training_set(data)), ("test", (data.format, data.root, data.test))):
-        index = open_dataset(*place)
+        index = open_dataset(*place, classes=data.classes)
         if role == "train" and 0 < data.max_samples < len(index):
             index = take(index, data.max_samples)
         reports[role] = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
@@ -289,7 +289,7 @@ def training_set(data: DataConfig) -> tuple[str, str, str]:
 
 def count_training_pictures(data: DataConfig) -> int:
     """How many pictures a run trains on, told without decoding them."""
-    count = len(open_dataset(*training_set(data)))
+    count = len(open_dataset(*training_set(data), classes=data.classes))
     count = min(count, data.max_samples) if data.max_samples > 0 else count
     return count - round(data.holdout_fraction * count)
 

@@ -95,7 +95,7 @@ def built_in_picture(name: str) -> np.ndarray:
 def find_test_pictures(config: Config) -> dict[str, Path]:
     """A few pictures of a run's test split, by name. UserError where the dataset is not there."""
     data = config.data
-    index = open_dataset(data.format, data.root, data.test)
+    index = open_dataset(data.format, data.root, data.test, classes=data.classes)
     return {Path(s.image_path).name: Path(s.image_path) for s in spread(index, NUM_TEST_PICTURES).samples}
 
 
