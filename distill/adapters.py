@@ -83,7 +83,11 @@ def resize_like(t_map: Tensor, s_map: Tensor) -> Tensor:
     Between grids of different strides (patch 14 against 8, 16, 32) this keeps every picture point in place, because
     both grids cover the whole image. Shrinking averages (antialias), so no teacher pixel is skipped.
     """
-    size = s_map.shape[-2:]
+    return resize_to(t_map, tuple(s_map.shape[-2:]))
+
+
+def resize_to(t_map: Tensor, size: tuple[int, int]) -> Tensor:
+    """resize_like to a height and width."""
     if t_map.shape[-2:] == size:
         return t_map
     return F.interpolate(t_map.float(), size=size, mode="bilinear", align_corners=False, antialias=True)

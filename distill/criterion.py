@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from config import TermConfig
-from distill.adapters import build_adapter
-from distill.beliefs import join_classes
-from distill.readings import named_map
-from distill.scene import Scene
+from distill.adapters import build_adapter, like_adapted, normalises, resize_like
+from distill.box_classes import join_classes
+from distill.outputs import in_precision_of, named_map
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
-from distill.terms import LOSSES, TermLoss, parameters_of
+from distill.term_inputs import TermInputs
+from distill.terms import LOSSES
 from errors import UserError
 from structures import Targets
 
@@ -147,25 +147,38 @@ class Criterion(nn.Module):
     def _term_loss(
         self, term: TermConfig, s_output: Any, t_output: Any, targets: Targets, shared: dict[Hashable, Any]
     ) -> Tensor:
-        number = 1000 * list(self.terms).index(term.name)
+        """The sum over the term's pairs, unweighted. Losses are computed in float32, under autocast too."""
+        entry = LOSSES[term.loss]
         student, teachers = self.models
         values = []
         pairs = zip(term.student_maps, term.teacher_maps, self.adapters[term.name], self.losses[term.name])
-        for index, (s_name, t_name, adapter, loss) in enumerate(pairs):
-            scene = Scene(
+        for s_name, t_name, adapter, module in pairs:
+            s_map = t_map = None
+            if entry.reads in ("map", "image"):
+                s_map = named_map(s_output, s_name)
+                with in_precision_of(s_map):
+                    s_map = adapter(s_map)
+            if entry.reads == "map":
+                t_map = resize_like(named_map(t_output, t_name).detach(), s_map)
+                t_map = t_map if entry.finishes_maps else like_adapted(adapter, t_map)
+            inputs = TermInputs(
                 targets=targets,
-                image_size=s_output.image_size,
                 s_output=s_output,
                 t_output=t_output,
                 student=student,
                 teacher=teachers[term.teacher],
                 s_name=s_name,
                 t_name=t_name,
+                s_map=s_map,
+                t_map=t_map,
                 classes=self.classes[term.name],
-                seed=(torch.initial_seed() + number + index) % 2**63,  # the loop seeds torch for every step
                 shared=shared,
             )
-            values.append(loss(scene, adapter))
+            with torch.autocast(targets.boxes_xyxy.device.type, enabled=False):
+                if entry.module is None:
+                    values.append(entry.compute(inputs, **term.parameters))
+                else:
+                    values.append(entry.compute(inputs, module))
         return torch.stack(values).sum()
 
     def _teacher_weights(self, s_output: Any, t_outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
@@ -223,6 +236,7 @@ def probe(model: nn.Module, image_size: int) -> Any:
         model.train(was_training)
 
 
+RENAMED = {"box_beliefs": "box_classes"}
 FIXED_MAPS = {"boxes": ("boxes",), "outputs": ("outputs",)}  # readings whose tensors have no other name
 
 
@@ -230,6 +244,8 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: in
     """The term with its defaults filled in, or a UserError that names the key and what was expected."""
     if term.teacher not in teachers:
         raise UserError(f"{key}.teacher: found {term.teacher!r}, expected one of {', '.join(teachers) or 'no teacher'}")
+    if term.loss in RENAMED:
+        raise UserError(f"{key}.loss: found {term.loss!r}, which is called {RENAMED[term.loss]!r} now")
     if term.loss not in LOSSES:
         raise UserError(f"{key}.loss: found {term.loss!r}, expected one of {', '.join(LOSSES)}")
     if not term.weight > 0 or not math.isfinite(term.weight):
@@ -237,7 +253,7 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: in
     if term.stop_epoch is not None and term.stop_epoch <= 0:
         raise UserError(f"{key}.stop_epoch: found {term.stop_epoch}, expected more than 0: the term could never act")
     student_maps, teacher_maps = check_maps(term, key)
-    known = parameters_of(LOSSES[term.loss])
+    known = LOSSES[term.loss].parameters()
     for name in term.parameters:
         if name not in known:
             expected = ", ".join(sorted(known)) or "none"
@@ -322,13 +338,15 @@ def build_adapters(
             adapters.append(build_adapter(term.adapter, s.shape[1], t.shape[1]))
         except ValueError as error:
             raise UserError(f"{key}: {s_name} and {t_name}: {error}") from None
+        if normalises(adapters[-1]) and entry.finishes_maps and not term.parameters.get("rescale", True):
+            raise UserError(f"{key}: the teacher's layers cannot read a normalised map: expected rescale: true")
     return adapters
 
 
 def build_losses(
     term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: tuple[Tensor, Tensor] | None
 ) -> nn.ModuleList:
-    """One loss per pair, of the widths it needs; UserError for parameters it does not take."""
+    """The module of each pair, of the widths it needs, or Identity for a loss that trains nothing."""
     entry = LOSSES[term.loss]
     losses = nn.ModuleList()
     for s_name, t_name in zip(term.student_maps, term.teacher_maps):
@@ -339,7 +357,7 @@ def build_losses(
             known = named_map(t_probe, t_name).shape[1] if classes is None else len(classes[0])
             widths = (named_map(s_probe, s_name).shape[1], known)
         try:
-            losses.append(TermLoss(entry, widths, term.parameters))
+            losses.append(entry.module(*widths, **term.parameters) if entry.module else nn.Identity())
         except (ValueError, TypeError) as error:
             raise UserError(f"{key}.parameters: {error}") from None
     return losses

@@ -9,7 +9,6 @@ would be written. Only what neither holds is listed here: PUBLISHED, what others
 """
 
 import argparse
-import importlib
 import inspect
 import json
 import re
@@ -19,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from distill.terms import LOSSES, LossEntry, parameters_of, sources_of
+from distill.terms import LOSSES, Term
 from errors import UserError, run_script
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
@@ -93,25 +90,21 @@ HEADS = {  # where a loss fits, by what it reads
 READS = {
     "map": "maps of equal width, or an adapter",
     "logits": "logits of equal shapes",
-    "boxes": "boxes to ask about",
+    "boxes": "boxes to classify",
     "image": "image logits of the teacher",
     "outputs": "outputs of equal shapes",
 }
 
-NEEDS = {  # what a function of distill.scene that makes an extra of a loss looks at; "" for nothing worth a word
-    "imitation_mask": "labelled boxes (mask)",
-    "foreground_mask": "labelled boxes (mask)",
-    "foreground_density": "labelled boxes (mask)",
-    "scene_itself": "labelled boxes",
-    "teacher_scores": "class scores of the teacher",
-    "location_weight": "class scores of the teacher, or labelled boxes",
-    "score_sum": "class scores of the teacher",
-    "teacher_tail": "the rest of the teacher's branch",
-    "box_columns": "labels of the boxes",
-    "student_head": "",
-    "teacher_head": "",
-    "joined_classes": "",
-    "step_generator": "a random draw each step",
+NEEDS = {  # what a term needs besides what it compares, the teacher's class scores and trained parts
+    "masked_mse": "labelled boxes (mask)",
+    "decoupled_mse": "labelled boxes (mask)",
+    "fgd": "labelled boxes (mask)",
+    "mgd": "a random draw each step",
+    "instance_distance": "labelled boxes",
+    "crosskd_classes": "the rest of the teacher's branch",
+    "crosskd_edges": "the rest of the teacher's branch",
+    "localization": "labelled boxes, for the regions main and valuable",
+    "decoupled_kl": "labels of the boxes",
 }
 
 INTRODUCTION = """\
@@ -186,36 +179,21 @@ def measured(name: str, study: dict[str, Any]) -> tuple[str, str]:
     return f"{found['cost_per_step']:.2f}x", gain
 
 
-def row(name: str, entry: LossEntry, study: dict[str, Any]) -> tuple[str, ...]:
+def row(name: str, entry: Term, study: dict[str, Any]) -> tuple[str, ...]:
     """The cells of one loss."""
     cost, gain_here = measured(name, study)
     published = PUBLISHED.get(name, Published(""))
     gain = published.gain + (f" [{published.source}]" if published.source else "")
     heads = published.heads or HEADS[entry.reads]
     parameters = ", ".join(f"`{key}={value!r}`" for key, value in defaults(entry).items())
-    loss = documented(entry.loss)
+    loss = entry.loss
     equations = "<br>".join(f"`{cell(line)}`" for line in equation(loss))
     where = f"`{loss.__module__.replace('.', '/')}.py`, `{loss.__name__}`"
     title = f"{cell(summary(loss))}<br>{where}" + "".join(f"<br>{paper}" for paper in papers(loss))
     return (
-        f"`{name}`", title, equations, cell(needs(entry)), cell(parameters) or "-", cell(heads), cost, cell(gain_here),
-        cell(gain) or "-",
+        f"`{name}`", title, equations, cell(needs(name, entry)), cell(parameters) or "-", cell(heads), cost,
+        cell(gain_here), cell(gain) or "-",
     )  # fmt: skip
-
-
-def documented(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss itself; for a function of distill.terms that only brings it what it needs, the one its docstring names.
-
-    Such a docstring begins with `module.function`, of a module of distill.
-    """
-    if loss.__module__ != LossEntry.__module__:
-        return loss
-    named = re.match(r"(\w+)\.(\w+)", inspect.getdoc(loss) or "")
-    if not named:
-        raise UserError(
-            f"{loss.__module__}.{loss.__name__}: its docstring begins with no `module.function` of its loss"
-        )
-    return getattr(importlib.import_module(f"distill.{named[1]}"), named[2])
 
 
 def describe(loss: Callable[..., Any]) -> list[str]:
@@ -249,26 +227,19 @@ def papers(loss: Callable[..., Any]) -> list[str]:
     return [f"[arXiv:{number}](https://arxiv.org/abs/{number})" for number in numbers]
 
 
-def needs(entry: LossEntry) -> str:
+def needs(name: str, entry: Term) -> str:
     """What a term needs beside student and teacher."""
-    found = [READS[entry.reads]]
-    if entry.reads == "map" and not entry.same_width:
-        found = ["maps of any widths"]
-    found += [text for made in entry.extras.values() if (text := NEEDS[made.__name__])]
-    if isinstance(entry.loss, type) and issubclass(entry.loss, nn.Module):
-        found.append("trained parts")
-    return "; ".join(dict.fromkeys(found))
+    found = ["maps of any widths" if entry.reads == "map" and not entry.same_width else READS[entry.reads]]
+    found += ["class scores of the teacher"] * entry.reads_scores
+    found += [NEEDS[name]] if name in NEEDS else []
+    found += ["trained parts"] * (entry.module is not None)
+    return "; ".join(found)
 
 
-def defaults(entry: LossEntry) -> dict[str, Any]:
+def defaults(entry: Term) -> dict[str, Any]:
     """The parameters a term may give, and what each is when it does not; required ones are `...`."""
-    found = {}
-    for function in (entry.loss, *sources_of(entry).values()):
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.name in parameters_of(entry):
-                is_required = parameter.default is inspect.Parameter.empty
-                found[parameter.name] = ... if is_required else parameter.default
-    return found
+    is_required = inspect.Parameter.empty
+    return {k: ... if p.default is is_required else p.default for k, p in entry.parameters().items()}
 
 
 def cell(text: str) -> str:

@@ -1,9 +1,9 @@
-"""Logit distillation: the student's class beliefs imitate the teacher's.
+"""Logit distillation: the student's class predictions imitate the teacher's.
 
 Softmax heads (Faster R-CNN's boxes, with their background column; a classifier of whole images): softmax_kl,
 decoupled_kl, prediction_correlation, image_kl. Sigmoid heads (YOLO, RT-DETR): soft_class_targets, quality_focal, and
 objectness_scaled for YOLOv5. Between a softmax and a sigmoid head, or between class lists that differ:
-distill.beliefs.
+distill.box_classes.
 
 Pure functions of logits. Computed in float32 for half-precision inputs, in float64 for float64. Student gradients
 only: the teacher's logits and every weight are detached. No rows give 0.
@@ -20,20 +20,31 @@ from kernels.temperature_kl import temperature_kl
 from layers.over_processes import joint_normaliser, sum_over_processes
 
 
-def soft_class_targets(*, s_logits: Tensor, t_logits: Tensor, temperature: float = 1.0, power: float = 1.0) -> Tensor:
+def soft_class_targets(
+    *,
+    s_logits: Tensor,
+    t_logits: Tensor,
+    score: Tensor | None = None,
+    temperature: float = 1.0,
+    power: float = 1.0,
+) -> Tensor:
     """Soft class targets for sigmoid heads: per location, K independent Bernoulli KL terms.
 
         L    = T^2 / max(sum_n w_n, 1) * sum_n w_n * sum_k KL(Bern(p^t_nk) || Bern(p^s_nk))
-        p_nk = sigmoid(logit_nk / T),    w_n = (max_k sigmoid(t_nk))^power
+        p_nk = sigmoid(logit_nk / T),    w_n = c_n^power,    c_n = o_n max_k sigmoid(t_nk)
+
+    with o_n = sigmoid(objectness logit) of a teacher that has objectness (YOLOv5), and 1 for all others.
 
     The KL is the binary cross-entropy with the teacher's probability as its target, less the teacher's entropy: the
     same gradient, and 0 where the student equals the teacher. T^2 undoes the 1/T^2 shrinkage of the gradient
-    (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, sec. 2). The weight w_n lets the
-    few locations where the teacher sees something speak louder than the thousands of background, after the
-    objectness-scaled distillation of Mehta and Ozturk, arXiv:1805.06361, with the best class score as objectness.
+    (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, sec. 2). The weight w_n gives the
+    few locations where the teacher sees an object more weight than the thousands of background, after the
+    objectness-scaled distillation of Mehta and Ozturk, arXiv:1805.06361.
 
     Args:
         s_logits, t_logits: (..., K), before the sigmoid; every leading index is one location n.
+        score: c_n, (...,), masks.location_scores; detached. None: that of a teacher without objectness. A head with
+            objectness needs it given: its class outputs mean nothing on the background.
         temperature: T > 0.
         power: exponent of the teacher's confidence; 0 weighs all locations alike.
     Returns:
@@ -43,7 +54,10 @@ def soft_class_targets(*, s_logits: Tensor, t_logits: Tensor, temperature: float
     dtype = compute_dtype(s_logits, t_logits)
     if s_logits.shape[-1] == 0:
         return s_logits.sum(dtype=dtype)
-    weight = t_logits.amax(-1).to(dtype).sigmoid() ** power  # (...,)
+    confidence = t_logits.amax(-1).to(dtype).sigmoid() if score is None else score.detach().to(dtype)
+    if confidence.shape != s_logits.shape[:-1]:
+        raise ValueError(f"score {tuple(confidence.shape)} must be {tuple(s_logits.shape[:-1])}, one per location")
+    weight = confidence**power  # (...,)
     normaliser = joint_normaliser(weight.sum(), weight)
     return sigmoid_kl(s_logits, t_logits, temperature=temperature, weight=weight, normaliser=normaliser)
 
@@ -105,6 +119,18 @@ class ImageHead(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         return self.classify(feature_map.mean((2, 3)))
+
+
+class TaughtImageHead(nn.Module):
+    """image_kl between an image head on the student's map, which is trained along, and the teacher."""
+
+    def __init__(self, channels: int, num_classes: int, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.head = ImageHead(channels, num_classes)
+        self.temperature = temperature
+
+    def forward(self, *, s_map: Tensor, t_logits: Tensor) -> Tensor:
+        return image_kl(s_logits=self.head(s_map.float()), t_logits=t_logits, temperature=self.temperature)
 
 
 def decoupled_kl(

@@ -99,6 +99,20 @@ def positive_masks(
 
 
 @torch.no_grad()
+def location_scores(t_class_logits: Tensor, t_objectness_logits: Tensor | None = None) -> Tensor:
+    """How sure a dense teacher is that a location holds an object, of its best class: (B, A, K) -> (B, A) float32.
+
+        score_n = max_k sigmoid(class logit_nk),  times sigmoid(objectness logit_n) where the head has objectness
+
+    t_objectness_logits: (B, A), of a head that has them (YOLOv5). Its class logits are the classes of a location if it
+    holds an object, and mean nothing on the background. K = 0 gives 0.
+    """
+    best = t_class_logits.float().amax(-1) if t_class_logits.shape[-1] else t_class_logits.new_full((1, 1), -torch.inf)
+    scores = best.sigmoid().expand(t_class_logits.shape[:2])  # (B, A)
+    return scores if t_objectness_logits is None else scores * t_objectness_logits.float().sigmoid()
+
+
+@torch.no_grad()
 def score_maps(
     t_class_logits: Tensor,
     *,
@@ -106,16 +120,11 @@ def score_maps(
     anchors_per_pixel: int = 1,
     t_objectness_logits: Tensor | None = None,
 ) -> list[Tensor]:
-    """The best class score of a dense teacher at each pixel, max_k sigmoid(logit_k), one map (B, H, W) per level.
+    """location_scores as one map (B, H, W) per level, of several anchors of a pixel the best one's.
 
-    t_class_logits: (B, A, K), ordered as in level_maps. Of several anchors the best one counts. K = 0 gives 0.
-    t_objectness_logits: (B, A), of a head that has them (YOLOv5), whose class scores alone mean nothing on background:
-        the score is then sigmoid(objectness) * max_k sigmoid(logit_k).
+    t_class_logits: (B, A, K), t_objectness_logits: (B, A) or None, both ordered as in level_maps.
     """
-    best = t_class_logits.float().amax(-1) if t_class_logits.shape[-1] else t_class_logits.new_full((1, 1), -torch.inf)
-    scores = best.sigmoid().expand(t_class_logits.shape[:2])  # (B, A)
-    if t_objectness_logits is not None:
-        scores = scores * t_objectness_logits.float().sigmoid()
+    scores = location_scores(t_class_logits, t_objectness_logits)
     return [level.amax(1) for level in level_maps(scores, grid_sizes, anchors_per_pixel)]
 
 

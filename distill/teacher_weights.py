@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.beliefs import boxes_by_image, log_odds
+from distill.box_classes import boxes_by_image, log_odds
 from distill.masks import objects
-from distill.readings import any_map, batch_size, in_precision_of
+from distill.outputs import any_map, in_precision_of
 from layers.over_processes import sum_over_processes
 from structures import Targets
 
@@ -49,7 +49,7 @@ def teacher_cross_entropy(
 
     Args:
         targets: boxes in pixels of images of image_size (H, W), the student's.
-        classes: (student's columns, teacher's columns) as beliefs.join_classes gives them; None: equal lists.
+        classes: (student's columns, teacher's columns) as box_classes.join_classes gives them; None: equal lists.
     """
     found = objects(targets)
     labels = found.labels
@@ -60,7 +60,7 @@ def teacher_cross_entropy(
         labels = t_columns[is_same.int().argmax(1)]
     (height, width), (t_height, t_width) = image_size, t_output.image_size
     scale = found.boxes_xyxy.new_tensor([t_width / width, t_height / height] * 2)
-    per_image, row = boxes_by_image(found.boxes_xyxy * scale, found.image, batch_size(t_output))
+    per_image, row = boxes_by_image(found.boxes_xyxy * scale, found.image, len(any_map(t_output)))
     with in_precision_of(any_map(t_output)):
         logits = teacher.class_logits_at(t_output, per_image)[row]
     odds = log_odds(logits, teacher.class_activation).gather(1, labels[:, None])

@@ -1,207 +1,245 @@
-"""The losses a config can name, and what each is given: `LOSSES` is the whole list.
+"""The losses a config can name: a function for each, and `LOSSES`, the table of them.
 
-A loss is a pure function, or a module where it has something to train (FGD's context networks, MGD's generator, an
-image head). distill/readings.py gets the two tensors that it compares; what it wants besides (a mask, a weight, a
-generator) comes from a function of distill/scene.py. The options of that function, of the reading, and the keyword
-arguments of the loss are the term's `parameters`.
+A term `{loss: localization, parameters: {region: main}}` calls the function of that name with the inputs of a step
+(term_inputs.TermInputs) and its parameters, the function's keyword-only arguments. The function takes from the inputs
+what its loss needs and calls the loss, a pure function of tensors in another file of distill/. A loss that trains
+something (MGD's generator) is a module: built once, with the parameters, and given to the function in each step.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from distill import readings, scene
-from distill.adapters import like_adapted, normalises
-from distill.beliefs import box_class_kl
-from distill.crosskd import crosskd_classes, crosskd_edges
-from distill.features import (
-    attention_transfer,
-    channel_correlation,
-    channel_wise_kl,
-    cosine_distance,
-    feature_mse,
-    score_weighted_l2,
-)
+from distill import crosskd, features, logits, masked, relations
+from distill.box_classes import At, Boxes, box_class_kl, box_logits, given_boxes, softmax_logits
 from distill.fgd import FGD
-from distill.localization import localization_kl
-from distill.logits import (
-    ImageHead,
-    decoupled_kl,
-    image_kl,
-    objectness_scaled,
-    prediction_correlation,
-    quality_focal,
-    soft_class_targets,
-    softmax_kl,
-)
-from distill.masked import decoupled_mse, masked_mse
-from distill.masks import objects
+from distill.localization import localization_kl, valuable_region
+from distill.masks import anchor_mask, box_density, box_mask, make_anchor_sizes, objects
 from distill.mgd import MGD
-from distill.relations import instance_distance, location_similarity, pool_boxes
-from distill.scene import Scene
+from distill.outputs import anchor_outputs
+from distill.term_inputs import TermInputs
 
-READINGS = {
-    "map": readings.read_maps,
-    "logits": readings.read_logits,
-    "boxes": readings.read_boxes,
-    "image": readings.read_image,
-    "outputs": readings.read_outputs,
-}
+Mask = Literal["boxes", "anchors", "positives"]
+Region = Literal["scores", "main", "valuable"]
 
 
-def _related_objects(*, s_map: Tensor, t_map: Tensor, scene: Scene, size: int = 3) -> Tensor:
-    """relations.instance_distance between the batch's objects, as the maps have them at size x size points.
+def mse(inputs: TermInputs) -> Tensor:
+    return features.feature_mse(**inputs.maps())
 
-    With GID's 7 x 7 points, crowded pictures cost more than the models.
+
+def cosine(inputs: TermInputs) -> Tensor:
+    return features.cosine_distance(**inputs.maps())
+
+
+def cwd(inputs: TermInputs, *, temperature: float = 1.0) -> Tensor:
+    return features.channel_wise_kl(**inputs.maps(), temperature=temperature)
+
+
+def pkd(inputs: TermInputs) -> Tensor:
+    return features.channel_correlation(**inputs.maps())
+
+
+def attention(inputs: TermInputs, *, power: float = 2.0) -> Tensor:
+    return features.attention_transfer(**inputs.maps(), power=power)
+
+
+def score_weighted_l2(inputs: TermInputs) -> Tensor:
+    return features.score_weighted_l2(**inputs.maps(), weight=inputs.teacher_score_map())
+
+
+def masked_mse(
+    inputs: TermInputs, *, mask: Mask = "boxes", psi: float = 0.5,
+    anchor_sizes: tuple[float, ...] = (2.0, 4.0), anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+) -> Tensor:  # fmt: skip
+    """mask: in the boxes, near them as FGFI publishes it, or where the student's assigner puts an object.
+
+    anchors: anchor_sizes are in strides of the map; the anchors of each level of YOLOv5 and of Faster R-CNN lie around
+    them. positives: the locations of the map's level that the student's own assigner gives an object.
     """
-    rows = objects(scene.targets)
-    where = dict(boxes_xyxy=rows.boxes_xyxy, image=rows.image, image_size=scene.image_size, size=size)
-    s_features, t_features = pool_boxes(s_map, **where), pool_boxes(t_map, **where)
-    return instance_distance(s_features=s_features, t_features=t_features, image=rows.image)
+    if mask == "boxes":
+        where = box_mask(inputs.targets, **inputs.grid())
+    elif mask == "positives":
+        where = inputs.positive_mask()
+    elif mask == "anchors":
+        stride = inputs.image_size[1] / inputs.s_map.shape[3]
+        sizes = make_anchor_sizes([size * stride for size in anchor_sizes], list(anchor_ratios))
+        where = anchor_mask(inputs.targets, **inputs.grid(), anchor_sizes=sizes, psi=psi)
+    else:
+        raise ValueError(f"mask: found {mask!r}, expected boxes, anchors or positives")
+    return masked.masked_mse(**inputs.maps(), mask=where)
 
 
-class TaughtImageHead(nn.Module):
-    """logits.image_kl between an image head on the student's map, which is trained along, and the teacher."""
+def decoupled_mse(inputs: TermInputs, *, foreground_weight: float = 1.0, background_weight: float = 4.0) -> Tensor:
+    weights = dict(foreground_weight=foreground_weight, background_weight=background_weight)
+    return masked.decoupled_mse(**inputs.maps(), foreground=box_mask(inputs.targets, **inputs.grid()), **weights)
 
-    def __init__(self, channels: int, num_classes: int, *, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.head = ImageHead(channels, num_classes)
-        self.temperature = temperature
 
-    def forward(self, *, s_map: Tensor, t_logits: Tensor) -> Tensor:
-        return image_kl(s_logits=self.head(s_map.float()), t_logits=t_logits, temperature=self.temperature)
+def fgd(inputs: TermInputs, module: FGD) -> Tensor:
+    return module(**inputs.maps(), foreground=box_density(inputs.targets, **inputs.grid()))
+
+
+def mgd(inputs: TermInputs, module: MGD) -> Tensor:
+    return module(**inputs.maps(), generator=torch.default_generator)
+
+
+def location_similarity(inputs: TermInputs, *, nodes: int = 16) -> Tensor:
+    return relations.location_similarity(**inputs.maps(), nodes=nodes)
+
+
+def instance_distance(inputs: TermInputs, *, size: int = 3) -> Tensor:
+    """Of size x size points in each object of the batch. With GID's 7 x 7, crowded images cost more than the models."""
+    rows = objects(inputs.targets)
+    where = dict(boxes_xyxy=rows.boxes_xyxy, image=rows.image, image_size=inputs.image_size, size=size)
+    s, t = (relations.pool_boxes(feature_map, **where) for feature_map in (inputs.s_map, inputs.t_map))
+    return relations.instance_distance(s_features=s, t_features=t, image=rows.image)
+
+
+def crosskd_classes(inputs: TermInputs, *, beta: float = 1.0, rescale: bool = True) -> Tensor:
+    given = dict(t_tail=inputs.tail(), normaliser=inputs.teacher_score_sum())
+    return crosskd.crosskd_classes(**inputs.maps(), **given, beta=beta, rescale=rescale)
+
+
+def crosskd_edges(inputs: TermInputs, *, temperature: float = 1.0, rescale: bool = True) -> Tensor:
+    given = dict(t_tail=inputs.tail(), weight=inputs.teacher_score_map(), normaliser=inputs.teacher_score_sum())
+    return crosskd.crosskd_edges(**inputs.maps(), **given, temperature=temperature, rescale=rescale)
+
+
+def soft_class(inputs: TermInputs, *, temperature: float = 1.0, power: float = 1.0) -> Tensor:
+    score = inputs.teacher_scores() if inputs.t_name == "class_logits" else None
+    return logits.soft_class_targets(**inputs.logits(), score=score, temperature=temperature, power=power)
+
+
+def quality_focal(inputs: TermInputs, *, beta: float = 1.0) -> Tensor:
+    """A head with objectness learns where the teacher sees objects: its class outputs elsewhere mean nothing."""
+    scores = inputs.teacher_scores()
+    weight = scores if hasattr(inputs.t_output, "objectness_logits") else None
+    return logits.quality_focal(**inputs.logits(), weight=weight, normaliser=scores.sum(), beta=beta)
+
+
+def localization(
+    inputs: TermInputs, *, region: Region = "scores", gamma: float = 0.25, temperature: float = 10.0
+) -> Tensor:
+    """region: scores weighs each location by the dense teacher's score. main is where the student learns an object.
+
+    valuable: there and in the valuable localization region around it (localization.valuable_region, with gamma).
+    """
+    if region == "scores":
+        weight = inputs.teacher_scores()
+    elif region in ("main", "valuable"):
+        weight = inputs.positives() >= 0
+    else:
+        raise ValueError(f"region: found {region!r}, expected scores, main or valuable")
+    if region == "valuable":
+        boxes_xyxy = inputs.teacher.decode(inputs.t_output)[0].detach()  # they fit from the first epoch on
+        around = dict(boxes_xyxy=boxes_xyxy, gt_index=inputs.positives(), targets=inputs.targets)
+        weight = weight | valuable_region(**around, gamma=gamma)
+    return localization_kl(**inputs.logits(), weight=weight, temperature=temperature)
+
+
+def objectness_scaled(
+    inputs: TermInputs, *, objectness_weight: float = 1.0, class_weight: float = 1.0, box_weight: float = 1.0
+) -> Tensor:
+    if inputs.classes is not None:
+        raise ValueError("whole outputs can be compared where the class lists are equal")
+    outputs = anchor_outputs(inputs.student, inputs.teacher, inputs.s_output, inputs.t_output)
+    weights = dict(objectness_weight=objectness_weight, class_weight=class_weight, box_weight=box_weight)
+    return logits.objectness_scaled(**outputs, **weights)
+
+
+def box_classes(
+    inputs: TermInputs, *, boxes: Boxes = "targets", at: At = "boxes", score_threshold: float = 0.3,
+    max_boxes: int = 100, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    pair = box_logits(inputs, given_boxes(inputs, boxes, score_threshold, max_boxes), at)
+    heads = dict(s_head=inputs.student.class_activation, t_head=inputs.teacher.class_activation)
+    return box_class_kl(**pair, **heads, classes=inputs.classes, temperature=temperature)
+
+
+def softmax_kl(
+    inputs: TermInputs, *, boxes: Boxes = "targets", score_threshold: float = 0.3, max_boxes: int = 100,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    pair, _ = softmax_logits(inputs, boxes, score_threshold, max_boxes)
+    return logits.softmax_kl(**pair, temperature=temperature)
+
+
+def decoupled_kl(
+    inputs: TermInputs, *, boxes: Boxes = "targets", score_threshold: float = 0.3, max_boxes: int = 100,
+    target_weight: float = 1.0, other_weight: float = 0.25, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    pair, labels = softmax_logits(inputs, boxes, score_threshold, max_boxes)
+    options = dict(target_weight=target_weight, other_weight=other_weight, temperature=temperature)
+    return logits.decoupled_kl(**pair, labels=labels, **options)
+
+
+def prediction_correlation(
+    inputs: TermInputs, *, boxes: Boxes = "targets", score_threshold: float = 0.3, max_boxes: int = 100,
+    class_weight: float = 1.0, sample_weight: float = 1.0, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    pair, _ = softmax_logits(inputs, boxes, score_threshold, max_boxes)
+    options = dict(class_weight=class_weight, sample_weight=sample_weight, temperature=temperature)
+    return logits.prediction_correlation(**pair, **options)
+
+
+def image_kl(inputs: TermInputs, module: logits.TaughtImageHead) -> Tensor:
+    return module(s_map=inputs.s_map, t_logits=inputs.t_logits())
 
 
 @dataclass(frozen=True)
-class LossEntry:
-    """What a name in a config stands for.
+class Term:
+    """A row of the table.
 
-    loss: called with what the reading returns, the extras and the parameters. A module is built first, with the widths
-    (the teacher's channels; for an image head the student's, and the number of classes) and the parameters.
-    reads: a key of READINGS.
-    extras: keyword of the loss -> function(scene, student tensor, **options) that makes its value.
-    same_width: the maps need equal channels. is_softmax: both heads must be softmax, with equal class lists.
-    reads_scores: looks at the dense teacher's class scores besides what the reading reads.
+    compute: the function of this name. loss: the loss that it calls; docs/losses.md shows its docstring.
+    reads: what the loss compares. map: two maps, the student's through its adapter. logits: two outputs of equal
+    locations. boxes: classes of given boxes. image: a map, and the teacher's logits of the whole image. outputs: all
+    raw outputs of two YOLOv5 heads.
+    module: of a loss that trains something, built with the widths of the maps and given to `compute`.
+    same_width: the maps need equal channels. reads_scores: looks at the dense teacher's class scores, too.
     finishes_maps: gives maps to the teacher's own layers, which expect the teacher's as it is.
     """
 
+    compute: Callable[..., Tensor]
     loss: Callable[..., Any]
     reads: Literal["map", "logits", "boxes", "image", "outputs"] = "map"
-    extras: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    module: type[nn.Module] | None = None
     same_width: bool = True
-    is_softmax: bool = False
     reads_scores: bool = False
     finishes_maps: bool = False
+
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """What a term may give in `parameters`: the keyword-only arguments of the module, or else of the function."""
+        arguments = inspect.signature(self.module or self.compute).parameters
+        return {name: argument for name, argument in arguments.items() if argument.kind is argument.KEYWORD_ONLY}
 
 
 # fmt: off
 LOSSES = {
-    "mse": LossEntry(feature_mse),
-    "cosine": LossEntry(cosine_distance),
-    "cwd": LossEntry(channel_wise_kl),
-    "pkd": LossEntry(channel_correlation),
-    "attention": LossEntry(attention_transfer, same_width=False),
-    "score_weighted_l2": LossEntry(score_weighted_l2, extras={"weight": scene.teacher_scores}, reads_scores=True),
-    "masked_mse": LossEntry(masked_mse, extras={"mask": scene.imitation_mask}),
-    "decoupled_mse": LossEntry(decoupled_mse, extras={"foreground": scene.foreground_mask}),
-    "fgd": LossEntry(FGD, extras={"foreground": scene.foreground_density}),
-    "mgd": LossEntry(MGD, extras={"generator": scene.step_generator}),
-    "location_similarity": LossEntry(location_similarity, same_width=False),
-    "instance_distance": LossEntry(_related_objects, extras={"scene": scene.scene_itself}, same_width=False),
-    "crosskd_classes": LossEntry(
-        crosskd_classes, extras={"t_tail": scene.teacher_tail, "normaliser": scene.score_sum}, reads_scores=True,
-        finishes_maps=True),
-    "crosskd_edges": LossEntry(
-        crosskd_edges, reads_scores=True, finishes_maps=True,
-        extras={"t_tail": scene.teacher_tail, "weight": scene.teacher_scores, "normaliser": scene.score_sum}),
-    "soft_class": LossEntry(soft_class_targets, "logits"),
-    "quality_focal": LossEntry(quality_focal, "logits", {"normaliser": scene.score_sum}, reads_scores=True),
-    "localization": LossEntry(localization_kl, "logits", {"weight": scene.location_weight}, reads_scores=True),
-    "objectness_scaled": LossEntry(objectness_scaled, "outputs"),
-    "box_beliefs": LossEntry(
-        box_class_kl, "boxes",
-        {"s_head": scene.student_head, "t_head": scene.teacher_head, "classes": scene.joined_classes}),
-    "softmax_kl": LossEntry(softmax_kl, "boxes", is_softmax=True),
-    "decoupled_kl": LossEntry(decoupled_kl, "boxes", {"labels": scene.box_columns}, is_softmax=True),
-    "prediction_correlation": LossEntry(prediction_correlation, "boxes", is_softmax=True),
-    "image_kl": LossEntry(TaughtImageHead, "image"),
+    "mse": Term(mse, features.feature_mse),
+    "cosine": Term(cosine, features.cosine_distance),
+    "cwd": Term(cwd, features.channel_wise_kl),
+    "pkd": Term(pkd, features.channel_correlation),
+    "attention": Term(attention, features.attention_transfer, same_width=False),
+    "score_weighted_l2": Term(score_weighted_l2, features.score_weighted_l2, reads_scores=True),
+    "masked_mse": Term(masked_mse, masked.masked_mse),
+    "decoupled_mse": Term(decoupled_mse, masked.decoupled_mse),
+    "fgd": Term(fgd, FGD, module=FGD),
+    "mgd": Term(mgd, MGD, module=MGD),
+    "location_similarity": Term(location_similarity, relations.location_similarity, same_width=False),
+    "instance_distance": Term(instance_distance, relations.instance_distance, same_width=False),
+    "crosskd_classes": Term(crosskd_classes, crosskd.crosskd_classes, reads_scores=True, finishes_maps=True),
+    "crosskd_edges": Term(crosskd_edges, crosskd.crosskd_edges, reads_scores=True, finishes_maps=True),
+    "soft_class": Term(soft_class, logits.soft_class_targets, "logits", reads_scores=True),
+    "quality_focal": Term(quality_focal, logits.quality_focal, "logits", reads_scores=True),
+    "localization": Term(localization, localization_kl, "logits", reads_scores=True),
+    "objectness_scaled": Term(objectness_scaled, logits.objectness_scaled, "outputs"),
+    "box_classes": Term(box_classes, box_class_kl, "boxes"),
+    "softmax_kl": Term(softmax_kl, logits.softmax_kl, "boxes"),
+    "decoupled_kl": Term(decoupled_kl, logits.decoupled_kl, "boxes"),
+    "prediction_correlation": Term(prediction_correlation, logits.prediction_correlation, "boxes"),
+    "image_kl": Term(image_kl, logits.image_kl, "image", logits.TaughtImageHead),
 }
 # fmt: on
-
-
-def options_of(function: Callable[..., Any]) -> set[str]:
-    """The keyword-only arguments of a function that a config can give: neither s_ nor t_, and nothing with tensors."""
-    made_here = ("Tensor", "Scene", "Generator", "Module")
-    return {
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-        and not p.name.startswith(("s_", "t_"))
-        and not any(kind in str(p.annotation) for kind in made_here)
-    }
-
-
-def sources_of(entry: LossEntry) -> dict[str, Callable[..., Any]]:
-    """Every function besides the loss that takes options of a term, by the keyword its value has."""
-    boxes = {"boxes": readings.given_boxes} if entry.reads == "boxes" else {}
-    return {"reading": READINGS[entry.reads], **boxes, **entry.extras}
-
-
-def parameters_of(entry: LossEntry) -> set[str]:
-    """The names a term of this loss may give in `parameters`."""
-    return (options_of(entry.loss) - entry.extras.keys()).union(*map(options_of, sources_of(entry).values()))
-
-
-class TermLoss(nn.Module):
-    """One loss for one pair of tensors, with its parameters bound and its trained parts made.
-
-    widths: positional arguments of a loss that is a module.
-    """
-
-    def __init__(self, entry: LossEntry, widths: tuple[int, ...], parameters: dict[str, Any]) -> None:
-        super().__init__()
-        self.entry = entry
-        self.sources = {}
-        taken = set()
-        for name, function in sources_of(entry).items():
-            options = {key: parameters[key] for key in options_of(function) & parameters.keys()}
-            self.sources[name] = (function, options)
-            taken |= options.keys()
-        rest = {key: value for key, value in parameters.items() if key not in taken}
-        is_module = isinstance(entry.loss, type) and issubclass(entry.loss, nn.Module)
-        self.loss, self.parameters_of_loss = (entry.loss(*widths, **rest), {}) if is_module else (entry.loss, rest)
-
-    def forward(self, scene: Scene, adapter: nn.Module) -> Tensor:
-        """The pair that the scene names -> scalar (). The loss itself is computed in float32."""
-        if self.entry.is_softmax:
-            check_softmax(scene)
-        if "boxes" in self.sources:
-            function, options = self.sources["boxes"]
-            scene = dataclasses.replace(scene, boxes=function(scene, **options))
-        function, options = self.sources["reading"]
-        pair = function(scene, adapter, **options)
-        if self.entry.reads == "map" and normalises(adapter):
-            if not self.entry.finishes_maps:
-                pair["t_map"] = like_adapted(adapter, pair["t_map"])
-            elif not self.parameters_of_loss.get("rescale", True):
-                raise ValueError("the teacher's layers cannot read a normalised map: expected rescale: true")
-        s = next(iter(pair.values()))
-        with torch.autocast(s.device.type, enabled=False):
-            extras = {name: self.sources[name] for name in self.entry.extras}
-            made = {name: function(scene, s, **options) for name, (function, options) in extras.items()}
-            return self.loss(**pair, **made, **self.parameters_of_loss)
-
-
-def check_softmax(scene: Scene) -> None:
-    """ValueError where one of the heads is not a softmax, or the columns are not the same classes."""
-    for who, model in (("student", scene.student), ("teacher", scene.teacher)):
-        found = getattr(model, "class_activation", "no")
-        if found != "softmax":
-            raise ValueError(f"the {who} has a {found} head, this loss is for softmax heads; see box_beliefs")
-    if scene.classes is not None:
-        raise ValueError("softmax heads of different class lists cannot be compared; see box_beliefs")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.beliefs import plain
+from distill.box_classes import normalize_class_name
 from errors import UserError
 
 # fmt: off
@@ -137,7 +137,7 @@ def map_classes(
     """
     of_model: dict[str, list[int]] = {}
     for column, name in enumerate(model_names):
-        of_model.setdefault(plain(name), []).append(column)
+        of_model.setdefault(normalize_class_name(name), []).append(column)
     chosen = {find_one(name, dataset_names, "dataset"): model for name, model in (given or {}).items()}
     columns: list[int | None] = []
     near: list[tuple[int, ...]] = []
@@ -159,7 +159,7 @@ def map_classes(
 
 def find_column(name: str, of_model: dict[str, list[int]], model_names: Sequence[str]) -> int | None:
     """The model's column for a class of the dataset: of its name, of another word for it, of what it is a kind of."""
-    for words in ([plain(name)], other_words(name), broader_words(name)):
+    for words in ([normalize_class_name(name)], other_words(name), broader_words(name)):
         found = columns_of(words, of_model)
         if len(found) > 1:
             both = " and ".join(repr(model_names[column]) for column in found)
@@ -173,16 +173,26 @@ def find_column(name: str, of_model: dict[str, list[int]], model_names: Sequence
 
 
 def other_words(name: str) -> list[str]:
-    return [plain(word) for group in SAME if plain(name) in map(plain, group) for word in group]
+    return [
+        normalize_class_name(word)
+        for group in SAME
+        if normalize_class_name(name) in map(normalize_class_name, group)
+        for word in group
+    ]
 
 
 def broader_words(name: str) -> list[str]:
-    broader = [wide for kind, wide in KIND_OF.items() if plain(kind) == plain(name)]
-    return [plain(word) for wide in broader for word in (wide, *other_words(wide))]
+    broader = [wide for kind, wide in KIND_OF.items() if normalize_class_name(kind) == normalize_class_name(name)]
+    return [normalize_class_name(word) for wide in broader for word in (wide, *other_words(wide))]
 
 
 def neighbours_of(name: str) -> list[str]:
-    return [plain(word) for kind, words in NEAR.items() if plain(kind) == plain(name) for word in words]
+    return [
+        normalize_class_name(word)
+        for kind, words in NEAR.items()
+        if normalize_class_name(kind) == normalize_class_name(name)
+        for word in words
+    ]
 
 
 def columns_of(words: Iterable[str], of_model: dict[str, list[int]]) -> tuple[int, ...]:
@@ -192,7 +202,9 @@ def columns_of(words: Iterable[str], of_model: dict[str, list[int]]) -> tuple[in
 def find_one(name: str, names: Sequence[str], whose: str) -> int:
     """The place of a name that the user gave; as it is written there, or the only one up to case and spaces."""
     exact = [place for place, other in enumerate(names) if other == name]
-    found = exact or [place for place, other in enumerate(names) if plain(other) == plain(name)]
+    found = exact or [
+        place for place, other in enumerate(names) if normalize_class_name(other) == normalize_class_name(name)
+    ]
     if len(found) != 1:
         expected = f"one of {', '.join(names)}" if not found else f"exactly one of {', '.join(names[k] for k in found)}"
         raise UserError(f"--class-map: found {name!r}, expected of the {whose}'s classes {expected}")

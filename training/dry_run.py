@@ -7,7 +7,7 @@ from torch import nn
 
 from config import Config, TermConfig
 from distill.criterion import Criterion
-from distill.readings import named_map
+from distill.outputs import named_map
 from distill.terms import LOSSES
 from runtime.processes import Processes
 from training.balance import balance_table, balances

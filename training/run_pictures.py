@@ -16,7 +16,7 @@ from config import TermConfig
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
 from distill.adapters import like_adapted, resize_like
-from distill.readings import named_map
+from distill.outputs import named_map
 from distill.terms import LOSSES
 from drawing import plots
 from drawing.heat_maps import attention_heat, common_colors, grid, heat_colors, overlay, stack, to_pictures

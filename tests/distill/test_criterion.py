@@ -157,6 +157,7 @@ REFUSED = {
     "name": (dict(name="a.b"), "terms.0.name"),
     "mask": (dict(loss="masked_mse", parameters={"mask": "ovals"}), "terms.0: mask: found 'ovals'"),
     "module parameter": (dict(loss="mgd", parameters={"drop": 1.5}), "terms.0.parameters: drop 1.5"),
+    "old name": (dict(loss="box_beliefs"), "terms.0.loss: found 'box_beliefs', which is called 'box_classes' now"),
     "no head on the grid": (dict(loss="score_weighted_l2", student_maps=("c2",)), "'c2' is not among"),
 }
 

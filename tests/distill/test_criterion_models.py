@@ -29,7 +29,7 @@ TARGETS = Targets(
 def model(arch: str, seed: int, frozen: bool = True) -> nn.Module:
     torch.manual_seed(seed)
     made = models.build(arch, 3)
-    for parameter in made.parameters():  # away from the prior, so that beliefs differ between locations
+    for parameter in made.parameters():  # away from the prior, so that predictions differ between locations
         parameter.data += 0.05 * torch.randn_like(parameter)
     return made.eval().requires_grad_(not frozen)
 
@@ -70,11 +70,11 @@ CASES = {  # student, teacher, loss, maps, changes
     "positives as mask": ("student", "v8", "masked_mse", ("p3", "p4"), dict(parameters={"mask": "positives"})),
     "main region": ("student", "v8", "localization", ("box_logits",), dict(parameters={"region": "main"})),
     "valuable region": ("student", "v8", "localization", ("box_logits",), dict(parameters={"region": "valuable"})),
-    "beliefs": ("student", "v5", "box_beliefs", (), {}),
-    "beliefs, anchors": ("v5 student", "v8", "box_beliefs", (), {}),
-    "beliefs, assigned": ("student", "v5", "box_beliefs", (), dict(parameters={"at": "assigned"})),
-    "beliefs, found": (
-        "student", "v8", "box_beliefs", (), dict(parameters={"boxes": "teacher", "score_threshold": 0.0})),
+    "box classes": ("student", "v5", "box_classes", (), {}),
+    "box classes, anchors": ("v5 student", "v8", "box_classes", (), {}),
+    "box classes, assigned": ("student", "v5", "box_classes", (), dict(parameters={"at": "assigned"})),
+    "box classes, found": (
+        "student", "v8", "box_classes", (), dict(parameters={"boxes": "teacher", "score_threshold": 0.0})),
     "objectness": ("v5 student", "v5", "objectness_scaled", (), {}),
 }  # fmt: skip
 
@@ -136,19 +136,19 @@ def test_positives_are_those_of_the_students_assigner(yolos, pictures):
     torch.testing.assert_close(found, expected)
 
 
-def test_beliefs_are_zero_for_the_teacher_itself(yolos, pictures):
+def test_box_classes_are_zero_for_the_teacher_itself(yolos, pictures):
     teacher = yolos["v8"]
-    (found,) = value(build(teacher, teacher, "box_beliefs"), teacher, teacher, pictures).values()
+    (found,) = value(build(teacher, teacher, "box_classes"), teacher, teacher, pictures).values()
     assert found == 0
 
 
 def test_a_teacher_that_sees_larger_pictures_is_asked_about_the_same_boxes(yolos, pictures):
     """Nearest-neighbour doubling of the pictures doubles every box; the teacher is asked in its own pixels."""
     student, teacher = yolos["student"], yolos["v8"]
-    criterion = build(student, teacher, "box_beliefs", facts={"t": TeacherFacts(image_size=2 * SIZE)})
+    criterion = build(student, teacher, "box_classes", facts={"t": TeacherFacts(image_size=2 * SIZE)})
     with torch.no_grad():
         t = teacher(pictures.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    found = criterion(student(pictures), {"t": t}, TARGETS, 0.0)["box_beliefs_t"]
+    found = criterion(student(pictures), {"t": t}, TARGETS, 0.0)["box_classes_t"]
     per_image = [TARGETS.boxes_xyxy[TARGETS.image == b] for b in (0, 1)]
     s_odds = student.class_logits_at(student(pictures), per_image).detach().double().numpy()
     t_odds = teacher.class_logits_at(t, [2 * boxes for boxes in per_image]).double().numpy()
@@ -195,7 +195,7 @@ class TwoStage(nn.Module):
 
 
 @pytest.mark.parametrize("boxes", ["targets", "teacher", "proposals"])
-@pytest.mark.parametrize("loss", ["softmax_kl", "decoupled_kl", "prediction_correlation", "box_beliefs"])
+@pytest.mark.parametrize("loss", ["softmax_kl", "decoupled_kl", "prediction_correlation", "box_classes"])
 def test_softmax_heads(loss, boxes, pictures):
     student, teacher = TwoStage(1), TwoStage(2).requires_grad_(False)
     criterion = build(student, teacher, loss, parameters={"boxes": boxes})
@@ -216,7 +216,7 @@ def test_softmax_kl_is_asked_about_the_objects(pictures):
 
 def test_a_two_stage_teacher_and_a_dense_student_meet_at_boxes(yolos, pictures):
     student, teacher = yolos["student"], TwoStage(2).requires_grad_(False)
-    (found,) = value(build(student, teacher, "box_beliefs"), student, teacher, pictures).values()
+    (found,) = value(build(student, teacher, "box_classes"), student, teacher, pictures).values()
     assert found > 0
 
 
@@ -228,8 +228,8 @@ def test_an_image_head_learns_from_logits_of_whole_images(pictures):
     found.backward()
     head = dict(criterion.named_parameters())
     assert {tuple(p.shape) for p in head.values()} == {(2, 6), (2,)} and all(p.grad.any() for p in head.values())
-    s = student(pictures).features["p3"].mean((2, 3)) @ head["losses.image_kl_t.0.loss.head.classify.weight"].T
-    s = s + head["losses.image_kl_t.0.loss.head.classify.bias"]
+    s = student(pictures).features["p3"].mean((2, 3)) @ head["losses.image_kl_t.0.head.classify.weight"].T
+    s = s + head["losses.image_kl_t.0.head.classify.bias"]
     t = teacher(pictures).image_logits[:, [2, 0]]
     torch.testing.assert_close(found, softmax_kl(s_logits=s, t_logits=t, temperature=2.0))
 
@@ -237,16 +237,16 @@ def test_an_image_head_learns_from_logits_of_whole_images(pictures):
 REFUSED = {
     "softmax of sigmoid heads": ("student", "v8", "softmax_kl", {}, "the student has a sigmoid head"),
     "proposals of a dense teacher": (
-        "student", "v8", "box_beliefs", dict(parameters={"boxes": "proposals"}), "those of a two-stage teacher"),
-    "boxes by name": ("student", "v8", "box_beliefs", dict(maps=("p3",)), "expected no names of maps"),
-    "unknown boxes": ("student", "v8", "box_beliefs", dict(parameters={"boxes": "all"}), "boxes: found 'all'"),
+        "student", "v8", "box_classes", dict(parameters={"boxes": "proposals"}), "those of a two-stage teacher"),
+    "boxes by name": ("student", "v8", "box_classes", dict(maps=("p3",)), "expected no names of maps"),
+    "unknown boxes": ("student", "v8", "box_classes", dict(parameters={"boxes": "all"}), "boxes: found 'all'"),
     "no anchors": ("student", "v8", "objectness_scaled", {}, "must have objectness and anchors"),
     "no branch": ("student", "v8", "crosskd_classes", dict(maps=("p3",)), "the teacher's branches"),
     "no adapter": ("student", "wide", "crosskd_classes", dict(maps=("cls3_1",)), "widths differ"),
     "no image logits": ("student", "v8", "image_kl", dict(maps=("p5",)), "'image_logits' is not among"),
     "region": (
         "student", "v8", "localization", dict(maps=("box_logits",), parameters={"region": "all"}), "found 'all'"),
-    "tensor as parameter": ("student", "v8", "box_beliefs", dict(parameters={"weight": 2.0}), "found 'weight'"),
+    "tensor as parameter": ("student", "v8", "box_classes", dict(parameters={"weight": 2.0}), "found 'weight'"),
 }  # fmt: skip
 
 
@@ -273,8 +273,8 @@ def test_confidence_weights():
 
 def test_a_teacher_that_knows_the_labels_counts_more(yolos, pictures):
     student, teachers = yolos["student"], {"a": yolos["v8"], "b": yolos["wide"]}
-    plain = build(student, teachers, "box_beliefs")
-    trusted = build(student, teachers, "box_beliefs", teacher_weighting="confidence")
+    plain = build(student, teachers, "box_classes")
+    trusted = build(student, teachers, "box_classes", teacher_weighting="confidence")
     with torch.no_grad():
         t = {name: teacher(pictures) for name, teacher in teachers.items()}
         s = student(pictures)

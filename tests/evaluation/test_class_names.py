@@ -7,7 +7,7 @@ import pytest
 from datasets.kitti import CLASSES as KITTI
 from datasets.open import open_dataset
 from datasets.voc import CLASSES as VOC
-from distill.beliefs import plain
+from distill.box_classes import normalize_class_name
 from errors import UserError
 from evaluation.class_names import (
     COCO,
@@ -143,9 +143,9 @@ def test_the_arguments_are_read():
 
 
 def test_the_tables_do_not_contradict_themselves():
-    words = [plain(word) for group in SAME for word in group]
+    words = [normalize_class_name(word) for group in SAME for word in group]
     assert len(words) == len(set(words))
-    assert not set(map(plain, KIND_OF)) & set(words)
+    assert not set(map(normalize_class_name, KIND_OF)) & set(words)
     for kind, near in NEAR.items():
         assert KIND_OF.get(kind) not in near
     for a, b in itertools.permutations((VOC, COCO, KITTI), 2):

@@ -40,7 +40,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "runtime": BASE | {"config", "checkpoint"},
     "drawing": BASE | {"datasets", "metrics", "runtime", "teachers.dinov2"},
     "evaluation": BASE | {"datasets", "metrics", "runtime"},
-    "evaluation.class_names": BASE | {"distill.beliefs"},
+    "evaluation.class_names": BASE | {"distill.box_classes"},
     "prediction": BASE | {"datasets", "layers", "runtime"},
     "training": RUN | {"models", "layers", "frcnn", "teachers", "distill", "metrics"},
     "condensing": RUN | {"distill", "training"},

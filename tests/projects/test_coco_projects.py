@@ -165,8 +165,8 @@ def test_confidence_makes_the_difference(study_of):
             output, outputs = parts.student(images), parts.teachers(images)
             found[name] = parts.criterion(output, outputs, targets, 0.5)
     factors = {name: float(found["confidence"][name] / found["fixed"][name]) for name in found["fixed"]}
-    assert factors["pkd_rtdetr_x"] == pytest.approx(factors["box_beliefs_rtdetr_x"], rel=1e-4)
-    assert factors["pkd_fasterrcnn"] == pytest.approx(factors["box_beliefs_fasterrcnn"], rel=1e-4)
+    assert factors["pkd_rtdetr_x"] == pytest.approx(factors["box_classes_rtdetr_x"], rel=1e-4)
+    assert factors["pkd_fasterrcnn"] == pytest.approx(factors["box_classes_fasterrcnn"], rel=1e-4)
     assert factors["pkd_rtdetr_x"] + factors["pkd_fasterrcnn"] == pytest.approx(2, rel=1e-4)
     assert abs(factors["pkd_rtdetr_x"] - 1) > 0.01
 

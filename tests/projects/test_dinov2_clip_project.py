@@ -308,4 +308,4 @@ def test_a_term_that_could_never_act(overrides, tmp_path):
     )
     refused([*command, "terms.0.adapter=none"], tmp_path, "terms.0: p5 and patches: widths differ .256 and 384")
     refused([*command, "terms.1.weight=0"], tmp_path, "terms.1.weight: found 0.*could never act")
-    refused([*command, "terms.1.loss=box_beliefs"], tmp_path, "terms.1.student_maps: .* expected no names of maps")
+    refused([*command, "terms.1.loss=box_classes"], tmp_path, "terms.1.student_maps: .* expected no names of maps")

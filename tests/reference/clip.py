@@ -1,4 +1,4 @@
-"""CLIP's beliefs about boxes and its text tower in float64 numpy; shares no code with ours."""
+"""CLIP's classification of boxes and its text tower in float64 numpy; shares no code with ours."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Losses of logits, edges and beliefs in float64 numpy, term by term; imports neither torch nor the project."""
+"""Losses of logits, edges and box classes in float64 numpy, term by term; imports neither torch nor the project."""
 
 import numpy as np
 

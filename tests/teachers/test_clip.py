@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.beliefs import box_class_kl
+from distill.box_classes import box_class_kl
 from distill.logits import image_kl
 from errors import UserError
 from models import build_teacher

@@ -139,14 +139,14 @@ def test_several_teachers_of_other_sizes_and_classes_and_the_student_itself(tmp_
     ]
     terms = [
         {"teacher": "large", "loss": "cwd", "weight": 1.0, "student_maps": ["p4"]},
-        {"teacher": "large", "loss": "box_beliefs", "weight": 1.0},
-        {"teacher": "anchors", "loss": "box_beliefs", "weight": 1.0, "parameters": {"at": "assigned"}},
+        {"teacher": "large", "loss": "box_classes", "weight": 1.0},
+        {"teacher": "anchors", "loss": "box_classes", "weight": 1.0, "parameters": {"at": "assigned"}},
         {"teacher": "mean", "loss": "soft_class", "weight": 1.0, "student_maps": ["class_logits"]},
     ]
     changes = dict(teachers=teachers, terms=terms, teacher_weighting="confidence", epochs=2)
     config = tiny_config(tmp_path / "data", tmp_path / "runs", **changes)
     report = train.run(config, quiet=True)
-    assert set(report["distillation"]) == {"cwd_large", "box_beliefs_large", "box_beliefs_anchors", "soft_class_mean"}
+    assert set(report["distillation"]) == {"cwd_large", "box_classes_large", "box_classes_anchors", "soft_class_mean"}
     rows = run_folder.read_metrics(tmp_path / "runs" / "tiny" / "metrics.csv")
     assert all(float(rows[-1][f"train/{name}"]) > 0 for name in report["distillation"])
     state = checkpoint.load(tmp_path / "runs" / "tiny" / "weights" / "last.pt")
@@ -198,11 +198,11 @@ def test_a_compiled_run_computes_the_same_losses(tmp_path, monkeypatch):
     for name, is_compiled in (("plain", False), ("compiled", True)):
         config = tiny_config(
             tmp_path / "data", tmp_path / "runs", name=name, epochs=1, teachers=teachers, compile=is_compiled,
-            terms=[*TERMS, {"teacher": "big", "loss": "box_beliefs", "weight": 1.0}],
+            terms=[*TERMS, {"teacher": "big", "loss": "box_classes", "weight": 1.0}],
         )  # fmt: skip
         train.run(config, quiet=True)
         (row,) = run_folder.read_metrics(tmp_path / "runs" / name / "metrics.csv")
-        found.append([float(row[f"train/{term}"]) for term in ("box", "cls", "dfl", *NAMES, "box_beliefs_big")])
+        found.append([float(row[f"train/{term}"]) for term in ("box", "cls", "dfl", *NAMES, "box_classes_big")])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 

@@ -35,7 +35,7 @@ def test_a_two_stage_student_learns_from_a_dense_and_a_two_stage_teacher(data, t
             {"name": "staged", "arch": "fasterrcnn_mobilenet_v3_large", "weights": str(staged)},
         ],
         terms=[
-            {"teacher": "dense", "loss": "box_beliefs", "weight": 0.5},
+            {"teacher": "dense", "loss": "box_classes", "weight": 0.5},
             {"teacher": "staged", "loss": "softmax_kl", "weight": 0.5, "parameters": {"boxes": "proposals"}},
             {"teacher": "staged", "loss": "decoupled_kl", "weight": 0.5},
             {"teacher": "staged", "loss": "pkd", "weight": 0.5, "student_maps": ["p5"]},
@@ -45,7 +45,7 @@ def test_a_two_stage_student_learns_from_a_dense_and_a_two_stage_teacher(data, t
     rows = run_folder.read_metrics(tmp_path / "runs" / "tiny" / "metrics.csv")
     detection = ["rpn_objectness", "rpn_box", "roi_class", "roi_box"]
     assert set(report["distillation"]) == {
-        "box_beliefs_dense",
+        "box_classes_dense",
         "softmax_kl_staged",
         "decoupled_kl_staged",
         "pkd_staged",
@@ -62,7 +62,7 @@ def test_a_dense_student_learns_from_a_two_stage_teacher(data, tmp_path):
     staged = save_teacher(tmp_path / "staged.pt", arch="fasterrcnn_mobilenet_v3_large")
     teacher = {"name": "staged", "arch": "fasterrcnn_mobilenet_v3_large", "weights": str(staged)}
     terms = [
-        {"teacher": "staged", "loss": "box_beliefs", "weight": 1.0, "parameters": {"at": "assigned"}},
+        {"teacher": "staged", "loss": "box_classes", "weight": 1.0, "parameters": {"at": "assigned"}},
         {"teacher": "staged", "loss": "pkd", "weight": 1.0, "student_maps": ["p5"], "adapter": "conv1x1"},
     ]
     config = tiny_config(data, tmp_path / "runs", teachers=[teacher], terms=terms, epochs=1)

@@ -1,10 +1,10 @@
-"""What the dense detectors give to distillation: maps within the head and what follows them, positives, beliefs."""
+"""What the dense detectors give to distillation: maps within the head and what follows them, positives, box classes."""
 
 import numpy as np
 import pytest
 import torch
 
-from distill.beliefs import assigned_logits
+from distill.box_classes import assigned_logits
 from distill.crosskd import cross_logits
 from distill.masks import positive_masks
 from layers.fusion import fuse
@@ -208,11 +208,11 @@ def test_positives_fit_masks_and_assigned_logits(detectors, arch):
     assert len(logits) == (positives >= 0).sum() and (row == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- beliefs
+# ---------------------------------------------------------------------------------------------------------- box classes
 
 
 @all_architectures
-def test_beliefs_per_location_are_the_log_odds_of_its_scores(detectors, arch):
+def test_class_odds_per_location_are_the_log_odds_of_its_scores(detectors, arch):
     detector, output = detectors[arch], planted_output(arch)
     assert detector.class_activation == "sigmoid"
     torch.testing.assert_close(detector.location_logits(output).sigmoid(), detector.decode(output)[1])

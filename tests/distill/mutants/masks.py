@@ -72,6 +72,7 @@ def check_threshold_is_strict(mask) -> None:
     assert (half <= tenth).all() and half.sum() < tenth.sum()
 
 
+SCORES = "location_scores"  # the function on which score_maps rests
 GRIDS = [(2, 3), (1, 2)]
 
 
@@ -217,13 +218,17 @@ CASES = [
         score_maps,
         checks=(check_scores,),
         mutants={
-            "mean class": Edit(".amax(-1)", ".mean(-1)"),
-            "logits": Edit("best.sigmoid()", "best"),
-            "softmax": Edit("t_class_logits.float().amax(-1)", "t_class_logits.float().log_softmax(-1).amax(-1)"),
+            "mean class": Edit(".amax(-1)", ".mean(-1)", SCORES),
+            "logits": Edit("best.sigmoid()", "best", SCORES),
+            "softmax": Edit(
+                "t_class_logits.float().amax(-1)", "t_class_logits.float().log_softmax(-1).amax(-1)", SCORES
+            ),
             "mean anchor": Edit("level.amax(1)", "level.mean(1)"),
             "first anchor": Edit("level.amax(1)", "level[:, 0]"),
-            "half precision": Edit("t_class_logits.float()", "t_class_logits"),
-            "objectness forgotten": Edit("scores * t_objectness_logits.float().sigmoid()", "scores"),
+            "half precision": Edit("t_class_logits.float()", "t_class_logits", SCORES),
+            "objectness forgotten": Edit("scores * t_objectness_logits.float().sigmoid()", "scores", SCORES),
+            "objectness alone": Edit("scores * t_objectness_logits", "t_objectness_logits", SCORES),
+            "objectness not given": Edit("(t_class_logits, t_objectness_logits)", "(t_class_logits)"),
         },
     ),
 ]

@@ -1,7 +1,7 @@
 """All rows: one LossCase per loss."""
 
 from tests.distill.mutants import (
-    beliefs,
+    box_classes,
     crosskd,
     features,
     fgd,
@@ -25,5 +25,5 @@ CASES = [
     *sigmoid_logits.CASES,
     *localization.CASES,
     *crosskd.CASES,
-    *beliefs.CASES,
+    *box_classes.CASES,
 ]

@@ -19,7 +19,7 @@ def setting(device, bfloat16: bool) -> gpu_train.Setting:
 
 @pytest.mark.slow
 def test_every_step_has_the_losses_and_gradients_of_the_specifications(device, monkeypatch):
-    """From the same weights, in float32, at each step of a training run: class beliefs, channels, masked maps."""
+    """From the same weights, in float32, at each step of a training run: class outputs, channels, masked maps."""
     student, criterion, forward = gpu_train.our_forward(setting(device, bfloat16=False), MASKED)
     optimizer = build_optimizer((student, criterion), name="sgd", learning_rate=1e-3, momentum=0.9, weight_decay=5e-4)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

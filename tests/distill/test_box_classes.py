@@ -1,11 +1,11 @@
-"""Beliefs about given boxes, joined by name and by box; the checks of the loss and the mutants are in test_mutants."""
+"""Box classification, joined by name and by box; the checks of the loss and the mutants are in test_mutants."""
 
 import math
 
 import pytest
 import torch
 
-from distill.beliefs import assigned_logits, box_class_kl, boxes_by_image, join_classes, log_odds
+from distill.box_classes import assigned_logits, box_class_kl, boxes_by_image, join_classes, log_odds
 from distill.logits import softmax_kl
 from models import build
 

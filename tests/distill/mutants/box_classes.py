@@ -1,9 +1,9 @@
-"""Beliefs about given boxes: the checks of the loss and of its log-odds, and wrong variants of each."""
+"""Box classification: the checks of the loss and of its log-odds, and wrong variants of each."""
 
 import numpy as np
 import torch
 
-from distill.beliefs import box_class_kl, log_odds
+from distill.box_classes import box_class_kl, log_odds
 from tests.distill.mutants.machinery import Edit, LossCase
 from tests.distill.properties import (
     computes_in_float32,
@@ -28,7 +28,7 @@ LEARNING_WEIGHTS = (
 JOINED = (torch.tensor([0, 2, 3]), torch.tensor([4, 1, 0]))  # of a student's 4 classes and a teacher's 5
 
 
-def beliefs(n: int = 5, s_columns: int = 4, t_columns: int | None = None, **others) -> dict:
+def box_pair(n: int = 5, s_columns: int = 4, t_columns: int | None = None, **others) -> dict:
     s = random_pair("logits", (n, s_columns), **others)
     t = random_pair("logits", (n, t_columns or s_columns), **others)
     return s | {"t_logits": t["t_logits"]}
@@ -36,7 +36,7 @@ def beliefs(n: int = 5, s_columns: int = 4, t_columns: int | None = None, **othe
 
 def mixed(**others) -> dict:
     """A sigmoid student of 4 classes, a softmax teacher of 5 classes and background, three classes in common."""
-    return beliefs(t_columns=6, t_head="softmax", classes=JOINED, **others)
+    return box_pair(t_columns=6, t_head="softmax", classes=JOINED, **others)
 
 
 def check_log_odds_match(odds) -> None:
@@ -93,35 +93,35 @@ CASES = [
             matches_reference(
                 reference.box_class_kl,
                 {
-                    "sigmoid to sigmoid": beliefs(temperature=2.0),
-                    "softmax to sigmoid": beliefs(t_columns=5, t_head="softmax"),
-                    "sigmoid to softmax": beliefs(t_columns=3, s_head="softmax", temperature=3.0),
-                    "softmax to softmax": beliefs(s_head="softmax", t_head="softmax", weight=ROW_WEIGHTS),
-                    "some classes": beliefs(t_columns=5, classes=JOINED),
+                    "sigmoid to sigmoid": box_pair(temperature=2.0),
+                    "softmax to sigmoid": box_pair(t_columns=5, t_head="softmax"),
+                    "sigmoid to softmax": box_pair(t_columns=3, s_head="softmax", temperature=3.0),
+                    "softmax to softmax": box_pair(s_head="softmax", t_head="softmax", weight=ROW_WEIGHTS),
+                    "some classes": box_pair(t_columns=5, classes=JOINED),
                     "softmax to sigmoid, some classes": mixed(weight=ROW_WEIGHTS, temperature=2.0),
                     "hardly weighted": mixed(weight=0.01 * ROW_WEIGHTS),
                     "nowhere": mixed(weight=0 * ROW_WEIGHTS),
-                    "no boxes": beliefs(0),
-                    "one class": beliefs(s_columns=1, t_columns=2, t_head="softmax"),
+                    "no boxes": box_pair(0),
+                    "one class": box_pair(s_columns=1, t_columns=2, t_head="softmax"),
                     "saturated": mixed(scale=500.0),
                 },
             ),
             unchanged_by(lambda a: {"t_logits": a["t_logits"] + a["s_logits"][:, :1]}, mixed()),
-            refuses(beliefs(t_columns=5), "differ"),
-            refuses(beliefs(t_columns=4, t_head="softmax"), "differ"),
-            refuses(beliefs() | {"t_logits": beliefs(3)["t_logits"]}, "differ"),
+            refuses(box_pair(t_columns=5), "differ"),
+            refuses(box_pair(t_columns=4, t_head="softmax"), "differ"),
+            refuses(box_pair() | {"t_logits": box_pair(3)["t_logits"]}, "differ"),
             refuses(mixed(weight=ROW_WEIGHTS[:1]), "weight"),
-            zero_when_empty(beliefs(0), mixed(weight=0 * ROW_WEIGHTS), beliefs(s_columns=0)),
-            minimum_at_teacher(beliefs(temperature=2.0)),
-            minimum_at_teacher(beliefs(s_head="softmax", t_head="softmax")),
+            zero_when_empty(box_pair(0), mixed(weight=0 * ROW_WEIGHTS), box_pair(s_columns=0)),
+            minimum_at_teacher(box_pair(temperature=2.0)),
+            minimum_at_teacher(box_pair(s_head="softmax", t_head="softmax")),
             only_student_learns(mixed(weight=ROW_WEIGHTS), also=("weight",)),
-            only_student_learns(beliefs()),
+            only_student_learns(box_pair()),
             takes_inference_teacher(mixed()),
-            takes_inference_teacher(beliefs()),
+            takes_inference_teacher(box_pair()),
             gradient_is_right(mixed(temperature=2.0)),
-            gradient_is_right(beliefs(s_head="softmax", t_columns=3)),
+            gradient_is_right(box_pair(s_head="softmax", t_columns=3)),
             computes_in_float32(mixed()),
-            finite_when_saturated(mixed(scale=1e4), beliefs(s_head="softmax", t_columns=3, scale=1e4)),
+            finite_when_saturated(mixed(scale=1e4), box_pair(s_head="softmax", t_columns=3, scale=1e4)),
         ),
         mutants={
             "no T^2": Edit("return temperature**2 * weighted", "return weighted"),

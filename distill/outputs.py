@@ -1,0 +1,61 @@
+"""What the names in a model's output stand for: maps, levels of a dense head, and the precision they came in."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def named_map(output: Any, name: str) -> Tensor:
+    """The tensor called `name` in a model's output: of its `features`, else its own attribute."""
+    if name in output.features:
+        return output.features[name]
+    value = getattr(output, name, None)
+    if not isinstance(value, Tensor):
+        tensors = [f.name for f in dataclasses.fields(output) if isinstance(getattr(output, f.name), Tensor)]
+        raise KeyError(f"{name!r} is not among {', '.join([*output.features, *tensors])}")
+    return value
+
+
+def head_levels(output: Any) -> list[str]:
+    """The names of the maps that a dense detector's head reads, p3, p4, ..., in the order of its locations."""
+    return [name for name in output.features if name[0] == "p" and name[1:].isdigit()]
+
+
+def level_layout(output: Any, values: Tensor) -> dict[str, Any]:
+    """grid_sizes of head_levels and anchors_per_pixel, of a dense head whose locations have the values (B, A, ...)."""
+    grids = [tuple(output.features[name].shape[2:]) for name in head_levels(output)]
+    return dict(grid_sizes=grids, anchors_per_pixel=values.shape[1] // max(sum(h * w for h, w in grids), 1))
+
+
+def head_level(model: Any, output: Any, name: str) -> int:
+    """Which of head_levels the map `name` of a dense detector belongs to: the one so called, or that of its stride."""
+    levels, strides = head_levels(output), getattr(model, "strides", {})
+    for row, level in enumerate(levels):
+        if name == level or (name not in levels and name in strides and strides[name] == strides[level]):
+            return row
+    raise ValueError(f"map {name!r}: the head has no level of its stride, only {', '.join(levels) or 'none'}")
+
+
+def anchor_outputs(student: Any, teacher: Any, s_output: Any, t_output: Any) -> dict[str, Tensor]:
+    """s_ and t_ box, objectness and class logits of two heads with the same anchors, else ValueError."""
+    if not all(hasattr(model, "anchors_pixels") for model in (student, teacher)):
+        raise ValueError("both models must have objectness and anchors (YOLOv5)")
+    if not torch.equal(student.anchors_pixels().cpu(), teacher.anchors_pixels().cpu()):
+        raise ValueError("the anchors of student and teacher differ: their locations predict different boxes")
+    pairs, names = {"s": s_output, "t": t_output}, ("box_logits", "objectness_logits", "class_logits")
+    return {f"{key}_{name}": getattr(output, name) for key, output in pairs.items() for name in names}
+
+
+def any_map(output: Any) -> Tensor:
+    return next(iter(output.features.values()))
+
+
+def in_precision_of(value: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast to the precision a tensor came in; layers applied to it then run as the model's own did."""
+    is_half = value.dtype in HALF
+    return torch.autocast(value.device.type, dtype=value.dtype if is_half else None, enabled=is_half)
