@@ -1,8 +1,8 @@
 """What condensed sets are worth: the part of comparison.md and comparison.json about rows that train on one.
 
-Beside a row with score s, the mean of its seeds, stand two rows that train the same student for as long: one on all
+Beside a row with score s, the mean of its seeds, stand two rows that train alike (comparison/protocol.py): one on all
 real pictures and without distillation, s_full, and one with the row's own distillation terms on as many real pictures
-at random, s_random, the mean of its draws.
+at random, s_random, the mean of its draws. Rows that train otherwise are refused by name.
 
     of full = s / s_full
     gap closed = (s - s_random) / (s_full - s_random)
@@ -15,10 +15,12 @@ import math
 
 import numpy as np
 
-from comparison.study import random_rival, trains_alike
+from comparison.protocol import describe_difference, differing_keys
+from comparison.study import Row, random_rival, random_rows, trains_alike
 from comparison.table import METRICS, Result, mean_and_spread, plain
 from condensing.set_files import read_manifest
 
+SOURCE = ("train", "train_root", "train_format", "max_samples")  # keys that name the real pictures
 HEAD = ("row", "method", "stored", "terms", "seeds", "steps", *METRICS, "of full", "gap closed", "seconds", "GB")
 
 
@@ -44,6 +46,8 @@ def condensed_markdown(results: dict[str, Result]) -> str:
         cells += [_number(row["of_full"], ".3f"), _number(row["gap_closed"], "+.2f")]
         cells += [_number(row["seconds"], ".0f"), _number(row["peak_gigabytes"], ".2f")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    refused = [line for row in rows for line in row["refused"]]
+    lines += [""] * bool(refused) + [f"{line}." for line in refused]
     return "\n".join(lines) + "\n"
 
 
@@ -75,6 +79,7 @@ def condensed_tree(results: dict[str, Result]) -> list[dict]:
                 "steps": max((result.reports[seed]["steps"] for seed in result.seeds), default=None),
                 "of_full": plain(score / top) if top > 0 else None,
                 "gap_closed": plain(gap_closed(score, full, random)),
+                "refused": refusals(result.row, planned),
                 "seconds": plain(np.mean([m["seconds"] for m in costs.values()])) if costs else None,
                 "peak_gigabytes": plain(max(m["peak_gigabytes"] for m in costs.values())) if costs else None,
             }
@@ -83,11 +88,31 @@ def condensed_tree(results: dict[str, Result]) -> list[dict]:
 
 
 def full_row(result: Result, results: dict[str, Result]) -> Result | None:
-    """The row that trains the same student for as long on all real pictures, without distillation."""
-    for other in results.values():
-        if other.row.task is None and not other.row.config.terms and trains_alike(other.row, result.row, terms=False):
-            return other
-    return None
+    """The row that trains as this one does on all real pictures, without distillation."""
+    candidates = full_rows(result.row, {name: other.row for name, other in results.items()})
+    alike = (other.name for other in candidates if trains_alike(other, result.row, terms=False))
+    return results.get(next(alike, None))
+
+
+def full_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
+    """The rows of the same student on all pictures that the set of `row` was made of, however they train."""
+    of_real = (other for other in rows.values() if other.task is None and not other.is_teacher)
+    same = (other for other in of_real if not other.config.terms and other.config.student == row.config.student)
+    return [o for o in same if all(getattr(o.config.data, k) == getattr(row.task.data, k) for k in SOURCE)]
+
+
+def refusals(row: Row, rows: dict[str, Row]) -> list[str]:
+    """Why a row is measured by no row of all pictures, or by none of as many at random, where there are some."""
+    candidates = [full_rows(row, rows)]
+    if row.task.condense.method != "random":
+        candidates.append(random_rows(row, rows))
+    found = []
+    for others in candidates:
+        unlike = [differing_keys(row, other) for other in others]
+        if others and all(unlike):
+            what = ", ".join(describe_difference(row, others[0], key) for key in unlike[0])
+            found.append(f"{row.name} is not measured by {others[0].name}, which trains otherwise: {what}")
+    return found
 
 
 def gap_closed(score: float, full: Result | None, random: Result | None) -> float:

@@ -22,7 +22,8 @@ for all rows and seeds that ask for the same one. What the sets share stands in 
       learnt_5: {condense: {method: gradient_matching, pictures: 5, seed: 0}, seeds: 3}  # one set
 
 A row changes any key of the config but FIXED; sections are merged into the shared ones, lists replace them. It carries
-the teachers that its terms name and no others. Its own keys are those of RowFile. `rows.cwd.terms.0.weight=1.0`
+the teachers that its terms name and no others. Its own keys are those of RowFile; what it is compared to must train as
+it does (comparison/protocol.py), but for the keys that it names in `differs`. `rows.cwd.terms.0.weight=1.0`
 overrides one value of a row. A file without `rows` is the four rows of `four_rows`.
 """
 
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from comparison.protocol import describe_difference, differing_keys, same_teaching
 from condensing.config import Task, read_condense
 from config import Config, TeacherConfig, from_tree, read_tree, to_tree
 from errors import UserError
@@ -57,6 +59,7 @@ class RowFile(Config):
     condense: dict[str, Any] | None = None  # what differs from the section at the top level; none: real pictures
     decoded: bool = False  # train on the pictures that the stored ones decode into
     against: tuple[str, ...] | None = None  # rows it is compared to; none given: its baseline
+    differs: tuple[str, ...] = ()  # keys or sections in which it may train otherwise than those: what it is about
     seeds: int | None = None  # none given: as many as --seeds
     plus_epochs_of: tuple[str, ...] = ()  # teachers trained in place whose epochs this row trains longer
 
@@ -67,7 +70,7 @@ class Row:
 
     baseline: the row that the cost of a step is relative to: the first one without terms that has the same student,
     else the first of the file. A row that names none to be compared to is compared to that one, or where it trains on
-    a condensed set to the row of as many real pictures at random.
+    a condensed set to the row of as many real pictures at random; to none where that one trains otherwise.
     """
 
     name: str
@@ -79,6 +82,9 @@ class Row:
     task: Task | None = None  # of the set it trains on
     sets: Path = Path()
     network_row: str | None = None  # whose first run its set is made with
+    more_epochs: int = 0  # of its epochs, those of plus_epochs_of
+    differs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # in which keys it differs from rows that it is compared to, or is not for that reason
 
     def run(self, seed: int) -> Config:
         config = dataclasses.replace(self.config, name=f"{self.name}_seed{seed}", seed=seed)
@@ -175,12 +181,13 @@ def plan(
                 planned.setdefault(row.name, row)
                 teacher = dataclasses.replace(teacher, weights=last_weights(row))
             taught.append(teacher)
-        epochs = file.epochs + sum(more_epochs(teacher, in_place, where) for teacher in file.plus_epochs_of)
-        row_config = dataclasses.replace(row_config, runs=alone.runs, teachers=tuple(taught), epochs=epochs)
+        more = sum(epochs_of(teacher, in_place, where) for teacher in file.plus_epochs_of)
+        row_config = dataclasses.replace(row_config, runs=alone.runs, teachers=tuple(taught), epochs=file.epochs + more)
         count = seeds if file.seeds is None else file.seeds
         if count < 1:
             raise UserError(f"{where}: key 'seeds': found {count}, expected at least 1")
-        row = Row(name, row_config, tuple(range(config.seed, config.seed + count)))
+        seeds_of_row = tuple(range(config.seed, config.seed + count))
+        row = Row(name, row_config, seeds_of_row, more_epochs=more, differs=file.differs)
         planned[name] = (
             row if file.condense is None else condensed_row(row, file, config, condense or {}, planned, where)
         )
@@ -286,7 +293,7 @@ def last_weights(row: Row) -> str:
     return str(row.folder(row.seeds[0]) / "weights" / "last.pt")
 
 
-def more_epochs(teacher: str, in_place: dict[str, Row], where: str) -> int:
+def epochs_of(teacher: str, in_place: dict[str, Row], where: str) -> int:
     if teacher not in in_place:
         expected = "a teacher trained in place: " + (", ".join(in_place) or "there is none")
         raise UserError(f"{where}: key 'plus_epochs_of': found {teacher!r}, expected {expected}")
@@ -294,40 +301,62 @@ def more_epochs(teacher: str, in_place: dict[str, Row], where: str) -> int:
 
 
 def find_rivals(planned: dict[str, Row], files: dict[str, RowFile], source: str) -> list[Row]:
-    """The rows with their baselines, and with the rows they are compared to."""
+    """The rows with their baselines, and with the rows they are compared to.
+
+    UserError where a row of `against` trains otherwise in a key that neither of the two names in `differs`. A teacher's
+    row is another model by its nature: it is compared, and the table says in which keys it differs.
+    """
     first = next(iter(files))
     found = []
     for row in planned.values():
         alike = (n for n, file in files.items() if not file.terms and file.student == row.config.student)
         baseline = next(alike, first)
         against = files[row.name].against if row.name in files else None
+        is_named = against is not None
         if against is None:
             rival = random_rival(row, planned)
             rival = baseline if rival in (None, row.name) else rival
             against = () if rival == row.name else (rival,)
+        compared, notes = [], []
         for name in against:
             if name not in planned or name == row.name:
                 others = ", ".join(other for other in planned if other != row.name)
                 raise UserError(f"{source}: row {row.name!r}: key 'against': found {name!r}, expected one of {others}")
-        found.append(dataclasses.replace(row, baseline=baseline, against=against))
+            other = planned[name]
+            is_teacher = row.is_teacher or other.is_teacher
+            if unlike := [] if is_teacher else differing_keys(row, other, (*row.differs, *other.differs)):
+                what = ", ".join(describe_difference(row, other, key) for key in unlike)
+                if is_named:
+                    raise UserError(
+                        f"{source}: row {row.name!r}: key 'against': {name!r} trains otherwise: {what}; expected a row "
+                        f"that trains alike, or `differs: [{', '.join(unlike)}]` where the row is about that"
+                    )
+                notes.append(f"{row.name} is compared to no row: {name} trains otherwise ({what})")
+                continue
+            compared.append(name)
+            known = differing_keys(row, other)
+            known += ["epochs"] * (row.config.epochs != other.config.epochs and "epochs" not in known)
+            if known:
+                what = ", ".join(describe_difference(row, other, key) for key in known)
+                notes.append(f"{row.name} and {name} differ in {what}")
+        found.append(dataclasses.replace(row, baseline=baseline, against=tuple(compared), notes=tuple(notes)))
     return found
 
 
 def random_rival(row: Row, rows: dict[str, Row]) -> str | None:
     """The row that trains as this one does, but on as many real pictures at random; None where there is none."""
+    return next((other.name for other in random_rows(row, rows) if trains_alike(other, row)), None)
+
+
+def random_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
+    """The rows of as many real pictures at random as this one stores, with its terms, however they train."""
     if row.task is None:
-        return None
-    return next((other.name for other in rows.values() if is_random_rival(other, row)), None)
-
-
-def is_random_rival(other: Row, row: Row) -> bool:
-    is_random = other.task is not None and other.task.condense.method == "random"
-    same_size = is_random and other.task.condense.pictures == row.task.condense.pictures
-    return same_size and trains_alike(other, row)
+        return []
+    of_sets = (other for other in rows.values() if other.task is not None and other.task.condense.method == "random")
+    pictures = row.task.condense.pictures
+    return [o for o in of_sets if o.task.condense.pictures == pictures and same_teaching(o, row)]
 
 
 def trains_alike(a: Row, b: Row, *, terms: bool = True) -> bool:
-    """The same student, length, size and (but for `terms` False) distillation terms, whatever the pictures."""
-    a, b = a.config, b.config
-    same = (a.student, a.epochs, a.image_size) == (b.student, b.epochs, b.image_size)
-    return same and (not terms or a.terms == b.terms)
+    """Whether the rows differ in nothing but their pictures and, with `terms` False, in what they are taught."""
+    return not differing_keys(a, b) and (not terms or same_teaching(a, b))

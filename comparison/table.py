@@ -147,6 +147,8 @@ def markdown(study: Study, results: dict[str, Result]) -> str:
     ]
     for difference in differences(results):
         lines.append(f"| {' | '.join(difference_cells(difference))} |")
+    lines += [""] * any(result.row.notes for result in results.values())
+    lines += [f"{note}." for result in results.values() for note in result.row.notes]
     missing = [f"{r.name} ({', '.join(map(str, r.missing))})" for r in results.values() if r.missing]
     if missing:
         lines += ["", f"Not trained yet, row (seeds): {'; '.join(missing)}."]
@@ -220,6 +222,7 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
                 "seconds": plain(result.seconds()),
                 "steps": [result.reports[seed]["steps"] for seed in result.seeds],
                 "baseline": result.row.baseline,
+                "notes": list(result.row.notes),
                 "cost_per_step": cost_per_step(result, results),
                 "differences": [difference_tree(d) for d in compared if d.name == result.name],
             }

@@ -74,27 +74,28 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: tuple[str, ..
 
     A key that the saved tree does not have yet had its default value.
     """
-    before, now = _flat(to_tree(from_tree(Config, saved, source=source))), _flat(to_tree(config))
+    before, now = flat_tree(to_tree(from_tree(Config, saved, source=source))), flat_tree(to_tree(config))
     for key in dict.fromkeys([*before, *now]):
-        if before.get(key) != now.get(key) and not _covers((*FREE_KEYS, *allowed), key):
+        if before.get(key) != now.get(key) and not is_covered((*FREE_KEYS, *allowed), key):
             raise UserError(
                 f"{source}: key {key!r}: the run was started with {before.get(key)!r}, found {now.get(key)!r}; "
                 f"a resumed run would not be the same run (--allow-change {key} if that is meant)"
             )
 
 
-def _covers(allowed: tuple[str, ...], key: str) -> bool:
+def is_covered(allowed: tuple[str, ...], key: str) -> bool:
+    """Whether a dotted key, or a section that it is in, is among the allowed ones."""
     return any(key == name or key.startswith(name + ".") for name in allowed)
 
 
-def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+def flat_tree(tree: Any, key: str = "") -> dict[str, Any]:
     """{"optimizer.momentum": 0.9, "terms.0.weight": 1.0, ...}; an empty list or dict is a value of its own."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
     if items is None or not tree:
         return {key: tree if items is None else []}
     flat: dict[str, Any] = {}
     for name, value in items:
-        flat |= _flat(value, f"{key}.{name}" if key else str(name))
+        flat |= flat_tree(value, f"{key}.{name}" if key else str(name))
     return flat
 
 

@@ -182,7 +182,8 @@ def test_no_share_of_a_gap_that_is_not_there(config):
 def test_rows_are_measured_by_rows_of_the_same_student_length_and_terms(config):
     teacher = {"name": "big", "arch": "yolov5nu", "epochs": 3}
     term = {"teacher": "big", "loss": "mse", "weight": 1.0, "student_maps": ["p3"], "adapter": "conv1x1"}
-    config = tiny_config(config.data.root, config.runs, name="study", teachers=[teacher])
+    data = {"pictures_per_epoch": 12}
+    config = tiny_config(config.data.root, config.runs, name="study", teachers=[teacher], data=data)
     random = {"condense": {"method": "random", "pictures": 2}}
     best = {"condense": {"method": "most_objects", "pictures": 2}}
     long = {"epochs": 7}

@@ -22,7 +22,7 @@ ROWS = {
     "both": {"terms": [TERM, OTHER], "against": ["taught", "baseline"], "seeds": 1},
     "longer": {"plus_epochs_of": ["big"]},
     "other": {"student": {"arch": "yolov5nu"}, "epochs": 7},
-    "other_taught": {"student": {"arch": "yolov5nu"}, "terms": [OTHER]},
+    "other_taught": {"student": {"arch": "yolov5nu"}, "terms": [OTHER], "epochs": 7},
 }
 
 
@@ -31,7 +31,8 @@ def write(tmp_path):
     """A study's file with some rows and changes at its top level."""
 
     def write(rows=ROWS, **changes):
-        tree = to_tree(tiny_config(tmp_path, tmp_path / "runs", name="study", seed=5, teachers=TEACHERS))
+        data = {"pictures_per_epoch": 12}
+        tree = to_tree(tiny_config(tmp_path, tmp_path / "runs", name="study", seed=5, teachers=TEACHERS, data=data))
         path = tmp_path / "study.yaml"
         path.write_text(dump_yaml(tree | {"rows": rows} | changes))
         return path
@@ -106,10 +107,10 @@ def test_a_baseline_may_stand_below_what_is_compared_to_it(write):
 
 
 def test_overrides_reach_into_rows(write):
-    study = load_study(write(), ["rows.taught.terms.0.weight=0.25", "rows.baseline.epochs=9", "batch_size=4"])
+    study = load_study(write(), ["rows.taught.terms.0.weight=0.25", "rows.other.epochs=9", "batch_size=4"])
     rows = {row.name: row.config for row in study.rows}
     assert rows["taught"].terms[0].weight == 0.25 and rows["both"].terms[0].weight == 1.0
-    assert rows["baseline"].epochs == 9 and {config.batch_size for config in rows.values()} == {4}
+    assert rows["other"].epochs == 9 and {config.batch_size for config in rows.values()} == {4}
 
 
 def test_some_rows_with_the_teachers_they_need(write):
