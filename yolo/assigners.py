@@ -1,11 +1,12 @@
 """Which location learns which object. Nothing here carries a gradient.
 
-- `task_aligned_assignment`: TOOD (arXiv:2108.07755, section 3.2), for the anchor-free heads (YOLOv8, YOLOv5u).
+- `task_aligned_assignment`: TOOD (arXiv:2108.07755, section 3.2), for the anchor-free heads (YOLOv8, YOLOv5u). Its
+  plain form, `plain_task_aligned_assignment`, comes first and is the specification.
 - `anchor_ratio_matches`: YOLOv5's rule for its anchor head, which has no paper: a limit on the ratio of the shapes,
   and the two nearest neighbours of the object's cell. `assignment_of_matches` puts it into the form of the other.
 
-Both work on the flat rows of `Targets`, not on a padded (B, G, A) block, so an image with many objects costs the others
-nothing. Both give the same result on every run: of equal candidates, the lower location or row wins.
+The fast forms work on the flat rows of `Targets`, not on a padded (B, G, A) block, so an image with many objects costs
+the others nothing. All give the same result on every run: of equal candidates, the lower location or row wins.
 
 Where the host runs ahead of the device (CUDA), the task-aligned assigner never asks it for a number: shapes follow
 from those of the inputs, and masks say which rows count. On a CPU only those that count are listed. One algorithm,
@@ -111,6 +112,50 @@ def make_anchors(
 
 
 @torch.no_grad()
+def plain_task_aligned_assignment(
+    *,
+    class_logits: Tensor,
+    boxes_xyxy: Tensor,
+    points: Tensor,
+    strides: Tensor,
+    targets: Targets,
+    topk: int = 10,
+    alpha: float = 0.5,
+    beta: float = 6.0,
+    eps: float = 1e-9,
+) -> Assignment:
+    """Specification: the contract of task_aligned_assignment, image by image, as tables of G objects by A locations."""
+    centers, gt_boxes = points * strides, targets.boxes_xyxy.to(boxes_xyxy.dtype)  # pixels
+    gt_index = torch.full(class_logits.shape[:2], -1, device=class_logits.device)
+    target_scores = torch.zeros_like(class_logits)
+    for b in range(len(class_logits)):
+        rows = (_is_learnable(targets) & (targets.image == b)).nonzero()[:, 0]  # (G,)
+        if not len(rows):
+            continue
+        labels, boxes = targets.labels[rows], gt_boxes[rows]
+        is_candidate = _is_inside(centers, _widen(boxes, 2 * strides.min()))  # (G, A)
+        overlap = paired_ciou(boxes_xyxy[b], boxes[:, None]).clamp(min=0)  # u (G, A)
+        score = class_logits[b, :, labels].T.to(overlap.dtype).sigmoid()  # s (G, A)
+        metric = torch.where(is_candidate, score**alpha * overlap**beta, 0)  # t (G, A)
+
+        best = metric.argsort(dim=1, descending=True, stable=True)[:, :topk]
+        is_chosen = torch.zeros_like(is_candidate).scatter(1, best, True) & (metric > 0)
+        first = is_chosen.int().argmax(0)  # (A,) in 0..G-1, the lowest that chose the location
+        closest = torch.where(metric > 0, overlap, -1).argmax(0)  # (A,)
+        owner = torch.where(is_chosen.sum(0) > 1, closest, first).where(is_chosen.any(0), -1)
+        is_mine = owner == torch.arange(len(rows), device=owner.device)[:, None]  # (G, A)
+
+        largest_metric, largest_overlap = (x.where(is_mine, 0).amax(1, keepdim=True) for x in (metric, overlap))
+        target = metric * largest_overlap / (largest_metric + eps)  # (G, A)
+        g, a = is_mine.nonzero(as_tuple=True)
+        gt_index[b, a] = rows[g]
+        target_scores[b, a, labels[g]] = target[g, a].to(target_scores.dtype)
+    is_positive = gt_index >= 0
+    is_ignored = in_ignored_box(centers, targets, len(gt_index)) & ~is_positive
+    return Assignment(is_positive, gt_index, target_scores, is_ignored, max_positives=topk * len(targets))
+
+
+@torch.no_grad()
 def task_aligned_assignment(
     *,
     class_logits: Tensor,
@@ -128,7 +173,7 @@ def task_aligned_assignment(
     Feng et al., "TOOD: Task-aligned One-stage Object Detection", arXiv:2108.07755.
 
         t_ga = s_ga^alpha * u_ga^beta          s: score of g's label at a,  u: max(CIoU(b_a, g), 0)
-        g's candidates: the locations whose center lies strictly inside its box
+        g's candidates: the locations whose center lies strictly inside its box, no side of it taken below 16 px
         g's choice:     the `topk` candidates of largest t_ga, of those with t_ga > 0
         a chosen twice: its object is the one with the largest u_ga of all objects it is a candidate of
         target score:   t_ga * max_a' u_ga' / (max_a' t_ga' + eps),  a' over g's locations after that
@@ -139,16 +184,17 @@ def task_aligned_assignment(
     Returns:
         target_scores have the dtype and the memory layout of class_logits.
 
-    Differs from the paper: u is CIoU, not IoU, as in YOLOv8. A side shorter than the smallest stride counts as twice
-    that stride when candidates are sought, since such a box may lie between all centers and would never be learnt.
+    Differs from the paper: u is CIoU, not IoU, as in YOLOv8. A side below twice the smallest stride (16 px) counts as
+    that when candidates are sought, as in public YOLOv8 code of 2026: a small box may lie between all centers and would
+    never be learnt, and an object never has fewer candidates than a smaller one about the same center.
     Differs from public YOLOv8 code: locations of t = 0 are no positives (there they have weight 0, the loss is equal).
     """
     (B, A), N = class_logits.shape[:2], len(targets)
-    centers, smallest = points * strides, strides.min()  # (A, 2) pixels
+    centers = points * strides  # (A, 2) pixels
     learnable, ignore = _is_learnable(targets), targets.ignore  # (N,) each
     gt_boxes, gt_labels = targets.boxes_xyxy.to(boxes_xyxy.dtype), targets.labels.where(learnable, 0)
 
-    reach = torch.where(ignore[:, None], gt_boxes, _widen(gt_boxes, smallest))  # (N, 4)
+    reach = torch.where(ignore[:, None], gt_boxes, _widen(gt_boxes, 2 * strides.min()))  # (N, 4)
     pairs = _list_pairs(_is_inside(centers, reach) & (learnable | ignore)[:, None])
     gt, image = pairs.gt, targets.image[pairs.gt]  # (P,) each
     location = image * A + pairs.point  # (P,) in 0..B*A-1
@@ -285,12 +331,12 @@ def _is_inside(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
     return (x > x1) & (x < x2) & (y > y1) & (y < y2)
 
 
-def _widen(boxes_xyxy: Tensor, smallest: Tensor) -> Tensor:
-    """A side shorter than `smallest` becomes twice `smallest`, about the same center; the others stay as they are."""
+def _widen(boxes_xyxy: Tensor, side: Tensor) -> Tensor:
+    """Every side shorter than `side` becomes that long, about the same center; the others stay as they are."""
     top_left, bottom_right = boxes_xyxy.chunk(2, dim=-1)  # (N, 2) each
-    center, is_short = (top_left + bottom_right) / 2, bottom_right - top_left < smallest
-    top_left = torch.where(is_short, center - smallest, top_left)
-    bottom_right = torch.where(is_short, center + smallest, bottom_right)
+    center, is_short = (top_left + bottom_right) / 2, bottom_right - top_left < side
+    top_left = torch.where(is_short, center - side / 2, top_left)
+    bottom_right = torch.where(is_short, center + side / 2, bottom_right)
     return torch.cat((top_left, bottom_right), dim=-1)
 
 

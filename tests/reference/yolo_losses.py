@@ -42,13 +42,27 @@ def decode(logits, point, stride):
     return np.array([x - left, y - top, x + right, y + bottom]) * stride
 
 
-def task_aligned(scores, boxes, centers, gt_boxes, gt_labels, topk=10, alpha=0.5, beta=6.0, eps=1e-9):
+def reach(box, shortest):
+    """Where an object looks for candidates: each side at least `shortest`, about the middle of the box."""
+    x1, y1, x2, y2 = box
+    if x2 - x1 < shortest:
+        x1, x2 = (x1 + x2 - shortest) / 2, (x1 + x2 + shortest) / 2
+    if y2 - y1 < shortest:
+        y1, y2 = (y1 + y2 - shortest) / 2, (y1 + y2 + shortest) / 2
+    return x1, y1, x2, y2
+
+
+def task_aligned(
+    scores, boxes, centers, gt_boxes, gt_labels, topk=10, alpha=0.5, beta=6.0, eps=1e-9, shortest=16.0
+):  # fmt: skip
     """One image: scores (A, K), boxes (A, 4), centers (A, 2) pixels -> object of each location or -1, target score."""
     A, G = len(boxes), len(gt_boxes)
     overlap, metric, chosen = np.zeros((G, A)), np.zeros((G, A)), np.zeros((G, A), dtype=bool)
     for g in range(G):
+        if gt_boxes[g][2] <= gt_boxes[g][0] or gt_boxes[g][3] <= gt_boxes[g][1]:
+            continue
         for a in range(A):
-            if contains(gt_boxes[g], *centers[a]):
+            if contains(reach(gt_boxes[g], shortest), *centers[a]):
                 overlap[g, a] = max(ciou(gt_boxes[g], boxes[a]), 0.0)
                 metric[g, a] = scores[a, gt_labels[g]] ** alpha * overlap[g, a] ** beta
         best = sorted(range(A), key=lambda a: (-metric[g, a], a))[:topk]

@@ -17,6 +17,7 @@ from yolo.assigners import (
     last_match,
     make_anchors,
     make_points,
+    plain_task_aligned_assignment,
     task_aligned_assignment,
 )
 
@@ -37,10 +38,8 @@ def targets_of(boxes, labels=None, image=None, ignore=None):
     )
 
 
-def assign(logits, predicted, targets, **options):
-    return task_aligned_assignment(
-        class_logits=logits, boxes_xyxy=predicted, points=POINTS, strides=STEPS, targets=targets, **options
-    )
+def assign(logits, predicted, targets, assigner=task_aligned_assignment, **options):
+    return assigner(class_logits=logits, boxes_xyxy=predicted, points=POINTS, strides=STEPS, targets=targets, **options)
 
 
 def cells_of_equal_merit(box, B=1, K=1):
@@ -97,7 +96,7 @@ def test_task_aligned_matches_reference(seed, count):
     B, K = 3, 4
     boxes, labels, image, ignore = reference.random_objects(rng, B, count, 64, K, ignored=0.1)
     boxes[: count // 6] = np.clip(boxes[: count // 6], 20, 60)  # crowd some of them, duplicates and empty ones too
-    boxes[:, 2:] = np.maximum(boxes[:, :2] + 8.5, boxes[:, 2:])  # sides below 8 have candidates of their own: see below
+    boxes[::4, 2] = boxes[::4, 0] + rng.uniform(0.5, 17, len(boxes[::4]))  # sides around 8 and 16 px
     predicted, logits = random_predictions(rng, boxes, image, B, K)
     got = assign(torch.tensor(logits), torch.tensor(predicted), targets_of(boxes, labels, image, ignore))
     for b in range(B):
@@ -130,6 +129,29 @@ def awkward_scene(kind, seed, count=40, B=3, K=4):
         predicted[rng.random((B, 84)) < 0.1] = np.nan
         logits[rng.random(logits.shape) < 0.1] = np.nan
     return torch.tensor(logits), torch.tensor(predicted), targets_of(boxes, labels, image, ignore)
+
+
+@pytest.mark.parametrize("kind", ["usual", "equal", "without area"])
+@pytest.mark.parametrize("count", [0, 1, 7, 40])
+def test_fast_form_equals_the_specification(kind, count):
+    """Also where objects and locations are equal, ignored, turned inside out or without area."""
+    for seed in range(8):
+        logits, predicted, targets = awkward_scene(kind, seed, count, B=2)
+        for options in ({}, {"topk": 3, "alpha": 1.0, "beta": 2.0}):
+            got = assign(logits, predicted, targets, **options)
+            expected = assign(logits, predicted, targets, plain_task_aligned_assignment, **options)
+            for name in ("is_positive", "gt_index", "is_ignored"):
+                assert torch.equal(getattr(got, name), getattr(expected, name)), name
+            torch.testing.assert_close(got.target_scores, expected.target_scores, rtol=1e-12, atol=0)
+            assert got.max_positives == expected.max_positives
+            assert got.is_positive.any() or count < 40
+
+
+def test_forms_agree_on_empty_batches():
+    logits, predicted = torch.zeros(0, 84, 2), torch.zeros(0, 84, 4)
+    for assigner in (task_aligned_assignment, plain_task_aligned_assignment):
+        got = assign(logits, predicted, Targets.empty(), assigner)
+        assert got.is_positive.shape == (0, 84) and got.target_scores.shape == (0, 84, 2)
 
 
 @pytest.mark.parametrize("kind", ["usual", "equal", "without area", "nan"])
@@ -252,6 +274,59 @@ def test_one_pixel_box_between_the_centers_is_still_learnt():
     assert len(centers) == 6  # four of stride 8, one of stride 16, one of stride 32
     assert ((centers - 16.1).abs() < 8).all()
     assert got.target_scores.max() > 0
+
+
+def pool_sizes(widths, heights, count=40):
+    """Mean number of candidates of boxes about `count` random centers: all of them are positives, of equal merit."""
+    centers = np.random.default_rng(0).uniform(16, 48, (count, 2))
+    sizes = []
+    for width, height in zip(widths, heights):
+        half = np.array([width / 2, height / 2])
+        boxes = np.concatenate((centers - half, centers + half), axis=1)
+        found = 0
+        for box in boxes:
+            logits, predicted = cells_of_equal_merit(box)
+            found += int(assign(logits, predicted, targets_of([box]), topk=84).is_positive.sum())
+        sizes.append(found / count)
+    return sizes
+
+
+def test_larger_objects_never_have_fewer_candidates():
+    sides = [1, 4, 7.9, 8, 8.1, 12, 15.9, 16, 16.1, 20, 28]
+    pool = pool_sizes(sides, sides)
+    assert pool == sorted(pool) and len(set(pool[:8])) == 1 and pool[0] > 4  # below 16 px all count as 16
+    assert pool[-1] > pool[-2] > pool[7]
+    for flat in (pool_sizes(sides, [30] * len(sides)), pool_sizes([30] * len(sides), sides)):  # each side by itself
+        assert flat == sorted(flat) and len(set(flat[:8])) == 1 and flat[-1] > flat[0] > pool[0]
+
+
+def test_ultralytics_assigns_the_same_where_its_claims_without_merit_are_left_out():
+    """200 batches of any sizes of objects. Theirs lets objects claim locations of t = 0; such claims are left out."""
+    tal = pytest.importorskip("ultralytics.utils.tal")
+
+    class WithMerit(tal.TaskAlignedAssigner):
+        def select_topk_candidates(self, metrics, topk_mask=None):
+            return super().select_topk_candidates(metrics, topk_mask) * (metrics > 0)
+
+    B, K, G = 2, 3, 9
+    peer = WithMerit(topk=10, num_classes=K, alpha=0.5, beta=6.0, stride=STRIDES)
+    for seed in range(200):
+        rng = np.random.default_rng([7, seed])
+        corner, sides = (
+            rng.uniform(0, 50, (B, G, 2)),
+            rng.uniform(2, 40, (B, G, 2)) ** rng.choice([0.5, 1.0], (B, G, 1)),
+        )
+        boxes, labels = np.concatenate((corner, corner + sides), axis=2), rng.integers(K, size=(B, G))
+        flat = targets_of(boxes.reshape(-1, 4), labels.reshape(-1), np.repeat(np.arange(B), G))
+        predicted, logits = map(torch.tensor, random_predictions(rng, boxes.reshape(-1, 4), flat.image.numpy(), B, K))
+        got = assign(logits, predicted, flat)
+        _, _, scores, is_positive, index = peer(
+            logits.sigmoid(), predicted, POINTS * STEPS, torch.tensor(labels)[..., None], torch.tensor(boxes),
+            torch.ones(B, G, 1, dtype=torch.bool),
+        )  # fmt: skip
+        assert torch.equal(got.is_positive, is_positive)
+        assert torch.equal(got.gt_index[is_positive], (index + G * torch.arange(B)[:, None])[is_positive])
+        torch.testing.assert_close(got.target_scores, scores, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize(
