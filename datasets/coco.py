@@ -1,47 +1,88 @@
 """COCO JSON: one file a split, boxes as x, y, width, height in 0-based continuous pixels.
 
 Category ids may have gaps: labels are their ranks in id order, and DatasetIndex.category_ids leads back. Ids may
-exceed 32 bits. `iscrowd` objects are `crowd`; objects with `ignore` (written for VOC's difficult) are `ignore`. The
-area is the file's (of the mask), where it is there. Masks are skipped before parsing: they are most of a file's bytes.
+exceed 32 bits, and be texts. `iscrowd` objects are `crowd`; objects with `ignore` (written for VOC's difficult) are
+`ignore`. The area is the file's (of the mask), where it is there. Masks are skipped before parsing: they are most of a
+file's bytes. What a value means, datasets.values says.
+
+Two things that merging and exporting tools write are put right: a picture that is listed under several ids is one
+picture with the objects of all of them (a fault counts it), and a root category that no object has, the supercategory
+of others, is no class.
 
 Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312. Keypoints, captions and stuff are not read.
 """
 
 import json
+import posixpath
 import re
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from datasets.folders import is_left_out
 from datasets.index import DatasetIndex
-from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
+from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_resized
+from datasets.values import read_flag, read_id, read_number, read_size
 from errors import UserError
 
 MAX_JSON_BYTES = 4 << 30
+TRIED = 100  # pictures of a file that are looked for in each folder
 
 
 def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
-    """A split of a folder in COCO's layout.
+    """A split of a folder in COCO's layout, or in that of the tools which export it.
 
-    The labels: annotations/instances_<split>.json, or <split>.json or instances_<split>.json there or in root. The
-    pictures: images/<split>, <split>, images or root, the first that holds the first picture of the file.
-    `names` must be the file's own; they are only checked. UserError for files that are not there or not COCO's.
+    The labels: annotations/instances_<split>.json, or <split>.json or instances_<split>.json there or in root; else
+    _annotations.coco.json in the folder <split>, or the one JSON file there. The pictures: images/<split>, <split>,
+    images, root, or beside the labels, the first that holds a picture of the file.
+    `names` must be the file's own; they are only checked. UserError for files that are not there or not COCO's, and
+    for pictures that were resized after labelling.
     """
     root = Path(root)
-    folders = (root / "annotations", root)
-    choices = [folder / f"{start}{split}.json" for folder in folders for start in ("instances_", "")]
-    json_path = next((path for path in choices if path.is_file()), None)
-    if json_path is None:
-        raise UserError(f"{choices[0]}: no such file, expected the labels of split {split!r}")
+    json_path = _find_json(root, split)
     tree = read_json(json_path)
-    pictures = [root / "images" / split, root / split, root / "images", root]
-    first = next((record.get("file_name") for record in _records(tree, "images", json_path)), None)
-    folder = next((p for p in pictures if isinstance(first, str) and (p / first).is_file()), None)
-    if folder is None:
-        folder = next(p for p in pictures if p.is_dir() or p == root)
-    index = index_coco(tree, json_path, folder)
+    folders = [root / "images" / split, root / split, root / split / "images", root / "images", root, json_path.parent]
+    records = list(islice(_records(tree, "images", json_path), TRIED))
+    held = (folder for record in records for folder in folders if _find_picture(folder, record.get("file_name")))
+    folder = next(held, None) or next(path for path in folders if path.is_dir() or path == root)
+    index = index_coco(tree, json_path, folder, names)
     if names is not None and tuple(names) != index.names:
         raise UserError(f"{json_path}: classes {', '.join(index.names)}; expected {', '.join(names)}")
     return index
+
+
+def _find_json(root: Path, split: str) -> Path:
+    choices = [base / f"{start}{split}.json" for base in (root / "annotations", root) for start in ("instances_", "")]
+    choices.append(root / split / "_annotations.coco.json")
+    for path in choices:
+        if path.is_file():
+            return path
+    beside = _json_files(root / split)
+    if len(beside) == 1:
+        return beside[0]
+    if beside:
+        raise UserError(f"{root / split}: {', '.join(path.name for path in beside)}; expected one file of labels")
+    inner = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    known = [str(path.relative_to(root)) for folder in (root, *inner) for path in _json_files(folder)]
+    found = f", found {', '.join(known[:20])}" if known else ""
+    raise UserError(f"{choices[0]}: no such file{found}; expected the labels of split {split!r}")
+
+
+def _json_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() == ".json" and not is_left_out(p.name))
+
+
+def _find_picture(folder: Path, name: Any) -> Path | None:
+    """The picture `file_name` in a folder, with / or the \\ of Windows between its parts; None where there is none."""
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
+        if (folder / spelled).is_file():
+            return folder / spelled
+    return None
 
 
 def read_json(path: Path) -> Any:
@@ -71,52 +112,42 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
-def index_coco(tree: Any, json_path: Path, folder: Path) -> DatasetIndex:
-    """The index of parsed COCO labels whose pictures lie in `folder`."""
+def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] | None = None) -> DatasetIndex:
+    """The index of parsed COCO labels whose pictures lie in `folder`. `names`: as read_coco."""
     log = FaultLog()
-    names, category_ids = _read_categories(_records(tree, "categories", json_path), json_path)
-    label_of = {category: label for label, category in enumerate(category_ids)}
-    images: dict[int | str, dict] = {}
-    for record in _records(tree, "images", json_path):
-        fault = _image_fault(record, images)
-        if fault is None:
-            images[record["id"]] = record
-        else:
-            name = record.get("file_name", "")
-            log.add(json_path, None, f"image {record.get('id')!r}: {fault}", "malformed image", "picture dropped", name)
+    categories = _read_categories(_records(tree, "categories", json_path), json_path)
+    annotations = _records(tree, "annotations", json_path)
+    categories = _without_root(categories, annotations, names, json_path, log)
+    label_of = {category: label for label, category in enumerate(categories)}
+    images, first_id = _read_images(_records(tree, "images", json_path), json_path, log)
 
     rows_of: dict[int | str, LabelRows] = {}
-    for record in _records(tree, "annotations", json_path):
-        fault = _annotation_fault(record, images, label_of)
+    for record in annotations:
+        fault = _add_annotation(record, first_id, label_of, rows_of)
         if fault is not None:
             reason, kind = fault
+            effect = "left out" if kind == "label without picture" else "object dropped"
             picture = record.get("image_id", "")
-            log.add(json_path, None, f"annotation {record.get('id')!r}: {reason}", kind, "object dropped", picture)
-            continue
-        x, y, width, height = record["bbox"]
-        rows_of.setdefault(record["image_id"], LabelRows()).add(
-            (x, y, x + width, y + height),
-            label_of[record["category_id"]],
-            difficult=record.get("ignore", 0) == 1,
-            crowd=record.get("iscrowd", 0) == 1,
-            area=record.get("area"),
-            line=None,
-        )
+            log.add(json_path, None, f"annotation {record.get('id')!r}: {reason}", kind, effect, picture)
 
     samples = []
     for image_id, record in images.items():
-        image_path = folder / record["file_name"]
-        if not image_path.is_file():
-            log.add(image_path, None, "no such file", "label without picture", "picture dropped", record["file_name"])
+        name = record["file_name"]
+        image_path = _find_picture(folder, name)
+        if image_path is None:
+            log.add(folder / name, None, "no such file", "label without picture", "left out", name)
             continue
-        stated = (record["width"], record["height"]) if "width" in record and "height" in record else None
+        stated = read_size(record.get("width"), record.get("height"))
         frame = read_frame(image_path, log, stated=stated, label_path=json_path)
         if frame is not None:
             rows = rows_of.get(image_id) or LabelRows()
             samples.append(
                 make_sample(rows, frame, log, image_path=image_path, image_id=image_id, label_path=json_path)
             )
-    return DatasetIndex(names, tuple(samples), tuple(log.faults), category_ids, "coco")
+    refuse_resized(log, json_path)
+    source = f"{json_path} ({len(annotations)} annotations)"
+    names, ids = tuple(record["name"] for record in categories.values()), tuple(categories)
+    return DatasetIndex(names, tuple(samples), tuple(log.faults), ids, "coco", source)
 
 
 def _records(tree: Any, key: str, path: Path) -> list[dict]:
@@ -126,54 +157,157 @@ def _records(tree: Any, key: str, path: Path) -> list[dict]:
     return records
 
 
-def _read_categories(records: list[dict], path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and ids in id order. A class list with a fault is a fault of everything: always a UserError."""
+def _read_categories(records: list[dict], path: Path) -> dict[int | str, dict]:
+    """The categories by id, in id order. A class list with a fault is a fault of everything: always a UserError."""
     if not records:
         raise UserError(f"{path}: no categories, expected at least one class")
+    categories: dict[int | str, dict] = {}
     for record in records:
-        if not isinstance(record.get("name"), str) or not _is_int(record.get("id")):
-            raise UserError(f"{path}: category {record!r}, expected an integer id and a name")
-    ordered = sorted(records, key=lambda record: record["id"])
-    ids, names = tuple(record["id"] for record in ordered), tuple(record["name"] for record in ordered)
-    if len(set(ids)) < len(ids) or len(set(names)) < len(names):
-        twice = next(item for column in (ids, names) for item in column if column.count(item) > 1)
+        try:
+            category = read_id(record.get("id"))
+        except ValueError:
+            category = None
+        if not isinstance(record.get("name"), str) or category is None:
+            raise UserError(f"{path}: category {record!r}, expected an id and a name")
+        if category in categories:
+            raise UserError(f"{path}: category {category!r} stands there twice")
+        categories[category] = record
+    if all(isinstance(category, int) for category in categories):
+        return dict(sorted(categories.items()))
+    return categories  # texts have no order of their own: that of the file
+
+
+def _without_root(
+    categories: dict, annotations: list[dict], names: tuple[str, ...] | None, path: Path, log: FaultLog
+) -> dict[int | str, dict]:
+    """The categories without those that only group others: no object has them, and they are a supercategory of others.
+
+    A category that has objects in another file of the set is a class of this file too. Names that a caller gives
+    decide: if they are all of the file's, all stay. UserError for two classes of one name.
+    """
+    all_names = [record["name"] for record in categories.values()]
+    groups = {i for i in categories if any(_is_group(categories[i], categories[k]) for k in categories if k != i)}
+    if groups and (names is None or list(names) != all_names):
+        groups -= _used(annotations, categories)
+        if groups:
+            groups -= _used_elsewhere(path, {i: categories[i]["name"] for i in groups})
+        for category in sorted(groups, key=str):
+            reason = f"category {category!r} {categories[category]['name']!r}: a supercategory without objects"
+            log.add(path, None, f"{reason}; it is no class", "root category", "noted")
+        categories = {i: record for i, record in categories.items() if i not in groups}
+        all_names = [record["name"] for record in categories.values()]
+    twice = next((name for name in all_names if all_names.count(name) > 1), None)
+    if twice is not None:
         raise UserError(f"{path}: category {twice!r} stands there twice")
-    return names, ids
+    return categories
 
 
-def _image_fault(record: dict, images: dict) -> str | None:
-    image_id, name = record.get("id"), record.get("file_name")
-    if not _is_int(image_id) and not isinstance(image_id, str):
-        return f"id {image_id!r}, expected an integer"
-    if image_id in images:
-        return f"the id is taken by {images[image_id]['file_name']}"
+def _is_group(category: dict, other: dict) -> bool:
+    """Whether `other` names `category` as its supercategory; two of one name are told apart by having none."""
+    if other.get("supercategory") != category["name"]:
+        return False
+    return other["name"] != category["name"] or category.get("supercategory") != category["name"]
+
+
+def _used(annotations: Iterable[dict], categories: dict) -> set[int | str]:
+    found = {category for record in annotations if isinstance(category := record.get("category_id"), int | float | str)}
+    return {_match(category, categories) for category in found} - {None}
+
+
+def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]:
+    """Those of the categories (id -> name) that have objects in another split: a file beside, or of this name."""
+    folders = sorted(folder for folder in path.parent.parent.iterdir() if (folder / path.name).is_file())
+    others = [*_json_files(path.parent), *(folder / path.name for folder in folders)]
+    used: set[int | str] = set()
+    for other in others:
+        if other.resolve() == path.resolve():
+            continue
+        try:
+            tree = read_json(other)
+            categories = _read_categories(_records(tree, "categories", other), other)
+            theirs = _used(_records(tree, "annotations", other), categories)
+        except UserError:
+            continue  # no labels of this set, or a fault of the split that reads it
+        used |= {category for category in theirs if name_of.get(category) == categories[category]["name"]}
+    return used
+
+
+def _match(value: Any, table: dict) -> int | str | None:
+    """The key of a table that an id means; the text "7" means 7 where no key is that text. None: no key."""
+    if type(value) is int and value in table:
+        return value
+    try:
+        key = read_id(value)
+    except ValueError:
+        return None
+    if key in table:
+        return key
+    other = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 19 else str(key)
+    return other if other in table else None
+
+
+def _read_images(records: list[dict], path: Path, log: FaultLog) -> tuple[dict, dict]:
+    """(id -> record of each picture, id -> the first id of the same picture); faults to the log."""
+    images: dict[int | str, dict] = {}
+    first_id: dict[int | str, int | str] = {}
+    id_of: dict[str, int | str] = {}  # by the path, its parts put straight
+    place_of: dict[int | str, str] = {}
+    for record in records:
+        name = record.get("file_name", "")
+        fault = _image_fault(record)
+        if fault is None:
+            image_id, place = read_id(record["id"]), posixpath.normpath(name.replace("\\", "/"))
+            if place_of.setdefault(image_id, place) != place:
+                fault = f"the id is taken by {place_of[image_id]}"
+        if fault is not None:
+            log.add(path, None, f"image {record.get('id')!r}: {fault}", "malformed image", "picture dropped", name)
+            continue
+        first = first_id[image_id] = id_of.setdefault(place, image_id)
+        if first not in images:
+            images[first] = record
+            continue
+        sizes = [read_size(item.get("width"), item.get("height")) for item in (images[first], record)]
+        if None not in sizes and sizes[0] != sizes[1]:
+            found = f"{name!r} has the ids {first!r} and {image_id!r} and two sizes"
+            raise UserError(f"{path}: {found}: {sizes[0]} and {sizes[1]}; expected one picture, or two file names")
+        reason = f"image {image_id!r}: {name} is listed as image {first!r} as well; the objects of both are kept"
+        log.add(path, None, reason, "listed twice", "noted", name)
+    return images, first_id
+
+
+def _image_fault(record: dict) -> str | None:
+    name = record.get("file_name")
+    try:
+        read_id(record.get("id"))
+    except ValueError as error:
+        return f"id: {error}"
     if not isinstance(name, str) or not name or "\0" in name:
         return f"file_name {name!r}, expected a file name"
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        return f"file_name {name!r} leaves the dataset's folder"
-    for key in ("width", "height"):
-        if key in record and not _is_int(record[key]):
-            return f"{key} {record[key]!r}, expected an integer"
+    for path in map(PurePosixPath, (name, name.replace("\\", "/"))):
+        if path.is_absolute() or ".." in path.parts:
+            return f"file_name {name!r} leaves the dataset's folder"
     return None
 
 
-def _annotation_fault(record: dict, images: dict, label_of: dict) -> tuple[str, str] | None:
-    """(reason, kind) of an annotation that cannot be used."""
+def _add_annotation(record: dict, first_id: dict, label_of: dict, rows_of: dict) -> tuple[str, str] | None:
+    """Add a row to those of its picture, or say why not: (reason, kind)."""
     image_id, category, box = record.get("image_id"), record.get("category_id"), record.get("bbox")
-    if not isinstance(image_id, int | str) or image_id not in images:
+    image = _match(image_id, first_id)
+    if image is None:
         return f"image_id {image_id!r} is no image of the file", "label without picture"
-    if not _is_int(category) or category not in label_of:
+    label = label_of.get(_match(category, label_of))
+    if label is None:
         return f"category_id {category!r} is no category of the file", "unknown class"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+    if not isinstance(box, list) or len(box) != 4:
         return f"bbox {box!r}, expected four numbers", "malformed object"
-    if not (record.get("area") is None or _is_number(record["area"])):
-        return f"area {record['area']!r}, expected a number", "malformed object"
+    key, area = "bbox", record.get("area")
+    try:
+        x, y, width, height = map(read_number, box)
+        key, area = "area", None if area is None else read_number(area)
+        key, difficult = "ignore", read_flag(record.get("ignore"))
+        key, crowd = "iscrowd", read_flag(record.get("iscrowd"))
+    except ValueError as error:
+        return f"{key}: {error}", "malformed object"
+    rows = rows_of.setdefault(first_id[image], LabelRows())
+    rows.add((x, y, x + width, y + height), label, difficult=difficult, crowd=crowd, area=area, line=None)
     return None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_int(value)

@@ -63,7 +63,7 @@ def convert(
     indices = {}
     for split in src_splits:
         index = open_dataset(src_format, src_root, split)
-        check(scan(index, title=f"{src_format} {src_root} {split}"), max_bad_fraction)
+        check(scan(index, title=f"{src_format} {src_root} {split}"), max_bad_fraction, flag="--max-bad-fraction")
         indices[re.sub(r"[^\w.-]+", "_", split)] = index
     names = {index.names for index in indices.values()}
     if len(names) > 1 or len(indices) < len(src_splits):

@@ -4,6 +4,9 @@ Links to files and to folders are followed. Each folder is visited once: by its 
 that is read, else by the first link to it. A link to a folder above is left out, so that no walk goes round in circles.
 Left out as well are files and folders that systems and programs put beside the data: hidden ones (`._x.jpg`,
 `.DS_Store`, `.ipynb_checkpoints`), `__MACOSX` of macOS's archives, `@eaDir` of network drives.
+
+A checkout or a copy without links (git on Windows, cloud storage) turns a link into a small text file that holds where
+it led. What such a file stood for is never left out in silence.
 """
 
 import heapq
@@ -13,6 +16,7 @@ from pathlib import Path
 from errors import UserError
 
 LEFT_OUT = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
+MAX_TARGET_BYTES = 1024
 
 
 def is_left_out(name: str) -> bool:
@@ -20,12 +24,14 @@ def is_left_out(name: str) -> bool:
     return name.startswith(".") or name in LEFT_OUT
 
 
-def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
+def list_files(folder: str | Path, suffixes: tuple[str, ...], *, follow_texts: bool = False) -> list[Path]:
     """The files below a folder whose names end with one of `suffixes` (lower case; upper case counts too), in the order
     of their paths, part by part.
 
     A link that leads nowhere is returned where its name has such a suffix, so that the caller meets the missing file.
-    UserError for a folder that cannot be read, and for a link without a suffix that leads nowhere.
+    follow_texts: a link that became a text file is followed, and its files come by their own paths.
+    UserError for a folder that cannot be read, a link without a suffix that leads nowhere, and, where they are not
+    followed, a link that became a text file: a reader that pairs files by their paths cannot follow it.
     """
     start = Path(folder).resolve()
     seen = {_identity(above) for above in start.parents}
@@ -48,8 +54,14 @@ def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
             elif entry.name.lower().endswith(suffixes):
                 if entry.is_file() or (is_link and not os.path.exists(entry.path)):
                     found.append(entry.path)
-            elif is_link and "." not in entry.name and not os.path.exists(entry.path):
+            elif "." in entry.name:
+                continue
+            elif is_link and not os.path.exists(entry.path):
                 raise UserError(f"{entry.path}: a link to {os.readlink(entry.path)}, where nothing is")
+            elif (target := _target_of_text(entry)) is not None:
+                if not follow_texts:
+                    raise UserError(f"{entry.path}: a text file with the path of a folder, expected a link to {target}")
+                heapq.heappush(links, (_parts(target), target))
     return [Path(path) for path in sorted(found, key=_parts)]
 
 
@@ -59,6 +71,20 @@ def _entries(folder: str) -> list[os.DirEntry]:
             return list(entries)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}") from None
+
+
+def _target_of_text(entry: os.DirEntry) -> str | None:
+    """The folder that a file leads to which was a link and became a text; None for any other file."""
+    if not entry.is_file() or not 0 < entry.stat().st_size <= MAX_TARGET_BYTES:
+        return None
+    try:
+        text = Path(entry.path).read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if "/" not in text or "\0" in text or "\n" in text or text.startswith("/"):
+        return None
+    target = os.path.normpath(os.path.join(os.path.dirname(entry.path), text))
+    return target if os.path.isdir(target) else None
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

@@ -1,14 +1,16 @@
-"""Pictures from disk: JPEG, PNG, BMP and WebP of at most 64 megapixels, as upright RGB.
+"""Pictures from disk: JPEG, PNG, BMP, WebP and TIFF of at most 64 megapixels, as upright RGB.
 
 What becomes RGB how: grey (L, 1-bit) is repeated three times; 16-bit grey keeps its high byte; palettes are looked up;
-alpha (LA, PA, RGBA) is cut off, not blended, as OpenCV does; CMYK is converted without a colour profile; of an
-animation the first frame counts. EXIF orientation is applied; orientation that stands only in XMP is not read.
+alpha (LA, PA, RGBA) is cut off, not blended, as OpenCV does; CMYK is converted without a colour profile; the first
+frame of an animation and the first page of a TIFF count. EXIF orientation is applied; orientation that stands only in
+XMP is not read. Pixels that are floats, and GIF, HEIC, AVIF, JPEG 2000 and JPEG XL, are refused by name.
 
 Every limit is checked here rather than by turning Pillow's warnings into errors: warning filters belong to the
 whole process, and pictures are read in threads. A truncated file is an error, never filled up with grey.
 """
 
 import io
+import logging
 import struct
 import warnings
 from pathlib import Path
@@ -18,13 +20,20 @@ from PIL import Image
 
 from errors import UserError
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
+SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+UNREAD = {".gif": "GIF", ".heic": "HEIC", ".heif": "HEIC", ".avif": "AVIF", ".jp2": "JPEG 2000", ".jxl": "JPEG XL"}
+PNG_START = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 64_000_000
+MAX_EXIF_BYTES = 1 << 20
+HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
+INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # EXIF's types: byte, short, long, and those with a sign
 
 # Pillow's own limit is looser than ours, which is checked before any pixel is decoded.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Palette images with Transparency")  # alpha is cut off here, on purpose
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # odd tags: either the pixels decode or they do not
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,24 +48,28 @@ _TRANSPOSE = {
 
 def read_image(path: str | Path) -> np.ndarray:
     """The upright picture, uint8 (H, W, 3) RGB, contiguous. UserError names the file and the class of its fault."""
-    return _decode(_open(path), path)
+    image = _open(path)
+    return _decode(image, path, _orientation(image, path))
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """As read_image, of a file in memory, which errors call `name`; no temporary file is made of it."""
-    return _decode(_open(name, data, max_pixels), name)
+    image = _open(name, data, max_pixels)
+    return _decode(image, name, _orientation(image, data))
 
 
-def _decode(image: Image.Image, path: str | Path) -> np.ndarray:
+def _decode(image: Image.Image, path: str | Path, orientation: int) -> np.ndarray:
     """The pixels as read_image returns them; `image` is closed."""
     try:
+        if image.mode == "F":
+            raise ValueError("its pixels are floats; expected 8 or 16 bits a channel")
         if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I
             grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
             rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
         else:
             rgb = image.convert("RGB")
-        transpose = _TRANSPOSE.get(exif_orientation(image.info.get("exif", b"")))
-        if transpose is not None:
+        transpose = _TRANSPOSE.get(orientation)
+        if transpose is not None and image.format != "TIFF":  # Pillow turns TIFF as it loads it
             rgb = rgb.transpose(transpose)
         return np.array(rgb)
     except Exception as error:  # whatever a decoder says of bytes that were never a picture
@@ -74,7 +87,41 @@ def read_size(path: str | Path) -> tuple[int, int]:
 def read_header(path: str | Path) -> tuple[int, int, int]:
     """(stored width, stored height, EXIF orientation 1..8), without decoding. UserError as read_image."""
     with _open(path) as image:
-        return image.width, image.height, exif_orientation(image.info.get("exif", b""))
+        if image.format == "TIFF":  # Pillow's size is that of the upright picture, in some releases
+            return int(image.tag_v2[256]), int(image.tag_v2[257]), _orientation(image, path)
+        return image.width, image.height, _orientation(image, path)
+
+
+def _orientation(image: Image.Image, source: str | Path | bytes) -> int:
+    """EXIF orientation 1..8 of an opened picture, from its path or its bytes; the pixels need not be decoded."""
+    if image.format == "TIFF":
+        try:
+            value = image.getexif().get(0x0112)  # as Pillow, which turns a TIFF by XMP too
+        except Exception:  # a broken directory of tags
+            return 1
+        return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    exif = image.info.get("exif", b"")
+    if not exif and image.format == "PNG":
+        exif = _png_exif(source)
+    return exif_orientation(exif)
+
+
+def _png_exif(source: str | Path | bytes) -> bytes:
+    """The eXIf chunk of a PNG file, which may stand after the pixels; b"" where there is none.
+
+    A chunk is its length (4 bytes, big-endian), its type (4), its data, and a checksum (4).
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
+        place = len(PNG_START)
+        while True:
+            file.seek(place)
+            start = file.read(8)
+            if len(start) < 8 or start[4:] == b"IEND":
+                return b""
+            (length,) = struct.unpack(">I", start[:4])
+            if start[4:] == b"eXIf":
+                return file.read(min(length, MAX_EXIF_BYTES))
+            place += 12 + length
 
 
 def turn_boxes(boxes_xyxy: np.ndarray, orientation: int, width: int, height: int) -> np.ndarray:
@@ -104,18 +151,22 @@ def exif_orientation(exif: bytes) -> int:
         (start,) = struct.unpack_from(order + "I", exif, 4)
         (count,) = struct.unpack_from(order + "H", exif, start)
         for row in range(count):
-            tag, kind, values, value = struct.unpack_from(order + "HHIH", exif, start + 2 + 12 * row)
+            row_start = start + 2 + 12 * row
+            tag, kind, values = struct.unpack_from(order + "HHI", exif, row_start)
             if tag == 0x0112:
-                return value if (kind, values) == (3, 1) and 1 <= value <= 8 else 1
+                if kind not in INTEGERS or values != 1:
+                    return 1
+                (value,) = struct.unpack_from(order + INTEGERS[kind], exif, row_start + 8)
+                return value if 1 <= value <= 8 else 1
     except struct.error:
         pass
     return 1
 
 
 def find_picture(folder: Path, stem: str) -> Path | None:
-    """The picture `stem` with any of SUFFIXES, lower or upper case, in a folder; None where there is none."""
+    """The picture `stem` with any of SUFFIXES, as .jpg, .JPG or .Jpg, in a folder; None where there is none."""
     for suffix in SUFFIXES:
-        for spelled in (suffix, suffix.upper()):
+        for spelled in (suffix, suffix.upper(), "." + suffix[1:].capitalize()):
             path = folder / (stem + spelled)
             if path.is_file():
                 return path
@@ -154,16 +205,32 @@ def _open_fault(path: str | Path, error: Exception) -> str:
 
 def _fault(start: bytes, error: Exception) -> str:
     """The same, of the first bytes of a file."""
-    expected = "expected a JPEG, PNG, BMP or WebP picture"
+    expected = "expected a JPEG, PNG, BMP, WebP or TIFF picture"
     if not start:
         return f"empty file, {expected}"
+    unread = _unread_format(start)
+    if unread is not None:
+        return f"a picture in {unread} format, {expected} (convert it first)"
     if start.lstrip()[:1] == b"<":
         return f"HTML or XML text, {expected} (an error page saved by a download?)"
     if start.startswith(b"version https://git-lfs"):
         return f"a Git LFS pointer, {expected} (run `git lfs pull`)"
-    if start[:2] == b"\xff\xd8" or start[:8] == b"\x89PNG\r\n\x1a\n" or start[:4] == b"RIFF" or start[:2] == b"BM":
+    if start.startswith((b"\xff\xd8", PNG_START, b"RIFF", b"BM", b"II*\x00", b"MM\x00*")):
         return f"truncated or broken header, {expected} ({_one_line(error)})"
     return f"not a picture (starts with {start[:8]!r}), {expected}"
+
+
+def _unread_format(start: bytes) -> str | None:
+    """The name of a picture format that is not read here, from a file's first bytes; None for anything else."""
+    if start[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if start[4:8] == b"ftyp":  # ISO base media: the brand says which
+        return {b"avif": "AVIF", b"avis": "AVIF", b"jp2 ": "JPEG 2000", b"jxl ": "JPEG XL"}.get(
+            start[8:12], "HEIC" if start[8:12] in HEIC_BRANDS else None
+        )
+    if start[4:12] == b"jP  \r\n\x87\n" or start[:4] == b"\xff\x4f\xff\x51":
+        return "JPEG 2000"
+    return "JPEG XL" if start[:2] == b"\xff\x0a" or start[4:8] == b"JXL " else None
 
 
 def _decode_fault(error: Exception) -> str:

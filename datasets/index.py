@@ -26,6 +26,7 @@ import numpy as np
 ANY_CLASS = -1  # the label of an ignore region that belongs to no class (KITTI DontCare); `ignore` is True there
 
 Effect = Literal["picture dropped", "object dropped", "duplicate dropped", "left out", "noted"]
+NO_LABEL_FILE = "no label file"  # the kind of fault of a picture that is taken for one without objects
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -78,7 +79,8 @@ class Fault:
     path, line: the label file (or picture) and the line in it, where there is one.
     reason: one line: what was found and what was expected.
     kind: a few words that faults of one sort share; the scan counts by it.
-    effect: "noted" keeps everything (a box may have been clipped).
+    effect: "noted" keeps everything (a box may have been clipped); "left out" is a label without its picture: nothing
+        wrong can be learnt from it, and it does not count as bad.
     picture: the name of the picture it belongs to; empty for a fault of a whole file.
     """
 
@@ -101,13 +103,15 @@ class DatasetIndex:
     names: the K class names. samples: in the order of the split's list or of the sorted file names.
     category_ids: the K ids the classes have in a COCO file; None: 0..K-1.
     format: the name of the format it was read from.
+    label_source: where the labels were looked for, in words.
     """
 
     names: tuple[str, ...]
     samples: tuple[Sample, ...]
     faults: tuple[Fault, ...] = ()
-    category_ids: tuple[int, ...] | None = None
+    category_ids: tuple[int | str, ...] | None = None
     format: str = ""
+    label_source: str = ""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,4 +119,4 @@ class DatasetIndex:
     def subset(self, rows: Sequence[int]) -> "DatasetIndex":
         """The chosen samples, in the given order, without the faults (they belong to the whole)."""
         samples = tuple(self.samples[row] for row in rows)
-        return DatasetIndex(self.names, samples, (), self.category_ids, self.format)
+        return DatasetIndex(self.names, samples, (), self.category_ids, self.format, self.label_source)

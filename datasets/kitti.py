@@ -14,6 +14,7 @@ from datasets.images import SUFFIXES, find_picture
 from datasets.index import ANY_CLASS, DatasetIndex
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
 from datasets.text_lines import read_lines, read_names
+from datasets.values import read_number
 from errors import UserError
 
 CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
@@ -42,7 +43,7 @@ def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = Non
         label_path, image_path = base / "label_2" / f"{stem}.txt", find_picture(base / "image_2", stem)
         if image_path is None:
             reason = f"no picture {stem} in {base / 'image_2'}"
-            log.add(label_path, None, reason, "label without picture", "picture dropped", stem)
+            log.add(label_path, None, reason, "label without picture", "left out", stem)
             continue
         try:
             lines = read_lines(label_path)
@@ -62,7 +63,7 @@ def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = Non
                 effect = "noted" if given and kind == "unknown class" else "object dropped"
                 log.add(label_path, number, reason, kind, effect, image_path.name)
         samples.append(make_sample(rows, frame, log, image_path=image_path, image_id=stem, label_path=label_path))
-    return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "kitti")
+    return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "kitti", str(base / "label_2"))
 
 
 def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
@@ -80,7 +81,7 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
     known = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
     if split != "all" and (known or split not in ("train", "val")):
         raise UserError(f"{choices[0]}: no such list, found {', '.join(known) or 'none'} (`all` takes every frame)")
-    stems = set()
+    stems: set[str] = set()
     for folder, suffixes in ((base / "label_2", (".txt",)), (base / "image_2", SUFFIXES)):
         stems |= {path.relative_to(folder).with_suffix("").as_posix() for path in list_files(folder, suffixes)}
     if split == "all":
@@ -95,9 +96,9 @@ def _add_line(line: str, number: int, names: tuple[str, ...], rows: LabelRows) -
         return f"{len(columns)} columns, expected 15 (16 with a score)", "malformed row"
     name = columns[0]
     try:
-        box = [float(value) for value in columns[4:8]]
+        box = list(map(read_number, columns[4:8]))
     except ValueError as error:
-        return f"{error}, expected a number", "malformed row"
+        return f"{error}", "malformed row"
     if name == "DontCare":
         rows.add(box, ANY_CLASS, crowd=True, line=number)
     elif name in names:

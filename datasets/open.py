@@ -1,9 +1,11 @@
 """One door to every format: open_dataset."""
 
+from collections import Counter
 from pathlib import Path
 
 from datasets.coco import read_coco
-from datasets.index import DatasetIndex
+from datasets.folders import list_files
+from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex
 from datasets.kitti import read_kitti
 from datasets.subset import keep_classes
 from datasets.voc import read_voc
@@ -26,14 +28,16 @@ def open_dataset(
     *,
     names: tuple[str, ...] | None = None,
     classes: tuple[str, ...] = (),
+    needs_objects: bool = True,
 ) -> DatasetIndex:
     """Read a split of a dataset on disk: labels and picture headers, no pixels.
 
     format: voc, coco, yolo, kitti or shapes; root and split as the reader of the format says (read_voc, read_coco,
     read_yolo, read_kitti). names: class names in the order of the labels; VOC and KITTI then leave other classes out,
     COCO and YOLO files must agree with them. classes: those of the set's classes that count, in their order
-    (subset.keep_classes); none: all. Bad pictures and objects are left out and listed in `faults`: see
-    scan.check. UserError for a root, split or class list that cannot be used, and for a split without any picture.
+    (subset.keep_classes); none: all. Bad pictures and objects are left out and listed in `faults`: see scan.check.
+    UserError for a root, split or class list that cannot be used, for a split without any picture, and, where it
+    `needs_objects`, for one without any object.
     """
     if format not in READERS:
         raise UserError(f"dataset format {format!r}, expected one of {', '.join(READERS)}")
@@ -41,6 +45,46 @@ def open_dataset(
     if classes:
         index = keep_classes(index, tuple(classes), f"{root}: split {split!r}")
     if not index.samples:
-        first = f"; first fault: {index.faults[0]}" if index.faults else ""
-        raise UserError(f"{root}: split {split!r} has no usable picture{first}")
+        kinds = Counter(fault.kind for fault in index.faults).most_common()
+        found = "; ".join(
+            [f"{count} x {kind}" for kind, count in kinds] + [f"first fault: {f}" for f in index.faults[:1]]
+        )
+        where = f"; labels were looked for in {index.label_source}" if index.label_source else ""
+        raise UserError(f"{root}: split {split!r} has no usable picture{where}{'; ' if found else ''}{found}")
+    if needs_objects:
+        require_objects(index, f"{root}: split {split!r}", root)
     return index
+
+
+def require_objects(index: DatasetIndex, title: str, root: str | Path, *, learnable: bool = False) -> None:
+    """UserError for an index without one object of a class: nothing can be learnt from it, and nothing measured.
+
+    It says where the labels were looked for, how many label files are missing, and where files of their names lie
+    below `root`. learnable: objects that are marked difficult do not count either.
+    """
+    for sample in index.samples:
+        if (sample.labels[~(sample.ignore if learnable else sample.crowd)] != ANY_CLASS).any():
+            return
+    missing = [fault for fault in index.faults if fault.kind == NO_LABEL_FILE]
+    dropped = [fault for fault in index.faults if fault.effect in ("object dropped", "left out")]
+    regions = sum(map(len, index.samples))
+    found = f"{title}: {len(index)} pictures and not one object; labels were looked for in {index.label_source}"
+    found += f", {len(missing)} of {len(index)} label files are missing"
+    if missing:
+        found += f" (the first: {missing[0].path}){_found_elsewhere(missing[0].path, root)}"
+    if regions:
+        found += f"; {regions} objects or regions that are to be ignored, and no others"
+    if dropped:
+        found += f"; {len(dropped)} objects or labels cannot be used, the first: {dropped[0]}"
+    raise UserError(found)
+
+
+def _found_elsewhere(path: str, root: str | Path) -> str:
+    """Where below the root a file lies that may be the missing label file: of its name, in any case."""
+    name, root = Path(path).name.lower(), Path(root)
+    try:
+        files = list_files(root if root.is_dir() else root.parent, (".txt",))
+    except UserError:
+        return ""
+    found = next((file for file in files if file.name.lower() == name), None)
+    return "" if found is None else f"; found {found} instead, which is not read"

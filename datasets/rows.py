@@ -3,20 +3,26 @@
 Every reader collects LabelRows and hands them to `make_sample`, so that all formats drop and keep by one rule:
 
     not a number, zero size, turned inside out, outside the picture     the object is dropped
+    equal in all to a row before it                                     dropped as a duplicate
     more than one pixel past the edge of the picture                    kept, clipped to the picture, noted
     up to one pixel past the edge (rounding of the source)              kept as it is
+
+A label file that states the size of its picture tells whether the picture was resized after labelling: see
+refuse_resized.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from datasets.images import read_header, turn_boxes
+from datasets.images import UNREAD, read_header, turn_boxes
 from datasets.index import Effect, Fault, Sample
 from errors import UserError
 
 EDGE_TOLERANCE = 1.0  # pixels
+ONE_FACTOR = 0.1  # the share of the pictures that cannot have one wrong factor by accident
 
 
 @dataclass(eq=False)
@@ -54,17 +60,23 @@ class Frame:
 
 
 class FaultLog:
-    """The faults of one read, in the order met."""
+    """The faults of one read, in the order met, and what the label files said of the pictures' sizes.
+
+    stated: pictures whose label file states a size. resized: for those that have another size, the factors from the
+    stated to the real width and height, and what was found.
+    """
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
+        self.stated = 0
+        self.resized: list[tuple[tuple[float, float], str]] = []
 
     def add(self, path, line, reason: str, kind: str, effect: Effect, picture="") -> None:
         self.faults.append(Fault(str(path), line, reason, kind, effect, str(picture)))
 
 
 def read_frame(
-    image_path: Path, log: FaultLog, *, stated: tuple[int, int] | None = None, label_path: Path | None = None
+    image_path: Path, log: FaultLog, *, stated: tuple[float, float] | None = None, label_path: Path | None = None
 ) -> Frame | None:
     """The frame of a picture from its header, compared with the (width, height) its label file states.
 
@@ -77,6 +89,7 @@ def read_frame(
         reason = str(error).removeprefix(f"{image_path}: ")
         log.add(image_path, None, reason, "unreadable picture", "picture dropped", image_path.name)
         return None
+    log.stated += stated is not None
     turned = orientation >= 5
     width, height = (stored_height, stored_width) if turned else (stored_width, stored_height)
     if orientation == 1 and stated in (None, (width, height)):
@@ -89,12 +102,41 @@ def read_frame(
         if stated is None or not turned or width == height:  # else the size tells whose frame it is
             note(f"EXIF orientation {orientation}; labels taken as of the upright picture", "EXIF orientation")
         return Frame(width, height)
-    found = f"says {stated[0]} x {stated[1]}, the picture is {width} x {height}"
+    found = f"says {stated[0]:g} x {stated[1]:g}, the picture is {width} x {height}"
     if stated == (stored_width, stored_height):
         note(f"{found} upright (EXIF orientation {orientation}); boxes turned with it", "boxes turned with EXIF")
         return Frame(width, height, orientation)
     note(f"{found}; the picture is believed", "wrong size stated")
+    if stated != (height, width):  # sides by each other's names are a slip of the tool, and no other size
+        factors = round(width / stated[0], 2), round(height / stated[1], 2)
+        log.resized.append((factors, f"{label_path or image_path}: {image_path.name}: {found}"))
     return Frame(width, height)
+
+
+def refuse_resized(log: FaultLog, source: Path) -> None:
+    """UserError where the pictures have other sizes than those that were labelled: the boxes then mean other pixels.
+
+    That is so where more than half of the pictures, two at least, differ from the size that is stated for them, or
+    where more than a tenth, three at least, differ by one factor. A few single ones are only noted.
+    """
+    if not log.resized:
+        return
+    count = len(log.resized)
+    (factors, alike), *_ = Counter(factors for factors, _ in log.resized).most_common(1)
+    if (count >= 2 and count > log.stated / 2) or (alike >= 3 and alike > ONE_FACTOR * log.stated):
+        by = f", {alike} by the factor {factors[0]:g}" + (f" x {factors[1]:g}" if factors[0] != factors[1] else "")
+        raise UserError(
+            f"{source}: the pictures were resized after labelling: {count} of {log.stated} have another size than "
+            f"their labels state{by if alike > 1 else ''}; the first: {log.resized[0][1]}; expected the pictures that "
+            "were labelled, or labels of these"
+        )
+
+
+def log_unread(paths: list[Path], log: FaultLog) -> None:
+    """A fault for each picture of a format that is not read."""
+    for path in paths:
+        reason = f"a picture in {UNREAD[path.suffix.lower()]} format, expected JPEG, PNG, BMP, WebP or TIFF"
+        log.add(path, None, reason, "unreadable picture", "picture dropped", path.name)
 
 
 def make_sample(
@@ -105,10 +147,9 @@ def make_sample(
     image_path: Path,
     image_id: int | str,
     label_path: Path,
-    drop_duplicates: bool = False,
     num_soft_classes: int | None = None,
 ) -> Sample:
-    """The Sample of the usable rows; what is unusable goes to the log. `drop_duplicates`: of rows equal in all.
+    """The Sample of the usable rows; what is unusable goes to the log.
 
     num_soft_classes: K, where the rows have class_scores.
     """
@@ -125,10 +166,11 @@ def make_sample(
     is_kept = np.ones(len(boxes), dtype=bool)
     if not is_good.all():  # a few pictures of a set
         boxes, is_kept = _sort_out(boxes, limit, rows, log, image_path, label_path)
-    if drop_duplicates:
+    columns = map(tuple, rows.boxes), rows.labels, rows.difficult, rows.crowd, rows.area, rows.class_scores
+    keys = list(zip(*columns))
+    if len(set(keys)) < len(keys):
         seen = set()
-        columns = map(tuple, rows.boxes), rows.labels, rows.difficult, rows.crowd, rows.class_scores
-        for row, key in enumerate(zip(*columns)):
+        for row, key in enumerate(keys):
             if key in seen and is_kept[row]:
                 _log_row(row, "duplicate box", "duplicate dropped", boxes, limit, rows, log, image_path, label_path)
                 is_kept[row] = False

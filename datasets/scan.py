@@ -18,12 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images import read_image
-from datasets.index import ANY_CLASS, DatasetIndex, Fault
+from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.open import READERS, open_dataset
 from errors import UserError, run_script
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
 SHOWN_NAME = 24  # characters of a class name in the table
+FEW = 3  # bad pictures or objects that a fraction needs before it counts: one of ten is no tenth of a set
+SUGGESTED = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +48,21 @@ class ScanReport:
     def bad_fraction(self) -> float:
         """The larger of: dropped pictures among all pictures, dropped objects among all objects (0 for none).
 
-        Dropped exact duplicates and what is only noted do not count; objects of a dropped picture are not known.
+        Dropped exact duplicates, labels without a picture and what is only noted do not count; objects of a dropped
+        picture are not known.
         """
+        return max(self._fractions())
+
+    def _fractions(self) -> tuple[float, float]:
         objects = sum(map(len, self.index.samples))
         of_pictures = self.dropped_pictures / max(len(self.index) + self.dropped_pictures, 1)
-        return max(of_pictures, self.dropped_objects / max(objects + self.dropped_objects, 1))
+        return of_pictures, self.dropped_objects / max(objects + self.dropped_objects, 1)
+
+    def too_bad(self, max_bad_fraction: float) -> bool:
+        """Whether a fraction is above the limit, with three pictures or objects behind it (one for a limit of 0)."""
+        few = FEW if max_bad_fraction > 0 else 1
+        counts = (self.dropped_pictures, self.dropped_objects)
+        return any(c >= few and fraction > max_bad_fraction for c, fraction in zip(counts, self._fractions()))
 
     def table(self) -> str:
         """The report as text, without a newline at its end. Ignored objects are counted in no other column."""
@@ -71,10 +83,12 @@ class ScanReport:
             shown = name if len(name) <= SHOWN_NAME else name[: SHOWN_NAME - 1] + "…"
             rows.append((shown, *(str(count) for count in counts)))
         empty = sum(len(sample) == 0 for sample in samples)
+        missing = sum(fault.kind == NO_LABEL_FILE for fault in self.index.faults)
+        without = f"{empty} without objects" + (f" ({missing} of them without a label file)" if missing else "")
         soft = ", soft labels" if samples and samples[0].class_scores is not None else ""
         lines = [
             self.title,
-            f"{len(samples)} pictures{_sizes(self.index)}, {empty} without objects, {len(names)} classes{soft}; "
+            f"{len(samples)} pictures{_sizes(self.index)}, {without}, {len(names)} classes{soft}; "
             + ("every picture decoded" if self.decoded else "headers read, pictures not decoded"),
             "",
             *_align(rows),
@@ -142,14 +156,20 @@ def scan(
     return ScanReport(replace(index, samples=tuple(kept), faults=tuple(faults)), title, decoded=True)
 
 
-def check(report: ScanReport, max_bad_fraction: float = 0.01) -> None:
-    """UserError where more than `max_bad_fraction` of the pictures or objects was dropped; it names the first."""
-    if report.bad_fraction > max_bad_fraction:
+def check(report: ScanReport, max_bad_fraction: float = 0.01, *, flag: str = "") -> None:
+    """UserError where more than `max_bad_fraction` of the pictures or objects was dropped, and three at least.
+
+    It names the first, and ends with the setting that lets them pass: the key of a config, after the `flag` of a
+    command that has one.
+    """
+    if report.too_bad(max_bad_fraction):
         first = next(fault for fault in report.index.faults if fault.effect in ("picture dropped", "object dropped"))
+        enough = next(limit for limit in SUGGESTED if not report.too_bad(limit))
+        setting = (f"{flag} {enough:g}, in a config " if flag else "") + f"data.max_bad_fraction={enough:g}"
         raise UserError(
             f"{report.title}: {report.dropped_pictures} pictures and {report.dropped_objects} objects are bad "
-            f"({100 * report.bad_fraction:.2f} %), expected at most {100 * max_bad_fraction:g} % (max_bad_fraction); "
-            f"first: {first}"
+            f"({100 * report.bad_fraction:.2f} %), expected at most {100 * max_bad_fraction:g} %; "
+            f"first: {first}; to train without them: {setting}"
         )
 
 
@@ -218,7 +238,7 @@ def main(argv: list[str]) -> int:
     print(report.table())
     if arguments.out:
         report.write(arguments.out)
-    check(report, arguments.max_bad_fraction)
+    check(report, arguments.max_bad_fraction, flag="--max-bad-fraction")
     return 0
 
 

@@ -10,40 +10,43 @@ and actions are not read.
 """
 
 import csv
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from xml.parsers import expat
 
-from datasets.folders import list_files
-from datasets.images import SUFFIXES, find_picture
+from datasets.folders import is_left_out, list_files
+from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import DatasetIndex
-from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
+from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame, refuse_resized
 from datasets.text_lines import read_lines, read_names
+from datasets.values import box_fault, read_flag, read_number
+from datasets.voc_xml import Object, read_annotation
 from errors import UserError
 
 CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor"
 ).split()
-MAX_XML_BYTES = 4 << 20
-MAX_XML_DEPTH = 20
 
 
 def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
-    """A split of a folder in VOC's layout.
+    """A split of a folder in VOC's layout, or in that of the tools which export it.
 
     split: a list in ImageSets/Main (`trainval`); with a year, of `VOC<year>` below root or root/VOCdevkit
     (`2007/trainval`); several, joined by + (`2007/trainval+2012/trainval`); `all`, every annotation file.
-    Folders without ImageSets may have the split as a CSV with a column `filename`: <split>.csv or
-    <split>_labels.csv, in root or root/data. Pictures lie in JPEGImages or images, XML in Annotations or annotations.
+    Folders without ImageSets may have the split as a CSV with a column `filename` (<split>.csv or <split>_labels.csv,
+    in root or root/data), or as a folder: <split> with all that is its own, or a folder <split> among the annotations.
+    XML lies in Annotations or annotations, else in the one folder that holds some, else beside the pictures; pictures
+    lie in JPEGImages or images, else in the one folder that holds some.
     Class names: `names`, else the lines of classes.txt, else VOC's 20 in a folder called VOC<year>, else all names in
-    all annotation files, sorted, so that every split has the same. UserError for a root or split that is not there.
+    all annotation files, sorted, so that every split has the same. UserError for a root or split that is not there,
+    and for pictures that were resized after labelling.
     """
     root = Path(root)
     parts = [_find_part(root, part) for part in split.split("+")]
     given = names is not None
-    names = tuple(names) if given else _class_names([part.folder for part in parts])
+    names = tuple(names) if given else _class_names(parts)
     log, samples, seen = FaultLog(), [], set()
     for part in parts:
         for stem in _read_list(part, log):
@@ -52,12 +55,14 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
             sample = _read_sample(part, stem, image_id, names, given, log)
             if sample is not None:
                 samples.append(sample)
-    return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "voc")
+    refuse_resized(log, root)
+    places = dict.fromkeys(str(part.annotations) for part in parts)
+    return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "voc", ", ".join(places))
 
 
 @dataclass(frozen=True)
 class _Part:
-    folder: Path
+    folder: Path  # where the class names are looked for, in the annotation files of all splits
     annotations: Path
     pictures: Path
     source: Path  # the list, or the folder of annotations
@@ -74,12 +79,18 @@ def _find_part(root: Path, part: str) -> _Part:
     folder = next((choice for choice in choices if choice.is_dir()), None)
     if folder is None:
         raise UserError(f"split {part!r}: found none of {', '.join(map(str, choices))}")
-    annotations = _first_folder(folder, ("Annotations", "annotations"))
-    pictures = _first_folder(folder, ("JPEGImages", "images"))
     lists = folder / "ImageSets" / "Main"
     files = [lists / f"{name}.txt"]
     files += [base / f"{name}{end}.csv" for base in (folder, folder / "data") for end in ("", "_labels")]
-    source = next((file for file in files if file.is_file()), annotations if name == "all" else None)
+    source = next((file for file in files if file.is_file()), None)
+    if source is None and name != "all" and _holds(folder / name, (".xml",)):
+        annotations, pictures = _find_folders(folder / name, part)
+        return _Part(folder, annotations, pictures, annotations)
+    annotations, pictures = _find_folders(folder, part)
+    if source is None and name != "all" and _holds(annotations / name, (".xml",)):
+        annotations, pictures = annotations / name, pictures / name if (pictures / name).is_dir() else pictures
+        source = annotations
+    source = annotations if name == "all" else source
     if source is None:
         known = sorted(path.stem for path in lists.glob("*.txt")) or [
             path.name for path in list_files(folder, (".csv",))
@@ -88,11 +99,49 @@ def _find_part(root: Path, part: str) -> _Part:
     return _Part(folder, annotations, pictures, source)
 
 
-def _first_folder(folder: Path, choices: tuple[str, ...]) -> Path:
-    for choice in choices:
-        if (folder / choice).is_dir():
-            return folder / choice
-    raise UserError(f"{folder}: no folder {' or '.join(choices)}, expected a VOC dataset")
+def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
+    """(folder of the annotations, folder of the pictures), by their names or by what is in them."""
+    named = (folder / name for name in ("Annotations", "annotations"))
+    annotations = next((path for path in named if _holds(path, (".xml",))), None)
+    if annotations is None:
+        holders = _holders(folder, (".xml",))
+        if not holders:
+            count = len(list_files(folder, SUFFIXES))
+            found = f"no XML file in Annotations or in any other folder, for {count} pictures"
+            raise UserError(f"{folder}: found {found}; expected a VOC dataset")
+        if len(holders) > 1:
+            found = ", ".join(path.name for path in holders)
+            raise UserError(f"{folder}: no split {split!r}, found XML files in {found}")
+        annotations = holders[0]
+    named = (folder / name for name in ("JPEGImages", "images"))
+    pictures = next((path for path in named if path.is_dir()), None)
+    if pictures is None:
+        holders = [annotations] if _holds(annotations, SUFFIXES) else _holders(folder, SUFFIXES)
+        if len(holders) > 1:  # the pictures, and perhaps masks or previews of them
+            stem = list_files(annotations, (".xml",))[0].stem
+            holders = [path for path in holders if find_picture(path, stem)]
+        if len(holders) != 1:
+            found = "pictures in " + ", ".join(path.name for path in holders) if holders else "no pictures"
+            raise UserError(f"{folder}: found {found}; expected a VOC dataset with one folder JPEGImages")
+        pictures = holders[0]
+    return annotations, pictures
+
+
+def _holders(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The folder itself where files of such a suffix lie in it, else the folders in it that hold some."""
+    if _holds_directly(folder, suffixes):
+        return [folder]
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not is_left_out(path.name))
+    return [path for path in inner if _holds(path, suffixes)]
+
+
+def _holds(folder: Path, suffixes: tuple[str, ...]) -> bool:
+    return folder.is_dir() and (_holds_directly(folder, suffixes) or bool(list_files(folder, suffixes)))
+
+
+def _holds_directly(folder: Path, suffixes: tuple[str, ...]) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(suffixes) and not is_left_out(entry.name) for entry in entries)
 
 
 def _read_list(part: _Part, log: FaultLog) -> list[str]:
@@ -117,30 +166,35 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
 
 def _stem(line: str, part: _Part) -> str:
     """A picture's name in a list, without the suffix of a picture; it may not leave the dataset's folder."""
+    if not (part.annotations / f"{line}.xml").is_file():
+        line = line.replace("\\", "/")
     path = PurePosixPath(line)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{part.source}: {line!r} leaves the dataset's folder")
-    if path.suffix.lower() in SUFFIXES and not (part.annotations / f"{line}.xml").is_file():
+    if path.suffix.lower() in (*SUFFIXES, *UNREAD) and not (part.annotations / f"{line}.xml").is_file():
         return str(path.with_suffix(""))
     return line
 
 
 def _log_unlabelled(part: _Part, stems: set[str], log: FaultLog) -> None:
-    for path in list_files(part.pictures, SUFFIXES):
+    for path in list_files(part.pictures, (*SUFFIXES, *UNREAD)):
         stem = path.relative_to(part.pictures).with_suffix("").as_posix()
-        if stem not in stems:
+        if stem not in stems and path.suffix.lower() in UNREAD:
+            log_unread([path], log)
+        elif stem not in stems:
             log.add(path, None, "no annotation file", "picture without label file", "picture dropped", path.name)
 
 
-def _class_names(folders: list[Path]) -> tuple[str, ...]:
-    for folder in folders:
-        if (folder / "classes.txt").is_file():
-            return read_names(folder / "classes.txt")
-    if all(re.fullmatch(r"VOC20\d\d", folder.name) for folder in folders):
+def _class_names(parts: list[_Part]) -> tuple[str, ...]:
+    for part in parts:
+        for folder in (part.folder, part.annotations):
+            if (folder / "classes.txt").is_file():
+                return read_names(folder / "classes.txt")
+    if all(re.fullmatch(r"VOC20\d\d", part.folder.name) for part in parts):
         return tuple(CLASSES)
     names = set()
-    for folder in folders:
-        for path in list_files(_first_folder(folder, ("Annotations", "annotations")), (".xml",)):
+    for folder in dict.fromkeys(part.folder for part in parts):
+        for path in list_files(folder, (".xml",)):
             try:
                 names.update(item.name for item in read_annotation(path).objects if item.name)
             except UserError:
@@ -151,8 +205,8 @@ def _class_names(folders: list[Path]) -> tuple[str, ...]:
 def _read_sample(part: _Part, stem: str, image_id: str, names: tuple[str, ...], given: bool, log: FaultLog):
     path = part.annotations / f"{stem}.xml"
 
-    def drop(reason: str, kind: str) -> None:
-        log.add(path, None, reason, kind, "picture dropped", stem)
+    def drop(reason: str, kind: str, effect="picture dropped") -> None:
+        log.add(path, None, reason, kind, effect, stem)
 
     if not path.is_file():
         return drop("no such file, the list names it", "picture without label file")
@@ -160,11 +214,12 @@ def _read_sample(part: _Part, stem: str, image_id: str, names: tuple[str, ...], 
         annotation = read_annotation(path)
     except UserError as error:
         return drop(str(error).removeprefix(f"{path}: "), "unreadable label file")
-    image_path = find_picture(part.pictures, stem)
-    if image_path is None and (part.pictures / Path(annotation.filename).name).is_file():
-        image_path = part.pictures / Path(annotation.filename).name
+    image_path = _find_image(part, stem, annotation.filename)
     if image_path is None:
-        return drop(f"no picture {stem} in {part.pictures}", "label without picture")
+        return drop(f"no picture {stem} in {part.pictures}", "label without picture", "left out")
+    if image_path.suffix.lower() in UNREAD:
+        log_unread([image_path], log)
+        return None
     frame = read_frame(image_path, log, stated=annotation.size, label_path=path)
     if frame is None:
         return None
@@ -178,100 +233,32 @@ def _read_sample(part: _Part, stem: str, image_id: str, names: tuple[str, ...], 
     return make_sample(rows, frame, log, image_path=image_path, image_id=image_id, label_path=path)
 
 
-def _add_object(item: "_Object", names: tuple[str, ...], rows: LabelRows) -> tuple[str, str] | None:
+def _find_image(part: _Part, stem: str, filename: str) -> Path | None:
+    """The picture of an annotation file: of its stem, else of the name that it states; of a format that is read, else
+    of any other."""
+    stated = re.split(r"[/\\]", filename)[-1]
+    folder = part.pictures / PurePosixPath(stem).parent
+    choices = [place / stated for place in (folder, part.pictures) if stated]
+    choices += [part.pictures / f"{stem}{suffix}" for suffix in UNREAD]
+    return find_picture(part.pictures, stem) or next((path for path in choices if path.is_file()), None)
+
+
+def _add_object(item: Object, names: tuple[str, ...], rows: LabelRows) -> tuple[str, str] | None:
     """Add a row, or say why not: (reason, kind)."""
     if not item.name:
         return "object without a name", "malformed object"
     try:
-        corners = [float(item.fields[key]) for key in ("xmin", "ymin", "xmax", "ymax")]
+        corners = [read_number(item.fields[key]) for key in ("xmin", "ymin", "xmax", "ymax")]
+        difficult = read_flag(item.fields.get("difficult"))
     except KeyError as error:
         return f"object without {error.args[0]}", "malformed object"
     except ValueError as error:
-        return f"{error}, expected a number", "malformed object"
-    xmin, ymin, xmax, ymax = corners
+        return f"{error}", "malformed object"
     if item.name not in names:
         return f"class {item.name!r}, expected one of {', '.join(names[:20])}", "unknown class"
-    if xmin == xmax or ymin == ymax:
-        return f"zero-size box: {xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}", "zero-size box"
-    if xmin > xmax or ymin > ymax:
-        return f"box turned inside out: {xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}", "box turned inside out"
-    difficult = item.fields.get("difficult", "0").lower() in ("1", "true")
+    fault = box_fault(*corners)
+    if fault is not None:
+        return fault
+    xmin, ymin, xmax, ymax = corners
     rows.add((xmin - 1, ymin - 1, xmax, ymax), names.index(item.name), difficult=difficult, line=item.line)
     return None
-
-
-@dataclass
-class _Object:
-    line: int
-    fields: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.fields.get("name", "")
-
-
-@dataclass
-class Annotation:
-    """What is read of one XML file: the stated (width, height), the file name, the objects' texts and lines."""
-
-    size: tuple[int, int] | None = None
-    filename: str = ""
-    objects: list[_Object] = field(default_factory=list)
-
-
-_FIELDS = {("object", "name"), ("object", "difficult")}
-_FIELDS |= {("object", "bndbox", key) for key in ("xmin", "ymin", "xmax", "ymax")}
-
-
-def read_annotation(path: Path) -> Annotation:
-    """Parse a VOC XML file of at most 4 MiB, 20 deep, without DOCTYPE or entities. UserError otherwise."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_XML_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    if len(data) > MAX_XML_BYTES:
-        raise UserError(f"{path}: more than {MAX_XML_BYTES} bytes, expected a VOC annotation")
-    annotation, texts = Annotation(), {}
-    parser = expat.ParserCreate()
-    parser.buffer_text = True
-    stack: list[str] = []
-    text: list[str] = []
-
-    def refuse_doctype(*_) -> None:
-        raise UserError(f"{path}:{parser.CurrentLineNumber}: a DOCTYPE, expected plain XML without entities")
-
-    def start(tag: str, _) -> None:
-        stack.append(tag)
-        text.clear()
-        if len(stack) > MAX_XML_DEPTH:
-            raise UserError(f"{path}:{parser.CurrentLineNumber}: nested deeper than {MAX_XML_DEPTH}")
-        if stack[0] != "annotation":
-            raise UserError(f"{path}:{parser.CurrentLineNumber}: found <{tag}>, expected <annotation>")
-        if stack[1:] == ["object"]:
-            annotation.objects.append(_Object(parser.CurrentLineNumber))
-
-    def end(_) -> None:
-        key = tuple(stack[1:])
-        if key in _FIELDS:
-            annotation.objects[-1].fields.setdefault(key[-1], "".join(text).strip())
-        elif key[:1] in (("size",), ("filename",)):
-            texts.setdefault(key, "".join(text).strip())
-        stack.pop()
-        text.clear()
-
-    parser.StartDoctypeDeclHandler = refuse_doctype
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.CharacterDataHandler = text.append
-    try:
-        parser.Parse(data, True)
-    except (expat.ExpatError, LookupError, ValueError) as error:  # the last two: an encoding Python does not know
-        raise UserError(f"{path}: not well-formed XML: {error}") from None
-    annotation.filename = texts.get(("filename",), "")
-    try:
-        annotation.size = (int(float(texts["size", "width"])), int(float(texts["size", "height"])))
-    except KeyError:
-        pass  # no size stated: nothing to compare
-    except (ValueError, OverflowError):
-        annotation.size = (0, 0)  # stated, and wrong
-    return annotation

@@ -1,9 +1,11 @@
-"""YOLO text labels: a data.yaml (or darknet's obj.names and lists), and one text file of labels a picture.
+"""YOLO text labels: a data.yaml (or names and folders or lists), and one text file of labels a picture.
 
 A row is `class center_x center_y width height`, as fractions of the UPRIGHT picture (EXIF applied), 0 at the outer edge
-of the first pixel. A row of a class and three or more points x y (a segmentation) becomes the box around them. Rows
-equal in all are one object; nearly equal ones are kept. An empty or missing label file means a picture without objects.
-Ignore regions do not exist in this format.
+of the first pixel; datasets.yolo_rows says what longer rows are. Rows equal in all are one object; nearly equal ones
+are kept. An empty label file means a picture without objects; so does a missing one, which is counted as such. Ignore
+regions do not exist in this format.
+
+The labels of .../images/a/b.jpg are .../labels/a/b.txt, or lie beside the picture: LabelFolders says which.
 
 Ours beside it: where there is a folder soft_labels/a, the pictures of images/a have there, under the names of labels/a,
 a row of K numbers for each label row, in their order: the share of each class in the object, 0 or more and 1 in sum.
@@ -12,82 +14,131 @@ Every path is relative to the folder of the yaml file (never to the working dire
 `download` is never acted upon.
 """
 
-import re
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from datasets.folders import list_files
-from datasets.images import SUFFIXES
-from datasets.index import DatasetIndex
-from datasets.rows import FaultLog, Frame, LabelRows, make_sample, read_frame
+from datasets.images import SUFFIXES, UNREAD
+from datasets.index import NO_LABEL_FILE, DatasetIndex
+from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame
 from datasets.text_lines import check_names, read_lines, read_names
+from datasets.yolo_rows import LongRows, add_row, read_kpt_shape, read_shares
 from errors import UserError
 from yaml_files import read_yaml
 
-NORM_TOLERANCE = 0.01  # a fraction up to 1.01 is rounding; beyond, the row is in pixels or broken
-SUM_TOLERANCE = 0.001  # shares that miss 1 by less were rounded, and are divided by their sum
+NAME_FILES = ("obj.names", "classes.txt", "_darknet.labels")
+MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Where a split lies. names: None where no file has them. source: the file or folder that errors name."""
+
+    base: Path
+    entries: list[str]
+    names: tuple[str, ...] | None
+    source: Path
+    kpt_shape: tuple[int, int] | None = None
+    is_polygons: bool = False
 
 
 def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
     """A split of a YOLO dataset.
 
-    root: the yaml file, or a folder with data.yaml, config.yaml or one other *.yaml; or a folder of darknet's, with
-    obj.names (or classes.txt) and <split>.txt. split: a key of the yaml (`train`, `val`, `test`, ...): a folder,
-    a list file, or a list of both. `names` must be the dataset's own; they are only checked.
-    The labels of .../images/a/b.jpg are .../labels/a/b.txt (the last `images` of the path); else beside the picture.
+    root: the yaml file, or a folder with data.yaml, config.yaml or one other *.yaml. split: a key of the yaml (`train`,
+    `val`, `test`, ...): a folder, a list file, or a list of both. Or a folder without a yaml file, as tools export it:
+    the names in obj.names or classes.txt, there or beside the labels; the split a list <split>.txt, or a folder
+    images/<split>, <split>/images or <split>, and `all` for every picture. Without names the numbers stand for them.
+    `names` must be the dataset's own; they are only checked. UserError for a root or split that is not there, and for
+    rows of labels of which nothing tells what they are.
     """
     root = Path(root)
     yaml_path = _find_yaml(root)
-    if yaml_path is not None:
-        base, entries, own_names = _read_yaml(yaml_path, split)
-    else:
-        base, entries, own_names = _read_darknet(root, split)
-    if names is not None and tuple(names) != own_names:
-        raise UserError(f"{yaml_path or root}: classes {', '.join(own_names)}; expected {', '.join(names)}")
+    found = _read_yaml(yaml_path, split) if yaml_path is not None else _read_folders(root, split)
     log = FaultLog()
     image_paths: list[Path] = []
-    for entry in entries:
-        image_paths += _list_pictures(base, entry, log)
+    folders = LabelFolders(found.base)
+    for entry in found.entries:
+        image_paths += _list_pictures(found.base, entry, folders, log)
     unique = list(dict.fromkeys(image_paths))
     if len(unique) < len(image_paths):
         reason = f"{len(image_paths) - len(unique)} pictures are listed more than once"
-        log.add(yaml_path or root, None, reason, "listed twice", "noted")
+        log.add(found.source, None, reason, "listed twice", "noted")
+    folders.choose(unique)
+    own_names = found.names or names or _number_names(found.base, log)
+    if names is not None and tuple(names) != own_names:
+        raise UserError(f"{found.source}: classes {', '.join(own_names)}; expected {', '.join(names)}")
     stems = [path.stem for path in unique]
     are_unique = len(set(stems)) == len(stems)
-    samples = []
+    samples, long_rows = [], LongRows(found.kpt_shape, found.is_polygons)
     for image_path in unique:
         image_id = image_path.stem if are_unique else str(image_path.with_suffix(""))
-        sample = _read_sample(image_path, image_id, own_names, log)
+        sample = _read_sample(image_path, image_id, own_names, folders, long_rows, log)
         if sample is not None:
             samples.append(sample)
+    long_rows.decide()
     soft = sum(sample.class_scores is not None for sample in samples)
     if 0 < soft < len(samples):
-        found = f"split {split!r}: {soft} of {len(samples)} pictures lie in folders with soft_labels"
-        raise UserError(f"{yaml_path or root}: {found}, expected all or none")
-    return DatasetIndex(own_names, tuple(samples), tuple(log.faults), None, "yolo")
+        raise UserError(
+            f"{found.source}: split {split!r}: {soft} of {len(samples)} pictures lie in folders with soft_labels, "
+            "expected all or none"
+        )
+    return DatasetIndex(own_names, tuple(samples), tuple(log.faults), None, "yolo", folders.in_words())
 
 
-def label_path_of(image_path: Path) -> Path:
-    """Where the labels of a picture lie: its last folder `images` becomes `labels`; without one, beside the picture."""
-    return (_twin_of(image_path, "labels") or image_path).with_suffix(".txt")
+class Place(NamedTuple):
+    """Where the labels of a folder of pictures lie, and the soft labels, None where there are none."""
+
+    labels: Path
+    soft: Path | None
 
 
-def soft_label_path_of(image_path: Path) -> Path | None:
-    """Where its soft labels lie, None where it has none: its last folder `images` has no twin `soft_labels`."""
-    path = _twin_of(image_path, "soft_labels")
-    return path.with_suffix(".txt") if path is not None and path.parent.is_dir() else None
+class LabelFolders:
+    """Where the labels of each folder of pictures lie.
 
+    The last folder `images` of the path becomes `labels`; or they lie beside the pictures. A folder `images` above the
+    set (`base`) is tried last: it is a place for pictures by accident, such as /data/images/project. Of these places
+    the first that holds a label file of a picture is the folder's; if none does, the first of all.
+    """
 
-def _twin_of(image_path: Path, folder: str) -> Path | None:
-    """The path with `folder` in the place of its last folder `images`; None where it has no such folder."""
-    parts = list(image_path.parts)
-    for position in range(len(parts) - 2, -1, -1):
-        if parts[position] == "images":
-            parts[position] = folder
-            return Path(*parts)
-    return None
+    def __init__(self, base: Path) -> None:
+        self.base = os.path.abspath(base)
+        self.places: dict[Path, Place] = {}
+
+    def choose(self, image_paths: Iterable[Path]) -> None:
+        stems: dict[Path, list[str]] = {}
+        for path in image_paths:
+            if path.parent not in self.places:
+                stems.setdefault(path.parent, []).append(path.stem)
+        for folder, names in stems.items():
+            choices = self.choices(folder)
+            held = (place for place in choices if any((place.labels / f"{name}.txt").is_file() for name in names))
+            self.places[folder] = next(held, choices[0])
+
+    def choices(self, folder: Path) -> list[Place]:
+        parts, above = folder.parts, 0
+        whole = os.path.abspath(folder)
+        if whole == self.base or whole.startswith(self.base.rstrip(os.sep) + os.sep):
+            above = max(0, len(parts) - len(os.path.relpath(whole, self.base).split(os.sep)) * (whole != self.base))
+        twins = [self._twin(folder, n) for n in range(len(parts) - 1, -1, -1) if parts[n] == "images"]
+        inside = sum(part == "images" for part in parts[above:])
+        return [*twins[:inside], Place(folder, None), *twins[inside:]]
+
+    @staticmethod
+    def _twin(folder: Path, position: int) -> Place:
+        before, after = folder.parts[:position], folder.parts[position + 1 :]
+        soft = Path(*before, "soft_labels", *after)
+        return Place(Path(*before, "labels", *after), soft if soft.is_dir() else None)
+
+    def label_path(self, image_path: Path) -> Path:
+        return self.places[image_path.parent].labels / f"{image_path.stem}.txt"
+
+    def in_words(self) -> str:
+        folders = list(dict.fromkeys(str(place.labels) for place in self.places.values()))
+        return ", ".join(folders[:3]) + (f" and {len(folders) - 3} more folders" if len(folders) > 3 else "")
 
 
 def _find_yaml(root: Path) -> Path | None:
@@ -104,8 +155,8 @@ def _find_yaml(root: Path) -> Path | None:
     return others[0] if others else None
 
 
-def _read_yaml(path: Path, split: str) -> tuple[Path, list[str], tuple[str, ...]]:
-    """(base folder, entries of the split, class names). Scalars stay text: a class may be called `no` or `1e3`."""
+def _read_yaml(path: Path, split: str) -> _Set:
+    """Scalars stay text: a class may be called `no` or `1e3`."""
     tree = read_yaml(path, as_text=True)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, expected the keys names, train, val")
@@ -113,7 +164,7 @@ def _read_yaml(path: Path, split: str) -> tuple[Path, list[str], tuple[str, ...]
     base = path.parent / (tree.get("path") or ".")
     if not base.is_dir():
         raise UserError(f"{path}: path {tree.get('path')!r} leads to {base.resolve()}, which is no folder")
-    reserved = {"path", "names", "nc", "download"}
+    reserved = {"path", "names", "nc", "download", "kpt_shape", "flip_idx", "task"}
     if split not in tree or split in reserved:
         known = [key for key in tree if key not in reserved and isinstance(tree[key], str | list)]
         raise UserError(f"{path}: no split {split!r}, found {', '.join(known)}")
@@ -121,7 +172,8 @@ def _read_yaml(path: Path, split: str) -> tuple[Path, list[str], tuple[str, ...]
     entries = entry if isinstance(entry, list) else [entry]
     if not entries or not all(isinstance(item, str) and item for item in entries):
         raise UserError(f"{path}: key {split!r}: found {entry!r}, expected a folder, a list file, or a list of them")
-    return base, entries, names
+    kpt_shape = read_kpt_shape(tree.get("kpt_shape"), path)
+    return _Set(base, entries, names, path, kpt_shape, tree.get("task") in ("segment", "obb"))
 
 
 def _yaml_names(tree: dict[str, Any], path: Path) -> tuple[str, ...]:
@@ -134,7 +186,7 @@ def _yaml_names(tree: dict[str, Any], path: Path) -> tuple[str, ...]:
             raise UserError(f"{path}: key 'names': found the keys {', '.join(keys[:20])}, expected 0..{len(names) - 1}")
         names = [names[key] for key in keys]
     if names is None and count is not None:
-        names = [str(index) for index in range(int(count))] if int(count) <= 100_000 else None
+        names = [str(index) for index in range(int(count))] if int(count) <= MAX_CLASSES else None
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{path}: key 'names': found {names!r}, expected a list of class names")
     if count is not None and int(count) != len(names):
@@ -142,64 +194,139 @@ def _yaml_names(tree: dict[str, Any], path: Path) -> tuple[str, ...]:
     return check_names(names, str(path))
 
 
-def _read_darknet(root: Path, split: str) -> tuple[Path, list[str], tuple[str, ...]]:
-    names_path = next((root / name for name in ("obj.names", "classes.txt") if (root / name).is_file()), None)
-    if names_path is None or not (root / f"{split}.txt").is_file():
-        raise UserError(f"{root}: no data.yaml, nor obj.names with {split}.txt, expected a YOLO dataset")
-    return root, [f"{split}.txt"], read_names(names_path)
+def _read_folders(root: Path, split: str) -> _Set:
+    """A set without a yaml file: darknet's lists and obj.names, or folders with classes.txt or without names."""
+    folders = [root / "images" / split, root / split / "images", root / split]
+    folders += [root / "images", root] if split == "all" else []
+    folder = next((path for path in folders if path.is_dir()), None)
+    if (root / f"{split}.txt").is_file():
+        entry = f"{split}.txt"
+    elif folder is not None:
+        entry = str(folder.relative_to(root))
+    else:
+        known = sorted({path.parent.relative_to(root).as_posix() for path in list_files(root, SUFFIXES)})
+        found = f"found pictures in {', '.join(known[:20])} (`all` takes every one)" if known else "and no pictures"
+        raise UserError(
+            f"{root}: no data.yaml, nor a list {split}.txt, nor a folder images/{split} or {split}, {found}; "
+            "expected a YOLO dataset"
+        )
+    places = [
+        root,
+        root / split,
+        *(root / a for a in ("labels", "images")),
+        *(root / a / split for a in ("labels", "images")),
+    ]
+    places += [root / split / name for name in ("labels", "images")]
+    files = [place / name for place in places for name in NAME_FILES]
+    names_path = next((path for path in files if path.is_file()), None)
+    return _Set(root, [entry], None if names_path is None else read_names(names_path), root)
 
 
-def _list_pictures(base: Path, entry: str, log: FaultLog) -> list[Path]:
+def _number_names(base: Path, log: FaultLog) -> tuple[str, ...]:
+    """The numbers up to the largest class of all label files of a set, as the names of classes that no file names."""
+    image_paths = list_files(base, SUFFIXES)
+    folders, largest = LabelFolders(base), -1
+    folders.choose(image_paths)
+    for path in map(folders.label_path, image_paths):
+        for _, line in read_lines(path) if path.is_file() else ():
+            word = line.split()[0]
+            largest = max(largest, int(word) if word.isdecimal() and int(word) < MAX_CLASSES else -1)
+    if largest < 0:
+        raise UserError(f"{base}: no data.yaml, obj.names or classes.txt, and no label file; expected a YOLO dataset")
+    reason = f"no data.yaml, obj.names or classes.txt: the classes are called 0 to {largest}, as in the label files"
+    log.add(base, None, reason, "classes without names", "noted")
+    return tuple(map(str, range(largest + 1)))
+
+
+def _list_pictures(base: Path, entry: str, folders: LabelFolders, log: FaultLog) -> list[Path]:
     """The pictures of a folder (with its subfolders, sorted) or of a list file (in its order)."""
     path = base / entry
     if not path.exists() and entry.startswith("../"):
         path = base / entry.removeprefix("../")  # as some exporters write it, one folder too high
     if path.is_dir():
-        found = list_files(path, SUFFIXES)
-        _log_orphans(path, found, log)
-        if not found:
-            raise UserError(f"{path.resolve()}: no pictures in this folder, expected {', '.join(SUFFIXES)}")
-        return found
+        return _list_folder(path, folders, log)
     if not path.is_file():
         raise UserError(f"{path.resolve()}: no such folder or list of pictures")
     pictures = []
     for number, line in read_lines(path):
-        choices = [folder / line for folder in (path.parent, base)]
-        # darknet's lists start with a folder of the machine that trained: data/obj_train_data/x.jpg
-        choices += [path.parent / Path(*Path(line).parts[1:])] if len(Path(line).parts) > 1 else []
+        choices = [folder / spelled for spelled in _spellings(line) for folder in (path.parent, base)]
         picture = next((choice for choice in choices if choice.is_file()), None)
         if picture is None:
             reason = f"no such picture: {choices[0]}"
-            log.add(path, number, reason, "label without picture", "picture dropped", Path(line).name)
+            log.add(path, number, reason, "label without picture", "left out", Path(line).name)
         else:
             pictures.append(picture)
     return pictures
 
 
-def _log_orphans(folder: Path, found: list[Path], log: FaultLog) -> None:
-    """Label files of a picture folder's twin that have no picture."""
-    twin = label_path_of(folder / "x").parent
-    if twin == folder or not twin.is_dir():
-        return
-    expected = {label_path_of(path) for path in found}
-    for path in list_files(twin, (".txt",)):
-        if path not in expected and path.name != "classes.txt":
-            log.add(path, None, "labels without a picture", "label without picture", "picture dropped", path.stem)
+def _spellings(line: str) -> list[str]:
+    """A line of a list as it is; with / for the \\ of Windows; without darknet's first folder, `data/`."""
+    straight = line.replace("\\", "/")
+    return list(dict.fromkeys((line, straight, straight.removeprefix("data/"))))
 
 
-def _read_sample(image_path: Path, image_id: str, names: tuple[str, ...], log: FaultLog):
-    label_path = label_path_of(image_path)
+def _list_folder(path: Path, folders: LabelFolders, log: FaultLog) -> list[Path]:
+    files = list_files(path, (*SUFFIXES, *UNREAD))
+    found = [file for file in files if file.suffix.lower() not in UNREAD]
+    unread = [file for file in files if file.suffix.lower() in UNREAD]
+    log_unread(unread, log)
+    if not found:
+        also = f"; {len(unread)} in formats that are not read, the first {unread[0].name}" if unread else ""
+        raise UserError(f"{path.resolve()}: no pictures in this folder, expected {', '.join(SUFFIXES)}{also}")
+    folders.choose(found)
+    folders.choose(unread)
+    _log_orphans(path, files, folders, log)
+    return found
+
+
+def _log_orphans(path: Path, files: list[Path], folders: LabelFolders, log: FaultLog) -> None:
+    """Label files that have no picture, in the folders of labels that belong to a folder of pictures."""
+    tops = set()
+    for folder in {file.parent for file in files}:
+        top, depth = folders.places[folder].labels, len(folder.relative_to(path).parts)
+        tops.add(top.parents[depth - 1] if depth else top)
+    expected = set(map(folders.label_path, files))
+    for top in sorted(tops):
+        for file in list_files(top, (".txt",)) if top.is_dir() else ():
+            if file in expected or file.name in NAME_FILES:
+                continue
+            if file.with_suffix(".txt") in expected:
+                raise UserError(f"{file}: a label file with the suffix {file.suffix}, expected .txt")
+            if _holds_labels(file):
+                log.add(file, None, "labels without a picture", "label without picture", "left out", file.stem)
+
+
+def _holds_labels(path: Path) -> bool:
+    """Whether the first row of a text file is one of labels: five numbers or more."""
+    try:
+        lines = read_lines(path)
+        return bool(lines) and len([float(word) for word in lines[0][1].split()]) >= 5
+    except (UserError, ValueError):
+        return False
+
+
+def _read_sample(
+    image_path: Path, image_id: str, names: tuple[str, ...], folders: LabelFolders, long_rows: LongRows, log: FaultLog
+):
+    label_path = folders.label_path(image_path)
     frame = read_frame(image_path, log)
     if frame is None:
         return None
+    lines: list[tuple[int, str]] = []
     try:
-        lines = read_lines(label_path) if label_path.is_file() else []
+        if label_path.is_file():
+            lines = read_lines(label_path)
+        else:
+            log.add(
+                label_path, None, "no such file: a picture without objects", NO_LABEL_FILE, "noted", image_path.name
+            )
     except UserError as error:
         reason = str(error).removeprefix(f"{label_path}: ")
         log.add(label_path, None, reason, "unreadable label file", "picture dropped", image_path.name)
         return None
-    soft_path = soft_label_path_of(image_path)
-    soft_lines = [(0, None)] * len(lines)
+    soft_folder = folders.places[image_path.parent].soft
+    soft_path = None if soft_folder is None else soft_folder / label_path.name
+    soft_lines: list = [(0, None)] * len(lines)
     if soft_path is not None:
         try:
             soft_lines = read_lines(soft_path) if lines or soft_path.is_file() else []
@@ -212,11 +339,11 @@ def _read_sample(image_path: Path, image_id: str, names: tuple[str, ...], log: F
             return None
     rows = LabelRows()
     for (number, line), (soft_number, soft_line) in zip(lines, soft_lines, strict=True):
-        shares = None if soft_line is None else _read_shares(soft_line, len(names))
+        shares = None if soft_line is None else read_shares(soft_line, len(names))
         if isinstance(shares, str):
             log.add(soft_path, soft_number, shares, "malformed soft label", "object dropped", image_path.name)
             continue
-        fault = _add_line(line, number, len(names), frame, rows, shares)
+        fault = add_row(line, f"{label_path}:{number}", len(names), frame, rows, shares, long_rows, number)
         if fault is not None:
             reason, kind = fault
             log.add(label_path, number, reason, kind, "object dropped", image_path.name)
@@ -227,56 +354,5 @@ def _read_sample(image_path: Path, image_id: str, names: tuple[str, ...], log: F
         image_path=image_path,
         image_id=image_id,
         label_path=label_path,
-        drop_duplicates=True,
         num_soft_classes=None if soft_path is None else len(names),
     )
-
-
-def _read_shares(line: str, num_classes: int) -> tuple[float, ...] | str:
-    """The shares of the K classes, or why the row cannot be used."""
-    columns = line.split()
-    if len(columns) != num_classes:
-        return f"{len(columns)} values, expected {num_classes}: a share for each class"
-    try:
-        shares = [float(column) for column in columns]
-    except ValueError as error:
-        return f"{error}, expected a number"
-    if not all(np.isfinite(shares)) or min(shares) < 0:
-        worst = next(column for column, share in zip(columns, shares) if not 0 <= share < np.inf)
-        return f"a share of {worst}, expected 0 to 1"
-    total = sum(shares)
-    if abs(total - 1) > SUM_TOLERANCE:
-        return f"shares with the sum {total:g}, expected 1"
-    return tuple(share / total for share in shares)
-
-
-def _add_line(
-    line: str, number: int, num_classes: int, frame: Frame, rows: LabelRows, class_scores: tuple[float, ...] | None
-) -> tuple[str, str] | None:
-    """Add a row, or say why not: (reason, kind)."""
-    columns = line.split()
-    if len(columns) != 5 and (len(columns) < 7 or len(columns) % 2 == 0):
-        return (
-            f"{len(columns)} values, expected a class and a box (5) or three or more points (7, 9, ...)",
-            "malformed row",
-        )
-    if not re.fullmatch(r"\d{1,9}(\.0*)?", columns[0]):
-        return f"class {columns[0]!r}, expected 0..{num_classes - 1}", "unknown class"
-    label = int(float(columns[0]))
-    if label >= num_classes:
-        return f"class {label}, expected 0..{num_classes - 1}", "unknown class"
-    try:
-        values = [float(value) for value in columns[1:]]
-    except ValueError as error:
-        return f"{error}, expected a number", "malformed row"
-    if not all(-NORM_TOLERANCE <= value <= 1 + NORM_TOLERANCE for value in values):
-        kind = "not normalised" if all(np.isfinite(values)) else "not a number"
-        return f"{kind}: {' '.join(columns[1:6])}, expected fractions of the picture, 0..1", kind
-    if len(values) == 4:
-        x, y, width, height = values
-        x1, y1, x2, y2 = x - width / 2, y - height / 2, x + width / 2, y + height / 2
-    else:
-        x1, y1, x2, y2 = min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2])
-    box = (x1 * frame.width, y1 * frame.height, x2 * frame.width, y2 * frame.height)
-    rows.add(box, label, line=number, class_scores=class_scores)
-    return None

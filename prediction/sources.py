@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.folders import is_left_out, list_files
-from datasets.images import SUFFIXES
+from datasets.images import SUFFIXES, UNREAD
 from errors import UserError
 from prediction import video
 
@@ -35,15 +35,16 @@ def find_pictures(sources: Sequence[str]) -> list[Source]:
     """As find_sources, pictures alone."""
     found: dict[Path, Source] = {}
     for source in sources:
-        _add_files(found, source, SUFFIXES, f"holds no picture ({', '.join(SUFFIXES)})")
+        _add_files(found, source, (*SUFFIXES, *UNREAD), f"holds no picture ({', '.join(SUFFIXES)})")
     return _with_own_names(found)
 
 
 def find_sources(sources: Sequence[str]) -> list[Source]:
     """The pictures and videos of files, folders (and their subfolders) and patterns, each once, in the order given.
 
-    In a folder or a pattern only files with a picture's or a video's suffix count; a file given by name is always
-    taken, as a picture where it has no video's suffix. `webcam` and `webcam:1` are cameras, where no file has that
+    In a folder or a pattern only files with a picture's or a video's suffix count, those of formats that are not read
+    among them, so that reading refuses them by name; a file given by name is always taken, as a picture where it has
+    no video's suffix. `webcam` and `webcam:1` are cameras, where no file has that
     name. Two sources that would be written under one name get different ones: `a`, `a-2`.
     """
     found: dict[Path, Source] = {}
@@ -55,7 +56,7 @@ def find_sources(sources: Sequence[str]) -> list[Source]:
             found.setdefault(path, Source(path, Path(f"webcam-{number}"), camera=number))
         else:
             fault = f"holds no picture ({', '.join(SUFFIXES)}) and no video ({', '.join(video.SUFFIXES)})"
-            _add_files(found, source, (*SUFFIXES, *video.SUFFIXES), fault)
+            _add_files(found, source, (*SUFFIXES, *UNREAD, *video.SUFFIXES), fault)
     return _with_own_names(found)
 
 
@@ -63,7 +64,8 @@ def _add_files(found: dict[Path, Source], source: str, suffixes: tuple[str, ...]
     """Into `found`, by the resolved path, what one argument stands for."""
     path = Path(source)
     if path.is_dir():
-        pairs = [(p, p.relative_to(path)) for p in list_files(path, suffixes)]
+        files = list_files(path, suffixes, follow_texts=True)
+        pairs = [(p, p.relative_to(path) if p.is_relative_to(path) else Path(p.name)) for p in files]
     elif path.exists():
         pairs = [(path, Path(path.name))]
     elif glob.has_magic(source):
@@ -73,8 +75,9 @@ def _add_files(found: dict[Path, Source], source: str, suffixes: tuple[str, ...]
         pairs = [(p, Path(p.name)) for p in paths if p.name.lower().endswith(suffixes)]
     else:
         raise UserError(f"{source}: no such file or folder, expected pictures or videos")
-    if not pairs:
-        raise UserError(f"{source}: {fault}")
+    if all(p.suffix.lower() in UNREAD for p, _ in pairs) and not path.is_file():
+        unread = f"; {len(pairs)} in formats that are not read, the first {pairs[0][0]}" if pairs else ""
+        raise UserError(f"{source}: {fault}{unread}")
     is_named = path.exists() and not path.is_dir()
     for path, name in pairs:
         found.setdefault(path.resolve(), Source(path, name.with_suffix(""), is_named))

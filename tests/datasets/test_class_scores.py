@@ -14,7 +14,6 @@ from datasets.augment import augment
 from datasets.convert import convert
 from datasets.loader import Loader
 from datasets.scan import scan
-from datasets.yolo_txt import soft_label_path_of
 from errors import UserError
 from structures import Targets
 from training.state import fingerprint
@@ -68,7 +67,6 @@ def test_rounded_shares_are_divided_by_their_sum(make):
 def test_without_the_folder_there_are_none(make, tmp_path):
     index = open_dataset("yolo", make({"x": (FIRST, None)}), "train")
     assert index.samples[0].class_scores is None and "soft" not in scan(index).table()
-    assert soft_label_path_of(tmp_path / "beside.png") is None
 
 
 @pytest.mark.parametrize(

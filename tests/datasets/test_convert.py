@@ -165,8 +165,9 @@ def test_names_that_cannot_be_written(tmp_path, shared_data):
         import json
 
         images = [{"id": 1, "file_name": "x.png"}]
+        objects = [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 5, 5]}]
         categories = [{"id": k, "name": name} for k, name in enumerate(names)]
-        tree = {"images": images, "annotations": [], "categories": categories}
+        tree = {"images": images, "annotations": objects, "categories": categories}
         (root / "instances_t.json").write_text(json.dumps(tree))
         Image.new("RGB", (9, 9)).save(root / "x.png")
         return root
@@ -213,10 +214,17 @@ def test_the_destination_is_whole_or_not_there(shared_data, tmp_path, monkeypatc
 
 
 def test_bad_samples_stop_a_conversion(shared_data, tmp_path):
-    with pytest.raises(UserError, match="max_bad_fraction"):
-        convert("yolo", shared_data / "coco128", ["train"], "voc", tmp_path / "out")
-    convert("yolo", shared_data / "coco128", ["train"], "voc", tmp_path / "out", max_bad_fraction=0.02)
-    assert len(open_dataset("voc", tmp_path / "out", "train")) == 128
+    (tmp_path / "in" / "images").mkdir(parents=True)
+    (tmp_path / "in" / "data.yaml").write_text("names: [a]\ntrain: images\n")
+    for number in range(10):
+        Image.new("RGB", (20, 10)).save(tmp_path / "in" / "images" / f"{number}.png")
+        (tmp_path / "in" / "images" / f"{number}.txt").write_text("0 0.5 0.5 0.5 0.5\n" + "0 1\n" * (number < 3))
+    with pytest.raises(
+        UserError, match=r"3 objects are bad.*--max-bad-fraction 0.5, in a config data.max_bad_fraction=0.5"
+    ):
+        convert("yolo", tmp_path / "in", ["train"], "voc", tmp_path / "out")
+    convert("yolo", tmp_path / "in", ["train"], "voc", tmp_path / "out", max_bad_fraction=0.5)
+    assert len(open_dataset("voc", tmp_path / "out", "train")) == 10
 
 
 def test_splits_that_clash(shared_data, tmp_path):

@@ -27,7 +27,7 @@ def save_with_orientation(path, orientation: int) -> None:
     Image.fromarray(stored_pixels()).save(path, exif=exif.tobytes())
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pixels_and_boxes_turn_together(tmp_path, orientation, suffix):
     path = tmp_path / f"turned{suffix}"
@@ -64,14 +64,15 @@ def test_turning_keeps_corners_in_order_and_takes_no_boxes():
 def test_exif_block_by_hand(order):
     def block(value, kind=3, count=1, offset=8):
         mark = b"II*\x00" if order == "<" else b"MM\x00*"
-        rows = struct.pack(order + "HHII", 0x010F, 2, 4, 0) + struct.pack(
-            order + "HHIHH", 0x0112, kind, count, value, 0
-        )
+        field = struct.pack(order + images.INTEGERS.get(kind, "H"), value).ljust(4, b"\0")
+        rows = struct.pack(order + "HHII", 0x010F, 2, 4, 0) + struct.pack(order + "HHI", 0x0112, kind, count) + field
         return mark + struct.pack(order + "I", offset) + struct.pack(order + "H", 2) + rows
 
     assert exif_orientation(block(6)) == 6
     assert exif_orientation(b"Exif\x00\x00" + block(8)) == 8
-    for broken in (block(0), block(9), block(6, kind=4), block(6, count=2), block(6)[:20], block(6, offset=4_000_000)):
+    for kind in images.INTEGERS:  # a LONG, as some cameras write it, is the same number
+        assert exif_orientation(block(6, kind=kind)) == 6
+    for broken in (block(0), block(9), block(6, kind=5), block(6, count=2), block(6)[:20], block(6, offset=4_000_000)):
         assert exif_orientation(broken) == 1
     assert exif_orientation(b"") == exif_orientation(b"garbage") == 1
 
@@ -100,6 +101,48 @@ def test_modes(tmp_path):
     np.testing.assert_array_equal(round_trip(grey8.convert("LA")), as_rgb)
     cmyk = round_trip(Image.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)), "x.jpg")
     assert abs(cmyk.astype(int) - (255, 0, 0)).max() < 12
+
+
+def test_a_png_may_hold_exif_after_its_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored_pixels()).save(tmp_path / "a.png", exif=exif.tobytes())
+    data = (tmp_path / "a.png").read_bytes()
+    chunks, place = [data[:8]], 8
+    while place < len(data):
+        length = 12 + struct.unpack(">I", data[place : place + 4])[0]
+        chunks.append(data[place : place + length])
+        place += length
+    late = sorted(chunks[1:-1], key=lambda chunk: chunk[4:8] == b"eXIf")
+    assert late[-1][4:8] == b"eXIf"
+    turned = b"".join([chunks[0], *late, chunks[-1]])
+    (tmp_path / "b.png").write_bytes(turned)
+    assert read_header(tmp_path / "b.png") == (WIDTH, HEIGHT, 6) and read_size(tmp_path / "b.png") == (HEIGHT, WIDTH)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), read_image(tmp_path / "a.png"))
+    np.testing.assert_array_equal(decode_image(turned, "b"), read_image(tmp_path / "a.png"))
+    cut = turned[:-20]
+    (tmp_path / "b.png").write_bytes(cut[:-1])
+    assert read_size(tmp_path / "b.png") in ((HEIGHT, WIDTH), (WIDTH, HEIGHT))  # a broken end is no crash
+
+
+def test_tiff(tmp_path):
+    """What becomes RGB how is the same as for PNG; floats are refused."""
+    grey = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 256).astype(np.uint16)
+    for image in (
+        Image.fromarray(stored_pixels()),
+        Image.fromarray(grey * 257),
+        Image.fromarray(grey.astype(np.uint8)),
+    ):
+        for compression in (None, "tiff_lzw", "tiff_adobe_deflate"):
+            image.save(tmp_path / "a.tif", compression=compression)
+            image.save(tmp_path / "a.png")
+            np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), read_image(tmp_path / "a.png"))
+    pages = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ((255, 0, 0), (0, 255, 0))]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    assert (read_image(tmp_path / "pages.tif") == (255, 0, 0)).all()
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="floats"):
+        read_image(tmp_path / "float.tif")
 
 
 def test_animation_gives_its_first_frame(tmp_path):
@@ -135,7 +178,12 @@ BROKEN = [
     (b"<!DOCTYPE html><html>404</html>", "HTML"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
     (b"\x00" * 100, "not a picture"),
-    (b"GIF89a" + b"\x00" * 100, "not a picture"),
+    (b"GIF89a" + b"\x00" * 100, "in GIF format"),
+    (b"\x00\x00\x00\x18ftypheic" + b"\x00" * 100, "in HEIC format"),
+    (b"\x00\x00\x00\x18ftypmif1" + b"\x00" * 100, "in HEIC format"),
+    (b"\x00\x00\x00\x20ftypavif" + b"\x00" * 100, "in AVIF format"),
+    (b"\x00\x00\x00\x0cjP  \r\n\x87\n" + b"\x00" * 100, "in JPEG 2000 format"),
+    (b"\xff\x0a" + b"\x00" * 100, "in JPEG XL format"),
     (b"\xff\xd8\xff\xe0", "truncated or broken header"),
     (png_of_size(8001, 8000), "too large"),
     (png_of_size(20000, 20000), "too large"),
@@ -159,7 +207,7 @@ def test_missing_file_and_folder(tmp_path):
         read_size(tmp_path)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP"])
+@pytest.mark.parametrize("format", images.FORMATS)
 def test_every_cut_is_refused(tmp_path, format):
     """A file cut in its pixel data is refused, never filled up with grey."""
     noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)

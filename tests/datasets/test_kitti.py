@@ -72,7 +72,7 @@ def test_crlf_bom_and_score_column(make):
         (line("Spaceship"), "unknown class"),
         (line(box=(30, 20, 10, 40)), "box turned inside out"),
         (line(box=(30, 20, 30, 40)), "zero-size box"),
-        (line(box=("nan", 20, 30, 40)), "not a number"),
+        (line(box=("nan", 20, 30, 40)), "malformed row"),
         (line("DontCare", box=(300, 20, 330, 40)), "box outside the picture"),
     ],
 )
@@ -87,7 +87,7 @@ def test_missing_partners_and_lists(make, tmp_path):
     (tmp_path / "training/label_2/000001.txt").write_text(line())
     Image.new("RGB", (20, 10)).save(tmp_path / "training/image_2/000002.png")
     index = read_kitti(tmp_path, "all")
-    expected = {("picture dropped", "label without picture"), ("picture dropped", "picture without label file")}
+    expected = {("left out", "label without picture"), ("picture dropped", "picture without label file")}
     assert set(kinds(index)) == expected and len(index) == 1
     (tmp_path / "ImageSets").mkdir()
     (tmp_path / "ImageSets" / "train.txt").write_text("000000\r\n000000\r\n")

@@ -61,10 +61,18 @@ def test_bad_fraction_and_check():
     assert report("noted", "duplicate dropped").bad_fraction == 0
     assert report("object dropped", "object dropped").bad_fraction == 2 / 200
     assert report("picture dropped", "object dropped").bad_fraction == 1 / 100
-    check(report("picture dropped"), 0.01)  # exactly 1 %
-    with pytest.raises(UserError, match=r"2 pictures and 0 objects are bad \(1.98 %\).*first: x.txt:3: why"):
-        check(report("noted", "picture dropped", "picture dropped"))
-    check(report("picture dropped", "picture dropped"), 0.02)
+    assert report("left out").bad_fraction == 0
+    check(report("picture dropped", "picture dropped"), 0.01)  # 1.98 %, but two alone stop nothing
+    check(report("picture dropped", "picture dropped", "object dropped", "object dropped"), 0.001)
+    with pytest.raises(UserError, match="1 pictures and 0 objects are bad"):
+        check(report("picture dropped"), 0)  # unless none at all was asked for
+    three = ("noted", *["picture dropped"] * 3)
+    with pytest.raises(UserError, match=r"3 pictures and 0 objects are bad \(2.94 %\).*first: x.txt:3: why") as caught:
+        check(report(*three))
+    assert str(caught.value).endswith(" data.max_bad_fraction=0.05")
+    check(report(*three), 0.05)
+    with pytest.raises(UserError, match=r"--max-bad-fraction 0.1, in a config data.max_bad_fraction=0.1$"):
+        check(report(*["picture dropped"] * 9), flag="--max-bad-fraction")
 
 
 @pytest.fixture
@@ -120,18 +128,29 @@ def test_bccd_table(shared_data):
     check(report)  # two zero-size boxes among 3943 do not stop a run
 
 
-def test_coco128_is_stopped_and_may_be_told_otherwise(shared_data, tmp_path, capsys):
-    root = str(shared_data / "coco128")
-    with pytest.raises(UserError, match=r"2 pictures and 0 objects are bad \(1.54 %\)"):
-        main(["yolo", root, "train", "--out", str(tmp_path)])
-    assert (tmp_path / "dataset_report.csv").exists()  # the report is there all the same
-    assert main(["yolo", root, "train", "--max-bad-fraction", "0.02"]) == 0
-    assert "label without picture" in capsys.readouterr().out
+def test_labels_without_a_picture_are_named_and_stop_nothing(shared_data, capsys):
+    assert main(["yolo", str(shared_data / "coco128"), "train"]) == 0
+    out = capsys.readouterr().out
+    assert "2 without objects (2 of them without a label file)" in out and "bad: 0 pictures" in out
+    assert [line.split()[:6] for line in out.splitlines() if "label without" in line] == [
+        ["2", "left", "out", "label", "without", "picture"]
+    ]
+
+
+def test_bad_pictures_stop_and_may_be_told_otherwise(yolo_root, tmp_path):
+    for number in (4, 5):
+        (yolo_root / "images" / f"{number}.jpg").write_bytes(b"")
+    command = ["yolo", str(yolo_root), "train", "--decode", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"3 pictures and 0 objects are bad \(30.00 %\)"):
+        main(command)
+    assert (tmp_path / "out" / "dataset_report.csv").exists()  # the report is there all the same
+    assert main([*command, "--max-bad-fraction", "0.5"]) == 0
 
 
 def test_command_line(yolo_root):
     """One line on stderr and exit code 2, no traceback."""
     command = [sys.executable, "-m", "datasets.scan", "yolo", str(yolo_root), "train", "--decode"]
+    command += ["--max-bad-fraction", "0"]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: yolo ")

@@ -6,7 +6,7 @@ from PIL import Image
 
 from datasets import open_dataset
 from datasets.images import read_image
-from datasets.yolo_txt import label_path_of, read_yolo
+from datasets.yolo_txt import read_yolo
 from errors import UserError
 
 ROW = "0 0.5 0.5 0.2 0.4"  # 40..60 x 24..56 of 100 x 80
@@ -36,11 +36,12 @@ def test_coco128(shared_data):
     root = shared_data / "coco128"
     index = open_dataset("yolo", root, "train")
     assert len(index) == 128 and sum(map(len, index.samples)) == 929 and len(index.names) == 80
-    orphans = [(fault.picture, fault.kind, fault.effect) for fault in index.faults]
-    expected = ("label without picture", "picture dropped")
-    assert orphans == [("000000000656", *expected), ("000000000659", *expected)]
+    found = [(fault.picture, fault.kind, fault.effect) for fault in index.faults]
+    expected = ("label without picture", "left out")
+    assert found[:2] == [("000000000656", *expected), ("000000000659", *expected)]
     empty = {sample.image_id for sample in index.samples if not len(sample)}
     assert empty == {"000000000250", "000000000508"}  # no label file: a picture without objects
+    assert found[2:] == [(f"{name}.jpg", "no label file", "noted") for name in sorted(empty)]
     coco = {s.image_path.name: s for s in open_dataset("coco", root, "train2017").samples}
     for sample in index.samples:
         other = coco[sample.image_path.name]
@@ -94,7 +95,8 @@ def test_crlf_bom_tabs_and_blank_lines(make, start, end):
 @pytest.mark.parametrize("labels", [None, "", "\n\r\n", "\ufeff"])
 def test_a_picture_without_objects(make, labels):
     index = make(labels)
-    assert len(index.samples[0]) == 0 and not index.faults
+    assert len(index.samples[0]) == 0
+    assert kinds(index) == ([("noted", "no label file")] if labels is None else [])
 
 
 def test_polygons_become_boxes(make):
@@ -152,7 +154,9 @@ def test_a_label_file_that_is_no_text_drops_its_picture(make, labels, tmp_path):
         (tmp_path / "images" / "train").mkdir(parents=True) or tmp_path / "images/train/y.png"
     )
     index = make(labels)
-    assert kinds(index) == [("picture dropped", "unreadable label file")] and len(index) == 1
+    assert (
+        kinds(index) == [("picture dropped", "unreadable label file"), ("noted", "no label file")] and len(index) == 1
+    )
 
 
 def test_labels_mean_the_upright_picture(make, tmp_path):
@@ -241,10 +245,10 @@ def test_missing_partners(make, tmp_path):
     make(ROW)
     (tmp_path / "labels/train/gone.txt").write_text(ROW)
     (tmp_path / "list.txt").write_text("images/train/x.jpg\nimages/train/gone.jpg\n")
-    assert kinds(read_yolo(tmp_path, "train")) == [("picture dropped", "label without picture")]
+    assert kinds(read_yolo(tmp_path, "train")) == [("left out", "label without picture")]
     (tmp_path / "data.yaml").write_text("names: [a]\ntrain: list.txt\n")
     index = read_yolo(tmp_path, "train")
-    assert kinds(index) == [("picture dropped", "label without picture")] and index.faults[0].line == 2
+    assert kinds(index) == [("left out", "label without picture")] and index.faults[0].line == 2
 
 
 def test_subfolders_and_equal_stems(make, tmp_path):
@@ -265,14 +269,6 @@ def test_hidden_files_are_no_pictures(make, tmp_path):
         (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
     index = read_yolo(tmp_path, "train")
     assert len(index) == 1 and not index.faults
-
-
-def test_label_path_of():
-    from pathlib import Path
-
-    assert label_path_of(Path("/d/images/images/train/x.y.jpg")) == Path("/d/images/labels/train/x.y.txt")
-    assert label_path_of(Path("/d/pictures/x.jpg")) == Path("/d/pictures/x.txt")
-    assert label_path_of(Path("a/images")) == Path("a/images.txt")
 
 
 def test_nothing_there(tmp_path):

@@ -1,0 +1,163 @@
+"""The rows of YOLO label files: a box, a polygon, or a box with keypoints; and the shares of soft labels.
+
+    class center_x center_y width height                    5 columns
+    class x1 y1 x2 y2 x3 y3 ...                             7, 9, 11, ...: three or more points; the box around them
+    class center_x center_y width height keypoints          5 + n * d, where data.yaml has `kpt_shape: [n, d]`; d = 2
+                                                            (x, y) or 3 (x, y, visibility). The keypoints are not read.
+
+A row of keypoints and a polygon may have as many columns, and so may a tracker's row (class, box, confidence, id: 7).
+Read as points, a box and its keypoints would give a wrong box without a word. Polygons tell themselves apart in two
+ways: their numbers of points differ, and where their first points are read as a box, it leaves the picture or the other
+points leave it. LongRows counts both, and refuses a split that nothing decides.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from datasets.rows import Frame, LabelRows
+from errors import UserError
+
+NORM_TOLERANCE = 0.01  # a fraction up to 1.01 is rounding; beyond, the row is in pixels or broken
+SUM_TOLERANCE = 0.001  # shares that miss 1 by less were rounded, and are divided by their sum
+EDGE_TOLERANCE = 0.02  # how far a box may leave the picture, as a fraction of it
+BOX_TOLERANCE = 0.25  # how far keypoints may leave their box, as a fraction of its sides
+
+
+class LongRows:
+    """What the rows of a split with more than five columns are: keypoints, polygons, or nothing that can be told.
+
+    kpt_shape: of data.yaml, (n, d). is_polygons: data.yaml says so (`task: segment` or `task: obb`).
+    """
+
+    def __init__(self, kpt_shape: tuple[int, int] | None, is_polygons: bool) -> None:
+        self.columns = None if kpt_shape is None else 5 + kpt_shape[0] * kpt_shape[1]
+        self.is_told = is_polygons or kpt_shape is not None
+        self.counts: Counter[int] = Counter()
+        self.doubtful = 0
+        self.first = ""
+
+    def add(self, values: list[float], where: str) -> None:
+        """Note a row of points: its values after the class."""
+        if self.is_told or len(self.counts) > 1:
+            return
+        self.first = self.first or where
+        self.counts[len(values) + 1] += 1
+        self.doubtful += _may_be_box_and_more(values)
+
+    def decide(self) -> None:
+        """UserError where the rows may be boxes with keypoints or with a track as well as polygons."""
+        if len(self.counts) != 1 or 2 * self.doubtful <= self.counts.total():
+            return
+        (columns,) = self.counts
+        other = "class, box, confidence and track id" if columns == 7 else "class, box and keypoints"
+        raise UserError(
+            f"{self.first}: {columns} columns in each of {self.counts.total()} rows: {other}, or a polygon of "
+            f"{columns // 2} points? Expected a class and a box (5 columns), or data.yaml with kpt_shape: [n, 2 or 3] "
+            "for keypoints, or with task: segment for polygons"
+        )
+
+
+def _may_be_box_and_more(values: list[float]) -> bool:
+    """Whether values that are points may as well be a center, a size, and keypoints or a confidence and an id."""
+    x, y, width, height, *rest = values
+    if not (width > 0 and height > 0):
+        return False
+    for center, size in ((x, width), (y, height)):
+        if center - size / 2 < -EDGE_TOLERANCE or center + size / 2 > 1 + EDGE_TOLERANCE:
+            return False
+    if len(rest) == 2 and 0 <= rest[0] <= 1 and rest[1] >= 0 and rest[1].is_integer():
+        return True
+    if len(rest) == 4 and abs(x + rest[0] - width - rest[2]) + abs(y + rest[1] - height - rest[3]) < NORM_TOLERANCE:
+        return False  # four corners of a rectangle, turned or not: a + c = b + d
+
+    def is_inside(px: float, py: float) -> bool:
+        reach_x, reach_y = (0.5 + BOX_TOLERANCE) * width, (0.5 + BOX_TOLERANCE) * height
+        return px == py == 0 or (abs(px - x) <= reach_x and abs(py - y) <= reach_y)
+
+    if all(map(is_inside, rest[0::2], rest[1::2])):
+        return True
+    if len(rest) % 3 or not set(rest[2::3]) <= {0, 1, 2}:
+        return False
+    return all(map(is_inside, rest[0::3], rest[1::3]))
+
+
+def add_row(
+    line: str,
+    where: str,
+    num_classes: int,
+    frame: Frame,
+    rows: LabelRows,
+    class_scores: tuple[float, ...] | None,
+    long_rows: LongRows,
+    number: int,
+) -> tuple[str, str] | None:
+    """Add a row to those of its picture, or say why not: (reason, kind)."""
+    columns = line.split()
+    count = len(columns)
+    is_points = long_rows.columns is None and count >= 7 and count % 2 == 1
+    if count != 5 and not is_points and count != long_rows.columns:
+        return _wrong_count(count, long_rows), "malformed row"
+    if not re.fullmatch(r"\d{1,9}(\.0*)?", columns[0]):
+        return f"class {columns[0]!r}, expected 0..{num_classes - 1}", "unknown class"
+    label = int(float(columns[0]))
+    if label >= num_classes:
+        return f"class {label}, expected 0..{num_classes - 1}", "unknown class"
+    try:
+        values = [float(value) for value in columns[1 : None if is_points else 5]]
+    except ValueError as error:
+        return f"{error}, expected a number", "malformed row"
+    if "_" in line:  # Python takes 1_0 for ten
+        return f"{line!r}, expected numbers", "malformed row"
+    if is_points and all(np.isfinite(values)):
+        long_rows.add(values, where)
+    if not all(-NORM_TOLERANCE <= value <= 1 + NORM_TOLERANCE for value in values):
+        kind = "not normalised" if all(np.isfinite(values)) else "not a number"
+        return f"{kind}: {' '.join(columns[1:6])}, expected fractions of the picture, 0..1", kind
+    if is_points:
+        x1, y1, x2, y2 = min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2])
+    else:
+        x, y, width, height = values
+        x1, y1, x2, y2 = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    box = (x1 * frame.width, y1 * frame.height, x2 * frame.width, y2 * frame.height)
+    rows.add(box, label, line=number, class_scores=class_scores)
+    return None
+
+
+def _wrong_count(count: int, long_rows: LongRows) -> str:
+    if long_rows.columns is not None:
+        return f"{count} values, expected a class and a box (5), or those and the keypoints ({long_rows.columns})"
+    expected = "expected a class and a box (5) or three or more points (7, 9, ...)"
+    if count == 6:
+        return f"{count} values, {expected}; is the sixth a score?"
+    return f"{count} values, {expected}" + ("; of keypoints, data.yaml states kpt_shape" if count > 6 else "")
+
+
+def read_kpt_shape(value: object, source: Path) -> tuple[int, int] | None:
+    """(n, d) of data.yaml's `kpt_shape`, whose scalars are texts. UserError for anything but [n, 2] and [n, 3]."""
+    if value is None:
+        return None
+    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) and v.isdecimal() for v in value)
+    if not is_pair or not 1 <= int(value[0]) <= 10_000 or value[1] not in ("2", "3"):
+        raise UserError(f"{source}: key 'kpt_shape': found {value!r}, expected [n, 2] or [n, 3]")
+    return int(value[0]), int(value[1])
+
+
+def read_shares(line: str, num_classes: int) -> tuple[float, ...] | str:
+    """The shares of the K classes, or why the row cannot be used."""
+    columns = line.split()
+    if len(columns) != num_classes:
+        return f"{len(columns)} values, expected {num_classes}: a share for each class"
+    try:
+        shares = [float(column) for column in columns]
+    except ValueError as error:
+        return f"{error}, expected a number"
+    if not all(np.isfinite(shares)) or min(shares) < 0:
+        worst = next(column for column, share in zip(columns, shares) if not 0 <= share < np.inf)
+        return f"a share of {worst}, expected 0 to 1"
+    total = sum(shares)
+    if abs(total - 1) > SUM_TOLERANCE:
+        return f"shares with the sum {total:g}, expected 1"
+    return tuple(share / total for share in shares)
