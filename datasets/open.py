@@ -72,6 +72,9 @@ def require_objects(index: DatasetIndex, title: str, root: str | Path, *, learna
     found += f", {len(missing)} of {len(index)} label files are missing"
     if missing:
         found += f" (the first: {missing[0].path}){_found_elsewhere(missing[0].path, root)}"
+    others = sum(len(sample.left_out) for sample in index.samples)
+    if others:
+        found += f"; {others} objects of other classes were left out"
     if regions:
         found += f"; {regions} objects or regions that are to be ignored, and no others"
     if dropped:
