@@ -42,7 +42,7 @@ class PictureFinder:
     def __init__(self, names: Sequence[str | None], ids: Sequence[int | str] | None = None) -> None:
         self.names, self.ids = names, ids
         self.of_id = {} if ids is None else {i: row for row, i in enumerate(ids)}
-        self.split = [None if name is None else split_name(name) for name in names]
+        self.split = _without_common_folders([None if name is None else split_name(name) for name in names])
         self.of_bare_name: dict[str, list[int]] = {}
         for row, found in enumerate(self.split):
             if found is not None and found[0]:
@@ -101,6 +101,14 @@ class PictureFinder:
         if unknown is not None:
             raise UserError(f"{used[unknown]}: image_id: found {unknown!r}, expected one of the ground truth's")
         return rows
+
+
+def _without_common_folders(split: list[tuple[tuple[str, ...], str] | None]) -> list:
+    """The names below the folder that holds all of them: `imgs/x/a` is x/a where every picture lies in imgs."""
+    folders = [parts[:-1] for parts, _ in filter(None, split)]
+    low, high = min(folders, default=()), max(folders, default=())
+    common = next((n for n, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    return [found and (found[0][common:], found[1]) for found in split]
 
 
 def find_doubles(names: Iterable[str | None]) -> tuple[int, int] | None:
