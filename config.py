@@ -29,6 +29,7 @@ class DataConfig:
     pictures_per_epoch: int = 0  # passes over the set are cut into epochs of this many; 0: one pass an epoch
     max_samples: int = 0  # train on at most this many pictures, a random choice that is always the same; -1, 0: all
     classes: tuple[str, ...] = ()  # those of the set's classes that count, in this order; none: all of them
+    allow_overlap: bool = False  # test on a split of which every picture is trained on too
     holdout_fraction: float = 0.0  # of the training pictures, never trained on: `best.pt` is chosen there
     max_bad_fraction: float = 0.01  # more bad samples than this stop the run
     cache: bool = True  # keep the decoded, resized uint8 pictures in memory (3 * image_size^2 bytes each)

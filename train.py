@@ -324,6 +324,7 @@ def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progre
         "steps": position.step,
         "weights": "last EMA weights",
         "split": config.data.test,
+        "shared_pictures": {" and ".join(o.names): len(o.shared) for o in parts.splits.overlaps},
         "evaluation": to_tree(config.evaluation),
         "test": test,
         "best_on_holdout": best,
@@ -341,7 +342,8 @@ def finish(parts: Parts, position: Position, folder: RunFolder, progress: Progre
         for found in ranges:
             progress.say(str(found))
         shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
-        progress.say(f"{config.data.test}: {words(shown)}{per_iou_line(test)}\nwritten: {folder.path}")
+        shared = "".join(f"\n{overlap}" for overlap in parts.splits.overlaps if overlap.shared)
+        progress.say(f"{config.data.test}: {words(shown)}{per_iou_line(test)}{shared}\nwritten: {folder.path}")
     return report
 
 

@@ -1,6 +1,7 @@
 """What a dataset holds and what is wrong with it, in one table, before anything trains on it.
 
-    python -m datasets.scan FORMAT ROOT SPLIT [--classes A,B] [--decode] [--out FOLDER] [--max-bad-fraction 0.01]
+    python -m datasets.scan FORMAT ROOT SPLIT[,SPLIT...] [--classes A,B] [--decode] [--out FOLDER]
+                            [--max-bad-fraction 0.01]
 
 Opening a dataset has already checked every label row and every picture's header; `decode` also decodes every picture,
 which finds truncated ones. Box sizes are COCO's: small below 32 x 32 pixels of area, large from 96 x 96.
@@ -20,6 +21,7 @@ import numpy as np
 from datasets.images import read_image
 from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.open import READERS, open_dataset
+from datasets.overlap import find_overlap
 from errors import UserError, run_script
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
@@ -30,11 +32,15 @@ SUGGESTED = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class ScanReport:
-    """index: the dataset without the pictures that did not decode, with all faults, theirs included."""
+    """index: the dataset without the pictures that did not decode, with all faults, theirs included.
+
+    notes: lines of the table about the dataset beside others.
+    """
 
     index: DatasetIndex
     title: str
     decoded: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def dropped_pictures(self) -> int:
@@ -94,6 +100,7 @@ class ScanReport:
             *_align(rows),
             "",
             *_left_out_lines(self.index),
+            *(line for note in self.notes for line in (note, "")),
             *self._fault_lines(),
             f"bad: {self.dropped_pictures} pictures, {self.dropped_objects} objects ({100 * self.bad_fraction:.2f} %)",
         ]
@@ -225,20 +232,25 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasets.scan", description="What a dataset holds, in one table.")
     parser.add_argument("format", choices=tuple(READERS))
     parser.add_argument("root")
-    parser.add_argument("split")
+    parser.add_argument("split", help="a split, or several joined by commas, whose pictures are compared as well")
     parser.add_argument("--classes", help="names joined by commas: only objects of these count, in this order")
     parser.add_argument("--decode", action="store_true", help="decode every picture")
     parser.add_argument("--out", help="folder for dataset_report.txt and dataset_report.csv")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01)
     arguments = parser.parse_args(argv)
     classes = tuple(arguments.classes.split(",")) if arguments.classes else ()
-    index = open_dataset(arguments.format, arguments.root, arguments.split, classes=classes)
-    title = f"{arguments.format} {arguments.root} {arguments.split}"
-    report = scan(index, decode=arguments.decode, title=title)
-    print(report.table())
-    if arguments.out:
-        report.write(arguments.out)
-    check(report, arguments.max_bad_fraction, flag="--max-bad-fraction")
+    before: dict[str, DatasetIndex] = {}
+    splits = arguments.split.split(",")
+    for split in splits:
+        index = open_dataset(arguments.format, arguments.root, split, classes=classes)
+        report = scan(index, decode=arguments.decode, title=f"{arguments.format} {arguments.root} {split}")
+        overlaps = (find_overlap(index, other, (split, name)) for name, other in before.items())
+        report = replace(report, notes=tuple(str(overlap) for overlap in overlaps))
+        before[split] = index
+        print(report.table())
+        if arguments.out:
+            report.write(Path(arguments.out) / split if len(splits) > 1 else arguments.out)
+        check(report, arguments.max_bad_fraction, flag="--max-bad-fraction")
     return 0
 
 

@@ -20,6 +20,7 @@ from datasets.download import how_to_fetch
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
 from datasets.open import open_dataset
+from datasets.overlap import Overlap, find_overlap
 from datasets.scan import ScanReport, check, scan
 from distill.criterion import Criterion
 from errors import UserError
@@ -67,6 +68,7 @@ class Splits:
     holdout: DatasetIndex | None
     test: DatasetIndex
     reports: dict[str, ScanReport]
+    overlaps: tuple[Overlap, ...] = ()  # what the test split, and the held-out part, share with the training pictures
 
 
 @dataclass
@@ -254,14 +256,23 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
     if data.pictures_per_epoch < 0:
         found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
         raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
-    reports = {}
+    reports: dict[str, ScanReport] = {}
+    overlaps: list[Overlap] = []
     for role, place in (("train", training_set(data)), ("test", (data.format, data.root, data.test))):
         index = open_dataset(*place, classes=data.classes)
-        if role == "train" and 0 < data.max_samples < len(index):
-            index = take(index, data.max_samples)
-        reports[role] = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
-        say(reports[role].table() + "\n")
-        check(reports[role], data.max_bad_fraction)
+        if role == "train":
+            whole = index
+            if 0 < data.max_samples < len(index):
+                index = take(index, data.max_samples)
+        report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
+        if role == "test":
+            overlap = find_overlap(report.index, whole, ("test", "train"))
+            refuse_overlap(overlap, data)
+            overlaps.append(overlap.within(reports["train"].index))
+            report = dataclasses.replace(report, notes=(str(overlaps[0]),))
+        reports[role] = report
+        say(report.table() + "\n")
+        check(report, data.max_bad_fraction)
     train, test = reports["train"].index, reports["test"].index
     if train.names != test.names:
         root = data.train_root or data.root
@@ -271,13 +282,26 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
     if not 0 <= fraction < 1:
         raise UserError(f"key 'data.holdout_fraction': found {fraction}, expected 0 up to less than 1")
     if fraction == 0:
-        return Splits(train.names, train, None, test, reports)
+        return Splits(train.names, train, None, test, reports, tuple(overlaps))
     held = round(fraction * len(train))
     if not 0 < held < len(train):
         raise UserError(f"key 'data.holdout_fraction': {fraction} of {len(train)} pictures is {held}, expected some")
     order = np.random.default_rng(0).permutation(len(train))
     kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
-    return Splits(train.names, train.subset(kept), train.subset(held_out), test, reports)
+    train, holdout = train.subset(kept), train.subset(held_out)
+    overlaps.append(find_overlap(holdout, train, ("the held-out part", "train")))
+    if overlaps[-1].shared:
+        say(f"{overlaps[-1]}\n")
+    return Splits(train.names, train, holdout, test, reports, tuple(overlaps))
+
+
+def refuse_overlap(overlap: Overlap, data: DataConfig) -> None:
+    """UserError where every test picture is one of the training split, unless the config allows it."""
+    if overlap.is_whole and not data.allow_overlap:
+        raise UserError(
+            f"data.test {data.test!r} has no picture of its own: {overlap}; expected others, which `python -m "
+            f"datasets.split` makes of one split, or data.allow_overlap=true to measure what is remembered"
+        )
 
 
 def training_set(data: DataConfig) -> tuple[str, str, str]:

@@ -38,12 +38,6 @@ def test_all_pictures_or_some(tmp_path, max_samples, expected):
     assert len(open_splits(config, lambda table: None).train) == expected == count_training_pictures(config.data)
 
 
-def test_fewer_than_all_is_no_number(tmp_path):
-    root = write_dataset(tmp_path / "data", train=6, test=4)
-    with pytest.raises(UserError, match=r"key 'data.max_samples': found -2, expected a number, or -1 for all"):
-        open_splits(tiny_config(root, tmp_path, data={"max_samples": -2}), lambda table: None)
-
-
 def test_an_evaluation_takes_the_classes_of_the_checkpoint_of_the_config_or_of_the_flag(tmp_path):
     """Three classes, of which `car` and `van` are near each other: only data.classes makes a van plain background."""
     root = write_dataset(tmp_path / "data", train=1, test=2)

@@ -1,6 +1,7 @@
 """data.max_samples: which pictures a run takes from a dataset."""
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -44,8 +45,8 @@ def test_pictures_are_held_out_of_those_that_are_taken(make):
 
 
 def test_a_negative_number_is_refused(make):
-    with pytest.raises(UserError, match=r"data.max_samples': found -1"):
-        make(max_samples=-1)
+    with pytest.raises(UserError, match=r"data.max_samples': found -2, expected a number, or -1 for all"):
+        make(max_samples=-2)
 
 
 def test_only_the_faults_of_taken_pictures_count(make, tmp_path):
@@ -84,3 +85,48 @@ def test_training_pictures_of_other_classes_or_of_no_root_are_refused(make, tmp_
         make(train_format="voc")
     with pytest.raises(UserError, match=r"data.pictures_per_epoch': found -1"):
         make(pictures_per_epoch=-1)
+
+
+def copy_to_test(root, names):
+    """Training pictures under other names among the test pictures, with their labels."""
+    for name in names:
+        for kind, suffix in (("images", "png"), ("labels", "txt")):
+            shutil.copy(root / kind / "train" / f"{name}.{suffix}", root / kind / "test" / f"copy_{name}.{suffix}")
+
+
+def test_pictures_of_both_splits_are_named(make, tmp_path):
+    copy_to_test(tmp_path / "set", ["003", "007"])
+    splits = make()
+    note = "2 of 5 pictures of test are also in train (2 the same bytes), such as "
+    assert note in splits.reports["test"].table() and "copy_003.png" in splits.reports["test"].table()
+    assert [len(overlap.shared) for overlap in splits.overlaps] == [2]
+    used = make(max_samples=6)
+    expected = sum(f"{name}.png" in names(used.train) for name in ("003", "007"))
+    assert len(used.overlaps[0].shared) == expected  # of the pictures that are trained on
+
+
+def test_a_test_split_of_training_pictures_is_refused(make, tmp_path):
+    with pytest.raises(UserError, match=r"12 of 12 pictures of test are also in train .* data.allow_overlap=true"):
+        make(test="train")
+    with pytest.raises(UserError, match=r"12 of 12"):
+        make(test="train", max_samples=3)  # the split is the same, whatever is taken of it
+    splits = make(test="train", allow_overlap=True, max_samples=3)
+    assert len(splits.overlaps[0].shared) == 3
+    for path in (tmp_path / "set" / "images" / "test").iterdir():
+        path.unlink()
+    copy_to_test(tmp_path / "set", ["001"])
+    with pytest.raises(UserError, match=r"1 of 1 pictures of test are also in train \(1 the same bytes\)"):
+        make()
+
+
+def test_a_held_out_picture_that_is_trained_on_under_another_name_is_named(make, tmp_path):
+    root = tmp_path / "set"
+    for number in range(12):  # each picture twice
+        for kind, suffix in (("images", "png"), ("labels", "txt")):
+            source = root / kind / "train" / f"{number:03}.{suffix}"
+            shutil.copy(source, source.with_name(f"{number:03}_again.{suffix}"))
+    splits = make(holdout_fraction=0.25)
+    test, held = splits.overlaps
+    kept, out = ({name[:3] for name in names(index)} for index in (splits.train, splits.holdout))
+    assert not test.shared and len(held.shared) == sum(name[:3] in kept for name in names(splits.holdout)) > 0
+    assert kept & out
