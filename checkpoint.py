@@ -23,10 +23,10 @@ import io
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ import models
 import weights
 from config import EvaluationConfig, from_tree
 from errors import UserError
-from evaluation.class_names import released_names
+from evaluation.class_names import join_classes, released_names
 
 FORMAT = 1
 DISK_EXIT_CODE = 5
@@ -46,7 +46,7 @@ PUBLIC_IMAGE_SIZE = 640  # of a public file that does not say
 class CheckpointInfo:
     """What a weights file says about its model.
 
-    names: where a public file has none, those of class_names.released_names, else "0", "1", ...
+    names: where a public file has none, those of class_names.released_names, else "0", "1", ... `names_from` tells.
     config: the plain values of the run's config; empty in a file that carries none.
     """
 
@@ -56,6 +56,7 @@ class CheckpointInfo:
     epoch: int | None = None  # epochs done; None in a public file
     step: int | None = None
     source: str = "ours"  # or "public"
+    names_from: Literal["the file", "the release", "nothing"] = "the file"
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -172,27 +173,33 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
     """The model a weights file holds, in eval mode, float32, with the averaged (EMA) weights.
 
     A checkpoint of ours, also one of a run in progress, says what it is. For a public checkpoint (read by
-    weights.read_state_dict) `arch` names the model; its class count is read off the class head.
+    weights.read_state_dict) `arch` names the model; its class count is read off the class head. The width of a class
+    head that was started from another one is read off the weights as well (models.head_of).
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file, expected a checkpoint")
-    state = _load_ours(path) if arch is None else _load_if_ours(path)
-    if state is not None:
-        if arch is not None and arch != state["arch"]:
-            raise UserError(f"{path}: holds {state['arch']}, expected {arch}")
-        info = CheckpointInfo(
-            state["arch"],
-            tuple(state["names"]),
-            state["image_size"],
-            state.get("epoch"),
-            state.get("step"),
-            config=state.get("config") or {},
-        )
-        model = models.build(info.arch, len(info.names))
-        load_state(model, state["ema"], path)
-    else:
-        model, info = _load_public_model(Path(path), arch)
+    model, info = _read_model(Path(path), arch)
+    if arch is not None and arch != info.arch:
+        raise UserError(f"{path}: holds {info.arch}, expected {arch}")
     return model.to(device).float().eval().requires_grad_(False), info
+
+
+def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo]:
+    """The model of a file, ours or public; ours may be of another architecture than `arch`."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, expected a weights file")
+    state = _load_ours(path) if arch is None else _load_if_ours(path)
+    if state is None:
+        return _read_public_model(path, arch)
+    info = CheckpointInfo(
+        state["arch"],
+        tuple(state["names"]),
+        state["image_size"],
+        state.get("epoch"),
+        state.get("step"),
+        config=state.get("config") or {},
+    )
+    model = models.build(info.arch, len(info.names), **models.head_of(info.arch, len(info.names), state["ema"]))
+    load_state(model, state["ema"], path)
+    return model, info
 
 
 def _load_ours(path: str | Path) -> dict[str, Any]:
@@ -229,37 +236,99 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     model.load_state_dict(state, strict=True)
 
 
-def load_into(model: nn.Module, path: str | Path, *, new_head: bool = False) -> None:
-    """Fill `model` with the (averaged) weights of a file, ours or public, strictly.
+def start_model(
+    arch: str,
+    names: Sequence[str],
+    path: str | Path,
+    *,
+    new_head: bool = False,
+    say: Callable[[str], None] = lambda line: print(line),
+) -> nn.Module:
+    """A detector for the classes `names`, in train mode, started from a weights file of other classes, ours or public.
 
-    new_head: a class head of another size keeps the model's own values, and a line says so.
+    Classes go by their names (class_names.join_classes: case, spaces and other words for the same do not matter), never
+    by their place. A class that the file has takes over its rows of the class head; the others keep fresh rows, drawn
+    from torch's global generator as models.build draws them. Everything else is the file's, the width of the class
+    branch too, so that before any training the classes taken over get the scores that the file's model gives them.
+    (The softmax head of a Faster R-CNN keeps the file's other classes as background for that.) `say` gets one line with
+    what was taken over and what starts fresh.
+
+    new_head: the class head as a whole starts fresh, also where it would fit.
+    UserError for a file that does not fit, or whose classes are not known: there is nothing to join them by.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file, expected a weights file")
-    saved = _load_if_ours(path)
-    if saved is None:
-        weights.load_public(model, path, new_head=new_head)
-        return
-    state, own = dict(saved["ema"]), model.state_dict()
-    fresh = [name for name in own if name in state and state[name].shape != own[name].shape]
-    if new_head and fresh and all(name.startswith(tuple(model.class_head)) for name in fresh):
-        print(f"{path}: {len(fresh)} entries of the class head start fresh: {', '.join(fresh)}")
-        state |= {name: own[name] for name in fresh}
-    load_state(model, state, path)
+    path = Path(path)
+    with torch.random.fork_rng(devices=[]):  # the fresh rows do not depend on how the file is read
+        released, info = _read_model(path, arch)
+    theirs = released.state_dict()
+    if new_head:
+        model = models.build(arch, len(names))
+        own = model.state_dict()
+        fresh = {name: own[name] for name in own if name.startswith(model.class_head)}
+        kept = {name: value for name, value in theirs.items() if not name.startswith(model.class_head)}
+        say(f"{path}: the class head starts fresh as a whole (new_head): {len(fresh)} entries")
+        load_state(model, kept | fresh, path)
+        return model
+    if info.names_from == "nothing":
+        raise UserError(
+            f"{path}: it does not say which classes its {len(info.names)} are, expected a file with class names; "
+            "new_head=true starts the class head fresh"
+        )
+    if info.names_from == "the release":
+        say(f"{path}: it does not name its classes; taken for COCO's {len(info.names)}, as {arch} was released")
+    columns = join_classes(names, info.names, str(path))
+    head = models.head_of(arch, len(info.names), theirs)
+    if arch.startswith("fasterrcnn_"):
+        num_left = len(info.names) - len({column for column in columns if column is not None})
+        head = {"other_classes": num_left + head.get("other_classes", 0)}
+    model = models.build(arch, len(names), **head)
+    load_state(model, join_heads(model, released, columns), path)
+    say(f"{path}: {describe_join(names, info.names, columns)}")
+    return model
 
 
-def _load_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
+def join_heads(model: nn.Module, released: nn.Module, columns: Sequence[int | None]) -> dict[str, Tensor]:
+    """The state of `released` with the class rows that `model` has, from both: see weights.take_rows."""
+    own, state = model.state_dict(), dict(released.state_dict())
+    for fresh_rows, released_rows in zip(model.class_rows, released.class_rows):
+        pattern = weights.row_pattern(fresh_rows.layer)
+        for name in [name for name in own if name in state and pattern.match(name)]:
+            state[name] = weights.take_rows(
+                own[name], state[name], columns, fresh_rows=fresh_rows, released_rows=released_rows
+            )
+    return state
+
+
+def describe_join(names: Sequence[str], released_names: Sequence[str], columns: Sequence[int | None]) -> str:
+    taken = [(name, released_names[column]) for name, column in zip(names, columns) if column is not None]
+    words = [name if name == theirs else f"{name} from {theirs}" for name, theirs in taken]
+    fresh = [name for name, column in zip(names, columns) if column is None]
+    num_left = len(set(range(len(released_names))) - set(columns))
+    return (
+        f"class rows taken over by name: {', '.join(words) or 'none'}; start fresh: {', '.join(fresh) or 'none'}; "
+        f"left in the file: {num_left} of {len(released_names)} classes"
+    )
+
+
+def _read_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
     state, said = weights.read_state_dict(path)
-    if not (names := said.names):
-        count = count_classes(state, arch, path)
-        names = released_names(arch, count) or tuple(map(str, range(count)))
-    model = models.build(arch, len(names))
+    count, renamed = _count_and_rename(state, arch, path)
+    if said.names and len(said.names) != count:
+        raise UserError(f"{path}: it names {len(said.names)} classes, and its class head has {count}")
+    known = released_names(arch, count)
+    names = said.names or known or tuple(map(str, range(count)))
+    model = models.build(arch, count, **models.head_of(arch, count, renamed))
     weights.load_public(model, state, source=str(path))
-    return model, CheckpointInfo(arch, names, said.image_size or PUBLIC_IMAGE_SIZE, source="public")
+    names_from = "the file" if said.names else "the release" if known else "nothing"
+    image_size = said.image_size or PUBLIC_IMAGE_SIZE
+    return model, CheckpointInfo(arch, names, image_size, source="public", names_from=names_from)
 
 
 def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:
     """K of a public state dict: the length of the class head's last bias grows by the same amount with each class."""
+    return _count_and_rename(state, arch, path)[0]
+
+
+def _count_and_rename(state: dict[str, Tensor], arch: str, path: str | Path) -> tuple[int, dict[str, Tensor]]:
     with torch.device("meta"):
         one, two = (models.build(arch, k) for k in (1, 2))
     try:
@@ -272,4 +341,4 @@ def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:
     if name is None:
         raise UserError(f"{path}: has no class head of {arch}")
     first, second = sizes[name]
-    return 1 + (len(ours[name]) - first) // (second - first)
+    return 1 + (len(ours[name]) - first) // (second - first), ours

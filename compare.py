@@ -26,7 +26,6 @@ import json
 import shutil
 from pathlib import Path
 
-import models
 import train
 from comparison import plot
 from comparison.condensed_table import condensed_markdown, condensed_tree
@@ -117,9 +116,9 @@ def refuse_other(folder: run_folder.RunFolder, config: Config) -> None:
 def check_rows(rows: list[Row], study: Study) -> None:
     """Build the models and the criterion of every row, so that the last row of a long study is not refused at its end.
 
-    A teacher that is trained in place is stood in for by a fresh one.
+    A teacher that is trained in place is stood in for by one that is not trained yet.
     """
-    in_place = {last_weights(row) for row in study.rows if row.is_teacher}
+    in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
     source: DatasetIndex | None = None
     for row in rows:
         config = row.config
@@ -132,8 +131,12 @@ def check_rows(rows: list[Row], study: Study) -> None:
                     raise UserError(f"key 'condense.network.weights': {weights}: no such file, expected a checkpoint")
             data = config.data
             names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
-            fresh = {t.name: models.build(t.arch, len(names)) for t in config.teachers if t.weights in in_place}
-            student = build_student(config, names)
+            fresh = {
+                t.name: build_student(in_place[t.weights], names, say=quiet)
+                for t in config.teachers
+                if t.weights in in_place and not Path(t.weights).is_file()
+            }
+            student = build_student(config, names, say=quiet)
             teachers = build_teachers(config, names, fresh, student)
             build_criterion(config, names, student, teachers)
             if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small
@@ -141,6 +144,10 @@ def check_rows(rows: list[Row], study: Study) -> None:
                 check_batches(config, pictures, student)
         except UserError as error:
             raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
+
+
+def quiet(line: str) -> None:
+    """What a model starts from is told when it is trained."""
 
 
 def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:

@@ -45,7 +45,7 @@ class ModelConfig:
     backbone_weights: str | None = None  # an ImageNet file for a Faster R-CNN's backbone, or a folder of them
     trainable_stages: int | None = None  # of a Faster R-CNN's backbone, the deepest ones learn; None: all
     frozen_norms: bool = False  # its backbone's BatchNorms keep their statistics, gamma and beta, for small batches
-    new_head: bool = False  # let a class head of another size start fresh
+    new_head: bool = False  # the class head starts fresh as a whole; else its rows are taken over by class name
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TeacherConfig:
     aliases: dict[str, Any] = field(default_factory=dict)  # its name of a class, by the dataset's name of it
     vocabulary: str | None = None  # CLIP's; None: where the download command puts it
     epochs: int | None = None  # of training in place; None: as long as the student
-    start_weights: str | None = None  # where training in place starts; a class head of another size starts fresh
+    start_weights: str | None = None  # where training in place starts, as the `weights` of a student
     backbone_weights: str | None = None  # or where its backbone starts: as of a student
     optimizer: dict[str, Any] = field(default_factory=dict)  # overrides for training in place
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from errors import UserError
 from frcnn.faster_rcnn import (
@@ -23,7 +23,7 @@ from teachers.rtdetr import build_rtdetr
 from yolo.yolov5 import build_yolov5, build_yolov5u
 from yolo.yolov8 import build_yolov8
 
-ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "yolov8n": partial(build_yolov8, "n"),
     "yolov8s": partial(build_yolov8, "s"),
     "yolov8m": partial(build_yolov8, "m"),
@@ -91,18 +91,35 @@ def published_detection(arch: str) -> DetectionSettings:
     return next(found, PUBLISHED_DETECTION["yolov8"])
 
 
-def build(arch: str, num_classes: int) -> nn.Module:
+def build(arch: str, num_classes: int, **head: int) -> nn.Module:
     """A freshly initialised detector (structures.Detector) for K = num_classes classes, on the CPU, in train mode.
 
     The RT-DETRs have no `losses`: they detect and teach, and cannot be trained.
     arch is a key of ARCHITECTURES; an unknown one is a UserError that names the nearest. Initial weights are drawn
     from torch's global generator, here and nowhere later: seed it before the call.
+    head: what of the class head is not as K alone has it, as `head_of` gives it; unknown to other heads, a TypeError.
     """
     if arch not in ARCHITECTURES:
         raise UserError(f"architecture {arch!r} is unknown, {_nearest(arch, ARCHITECTURES)}")
     if num_classes < 1:
         raise UserError(f"architecture {arch!r}: found {num_classes} classes, expected at least 1")
-    return ARCHITECTURES[arch](num_classes)
+    return ARCHITECTURES[arch](num_classes, **head)
+
+
+def head_of(arch: str, num_classes: int, state: dict[str, Tensor]) -> dict[str, int]:
+    """The keywords with which `build` makes the class head that a state dict of `arch` for K classes is of.
+
+    A head that was started from a released one of other classes keeps that one's width (class_width), or the classes it
+    told apart (other_classes). Both are read off shapes: the state dict is all that a checkpoint has to carry.
+    """
+    if arch.startswith("fasterrcnn_"):
+        bias = state.get("predictor.classify.bias")
+        num_others = 0 if bias is None or bias.dim() == 0 else len(bias) - 1 - num_classes
+        return {"other_classes": num_others} if num_others > 0 else {}
+    weight = state.get("head.cls.0.0.conv.weight")
+    if getattr(ARCHITECTURES.get(arch), "func", None) in (build_yolov8, build_yolov5u) and weight is not None:
+        return {"class_width": len(weight)} if weight.dim() == 4 and len(weight) else {}
+    return {}
 
 
 def build_teacher(name: str) -> nn.Module:

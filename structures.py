@@ -90,7 +90,8 @@ class Detector(Protocol):
     strides, channels: for each name in `Output.features`, its stride in pixels and its channel count.
     public_names: the rows of the table that maps the released checkpoint's names to ours (see weights.rename). A model
         released in several layouts also has `public_layouts: tuple[weights.PublicLayout, ...]`, this table's first.
-    class_head: prefixes of our parameter names whose shape depends on K; a fresh start there is what `new_head` allows.
+    class_head: prefixes of our names of the class head's parameters, which `new_head` starts fresh as a whole.
+    class_rows: which outputs of its layers belong to which class (weights.ClassRows).
     class_activation: "sigmoid" or "softmax", what turns class_logits_at into probabilities.
     """
 

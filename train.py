@@ -249,7 +249,8 @@ def run(
                     folder = run_folder.find(Path(config.runs) / config.name)
                     state = checkpoint.load_newest(folder.last, progress.say)
                     refuse_changes(state["config"], config, allow_change, str(folder.path))
-                parts = build(config, processes, teachers, progress.say)
+                saved = state and state["model"]
+                parts = build(config, processes, teachers, progress.say, saved)
                 folder, parts.config = processes.from_first(open_folder(folder, config) if processes.is_first else None)
                 if processes.is_first:
                     for role, report in parts.splits.reports.items():

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, run_script
+from weight_files.class_rows import ClassRows as ClassRows  # for the models and checkpoint.py
+from weight_files.class_rows import take_rows as take_rows
 from weight_files.containers import MAX_FILE_BYTES, open_weights
 from weight_files.families import guess_family
 from weight_files.inert_pickle import Inert, Refused, short
@@ -254,21 +256,20 @@ def _count_claimed(layout: PublicLayout, state: dict[str, Tensor]) -> int:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_public` did: `loaded` names of ours that were filled, `fresh` class-head names left as they were.
+    """What `load_public` did: `loaded` names of ours that were filled.
 
     layout: the name of the PublicLayout the file was read by.
     """
 
     source: str
     loaded: tuple[str, ...]
-    fresh: tuple[str, ...]
     layout: str
 
 
 def load_public(
     model: nn.Module,
     state_or_path: dict[str, Tensor] | str | Path,
-    new_head: bool = False,
+    *,
     source: str = "the given state",
 ) -> LoadReport:
     """Fill `model` with public weights: every released name is claimed by one row of the table of one of the model's
@@ -277,8 +278,6 @@ def load_public(
 
     Args:
         state_or_path: public names -> tensors, or a file that `read_state_dict` reads.
-        new_head: entries under the prefixes `model.class_head` whose shape differs keep the model's own values
-            (a class head for another number of classes). They are listed in the report and printed.
         source: what the report and errors call a dict; a path goes by its own name.
     Raises UserError, with the model untouched, for anything left over on either side. The one tolerance: BatchNorm's
     step counters `num_batches_tracked`, which no forward in eval mode reads, may be absent from old files.
@@ -301,24 +300,22 @@ def load_public(
             if names
         )
         raise UserError(f"{source}: {found}{_family_hint(model, state)}")
-    fresh, wrong = [], []
+    wrong = []
     for name, value in renamed.items():
         if value.shape != own[name].shape:
-            is_head = name.startswith(tuple(model.class_head))
-            (fresh if new_head and is_head else wrong).append(name)
+            wrong.append(name)
         elif value.is_floating_point() != own[name].is_floating_point():
             raise UserError(f"{source}: {name} is {value.dtype}, the model's is {own[name].dtype}")
     if wrong:
         shapes = f"{wrong[0]} is {tuple(renamed[wrong[0]].shape)}, the model's is {tuple(own[wrong[0]].shape)}"
-        head_only = not new_head and all(name.startswith(tuple(model.class_head)) for name in wrong)
-        advice = "; only the class head differs: new_head=True starts it fresh" if head_only else ""
+        head_only = all(name.startswith(tuple(model.class_head)) for name in wrong)
+        advice = (
+            "; only the class head differs: checkpoint.start_model takes it over by class names" if head_only else ""
+        )
         more = f" ({len(wrong)} shapes differ)" if len(wrong) > 1 else ""
         raise UserError(f"{source}: {shapes}{more}{advice or _family_hint(model, state)}")
-    loaded = tuple(name for name in renamed if name not in fresh)
-    model.load_state_dict({**own, **{name: renamed[name].to(own[name].dtype) for name in loaded}}, strict=True)
-    if fresh:
-        print(f"{source}: {len(fresh)} entries of the class head start fresh: {', '.join(fresh)}")
-    return LoadReport(source, loaded, tuple(fresh), layout.name)
+    model.load_state_dict({**own, **{name: t.to(own[name].dtype) for name, t in renamed.items()}}, strict=True)
+    return LoadReport(source, tuple(renamed), layout.name)
 
 
 def _some(names: list[str], count: int = 3) -> str:

@@ -279,8 +279,7 @@ def is_trained_in_place(teacher: TeacherConfig) -> bool:
 
 def teacher_row(alone: Config, teacher: TeacherConfig, source: str) -> Row:
     """The row that trains a teacher: the shared protocol with its own model, epochs and rates, and one seed."""
-    start = teacher.start_weights
-    own = {"weights": start, "new_head": start is not None, "backbone_weights": teacher.backbone_weights}
+    own = {"weights": teacher.start_weights, "backbone_weights": teacher.backbone_weights}
     tree = to_tree(alone) | {"student": {"arch": teacher.arch, **own}}
     tree["optimizer"] = tree["optimizer"] | teacher.optimizer
     tree["epochs"] = alone.epochs if teacher.epochs is None else teacher.epochs

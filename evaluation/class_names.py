@@ -135,9 +135,7 @@ def map_classes(
     given: the model's class for a class of the dataset, where the user says so; None leaves the class out.
     UserError for no class in common, two classes of the model that both fit, and names in `given` that do not exist.
     """
-    of_model: dict[str, list[int]] = {}
-    for column, name in enumerate(model_names):
-        of_model.setdefault(normalize_class_name(name), []).append(column)
+    of_model = places_by_name(model_names)
     chosen = {find_one(name, dataset_names, "dataset"): model for name, model in (given or {}).items()}
     columns: list[int | None] = []
     near: list[tuple[int, ...]] = []
@@ -145,7 +143,13 @@ def map_classes(
         if row in chosen:
             column = None if chosen[row] is None else find_one(chosen[row], model_names, "model")
         else:
-            column = find_column(name, of_model, model_names)
+            found = find_columns(name, of_model, model_names)
+            if len(found) > 1:
+                raise UserError(
+                    f"{unclear(name, found, model_names)}; say which by --class-map '{name}={model_names[found[0]]}', "
+                    f"or leave it out by '{name}='"
+                )
+            column = found[0] if found else None
         columns.append(column)
         near.append(() if column is not None else columns_of(neighbours_of(name), of_model))
     taken = {column for column in columns if column is not None}
@@ -157,19 +161,42 @@ def map_classes(
     return ClassMap(tuple(dataset_names), tuple(model_names), tuple(columns), tuple(near))
 
 
-def find_column(name: str, of_model: dict[str, list[int]], model_names: Sequence[str]) -> int | None:
-    """The model's column for a class of the dataset: of its name, of another word for it, of what it is a kind of."""
-    for words in ([normalize_class_name(name)], other_words(name), broader_words(name)):
-        found = columns_of(words, of_model)
+def join_classes(names: Sequence[str], released_names: Sequence[str], source: str) -> tuple[int | None, ...]:
+    """Of each class, the column of a weights file's model that map_classes joins it to; None where there is none.
+
+    UserError, which names the file `source`, for a class that two of the file's fit.
+    """
+    of_file = places_by_name(released_names)
+    columns: list[int | None] = []
+    for name in names:
+        found = find_columns(name, of_file, released_names)
         if len(found) > 1:
-            both = " and ".join(repr(model_names[column]) for column in found)
-            raise UserError(
-                f"class {name!r} of the dataset may be {both} of the model; say which by --class-map "
-                f"'{name}={model_names[found[0]]}', or leave it out by '{name}='"
-            )
-        if found:
-            return found[0]
-    return None
+            raise UserError(f"{source}: {unclear(name, found, released_names)}; new_head=true starts the head fresh")
+        columns.append(found[0] if found else None)
+    return tuple(columns)
+
+
+def places_by_name(names: Sequence[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(normalize_class_name(name), []).append(place)
+    return places
+
+
+def find_columns(name: str, of_model: dict[str, list[int]], model_names: Sequence[str]) -> tuple[int, ...]:
+    """The model's columns for a class of the dataset: of its name, else of another word for it, else of what it is a
+    kind of. () where there is none, more than one where it is unclear which.
+    """
+    for words in ([normalize_class_name(name)], other_words(name), broader_words(name)):
+        if found := columns_of(words, of_model):
+            exact = tuple(column for column in found if model_names[column] == name)
+            return exact or found
+    return ()
+
+
+def unclear(name: str, found: tuple[int, ...], model_names: Sequence[str]) -> str:
+    both = " and ".join(repr(model_names[column]) for column in found)
+    return f"class {name!r} of the dataset may be {both} of the model"
 
 
 def other_words(name: str) -> list[str]:

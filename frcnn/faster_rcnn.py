@@ -32,7 +32,7 @@ from frcnn.rpn import RPNHead, select_proposals
 from frcnn.vit import SimpleFeaturePyramid, VisionTransformer
 from kernels.roi_align import assign_levels, roi_align
 from structures import Detections, Targets
-from weights import PublicLayout
+from weights import ClassRows, PublicLayout
 
 SIZE_MULTIPLE = 32
 PYRAMID_WIDTH = 256
@@ -90,6 +90,7 @@ class FasterRCNN(nn.Module):
         eval_proposals: candidates of a level before, and proposals after suppression, outside of training.
         min_objectness: proposals of a lower score are dropped, in training too.
         public_layouts: how released files are read, the most usual first.
+        other_classes: of heads.BoxPredictor.
     """
 
     class_activation = "softmax"
@@ -108,13 +109,18 @@ class FasterRCNN(nn.Module):
         box_head: type[nn.Module] = BoxHead,
         eval_proposals: int = 1000,
         min_objectness: float = 0.0,
+        other_classes: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pyramid = pyramid
         self.rpn = RPNHead(PYRAMID_WIDTH, len(anchor_sizes[0]) * len(ASPECT_RATIOS), rpn_depth)
         self.box_head = box_head(PYRAMID_WIDTH)
-        self.predictor = BoxPredictor(num_classes)
+        self.predictor = BoxPredictor(num_classes, other_classes)
+        self.class_rows = (
+            ClassRows("predictor.classify.", shared=1, others=other_classes),
+            ClassRows("predictor.regress.", shared=4, each=4),
+        )
         self.num_classes = num_classes
         self.strides = backbone.strides | pyramid.level_strides(backbone.strides)
         self.channels = backbone.channels | pyramid.channels
@@ -254,13 +260,16 @@ class FasterRCNN(nn.Module):
         return torch.autocast(x.device.type, dtype=x.dtype if is_half else torch.bfloat16, enabled=is_half)
 
 
-def build_fasterrcnn_resnet(depth: int, num_classes: int) -> FasterRCNN:
+def build_fasterrcnn_resnet(depth: int, num_classes: int, *, other_classes: int = 0) -> FasterRCNN:
     """On ResNet-18, -34 or -50, as torchvision's fasterrcnn_resnet50_fpn."""
     backbone = ResNet(depth)
-    return build_with_fpn(backbone, backbone.channels, num_classes, file_epsilon=0.0 if depth == 50 else EPSILON)
+    file_epsilon = 0.0 if depth == 50 else EPSILON
+    return build_with_fpn(
+        backbone, backbone.channels, num_classes, file_epsilon=file_epsilon, other_classes=other_classes
+    )
 
 
-def build_fasterrcnn_resnet50_v2(num_classes: int) -> FasterRCNN:
+def build_fasterrcnn_resnet50_v2(num_classes: int, *, other_classes: int = 0) -> FasterRCNN:
     """On ResNet-50, as torchvision's fasterrcnn_resnet50_fpn_v2: BatchNorm in pyramid and box head, a deeper RPN."""
     backbone = ResNet(50)
     fpn_rows = fpn_names(backbone.channels, norm=True)
@@ -272,10 +281,13 @@ def build_fasterrcnn_resnet50_v2(num_classes: int) -> FasterRCNN:
         public_layouts=(PublicLayout("torchvision", names),),
         rpn_depth=2,
         box_head=ConvBoxHead,
+        other_classes=other_classes,
     )
 
 
-def build_fasterrcnn_mobilenet(size: str, num_classes: int, *, eval_proposals: int = 1000) -> FasterRCNN:
+def build_fasterrcnn_mobilenet(
+    size: str, num_classes: int, *, eval_proposals: int = 1000, other_classes: int = 0
+) -> FasterRCNN:
     """On MobileNetV3 "small" or "large", as torchvision's fasterrcnn_mobilenet_v3_large_fpn: two levels at stride 32.
 
     fasterrcnn_mobilenet_v3_large_320_fpn is the same network with 150 proposals, meant for images of 320 px.
@@ -290,10 +302,11 @@ def build_fasterrcnn_mobilenet(size: str, num_classes: int, *, eval_proposals: i
         anchor_sizes=ALL_SIZES,
         eval_proposals=eval_proposals,
         min_objectness=0.05,
+        other_classes=other_classes,
     )
 
 
-def build_fasterrcnn_vit_tiny(num_classes: int) -> FasterRCNN:
+def build_fasterrcnn_vit_tiny(num_classes: int, *, other_classes: int = 0) -> FasterRCNN:
     """On ViT-Tiny with ViTDet's simple feature pyramid. No weights of the whole detector are public: ours are read."""
     backbone = VisionTransformer("tiny")
     names = [(f"{part}.", f"{part}.") for part in ("backbone", "pyramid", "rpn", "box_head", "predictor")]
@@ -302,6 +315,7 @@ def build_fasterrcnn_vit_tiny(num_classes: int) -> FasterRCNN:
         pyramid=SimpleFeaturePyramid(backbone.channels),
         num_classes=num_classes,
         public_layouts=(PublicLayout("ours", names),),
+        other_classes=other_classes,
     )
 
 

@@ -51,11 +51,17 @@ class BoxPredictor(nn.Module):
     """(N, D) -> class_logits (N, 1 + K), the background in column 0, and box_deltas (N, 1 + K, 4), one box a class.
 
     The background's four deltas mean nothing; the released weights have them.
+
+    other_classes: M classes that the layer tells apart and nobody asks for, such as those of the weights it was started
+    from. They count as background, so that the probabilities of the K classes do not depend on M being there:
+
+        background = log sum_m exp(z_m) over the background's own logit and those of the M others
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, other_classes: int = 0) -> None:
         super().__init__()
-        self.classify = nn.Linear(HIDDEN, 1 + num_classes)
+        self.num_classes, self.other_classes = num_classes, other_classes
+        self.classify = nn.Linear(HIDDEN, 1 + num_classes + other_classes)
         self.regress = nn.Linear(HIDDEN, 4 * (1 + num_classes))
         nn.init.normal_(self.classify.weight, std=0.01)  # arXiv:1504.08083, sec. 2.3
         nn.init.normal_(self.regress.weight, std=0.001)
@@ -63,7 +69,12 @@ class BoxPredictor(nn.Module):
         nn.init.zeros_(self.regress.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.classify(x), self.regress(x).unflatten(1, (-1, 4))
+        class_logits = self.classify(x)  # (N, 1 + K + M)
+        if self.other_classes:
+            background, classes, others = class_logits.split((1, self.num_classes, self.other_classes), dim=1)
+            background = torch.cat((background, others), dim=1).float().logsumexp(1, keepdim=True)
+            class_logits = torch.cat((background.to(classes.dtype), classes), dim=1)  # (N, 1 + K)
+        return class_logits, self.regress(x).unflatten(1, (-1, 4))
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from teachers.resnet_vd import ResNetVD
 from teachers.rtdetr_decoder import Decoder
 from teachers.rtdetr_encoder import HybridEncoder
 from teachers.rtdetr_names import RTDETR_L_NAMES, RTDETR_X_NAMES, authors_names
+from weights import ClassRows
 
 FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
 DECODER_PARTS = frozenset({"boxes_xyxy", "query_logits"})
@@ -104,6 +105,7 @@ class RTDETR(nn.Module):
         self.size_multiple = 32
         self.public_names = public_names
         self.class_head = ("decoder.candidate_class.", "decoder.class_heads.")
+        self.class_rows = (ClassRows("decoder.candidate_class."), ClassRows("decoder.class_heads.{}."))
         self.class_activation = "sigmoid"
         self.requested_outputs: frozenset[str] | None = None
 

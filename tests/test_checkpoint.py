@@ -226,24 +226,6 @@ def test_load_model(shipped):
         checkpoint.load_model(path.with_name("absent.pt"))
 
 
-def test_load_into(shipped, capsys):
-    path, model = shipped
-    same_classes, more_classes = models.build("yolov8n", 2), models.build("yolov8n", 5)
-    checkpoint.load_into(same_classes, path)
-    assert same(dict(same_classes.state_dict()), dict(model.state_dict()))
-    before = {key: value.clone() for key, value in more_classes.state_dict().items()}
-    with pytest.raises(UserError, match="do not fit"):
-        checkpoint.load_into(more_classes, path)
-    assert same(dict(more_classes.state_dict()), before)
-    checkpoint.load_into(more_classes, path, new_head=True)
-    assert "start fresh" in capsys.readouterr().out
-    for key, value in more_classes.state_dict().items():
-        source = model.state_dict()[key]
-        assert torch.equal(value, source if source.shape == value.shape else before[key]), key
-    with pytest.raises(UserError, match="do not fit"):
-        checkpoint.load_into(models.build("yolov8s", 2), path, new_head=True)
-
-
 @pytest.mark.parametrize("arch", ["yolov8n", "yolov5n", "yolov5nu"])
 def test_class_count_of_a_public_state(arch):
     model = models.build(arch, 7)

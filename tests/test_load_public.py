@@ -64,7 +64,7 @@ def test_load_public_fills_everything_and_casts():
     source, model = Small(), Small()
     state = {name: t.half() if t.is_floating_point() else t for name, t in public_state(source).items()}
     report = load_public(model, state)
-    assert set(report.loaded) == set(model.state_dict()) and report.fresh == ()
+    assert set(report.loaded) == set(model.state_dict())
     for name, value in model.state_dict().items():
         expected = source.state_dict()[name]
         assert value.dtype == expected.dtype
@@ -90,7 +90,7 @@ def test_load_public_reads_a_path(tmp_path):
             r"blocks.1.bias is \(1, 4\), the model's is \(4,\)",
         ),
         (lambda s: s.update({"model.1.m.1.bias": torch.ones(4).long()}), "blocks.1.bias is torch.int64"),
-        (lambda s: s.update({"model.2.bias": torch.ones(3)}), "new_head=True starts it fresh"),
+        (lambda s: s.update({"model.2.bias": torch.ones(3)}), "only the class head differs: checkpoint.start_model"),
     ],
 )
 def test_load_public_refuses_and_leaves_the_model(change, reason):
@@ -106,21 +106,6 @@ def test_load_public_without_counters():
     state = public_state(Small())
     del state["model.0.1.num_batches_tracked"]
     assert "stem.1.num_batches_tracked" not in load_public(Small(), state).loaded
-
-
-def test_new_head(capsys):
-    source, model = Small(80), Small(3)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = load_public(model, public_state(source), new_head=True)
-    assert report.fresh == ("head.weight", "head.bias")
-    assert "head.weight, head.bias" in capsys.readouterr().out
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name] if name in report.fresh else source.state_dict()[name])
-    state = public_state(source)
-    state["model.1.m.0.bias"] = torch.ones(5)
-    with pytest.raises(UserError, match=r"blocks\.0\.bias"):  # only the class head may differ
-        load_public(Small(3), state, new_head=True)
-    assert load_public(Small(80), public_state(source), new_head=True).fresh == ()
 
 
 # families -----------------------------------------------------------------------------------------------------------
@@ -201,9 +186,9 @@ def test_the_layout_that_fits_is_taken(layout, make_state):
     assert load_public(Small(), public_state(source)).layout == "released"
 
 
-def test_layouts_are_matched_without_counters_and_with_a_head_of_another_size():
+def test_layouts_are_matched_without_counters():
     state = {name: value for name, value in halves_state(Layered(7)).items() if "num_batches" not in name}
-    assert load_public(Layered(3), state, new_head=True).layout == "halves"
+    assert load_public(Layered(7), state).layout == "halves"
 
 
 @pytest.mark.parametrize(

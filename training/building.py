@@ -167,9 +167,16 @@ def with_published_settings(config: Config) -> Config:
 
 
 def build(
-    config: Config, processes: Processes, given: dict[str, nn.Module] | None, say: Callable[[str], None]
+    config: Config,
+    processes: Processes,
+    given: dict[str, nn.Module] | None,
+    say: Callable[[str], None],
+    saved: dict[str, Tensor] | None = None,
 ) -> Parts:
-    """The parts of a run. Every reason not to start it is found here, before anything is written."""
+    """The parts of a run. Every reason not to start it is found here, before anything is written.
+
+    saved: the student's state in the checkpoint of a resumed run.
+    """
     config = with_published_settings(config)
     if config.batch_size % processes.count:
         raise UserError(
@@ -196,7 +203,7 @@ def build(
         pictures_per_epoch=config.data.pictures_per_epoch,
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    student = build_student(config, splits.names).to(processes.device, memory_format=memory_format)
+    student = build_student(config, splits.names, saved, say).to(processes.device, memory_format=memory_format)
     settings = config.optimizer
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
     teachers = build_teachers(config, splits.names, given, ema.model)
@@ -326,14 +333,26 @@ def take(index: DatasetIndex, count: int) -> DatasetIndex:
     return dataclasses.replace(taken, faults=tuple(fault for fault in index.faults if fault.picture in theirs))
 
 
-def build_student(config: Config, names: tuple[str, ...]) -> nn.Module:
-    """The student, fresh from config.seed, or with the weights its config names."""
+def build_student(
+    config: Config,
+    names: tuple[str, ...],
+    saved: dict[str, Tensor] | None = None,
+    say: Callable[[str], None] = lambda line: print(line),
+) -> nn.Module:
+    """The student, fresh from config.seed, or started from the weights its config names (checkpoint.start_model).
+
+    saved: the state that a resumed run will fill it with, instead of those weights, whose file may be gone by then.
+    """
     torch.manual_seed(config.seed)
-    student = models.build(config.student.arch, len(names))
+    arch, path = config.student.arch, config.student.weights
+    if saved is not None:
+        student = models.build(arch, len(names), **models.head_of(arch, len(names), saved))
+    elif path is not None:
+        student = checkpoint.start_model(arch, names, path, new_head=config.student.new_head, say=say)
+    else:
+        student = models.build(arch, len(names))
     if not hasattr(student, "losses"):
-        raise UserError(f"key 'student.arch': {config.student.arch} can only teach: it has no training losses here")
-    if config.student.weights is not None:
-        checkpoint.load_into(student, config.student.weights, new_head=config.student.new_head)
+        raise UserError(f"key 'student.arch': {arch} can only teach: it has no training losses here")
     if config.student.backbone_weights is not None:
         start_backbone(student, config.student)
     freeze_backbone(student, config.student)

@@ -22,6 +22,7 @@ from errors import UserError
 from layers.fusion import fuse
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
 from teachers.output_cache import OutputCache, ask, fingerprint_of, image_key, split_output
+from weights import load_public
 
 EMA = "ema"  # as `arch` of a teacher
 MOST_UPSAMPLED = 2.0  # a teacher that sees pictures enlarged by more sees mostly interpolation: a warning
@@ -133,11 +134,15 @@ def load(
         raise UserError(f"{found}, expected weights of {teacher.arch}{how_to_fetch(teacher.arch)}")
     if teacher.arch in models.TEACHERS:
         model = models.build_teacher(teacher.arch)
-        checkpoint.load_into(model, teacher.weights)
+        load_public(model, teacher.weights)
         return model, speak(model, teacher, key, names)
     model, info = checkpoint.load_model(teacher.weights, teacher.arch)
-    has_names = info.names != tuple(map(str, range(len(info.names))))
-    return model, info.names if has_names or len(info.names) != len(names) else names
+    if info.names_from == "the release":
+        print(f"{teacher.weights}: it does not name its classes; taken for COCO's {len(info.names)}")
+    if info.names_from != "nothing" or len(info.names) != len(names):
+        return model, info.names
+    print(f"{teacher.weights}: it does not name its classes; taken for those of the dataset: {', '.join(names)}")
+    return model, names
 
 
 def speak(model: nn.Module, teacher: TeacherConfig, key: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kernels.backend import at_least_float32
 from kernels.nms import select_detections
 from structures import Detections, Targets
+from weights import ClassRows
 from yolo.assigners import make_anchors
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, upsample
 from yolo.losses import decode_anchor_offsets, yolov5_assignment, yolov5_losses
@@ -192,6 +193,7 @@ class YOLOv5(nn.Module):
         self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
         self.public_names = YOLOV5_NAMES
         self.class_head = ("head.predict.",)  # one convolution predicts boxes, objectness and classes
+        self.class_rows = (ClassRows("head.predict.{}.", groups=NUM_ANCHORS, shared=5),)
         self.requested_outputs: frozenset[str] | None = None
         self.box_gain, self.obj_gain, self.cls_gain = box_gain, obj_gain, cls_gain
 
@@ -302,7 +304,7 @@ def build_yolov5(size: str, num_classes: int) -> YOLOv5:
     return YOLOv5(**SIZES[size]._asdict(), num_classes=num_classes)
 
 
-def build_yolov5u(size: str, num_classes: int) -> AnchorFreeDetector:
+def build_yolov5u(size: str, num_classes: int, *, class_width: int | None = None) -> AnchorFreeDetector:
     """A freshly initialised YOLOv5u (anchor-free); size is a key of SIZES. Draws from torch's global generator."""
     channels, depths, neck_depth = SIZES[size]
     return AnchorFreeDetector(
@@ -311,4 +313,5 @@ def build_yolov5u(size: str, num_classes: int) -> AnchorFreeDetector:
         channels=channels,
         num_classes=num_classes,
         public_names=YOLOV5U_NAMES,
+        class_width=class_width,
     )

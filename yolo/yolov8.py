@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kernels.backend import at_least_float32
 from kernels.nms import select_detections
 from structures import Detections, Targets
+from weights import ClassRows
 from yolo.assigners import make_points
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, upsample
 from yolo.losses import decode_distances, yolov8_assignment, yolov8_losses
@@ -126,13 +127,16 @@ class AnchorFreeHead(nn.Module):
     Fresh weights start from a prior: the class bias is log(5 / K / (640 / stride)^2), as if an image of 640 px held
     5 objects spread over K classes and the level's locations (the idea is RetinaNet's, arXiv:1708.02002, sec. 4.1), and
     every bin's bias is 1.
+
+    class_width: channels within the class branches; None: the released rule, max(channels[0], min(K, 100)). A head that
+    was started from one of more classes keeps that one's width.
     """
 
-    def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:
+    def __init__(self, channels: tuple[int, ...], num_classes: int, class_width: int | None = None) -> None:
         super().__init__()
         self.widths = {
             "box": max(16, channels[0] // 4, 4 * NUM_BINS),
-            "cls": max(channels[0], min(num_classes, 100)),
+            "cls": class_width or max(channels[0], min(num_classes, 100)),
         }
         self.box = nn.ModuleList(branch(c, self.widths["box"], 4 * NUM_BINS) for c in channels)
         self.cls = nn.ModuleList(branch(c, self.widths["cls"], num_classes) for c in channels)
@@ -188,7 +192,8 @@ class AnchorFreeOutput:
 class AnchorFreeDetector(nn.Module):
     """backbone -> neck -> anchor-free head: YOLOv8, and YOLOv5u (yolo/yolov5.py). Satisfies DenseDetector.
 
-    channels are the five of SIZES. The gains weight the loss terms; the defaults are the released recipe's.
+    channels are the five of SIZES, class_width is AnchorFreeHead's. The gains weight the loss terms; the defaults are
+    the released recipe's.
 
     requested_outputs: the names of the features and logits that the caller reads, or None for all of them. If a teacher
     is used for its feature maps only, its head is skipped, and its neck too for maps of the backbone. What is not named
@@ -206,6 +211,7 @@ class AnchorFreeDetector(nn.Module):
         channels: tuple[int, ...],
         num_classes: int,
         public_names: list[tuple[str, str | None]],
+        class_width: int | None = None,
         box_gain: float = 7.5,
         cls_gain: float = 0.5,
         dfl_gain: float = 1.5,
@@ -213,7 +219,7 @@ class AnchorFreeDetector(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.neck = neck
-        self.head = AnchorFreeHead(channels[2:], num_classes)
+        self.head = AnchorFreeHead(channels[2:], num_classes, class_width)
         self.num_classes = num_classes
         self.strides = FEATURE_STRIDES | {name: LEVEL_STRIDES[row] for name, (_, row, _) in BRANCH_MAPS.items()}
         self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
@@ -221,6 +227,7 @@ class AnchorFreeDetector(nn.Module):
         self.requested_outputs: frozenset[str] | None = None
         self.public_names = public_names
         self.class_head = ("head.cls.",)
+        self.class_rows = (ClassRows("head.cls.{}.2."),)
         self.box_gain, self.cls_gain, self.dfl_gain = box_gain, cls_gain, dfl_gain
 
     def forward(self, images: Tensor) -> AnchorFreeOutput:
@@ -317,7 +324,7 @@ class AnchorFreeDetector(nn.Module):
         )
 
 
-def build_yolov8(size: str, num_classes: int) -> AnchorFreeDetector:
+def build_yolov8(size: str, num_classes: int, *, class_width: int | None = None) -> AnchorFreeDetector:
     """A freshly initialised YOLOv8; size is a key of SIZES. Draws from torch's global generator."""
     channels, depths, neck_depth = SIZES[size]
     return AnchorFreeDetector(
@@ -326,4 +333,5 @@ def build_yolov8(size: str, num_classes: int) -> AnchorFreeDetector:
         channels=channels,
         num_classes=num_classes,
         public_names=YOLOV8_NAMES,
+        class_width=class_width,
     )

@@ -68,7 +68,7 @@ def test_a_teacher_in_place_has_the_shared_protocol_and_its_own_rates(write):
 def test_a_teacher_in_place_may_start_from_weights(write):
     teachers = [TEACHERS[0] | {"start_weights": "coco.pt"}, TEACHERS[1]]
     student = load_study(write(teachers=teachers)).rows[1].config.student
-    assert (student.arch, student.weights, student.new_head) == ("yolov5nu", "coco.pt", True)
+    assert (student.arch, student.weights, student.new_head) == ("yolov5nu", "coco.pt", False)
     teachers[1] = TEACHERS[1] | {"start_weights": "coco.pt"}
     with pytest.raises(UserError, match=r"'teachers.1.start_weights': 'given' is not trained in place"):
         load_study(write(teachers=teachers))

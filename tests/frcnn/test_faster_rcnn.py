@@ -140,12 +140,9 @@ def test_the_oldest_file_was_trained_without_an_epsilon():
     torch.testing.assert_close(model.backbone.stem.norm.weight, state["backbone.body.bn1.weight"], rtol=0, atol=0)
 
 
-def test_a_head_for_other_classes_starts_fresh(mobilenet_state, capsys):
-    model = build("fasterrcnn_mobilenet_v3_large", 3)
-    with pytest.raises(UserError, match="new_head=True"):
-        load_public(model, mobilenet_state)
-    report = load_public(model, mobilenet_state, new_head=True)
-    assert set(report.fresh) == {f"predictor.{p}.{q}" for p in ("classify", "regress") for q in ("weight", "bias")}
+def test_a_head_for_other_classes_is_refused(mobilenet_state):
+    with pytest.raises(UserError, match="only the class head differs"):
+        load_public(build("fasterrcnn_mobilenet_v3_large", 3), mobilenet_state)
 
 
 def test_weights_of_another_detector_are_refused(mobilenet_state):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 from errors import UserError
 from models import TEACHERS, build_teacher
 from teachers.dinov2 import FACEBOOK_NAMES, DINOv2, build_dinov2, fuse_query_key_value, patch_pca
@@ -208,7 +207,7 @@ def test_files_of_both_layouts_on_disk(model, tmp_path):
     safetensors.save_file(halves, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for name, convert in (("facebook.pth", lambda t: t), ("model.safetensors", lambda t: t.half().float())):
         fresh = tiny(registers, seed=1)
-        checkpoint.load_into(fresh, tmp_path / name)
+        load_public(fresh, tmp_path / name)
         assert all(torch.equal(value, convert(model.state_dict()[key])) for key, value in fresh.state_dict().items())
 
 

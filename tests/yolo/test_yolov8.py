@@ -7,8 +7,7 @@ import torch
 from models import build
 from structures import DenseDetector, Targets
 from tests.reference.dense_reading import read_reference
-from tests.reference.golden_models import check_anchor_free_golden, public_state
-from weights import load_public
+from tests.reference.golden_models import check_anchor_free_golden
 from yolo.taps import logits_at_boxes
 from yolo.yolov8 import AnchorFreeOutput, level_sizes
 
@@ -146,13 +145,13 @@ def test_head_widths_follow_the_number_of_classes(arch, num_classes, count):
         assert sum(p.numel() for p in build(arch, num_classes).parameters()) + 16 == count
 
 
-def test_released_head_of_other_size_needs_new_head(golden):
-    _, meta = golden("yolov8n")
-    state = public_state(meta, {"model.22.dfl.conv.weight": np.arange(16.0)})
-    model = build("yolov8n", 3)
-    fresh = load_public(model, state, new_head=True).fresh
-    assert fresh and all(name.startswith("head.cls.") for name in fresh)
-    assert torch.equal(model.state_dict()["head.box.0.2.bias"], state["model.22.cv2.0.2.bias"])
+def test_the_width_of_the_class_branches_may_be_given():
+    with torch.device("meta"):
+        wide, plain = build("yolov8n", 3, class_width=80), build("yolov8n", 3)
+    assert wide.channels["cls3_1"] == wide.channels["cls5_2"] == 80 and plain.channels["cls3_1"] == 64
+    released = build("yolov8n", 80).state_dict()
+    differing = {name for name, value in wide.state_dict().items() if value.shape != released[name].shape}
+    assert differing == {f"head.cls.{level}.2.{kind}" for level in range(3) for kind in ("weight", "bias")}
 
 
 # ------------------------------------------------------------------------------------------ decode, class_logits_at
