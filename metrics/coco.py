@@ -5,12 +5,15 @@ implementation (cocodataset/cocoapi). Precision is interpolated at 101 recalls: 
 above. Thresholds are float64 `np.linspace` values and every sort is stable, as there: a recall of 29/100 falls on the
 other side of a float32 threshold.
 
+`plain_evaluate` is the specification, one detection at a time; `evaluate` gives the same numbers for whole datasets.
+
 Differences, on purpose: an object whose annotation id is 0 can be found (pycocotools takes that id for "unmatched");
 a detection of an unknown class is an error (pycocotools drops it).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -98,6 +101,69 @@ def mean_of_measured(values: np.ndarray) -> float:
     """The mean of the values that are not -1; -1 where all are."""
     measured = values[values > ABSENT]
     return float(np.mean(measured)) if measured.size else ABSENT
+
+
+def plain_evaluate(
+    ground_truth: GroundTruth, detections: DetectionTable, *, iou_thresholds: Sequence[float] = tuple(IOU_THRESHOLDS),
+    area_ranges: dict[str, tuple[float, float]] | None = None, max_detections: Sequence[int] = MAX_DETECTIONS,
+    ignore_difficult: bool = False,
+) -> CocoResult:  # fmt: skip
+    """Specification: the contract of `evaluate`, one class, size, IoU threshold and limit after the other."""
+    areas = AREA_RANGES if area_ranges is None else area_ranges
+    T, R, K, A, M = map(len, (iou_thresholds, RECALL_THRESHOLDS, ground_truth.names, areas, max_detections))
+    precision, recall = np.full((T, R, K, A, M), ABSENT), np.full((T, K, A, M), ABSENT)
+    num_objects = np.zeros((K, A), dtype=np.int64)
+    never_counts = ground_truth.crowd | (ground_truth.difficult & ignore_difficult)
+    for k, (a, (low, high)) in product(range(K), enumerate(areas.values())):
+        counts = ~never_counts & (ground_truth.area >= low) & (ground_truth.area <= high)  # (N,)
+        num_objects[k, a] = counts[ground_truth.labels == k].sum()
+        if not num_objects[k, a]:
+            continue
+        for (t, threshold), (m, limit) in product(enumerate(iou_thresholds), enumerate(max_detections)):
+            scored = []  # (score, whether it found an object) of every detection that is not ignored
+            for image in range(ground_truth.num_images):
+                objects = np.flatnonzero((ground_truth.image == image) & (ground_truth.labels == k))
+                rows = np.flatnonzero((detections.image == image) & (detections.labels == k))
+                rows = rows[np.argsort(-detections.scores[rows], kind="stable")][:limit]
+                matched = _match_in_order(ground_truth, detections, objects, rows, counts, threshold)
+                for row, found in zip(rows, matched):
+                    is_ignored = not low <= detections.box_area[row] <= high if found is None else not counts[found]
+                    if not is_ignored:
+                        scored.append((detections.scores[row], found is not None))
+            scored.sort(key=lambda pair: -pair[0])  # stable: equal scores by image, then by row
+            num_true = np.cumsum([is_true for _, is_true in scored])
+            precision_at = num_true / (np.arange(1, len(scored) + 1) + np.spacing(1))
+            recall_at = num_true / num_objects[k, a]
+            recall[t, k, a, m] = max(recall_at, default=0)
+            for r, needed in enumerate(RECALL_THRESHOLDS):
+                precision[t, r, k, a, m] = max(precision_at[recall_at >= needed], default=0)
+    thresholds = np.asarray(iou_thresholds, dtype=np.float64)
+    return CocoResult(
+        ground_truth.names, thresholds, RECALL_THRESHOLDS, tuple(areas), tuple(max_detections),
+        precision, recall, num_objects,
+    )  # fmt: skip
+
+
+def _match_in_order(
+    ground_truth: GroundTruth, detections: DetectionTable, objects: np.ndarray, rows: np.ndarray, counts: np.ndarray,
+    threshold: float,
+) -> list[int | None]:  # fmt: skip
+    """The object that each detection in `rows`, best first, takes in its image and class: see metrics.matching."""
+    taken: list[int | None] = []
+    for row in rows:
+        choices = [(False, 0.0, -1)]  # (whether it counts, overlap, row of the ground truth)
+        for g in objects:
+            corners = np.stack((detections.boxes_xyxy[row], ground_truth.boxes_xyxy[g]))
+            width, height = corners[:, 2:].min(0) - corners[:, :2].max(0)
+            intersection = max(width, 0) * max(height, 0)
+            area = detections.box_area[row]
+            union = area if ground_truth.crowd[g] else area + ground_truth.box_area[g] - intersection
+            is_free = ground_truth.crowd[g] or g not in taken
+            if is_free and intersection > 0 and intersection / union >= min(threshold, 1 - 1e-10):
+                choices.append((counts[g], intersection / union, g))
+        _, _, best = max(choices)
+        taken.append(None if best < 0 else best)
+    return taken
 
 
 def evaluate(

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -83,6 +84,45 @@ def test_other_settings_equal_pycocotools():
         np.testing.assert_allclose(result.recall, expected.eval["recall"], rtol=0, atol=1e-12)
 
 
+def random_tables(seed):
+    """A small random set; some objects difficult, some boxes without area or turned inside out."""
+    rng = np.random.default_rng([seed, 1])
+    ground_truth, detections = as_tables(*random_coco_set(seed))
+    for table in (ground_truth, detections):
+        table.boxes_xyxy[rng.random(len(table)) < 0.1, 2] -= 40.0  # box_area stays what a file says
+        bad = rng.random(len(table)) < 0.1
+        table.boxes_xyxy[bad, 2:] = table.boxes_xyxy[bad, :2]
+        table.box_area[bad] = 0.0
+    ground_truth.difficult[:] = rng.random(len(ground_truth)) < 0.2
+    return ground_truth, detections
+
+
+SETTINGS = [
+    {"iou_thresholds": (0.5, 0.75), "max_detections": (1, 100)},
+    {"iou_thresholds": (0.3, 0.55, 1.0), "max_detections": (2, 5), "ignore_difficult": True},
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=["coco", "other"])
+def test_evaluate_equals_the_specification(options):
+    for seed in range(60):
+        if seed % 23:  # not the sets with 130 detections of a class, which take a second each
+            ground_truth, detections = random_tables(seed)
+            got = coco.evaluate(ground_truth, detections, **options)
+            expected = coco.plain_evaluate(ground_truth, detections, **options)
+            for field in fields(expected):
+                np.testing.assert_array_equal(getattr(got, field.name), getattr(expected, field.name), str(seed))
+
+
+def test_specification_equals_pycocotools():
+    for seed in (3, 4, 12):
+        dataset, results = random_coco_set(seed)
+        expected = run_pycocotools(dataset, results, iouThrs=np.array([0.5, 0.8]))
+        result = coco.plain_evaluate(*as_tables(dataset, results), iou_thresholds=(0.5, 0.8))
+        np.testing.assert_allclose(result.precision, expected.eval["precision"], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(result.recall, expected.eval["recall"], rtol=0, atol=1e-12)
+
+
 def test_coco_val2014_oracle(shared_data):
     folder = shared_data / "evaluator_oracles" / "coco_val2014_100"
     annotations = read_ground_truth(folder / "instances_val2014_100.json")
@@ -129,9 +169,10 @@ def test_perfect_detections_score_one_and_absent_sizes_minus_one():
     assert numbers["AP_small"] == numbers["AR_large"] == -1
 
 
+@pytest.mark.parametrize("evaluate", [coco.evaluate, coco.plain_evaluate])
 @pytest.mark.parametrize(("objects", "found"), [([], []), ([], [BOX]), ([BOX], [])], ids=["both", "truth", "found"])
-def test_empty_tables(objects, found):
-    result = coco.evaluate(*one_class(objects, found, [0.5] * len(found)))
+def test_empty_tables(objects, found, evaluate):
+    result = evaluate(*one_class(objects, found, [0.5] * len(found)))
     expected = 0.0 if objects else -1.0
     assert result.numbers["AP"] == result.numbers["AR_100"] == expected
     assert list(result.ap_per_iou) == pytest.approx(np.arange(0.5, 1.0, 0.05).tolist())
@@ -140,7 +181,8 @@ def test_empty_tables(objects, found):
 
 def test_no_classes_and_no_images():
     nothing = GroundTruth([], np.zeros((0, 4)), [], 0, ())
-    assert set(coco.evaluate(nothing, DetectionTable.empty()).numbers.values()) == {-1.0}
+    for evaluate in (coco.evaluate, coco.plain_evaluate):
+        assert set(evaluate(nothing, DetectionTable.empty()).numbers.values()) == {-1.0}
 
 
 def test_a_crowd_absorbs_by_intersection_over_detection_area():
