@@ -115,9 +115,9 @@ def read_json(path: Path) -> Any:
 def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] | None = None) -> DatasetIndex:
     """The index of parsed COCO labels whose pictures lie in `folder`. `names`: as read_coco."""
     log = FaultLog()
-    categories = _read_categories(_records(tree, "categories", json_path), json_path)
+    categories = read_categories(_records(tree, "categories", json_path), json_path)
     annotations = _records(tree, "annotations", json_path)
-    categories = _without_root(categories, annotations, names, json_path, log)
+    categories = without_root(categories, annotations, names, json_path, log)
     label_of = {category: label for label, category in enumerate(categories)}
     images, first_id = _read_images(_records(tree, "images", json_path), json_path, log)
 
@@ -157,7 +157,7 @@ def _records(tree: Any, key: str, path: Path) -> list[dict]:
     return records
 
 
-def _read_categories(records: list[dict], path: Path) -> dict[int | str, dict]:
+def read_categories(records: list[dict], path: Path) -> dict[int | str, dict]:
     """The categories by id, in id order. A class list with a fault is a fault of everything: always a UserError."""
     if not records:
         raise UserError(f"{path}: no categories, expected at least one class")
@@ -177,7 +177,7 @@ def _read_categories(records: list[dict], path: Path) -> dict[int | str, dict]:
     return categories  # texts have no order of their own: that of the file
 
 
-def _without_root(
+def without_root(
     categories: dict, annotations: list[dict], names: tuple[str, ...] | None, path: Path, log: FaultLog
 ) -> dict[int | str, dict]:
     """The categories without those that only group others: no object has them, and they are a supercategory of others.
@@ -211,7 +211,7 @@ def _is_group(category: dict, other: dict) -> bool:
 
 def _used(annotations: Iterable[dict], categories: dict) -> set[int | str]:
     found = {category for record in annotations if isinstance(category := record.get("category_id"), int | float | str)}
-    return {_match(category, categories) for category in found} - {None}
+    return {match_id(category, categories) for category in found} - {None}
 
 
 def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]:
@@ -224,7 +224,7 @@ def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]
             continue
         try:
             tree = read_json(other)
-            categories = _read_categories(_records(tree, "categories", other), other)
+            categories = read_categories(_records(tree, "categories", other), other)
             theirs = _used(_records(tree, "annotations", other), categories)
         except UserError:
             continue  # no labels of this set, or a fault of the split that reads it
@@ -232,7 +232,7 @@ def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]
     return used
 
 
-def _match(value: Any, table: dict) -> int | str | None:
+def match_id(value: Any, table: dict) -> int | str | None:
     """The key of a table that an id means; the text "7" means 7 where no key is that text. None: no key."""
     if type(value) is int and value in table:
         return value
@@ -292,10 +292,10 @@ def _image_fault(record: dict) -> str | None:
 def _add_annotation(record: dict, first_id: dict, label_of: dict, rows_of: dict) -> tuple[str, str] | None:
     """Add a row to those of its picture, or say why not: (reason, kind)."""
     image_id, category, box = record.get("image_id"), record.get("category_id"), record.get("bbox")
-    image = _match(image_id, first_id)
+    image = match_id(image_id, first_id)
     if image is None:
         return f"image_id {image_id!r} is no image of the file", "label without picture"
-    label = label_of.get(_match(category, label_of))
+    label = label_of.get(match_id(category, label_of))
     if label is None:
         return f"category_id {category!r} is no category of the file", "unknown class"
     if not isinstance(box, list) or len(box) != 4:

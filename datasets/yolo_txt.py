@@ -160,7 +160,7 @@ def _read_yaml(path: Path, split: str) -> _Set:
     tree = read_yaml(path, as_text=True)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, expected the keys names, train, val")
-    names = _yaml_names(tree, path)
+    names = yaml_names(tree, path)
     base = path.parent / (tree.get("path") or ".")
     if not base.is_dir():
         raise UserError(f"{path}: path {tree.get('path')!r} leads to {base.resolve()}, which is no folder")
@@ -176,7 +176,7 @@ def _read_yaml(path: Path, split: str) -> _Set:
     return _Set(base, entries, names, path, kpt_shape, tree.get("task") in ("segment", "obb"))
 
 
-def _yaml_names(tree: dict[str, Any], path: Path) -> tuple[str, ...]:
+def yaml_names(tree: dict[str, Any], path: Path) -> tuple[str, ...]:
     names, count = tree.get("names"), tree.get("nc")
     if count is not None and not (isinstance(count, str) and count.isdecimal()):
         raise UserError(f"{path}: key 'nc': found {count!r}, expected the number of classes")

@@ -1,10 +1,11 @@
 """What every reader of ground truth returns, and how class names and numbers of detections are understood."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
+
+import numpy as np
 
 from errors import UserError
 from metrics.picture_names import PictureFinder
@@ -18,6 +19,7 @@ class Annotations:
     pictures: of each image the name of its picture: its path below the folder without the suffix, or COCO's file_name;
         None where a COCO file gives none.
     image_ids: of each image COCO's id; for other formats the same as `pictures`.
+    finder: finds the row of an image by its name or its id.
     sizes: (width, height) of each image in pixels, None where the files do not say.
     category_ids: the classes' COCO ids, None for other formats.
     numbered: the lists of names that a class number may be a place in; two where the format allows two readings, none
@@ -30,15 +32,12 @@ class Annotations:
     ground_truth: GroundTruth
     pictures: tuple[str | None, ...]
     image_ids: tuple[int | str, ...]
+    finder: PictureFinder
     sizes: tuple[tuple[float, float] | None, ...]
     category_ids: tuple[int | str, ...] | None
     numbered: tuple[tuple[str, ...], ...]
     pixels: Literal["inclusive", "as taken", "continuous"]
     notes: tuple[str, ...] = ()
-
-    @cached_property
-    def finder(self) -> PictureFinder:
-        return PictureFinder(self.pictures, None if self.category_ids is None else self.image_ids)
 
 
 def is_number(token: str) -> bool:
@@ -96,3 +95,23 @@ def _expected(names: Sequence[str], readings: Sequence[Mapping[str, int]]) -> st
     if not readings:
         return f"one of {shown} (for numbers, name the classes: --names FILE)"
     return f"one of {shown}, or the place in that list, 0..{max(len(reading) for reading in readings) - 1}"
+
+
+def usable_rows(
+    boxes_xyxy: np.ndarray, columns: Sequence[Sequence], where: Callable[[int], str]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N,) bool: the objects that datasets/ keeps as well; and a note on the others.
+
+    Those are boxes with a width and a height, and of rows that are equal in all the first. columns: what else rows are
+    compared by.
+    """
+    has_size = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(axis=1)
+    keys = list(zip(map(tuple, boxes_xyxy.tolist()), *columns))
+    first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1)))
+    is_first = np.array([first[key] == row for row, key in enumerate(keys)], dtype=bool)
+    notes = []
+    for reason, is_out in (("zero-size box", ~has_size), ("equal to another in all", has_size & ~is_first)):
+        if count := int(is_out.sum()):
+            rows = f"{count} object{'s' * (count > 1)} left out"
+            notes.append(f"{rows}: {reason}, first: {where(int(is_out.argmax()))}")
+    return has_size & is_first, tuple(notes)

@@ -1,19 +1,21 @@
 """Ground truth and detections from COCO JSON files; see metrics.files."""
 
 import json
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datasets.coco import read_json
+from datasets.coco import match_id, read_categories, read_json, without_root
+from datasets.rows import FaultLog
 from datasets.values import read_flag, read_id, read_number, read_size
 from errors import UserError
-from metrics.annotations import Annotations, find_labels, places
-from metrics.picture_names import find_doubles
+from metrics.annotations import Annotations, find_labels, places, usable_rows
+from metrics.picture_names import PictureFinder
 from metrics.tables import DetectionTable, GroundTruth
-from metrics.text_files import check_score, sized_boxes
+from metrics.text_files import check_score
 
 Ids = tuple[int | str, ...]
 
@@ -22,21 +24,19 @@ def read_coco(path: Path) -> Annotations:
     tree = read_json(path)
     if not isinstance(tree, dict) or not all(isinstance(tree.get(k), list) for k in ("images", "categories")):
         raise UserError(f"{path}: found no lists 'images' and 'categories', expected COCO ground truth")
-    images, image_ids = _entries(path, tree, "images")
-    pictures = tuple(_text(entry, "file_name") for entry in images)
-    if (twice := find_doubles(pictures)) is not None:
-        first, second = (f"{image_ids[row]!r}" for row in twice)
-        raise UserError(f"{path}: images: {pictures[twice[0]]!r} is given twice, as the ids {first} and {second}")
-    category_ids, names = _categories(path, tree)
-
     rows = tree.get("annotations", [])
     if not isinstance(rows, list):
         raise UserError(f"{path}: annotations: found {_short(rows)}, expected a list")
     where = _places(path, "annotations")
-    _check_objects(rows, where)
-    image_row, label = ({i: row for row, i in enumerate(ids)} for ids in (image_ids, category_ids))
-    image = [_known(row, "image_id", image_row, where, n) for n, row in enumerate(rows)]
-    labels = [_known(row, "category_id", label, where, n) for n, row in enumerate(rows)]
+    for entries, place in ((rows, where), *((tree[k], _places(path, k)) for k in ("images", "categories"))):
+        _check_objects(entries, place)
+    log = FaultLog()
+    categories = without_root(read_categories(tree["categories"], path), rows, None, path, log)
+    category_ids, names = tuple(categories), tuple(entry["name"] for entry in categories.values())
+    images, row_of_id = _merge_images(path, *_entries(path, tree, "images"))
+    label_of = {category: label for label, category in enumerate(categories)}
+    image = [_known(row, "image_id", row_of_id, where, n) for n, row in enumerate(rows)]
+    labels = [_known(row, "category_id", label_of, where, n) for n, row in enumerate(rows)]
     xywh = _read_boxes(rows, where)
     crowd, ignore = (
         np.array([_read(read_flag, row, key, where, n) for n, row in enumerate(rows)], dtype=bool)
@@ -47,12 +47,35 @@ def read_coco(path: Path) -> Annotations:
         _read(read_number, row, "area", where, n) if row.get("area") is not None else None for n, row in enumerate(rows)
     ]
     area = np.array([own if a is None else a for a, own in zip(area, box_area.tolist())], dtype=np.float64)
-    kept, notes = sized_boxes(boxes, where)
+    kept, notes = usable_rows(boxes, (image, labels, crowd.tolist(), ignore.tolist(), area.tolist()), where)
     columns = (np.array(image, dtype=np.int64), boxes, np.array(labels, dtype=np.int64), crowd, ignore & ~crowd)
     image, boxes, labels, crowd, difficult, area, box_area = (column[kept] for column in (*columns, area, box_area))
     ground_truth = GroundTruth(image, boxes, labels, len(images), names, crowd, difficult, area, box_area)
-    sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images)
-    return Annotations(ground_truth, pictures, image_ids, sizes, category_ids, (names,), "continuous", notes)
+    pictures, image_ids = tuple(_text(entry, "file_name") for entry in images.values()), tuple(images)
+    finder = PictureFinder(pictures, row_of_id)
+    sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images.values())
+    notes += tuple(fault.reason for fault in log.faults)
+    return Annotations(ground_truth, pictures, image_ids, finder, sizes, category_ids, (names,), "continuous", notes)
+
+
+def _merge_images(path: Path, entries: list[dict], ids: Ids) -> tuple[dict[int | str, dict], dict[int | str, int]]:
+    """(id -> entry of each picture, id -> its row): a file that is listed under several ids is one picture."""
+    images: dict[int | str, dict] = {}
+    row_of_id: dict[int | str, int] = {}
+    first_of: dict[str | int, int | str] = {}
+    for i, entry in zip(ids, entries):
+        name = _text(entry, "file_name")
+        place = i if name is None else posixpath.normpath(name.replace("\\", "/"))
+        first = first_of.setdefault(place, i)
+        if first not in images:
+            row_of_id[i], images[i] = len(images), entry
+            continue
+        sizes = [read_size(one.get("width"), one.get("height")) for one in (images[first], entry)]
+        if None not in sizes and sizes[0] != sizes[1]:
+            found = f"{name!r} has the ids {first!r} and {i!r} and two sizes: {sizes[0]} and {sizes[1]}"
+            raise UserError(f"{path}: {found}; expected one picture, or two file names")
+        row_of_id[i] = row_of_id[first]
+    return images, row_of_id
 
 
 def read_coco_detections(path: Path, annotations: Annotations) -> DetectionTable:
@@ -64,7 +87,7 @@ def read_coco_detections(path: Path, annotations: Annotations) -> DetectionTable
             # Ids of another numbering: images meet by the name of their file, classes by theirs.
             images, image_ids = _entries(path, tree, "images")
             own_pictures = {i: _text(entry, "file_name") for i, entry in zip(image_ids, images)}
-            own_names = dict(zip(*_categories(path, tree)))
+            own_names = {i: entry["name"] for i, entry in read_categories(tree["categories"], path).items()}
     if not isinstance(rows, list):
         raise UserError(f"{path}: found {_short(tree)}, expected a list of COCO results")
     where = _places(path, kind)
@@ -137,14 +160,6 @@ def _entries(path: Path, tree: dict, kind: str) -> tuple[list[dict], Ids]:
     return [entries[row] for row in order], tuple(ids[row] for row in order)
 
 
-def _categories(path: Path, tree: dict) -> tuple[Ids, tuple[str, ...]]:
-    entries, ids = _entries(path, tree, "categories")
-    names = tuple(str(entry.get("name", i)) for entry, i in zip(entries, ids))
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}: categories: two have the same name, expected each class once")
-    return ids, names
-
-
 def _places(path: Path, kind: str) -> Callable[[int], str]:
     return lambda row: f"{path}: {kind}[{row}]"
 
@@ -173,9 +188,9 @@ def _id(row: dict, key: str, where: Callable[[int], str], n: int) -> int | str:
 
 
 def _known(row: dict, key: str, known: Mapping[int | str, int], where: Callable[[int], str], n: int) -> int:
-    value = _id(row, key, where, n)
-    if value not in known:
-        raise UserError(f"{where(n)}: {key}: found {value!r}, expected one of the ids in the file")
+    value = match_id(row.get(key), known)
+    if value is None:
+        raise UserError(f"{where(n)}: {key}: found {_short(row.get(key))}, expected one of the ids in the file")
     return known[value]
 
 

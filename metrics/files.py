@@ -9,8 +9,9 @@ Ground truth                                   Detections
 
 Folders are read with their subfolders, as datasets/ reads them (datasets.folders), and so are flags, numbers and boxes
 (datasets.values). What cannot be understood is a UserError with its file and line: a flag that is neither yes nor no,
-a score outside 0..1, a box turned inside out. Objects whose box has no width or no height are left out, as they are in
-training, and noted.
+a score outside 0..1, a box turned inside out. Objects whose box has no width or no height, and repeated ones, are left
+out, as they are in training, and noted. A picture under several ids is one, and a category that only groups others is
+no class (datasets.coco).
 
 Detections find their image by its name (metrics.picture_names): text files by their own, JSON rows by `file_name`
 where they have it, as those of predict.py do; else by image_id.
@@ -33,11 +34,14 @@ from pathlib import Path
 
 from datasets import text_lines
 from datasets.folders import list_files
-from datasets.values import box_fault, read_flag, read_size
-from datasets.voc import CLASSES, read_annotation
+from datasets.values import box_fault, read_flag
+from datasets.voc import CLASSES
+from datasets.voc_xml import read_annotation
+from datasets.yolo_txt import yaml_names
 from errors import UserError
 from metrics.annotations import Annotations, find_labels
 from metrics.coco_files import read_coco, read_coco_detections
+from metrics.picture_names import PictureFinder
 from metrics.tables import DetectionTable, GroundTruth
 from metrics.text_files import (
     CLASS_LIST,
@@ -96,24 +100,22 @@ def read_detections(
 
 
 def read_names(path: str | Path) -> tuple[str, ...]:
-    """Class names: one a line, or the `names` of a YAML file (a list, or numbers 0.. to names)."""
+    """Class names: one a line, or the `names` of a YAML file (a list, or numbers 0.. to names; `nc` alone numbers)."""
     path = Path(path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         return text_lines.read_names(path)
     tree = read_yaml(path, as_text=True)
-    names = tree.get("names") if isinstance(tree, dict) else None
-    if isinstance(names, dict) and sorted(names, key=str) == sorted(map(str, range(len(names)))):
-        names = [names[str(i)] for i in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: found no list under the key 'names', expected class names")
-    return text_lines.check_names(names, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: found {type(tree).__name__}, expected the key names")
+    return yaml_names(tree, path)
 
 
 def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) -> Annotations:
-    rows, sizes = Rows(), []
+    rows, sizes, stated = Rows(), [], []
     for image, path in enumerate(paths):
         annotation = read_annotation(path)
-        sizes.append(None if annotation.size is None else read_size(*annotation.size))
+        sizes.append(annotation.size)
+        stated.append(annotation.filename or None)
         for item in annotation.objects:
             where = f"{path}:{item.line}"
             if not item.name:
@@ -143,4 +145,5 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
         names, numbered = found, (found,)
     ground_truth, notes = rows.ground_truth(find_labels(rows.used, names, ()), len(paths), names)
     pictures = tuple(named_below(folder, paths))
-    return Annotations(ground_truth, pictures, pictures, tuple(sizes), None, numbered, "inclusive", notes)
+    finder = PictureFinder(pictures, other_names=stated)
+    return Annotations(ground_truth, pictures, pictures, finder, tuple(sizes), None, numbered, "inclusive", notes)

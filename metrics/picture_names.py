@@ -8,7 +8,7 @@ names that lead to one picture, are refused.
 """
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from datasets.images import SUFFIXES
 from errors import UserError
@@ -36,12 +36,18 @@ class PictureFinder:
     """Finds the row of a picture by its name, or by its id.
 
     names: of each picture, its path below a folder, with or without a suffix; None where it has none.
-    ids: of each picture, a number or a text; None where the format has no ids.
+    row_of_id: the row that an id means, a number or a text; None where the format has no ids.
+    other_names: of each picture, the name that its annotation file states; what `names` does not have may be there.
     """
 
-    def __init__(self, names: Sequence[str | None], ids: Sequence[int | str] | None = None) -> None:
-        self.names, self.ids = names, ids
-        self.of_id = {} if ids is None else {i: row for row, i in enumerate(ids)}
+    def __init__(
+        self,
+        names: Sequence[str | None],
+        row_of_id: Mapping[int | str, int] | None = None,
+        other_names: Sequence[str | None] | None = None,
+    ) -> None:
+        self.names, self.has_ids, self.row_of_id = names, row_of_id is not None, row_of_id or {}
+        self.other = None if other_names is None else PictureFinder(other_names)
         self.split = _without_common_folders([None if name is None else split_name(name) for name in names])
         self.of_bare_name: dict[str, list[int]] = {}
         for row, found in enumerate(self.split):
@@ -57,11 +63,13 @@ class PictureFinder:
         rows = {name: self.find_name(name, where) for name, where in used.items()}
         unknown = next((name for name, row in rows.items() if row is None), None)
         if unknown is not None:
-            of_text = {str(i): row for i, row in self.of_id.items()}
-            if not all(name in of_text for name in used):
-                ids = "" if self.ids is None else ", nor has its id"
-                raise UserError(f"{used[unknown]}: no image of the ground truth is called {unknown!r}{ids}")
-            return {name: of_text[name] for name in used}
+            of_text = {str(i): row for i, row in self.row_of_id.items()}
+            if all(name in of_text for name in used):
+                return {name: of_text[name] for name in used}
+            if self.other is not None:
+                return self.other.find_names(used)
+            ids = ", nor has its id" if self.has_ids else ""
+            raise UserError(f"{used[unknown]}: no image of the ground truth is called {unknown!r}{ids}")
         taken: dict[int, str] = {}
         for name, row in rows.items():
             other = taken.setdefault(row, name)
@@ -88,15 +96,15 @@ class PictureFinder:
 
         Where the ground truth has no ids, a number is a name of digits: 7 is 000007.
         """
-        if all(i in self.of_id for i in used):
-            return {i: self.of_id[i] for i in used}
+        if all(i in self.row_of_id for i in used):
+            return {i: self.row_of_id[i] for i in used}
         if all(isinstance(i, str) for i in used):
             return self.find_names(used)
         of_number: dict[int | str, list[int]] = {}
-        for row, found in enumerate(self.split) if self.ids is None else ():
+        for row, found in enumerate(self.split if not self.has_ids else ()):
             if found is not None and found[0] and found[0][-1].isdecimal():
                 of_number.setdefault(int(found[0][-1]), []).append(row)
-        rows = {i: self.of_id.get(i) if self.ids is not None else _only(of_number.get(i)) for i in used}
+        rows = {i: self.row_of_id.get(i) if self.has_ids else _only(of_number.get(i)) for i in used}
         unknown = next((i for i, row in rows.items() if row is None), None)
         if unknown is not None:
             raise UserError(f"{used[unknown]}: image_id: found {unknown!r}, expected one of the ground truth's")
@@ -109,15 +117,6 @@ def _without_common_folders(split: list[tuple[tuple[str, ...], str] | None]) -> 
     low, high = min(folders, default=()), max(folders, default=())
     common = next((n for n, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
     return [found and (found[0][common:], found[1]) for found in split]
-
-
-def find_doubles(names: Iterable[str | None]) -> tuple[int, int] | None:
-    """The rows of the first two names that mean one file, None where all differ."""
-    seen: dict[tuple, int] = {}
-    for row, name in enumerate(names):
-        if name is not None and (first := seen.setdefault(split_name(name), row)) != row:
-            return first, row
-    return None
 
 
 def _rank(known: tuple[tuple[str, ...], str], asked: tuple[tuple[str, ...], str]) -> tuple[bool, bool, int, bool]:

@@ -1,7 +1,7 @@
 """Ground truth and detections from folders of text files; see metrics.files."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from datasets.images import SUFFIXES, read_size
 from datasets.text_lines import read_lines, read_names
 from datasets.values import box_fault, read_number
 from errors import UserError
-from metrics.annotations import Annotations, find_labels, is_number, places, plain_number
+from metrics.annotations import Annotations, find_labels, is_number, places, plain_number, usable_rows
 from metrics.picture_names import PictureFinder
 from metrics.tables import DetectionTable, GroundTruth
 
@@ -44,37 +44,19 @@ class Rows:
         """Each class as written, and where it is met first."""
         return dict(zip(reversed(self.token), reversed(self.where)))
 
-    def drop_doubles(self) -> tuple[str, ...]:
-        """Keep the first of rows that are equal in all, and say how many went."""
-        first = dict.fromkeys(zip(self.image, self.token, self.columns))
-        kept = [n for n, key in enumerate(zip(self.image, self.token, self.columns)) if first.pop(key, True) is None]
-        count = len(self.where) - len(kept)
-        for column in (self.image, self.token, self.box, self.where, self.columns):
-            column[:] = [column[n] for n in kept]
-        return (f"{count} object{'s' * (count > 1)} left out: equal to another in all",) if count else ()
-
     def labels(self, label_of: Mapping[str, int]) -> np.ndarray:
         return np.array([label_of[token] for token in self.token], dtype=np.int64)
 
     def ground_truth(
         self, label_of: Mapping[str, int], num_images: int, names: Sequence[str]
     ) -> tuple[GroundTruth, tuple[str, ...]]:
-        """The objects, without those whose box has no width or no height, and a note on those."""
+        """The objects that are usable, and a note on the others."""
         boxes = np.array(self.box, dtype=np.float64).reshape(-1, 4)
-        kept, notes = sized_boxes(boxes, lambda row: self.where[row])
-        columns = (np.array(self.image, dtype=np.int64), boxes, self.labels(label_of))
-        difficult = np.array(self.difficult, dtype=bool) if self.difficult else np.zeros(len(boxes), dtype=bool)
-        image, boxes, labels = (column[kept] for column in columns)
-        return GroundTruth(image, boxes, labels, num_images, tuple(names), difficult=difficult[kept]), notes
-
-
-def sized_boxes(boxes_xyxy: np.ndarray, where: Callable[[int], str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N,) bool: the objects that datasets/ keeps, boxes with a width and a height; and a note on the others."""
-    kept = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(axis=1)
-    if kept.all():
-        return kept, ()
-    count = int((~kept).sum())
-    return kept, (f"{count} object{'s' * (count > 1)} left out: zero-size box, first: {where(int(kept.argmin()))}",)
+        difficult = self.difficult or [False] * len(boxes)
+        kept, notes = usable_rows(boxes, (self.image, self.token, difficult), lambda row: self.where[row])
+        columns = np.array(self.image, dtype=np.int64), boxes, self.labels(label_of), np.array(difficult, dtype=bool)
+        image, boxes, labels, difficult = (column[kept] for column in columns)
+        return GroundTruth(image, boxes, labels, num_images, tuple(names), difficult=difficult), notes
 
 
 def read_text_ground_truth(
@@ -93,8 +75,7 @@ def read_text_ground_truth(
         if picture in path_of:
             read_text_rows(rows, path_of[picture], image, sizes.get(picture), text_boxes, names=names or listed or ())
     check_boxes(rows, text_boxes, "--ground-truth-boxes")
-    is_yolo = text_boxes == "cxcywhn"  # where equal rows are one object, and a class is a place in the list of names
-    doubles = rows.drop_doubles() if is_yolo else ()
+    is_yolo = text_boxes == "cxcywhn"  # where a class is a place in the list of names
     if names is None and listed is None:
         rows.token = [plain_number(token) for token in rows.token]
         names, numbered = sorted_tokens(rows.token), ()
@@ -108,7 +89,8 @@ def read_text_ground_truth(
     ground_truth, notes = rows.ground_truth(label_of, len(pictures), names)
     all_sizes = tuple(sizes.get(picture) for picture in pictures)
     pixels = "continuous" if is_yolo else "as taken"
-    return Annotations(ground_truth, pictures, pictures, all_sizes, None, numbered, pixels, (*doubles, *notes))
+    finder = PictureFinder(pictures)
+    return Annotations(ground_truth, pictures, pictures, finder, all_sizes, None, numbered, pixels, notes)
 
 
 def read_text_detections(

@@ -148,12 +148,16 @@ def test_fractions_for_pixels_and_pixels_for_fractions_are_refused(tmp_path):
         read_ground_truth(truth, text_boxes="cxcywhn", images=tmp_path)
 
 
-def test_equal_rows_of_yolo_are_one_object(tmp_path):
+def test_equal_rows_are_one_object(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
     truth = write_text(tmp_path / "gt", {"a.txt": "0 0.5 0.5 0.3 0.2\n0 0.5 0.5 0.30 0.2\n1 0.5 0.5 0.3 0.2\n"})
     annotations = read_ground_truth(truth, text_boxes="cxcywhn", images=tmp_path)
     assert annotations.ground_truth.labels.tolist() == [0, 1]
-    assert annotations.notes == ("1 object left out: equal to another in all",)
+    write_xml(tmp_path / "voc" / "a.xml", (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 5))
+    truth = write_coco(tmp_path / "gt.json", rows=[{}, {"iscrowd": 1}, {}, {"area": 5}])
+    for other, count in ((tmp_path / "voc", 2), (truth, 3)):
+        assert len(read_ground_truth(other).ground_truth) == count
+    assert len(annotations.notes) == 1 and "1 object left out: equal to another in all, first: " in annotations.notes[0]
 
 
 # --------------------------------------------------------------------------------------------------------- folders
@@ -225,9 +229,24 @@ def test_a_coco_file_of_detections_with_names_of_its_own(tmp_path):
             read_detections(tmp_path / "dt.json", annotations)
 
 
-def test_one_file_name_under_two_ids_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"images: 'a.jpg' is given twice, as the ids 1 and 3"):
-        read_ground_truth(write_coco(tmp_path / "gt.json", ["a.jpg", "b.jpg", "./a.jpg"]))
+def test_one_picture_under_two_ids_is_one(tmp_path):
+    rows = [{}, {"image_id": 3, "bbox": [5, 5, 1, 1]}, {"image_id": 2}]
+    annotations = read_ground_truth(write_coco(tmp_path / "gt.json", ["a.jpg", "b.jpg", "./a.jpg"], rows))
+    assert annotations.ground_truth.num_images == 2 and annotations.ground_truth.image.tolist() == [0, 0, 1]
+    rows = [{"image_id": i, "category_id": 10} for i in (1, 2, 3)]
+    assert read_detections(write_rows(tmp_path / "dt.json", *rows), annotations)[1].image.tolist() == [0, 1, 0]
+
+
+def test_a_category_that_only_groups_others_is_no_class(tmp_path):
+    tree = json.loads(write_coco(tmp_path / "gt.json", rows=[{"category_id": 20}]).read_text())
+    tree["categories"] = [{"id": 0, "name": "pets", "supercategory": "none"}] + [
+        category | {"supercategory": "pets"} for category in tree["categories"]
+    ]
+    (tmp_path / "gt.json").write_text(json.dumps(tree))
+    annotations = read_ground_truth(tmp_path / "gt.json")
+    assert annotations.ground_truth.names == ("cat", "dog") and "supercategory" in annotations.notes[0]
+    found = write_text(tmp_path / "dt", {"a.txt": "1 0.5 1 2 3 4"})
+    assert read_detections(found, annotations)[1].labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_names(tmp_path):
     (tmp_path / "c.names").write_text("no\r\n1e3\r\n")
     for name in ("a.yaml", "b.yaml", "c.names"):
         assert read_names(tmp_path / name) == ("no", "1e3")
-    for text in ("names: {1: a}", "nc: 3", "names: [a, a]"):
+    for text in ("names: {1: a}", "train: x", "names: [a, a]"):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UserError, match=r"bad\.yaml"):
             read_names(tmp_path / "bad.yaml")
@@ -149,7 +149,7 @@ ROW = {"id": 1, "image_id": 5, "category_id": 3, "bbox": [0, 0, 1, 1], "area": 1
             json.dumps({"images": [{"id": None}], "categories": [CATEGORY]}),
             r"images\[0\]: id: found None, expected",
         ),
-        (json.dumps({"images": [IMAGE], "categories": [CATEGORY, {"id": 4, "name": "a"}]}), "the same name"),
+        (json.dumps({"images": [IMAGE], "categories": [CATEGORY, {"id": 4, "name": "a"}]}), "stands there twice"),
         (json.dumps({"images": [IMAGE, {"id": "6"}], "categories": [CATEGORY]}), "numbers and text"),
     ],
 )

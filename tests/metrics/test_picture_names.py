@@ -5,11 +5,12 @@ import unicodedata
 import pytest
 
 from errors import UserError
-from metrics.picture_names import PictureFinder, find_doubles
+from metrics.picture_names import PictureFinder
 
 
 def find(names, asked, ids=None):
-    return PictureFinder(names, ids).find_names({name: f"{name}.txt" for name in asked})
+    row_of_id = None if ids is None else {i: row for row, i in enumerate(ids)}
+    return PictureFinder(names, row_of_id).find_names({name: f"{name}.txt" for name in asked})
 
 
 @pytest.mark.parametrize(
@@ -99,18 +100,21 @@ def test_a_name_goes_before_an_id():
 
 
 def test_ids():
-    finder = PictureFinder(["1.jpg", "0.jpg"], [0, 1])
+    finder = PictureFinder(["1.jpg", "0.jpg"], {0: 0, 1: 1})
     assert finder.find_ids({0: "", 1: ""}) == {0: 0, 1: 1}
     assert finder.find_ids({"0": "", "1": ""}) == {"0": 1, "1": 0}  # text is a name
     with pytest.raises(UserError, match="image_id: found 2, expected one of the ground truth's"):
         finder.find_ids({0: "", 2: ""})
-    assert PictureFinder(["b.jpg", "a.jpg"], ["a", "b"]).find_ids({"a": ""}) == {"a": 0}  # an id of the file itself
+    assert PictureFinder(["b.jpg", "a.jpg"], {"a": 0, "b": 1}).find_ids({"a": ""}) == {"a": 0}  # its own id
     digits = PictureFinder(["000007", "x/000012"])
     assert digits.find_ids({7: "", 12: ""}) == {7: 0, 12: 1}
     with pytest.raises(UserError, match="image_id: found 7"):
         PictureFinder(["07", "7"]).find_ids({7: ""})
 
 
-def test_doubles():
-    assert find_doubles(["a.jpg", None, "b.jpg", None, "./a.JPG"]) == (0, 4)
-    assert find_doubles(["a.jpg", "a.png", "x/a.jpg", None, None]) is None
+def test_the_name_that_an_annotation_states():
+    finder = PictureFinder(["0001", "0002"], other_names=["b.jpg", "a.jpg"])
+    assert finder.find_names({"a": "", "b": ""}) == {"a": 1, "b": 0}
+    assert finder.find_names({"0001": "", "0002": ""}) == {"0001": 0, "0002": 1}
+    with pytest.raises(UserError, match="called '0001'"):
+        finder.find_names({"a": "", "0001": ""})
