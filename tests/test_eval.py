@@ -13,6 +13,7 @@ import models
 from datasets import open_dataset
 from errors import UserError, run_script
 from evaluation import measuring
+from tests.test_start_model import released_state
 from tests.tiny_training import write_dataset
 
 # ------------------------------------------------------------------------------------------- files, without a model
@@ -154,3 +155,32 @@ def test_checkpoint_on_a_dataset(tmp_path, capsys):
     checkpoint.save(weights, state | {"names": ("blue", "violet")})
     with pytest.raises(UserError, match="no class in common: the dataset has green, red; the model has blue, violet"):
         eval.main([str(weights), "yolo", str(root), "test", *settings])
+
+
+def test_names_of_a_file_name_the_classes_of_a_bare_state_dict(tmp_path, capsys):
+    root, weights, out = write_dataset(tmp_path / "data"), tmp_path / "bare.pt", tmp_path / "out.json"
+    torch.manual_seed(0)
+    torch.save(released_state(models.build("yolov8n", 2)), weights)
+    names, found = tmp_path / "classes.txt", tmp_path / "found.json"
+    arguments = [str(weights), "yolo", str(root), "test", "--arch", "yolov8n", "--device", "cpu", "--image-size", "64"]
+    arguments += ["--score-threshold", "0.0001", "--max-detections", "20", "--save-detections", str(found)]
+
+    def labels_and_scores() -> list[tuple[str, float]]:
+        return sorted((row["category_name"], row["score"]) for row in json.loads(found.read_text()))
+
+    eval.main([*arguments, "--json", str(out)])  # without names classes go by their place
+    by_place = labels_and_scores()
+    assert json.loads(out.read_text())["class_map"] is None and len({name for name, _ in by_place}) == 2
+    names.write_text("red\ngreen\n")
+    eval.main([*arguments, "--names", str(names), "--json", str(out)])
+    assert json.loads(out.read_text())["class_map"]["dataset"] == {"green": "-> green", "red": "-> red"}
+    other = {"green": "red", "red": "green"}
+    assert labels_and_scores() == sorted((other[name], score) for name, score in by_place)
+    assert "names the model's classes" not in capsys.readouterr().out
+    (root / "more.yaml").write_text("names: {0: green, 1: red}\n")
+    assert eval.name_classes(("0", "1"), root / "more.yaml") == ("green", "red")
+    assert eval.name_classes(("cat", "dog"), names) == ("red", "green")
+    assert "names the model's classes red, green, not cat, dog" in capsys.readouterr().out
+    names.write_text("green\nred\nblue\n")
+    with pytest.raises(UserError, match=r"classes\.txt: found 3 names, expected one for each of the model's 2 classes"):
+        eval.main([*arguments, "--names", str(names)])
