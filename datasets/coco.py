@@ -40,7 +40,7 @@ def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None
     for pictures that were resized after labelling.
     """
     root = Path(root)
-    json_path = _find_json(root, split)
+    json_path = find_json(root, split)
     tree = read_json(json_path)
     folders = [root / "images" / split, root / split, root / split / "images", root / "images", root, json_path.parent]
     records = list(islice(_records(tree, "images", json_path), TRIED))
@@ -52,7 +52,7 @@ def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None
     return index
 
 
-def _find_json(root: Path, split: str) -> Path:
+def find_json(root: Path, split: str) -> Path:
     choices = [base / f"{start}{split}.json" for base in (root / "annotations", root) for start in ("instances_", "")]
     choices.append(root / split / "_annotations.coco.json")
     for path in choices:

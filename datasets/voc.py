@@ -44,7 +44,7 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
     and for pictures that were resized after labelling.
     """
     root = Path(root)
-    parts = [_find_part(root, part) for part in split.split("+")]
+    parts = [find_part(root, part) for part in split.split("+")]
     given = names is not None
     names = tuple(names) if given else _class_names(parts)
     log, samples, seen = FaultLog(), [], set()
@@ -68,7 +68,7 @@ class _Part:
     source: Path  # the list, or the folder of annotations
 
 
-def _find_part(root: Path, part: str) -> _Part:
+def find_part(root: Path, part: str) -> _Part:
     year, slash, name = part.rpartition("/")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder, expected a VOC dataset")

@@ -56,7 +56,7 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
     rows of labels of which nothing tells what they are.
     """
     root = Path(root)
-    yaml_path = _find_yaml(root)
+    yaml_path = find_yaml(root)
     found = _read_yaml(yaml_path, split) if yaml_path is not None else _read_folders(root, split)
     log = FaultLog()
     image_paths: list[Path] = []
@@ -141,7 +141,7 @@ class LabelFolders:
         return ", ".join(folders[:3]) + (f" and {len(folders) - 3} more folders" if len(folders) > 3 else "")
 
 
-def _find_yaml(root: Path) -> Path | None:
+def find_yaml(root: Path) -> Path | None:
     if root.is_file():
         return root
     if not root.is_dir():
@@ -150,6 +150,7 @@ def _find_yaml(root: Path) -> Path | None:
         if (root / name).is_file():
             return root / name
     others = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
+    others = [path for path in others if not path.name.endswith("split.yaml")]  # of datasets.split, read by its name
     if len(others) > 1:
         raise UserError(f"{root}: {', '.join(path.name for path in others)}; expected one yaml file, or name it")
     return others[0] if others else None

@@ -1,0 +1,300 @@
+"""Make disjoint splits of one set of pictures, with near-duplicates on one side.
+
+    python -m datasets.split FORMAT ROOT [SPLIT] --test 0.2 [--val 0.1] [--seed 0] [--prefix NAME_] [--group REGEX]
+
+SPLIT is what is divided; by default `all` of a VOC, KITTI or yaml-less YOLO set, `train` of a data.yaml, the one JSON
+file of a COCO set. What is written are lists beside the pictures, which the readers take under the names train, val
+and test (with the prefix before them); pictures and labels stay where they are, and no file is overwritten:
+
+    voc     ImageSets/Main/<name>.txt
+    kitti   ImageSets/<name>.txt
+    coco    annotations/instances_<name>.json, with file names relative to ROOT
+    yolo    <name>.txt and <prefix>split.yaml, which is the ROOT to give from then on
+
+Pictures are divided in groups of near-duplicates (datasets/near_duplicates.py). Each class gets about its share of
+pictures in every split: the class with the fewest pictures left is dealt out first, each group to the split that lacks
+most of it (iterative stratification, Sechidis et al., "On the Stratification of Multi-Label Data", ECML PKDD 2011). The
+same pictures, fractions and seed give the same splits.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.coco import find_json
+from datasets.index import DatasetIndex, Sample
+from datasets.near_duplicates import DISTANCE, group_near_duplicates
+from datasets.open import READERS, open_dataset
+from datasets.values import read_id
+from datasets.voc import find_part
+from datasets.yolo_txt import find_yaml
+from errors import UserError, run_script
+from yaml_files import dump_yaml, read_yaml
+
+KEPT_YAML_KEYS = ("kpt_shape", "flip_idx", "task")  # which say what the rows of label files are
+
+
+@dataclass(frozen=True, eq=False)
+class Division:
+    """The splits of an index by name: rows of its samples. groups (N,): of near-duplicates."""
+
+    index: DatasetIndex
+    rows: dict[str, list[int]]
+    groups: np.ndarray
+
+    def table(self) -> str:
+        """Pictures of each split, and of each class the pictures and the share that went to each split."""
+        total = class_pictures(self.index)
+        names = [name if len(name) <= 24 else name[:23] + "…" for name in self.index.names]
+        lines = [["", *self.rows]]
+        lines.append(["pictures", *(f"{len(rows)} ({len(rows) / len(self.index):.0%})" for rows in self.rows.values())])
+        for label, name in enumerate(names):
+            count = total[:, label].sum()
+            cells = (int(total[rows, label].sum()) for rows in self.rows.values())
+            lines.append([name, *(f"{cell} ({cell / count:.0%})" if count else "0" for cell in cells)])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+        sizes = np.bincount(self.groups)
+        alike = f"{(sizes > 1).sum()} groups of near-duplicates, {sizes[sizes > 1].sum()} pictures in all"
+        return "\n".join([*text, f"{alike}, the largest {sizes.max()}: each on one side"])
+
+
+def divide(index: DatasetIndex, groups: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, list[int]]:
+    """Rows of each split, ascending. fractions: of every split, 1 in sum; groups (N,): rows that stay together."""
+    names = list(fractions)
+    share = np.array([fractions[name] for name in names])
+    numbers, inverse = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(numbers), len(index.names) + 1))  # pictures with each class, and all pictures
+    np.add.at(counts, inverse, np.c_[class_pictures(index), np.ones(len(index))])
+    lacking = share[:, None] * counts.sum(0)  # (S, K + 1): what each split still has to get
+    chosen = np.full(len(numbers), -1)
+    order = np.random.default_rng(seed).permutation(len(numbers))
+    order = order[np.argsort(-counts[order, -1], kind="stable")]  # large groups first: small ones fill the rest
+    for _ in range(counts.shape[1]):
+        left = counts[chosen < 0].sum(0)
+        left[-1] = left[-1] if not left[:-1].any() else np.inf  # pictures without objects come last
+        column = int(np.where(left > 0, left, np.inf).argmin())
+        for group in order[(chosen[order] < 0) & (counts[order, column] > 0)]:
+            has_room = lacking[:, -1] >= counts[group, -1] / 2
+            usable = np.flatnonzero(has_room if has_room.any() else share > 0)
+            best = max(usable.tolist(), key=lambda split: (lacking[split, column], lacking[split, -1], -split))
+            chosen[group] = best
+            lacking[best] -= counts[group]
+    of_row = chosen[inverse]
+    return {name: np.flatnonzero(of_row == split).tolist() for split, name in enumerate(names)}
+
+
+def class_pictures(index: DatasetIndex) -> np.ndarray:
+    """(N, K) bool: whether a picture has objects of a class."""
+    found = np.zeros((len(index), len(index.names)), dtype=bool)
+    for row, sample in enumerate(index.samples):
+        found[row, sample.labels[sample.labels >= 0]] = True
+    return found
+
+
+def split_dataset(
+    format: str,
+    root: str | Path,
+    split: str | None,
+    fractions: dict[str, float],
+    *,
+    seed: int = 0,
+    prefix: str = "",
+    pattern: str | None = None,
+) -> tuple[Division, list[Path]]:
+    """Divide a split and write the lists; what was divided, and the files. See the head of this file.
+
+    UserError for a list that is there already, and where a split would have no picture; then nothing is written.
+    """
+    root, format = Path(root), "yolo" if format == "shapes" else format
+    split = split or default_split(format, root)
+    if "+" in split:
+        raise UserError(f"split {split!r}: found several, expected one: each has lists of its own")
+    index = open_dataset(format, root, split)
+    groups = group_near_duplicates([sample.image_path for sample in index.samples], pattern=pattern)
+    rows = divide(index, groups, fractions, seed)
+    empty = [name for name, found in rows.items() if not found]
+    if empty:
+        found = f"{len(index)} pictures in {len(np.unique(groups))} groups of near-duplicates"
+        raise UserError(f"{root}: {found} leave none for {', '.join(empty)}, expected more pictures or a larger share")
+    division = Division(index, {prefix + name: found for name, found in rows.items()}, groups)
+    samples = {name: [index.samples[row] for row in found] for name, found in division.rows.items()}
+    texts, year = WRITERS[format](root, split, samples, index, prefix)
+    place = next((path for path in texts if path.suffix == ".yaml"), root)  # where they are read from
+    refuse_old(format, place, texts, [year + name for name in samples])
+    written: list[Path] = []
+    try:
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "x", encoding="utf-8", newline="") as file:
+                written.append(path)
+                file.write(text)
+        for name, expected in samples.items():
+            read_back(format, place, year + name, index.names, expected)
+    except (OSError, UserError) as error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{error.filename or root}: {error.strerror or error}", exit_code=5) from None
+    return division, written
+
+
+def refuse_old(format: str, root: Path, texts: Iterable[Path], names: Iterable[str]) -> None:
+    """UserError where a file is there, or where a new list would come before what a name of a split means now."""
+    advice = "--prefix NAME_ gives other names"
+    there = [str(path) for path in texts if path.exists()]
+    if there:
+        raise UserError(f"{', '.join(there)}: there already, expected new files; {advice}")
+    for name in names if format in ("voc", "coco") or root.suffix != ".yaml" else ():
+        if format == "kitti":  # whose train and val, without lists, are made up
+            continue
+        try:
+            count = len(open_dataset(format, root, name, needs_objects=False))
+        except UserError:
+            continue
+        raise UserError(f"{root}: split {name!r} is there already, of {count} pictures, expected a new name; {advice}")
+
+
+def read_back(format: str, root: Path, name: str, names: tuple[str, ...], expected: Sequence[Sample]) -> None:
+    """UserError where the reader does not find these classes, pictures and objects under the new name."""
+    found = open_dataset(format, root, name, needs_objects=False)
+    a, b = ({os.path.realpath(s.image_path): len(s) for s in samples} for samples in (found.samples, expected))
+    if a != b or found.names != names:
+        raise UserError(f"{root}: the new split {name!r} is read as {len(a)} pictures, expected {len(b)}: not written")
+
+
+def default_split(format: str, root: Path) -> str:
+    if format == "coco":
+        files = [path for folder in (root / "annotations", root) for path in sorted(folder.glob("*.json"))]
+        if len(files) != 1:
+            found = ", ".join(path.name for path in files) or "no JSON file"
+            raise UserError(f"{root}: found {found}; expected one, or the name of a split after the root")
+        return files[0].stem.removeprefix("instances_")
+    return "train" if format == "yolo" and find_yaml(root) is not None else "all"
+
+
+Samples = dict[str, list[Sample]]
+Texts = tuple[dict[Path, str], str]  # what is written, and what stands before a split's name (VOC's year)
+
+
+def voc_lists(root: Path, split: str, samples: Samples, index: DatasetIndex, prefix: str) -> Texts:
+    folder = find_part(root, split).folder / "ImageSets" / "Main"
+    year, slash, _ = split.rpartition("/")
+    return {folder / f"{name}.txt": _lines(s.image_id for s in found) for name, found in samples.items()}, year + slash
+
+
+def kitti_lists(root: Path, split: str, samples: Samples, index: DatasetIndex, prefix: str) -> Texts:
+    folder = root / "ImageSets"
+    return {folder / f"{name}.txt": _lines(s.image_id for s in found) for name, found in samples.items()}, ""
+
+
+def yolo_lists(root: Path, split: str, samples: Samples, index: DatasetIndex, prefix: str) -> Texts:
+    """Lists with paths relative to their folder, which begin with ./ as other trainers want them, and the yaml file."""
+    yaml_path, folder, tree = find_yaml(root), root, {}
+    if yaml_path is not None:
+        tree = read_yaml(yaml_path)
+        folder = yaml_path.parent / (tree.get("path") or ".")
+    texts = {}
+    for name, found in samples.items():
+        paths = (Path(os.path.relpath(s.image_path, folder)).as_posix() for s in found)
+        texts[folder / f"{name}.txt"] = _lines(path if path.startswith("../") else f"./{path}" for path in paths)
+    keys = {name.removeprefix(prefix): f"{name}.txt" for name in samples}
+    keys = {"train": keys["train"], "val": keys.get("val", keys["test"]), "test": keys["test"]}
+    keys |= {name: f"{name}.txt" for name in samples}
+    kept = {key: tree[key] for key in KEPT_YAML_KEYS if key in tree}
+    rest = {"nc": len(index.names), "names": dict(enumerate(index.names))} | kept
+    return texts | {folder / f"{prefix}split.yaml": dump_yaml(keys | rest)}, ""
+
+
+def coco_files(root: Path, split: str, samples: Samples, index: DatasetIndex, prefix: str) -> Texts:
+    """The file of labels with the images of each split and their annotations, masks included."""
+    json_path = find_json(root, split)
+    tree = json.loads(json_path.read_text(encoding="utf-8-sig"))
+    split_of = {sample.image_path: name for name, found in samples.items() for sample in found}
+    names = [os.path.normpath(str(record.get("file_name")).replace("\\", "/")) for record in tree["images"]]
+    known = set(names)
+    folder = next(
+        folder
+        for folder in next(iter(split_of)).parents
+        if all(path.is_relative_to(folder) and str(path.relative_to(folder)) in known for path in split_of)
+    )
+    texts = {}
+    records: dict[str, list[dict]] = {name: [] for name in samples}
+    ids: dict[str, set] = {name: set() for name in samples}
+    for record, file_name in zip(tree["images"], names):
+        name = split_of.get(folder / file_name)
+        if name is not None:
+            relative = (folder / file_name).relative_to(root).as_posix()
+            records[name].append(record | {"file_name": relative})
+            ids[name].add(read_id(record["id"]))
+    for name in samples:
+        annotations = [row for row in tree["annotations"] if _id_of(row) in ids[name]]
+        part = tree | {"images": records[name], "annotations": annotations}
+        texts[root / "annotations" / f"instances_{name}.json"] = json.dumps(part, allow_nan=False) + "\n"
+    return texts, ""
+
+
+def _id_of(annotation: dict) -> int | str | None:
+    try:
+        return read_id(annotation.get("image_id"))
+    except ValueError:
+        return None
+
+
+def _lines(items: Iterable[str]) -> str:
+    return "".join(f"{item}\n" for item in items)
+
+
+WRITERS = {"voc": voc_lists, "coco": coco_files, "yolo": yolo_lists, "kitti": kitti_lists}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasets.split", description="Make disjoint splits of one set.")
+    parser.add_argument("format", choices=tuple(READERS))
+    parser.add_argument("root")
+    parser.add_argument("split", nargs="?", help="what is divided (default: all of it; `train` of a data.yaml)")
+    parser.add_argument("--test", type=float, required=True, metavar="FRACTION", help="of the pictures")
+    parser.add_argument("--val", type=float, default=0.0, metavar="FRACTION", help="of the pictures (default: none)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prefix", default="", help="before the names train, val and test")
+    parser.add_argument("--group", metavar="REGEX", help="names that match the same text stay on one side: (.*)_[0-9]+")
+    arguments = parser.parse_args(argv)
+    val, test = arguments.val, arguments.test
+    if not (0 < test < 1 and 0 <= val < 1 and val + test < 1):
+        raise UserError(f"--test {test:g} --val {val:g}: expected fractions above 0, below 1 in sum")
+    if arguments.seed < 0:
+        raise UserError(f"--seed: found {arguments.seed}, expected 0 or more")
+    if not all(character.isalnum() or character in "_-." for character in arguments.prefix):
+        raise UserError(f"--prefix: found {arguments.prefix!r}, expected letters, digits, _, - and .")
+    try:
+        re.compile(arguments.group or "")
+    except re.error as error:
+        raise UserError(f"--group: {arguments.group!r} is no regular expression: {error}") from None
+    fractions = {"train": 1 - val - test} | ({"val": val} if val else {}) | {"test": test}
+    division, written = split_dataset(
+        arguments.format,
+        arguments.root,
+        arguments.split,
+        fractions,
+        seed=arguments.seed,
+        prefix=arguments.prefix,
+        pattern=arguments.group,
+    )
+    print(division.table())
+    dropped = sum(fault.effect in ("picture dropped", "left out") for fault in division.index.faults)
+    if dropped:
+        print(f"{dropped} pictures or labels cannot be used and are in no split: python -m datasets.scan names them")
+    print(f"near-duplicates: difference hashes of 64 bits, at most {DISTANCE} of them different; names of Roboflow")
+    print("written: " + ", ".join(map(str, written)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
