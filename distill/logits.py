@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.features import unit_deviations
-from kernels.backend import compute_dtype
+from kernels.backend import at_least_float32, compute_dtype
 from kernels.sigmoid_kl import bernoulli_kl, sigmoid_kl
 from kernels.temperature_kl import temperature_kl
 from layers.over_processes import joint_normaliser, sum_over_processes
@@ -130,7 +130,7 @@ class TaughtImageHead(nn.Module):
         self.temperature = temperature
 
     def forward(self, *, s_map: Tensor, t_logits: Tensor) -> Tensor:
-        return image_kl(s_logits=self.head(s_map.float()), t_logits=t_logits, temperature=self.temperature)
+        return image_kl(s_logits=self.head(at_least_float32(s_map)), t_logits=t_logits, temperature=self.temperature)
 
 
 def decoupled_kl(
