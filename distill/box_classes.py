@@ -18,8 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from boxes import box_area, box_iou, paired_intersection
 from distill.logits import as_logit_pair, bernoulli_kl, weighted_mean
-from distill.masks import objects
+from distill.masks import is_learnt, objects
 from distill.outputs import any_map, in_precision_of
 from distill.term_inputs import TermInputs
 from kernels.backend import at_least_float32
@@ -161,28 +162,50 @@ def given_boxes(inputs: TermInputs, boxes: Boxes, score_threshold: float, max_bo
 
     targets: the learnt objects of the batch. teacher: the teacher's detections with at least score_threshold, at most
     max_boxes an image; a class that the student does not have is label -1. proposals: the first max_boxes proposals of
-    a two-stage teacher, without labels (-1): most are background.
+    a two-stage teacher, labelled by assigned_labels.
     """
+    if boxes not in ("targets", "teacher", "proposals"):
+        raise ValueError(f"boxes: found {boxes!r}, expected targets, teacher or proposals")
+    if max_boxes < 1 or not score_threshold < 1:
+        raise ValueError(f"found max_boxes {max_boxes}, score_threshold {score_threshold}: no box is ever compared")
     if boxes == "targets":
         return objects(inputs.targets)
     if boxes == "teacher":
         found = inputs.teacher.detect(
             inputs.t_output, score_threshold=score_threshold, iou_threshold=0.6, max_detections=max_boxes
         )
-        boxes_per_image, labels = [d.boxes_xyxy for d in found], torch.cat([d.labels for d in found])
-        if inputs.classes is not None:
-            labels = students_labels(labels, *inputs.classes)
-    elif boxes == "proposals":
-        if getattr(inputs.t_output, "proposals", None) is None:
-            raise ValueError("boxes: proposals are those of a two-stage teacher, this one has none")
-        boxes_per_image = [rows[:max_boxes] for rows in inputs.t_output.proposals]
-        labels = torch.full((sum(map(len, boxes_per_image)),), -1, device=boxes_per_image[0].device)
+        boxes_per_image = [d.boxes_xyxy for d in found]
+    elif getattr(inputs.t_output, "proposals", None) is None:
+        raise ValueError("boxes: proposals are those of a two-stage teacher, this one has none")
     else:
-        raise ValueError(f"boxes: found {boxes!r}, expected targets, teacher or proposals")
-    counts = torch.tensor([len(rows) for rows in boxes_per_image], device=labels.device)
-    image = torch.arange(len(counts), device=labels.device).repeat_interleave(counts)
-    boxes_xyxy = torch.cat(boxes_per_image).float() / teacher_scale(inputs, labels.device)
+        boxes_per_image = [rows[:max_boxes] for rows in inputs.t_output.proposals]
+    device = boxes_per_image[0].device
+    counts = torch.tensor([len(rows) for rows in boxes_per_image], device=device)
+    image = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    boxes_xyxy = torch.cat(boxes_per_image).float() / teacher_scale(inputs, device)
+    if boxes == "proposals":
+        return assigned_labels(boxes_xyxy, image, inputs.targets)
+    labels = torch.cat([d.labels for d in found])
+    labels = labels if inputs.classes is None else students_labels(labels, *inputs.classes)
     return Targets(boxes_xyxy, labels, image, torch.zeros_like(labels, dtype=torch.bool))
+
+
+@torch.no_grad()
+def assigned_labels(boxes_xyxy: Tensor, image: Tensor, targets: Targets) -> Targets:
+    """N boxes (N, 4) of images (N,) with the labels that the second stage of Faster R-CNN learns at proposals.
+
+    The label of the object of the same image with the highest IoU (the first of equals), if that is at least 0.5, else
+    -1: background (arXiv:1506.01497). A background box is marked `ignore` where half of it or more lies in an ignored
+    object.
+    """
+    is_same = image[:, None] == targets.image  # (N, G)
+    iou = box_iou(boxes_xyxy, targets.boxes_xyxy.to(boxes_xyxy)) * (is_same & is_learnt(targets))
+    best, row = torch.cat((iou, iou.new_zeros(len(iou), 1)), 1).max(1)  # the last column: no object
+    labels = torch.cat((targets.labels, targets.labels.new_full((1,), -1)))[row]
+    labels = torch.where(best >= 0.5, labels, -1)
+    covered = paired_intersection(boxes_xyxy[:, None], targets.boxes_xyxy.to(boxes_xyxy)) * (is_same & targets.ignore)
+    is_covered = ((covered >= 0.5 * box_area(boxes_xyxy)[:, None]) & (covered > 0)).any(1)
+    return Targets(boxes_xyxy, labels, image, is_covered & (labels < 0))
 
 
 def box_logits(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dict[str, Tensor]:
@@ -210,11 +233,11 @@ def box_logits(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dict[st
 
 def softmax_logits(
     inputs: TermInputs, boxes: Boxes, score_threshold: float, max_boxes: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """box_logits of two softmax heads at given_boxes, and the column (N,) of each box's label; background has 0."""
+) -> tuple[dict[str, Tensor], Targets]:
+    """box_logits of two softmax heads at given_boxes, and these boxes."""
     require_softmax(inputs)
     chosen = given_boxes(inputs, boxes, score_threshold, max_boxes)
-    return box_logits(inputs, chosen), chosen.labels + 1
+    return box_logits(inputs, chosen), chosen
 
 
 def require_softmax(inputs: TermInputs) -> None:

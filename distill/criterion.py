@@ -18,6 +18,7 @@ from config import TermConfig
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
 from distill.box_classes import join_classes
 from distill.outputs import in_precision_of, named_map
+from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from distill.term_inputs import TermInputs
 from distill.terms import LOSSES
@@ -60,7 +61,7 @@ class Criterion(nn.Module):
     Args:
         terms: from the config; none gives a criterion that returns {}.
         student, teachers: the models, teachers by name. Each is run once, in eval mode and without gradients, on one
-            grey probe picture, to learn the shapes of its maps; nothing in them changes, and none of them becomes a
+            pair of grey images, to learn the shapes of its maps; nothing in them changes, and none of them becomes a
             part of the criterion: its parameters and its state are those of adapters and losses.
         epochs: of the run; a schedule that is 0 throughout is refused.
         image_size: of the student's pictures. class_names: of the dataset. facts: of each teacher.
@@ -69,7 +70,7 @@ class Criterion(nn.Module):
     Raises:
         UserError where a term could never act: an unknown teacher, loss, map or parameter; a weight of 0; a schedule
         that never turns it on; widths no adapter joins; logits of different shapes; no class in common; a name used
-        twice; models that cannot answer what the loss asks.
+        twice; models that lack what the loss reads; a loss that is 0 for any outputs, such as image_kl of one class.
     """
 
     def __init__(
@@ -206,34 +207,39 @@ class Criterion(nn.Module):
 
     @torch.no_grad()
     def _try_term(self, term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> None:
-        """Compute a term once, for one object in the probe picture: what cannot be computed is refused here."""
-        height, width = s_probe.image_size
+        """Compute a term for the probe images and for random outputs: UserError where it fails, or is always 0.
+
+        Of random outputs, a term about boxes compares the classes of the objects, since noise has few detections, and
+        every other location learns an object: a loss is 0 there only if no outputs could make it anything else.
+        """
         student, _ = self.models
         device = next(student.parameters()).device
-        box = torch.tensor([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]], device=device)
-        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        targets = probe_targets(s_probe.image_size, device)
+        generator = torch.Generator().manual_seed(0)
+        anywhere = {"boxes": "targets"} if "boxes" in LOSSES[term.loss].parameters() else {}
+        at_targets = dataclasses.replace(term, parameters={**term.parameters, **anywhere})
         was_training = student.training
         self.to(device).eval()
         student.eval()
+        values = []
         try:
-            self._term_loss(term, s_probe, t_probe, Targets(box, zero, zero, zero.bool()), {})
+            with torch.random.fork_rng(devices=[]):  # the weights of later terms do not depend on these draws
+                self._term_loss(term, s_probe, t_probe, targets, {})
+                for _ in range(2):
+                    s, t = random_output(s_probe, generator), random_output(t_probe, generator)
+                    is_dense = hasattr(student, "positives")
+                    shared = {"positives": random_positives(s, targets, generator)} if is_dense else {}
+                    values.append(self._term_loss(at_targets, s, t, targets, shared).item())
         except (ValueError, TypeError) as error:
             raise UserError(f"{key}: {error}") from None
         finally:
             self.train()
             student.train(was_training)
-
-
-@torch.no_grad()
-def probe(model: nn.Module, image_size: int) -> Any:
-    """The model's output for one grey picture, in eval mode; its train/eval mode is as before afterwards."""
-    parameter = next(model.parameters())
-    was_training = model.training
-    model.eval()
-    try:
-        return model(torch.full((1, 3, image_size, image_size), 0.5, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        model.train(was_training)
+        if max(values) <= NO_LOSS:
+            raise UserError(
+                f"{key}: loss {term.loss!r} is 0 whatever student and teacher predict, it could never act: expected "
+                "more than one class or pixel to compare, and a weight above 0 for some part of the loss"
+            )
 
 
 RENAMED = {"box_beliefs": "box_classes"}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.masks import make_anchor_sizes
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -49,6 +51,26 @@ def anchor_outputs(student: Any, teacher: Any, s_output: Any, t_output: Any) -> 
         raise ValueError("the anchors of student and teacher differ: their locations predict different boxes")
     pairs, names = {"s": s_output, "t": t_output}, ("box_logits", "objectness_logits", "class_logits")
     return {f"{key}_{name}": getattr(output, name) for key, output in pairs.items() for name in names}
+
+
+def own_anchors(inputs: Any, sizes: tuple[float, ...] | None, ratios: tuple[float, ...]) -> Tensor:
+    """The anchors of the detector at a pair's map, (n, 2) widths and heights in pixels of the student's images.
+
+    Those of the student's head at the stride of its map, or else of the teacher's head at its own. `sizes` in strides
+    and `ratios` height / width make others instead. FGFI is not defined for two heads without anchors: they take sides
+    of 2 and 4 strides.
+    """
+    pairs = ((inputs.student, inputs.s_name, inputs.s_output), (inputs.teacher, inputs.t_name, inputs.t_output))
+    for model, name, output in pairs:
+        if sizes is None and hasattr(model, "anchors_at"):
+            try:
+                anchors = model.anchors_at(name)
+            except KeyError as error:
+                raise ValueError(f"mask anchors: {error.args[0]}") from None
+            (height, width), (own_height, own_width) = inputs.image_size, output.image_size
+            return anchors * anchors.new_tensor([width / own_width, height / own_height])
+    stride = inputs.image_size[1] / inputs.s_map.shape[3]
+    return make_anchor_sizes([size * stride for size in sizes or (2.0, 4.0)], list(ratios))
 
 
 def any_map(output: Any) -> Tensor:

@@ -18,9 +18,9 @@ from distill import crosskd, features, logits, masked, relations
 from distill.box_classes import At, Boxes, box_class_kl, box_logits, given_boxes, softmax_logits
 from distill.fgd import FGD
 from distill.localization import localization_kl, valuable_region
-from distill.masks import anchor_mask, box_density, box_mask, make_anchor_sizes, objects
+from distill.masks import anchor_mask, box_density, box_mask, objects
 from distill.mgd import MGD
-from distill.outputs import anchor_outputs
+from distill.outputs import anchor_outputs, own_anchors
 from distill.term_inputs import TermInputs
 
 Mask = Literal["boxes", "anchors", "positives"]
@@ -53,21 +53,19 @@ def score_weighted_l2(inputs: TermInputs) -> Tensor:
 
 def masked_mse(
     inputs: TermInputs, *, mask: Mask = "boxes", psi: float = 0.5,
-    anchor_sizes: tuple[float, ...] = (2.0, 4.0), anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    anchor_sizes: tuple[float, ...] | None = None, anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
 ) -> Tensor:  # fmt: skip
     """mask: in the boxes, near them as FGFI publishes it, or where the student's assigner puts an object.
 
-    anchors: anchor_sizes are in strides of the map; the anchors of each level of YOLOv5 and of Faster R-CNN lie around
-    them. positives: the locations of the map's level that the student's own assigner gives an object.
+    anchor_sizes: sides in strides of the map, for mask anchors. None: the detector's own anchors (own_anchors).
     """
     if mask == "boxes":
         where = box_mask(inputs.targets, **inputs.grid())
     elif mask == "positives":
         where = inputs.positive_mask()
     elif mask == "anchors":
-        stride = inputs.image_size[1] / inputs.s_map.shape[3]
-        sizes = make_anchor_sizes([size * stride for size in anchor_sizes], list(anchor_ratios))
-        where = anchor_mask(inputs.targets, **inputs.grid(), anchor_sizes=sizes, psi=psi)
+        anchors = own_anchors(inputs, anchor_sizes, anchor_ratios)
+        where = anchor_mask(inputs.targets, **inputs.grid(), anchor_sizes=anchors, psi=psi)
     else:
         raise ValueError(f"mask: found {mask!r}, expected boxes, anchors or positives")
     return masked.masked_mse(**inputs.maps(), mask=where)
@@ -171,9 +169,10 @@ def decoupled_kl(
     inputs: TermInputs, *, boxes: Boxes = "targets", score_threshold: float = 0.3, max_boxes: int = 100,
     target_weight: float = 1.0, other_weight: float = 0.25, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    pair, labels = softmax_logits(inputs, boxes, score_threshold, max_boxes)
+    pair, chosen = softmax_logits(inputs, boxes, score_threshold, max_boxes)
     options = dict(target_weight=target_weight, other_weight=other_weight, temperature=temperature)
-    return logits.decoupled_kl(**pair, labels=labels, **options)
+    column = chosen.labels + 1  # 0: the background
+    return logits.decoupled_kl(**pair, labels=column, weight=~chosen.ignore, **options)
 
 
 def prediction_correlation(

@@ -150,6 +150,18 @@ class FasterRCNN(nn.Module):
             features, objectness_logits, box_deltas, anchors_xyxy, level_counts, image_size, self.eval_selection
         )
 
+    def anchors_at(self, name: str) -> Tensor:
+        """(n, 2) widths and heights in pixels of the proposal network's anchors at a map of `features`.
+
+        Those of the pyramid's level of that name, or else of that stride; KeyError where there is none.
+        """
+        levels = [level for level in self.levels if self.strides[level] == self.strides[name]]
+        if not levels:
+            raise KeyError(f"{name!r} has the stride of no level with anchors, expected {', '.join(self.levels)}")
+        level = name if name in levels else levels[0]
+        shapes = anchor_shapes(self.anchor_sizes[self.levels.index(level)], ASPECT_RATIOS)  # (n, 4) about the origin
+        return shapes[:, 2:] - shapes[:, :2]
+
     def predict_at(self, output: FasterRCNNOutput, boxes_per_image: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The second stage on B tensors (N_b, 4) of xyxy pixels: class_logits (N, 1 + K), box_deltas (N, 1 + K, 4).
 

@@ -17,7 +17,8 @@ import checkpoint
 import models
 from config import Config, TeacherConfig
 from datasets.download import how_to_fetch
-from distill.criterion import TeacherFacts, probe
+from distill.criterion import TeacherFacts
+from distill.probing import probe
 from errors import UserError
 from layers.fusion import fuse
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer

@@ -217,6 +217,10 @@ class YOLOv5(nn.Module):
         anchors = at_least_float32(self.head.anchors)
         return anchors * anchors.new_tensor(LEVEL_STRIDES)[:, None, None]
 
+    def anchors_at(self, name: str) -> Tensor:
+        """(3, 2) widths and heights in pixels of the anchors at the stride of a map of `features`."""
+        return self.anchors_pixels()[LEVEL_STRIDES.index(self.strides[name])]
+
     def _locations(self, output: YOLOv5Output) -> tuple[Tensor, Tensor, Tensor]:
         """Points (A, 2) in cells, strides (A, 1) and anchor sizes (A, 2) in pixels, in the order of the head."""
         return make_anchors(level_sizes(output.image_size), LEVEL_STRIDES, self.anchors_pixels())
