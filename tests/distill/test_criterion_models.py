@@ -234,6 +234,18 @@ def test_an_image_head_learns_from_logits_of_whole_images(pictures):
     torch.testing.assert_close(found, softmax_kl(s_logits=s, t_logits=t, temperature=2.0))
 
 
+@pytest.mark.parametrize("names", [("a",), ("c", "x", "y")], ids=["one class", "one shared class"])
+def test_an_image_head_of_one_class_is_refused(names):
+    """A softmax over one class is 1 whatever the logits."""
+    student, teacher = TwoStage(1), TwoStage(2, num_classes=len(names)).requires_grad_(False)
+    classes = ("a",) if len(names) == 1 else ("a", "b", "c")
+    with pytest.raises(UserError, match=r"terms\.0: loss 'image_kl' is 0 whatever student and teacher predict"):
+        Criterion(
+            (TermConfig("t", "image_kl", 1.0, ("p3",)),), student=student, teachers={"t": teacher}, epochs=1,
+            image_size=SIZE, class_names=classes, facts={"t": TeacherFacts(names)},
+        )  # fmt: skip
+
+
 REFUSED = {
     "softmax of sigmoid heads": ("student", "v8", "softmax_kl", {}, "the student has a sigmoid head"),
     "proposals of a dense teacher": (
