@@ -22,8 +22,9 @@ class Annotations:
     finder: finds the row of an image by its name or its id.
     sizes: (width, height) of each image in pixels, None where the files do not say.
     category_ids: the classes' COCO ids, None for other formats.
-    numbered: the lists of names that a class number may be a place in; two where the format allows two readings, none
-        where the names were not declared but are what the files happened to hold (numbers then stand for themselves).
+    readings: what class numbers in detections may mean, number (as text) -> label: places in a list of names, or COCO's
+        ids. Two where the files allow two; none where the names were not declared but are what the files happened to
+        hold (numbers then stand for themselves).
     pixels: "inclusive" where the format holds first and last pixels (VOC XML); "as taken" where it is taken so by VOC
         evaluators and not by others (text in pixels); else "continuous".
     notes: what was left out, a line each.
@@ -35,7 +36,7 @@ class Annotations:
     finder: PictureFinder
     sizes: tuple[tuple[float, float] | None, ...]
     category_ids: tuple[int | str, ...] | None
-    numbered: tuple[tuple[str, ...], ...]
+    readings: tuple[Mapping[str, int], ...]
     pixels: Literal["inclusive", "as taken", "continuous"]
     notes: tuple[str, ...] = ()
 
@@ -78,16 +79,16 @@ def find_labels(used: Mapping[str, str], names: Sequence[str], readings: Sequenc
     if token is not None:
         both = f"{names[first[token]]!r} and {names[other[token]]!r}"
         raise UserError(
-            f"{used[token]}: class {token!r} may be {both}: expected the names of classes, or beside the text files a "
-            "classes.txt, the list that their numbers are places in"
+            f"{used[token]}: class {token!r} may be {both}: expected the names of classes, or the list that "
+            "the numbers are places in: classes.txt beside the text files, or --names FILE"
         )
     return {token: by_name[token] for token in used if token not in first} | first
 
 
-def places(names: Sequence[str], lists: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-    """What numbers mean that are places in each of `lists`: number -> label in `names`."""
+def places(names: Sequence[str], listed: Sequence[str] | None = None) -> dict[str, int]:
+    """What numbers mean that are places in `listed` (default: in `names`): number -> label in `names`."""
     label = {name: k for k, name in enumerate(names)}
-    return [{str(k): label[name] for k, name in enumerate(one) if name in label} for one in lists]
+    return {str(k): label[name] for k, name in enumerate(listed or names) if name in label}
 
 
 def _expected(names: Sequence[str], readings: Sequence[Mapping[str, int]]) -> str:

@@ -53,9 +53,10 @@ def read_coco(path: Path) -> Annotations:
     ground_truth = GroundTruth(image, boxes, labels, len(images), names, crowd, difficult, area, box_area)
     pictures, image_ids = tuple(_text(entry, "file_name") for entry in images.values()), tuple(images)
     finder = PictureFinder(pictures, row_of_id)
+    readings = (places(names), {str(category): label for category, label in label_of.items()})
     sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images.values())
     notes += tuple(fault.reason for fault in log.faults)
-    return Annotations(ground_truth, pictures, image_ids, finder, sizes, category_ids, (names,), "continuous", notes)
+    return Annotations(ground_truth, pictures, image_ids, finder, sizes, category_ids, readings, "continuous", notes)
 
 
 def _merge_images(path: Path, entries: list[dict], ids: Ids) -> tuple[dict[int | str, dict], dict[int | str, int]]:
@@ -140,7 +141,7 @@ def _find_labels(rows: list[dict], own: Mapping, annotations: Annotations, where
         wrong = next((key for key in used if key not in of_id and not isinstance(key, str)), None)
         if ids is not None and wrong is not None:
             raise UserError(f"{used[wrong]}: category_id: found {wrong!r}, expected one of the ground truth's")
-        readings = places(names, annotations.numbered) if ids is None else [{str(i): k for i, k in of_id.items()}]
+        readings = annotations.readings if ids is None else [{str(i): label for i, label in of_id.items()}]
         label_of = find_labels({str(key): place for key, place in used.items()}, names, readings)
         of_id = {key: label_of[str(key)] for key in used}
     return [of_id[key] if word is None else of_word[word] for word, key in zip(words, keys)]

@@ -22,7 +22,8 @@ own, or a place. In text a class is a name or a number: a place 0.. in classes.t
 writes it; else in the list of names of the ground truth, which is, in this order of preference, the list given; the
 COCO categories by rising id; for VOC classes.txt, the 20 VOC names in alphabetical order, where all classes are among
 those, else the sorted names; for text, `classes.txt` in the folder, else the sorted classes met, each number standing
-for itself. A number that is a name as well as a place, or of which no list is known, is refused where it may be two.
+for itself. A number that may be two classes is refused: a name of digits and a place, a place in two lists, a place and
+COCO's id (--names and classes.txt say which list is meant); so is one of which no list is known.
 
 Coordinates are taken as written. Whether they are continuous or inclusive pixels is for the caller to know
 (tables.inclusive_to_continuous); annotations.Annotations.pixels says what is usual for the format.
@@ -39,7 +40,7 @@ from datasets.voc import CLASSES
 from datasets.voc_xml import read_annotation
 from datasets.yolo_txt import yaml_names
 from errors import UserError
-from metrics.annotations import Annotations, find_labels
+from metrics.annotations import Annotations, find_labels, places
 from metrics.coco_files import read_coco, read_coco_detections
 from metrics.picture_names import PictureFinder
 from metrics.tables import DetectionTable, GroundTruth
@@ -78,7 +79,9 @@ def read_ground_truth(
             return read_text_ground_truth(path, names, text_boxes, images)
         raise UserError(f"{path}: found neither .xml nor .txt files, expected annotations")
     annotations = read_coco(path)
-    return annotations if names is None else replace(annotations, numbered=(tuple(names),))
+    if names is None:
+        return annotations
+    return replace(annotations, readings=(places(annotations.ground_truth.names, names),))
 
 
 def read_detections(
@@ -132,18 +135,17 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
             rows.token.append(item.name)
             rows.box.append(corners)
             rows.where.append(where)
-    found, numbered = tuple(sorted(set(rows.token))), ()
+    found = tuple(sorted(set(rows.token)))
     class_list = next((p for p in (folder / CLASS_LIST, folder.parent / CLASS_LIST) if p.is_file()), None)
     if names is None and class_list is not None:
         names = text_lines.read_names(class_list)
-    if names is not None:
-        names = tuple(names)
-        numbered = (names,)
-    elif set(found) <= set(CLASSES):
-        names, numbered = tuple(CLASSES), (tuple(CLASSES), found)  # a number may be a place in either
+    if names is None and set(found) <= set(CLASSES):
+        names = tuple(CLASSES)
+        readings = (places(names), places(names, found))  # a number may be a place in either
     else:
-        names, numbered = found, (found,)
+        names = found if names is None else tuple(names)
+        readings = (places(names),)
     ground_truth, notes = rows.ground_truth(find_labels(rows.used, names, ()), len(paths), names)
     pictures = tuple(named_below(folder, paths))
     finder = PictureFinder(pictures, other_names=stated)
-    return Annotations(ground_truth, pictures, pictures, finder, tuple(sizes), None, numbered, "inclusive", notes)
+    return Annotations(ground_truth, pictures, pictures, finder, tuple(sizes), None, readings, "inclusive", notes)

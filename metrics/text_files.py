@@ -78,19 +78,19 @@ def read_text_ground_truth(
     is_yolo = text_boxes == "cxcywhn"  # where a class is a place in the list of names
     if names is None and listed is None:
         rows.token = [plain_number(token) for token in rows.token]
-        names, numbered = sorted_tokens(rows.token), ()
+        names, readings = sorted_tokens(rows.token), ()
         label_of = {name: label for label, name in enumerate(names)}
     else:
         if listed is not None or is_yolo:
             name_numbers(rows, listed or names)
         names = tuple(listed if names is None else names)
-        numbered = (names,)
-        label_of = find_labels(rows.used, names, places(names, numbered))
+        readings = (places(names),)
+        label_of = find_labels(rows.used, names, readings)
     ground_truth, notes = rows.ground_truth(label_of, len(pictures), names)
     all_sizes = tuple(sizes.get(picture) for picture in pictures)
     pixels = "continuous" if is_yolo else "as taken"
     finder = PictureFinder(pictures)
-    return Annotations(ground_truth, pictures, pictures, finder, all_sizes, None, numbered, pixels, notes)
+    return Annotations(ground_truth, pictures, pictures, finder, all_sizes, None, readings, pixels, notes)
 
 
 def read_text_detections(
@@ -110,15 +110,13 @@ def read_text_detections(
         read_text_rows(rows, path, image, annotations.sizes[image], text_boxes, score_at=score_at, names=known)
     check_boxes(rows, text_boxes, "--detection-boxes")
     check_order(rows, text_boxes, score_last)
-    are_numbers = not annotations.numbered and all(map(is_number, ground_truth.names))
+    are_numbers = not annotations.readings and all(map(is_number, ground_truth.names))
     if listed is not None and not are_numbers:  # else numbers of both sides stand for themselves
         name_numbers(rows, listed)
-    readings = places(ground_truth.names, annotations.numbered) if listed is None else ()
-    if not annotations.numbered:
+    if not annotations.readings:
         rows.token = [plain_number(token) for token in rows.token]
         ground_truth = _with_classes(ground_truth, rows)
-        readings = ()
-    label_of = find_labels(rows.used, ground_truth.names, readings)
+    label_of = find_labels(rows.used, ground_truth.names, annotations.readings if listed is None else ())
     boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
     return ground_truth, DetectionTable(rows.image, boxes, rows.score, rows.labels(label_of))
 

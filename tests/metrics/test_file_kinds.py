@@ -279,6 +279,23 @@ def test_names_and_places(tmp_path, names, tokens, expected):
     assert read_detections(text, annotations)[1].labels.tolist() == [len(names) - 1 - n for n in numbers]
 
 
+def test_places_and_ids_of_coco(tmp_path):
+    truth = write_coco(tmp_path / "gt.json", names=("cat", "dog", "cow"))
+    tree = json.loads(truth.read_text())
+    for number, category in enumerate(tree["categories"], 1):
+        category["id"] = number
+    truth.write_text(json.dumps(tree | {"annotations": []}))
+    found = write_text(tmp_path / "dt", {"a.txt": "1 0.5 1 2 3 4\n0 0.5 1 2 3 4"})
+    assert read_detections(found, read_ground_truth(truth))[1].labels.tolist() == [1, 0]  # no id 0
+    write_text(tmp_path / "dt", {"a.txt": "1 0.5 1 2 3 4\n3 0.5 1 2 3 4"})
+    assert read_detections(found, read_ground_truth(truth))[1].labels.tolist() == [0, 2]  # no place 3
+    write_text(tmp_path / "dt", {"a.txt": "1 0.5 1 2 3 4\n2 0.5 1 2 3 4"})
+    with pytest.raises(UserError, match=r"class '2' may be 'cow' and 'dog': .*--names FILE"):
+        read_detections(found, read_ground_truth(truth))
+    declared = read_ground_truth(truth, names=["sheep", "cow", "cat"])
+    assert read_detections(found, declared)[1].labels.tolist() == [2, 0]
+
+
 def test_numbers_without_a_list_of_names_are_refused(tmp_path):
     annotations = read_ground_truth(write_text(tmp_path / "gt", {"a.txt": "cat 1 2 3 4\ndog 1 2 3 4"}))
     found = write_text(tmp_path / "dt", {"a.txt": "1 0.5 1 2 3 4"})

@@ -216,7 +216,7 @@ def test_bad_voc_xml(tmp_path, text, message):
         ("a 0.5 1 1 two 2\n", r"x\.txt:1: found '0.5 1 1 two 2', expected finite numbers"),
         ("a inf 1 1 2 2\n", r"x\.txt:1: found 'inf 1 1 2 2', expected finite numbers"),
         ("b 0.5 1 1 2 2\n", r"x\.txt:1: found class 'b', expected one of a, or the place"),
-        ("3 0.5 1 1 2 2\n", r"x\.txt:1: found class '3'"),
+        ("7 0.5 1 1 2 2\n", r"x\.txt:1: found class '7'"),
     ],
 )
 def test_bad_text_detections(tmp_path, text, message):
