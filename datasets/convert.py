@@ -1,6 +1,6 @@
 """Rewrite a dataset in another format, pictures included.
 
-    python -m datasets.convert SRC_FORMAT SRC_ROOT SRC_SPLIT[,SPLIT...] DST_FORMAT DST_ROOT
+    python -m datasets.convert SRC_FORMAT SRC_ROOT SRC_SPLIT[,SPLIT...] DST_FORMAT DST_ROOT [--classes A,B]
 
 What is written is read back to the same boxes (to 1e-8 pixel), classes and flags wherever the format can hold them.
 What each one cannot hold (the command counts it, but for the order):
@@ -48,11 +48,13 @@ def convert(
     dst_format: str,
     dst_root: str | Path,
     *,
+    classes: tuple[str, ...] = (),
     max_bad_fraction: float = 0.01,
 ) -> tuple[dict[str, DatasetIndex], Counter]:
     """Convert splits of a dataset into one new dataset with the same splits.
 
-    Returns the indices that were written, by the name of the new split, and what was lost: a count by description.
+    classes: the source's classes that are written, in this order; none: all. Returns the indices that were written, by
+    the name of the new split, and what was lost: a count by description.
     UserError for a destination that is not empty, names the format cannot write, or too many bad samples.
     """
     dst_root = Path(dst_root)
@@ -62,7 +64,7 @@ def convert(
         raise UserError(f"{dst_root}: not empty, expected a new folder")
     indices = {}
     for split in src_splits:
-        index = open_dataset(src_format, src_root, split)
+        index = open_dataset(src_format, src_root, split, classes=classes)
         check(scan(index, title=f"{src_format} {src_root} {split}"), max_bad_fraction, flag="--max-bad-fraction")
         indices[re.sub(r"[^\w.-]+", "_", split)] = index
     names = {index.names for index in indices.values()}
@@ -71,6 +73,7 @@ def convert(
 
     losses: Counter = Counter()
     samples = [sample for index in indices.values() for sample in index.samples]
+    losses["objects of other classes"] = sum(len(sample.left_out) for sample in samples)
     losses["soft labels"] = sum(len(sample) for sample in samples if sample.class_scores is not None)
     class_names = _class_names(next(iter(names)), dst_format, losses)
     pictures = _picture_names(indices)
@@ -186,7 +189,9 @@ def write_coco(folder: Path, indices: Indices, class_names: Names, picture_names
     """annotations/instances_<split>.json and images/<split>."""
     (folder / "annotations").mkdir()
     for split, index in indices.items():
-        category_ids = index.category_ids or tuple(range(1, len(class_names) + 1))
+        category_ids = index.category_ids or ()
+        if list(category_ids) != sorted(category_ids) or not category_ids:  # readers take classes in the ids' order
+            category_ids = tuple(range(1, len(class_names) + 1))
         ids = [sample.image_id for sample in index.samples]
         if not all(isinstance(image_id, int) for image_id in ids):
             ids = list(range(1, len(ids) + 1))
@@ -306,6 +311,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("src_split", help="a split, or several joined by commas")
     parser.add_argument("dst_format", choices=tuple(WRITERS))
     parser.add_argument("dst_root", help="a folder that does not exist, or is empty")
+    parser.add_argument("--classes", help="names joined by commas: only objects of these are written, in this order")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01)
     arguments = parser.parse_args(argv)
     indices, losses = convert(
@@ -314,6 +320,7 @@ def main(argv: list[str]) -> int:
         arguments.src_split.split(","),
         arguments.dst_format,
         arguments.dst_root,
+        classes=tuple(arguments.classes.split(",")) if arguments.classes else (),
         max_bad_fraction=arguments.max_bad_fraction,
     )
     for split, index in indices.items():

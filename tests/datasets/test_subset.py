@@ -7,6 +7,7 @@ from PIL import Image
 from config import DataConfig
 from datasets import ANY_CLASS, open_dataset
 from datasets.convert import convert
+from datasets.convert import main as convert_main
 from datasets.scan import check, main, scan
 from errors import UserError
 
@@ -74,6 +75,16 @@ def test_the_scan_counts_what_is_left_out(roots, capsys):
     assert "left out" not in capsys.readouterr().out
     with pytest.raises(UserError, match="found 'pig'"):
         main(["yolo", str(roots / "yolo"), "train", "--classes", "pig"])
+
+
+@pytest.mark.parametrize("via", ["voc", "coco", "yolo", "kitti"])
+def test_a_conversion_writes_the_classes_in_their_order(roots, tmp_path, capsys, via):
+    place = ["coco", str(roots / "coco"), "train", via, str(tmp_path / "out")]
+    assert convert_main([*place, "--classes", "hen,cat"]) == 0
+    assert "not kept: 3 objects of other classes" in capsys.readouterr().out
+    written = open_dataset(via, tmp_path / "out", "train")
+    assert written.names == ("hen", "cat")
+    assert objects(written) == objects(open_dataset("coco", roots / "coco", "train", classes=("hen", "cat")))
 
 
 def test_regions_and_flags_go_with_their_objects(tmp_path):
