@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.over_processes import process_count, sum_over_processes
+from layers.precision import at_least_float32
 
 EPSILON = 1e-5
 
@@ -25,7 +26,7 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or process_count() == 1:
             return torch.batch_norm(x, None, None, None, None, True, 0.0, EPSILON, torch.backends.cudnn.enabled)
-        values = x if x.dtype == torch.float64 else x.float()
+        values = at_least_float32(x)
         count = sum_over_processes(values.new_full((), x.numel() / max(x.shape[1], 1)))
         mean = sum_over_processes(values.sum((0, 2, 3), keepdim=True)) / count  # (1, C, 1, 1)
         deviations = values - mean

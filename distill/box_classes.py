@@ -23,7 +23,7 @@ from distill.logits import as_logit_pair, bernoulli_kl, weighted_mean
 from distill.masks import is_learnt, objects
 from distill.outputs import any_map, in_precision_of
 from distill.term_inputs import TermInputs
-from kernels.backend import at_least_float32
+from layers.precision import at_least_float32
 from structures import Targets
 
 Head = Literal["sigmoid", "softmax"]

@@ -9,9 +9,9 @@ for half-precision inputs, in float64 for float64. Student gradients only: the t
 import torch
 from torch import Tensor
 
-from kernels.backend import compute_dtype
 from kernels.channel_wise_kl import channel_kl
 from layers.over_processes import joint_mean, joint_normaliser, process_count, sum_over_processes
+from layers.precision import compute_dtype
 
 TINY = 1e-24  # a vector no longer than 1e-12 has no direction
 CONSTANT = 1e-10  # a row whose variance is below this share of its mean square is constant, up to float32 rounding

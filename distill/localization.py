@@ -17,7 +17,7 @@ from torch import Tensor
 
 from boxes import paired_iou
 from distill.logits import as_logit_pair, weighted_mean
-from kernels.backend import at_least_float32
+from layers.precision import at_least_float32
 from structures import Targets
 
 

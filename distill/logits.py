@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.features import unit_deviations
-from kernels.backend import at_least_float32, compute_dtype
 from kernels.sigmoid_kl import bernoulli_kl, sigmoid_kl
 from kernels.temperature_kl import temperature_kl
 from layers.over_processes import joint_normaliser, sum_over_processes
+from layers.precision import at_least_float32, compute_dtype
 
 
 def soft_class_targets(

@@ -10,9 +10,9 @@ of a criterion, masked_mse on the neck and soft class targets on the outputs (di
 from torch import Tensor
 
 from distill.features import as_map_pair, require_map_pair
-from kernels.backend import compute_dtype
 from kernels.masked_mse import masked_squares
 from layers.over_processes import joint_normaliser
+from layers.precision import compute_dtype
 
 
 def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.features import as_map_pair, unit_vectors
-from kernels.backend import compute_dtype
 from layers.over_processes import joint_mean, sum_over_processes
+from layers.precision import compute_dtype
 
 
 def location_similarity(*, s_map: Tensor, t_map: Tensor, nodes: int = 16) -> Tensor:

@@ -12,8 +12,8 @@ beta = 1 in the second stage).
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import at_least_float32
 from layers.over_processes import joint_normaliser
+from layers.precision import at_least_float32
 
 SMOOTH_L1_BETA = 1 / 9
 

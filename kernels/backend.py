@@ -77,16 +77,6 @@ def refuse_second_derivative(operation: str) -> None:
         )
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any of the tensors is, else float32: what losses are computed in, eager or not."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 where it is: losses and decoding compute in this, also under autocast."""
-    return x.to(compute_dtype(x))
-
-
 def is_wide(*tensors: Tensor) -> bool:
     """Whether offsets within one slice of the first dimension of any of the tensors need 64 bits."""
     span = lambda x: sum((size - 1) * abs(step) for size, step in zip(x.shape[1:], x.stride()[1:]))

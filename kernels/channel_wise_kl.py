@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import at_temperature, compute_dtype, not_floating, require_shape, use_triton
+from kernels.backend import at_temperature, not_floating, require_shape, use_triton
 from kernels.temperature_kl import temperature_kl_triton
+from layers.precision import compute_dtype
 
 
 def channel_kl_eager(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:

@@ -11,8 +11,9 @@ can load, a group of neighbouring pixels if any of them is marked. With a fifth 
 import torch
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, compute_dtype, is_wide, not_floating, require_shape, scale_of, use_triton
+from kernels.backend import HAS_TRITON, is_wide, not_floating, require_shape, scale_of, use_triton
 from kernels.held_gradient import empty_gradient, with_gradient
+from layers.precision import compute_dtype
 
 
 def masked_squares_eager(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:

@@ -16,7 +16,8 @@ last bit: float32 in the same order, a division that rounds correctly, no fused 
 import torch
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, compute_dtype
+from kernels.backend import HAS_TRITON
+from layers.precision import compute_dtype
 from structures import Detections
 
 BLOCK = 2048  # candidates: enough work to hide three launches, few enough for one program to settle

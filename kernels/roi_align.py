@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import at_least_float32, use_triton
+from kernels.backend import use_triton
 from kernels.roi_align_triton import roi_align_triton
+from layers.precision import at_least_float32
 
 CANONICAL_LEVEL, CANONICAL_SIZE = 4, 224  # a box of 224 x 224 pixels is pooled from p4, at stride 2^4
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, compute_dtype, is_wide, require_shape, scale_of
+from kernels.backend import HAS_TRITON, is_wide, require_shape, scale_of
 from kernels.held_gradient import empty_gradient, with_gradient
+from layers.precision import compute_dtype
 
 if HAS_TRITON:
     import triton.language as tl

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, at_temperature, compute_dtype, not_floating, scale_of, use_triton
+from kernels.backend import HAS_TRITON, at_temperature, not_floating, scale_of, use_triton
 from kernels.rows import Tile, require_rows, row_loss_triton
+from layers.precision import compute_dtype
 
 
 def sigmoid_kl_eager(

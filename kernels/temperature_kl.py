@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import HAS_TRITON, at_temperature, compute_dtype, not_floating, scale_of, use_triton
+from kernels.backend import HAS_TRITON, at_temperature, not_floating, scale_of, use_triton
 from kernels.rows import Tile, require_rows, row_loss_triton
+from layers.precision import compute_dtype
 
 WHOLE_ROW = 8192  # columns that are neighbours in memory: 32 a thread and tensor, at 8 warps
 STRIDED_ROW = 128  # columns that are not, when 32 neighbouring rows are read together

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layers.precision import compute_dtype
+
 
 def process_count() -> int:
     """W: 1 without a process group."""
@@ -64,7 +66,7 @@ def _total(own: Tensor | float, like: Tensor) -> Tensor:
         return total
     total = torch.full((), float(own), dtype=torch.float64, device=like.device)
     dist.all_reduce(total)
-    return total.to(like.dtype if like.dtype.itemsize >= 4 else torch.float32)
+    return total.to(compute_dtype(like))
 
 
 class _Sum(torch.autograd.Function):

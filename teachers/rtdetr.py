@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from boxes import box_iou, cxcywh_to_xyxy
-from kernels.backend import at_least_float32
+from layers.precision import at_least_float32
 from structures import Detections
 from teachers.hgnetv2 import HGNetV2
 from teachers.resnet_vd import ResNetVD

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import at_least_float32
 from kernels.deformable_attention import deformable_attention
+from layers.precision import at_least_float32
 from teachers.conv_bn import ConvBN
 
 ANCHOR_SIZE = 0.05  # of a cell of the finest map, as a fraction of the image; twice that on each coarser one

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from boxes import cxcywh_to_xyxy, distances_to_xyxy, paired_ciou, xyxy_to_distances
-from kernels.backend import at_least_float32
 from layers.over_processes import joint_mean, joint_normaliser
+from layers.precision import at_least_float32
 from structures import Targets
 from yolo.assigners import (
     AnchorMatches,

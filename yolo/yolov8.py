@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import at_least_float32
 from kernels.nms import select_detections
+from layers.precision import at_least_float32
 from structures import Detections, Targets
 from weights import ClassRows
 from yolo.assigners import make_points

@@ -215,8 +215,9 @@ def test_of_equal_overlaps_the_last_object_is_taken(objects, recall):
         {"image_id": 1, "category_id": 1, "bbox": xywh(box), "score": score}
         for box, score in ((BETWEEN, 0.9), (LEFT, 0.8))
     ]
-    result = coco.evaluate(*one_class(objects, [BETWEEN, LEFT], [0.9, 0.8]))
-    assert result.recall[0, 0, 0, -1] == recall
+    for evaluate in (coco.evaluate, coco.plain_evaluate):
+        result = evaluate(*one_class(objects, [BETWEEN, LEFT], [0.9, 0.8]))
+        assert result.recall[0, 0, 0, -1] == recall
     np.testing.assert_array_equal(result.recall, run_pycocotools(dataset, results).eval["recall"])
 
 
