@@ -79,9 +79,8 @@ class Fault:
     path, line: the label file (or picture) and the line in it, where there is one.
     reason: one line: what was found and what was expected.
     kind: a few words that faults of one sort share; the scan counts by it.
-    effect: "noted" keeps everything (a box may have been clipped); "left out" is what was asked for (other classes)
-        or a label without its picture: nothing
-        wrong can be learnt from it, and it does not count as bad.
+    effect: "noted" keeps everything (a box may have been clipped). "left out" does not count as bad: objects of classes
+        that were not asked for, and labels without a picture, of which nothing wrong can be learnt.
     picture: the name of the picture it belongs to; empty for a fault of a whole file.
     """
 
