@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from config import EvaluationConfig, load_config
-from datasets.open import READERS, open_dataset
+from datasets.open import READERS, open_dataset, require_objects
 from datasets.subset import keep_classes
 from errors import UserError, run_script
 from evaluation.class_names import read_class_map
@@ -117,6 +117,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         index = keep_classes(index, tuple(classes), " ".join(dataset))
     names = name_classes(info.names, args.names) if args.names else info.names
     model, index, class_map = on_common_classes(model, index, names, read_class_map(args.class_map))
+    require_objects(index, " ".join(dataset), dataset[1])
     result = evaluate_model(
         model,
         index,

@@ -102,7 +102,7 @@ def find_test_split(weights: Path) -> DatasetIndex | None:
         return None
     try:
         data = load_config(RunFolder(weights.parent).config).data
-        return open_dataset(data.format, data.root, data.test, classes=data.classes)
+        return open_dataset(data.format, data.root, data.test, classes=data.classes, needs_objects=False)
     except UserError:
         return None
 
@@ -247,7 +247,8 @@ def open_splits(args: argparse.Namespace, info: CheckpointInfo) -> tuple[Dataset
     if len(args.calibrate) not in (2, 3) or args.calibrate[0] not in READERS:
         raise UserError(f"--calibrate: found {' '.join(args.calibrate)!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
     *place, split = args.calibrate if len(args.calibrate) == 3 else (*args.calibrate, "train")
-    calibration, test = (open_dataset(*place, s, classes=info.classes) for s in (split, args.test_split))
+    calibration = open_dataset(*place, split, classes=info.classes, needs_objects=False)
+    test = open_dataset(*place, args.test_split, classes=info.classes)
     known = info.names if info.source == "ours" else range(len(info.names))
     found = test.names if info.source == "ours" else range(len(test.names))
     if tuple(known) != tuple(found):

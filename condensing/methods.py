@@ -13,7 +13,7 @@ from boxes import clip_boxes
 from condensing.config import NetworkConfig, Task
 from config import DataConfig
 from datasets.loader import Batch, Loader
-from datasets.open import open_dataset
+from datasets.open import open_dataset, require_objects
 from datasets.scan import check, scan
 from distill import coresets, crops
 from errors import UserError
@@ -34,6 +34,7 @@ class RealPictures:
             index = take(index, data.max_samples)
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         check(report, data.max_bad_fraction)
+        require_objects(report.index, report.title, place[1], learnable=True)
         if any(sample.class_scores is not None for sample in report.index.samples):
             raise UserError(f"{' '.join(place[1:])}: found soft labels, expected a set of real pictures without them")
         self.index, self.image_size, self.place = report.index, image_size, place

@@ -66,7 +66,8 @@ def require_objects(index: DatasetIndex, title: str, root: str | Path, *, learna
         if (sample.labels[~(sample.ignore if learnable else sample.crowd)] != ANY_CLASS).any():
             return
     missing = [fault for fault in index.faults if fault.kind == NO_LABEL_FILE]
-    dropped = [fault for fault in index.faults if fault.effect in ("object dropped", "left out")]
+    effects = ("object dropped", "left out", "picture dropped")
+    dropped = [fault for fault in index.faults if fault.effect in effects]
     regions = sum(map(len, index.samples))
     found = f"{title}: {len(index)} pictures and not one object; labels were looked for in {index.label_source}"
     found += f", {len(missing)} of {len(index)} label files are missing"
@@ -78,7 +79,7 @@ def require_objects(index: DatasetIndex, title: str, root: str | Path, *, learna
     if regions:
         found += f"; {regions} objects or regions that are to be ignored, and no others"
     if dropped:
-        found += f"; {len(dropped)} objects or labels cannot be used, the first: {dropped[0]}"
+        found += f"; {len(dropped)} objects, labels or pictures cannot be used, the first: {dropped[0]}"
     raise UserError(found)
 
 

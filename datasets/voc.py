@@ -48,13 +48,21 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
     given = names is not None
     names = tuple(names) if given else _class_names(parts)
     log, samples, seen = FaultLog(), [], set()
+    label_of: dict[Path, Path] = {}
     for part in parts:
         for stem in _read_list(part, log):
             image_id = stem if stem not in seen else f"{part.folder.name}/{stem}"
             seen.add(stem)
             sample = _read_sample(part, stem, image_id, names, given, log)
-            if sample is not None:
-                samples.append(sample)
+            if sample is None:
+                continue
+            label_path = part.annotations / f"{stem}.xml"
+            first = label_of.setdefault(sample.image_path, label_path)
+            if first != label_path:
+                raise UserError(
+                    f"{label_path}: {sample.image_path} is the picture of {first.name} too, expected one file"
+                )
+            samples.append(sample)
     refuse_resized(log, root)
     places = dict.fromkeys(str(part.annotations) for part in parts)
     return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "voc", ", ".join(places))
@@ -66,6 +74,7 @@ class _Part:
     annotations: Path
     pictures: Path
     source: Path  # the list, or the folder of annotations
+    has_own_pictures: bool = True  # those without an annotation file are the split's too
 
 
 def find_part(root: Path, part: str) -> _Part:
@@ -88,8 +97,9 @@ def find_part(root: Path, part: str) -> _Part:
         return _Part(folder, annotations, pictures, annotations)
     annotations, pictures = _find_folders(folder, part)
     if source is None and name != "all" and _holds(annotations / name, (".xml",)):
-        annotations, pictures = annotations / name, pictures / name if (pictures / name).is_dir() else pictures
-        source = annotations
+        is_own = (pictures / name).is_dir()
+        source, pictures = annotations / name, pictures / name if is_own else pictures
+        return _Part(folder, source, pictures, source, is_own)
     source = annotations if name == "all" else source
     if source is None:
         known = sorted(path.stem for path in lists.glob("*.txt")) or [
@@ -114,9 +124,10 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
             raise UserError(f"{folder}: no split {split!r}, found XML files in {found}")
         annotations = holders[0]
     named = (folder / name for name in ("JPEGImages", "images"))
-    pictures = next((path for path in named if path.is_dir()), None)
+    pictures = next((path for path in named if _holds(path, (*SUFFIXES, *UNREAD))), None)
     if pictures is None:
-        holders = [annotations] if _holds(annotations, SUFFIXES) else _holders(folder, SUFFIXES)
+        is_beside = annotations != folder and _holds(annotations, SUFFIXES)
+        holders = [annotations] if is_beside else _holders(folder, SUFFIXES)
         if len(holders) > 1:  # the pictures, and perhaps masks or previews of them
             stem = list_files(annotations, (".xml",))[0].stem
             holders = [path for path in holders if find_picture(path, stem)]
@@ -149,7 +160,8 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
     if part.source.is_dir():
         files = [path.relative_to(part.source) for path in list_files(part.source, (".xml",))]
         stems = sorted(path.with_suffix("").as_posix() for path in files)
-        _log_unlabelled(part, set(stems), log)
+        if part.has_own_pictures:
+            _log_unlabelled(part, set(stems), log)
         return stems
     lines = [line for _, line in read_lines(part.source)]
     if part.source.suffix == ".csv":
@@ -234,12 +246,12 @@ def _read_sample(part: _Part, stem: str, image_id: str, names: tuple[str, ...], 
 
 
 def _find_image(part: _Part, stem: str, filename: str) -> Path | None:
-    """The picture of an annotation file: of its stem, else of the name that it states; of a format that is read, else
-    of any other."""
+    """The picture of an annotation file: of its stem, in a format that is read or in another, else of the name that it
+    states."""
     stated = re.split(r"[/\\]", filename)[-1]
     folder = part.pictures / PurePosixPath(stem).parent
-    choices = [place / stated for place in (folder, part.pictures) if stated]
-    choices += [part.pictures / f"{stem}{suffix}" for suffix in UNREAD]
+    choices = [part.pictures / f"{stem}{suffix}" for suffix in UNREAD]
+    choices += [place / stated for place in (folder, part.pictures) if stated]
     return find_picture(part.pictures, stem) or next((path for path in choices if path.is_file()), None)
 
 

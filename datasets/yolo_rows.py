@@ -23,6 +23,7 @@ from errors import UserError
 NORM_TOLERANCE = 0.01  # a fraction up to 1.01 is rounding; beyond, the row is in pixels or broken
 SUM_TOLERANCE = 0.001  # shares that miss 1 by less were rounded, and are divided by their sum
 EDGE_TOLERANCE = 0.02  # how far a box may leave the picture, as a fraction of it
+CERTAIN = 0.2  # the share of rows that cannot be keypoints: a quarter to nine tenths of polygons, few of keypoints
 BOX_TOLERANCE = 0.25  # how far keypoints may leave their box, as a fraction of its sides
 
 
@@ -49,7 +50,7 @@ class LongRows:
 
     def decide(self) -> None:
         """UserError where the rows may be boxes with keypoints or with a track as well as polygons."""
-        if len(self.counts) != 1 or 2 * self.doubtful <= self.counts.total():
+        if len(self.counts) != 1 or self.doubtful <= (1 - CERTAIN) * self.counts.total():
             return
         (columns,) = self.counts
         other = "class, box, confidence and track id" if columns == 7 else "class, box and keypoints"

@@ -19,7 +19,7 @@ from datasets.augment import augment
 from datasets.download import how_to_fetch
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
-from datasets.open import open_dataset
+from datasets.open import open_dataset, require_objects
 from datasets.overlap import Overlap, find_overlap
 from datasets.scan import ScanReport, check, scan
 from distill.criterion import Criterion
@@ -280,6 +280,7 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
         reports[role] = report
         say(report.table() + "\n")
         check(report, data.max_bad_fraction)
+        require_objects(report.index, report.title, place[1], learnable=role == "train")
     train, test = reports["train"].index, reports["test"].index
     if train.names != test.names:
         root = data.train_root or data.root
