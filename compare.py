@@ -24,14 +24,17 @@ go on.
 import argparse
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+import models
 import train
 from comparison import plot
 from comparison.condensed_table import condensed_markdown, condensed_tree
 from comparison.study import Row, Study, last_weights, load_study
 from comparison.table import Result, as_json, markdown
 from condense import condense
+from condensing.methods import check_network
 from config import Config, from_tree, to_tree
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
@@ -39,13 +42,13 @@ from errors import UserError, run_script
 from runtime import run_folder
 from training.batch_norms import check_batches
 from training.building import (
-    SIZE_MULTIPLE,
     build_criterion,
     build_student,
     count_training_pictures,
     training_set,
     with_published_settings,
 )
+from training.checks import SIZE_MULTIPLE, check_config
 from training.teaching import build_teachers
 from yaml_files import read_yaml
 
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 
 def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
-    """Train what is missing of the rows `only` (all, where none are named), then print the comparison.
+    """Train what is missing of the rows `only` (all, where none are named), then print their part of the comparison.
 
     Returns what is known of every row of the study, in the order of the table. UserError, after everything else is
     trained and written, where a run failed.
@@ -81,7 +84,7 @@ def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
             train_seed(result, row.seeds[number], results)
             write(study, results)
     write(study, results, with_pictures=True)
-    print(tables(study, results))
+    print(tables(study, results, only))
     print("written: " + ", ".join(str(study.folder / f"comparison.{suffix}") for suffix in ("md", "json", "png")))
     failed = [result.name for result in results.values() if result.failures]
     if failed:
@@ -119,6 +122,15 @@ def check_rows(rows: list[Row], study: Study) -> None:
     A teacher that is trained in place is stood in for by one that is not trained yet.
     """
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
+    for row in rows:
+        try:
+            check_config(row.run(row.seeds[0]), [t.name for t in row.config.teachers if t.weights in in_place])
+            if row.task is not None:
+                models.check_arch(row.task.arch)
+                if row.network_row is None:
+                    check_network(row.task)
+        except UserError as error:
+            raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
     source: DatasetIndex | None = None
     for row in rows:
         config = row.config
@@ -126,9 +138,6 @@ def check_rows(rows: list[Row], study: Study) -> None:
             if row.task is not None:
                 source = source or open_dataset(*training_set(study.config.data), classes=study.config.data.classes)
                 row.task.check_source(len(source))
-                weights = row.task.condense.network.weights
-                if row.task.needs_network and row.network_row is None and not Path(weights).is_file():
-                    raise UserError(f"key 'condense.network.weights': {weights}: no such file, expected a checkpoint")
             data = config.data
             names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
             fresh = {
@@ -175,8 +184,9 @@ def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
         print(f"failed: {error}", flush=True)
 
 
-def tables(study: Study, results: dict[str, Result]) -> str:
-    return markdown(study, results) + condensed_markdown(results)
+def tables(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
+    """Of all rows, or of those named in `only`."""
+    return markdown(study, results, only) + condensed_markdown(results, only)
 
 
 def write(study: Study, results: dict[str, Result], *, with_pictures: bool = False) -> None:

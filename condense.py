@@ -29,7 +29,7 @@ import checkpoint
 import models
 from comparison.study import StudyFile, load_study, sets_folder, task_of
 from condensing.config import Task
-from condensing.methods import Layout, RealPictures, first_layout, load_network
+from condensing.methods import Layout, RealPictures, check_network, first_layout, load_network
 from condensing.set_files import DECODED, STORED, Picture, draw_set, part_folder, read_manifest, to_picture, write_set
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
@@ -63,7 +63,11 @@ def main(argv: list[str]) -> None:
             raise UserError("argument --seed: expected --row beside it; condense.seed=N is the seed of one set")
         file = from_tree(StudyFile, read_tree(arguments.config, arguments.overrides), source=arguments.config)
         if "method" not in file.condense:
-            advice = "condense.method=NAME, or --row NAME" if file.rows else "condense.method=NAME"
+            advice = "condense.method=NAME"
+            if not file.condense:
+                advice += f" (train.py {arguments.config} trains a config without it)"
+            if file.rows:
+                advice = f"condense.method=NAME, or --row NAME, one of {', '.join(map(str, file.rows))}"
             raise UserError(f"{arguments.config}: key 'condense.method' is missing, expected {advice}")
         config, task = file, task_of(file, file.condense, arguments.config).with_seed(file.seed)
     else:
@@ -98,8 +102,10 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
     part = part_folder(folder)
     if (part / "settings.json").is_file():
         refuse_other(json.loads((part / "settings.json").read_text(encoding="utf-8")), task, part)
-    real = RealPictures(task.data, task.image_size)
     where = choose_device(device)
+    models.check_arch(task.arch)
+    check_network(task)
+    real = RealPictures(task.data, task.image_size)
     network = load_network(task.condense.network, real.index.names, where) if task.needs_network else None
     with StopSignals() as stop:
         try:

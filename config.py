@@ -15,6 +15,8 @@ from typing import Any, Literal
 from errors import UserError
 from yaml_files import parse_yaml, read_yaml
 
+NEAR = 0.7  # difflib's ratio from which a known key is offered for an unknown one; less is another word
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -182,7 +184,16 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
     A list is addressed by index: `terms.0.weight=2.0`. A value is parsed as YAML: `teachers=[]` removes all.
     """
-    return from_tree(Config, read_tree(path, overrides), source=str(path))
+    tree = read_tree(path, overrides)
+    if "rows" in tree:
+        rows = ", ".join(map(str, tree["rows"])) if isinstance(tree["rows"], dict) else tree["rows"]
+        raise UserError(
+            f"{path}: key 'rows': a study of several rows, expected one run; compare.py {path} trains them all, "
+            f"train.py {path} --row NAME one of them: {rows}"
+        )
+    if "condense" in tree:
+        raise UserError(f"{path}: key 'condense': condense.py {path} makes that set, expected a config without it")
+    return from_tree(Config, tree, source=str(path))
 
 
 def read_tree(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
@@ -233,8 +244,9 @@ def from_tree(cls: type, tree: Any, *, source: str, key: str = "") -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     for name in tree:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            raise UserError(f"{source}: unknown key {_join(key, name)!r}, did you mean {_join(key, near[0])!r}?")
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=NEAR)
+            advice = f"did you mean {_join(key, near[0])!r}?" if near else f"expected one of {', '.join(known)}"
+            raise UserError(f"{source}: unknown key {_join(key, name)!r}, {advice}")
     hints = typing.get_type_hints(cls)
     values = {name: _convert(hints[name], tree[name], source, _join(key, name)) for name in tree}
     for name, f in known.items():

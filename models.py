@@ -54,6 +54,8 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "rtdetr_r50vd": partial(build_rtdetr, "r50vd"),
 }
 
+ONLY_TEACH = ("rtdetr",)  # families of ARCHITECTURES that have no training losses here
+
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "clip_vit_b32": partial(build_clip, "vit_b32"),
     "clip_vit_b16": partial(build_clip, "vit_b16"),
@@ -99,8 +101,7 @@ def build(arch: str, num_classes: int, **head: int) -> nn.Module:
     from torch's global generator, here and nowhere later: seed it before the call.
     head: what of the class head is not as K alone has it, as `head_of` gives it; unknown to other heads, a TypeError.
     """
-    if arch not in ARCHITECTURES:
-        raise UserError(f"architecture {arch!r} is unknown, {_nearest(arch, ARCHITECTURES)}")
+    check_arch(arch)
     if num_classes < 1:
         raise UserError(f"architecture {arch!r}: found {num_classes} classes, expected at least 1")
     return ARCHITECTURES[arch](num_classes, **head)
@@ -122,6 +123,12 @@ def head_of(arch: str, num_classes: int, state: dict[str, Tensor]) -> dict[str, 
     return {}
 
 
+def check_arch(arch: str) -> None:
+    """UserError for what is no key of ARCHITECTURES."""
+    if arch not in ARCHITECTURES:
+        raise UserError(f"architecture {arch!r} is unknown, {_nearest(arch, ARCHITECTURES)}")
+
+
 def build_teacher(name: str) -> nn.Module:
     """A freshly initialised model that only ever teaches, on the CPU, in eval mode; name is a key of TEACHERS.
 
@@ -133,5 +140,8 @@ def build_teacher(name: str) -> nn.Module:
 
 
 def _nearest(found: str, table: dict[str, Callable]) -> str:
-    nearest = max(table, key=lambda name: SequenceMatcher(None, name, str(found).lower()).ratio())
-    return f"did you mean {nearest!r}? There are {', '.join(table)}"
+    """A name that is near (the first of equally near ones), and all that there are."""
+    nearness = {name: SequenceMatcher(None, name, str(found).lower()).ratio() for name in table}
+    nearest = max(nearness, key=nearness.get)
+    advice = f"did you mean {nearest!r}? There are" if nearness[nearest] >= 0.7 else "expected one of"
+    return f"{advice} {', '.join(table)}"

@@ -1,6 +1,7 @@
 """The one training loop: any student, zero or more teachers, one process or many.
 
     python train.py configs/shapes_yolov8n.yaml [key=value ...]
+    python train.py STUDY --row NAME           one row of a study (compare.py trains all of them)
     python train.py CONFIG --dry-run           every loss term of one batch and its gradient, and nothing written
     python train.py --resume runs/NAME         go on after a signal, a crash or a full disk
     torchrun --nproc-per-node 2 train.py CONFIG
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 import checkpoint
+from comparison.one_row import load_row, load_row_for_dry_run
 from config import Config, load_config, to_tree
 from datasets.index import DatasetIndex
 from datasets.loader import Batch
@@ -385,11 +387,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the config")
     parser.add_argument("--resume", metavar="RUN", help="the folder of a run to go on with")
     parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help="may differ when resuming")
+    parser.add_argument("--row", metavar="NAME", help="train this row of a study, where compare.py looks for it")
     parser.add_argument("--dry-run", action="store_true", help="print every loss term of one batch and exit")
     arguments = parser.parse_intermixed_args(argv)
     source, overrides = arguments.config, arguments.overrides
     if source and "=" in source and not Path(source).exists():
         source, overrides = None, [source, *overrides]
+    if arguments.row is not None:
+        if not source or arguments.resume:
+            raise UserError("argument --row: expected a study's file before it, without --resume")
+        if arguments.dry_run:
+            dry_run(*load_row_for_dry_run(source, overrides, arguments.row))
+        else:
+            run(load_row(source, overrides, arguments.row))
+        return
     if arguments.resume:
         folder = run_folder.find(arguments.resume)
         config = load_config(source or folder.config, overrides)

@@ -12,6 +12,7 @@ standard errors of the draws' mean. Both are of mAP.
 """
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -24,9 +25,9 @@ SOURCE = ("train", "train_root", "train_format", "max_samples")  # keys that nam
 HEAD = ("row", "method", "stored", "terms", "seeds", "steps", *METRICS, "of full", "gap closed", "seconds", "GB")
 
 
-def condensed_markdown(results: dict[str, Result]) -> str:
-    """A table, where any row trains on a condensed set; else nothing."""
-    rows = [row for row in condensed_tree(results) if row["seeds"]]
+def condensed_markdown(results: dict[str, Result], only: Collection[str] | None = None) -> str:
+    """A table, where any row (of those in `only`) trains on a condensed set; else nothing."""
+    rows = [row for row in condensed_tree(results) if row["seeds"] and (only is None or row["name"] in only)]
     if not rows:
         return ""
     lines = [

@@ -115,9 +115,9 @@ class Study:
     def with_teachers(self, names: list[str]) -> list[Row]:
         """The rows of these names, and the teachers that are trained for them, in the order of the table."""
         known = [row.name for row in self.rows]
-        for name in names:
-            if name not in known:
-                raise UserError(f"argument --rows: found {name!r}, expected some of {', '.join(known)}")
+        if unknown := [name for name in names if name not in known]:
+            found = ", ".join(map(repr, unknown))
+            raise UserError(f"argument --rows: found {found}, expected some of {', '.join(known)}")
         weights = {t.weights for row in self.rows if row.name in names for t in row.config.teachers}
         needed = {row.name for row in self.rows if row.is_teacher and last_weights(row) in weights}
         needed |= {row.network_row for row in self.rows if row.name in names and row.network_row is not None}
@@ -137,7 +137,10 @@ def four_rows(config: Config) -> dict[str, Any]:
     `longer` is absent where every teacher came with weights: no time was spent on them here.
     """
     if not config.teachers or not config.terms:
-        raise UserError("keys 'teachers' and 'terms': found none, expected a teacher and a term to compare, or 'rows'")
+        raise UserError(
+            "keys 'teachers' and 'terms': found none, expected a teacher and a term to compare, or 'rows'; train.py "
+            "trains a config without them, and condense.py takes one with a section 'condense'"
+        )
     in_place = [teacher.name for teacher in config.teachers if is_trained_in_place(teacher)]
     rows: dict[str, Any] = {"baseline": {"terms": []}, "distilled": {}}
     if in_place:

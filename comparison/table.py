@@ -10,7 +10,7 @@ nothing. Where no row had any effect, one in twenty would still be called better
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,9 +120,10 @@ def mean_and_spread(values: np.ndarray, *, sign: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.3f}"
 
 
-def markdown(study: Study, results: dict[str, Result]) -> str:
-    """Two tables, the scores and the comparisons, and what is still missing."""
+def markdown(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
+    """Two tables, the scores and the comparisons, and what is still missing: of all rows, or of those in `only`."""
     config = study.config
+    shown = [result for name, result in results.items() if only is None or name in only]
     lines = [
         f"# {config.name}",
         "",
@@ -134,7 +135,7 @@ def markdown(study: Study, results: dict[str, Result]) -> str:
         "| row | model | parameters | epochs | seeds | " + " | ".join(METRICS) + " | cost per step | minutes |",
         "|---|---|---:|---:|---:|" + "---:|" * (len(METRICS) + 2),
     ]
-    for result in results.values():
+    for result in shown:
         lines.append(f"| {' | '.join(score_cells(result, results))} |")
     lines += [
         "",
@@ -145,14 +146,15 @@ def markdown(study: Study, results: dict[str, Result]) -> str:
         "| row | compared to | seeds | mAP50 | mAP | 95 % interval | verdict |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
-    for difference in differences(results):
+    names = {result.name for result in shown}
+    for difference in (difference for difference in differences(results) if difference.name in names):
         lines.append(f"| {' | '.join(difference_cells(difference))} |")
-    lines += [""] * any(result.row.notes for result in results.values())
-    lines += [f"{note}." for result in results.values() for note in result.row.notes]
-    missing = [f"{r.name} ({', '.join(map(str, r.missing))})" for r in results.values() if r.missing]
+    lines += [""] * any(result.row.notes for result in shown)
+    lines += [f"{note}." for result in shown for note in result.row.notes]
+    missing = [f"{r.name} ({', '.join(map(str, r.missing))})" for r in shown if r.missing]
     if missing:
         lines += ["", f"Not trained yet, row (seeds): {'; '.join(missing)}."]
-    for result in results.values():
+    for result in shown:
         lines += [f"Failed: {result.name} with seed {seed}: {why}" for seed, why in result.failures.items()]
     return "\n".join(lines) + "\n"
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -91,6 +92,16 @@ class Layout:
     targets: Targets
     content_xyxy: Tensor | None
     sources: tuple[str, ...] = ()
+
+
+def check_network(task: Task) -> None:
+    """UserError, before any picture is listed, where the trained network that a set is made with is no such model."""
+    settings = task.condense.network
+    if not task.needs_network:
+        return
+    if not Path(settings.weights).is_file():
+        raise UserError(f"key 'condense.network.weights': {settings.weights}: no such file, expected a checkpoint")
+    checkpoint.load_model(settings.weights, settings.arch)
 
 
 def load_network(settings: NetworkConfig, names: tuple[str, ...], device: torch.device) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 import models
-from config import AugmentConfig, Config, DataConfig, ModelConfig
+from config import AugmentConfig, Config, DataConfig
 from datasets.augment import augment
-from datasets.download import how_to_fetch
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
 from datasets.open import open_dataset, require_objects
@@ -24,20 +21,16 @@ from datasets.overlap import Overlap, find_overlap
 from datasets.scan import ScanReport, check, scan
 from distill.criterion import Criterion
 from errors import UserError
-from frcnn.faster_rcnn import FasterRCNN
-from frcnn.norm import freeze_norms
-from frcnn.pretrained import freeze, load_backbone
 from random_streams import Stream, seeded_generator
 from runtime.processes import Processes, use_bfloat16
 from structures import Targets
 from training.batch_norms import check_batches
+from training.checks import check_config, check_data
 from training.optimization import Ema, build_optimizer, set_rates
 from training.state import fingerprint
+from training.student import build_student
 from training.teaching import Teachers, build_teachers
 
-# The released files' names begin with these, where they differ from the name of the backbone.
-RELEASED_BACKBONES = {"vit_tiny": ("deit_tiny", "vit_tiny")}
-SIZE_MULTIPLE = 32  # pixels: the coarsest stride of every detector
 DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a larger one the headers are read
 
 
@@ -178,17 +171,23 @@ def build(
     saved: the student's state in the checkpoint of a resumed run.
     """
     config = with_published_settings(config)
-    if config.batch_size % processes.count:
-        raise UserError(
-            f"key 'batch_size': found {config.batch_size}, expected a multiple of {processes.count} processes"
-        )
-    if not config.detection_weight >= 0 or (config.detection_weight == 0 and not config.terms):
-        raise UserError(f"key 'detection_weight': found {config.detection_weight}, expected a number above 0")
-    if config.image_size < SIZE_MULTIPLE or config.image_size % SIZE_MULTIPLE:
-        raise UserError(f"key 'image_size': found {config.image_size}, expected a multiple of {SIZE_MULTIPLE}")
-    if config.patience and not config.data.holdout_fraction:
-        raise UserError("key 'patience': needs held-out pictures to judge by, expected data.holdout_fraction above 0")
-    splits = open_splits(config, say)
+    check_config(config, given or {}, processes.count, is_resumed=saved is not None)
+    indexes = open_indexes(config)
+    names = indexes["train"].names
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    student = build_student(config, names, saved, say).to(processes.device, memory_format=memory_format)
+    settings = config.optimizer
+    ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
+    teachers = build_teachers(config, names, given, ema.model)
+    for teacher in teachers.models.values():
+        teacher.to(processes.device, memory_format=memory_format)
+    torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
+    criterion = build_criterion(config, names, student, teachers).to(processes.device)
+    for name, teacher in teachers.models.items():
+        if teacher is not ema.model:  # which is evaluated too
+            teacher.requested_outputs = criterion.requested_outputs(name)
+    splits = scan_splits(config, indexes, say)  # decodes pictures: whatever is cheaper has been checked
+    check_batches(config, len(splits.train), student, processes.count)
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)
     loader = Loader(
@@ -202,19 +201,6 @@ def build(
         world_size=processes.count,
         pictures_per_epoch=config.data.pictures_per_epoch,
     )
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    student = build_student(config, splits.names, saved, say).to(processes.device, memory_format=memory_format)
-    settings = config.optimizer
-    ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
-    teachers = build_teachers(config, splits.names, given, ema.model)
-    for teacher in teachers.models.values():
-        teacher.to(processes.device, memory_format=memory_format)
-    torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
-    criterion = build_criterion(config, splits.names, student, teachers).to(processes.device)
-    check_batches(config, len(splits.train), student, processes.count)
-    for name, teacher in teachers.models.items():
-        if teacher is not ema.model:  # which is evaluated too
-            teacher.requested_outputs = criterion.requested_outputs(name)
     optimizer = build_optimizer(
         (student, criterion),
         name=settings.name,
@@ -227,7 +213,6 @@ def build(
             module.compile()
     bfloat16 = teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
     if config.teacher_cache_gigabytes:
-        check_unaugmented(config)
         teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
     # A term that is off for a while leaves its adapter without gradients.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
@@ -252,28 +237,38 @@ def build(
 
 
 def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
-    """Read and check the dataset; take at most data.max_samples of the training pictures, and hold out a part of those.
+    """Read and check the dataset: open_indexes, then scan_splits."""
+    return scan_splits(config, open_indexes(config), say)
 
-    Which pictures are taken and held out depends on the dataset and these keys alone, not on the seed: runs of several
-    seeds train on the same pictures. The test split stays whole.
+
+def open_indexes(config: Config) -> dict[str, DatasetIndex]:
+    """The splits as their labels list them: "whole", "train" (at most data.max_samples of the whole), and "test".
+
+    Which pictures are taken depends on the dataset and its keys alone, not on the seed: runs of several seeds train on
+    the same pictures. No picture is decoded.
     """
     data = config.data
-    if data.max_samples < -1:
-        raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or -1 for all")
-    if data.pictures_per_epoch < 0:
-        found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
-        raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
+    check_data(data)
+    whole = open_dataset(*training_set(data), classes=data.classes)
+    train = take(whole, data.max_samples) if 0 < data.max_samples < len(whole) else whole
+    test = open_dataset(data.format, data.root, data.test, classes=data.classes)
+    if train.names != test.names:
+        root = data.train_root or data.root
+        found = f"{root}: the classes of {data.train!r} are {', '.join(train.names)}"
+        raise UserError(f"{found}; expected those of {data.test!r} in {data.root}: {', '.join(test.names)}")
+    return {"whole": whole, "train": train, "test": test}
+
+
+def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[[str], None] = print) -> Splits:
+    """Look at the pictures, name those that two splits share, and hold out the same part for every seed."""
+    data = config.data
     reports: dict[str, ScanReport] = {}
     overlaps: list[Overlap] = []
     for role, place in (("train", training_set(data)), ("test", (data.format, data.root, data.test))):
-        index = open_dataset(*place, classes=data.classes)
-        if role == "train":
-            whole = index
-            if 0 < data.max_samples < len(index):
-                index = take(index, data.max_samples)
+        index = indexes[role]
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         if role == "test":
-            overlap = find_overlap(report.index, whole, ("test", "train"))
+            overlap = find_overlap(report.index, indexes["whole"], ("test", "train"))
             refuse_overlap(overlap, data)
             overlaps.append(overlap.within(reports["train"].index))
             report = dataclasses.replace(report, notes=(str(overlaps[0]),))
@@ -282,13 +277,7 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
         check(report, data.max_bad_fraction)
         require_objects(report.index, report.title, place[1], learnable=role == "train")
     train, test = reports["train"].index, reports["test"].index
-    if train.names != test.names:
-        root = data.train_root or data.root
-        found = f"{root}: the classes of {data.train!r} are {', '.join(train.names)}"
-        raise UserError(f"{found}; expected those of {data.test!r} in {data.root}: {', '.join(test.names)}")
     fraction = data.holdout_fraction
-    if not 0 <= fraction < 1:
-        raise UserError(f"key 'data.holdout_fraction': found {fraction}, expected 0 up to less than 1")
     if fraction == 0:
         return Splits(train.names, train, None, test, reports, tuple(overlaps))
     held = round(fraction * len(train))
@@ -314,8 +303,6 @@ def refuse_overlap(overlap: Overlap, data: DataConfig) -> None:
 
 def training_set(data: DataConfig) -> tuple[str, str, str]:
     """Format, root and split of the training pictures."""
-    if data.train_format is not None and data.train_root is None:
-        raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
     return data.train_format or data.format, data.train_root or data.root, data.train
 
 
@@ -334,88 +321,6 @@ def take(index: DatasetIndex, count: int) -> DatasetIndex:
     return dataclasses.replace(taken, faults=tuple(fault for fault in index.faults if fault.picture in theirs))
 
 
-def build_student(
-    config: Config,
-    names: tuple[str, ...],
-    saved: dict[str, Tensor] | None = None,
-    say: Callable[[str], None] = lambda line: print(line),
-) -> nn.Module:
-    """The student, fresh from config.seed, or started from the weights its config names (checkpoint.start_model).
-
-    saved: the state that a resumed run will fill it with, instead of those weights, whose file may be gone by then.
-    """
-    torch.manual_seed(config.seed)
-    arch, path = config.student.arch, config.student.weights
-    if saved is not None:
-        student = models.build(arch, len(names), **models.head_of(arch, len(names), saved))
-    elif path is not None:
-        student = checkpoint.start_model(arch, names, path, new_head=config.student.new_head, say=say)
-    else:
-        student = models.build(arch, len(names))
-    if not hasattr(student, "losses"):
-        raise UserError(f"key 'student.arch': {arch} can only teach: it has no training losses here")
-    if config.student.backbone_weights is not None:
-        start_backbone(student, config.student)
-    freeze_backbone(student, config.student)
-    return student
-
-
-def freeze_backbone(student: nn.Module, settings: ModelConfig) -> None:
-    """What of a Faster R-CNN's backbone does not learn, as the config says."""
-    for key, is_given in (
-        ("trainable_stages", settings.trainable_stages is not None),
-        ("frozen_norms", settings.frozen_norms),
-    ):
-        if is_given and not isinstance(student, FasterRCNN):
-            raise UserError(f"key 'student.{key}': {settings.arch} learns as a whole, expected none")
-    if settings.trainable_stages is not None:
-        try:
-            freeze(student.backbone, settings.trainable_stages)
-        except ValueError as error:
-            raise UserError(f"key 'student.trainable_stages': {error}") from None
-    if settings.frozen_norms:
-        if settings.weights is None and settings.backbone_weights is None:
-            raise UserError(
-                "key 'student.frozen_norms': found true without weights, expected backbone_weights or weights; in a "
-                "fresh backbone the gammas of residual branches are 0, and would stay so"
-            )
-        freeze_norms(student.backbone)
-
-
-def start_backbone(student: nn.Module, settings: ModelConfig) -> None:
-    """Fill the backbone of a Faster R-CNN from an ImageNet file, or from the one of its name in a folder."""
-    path = settings.backbone_weights
-    if settings.weights is not None:
-        raise UserError(f"key 'student.backbone_weights': found {path}, expected none beside student.weights")
-    if not isinstance(student, FasterRCNN):
-        raise UserError(f"key 'student.backbone_weights': {settings.arch} has no released backbone, expected none")
-    load_backbone(student.backbone, find_backbone_file(Path(path), settings.arch))
-
-
-def find_backbone_file(path: Path, arch: str) -> Path:
-    """`path`, or where it is a folder the one file in it, or in a folder of it, that is named as arch's backbone is.
-
-    "resnet18-f37072fd.pth" for "fasterrcnn_resnet18": so one config fits all students. UserError that says what to get.
-    """
-    if path.is_file():
-        return path
-    backbone = re.match(r"fasterrcnn_(.*?)(_v2|_320)?$", arch)[1]  # forms of the detector, not of its backbone
-    names = RELEASED_BACKBONES.get(backbone, (backbone,))
-    advice = how_to_fetch(names[0])
-    if not path.is_dir():
-        raise UserError(f"key 'student.backbone_weights': {path}: no such file or folder{advice}")
-    found = sorted(
-        file
-        for file in (*path.glob("*.*"), *path.glob("*/*.*"))
-        if any(re.match(re.escape(name) + r"[_.-]", file.name) for name in names)
-    )
-    if len(found) == 1:
-        return found[0]
-    expected = " or ".join(f"{name}-*.pth" for name in names)
-    what = ", ".join(file.name for file in found) or "none"
-    raise UserError(f"key 'student.backbone_weights': {path}: found {what}, expected one {expected}{advice}")
-
-
 def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:
     """The distillation terms of a config between these models; `names` are the dataset's classes."""
     return Criterion(
@@ -428,18 +333,6 @@ def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, 
         facts=teachers.facts,
         teacher_weighting=config.teacher_weighting,
     )
-
-
-def check_unaugmented(config: Config) -> None:
-    """UserError where pictures change from epoch to epoch: what a teacher said of one would never be asked again."""
-    if config.teacher_cache_gigabytes < 0:
-        raise UserError(f"key 'teacher_cache_gigabytes': found {config.teacher_cache_gigabytes}, expected 0 or more")
-    for setting in dataclasses.fields(config.augment):
-        value = getattr(config.augment, setting.name)
-        if value and setting.name != "close_mosaic_epochs":
-            raise UserError(
-                f"key 'augment.{setting.name}': found {value}, expected 0 where teacher_cache_gigabytes keeps outputs"
-            )
 
 
 def augmentation_at(config: Config, epoch: int) -> AugmentConfig:

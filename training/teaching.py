@@ -5,6 +5,7 @@ of the student (arch: ema). It is frozen, in eval mode, folded for inference, an
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,10 @@ def build_teachers(
     UserError for a teacher that no term names: its forward pass would cost time and teach nothing.
     """
     given = given or {}
-    for name in given:
-        if name not in {teacher.name for teacher in config.teachers}:
-            raise UserError(f"teacher {name!r} is not among the teachers of the config")
+    check_names(config, given)
     found, facts = {}, {}
     for index, teacher in enumerate(config.teachers):
         key = f"key 'teachers.{index}"
-        if teacher.name in found:
-            raise UserError(f"{key}.name': {teacher.name!r} is used twice")
-        if teacher.name not in {term.teacher for term in config.terms}:
-            raise UserError(f"{key}.name': no term names the teacher {teacher.name!r}, it could never act")
         if teacher.name in given:
             model, known = given[teacher.name], speak(given[teacher.name], teacher, key, names)
         else:
@@ -119,20 +114,42 @@ def build_teachers(
     return Teachers(found, facts, changing=frozenset(t.name for t in config.teachers if t.arch == EMA))
 
 
-def load(
-    teacher: TeacherConfig, key: str, names: tuple[str, ...], ema: nn.Module | None
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model of a teacher and the class names it knows, those of the dataset where its file has none."""
+def check_names(config: Config, given: Collection[str]) -> None:
+    """UserError for a name used twice, one that no term names, and a given module that the config does not name."""
+    names = [teacher.name for teacher in config.teachers]
+    for name in given:
+        if name not in names:
+            raise UserError(f"teacher {name!r} is not among the teachers of the config")
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise UserError(f"key 'teachers.{index}.name': {name!r} is used twice")
+        if name not in {term.teacher for term in config.terms}:
+            raise UserError(f"key 'teachers.{index}.name': no term names the teacher {name!r}, it could never act")
+
+
+def find_file(teacher: TeacherConfig, key: str) -> str | None:
+    """The weights of a teacher; None for the student's average, which has none. UserError where they are not there."""
     if teacher.arch == EMA:
-        if teacher.weights is not None or ema is None:
+        if teacher.weights is not None:
             raise UserError(f"{key}.weights': found {teacher.weights!r}, the student's average has no file")
-        return ema, names
+        return None
     if teacher.weights is None:
         advice = "" if teacher.arch in models.TEACHERS else "; compare.py trains a detector in place"
         raise UserError(f"{key}.weights': found none, expected a file{how_to_fetch(teacher.arch)}{advice}")
     if not Path(teacher.weights).is_file():
         found = f"{key}.weights': {teacher.weights}: no such file"
         raise UserError(f"{found}, expected weights of {teacher.arch}{how_to_fetch(teacher.arch)}")
+    return teacher.weights
+
+
+def load(
+    teacher: TeacherConfig, key: str, names: tuple[str, ...], ema: nn.Module | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model of a teacher and the class names it knows, those of the dataset where its file has none."""
+    if find_file(teacher, key) is None:
+        if ema is None:
+            raise UserError(f"{key}.arch': the student's average is not at hand here, expected another teacher")
+        return ema, names
     if teacher.arch in models.TEACHERS:
         model = models.build_teacher(teacher.arch)
         load_public(model, teacher.weights)
@@ -159,12 +176,18 @@ def speak(model: nn.Module, teacher: TeacherConfig, key: str, names: tuple[str, 
     return model.class_names
 
 
+def check_input_size(teacher: TeacherConfig, key: str, multiple: int) -> None:
+    """UserError where the pictures that a teacher is to see have a side that it does not take."""
+    size = teacher.image_size
+    if size is not None and (size < 1 or size % multiple):
+        raise UserError(f"{key}.image_size': found {size}, expected a multiple of {multiple}")
+
+
 def input_size(teacher: TeacherConfig, key: str, model: nn.Module, image_size: int) -> int | None:
     """The side in pixels of the pictures a teacher sees; None: those of the student as they are."""
     multiple = getattr(model, "size_multiple", 1)
+    check_input_size(teacher, key, multiple)
     size = multiple * math.ceil((teacher.image_size or image_size) / multiple)
-    if teacher.image_size not in (None, size):
-        raise UserError(f"{key}.image_size': found {teacher.image_size}, expected a multiple of {multiple}")
     if size > MOST_UPSAMPLED * image_size:
         print(
             f"teacher {teacher.name!r} sees pictures of {image_size} px enlarged to {size} px, by "
