@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
 from comparison.one_row import load_row, load_row_for_dry_run
@@ -35,6 +35,7 @@ from datasets.index import DatasetIndex
 from datasets.loader import Batch
 from errors import UserError, run_script
 from evaluation import measuring
+from layers.over_processes import sum_over_processes
 from metrics.report import DetectionReport
 from random_streams import Stream, seeded_generator
 from runtime import run_folder
@@ -70,19 +71,10 @@ def train(parts: Parts, position: Position, folder: RunFolder, progress: Progres
             parts.set_rates(position.step)
             stream = seeded_generator(Stream.STEP, config.seed, position.step, parts.processes.rank)
             torch.manual_seed(stream.initial_seed())
-            rows = []
-            for number, batch in enumerate(batches, position.batch):
-                images, targets = parts.prepare(batch, epoch, number)
-                t_outputs = parts.teachers(images)
-                is_last = number == position.batch + len(batches) - 1
-                with contextlib.nullcontext() if is_last else no_sync(parts.objective):
-                    terms = parts.objective(images, targets, t_outputs, epoch + number / parts.batches_per_epoch)
-                    rows.append(torch.stack([term.detach() for term in terms.values()]))
-                    scale = len(batch) * parts.processes.count if config.optimizer.sum_over_batch else 1 / len(batches)
-                    (sum(terms.values()) * scale).backward()
+            terms, losses = step_gradients(parts, batches, epoch, position.batch)
             norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
-            values = torch.cat([*rows, norm[None]]).tolist()  # the one wait for the device in a step
-            check_finite(values, list(terms), batches, parts.splits.train, position, folder)
+            values = torch.cat((losses, norm[None])).tolist()  # the one wait for the device in a step
+            check_finite(values, terms, batches, parts.splits.train, position, folder)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             position.step += 1
@@ -104,6 +96,28 @@ def train(parts: Parts, position: Position, folder: RunFolder, progress: Progres
         finish_epoch(parts, position, folder, progress, scalars, stop)
     stop.may_raise = True  # nothing is lost from here on
     scalars.close()
+
+
+def step_gradients(parts: Parts, batches: list[Batch], epoch: int, first: int) -> tuple[list[str], Tensor]:
+    """The gradient of one optimizer step, in the parameters; the names of the terms, and their values batch by batch.
+
+        sum over the batches of B L, or the mean of L without optimizer.sum_over_batch
+
+    B and the loss L of a batch are those of all processes together: several learn as one with the joined batches, but
+    for batch normalisation and what is drawn. L of each batch has normalisers of its own, as if it stood alone.
+
+    first: the number within the epoch of the first batch.
+    """
+    count, last, rows = parts.processes.count, first + len(batches) - 1, []
+    for number, batch in enumerate(batches, first):
+        images, targets = parts.prepare(batch, epoch, number)
+        t_outputs = parts.teachers(images)
+        with contextlib.nullcontext() if number == last else no_sync(parts.objective):
+            terms = parts.objective(images, targets, t_outputs, epoch + number / parts.batches_per_epoch)
+            rows.append(torch.stack([term.detach() for term in terms.values()]))
+            scale = len(batch) * count if parts.config.optimizer.sum_over_batch else 1 / len(batches)
+            (sum(terms.values()) * scale).backward()
+    return list(terms), sum_over_processes(torch.cat(rows)) / count
 
 
 def in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun: gradients of this process's half of the pictures, averaged by DDP.
+"""Run by test_distributed.py under torchrun: the loop's gradients of this process's pictures, averaged by DDP.
 
 torchrun --nproc-per-node 2 -m tests.training.distributed_worker DATA OUT
 """
@@ -12,41 +12,37 @@ import torch
 from torch import nn
 
 import train
-from datasets.loader import Loader
 from errors import run_script
 from runtime.processes import Processes
-from structures import Targets
-from tests.tiny_training import SIZE, tiny_config
+from tests.tiny_training import tiny_config
 from training import building
 from training.optimization import Ema
 
 PLAIN = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
-
-
-def per_picture_mean(output, targets: Targets) -> dict[str, torch.Tensor]:
-    """A loss that is a mean over pictures, as DistributedDataParallel's average presumes."""
-    return {"logits": output.class_logits.square().mean(), "boxes": output.box_logits.square().mean()}
+TERMS = [
+    {"teacher": "t", "loss": "pkd", "weight": 1, "student_maps": ["p4"], "adapter": "conv1x1"},
+    {"teacher": "t", "loss": "cwd", "weight": 1, "student_maps": ["p3"], "adapter": "conv1x1_norm"},
+    {"teacher": "t", "loss": "masked_mse", "weight": 0.1, "student_maps": ["p3", "p4"], "adapter": "mlp"},
+]
+KINDS = {"sum": True, "mean": False}  # optimizer.sum_over_batch
 
 
 def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict[str, torch.Tensor]:
-    """Of one batch of 8 over all processes; batch normalisation in eval mode, because its batches differ."""
-    terms, teachers = [], []
-    if kind == "distilled":
-        teachers = [{"name": "t", "arch": "yolov8n", "weights": str(folder / "teacher.pt")}]
-        terms = [{"teacher": "t", "loss": "mse", "weight": 1, "student_maps": ["p4"], "adapter": "conv1x1"}]
-    config = tiny_config(data, folder / "runs", augment=PLAIN, teachers=teachers, terms=terms)
+    """Of one step of two batches of 8 over all processes, and the losses that are written down.
+
+    Batch normalisation is in eval mode, because each process normalises its own images.
+    """
+    optimizer = {"sum_over_batch": KINDS[kind], "accumulate": 2}
+    teachers = [{"name": "t", "arch": "yolov8n", "weights": str(folder / "teacher.pt")}]
+    config = tiny_config(data, folder / "runs", augment=PLAIN, teachers=teachers, terms=TERMS, optimizer=optimizer)
     parts = building.build(config, processes, None, lambda line: None)
-    if kind != "detection":
-        parts.student.losses = per_picture_mean
     for module in parts.student.modules():
         module.train(not isinstance(module, nn.BatchNorm2d))
-    batch = next(parts.loader.epoch(0))
-    if kind == "detection":  # the same pictures for every process: losses are divided by its own positives
-        batch = next(Loader(parts.splits.train, image_size=SIZE, batch_size=4, seed=0).epoch(0))
-    images, targets = parts.prepare(batch, 0, 0)
-    sum(parts.objective(images, targets, parts.teachers(images), 0.0).values()).backward()
+    batches = list(parts.loader.epoch(0))[:2]
+    terms, losses = train.step_gradients(parts, batches, 0, 0)
     named = [*parts.student.named_parameters(), *parts.criterion.named_parameters()]
-    return {name: parameter.grad.clone() for name, parameter in named}
+    written = {f"batch {i // len(terms)}: {terms[i % len(terms)]}": loss for i, loss in enumerate(losses)}
+    return written | {name: parameter.grad.clone() for name, parameter in named}
 
 
 if __name__ == "__main__":
@@ -59,5 +55,5 @@ if __name__ == "__main__":
         run_script(lambda arguments: train.main(arguments[1:]))
     data, out = Path(sys.argv[2]), Path(sys.argv[3])
     with Processes("cpu") as processes:
-        result = {kind: gradients(data, out, processes, kind) for kind in ("plain", "distilled", "detection")}
+        result = {kind: gradients(data, out, processes, kind) for kind in KINDS}
         torch.save(result, out / f"rank{processes.rank}.pt")

@@ -1,7 +1,6 @@
 """Two processes with gloo: the gradients of one process with the double batch, and a whole run.
 
-Two things are not equal by construction, and stay so: batch normalisation sees each process's own pictures, and the
-YOLO losses divide by the positives of each process's own pictures.
+One thing is not equal by construction, and stays so: batch normalisation sees each process's own pictures.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from runtime import run_folder
 from runtime.processes import Processes
 from tests.conftest import ROOT
 from tests.tiny_training import environment, tiny_config, write_dataset
-from tests.training.distributed_worker import gradients
+from tests.training.distributed_worker import KINDS, gradients
 from yaml_files import dump_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,15 +50,18 @@ def test_gradients_equal_one_process_with_the_double_batch(data, tmp_path):
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for kind in ("plain", "distilled", "detection"):
+    for kind in KINDS:
         alone = gradients(data, tmp_path, Processes("cpu"), kind)
-        assert set(alone) == set(ranks[0][kind]) and (kind != "distilled" or any("adapters" in name for name in alone))
-        largest = max(gradient.abs().max().item() for gradient in alone.values())
+        assert set(alone) == set(ranks[0][kind])
+        assert {"batch 0: cls", "batch 1: pkd_t", "adapters.pkd_t.0.weight"} <= set(alone)
+        largest = max(gradient.abs().max().item() for name, gradient in alone.items() if not name.startswith("batch"))
         assert largest > 0
-        for name, gradient in alone.items():
-            assert torch.equal(ranks[0][kind][name], ranks[1][kind][name]), name
-            error = (ranks[0][kind][name] - gradient).abs().max().item()
-            assert error <= 1e-6 * largest, f"{kind} {name}: {error} of {largest}"
+        for name, expected in alone.items():
+            found, again = (rank[kind][name] for rank in ranks)
+            assert torch.equal(found, again), name
+            size = max(expected.abs().item(), 1e-3) if name.startswith("batch") else largest
+            error = (found - expected).abs().max().item()
+            assert error <= 1e-4 * size, f"{kind} {name}: {error} of {size}"  # float32; own counts: 0.1 and more
     torch.set_num_threads(threads)
 
 
