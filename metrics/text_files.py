@@ -64,11 +64,14 @@ def read_text_ground_truth(
 ) -> Annotations:
     listed = class_list(folder)
     path_of = named_below(folder, text_paths(folder))
-    sizes = picture_sizes(Path(images)) if images is not None else {}
-    finder = PictureFinder(tuple(sizes))
-    met = {name: str(path) for name, path in path_of.items() if finder.find_name(name, str(path)) is not None}
-    rows_met = finder.find_names(met)
-    path_of = {finder.names[rows_met[name]] if name in met else name: path for name, path in path_of.items()}
+    sizes: dict[str, tuple[float, float]] = {}
+    alone: list[Path] = []
+    if images is not None:
+        sizes = picture_sizes(Path(images))
+        finder = PictureFinder(tuple(sizes))
+        alone = [path for name, path in path_of.items() if finder.find_name(name, str(path)) is None]
+        met = finder.find_names({name: str(path) for name, path in path_of.items() if path not in alone})
+        path_of = {finder.names[row]: path_of[name] for name, row in met.items()}
     pictures = tuple(sorted(path_of.keys() | sizes.keys()))
     rows = Rows()
     for image, picture in enumerate(pictures):
@@ -87,6 +90,8 @@ def read_text_ground_truth(
         readings = (places(names),)
         label_of = find_labels(rows.used, names, readings)
     ground_truth, notes = rows.ground_truth(label_of, len(pictures), names)
+    if alone:  # as training leaves them out: nothing is wrong with the pictures that are there
+        notes += (f"{len(alone)} text file{'s' * (len(alone) > 1)} without a picture left out, first: {alone[0]}",)
     all_sizes = tuple(sizes.get(picture) for picture in pictures)
     pixels = "continuous" if is_yolo else "as taken"
     finder = PictureFinder(pictures)

@@ -148,6 +148,16 @@ def test_fractions_for_pixels_and_pixels_for_fractions_are_refused(tmp_path):
         read_ground_truth(truth, text_boxes="cxcywhn", images=tmp_path)
 
 
+def test_a_text_file_without_a_picture_is_left_out_and_noted(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 20)).save(tmp_path / "c.png")
+    truth = write_text(tmp_path / "gt", {"a.txt": "0 20 10 12 4", "b.txt": "0 20 10 12 4"})
+    annotations = read_ground_truth(truth, images=tmp_path)
+    assert annotations.pictures == ("a.png", "c.png") and len(annotations.ground_truth) == 1
+    assert annotations.notes == (f"1 text file without a picture left out, first: {truth / 'b.txt'}",)
+    assert len(read_ground_truth(truth).ground_truth) == 2
+
+
 def test_equal_rows_are_one_object(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
     truth = write_text(tmp_path / "gt", {"a.txt": "0 0.5 0.5 0.3 0.2\n0 0.5 0.5 0.30 0.2\n1 0.5 0.5 0.3 0.2\n"})
