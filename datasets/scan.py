@@ -169,8 +169,11 @@ def check(report: ScanReport, max_bad_fraction: float = 0.01, *, flag: str = "")
     It names the first, and ends with the setting that lets them pass: the key of a config, after the `flag` of a
     command that has one.
     """
-    if report.too_bad(max_bad_fraction):
+    is_empty = report.dropped_pictures > 0 and not report.index.samples
+    if is_empty or report.too_bad(max_bad_fraction):
         first = next(fault for fault in report.index.faults if fault.effect in ("picture dropped", "object dropped"))
+        if is_empty:
+            raise UserError(f"{report.title}: none of {report.dropped_pictures} pictures can be used; first: {first}")
         enough = next(limit for limit in SUGGESTED if not report.too_bad(limit))
         setting = (f"{flag} {enough:g}, in a config " if flag else "") + f"data.max_bad_fraction={enough:g}"
         raise UserError(

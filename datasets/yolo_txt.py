@@ -100,8 +100,9 @@ class LabelFolders:
     """Where the labels of each folder of pictures lie.
 
     The last folder `images` of the path becomes `labels`; or they lie beside the pictures. A folder `images` above the
-    set (`base`) is tried last: it is a place for pictures by accident, such as /data/images/project. Of these places
-    the first that holds a label file of a picture is the folder's; if none does, the first of all.
+    set (`base`) is tried after that: it is a place for pictures by accident, such as /data/images/project. Then the
+    same where a linked folder leads. Of these places the first that holds a label file of a picture is the folder's;
+    if none does, the first of all.
     """
 
     def __init__(self, base: Path) -> None:
@@ -125,7 +126,13 @@ class LabelFolders:
             above = max(0, len(parts) - len(os.path.relpath(whole, self.base).split(os.sep)) * (whole != self.base))
         twins = [self._twin(folder, n) for n in range(len(parts) - 1, -1, -1) if parts[n] == "images"]
         inside = sum(part == "images" for part in parts[above:])
-        return [*twins[:inside], Place(folder, None), *twins[inside:]]
+        choices = [*twins[:inside], Place(folder, None), *twins[inside:]]
+        real = folder.resolve()  # of a linked folder of pictures, the labels may lie where it leads
+        if real != Path(whole):
+            parts = real.parts
+            choices += [self._twin(real, n) for n in range(len(parts) - 1, -1, -1) if parts[n] == "images"]
+            choices.append(Place(real, None))
+        return choices
 
     @staticmethod
     def _twin(folder: Path, position: int) -> Place:

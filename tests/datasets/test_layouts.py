@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from condensing.methods import RealPictures
+from config import DataConfig
 from datasets import open_dataset
 from datasets.coco import read_coco
+from datasets.convert import convert
 from datasets.open import require_objects
+from datasets.scan import main as scan_main
 from datasets.scan import scan
 from datasets.voc import read_voc
 from datasets.yolo_txt import read_yolo
@@ -448,3 +452,31 @@ def test_one_picture_of_two_xml_files_is_refused(tmp_path):
         text(tmp_path / "xml" / f"{name}.xml", xml())
     with pytest.raises(UserError, match=r"y\.xml: .*x\.png is the picture of x\.xml too"):
         read_voc(tmp_path, "all")
+
+
+def test_labels_where_a_linked_folder_of_pictures_leads(tmp_path):
+    picture(tmp_path / "store" / "images" / "a" / "x.png")
+    text(tmp_path / "store" / "labels" / "a" / "x.txt", ROW)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images").symlink_to("../store/images")
+    text(tmp_path / "set" / "data.yaml", "names: [cell]\ntrain: images\n")
+    assert boxes(read_yolo(tmp_path / "set", "train")) == [BOX]
+    text(tmp_path / "set" / "labels" / "a" / "x.txt", "0 0.1 0.1 0.1 0.1\n")  # the set's own come first
+    assert boxes(read_yolo(tmp_path / "set", "train")) == [[[5, 4, 15, 12]]]
+
+
+@pytest.mark.parametrize("labels", [None, "Labels/x.txt"])
+def test_no_command_takes_a_set_without_an_object(tmp_path, labels):
+    picture(tmp_path / "set" / "images" / "x.png")
+    if labels:
+        text(tmp_path / "set" / labels, ROW)
+    text(tmp_path / "set" / "data.yaml", "names: [cell]\ntrain: images\n")
+    for command in (
+        lambda: convert("yolo", tmp_path / "set", ["train"], "coco", tmp_path / "out"),
+        lambda: scan_main(["yolo", str(tmp_path / "set"), "train"]),
+        lambda: RealPictures(DataConfig(format="yolo", root=str(tmp_path / "set"), train="train"), 64),
+    ):
+        with pytest.raises(
+            UserError, match=r"not one object; labels were looked for in .*1 of 1 label files are missing"
+        ):
+            command()
