@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kernels.nms import select_detections
 from layers.precision import at_least_float32
 from structures import Detections, Targets
-from weights import ClassRows
+from weights import ClassRows, PublicLayout
 from yolo.assigners import make_anchors
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, upsample
 from yolo.losses import decode_anchor_offsets, yolov5_assignment, yolov5_losses
@@ -192,6 +192,7 @@ class YOLOv5(nn.Module):
         self.strides = dict(FEATURE_STRIDES)
         self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
         self.public_names = YOLOV5_NAMES
+        self.public_layouts = (PublicLayout("released", YOLOV5_NAMES, join_anchors),)
         self.class_head = ("head.predict.",)  # one convolution predicts boxes, objectness and classes
         self.class_rows = (ClassRows("head.predict.{}.", groups=NUM_ANCHORS, shared=5),)
         self.requested_outputs: frozenset[str] | None = None
@@ -301,6 +302,30 @@ class YOLOv5(nn.Module):
             centers=points * strides,
             boxes_per_image=boxes_per_image,
         )
+
+
+def join_anchors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released names with one entry of anchors, `model.24.anchors` (3, 3, 2) in cells.
+
+    Files that were written by release 6.0 and before have the anchors twice: `anchors` in cells, and `anchor_grid` in
+    pixels, (3, 1, 3, 1, 1, 2). Either may lack, and each may have any shape of these 18 numbers. KeyError where the two
+    differ by more than half precision explains, or where there are not 18.
+    """
+    name, pixels_name = "model.24.anchors", "model.24.anchor_grid"
+    if pixels_name not in state and (name not in state or state[name].shape == (3, NUM_ANCHORS, 2)):
+        return state
+    found = {key: state[key].flatten() for key in (name, pixels_name) if key in state}
+    for key, values in found.items():
+        if len(values) != 6 * NUM_ANCHORS or not values.is_floating_point():
+            raise KeyError(f"{key!r} is {tuple(state[key].shape)} {state[key].dtype}, expected (3, {NUM_ANCHORS}, 2)")
+    strides = torch.tensor(LEVEL_STRIDES).view(3, 1, 1)
+    anchors = {key: values.float().view(3, NUM_ANCHORS, 2) for key, values in found.items()}
+    if pixels_name in anchors:
+        anchors[pixels_name] = anchors[pixels_name] / strides
+    if len(anchors) == 2 and not torch.allclose(anchors[name], anchors[pixels_name], rtol=4e-3):
+        raise KeyError(f"{name!r} in cells and {pixels_name!r} in pixels are not the same anchors")
+    rest = {key: value for key, value in state.items() if key not in found}
+    return rest | {name: next(iter(anchors.values()))}
 
 
 def build_yolov5(size: str, num_classes: int) -> YOLOv5:

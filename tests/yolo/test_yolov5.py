@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 from boxes import xyxy_to_cxcywh
 from errors import UserError
 from models import build
 from structures import DenseDetector, Targets
 from tests.reference.dense_reading import read_reference
 from tests.reference.golden_models import check_anchor_free_golden, golden_image, public_state, relative_error
-from weights import load_public, rename
+from weights import load_public, rename, row_pattern
 from yolo.losses import yolov5_losses
 from yolo.taps import joint_logits
 from yolo.yolov5 import ANCHORS_PIXELS, YOLOv5Output
@@ -70,6 +71,54 @@ def test_variants_do_not_load_into_one_another(golden):
     state = public_state(meta, {"model.24.dfl.conv.weight": np.arange(16.0)})
     with pytest.raises(UserError):
         load_public(build("yolov5n", 80), state)
+
+
+def old_file(tmp_path, model, *, half: bool, cells=(3, 3, 2), pixels=(3, 1, 3, 1, 1, 2), wrong: float = 1.0):
+    """The weights of a YOLOv5 as release 6.0 and before wrote them, the anchors once in cells and once in pixels."""
+    rows = {new: old for old, new in model.public_names}
+    state = {}
+    for name, value in model.state_dict().items():
+        rename_row = next(new for new in sorted(rows, key=len, reverse=True) if row_pattern(new).match(name))
+        match = row_pattern(rename_row).match(name)
+        state[rows[rename_row].format(*match.groups()) + name[match.end() :]] = value
+    anchors = state.pop("model.24.anchors")
+    if cells:
+        state["model.24.anchors"] = anchors.reshape(cells)
+    if pixels:
+        state["model.24.anchor_grid"] = wrong * (anchors * torch.tensor([8.0, 16.0, 32.0])[:, None, None]).reshape(
+            pixels
+        )
+    state = {name: t.half() if half and t.is_floating_point() else t for name, t in state.items()}
+    torch.save({"epoch": -1, "model": state, "names": ["a", "b", "c"]}, tmp_path / "old.pt")
+    return tmp_path / "old.pt"
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("cells", "pixels"),
+    [((3, 3, 2), (3, 1, 3, 1, 1, 2)), (None, (3, 1, 3, 1, 1, 2)), ((3, 6), (3, 3, 2)), ((3, 1, 3, 1, 1, 2), None)],
+    ids=["both", "pixels", "other-shapes", "cells"],
+)
+def test_files_of_release_6_0_have_the_anchors_twice(tmp_path, model, half, cells, pixels):
+    with torch.no_grad():
+        scale = torch.linspace(0.5, 1.5, 18).view(3, 3, 2)
+        model.head.anchors.mul_(scale)  # anchors of its own, as autoanchor finds them
+        path = old_file(tmp_path, model, half=half, cells=cells, pixels=pixels)
+        expected = model.head.anchors.clone()
+        model.head.anchors.div_(scale)
+    loaded, info = checkpoint.load_model(path, "yolov5n")
+    torch.testing.assert_close(loaded.head.anchors, expected, rtol=1e-3 if half else 1e-6, atol=0)
+    assert loaded.head.anchors.dtype == torch.float32 and info.names == ("a", "b", "c")
+
+
+def test_anchors_that_contradict_one_another_are_refused(tmp_path, model):
+    with pytest.raises(UserError, match=r"old\.pt: 'model.24.anchors' in cells and 'model.24.anchor_grid' in pixels"):
+        checkpoint.load_model(old_file(tmp_path, model, half=False, wrong=1.02), "yolov5n")
+    state = torch.load(old_file(tmp_path, model, half=False), weights_only=True)
+    state["model"]["model.24.anchor_grid"] = torch.ones(3, 4, 2)  # a fourth anchor
+    torch.save(state, tmp_path / "four.pt")
+    with pytest.raises(UserError, match=r"four\.pt: is not yolov5n: 'model.24.anchor_grid' is \(3, 4, 2\)"):
+        checkpoint.load_model(tmp_path / "four.pt", "yolov5n")
 
 
 def test_anchors_of_a_checkpoint_are_used(golden):
