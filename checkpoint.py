@@ -137,6 +137,7 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a checkpoint")
+    weights.check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

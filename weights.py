@@ -112,6 +112,22 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
     return state, info
 
 
+def check_file(path: str | Path) -> None:
+    """UserError where the container or a pickle in it is not harmless; what it holds is not looked at.
+
+    For checkpoints of ours, before torch.load sees them: what goes on past this has the names of tensors and plain
+    values alone.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            open_weights(file, path.stat().st_size)
+    except Refused as refusal:
+        raise UserError(f"{path}: damaged or not a checkpoint: {refusal}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}, expected a checkpoint") from None
+
+
 def _check_hash(path: Path, file: BinaryIO, expected: str | None) -> tuple[str, bool]:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0)

@@ -158,6 +158,8 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
         raise Refused(f"entry {short(twice)} is in the archive twice")
     if entries and min(entry.header_offset for entry in entries) != 0:
         raise Refused("bytes before the first entry of the zip archive")
+    for entry in entries:
+        _check_local_header(archive, entry)
     if entries and all(name.endswith(".npy") for name in names):
         return _open_npz(archive, entries, size)
     pickles = [name for name in names if name.endswith("/data.pkl") or name == "data.pkl"]
@@ -196,6 +198,24 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
     container = "TorchScript zip" if is_script else "torch zip"
     load = _Storages(read_bytes, size).load
     return Content(container, value, load, frozenset(reader.globals_seen), attributes)
+
+
+def _check_local_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """An entry is described twice, where it lies and in the directory at the end; readers differ in which they believe.
+
+    Refused where flags, compression or name are not the same, or where it is encrypted: another reader would see
+    another file.
+    """
+    archive.fp.seek(entry.header_offset)
+    head = archive.fp.read(30)
+    if len(head) < 30 or head[:4] != b"PK\x03\x04":
+        raise Refused(f"truncated or damaged zip archive: entry {short(entry.filename)} has no header of its own")
+    flags, method, name_length = (int.from_bytes(head[at : at + 2], "little") for at in (6, 8, 26))
+    name = archive.fp.read(name_length).decode("utf-8" if flags & 0x800 else "cp437", errors="replace")
+    if (flags, method, name) != (entry.flag_bits, entry.compress_type, entry.orig_filename):
+        raise Refused(f"entry {short(entry.filename)} is described otherwise in the archive's directory than in place")
+    if flags & 1:
+        raise Refused(f"entry {short(entry.filename)} is encrypted")
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:

@@ -6,6 +6,7 @@ Pickles are written by `dump`, which spells storages as torch.save does but lets
 
 import contextlib
 import io
+import multiprocessing.util
 import os
 import pickle
 import shutil
@@ -25,6 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.testing._private import utils as numpy_testing
+from torch.fx import graph_module
+from torch.jit import unsupported_tensor_ops
+from torch.utils import collect_env
 
 LEGACY_HEAD = b"".join(
     pickle.dumps(value, 2)
@@ -157,6 +162,16 @@ def gadgets(path: str) -> dict[str, Call]:
         "mkdir": Call(os.mkdir, path),
         "torch-save": Call(torch.save, {}, path),
         "numpy-save": Call(np.save, path, 1),
+        # missed by public scanners in 2026: harmless looking functions of libraries that every such program has
+        "collect-env": Call(collect_env.run, f"touch {path}"),
+        "spawnv": Call(multiprocessing.util.spawnv_passfds, shutil.which("touch").encode(), ["touch", path], ()),
+        "torch-exec-wrapper": Call(unsupported_tensor_ops.execWrapper, write, {}, {}),
+        "torch-fx-exec": Call(graph_module._exec_with_source, write, {}),
+        "torch-from-file": Call(torch.from_file, path, True, 1),
+        "numpy-runstring": Call(numpy_testing.runstring, write, {}),
+        "numpy-memmap": Call(np.memmap, path, "uint8", "w+", 0, 1),
+        "numpy-open-memmap": Call(np.lib.format.open_memmap, path, "w+", "u1", (1,)),
+        "numpy-savetxt": Call(np.savetxt, path, [1]),
     }
 
 
@@ -216,6 +231,58 @@ def code_files(folder: Path) -> Iterator[Case]:
     yield Case("code-in-legacy-keys", LEGACY_HEAD + dump({}) + dump([gadget("code-in-legacy-keys")]), NAMED)
 
 
+def absent_libraries(folder: Path) -> Iterator[Case]:
+    """Functions of libraries that are not here, and ones that read and send files instead of writing them."""
+    with fake_modules("pandas.io.parsers.readers", "mlflow.projects.backend.local", "requests.api") as made:
+        for module, function in (
+            ("pandas.io.parsers.readers", "read_csv"),
+            ("mlflow.projects.backend.local", "_run_entry_point"),
+            ("requests.api", "get"),
+        ):
+            exec(f"def {function}(*args): pass", made[module].__dict__)
+            call = Call(getattr(made[module], function), "http://127.0.0.1:9/?secret")
+            yield Case(f"code-absent-{function}", torch_zip(dump({"w": tensor(), "x": call})), NAMED)
+    for function in (np.load, np.fromfile, np.genfromtxt, np.loadtxt, torch.load, torch.hub.load):
+        call = Call(function, "/etc/hostname")
+        name = f"code-reads-{function.__module__}-{function.__name__}"
+        yield Case(name, torch_zip(dump({"w": tensor(), "x": call})), NAMED)
+    on_tensor = dump({"w": tensor()}, 2)[:-1] + b"X\x01\x00\x00\x00wK\x01s."  # an item set on a tensor
+    set_item = dump(tensor(), 2)[:-1] + b"K\x00K\x07s."
+    yield Case("setitem-on-a-tensor", torch_zip(set_item), "SETITEM on a TensorRecord")
+    yield Case("setitem-twice", torch_zip(on_tensor), "key 'w' is given twice")
+    hashed = dump(Storage(), 2)[:-1] + b"K\x00K\x07s."
+    yield Case("setitem-on-a-storage", torch_zip(hashed), "SETITEM on a StorageRecord")
+
+
+def changed(data: bytes, entry: str, *, at: int, value: int, central: bool) -> bytes:
+    """A zip archive with one 16-bit field of an entry changed, in its own header or in the directory's copy of it."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        own = archive.getinfo(entry).header_offset
+        place = archive.start_dir
+    if central:
+        while data[place + 46 : place + 46 + int.from_bytes(data[place + 28 : place + 30], "little")] != entry.encode():
+            place += 46 + sum(int.from_bytes(data[place + k : place + k + 2], "little") for k in (28, 30, 32))
+    start = (place + 8 if central else own + 6) + at
+    return data[:start] + struct.pack("<H", value) + data[start + 2 :]
+
+
+def header_files(folder: Path) -> Iterator[Case]:
+    """Zip archives whose two descriptions of an entry differ: a scanner reads one, a loader the other."""
+    good, evil = torch_zip(dump({"w": tensor()})), torch_zip(dump({"w": gadgets(str(folder / "ran-header"))["exec"]}))
+    otherwise = "is described otherwise|damaged zip archive"
+    for what, data in (("good", good), ("evil", evil)):
+        for central in (False, True):
+            where = f"{what}-{'directory' if central else 'place'}"
+            for kind, at, value in (("encrypted", 0, 1), ("streamed", 0, 8), ("deflated", 2, 8), ("unknown", 2, 99)):
+                lied = changed(data, "archive/data.pkl", at=at, value=value, central=central)
+                yield Case(f"header-{kind}-{where}", lied, otherwise)
+    both = changed(evil, "archive/data.pkl", at=0, value=1, central=True)
+    both = changed(both, "archive/data.pkl", at=0, value=1, central=False)
+    yield Case("header-encrypted-both", both, "is encrypted")
+    renamed = good.replace(b"archive/data.pkl", b"archive/code.txt", 1)  # where it lies; the directory keeps the name
+    yield Case("header-renamed", renamed, otherwise)
+
+
 def opcode_files(folder: Path) -> Iterator[Case]:
     """Programs of a pickle written by hand, that name code or would run it."""
     path = str(folder / "ran-opcode").encode()
@@ -255,7 +322,17 @@ def corpus(folder: Path) -> list[Case]:
     from tests.weight_files.hostile_arrays import npz_files, safetensors_files
     from tests.weight_files.hostile_content import bomb_files, lying_files, wrong_files
 
-    makers = (code_files, opcode_files, lying_files, bomb_files, wrong_files, safetensors_files, npz_files)
+    makers = (
+        code_files,
+        absent_libraries,
+        header_files,
+        opcode_files,
+        lying_files,
+        bomb_files,
+        wrong_files,
+        safetensors_files,
+        npz_files,
+    )
     cases = [case for make in makers for case in make(folder)]
     assert len({case.name for case in cases}) == len(cases)
     return cases

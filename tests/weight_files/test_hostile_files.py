@@ -18,8 +18,19 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
+import checkpoint
 from errors import UserError
-from tests.weight_files.hostile import corpus, dump, gadgets, good_state, saved
+from tests.weight_files.hostile import (
+    NAMED,
+    absent_libraries,
+    code_files,
+    corpus,
+    dump,
+    gadgets,
+    good_state,
+    header_files,
+    saved,
+)
 from weights import read_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +125,20 @@ def test_gadgets_are_live(kind, tmp_path):
     assert mark.exists() or (tmp_path / "ran.npy").exists()
     if isinstance(result, subprocess.Popen):
         result.wait()
+
+
+def test_no_file_that_names_code_reaches_torch_load(tmp_path, monkeypatch):
+    """checkpoint.load checks what torch.load would read by the reader of public files."""
+    cases = [*code_files(tmp_path), *absent_libraries(tmp_path), *header_files(tmp_path)]
+    harmful = [case for case in cases if case.reason == NAMED or case.name.startswith("header-")]
+    assert len(harmful) > 80
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("torch.load was called"))
+    path = tmp_path / "last.pt"
+    for case in harmful:
+        path.write_bytes(case.data)
+        with pytest.raises(UserError, match=r"last\.pt: "):
+            checkpoint.load(path)
+    assert not list(tmp_path.glob("ran-*"))
 
 
 def _equal(a: dict, b: dict) -> bool:
