@@ -115,7 +115,7 @@ def choose_picture(run: Run) -> np.ndarray | None:
         paths = find_test_pictures(str(run.folder.path), run)
         return gallery.shrink(read_image(paths[st.sidebar.selectbox("Test picture", list(paths), key="test")]))
     st.sidebar.caption(
-        f"JPEG, PNG, BMP or WebP of at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels. It stays in this "
+        f"JPEG, PNG, BMP, WebP or TIFF of at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels. It stays in this "
         f"server's memory; what is larger than {gallery.WORKING_SIDE} pixels a side is shrunk."
     )
     file = st.sidebar.file_uploader(

@@ -15,6 +15,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -169,9 +170,9 @@ def exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def find_picture(folder: Path, stem: str) -> Path | None:
-    """The picture `stem` with any of SUFFIXES, as .jpg, .JPG or .Jpg, in a folder; None where there is none."""
-    for suffix in SUFFIXES:
+def find_picture(folder: Path, stem: str, suffixes: Iterable[str] = SUFFIXES) -> Path | None:
+    """The picture `stem` with any of the suffixes, as .jpg, .JPG or .Jpg, in a folder; None where there is none."""
+    for suffix in suffixes:
         for spelled in (suffix, suffix.upper(), "." + suffix[1:].capitalize()):
             path = folder / (stem + spelled)
             if path.is_file():

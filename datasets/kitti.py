@@ -10,9 +10,9 @@ Geiger et al., "Are we ready for Autonomous Driving? The KITTI Vision Benchmark 
 from pathlib import Path
 
 from datasets.folders import list_files
-from datasets.images import SUFFIXES, find_picture
+from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import ANY_CLASS, DatasetIndex
-from datasets.rows import FaultLog, LabelRows, make_sample, read_frame
+from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame
 from datasets.text_lines import read_lines, read_names
 from datasets.values import read_number
 from errors import UserError
@@ -41,6 +41,10 @@ def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = Non
     log, samples = FaultLog(), []
     for stem in _read_list(root, base, split, log):
         label_path, image_path = base / "label_2" / f"{stem}.txt", find_picture(base / "image_2", stem)
+        unread = None if image_path is not None else find_picture(base / "image_2", stem, UNREAD)
+        if unread is not None:
+            log_unread([unread], log)
+            continue
         if image_path is None:
             reason = f"no picture {stem} in {base / 'image_2'}"
             log.add(label_path, None, reason, "label without picture", "left out", stem)
@@ -82,7 +86,7 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
     if split != "all" and (known or split not in ("train", "val")):
         raise UserError(f"{choices[0]}: no such list, found {', '.join(known) or 'none'} (`all` takes every frame)")
     stems: set[str] = set()
-    for folder, suffixes in ((base / "label_2", (".txt",)), (base / "image_2", SUFFIXES)):
+    for folder, suffixes in ((base / "label_2", (".txt",)), (base / "image_2", (*SUFFIXES, *UNREAD))):
         stems |= {path.relative_to(folder).with_suffix("").as_posix() for path in list_files(folder, suffixes)}
     if split == "all":
         return sorted(stems)

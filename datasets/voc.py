@@ -56,12 +56,10 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
             sample = _read_sample(part, stem, image_id, names, given, log)
             if sample is None:
                 continue
-            label_path = part.annotations / f"{stem}.xml"
-            first = label_of.setdefault(sample.image_path, label_path)
-            if first != label_path:
-                raise UserError(
-                    f"{label_path}: {sample.image_path} is the picture of {first.name} too, expected one file"
-                )
+            label = part.annotations / f"{stem}.xml"
+            first = label_of.setdefault(sample.image_path, label)
+            if first != label:
+                raise UserError(f"{label}: {sample.image_path} is the picture of {first.name} too, expected one file")
             samples.append(sample)
     refuse_resized(log, root)
     places = dict.fromkeys(str(part.annotations) for part in parts)
@@ -216,6 +214,8 @@ def _class_names(parts: list[_Part]) -> tuple[str, ...]:
 
 def _read_sample(part: _Part, stem: str, image_id: str, names: tuple[str, ...], given: bool, log: FaultLog):
     path = part.annotations / f"{stem}.xml"
+    if not path.is_file() and path.with_name(f"{path.stem}.XML").is_file():
+        path = path.with_name(f"{path.stem}.XML")
 
     def drop(reason: str, kind: str, effect="picture dropped") -> None:
         log.add(path, None, reason, kind, effect, stem)
@@ -250,9 +250,9 @@ def _find_image(part: _Part, stem: str, filename: str) -> Path | None:
     states."""
     stated = re.split(r"[/\\]", filename)[-1]
     folder = part.pictures / PurePosixPath(stem).parent
-    choices = [part.pictures / f"{stem}{suffix}" for suffix in UNREAD]
-    choices += [place / stated for place in (folder, part.pictures) if stated]
-    return find_picture(part.pictures, stem) or next((path for path in choices if path.is_file()), None)
+    choices = [place / stated for place in (folder, part.pictures) if stated]
+    own = find_picture(part.pictures, stem) or find_picture(part.pictures, stem, UNREAD)
+    return own or next((path for path in choices if path.is_file()), None)
 
 
 def _add_object(item: Object, names: tuple[str, ...], rows: LabelRows) -> tuple[str, str] | None:

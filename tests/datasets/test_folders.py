@@ -92,3 +92,25 @@ def test_sources_of_predictions_follow_the_same_rule(tmp_path):
     assert [str(source.name) for source in find_sources([folder])] == ["a", "more/b", "more/c"]
     assert [str(source.name) for source in find_pictures([folder])] == ["a", "more/b"]
     assert [str(source.name) for source in find_pictures([f"{folder}/**/a.png"])] == ["a"]
+
+
+def test_pictures_of_formats_that_are_not_read_are_sources_too(tmp_path):
+    """So that predict.py refuses each by name; a folder or a pattern of no others is refused at once."""
+    make(tmp_path, "in/a.png", "in/b.HEIC", "heic/c.heic", "heic/d.gif")
+    assert [source.path.name for source in find_sources([str(tmp_path / "in")])] == ["a.png", "b.HEIC"]
+    for source in ("heic", "heic/*", "heic/**/*.gif"):
+        with pytest.raises(
+            UserError, match=r"holds no picture .*; [12] in formats that are not read, the first .*heic"
+        ):
+            find_pictures([str(tmp_path / source)])
+    assert len(find_pictures([str(tmp_path / "heic" / "c.heic")])) == 1  # by its own name: reading says what it is
+
+
+def test_links_that_became_texts(tmp_path):
+    """As git leaves them on Windows: predict.py follows them, a reader of labels refuses them by name."""
+    make(tmp_path, "in/a.png", "away/b.png")
+    (tmp_path / "in" / "more").write_text("../away")
+    (tmp_path / "in" / "README").write_text("see ../away")
+    assert [source.path.name for source in find_sources([str(tmp_path / "in")])] == ["b.png", "a.png"]
+    with pytest.raises(UserError, match=r"in/more: a text file with the path of a folder, expected a link to .*/away"):
+        list_files(tmp_path / "in", (".png",))

@@ -11,6 +11,7 @@ from config import DataConfig
 from datasets import open_dataset
 from datasets.coco import read_coco
 from datasets.convert import convert
+from datasets.kitti import read_kitti
 from datasets.open import require_objects
 from datasets.scan import main as scan_main
 from datasets.scan import scan
@@ -480,3 +481,19 @@ def test_no_command_takes_a_set_without_an_object(tmp_path, labels):
             UserError, match=r"not one object; labels were looked for in .*1 of 1 label files are missing"
         ):
             command()
+
+
+def test_suffixes_in_capitals(tmp_path):
+    text(tmp_path / "Annotations" / "x.XML", xml())
+    (tmp_path / "JPEGImages").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "JPEGImages" / "x.Jpg", format="JPEG")
+    assert boxes(read_voc(tmp_path, "all")) == [BOX]
+
+
+def test_kitti_names_formats_that_are_not_read(tmp_path):
+    for name in ("x", "y"):
+        text(tmp_path / "label_2" / f"{name}.txt", "Car 0 0 0 40 24 60 56 0 0 0 0 0 0 0\n")
+    picture(tmp_path / "image_2" / "x.png")
+    (tmp_path / "image_2" / "y.heic").touch()
+    index = read_kitti(tmp_path, "all")
+    assert boxes(index) == [BOX] and [fault.kind for fault in index.faults] == ["unreadable picture"]
