@@ -8,9 +8,9 @@
 The fast forms work on the flat rows of `Targets`, not on a padded (B, G, A) block, so an image with many objects costs
 the others nothing. All give the same result on every run: of equal candidates, the lower location or row wins.
 
-Where the host runs ahead of the device (CUDA), the task-aligned assigner never asks it for a number: shapes follow
-from those of the inputs, and masks say which rows count. On a CPU only those that count are listed. One algorithm,
-the same result.
+On CUDA, where the host runs ahead of the device, the task-aligned assigner reads no number back: shapes follow from
+those of the inputs, and masks mark the rows that count. On a CPU only the rows that count are listed. The result is
+the same.
 
 Rows marked `ignore`, with a side that is not positive, or of a center outside the image (anchor head) are not learnt;
 a location whose center lies in an ignored box and that learns nothing else is not taught to be background either.
@@ -24,7 +24,7 @@ from torch import Tensor
 from boxes import paired_ciou, xyxy_to_cxcywh
 from structures import Targets
 
-MAX_PAIRS = 2**24  # of which all are listed without asking which count; by estimate 200 bytes each, 3.4 GB in all
+MAX_PAIRS = 2**24  # up to which all pairs are listed on CUDA; by estimate 200 bytes each, 3.4 GB in all
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Assignment:
     is_positive (B, A) bool: the location learns an object; gt_index (B, A) int64: the object's row of `Targets`, or -1;
     target_scores (B, A, K): in [0, 1], above 0 only at a positive and its object's label; is_ignored (B, A) bool: not
     positive, and the center lies in an ignored box, so the location is not background either.
-    max_positives: so many locations are positive at most, told without reading a tensor; None: unknown.
+    max_positives: upper bound on the number of positives, known without a device synchronisation, or None.
     """
 
     is_positive: Tensor
@@ -46,8 +46,9 @@ class Assignment:
     def positives(self) -> tuple[Tensor, Tensor, Tensor]:
         """Image and location of the positives, (P,) int64 each, in this order; is_real (P,) bool: the others fill up.
 
-        Where the host runs ahead, P is max_positives; of more (nan, see _largest_per_row) the last are left out.
-        Place i is filled up with location i of all B * A: the gradients of one repeated would be added one by one.
+        On CUDA P is max_positives. If there are more (nan, see _largest_per_row), the last ones are left out; if fewer,
+        place i is filled with location i of all B * A, since the gradients of one repeated location would be added
+        one by one.
         """
         if not runs_ahead(self.is_positive.device) or self.max_positives is None:
             image, location = self.is_positive.nonzero(as_tuple=True)
@@ -361,7 +362,7 @@ class _Pairs:
 
 
 def _list_pairs(is_pair: Tensor) -> _Pairs:
-    """is_pair (N, A) bool -> where the host runs ahead all N * A pairs, marked, else (or for too many) those it has."""
+    """is_pair (N, A) bool -> on CUDA all N * A pairs with marks (up to MAX_PAIRS), elsewhere those that are pairs."""
     N, A = is_pair.shape
     if runs_ahead(is_pair.device) and N * A <= MAX_PAIRS:
         slot = torch.arange(N * A, device=is_pair.device)
@@ -374,11 +375,11 @@ def _list_pairs(is_pair: Tensor) -> _Pairs:
 
 
 def _largest_per_row(values: Tensor, count: int) -> Tensor:
-    """values (N, W) >= 0 -> (N, W) bool: the `count` largest of each row that are not 0; of equal ones, the first.
+    """values (N, W) >= 0 -> (N, W) bool: the `count` largest of each row that are not 0, the first of equal ones.
 
-    topk and a count of the ties take a third of the time of a stable sort; only topk's values are used, since which of
-    equal entries it takes is not defined. nan is the largest, and of a row with `count` of them all that is not 0 is
-    taken, so that the loss shows it.
+    topk and a count of the ties take a third of the time of a stable sort. Only topk's values are used, since its
+    choice among equal entries is not defined. nan counts as the largest; a row with `count` of them keeps all that is
+    not 0, so that the loss becomes nan.
     """
     is_some = values != 0
     if values.shape[1] <= count:

@@ -251,8 +251,8 @@ class YOLOv5(nn.Module):
     def positives(self, output: YOLOv5Output, targets: Targets) -> Tensor:
         """(B, A) int64: the row of `targets` that `losses` assigns to each pair of anchor and cell, or -1. No gradient.
 
-        Anchors choose by their shape alone, whatever `output` predicts. Of several objects that share a location, all
-        teach it box and class; here stands the one whose overlap it learns as objectness: assigners.last_match.
+        Anchors choose by their shape alone, whatever `output` predicts. All objects that share a location teach it box
+        and class; this is the row whose overlap it learns as objectness (assigners.last_match).
         """
         assignment = yolov5_assignment(
             box_logits=output.box_logits,
@@ -269,10 +269,8 @@ class YOLOv5(nn.Module):
         self, output: YOLOv5Output, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
         """Decoded locations after class-wise NMS, best first; a location may report several classes."""
-        boxes_xyxy, scores = self.decode(output)
         return select_detections(
-            boxes_xyxy,
-            scores,
+            *self.decode(output),
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             max_detections=max_detections,
@@ -296,12 +294,8 @@ class YOLOv5(nn.Module):
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
             points, strides, _ = self._locations(output)
-        return logits_at_boxes(
-            self.location_logits(output),
-            decoded_xyxy=decoded_xyxy,
-            centers=points * strides,
-            boxes_per_image=boxes_per_image,
-        )
+        logits, centers = self.location_logits(output), points * strides
+        return logits_at_boxes(logits, decoded_xyxy=decoded_xyxy, centers=centers, boxes_per_image=boxes_per_image)
 
 
 def join_anchors(state: dict[str, Tensor]) -> dict[str, Tensor]:

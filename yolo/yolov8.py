@@ -243,7 +243,7 @@ class AnchorFreeDetector(nn.Module):
         return AnchorFreeOutput(features, box_logits, class_logits, image_size)
 
     def tail(self, name: str) -> nn.Sequential:
-        """What follows one of the maps within the head, "cls3_1" for instance, in its branch (for distill/crosskd.py).
+        """The layers behind one of the maps within the head, such as "cls3_1", in its branch (for distill/crosskd.py).
 
         (B, C, H / s, W / s) -> (B, K, H / s, W / s) in a class branch, (B, 4 R, H / s, W / s) in a box branch, edge by
         edge: the logits of that level. The layers are the detector's own, not copies, in its train or eval mode as of
@@ -278,27 +278,19 @@ class AnchorFreeDetector(nn.Module):
         """(B, A) int64: the row of `targets` that `losses` assigns to each location of the head, or -1. No gradient.
 
         The task-aligned assigner chooses by the predictions in `output`. A location that several objects choose belongs
-        to the one its decoded box overlaps most (CIoU), of equal ones the lower row.
+        to the one its decoded box overlaps most (CIoU), and to the lower row where they are equal.
         """
         points, strides = self._locations(output)
-        assignment = yolov8_assignment(
-            box_logits=output.box_logits,
-            class_logits=output.class_logits,
-            points=points,
-            strides=strides,
-            targets=targets,
-        )
-        return assignment.gt_index
+        logits = dict(box_logits=output.box_logits, class_logits=output.class_logits)
+        return yolov8_assignment(**logits, points=points, strides=strides, targets=targets).gt_index
 
     @torch.no_grad()
     def detect(
         self, output: AnchorFreeOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
         """Decoded locations after class-wise NMS, best first; a location may report several classes."""
-        boxes_xyxy, scores = self.decode(output)
         return select_detections(
-            boxes_xyxy,
-            scores,
+            *self.decode(output),
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             max_detections=max_detections,
@@ -316,12 +308,8 @@ class AnchorFreeDetector(nn.Module):
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
             points, strides = self._locations(output)
-        return logits_at_boxes(
-            self.location_logits(output),
-            decoded_xyxy=decoded_xyxy,
-            centers=points * strides,
-            boxes_per_image=boxes_per_image,
-        )
+        logits, centers = self.location_logits(output), points * strides
+        return logits_at_boxes(logits, decoded_xyxy=decoded_xyxy, centers=centers, boxes_per_image=boxes_per_image)
 
 
 def build_yolov8(size: str, num_classes: int, *, class_width: int | None = None) -> AnchorFreeDetector:
