@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.masks import make_anchor_sizes
 
@@ -43,14 +43,27 @@ def head_level(model: Any, output: Any, name: str) -> int:
     raise ValueError(f"map {name!r}: the head has no level of its stride, only {', '.join(levels) or 'none'}")
 
 
-def anchor_outputs(student: Any, teacher: Any, s_output: Any, t_output: Any) -> dict[str, Tensor]:
-    """s_ and t_ box, objectness and class logits of two heads with the same anchors, else ValueError."""
-    if not all(hasattr(model, "anchors_pixels") for model in (student, teacher)):
+def anchor_outputs(inputs: Any) -> dict[str, Tensor]:
+    """s_ and t_ box, objectness and class logits of two heads with equal anchors and classes, else ValueError."""
+    if not all(hasattr(model, "anchors_pixels") for model in (inputs.student, inputs.teacher)):
         raise ValueError("both models must have objectness and anchors (YOLOv5)")
-    if not torch.equal(student.anchors_pixels().cpu(), teacher.anchors_pixels().cpu()):
+    if not torch.equal(inputs.student.anchors_pixels().cpu(), inputs.teacher.anchors_pixels().cpu()):
         raise ValueError("the anchors of student and teacher differ: their locations predict different boxes")
-    pairs, names = {"s": s_output, "t": t_output}, ("box_logits", "objectness_logits", "class_logits")
+    if inputs.classes is not None:
+        raise ValueError("whole outputs can be compared where the class lists are equal")
+    pairs = {"s": inputs.s_output, "t": inputs.t_output}
+    names = ("box_logits", "objectness_logits", "class_logits")
     return {f"{key}_{name}": getattr(output, name) for key, output in pairs.items() for name in names}
+
+
+def branch_tail(inputs: Any) -> nn.Module:
+    """What follows the teacher's map in its branch: frozen, in eval mode. ValueError where there is none."""
+    if not hasattr(inputs.teacher, "tail"):
+        raise ValueError(f"the teacher has no branch that goes on from {inputs.t_name}")
+    try:
+        return inputs.teacher.tail(inputs.t_name)
+    except KeyError as error:
+        raise ValueError(f"the teacher's branches: {error.args[0]}") from None
 
 
 def own_anchors(inputs: Any, sizes: tuple[float, ...] | None, ratios: tuple[float, ...]) -> Tensor:

@@ -1,14 +1,11 @@
-"""What a term is given in a step: TermInputs, one pair of maps or outputs of a student and a teacher.
-
-Whatever cannot be had from the two models is a ValueError, which the criterion turns into a refusal before training.
-"""
+"""What a term is given in a step: TermInputs. What the models do not have is a ValueError, refused before training."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.adapters import resize_to
 from distill.masks import location_scores, positive_masks, score_maps
@@ -87,8 +84,7 @@ class TermInputs:
     def _score_maps(self) -> list[Tensor]:
         """masks.score_maps of the teacher, (B, 1, H, W), each at the grid that the student has for it.
 
-        The grids of teacher and student differ where the teacher sees images of another size, for all levels by the
-        factor by which those of this pair's maps differ.
+        Where the teacher sees another image size, all its grids differ from the student's by one factor: this pair's.
         """
         logits, objectness = self._score_logits()
         make = lambda: score_maps(logits, **level_layout(self.t_output, logits), t_objectness_logits=objectness)
@@ -116,12 +112,3 @@ class TermInputs:
         gt_index = self.positives()
         levels = positive_masks(gt_index >= 0, **level_layout(self.s_output, gt_index))
         return levels[head_level(self.student, self.s_output, self.s_name)]
-
-    def tail(self) -> nn.Module:
-        """What follows the teacher's map in its branch: frozen, in eval mode."""
-        if not hasattr(self.teacher, "tail"):
-            raise ValueError(f"the teacher has no branch that goes on from {self.t_name}")
-        try:
-            return self.teacher.tail(self.t_name)
-        except KeyError as error:
-            raise ValueError(f"the teacher's branches: {error.args[0]}") from None

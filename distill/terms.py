@@ -1,9 +1,9 @@
 """The losses a config can name: a function for each, and `LOSSES`, the table of them.
 
 A term `{loss: localization, parameters: {region: main}}` calls the function of that name with the inputs of a step
-(term_inputs.TermInputs) and its parameters, the function's keyword-only arguments. The function takes from the inputs
-what its loss needs and calls the loss, a pure function of tensors in another file of distill/. A loss that trains
-something (MGD's generator) is a module: built once, with the parameters, and given to the function in each step.
+and its parameters, the function's keyword-only arguments. It takes from the inputs what its loss needs and calls the
+loss, a pure function of tensors in another file of distill/. A loss that trains something (MGD's generator) is a
+module: built once, with the parameters, and given to the function in each step.
 """
 
 import inspect
@@ -20,11 +20,8 @@ from distill.fgd import FGD
 from distill.localization import localization_kl, valuable_region
 from distill.masks import anchor_mask, box_density, box_mask, objects
 from distill.mgd import MGD
-from distill.outputs import anchor_outputs, own_anchors
+from distill.outputs import anchor_outputs, branch_tail, own_anchors
 from distill.term_inputs import TermInputs
-
-Mask = Literal["boxes", "anchors", "positives"]
-Region = Literal["scores", "main", "valuable"]
 
 
 def mse(inputs: TermInputs) -> Tensor:
@@ -52,7 +49,7 @@ def score_weighted_l2(inputs: TermInputs) -> Tensor:
 
 
 def masked_mse(
-    inputs: TermInputs, *, mask: Mask = "boxes", psi: float = 0.5,
+    inputs: TermInputs, *, mask: Literal["boxes", "anchors", "positives"] = "boxes", psi: float = 0.5,
     anchor_sizes: tuple[float, ...] | None = None, anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
 ) -> Tensor:  # fmt: skip
     """mask: in the boxes, near them as FGFI publishes it, or where the student's assigner puts an object.
@@ -97,12 +94,12 @@ def instance_distance(inputs: TermInputs, *, size: int = 3) -> Tensor:
 
 
 def crosskd_classes(inputs: TermInputs, *, beta: float = 1.0, rescale: bool = True) -> Tensor:
-    given = dict(t_tail=inputs.tail(), normaliser=inputs.teacher_score_sum())
+    given = dict(t_tail=branch_tail(inputs), normaliser=inputs.teacher_score_sum())
     return crosskd.crosskd_classes(**inputs.maps(), **given, beta=beta, rescale=rescale)
 
 
 def crosskd_edges(inputs: TermInputs, *, temperature: float = 1.0, rescale: bool = True) -> Tensor:
-    given = dict(t_tail=inputs.tail(), weight=inputs.teacher_score_map(), normaliser=inputs.teacher_score_sum())
+    given = dict(t_tail=branch_tail(inputs), weight=inputs.teacher_score_map(), normaliser=inputs.teacher_score_sum())
     return crosskd.crosskd_edges(**inputs.maps(), **given, temperature=temperature, rescale=rescale)
 
 
@@ -119,18 +116,16 @@ def quality_focal(inputs: TermInputs, *, beta: float = 1.0) -> Tensor:
 
 
 def localization(
-    inputs: TermInputs, *, region: Region = "scores", gamma: float = 0.25, temperature: float = 10.0
-) -> Tensor:
+    inputs: TermInputs, *, region: Literal["scores", "main", "valuable"] = "scores", gamma: float = 0.25,
+    temperature: float = 10.0,
+) -> Tensor:  # fmt: skip
     """region: scores weighs each location by the dense teacher's score. main is where the student learns an object.
 
     valuable: there and in the valuable localization region around it (localization.valuable_region, with gamma).
     """
-    if region == "scores":
-        weight = inputs.teacher_scores()
-    elif region in ("main", "valuable"):
-        weight = inputs.positives() >= 0
-    else:
+    if region not in ("scores", "main", "valuable"):
         raise ValueError(f"region: found {region!r}, expected scores, main or valuable")
+    weight = inputs.teacher_scores() if region == "scores" else inputs.positives() >= 0
     if region == "valuable":
         boxes_xyxy = inputs.teacher.decode(inputs.t_output)[0].detach()  # they fit from the first epoch on
         around = dict(boxes_xyxy=boxes_xyxy, gt_index=inputs.positives(), targets=inputs.targets)
@@ -141,11 +136,8 @@ def localization(
 def objectness_scaled(
     inputs: TermInputs, *, objectness_weight: float = 1.0, class_weight: float = 1.0, box_weight: float = 1.0
 ) -> Tensor:
-    if inputs.classes is not None:
-        raise ValueError("whole outputs can be compared where the class lists are equal")
-    outputs = anchor_outputs(inputs.student, inputs.teacher, inputs.s_output, inputs.t_output)
     weights = dict(objectness_weight=objectness_weight, class_weight=class_weight, box_weight=box_weight)
-    return logits.objectness_scaled(**outputs, **weights)
+    return logits.objectness_scaled(**anchor_outputs(inputs), **weights)
 
 
 def box_classes(
@@ -171,8 +163,7 @@ def decoupled_kl(
 ) -> Tensor:  # fmt: skip
     pair, chosen = softmax_logits(inputs, boxes, score_threshold, max_boxes)
     options = dict(target_weight=target_weight, other_weight=other_weight, temperature=temperature)
-    column = chosen.labels + 1  # 0: the background
-    return logits.decoupled_kl(**pair, labels=column, weight=~chosen.ignore, **options)
+    return logits.decoupled_kl(**pair, labels=chosen.labels + 1, weight=~chosen.ignore, **options)  # background: 0
 
 
 def prediction_correlation(
@@ -194,10 +185,9 @@ class Term:
 
     compute: the function of this name. loss: the loss that it calls; docs/losses.md shows its docstring.
     reads: what the loss compares. map: two maps, the student's through its adapter. logits: two outputs of equal
-    locations. boxes: classes of given boxes. image: a map, and the teacher's logits of the whole image. outputs: all
-    raw outputs of two YOLOv5 heads.
+    locations. boxes: classes of given boxes. image: a map with image logits. outputs: raw outputs of two YOLOv5 heads.
     module: of a loss that trains something, built with the widths of the maps and given to `compute`.
-    same_width: the maps need equal channels. reads_scores: looks at the dense teacher's class scores, too.
+    same_width: the maps need equal channels. reads_scores: the dense teacher's class scores are needed, too.
     finishes_maps: gives maps to the teacher's own layers, which expect the teacher's as it is.
     """
 
