@@ -176,6 +176,8 @@ def build(
     names = indexes["train"].names
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     student = build_student(config, names, saved, say).to(processes.device, memory_format=memory_format)
+    taken = len(indexes["train"])
+    check_batches(config, taken - round(config.data.holdout_fraction * taken), student, processes.count)
     settings = config.optimizer
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
     teachers = build_teachers(config, names, given, ema.model)
@@ -187,7 +189,7 @@ def build(
         if teacher is not ema.model:  # which is evaluated too
             teacher.requested_outputs = criterion.requested_outputs(name)
     splits = scan_splits(config, indexes, say)  # decodes pictures: whatever is cheaper has been checked
-    check_batches(config, len(splits.train), student, processes.count)
+    check_batches(config, len(splits.train), student, processes.count)  # again: without those that did not decode
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)
     loader = Loader(
@@ -262,14 +264,14 @@ def open_indexes(config: Config) -> dict[str, DatasetIndex]:
 def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[[str], None] = print) -> Splits:
     """Look at the pictures, name those that two splits share, and hold out the same part for every seed."""
     data = config.data
+    overlap = find_overlap(indexes["test"], indexes["whole"], ("test", "train"))
+    refuse_overlap(overlap, data)
     reports: dict[str, ScanReport] = {}
     overlaps: list[Overlap] = []
     for role, place in (("train", training_set(data)), ("test", (data.format, data.root, data.test))):
         index = indexes[role]
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         if role == "test":
-            overlap = find_overlap(report.index, indexes["whole"], ("test", "train"))
-            refuse_overlap(overlap, data)
             overlaps.append(overlap.within(reports["train"].index))
             report = dataclasses.replace(report, notes=(str(overlaps[0]),))
         reports[role] = report

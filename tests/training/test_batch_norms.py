@@ -1,10 +1,12 @@
 """Batches that give a BatchNorm one value per channel are refused before a run, and no others."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import condense
 import models
 from config import Config, DataConfig, ModelConfig
 from datasets.loader import Loader
@@ -46,6 +48,10 @@ def test_it_is_found_exactly_where_a_training_step_fails(arch):
         assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
         assert fails(student, 1, image_size) == found
         student.load_state_dict(state)
+    if arch == "yolov8n":  # what the networks of gradient matching are trained on is checked alike
+        condense.refuse_one_value(SimpleNamespace(image_size=64), student)
+        with pytest.raises(UserError, match=r"key 'condense.real_batch': one picture of 32 px gives BatchNorm"):
+            condense.refuse_one_value(SimpleNamespace(image_size=32), student)
     if arch == "fasterrcnn_mobilenet_v3_small":
         freeze_norms(student)
         assert norm_of_one_value(student, 32) is None and not fails(student, 1, 32)
