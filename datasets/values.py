@@ -35,6 +35,8 @@ def read_flag(value: Any) -> bool:
 
 def read_number(value: Any) -> float:
     """A finite number, as a number or as text. ValueError for nan, inf, true, None, "1_000" and "1,5"."""
+    if type(value) is float and math.isfinite(value):
+        return value
     number = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:

@@ -62,7 +62,7 @@ def find_labels(used: Mapping[str, str], names: Sequence[str], readings: Sequenc
     numbers = [token for token in used if is_number(token)]
     word = next((token for token in used if not is_number(token) and token not in by_name), None)
     if word is not None:
-        raise UserError(f"{used[word]}: found class {word!r}, expected {_expected(names, readings)}")
+        raise UserError(f"{used[word]}: found class {word!r}, expected {_expected(word, names, readings)}")
     choices = [{token: by_name[token] for token in numbers if token in by_name}]
     if len(numbers) == len(used) or len(choices[0]) < len(numbers):
         choices += [
@@ -72,7 +72,7 @@ def find_labels(used: Mapping[str, str], names: Sequence[str], readings: Sequenc
     if not choices:
         unknown = (t for t in numbers if t not in by_name and not any(plain_number(t) in r for r in readings))
         token = next(unknown, numbers[0])
-        raise UserError(f"{used[token]}: found class {token!r}, expected {_expected(names, readings)}")
+        raise UserError(f"{used[token]}: found class {token!r}, expected {_expected(token, names, readings)}")
     first = choices[0]
     other = next((choice for choice in choices if choice != first), first)
     token = next((token for token in numbers if first[token] != other[token]), None)
@@ -91,10 +91,10 @@ def places(names: Sequence[str], listed: Sequence[str] | None = None) -> dict[st
     return {str(k): label[name] for k, name in enumerate(listed or names) if name in label}
 
 
-def _expected(names: Sequence[str], readings: Sequence[Mapping[str, int]]) -> str:
+def _expected(token: str, names: Sequence[str], readings: Sequence[Mapping[str, int]]) -> str:
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     if not readings:
-        return f"one of {shown} (for numbers, name the classes: --names FILE)"
+        return f"one of {shown}{' (for numbers, name the classes: --names FILE)' * is_number(token)}"
     return f"one of {shown}, or the place in that list, 0..{max(len(reading) for reading in readings) - 1}"
 
 

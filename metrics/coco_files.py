@@ -96,7 +96,9 @@ def read_coco_detections(path: Path, annotations: Annotations) -> DetectionTable
     image = _find_images(rows, own_pictures, annotations, where)
     labels = _find_labels(rows, own_names, annotations, where)
     boxes, box_area = _corners(_read_boxes(rows, where))
-    scores = [check_score(_read(read_number, row, "score", where, n), where(n)) for n, row in enumerate(rows)]
+    scores = [_read(read_number, row, "score", where, n) for n, row in enumerate(rows)]
+    for n in (n for n, score in enumerate(scores) if not 0 <= score <= 1):
+        check_score(scores[n], where(n))
     return DetectionTable(image, boxes, scores, labels, box_area)
 
 

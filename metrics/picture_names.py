@@ -57,19 +57,20 @@ class PictureFinder:
     def find_names(self, used: Mapping[str, str]) -> dict[str, int]:
         """The row of each name; `used` says where each was met.
 
-        Names that are none of the pictures' may be ids, written as text: where all of them are. UserError for a name
-        without a picture, for one that several fit, and for two names of one picture.
+        Where no picture is called so, all of them may be ids, written as text, or names that the annotations state.
+        UserError for a name without a picture, for one that several fit, and for two names of one picture.
         """
         rows = {name: self.find_name(name, where) for name, where in used.items()}
         unknown = next((name for name, row in rows.items() if row is None), None)
         if unknown is not None:
-            of_text = {str(i): row for i, row in self.row_of_id.items()}
-            if all(name in of_text for name in used):
-                return {name: of_text[name] for name in used}
-            if self.other is not None:
-                return self.other.find_names(used)
-            ids = ", nor has its id" if self.has_ids else ""
-            raise UserError(f"{used[unknown]}: no image of the ground truth is called {unknown!r}{ids}")
+            other = self._find_otherwise(used)
+            if other is None or any(row not in (None, other[name]) for name, row in rows.items()):
+                also = ", nor has its id" if self.has_ids else ""
+                if other is not None:
+                    named = next(name for name, row in rows.items() if row is not None)
+                    also = f", but one is called {named!r}: expected names for all, or ids for all"
+                raise UserError(f"{used[unknown]}: no image of the ground truth is called {unknown!r}{also}")
+            rows = other
         taken: dict[int, str] = {}
         for name, row in rows.items():
             other = taken.setdefault(row, name)
@@ -79,6 +80,14 @@ class PictureFinder:
                     "expected one name for each image"
                 )
         return rows
+
+    def _find_otherwise(self, used: Mapping[str, str]) -> dict[str, int] | None:
+        """The row of each by its id, written as text, or by the name that an annotation states; None for not all."""
+        of_text = {str(i): row for i, row in self.row_of_id.items()}
+        if all(name in of_text for name in used):
+            return {name: of_text[name] for name in used}
+        rows = {} if self.other is None else {name: self.other.find_name(name, where) for name, where in used.items()}
+        return None if self.other is None or None in rows.values() else rows
 
     def find_name(self, name: str, where: str) -> int | None:
         """The row of one name; None where no picture is called so. UserError where several fit equally."""

@@ -96,7 +96,10 @@ def test_a_name_goes_before_an_id():
     assert find(["p.jpg", "q.jpg", "r.jpg"], ["3", "1"], ids) == {"3": 2, "1": 0}
     assert find([None, None, None], ["3", "1"], ids) == {"3": 2, "1": 0}
     with pytest.raises(UserError, match="called '3', nor has its id"):
-        find(names, ["0", "3"], ids)  # some by name, some by id: whose numbering?
+        find(names, ["3", "4"], ids)
+    with pytest.raises(UserError, match="called '3', but one is called '1': expected names for all"):
+        find(names, ["1", "2", "3"], ids)  # some by name, some by id: whose numbering?
+    assert find(["1.jpg", "2.jpg", None], ["1", "2", "3"], ids) == {"1": 0, "2": 1, "3": 2}  # both say the same
 
 
 def test_ids():
@@ -116,5 +119,7 @@ def test_the_name_that_an_annotation_states():
     finder = PictureFinder(["0001", "0002"], other_names=["b.jpg", "a.jpg"])
     assert finder.find_names({"a": "", "b": ""}) == {"a": 1, "b": 0}
     assert finder.find_names({"0001": "", "0002": ""}) == {"0001": 0, "0002": 1}
-    with pytest.raises(UserError, match="called '0001'"):
+    with pytest.raises(UserError, match="called 'a'"):
         finder.find_names({"a": "", "0001": ""})
+    with pytest.raises(UserError, match="called '0003'"):
+        PictureFinder(["0001", "0002"], other_names=["0002", "0003"]).find_names({"0002": "", "0003": ""})
