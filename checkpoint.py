@@ -35,7 +35,7 @@ import models
 import weights
 from config import EvaluationConfig, from_tree
 from errors import UserError
-from evaluation.class_names import join_classes, released_names
+from evaluation.class_names import released_columns, released_names
 
 FORMAT = 1
 DISK_EXIT_CODE = 5
@@ -247,12 +247,12 @@ def start_model(
 ) -> nn.Module:
     """A detector for the classes `names`, in train mode, started from a weights file of other classes, ours or public.
 
-    Classes go by their names (class_names.join_classes: case, spaces and other words for the same do not matter), never
-    by their place. A class that the file has takes over its rows of the class head; the others keep fresh rows, drawn
-    from torch's global generator as models.build draws them. Everything else is the file's, the width of the class
-    branch too, so that before any training the classes taken over get the scores that the file's model gives them.
-    (The softmax head of a Faster R-CNN keeps the file's other classes as background for that.) `say` gets one line with
-    what was taken over and what starts fresh.
+    Classes go by their names (class_names.released_columns: case, spaces and other words for the same do not matter),
+    never by their place. A class that the file has takes over its rows of the class head; the others keep fresh rows,
+    drawn from torch's global generator as models.build draws them. Everything else is the file's, the width of the
+    class branch too, so that before any training the classes taken over get the scores that the file's model gives
+    them. (The softmax head of a Faster R-CNN keeps the file's other classes as background for that.) `say` gets one
+    line with what was taken over and what starts fresh.
 
     new_head: the class head as a whole starts fresh, also where it would fit.
     UserError for a file that does not fit, or whose classes are not known: there is nothing to join them by.
@@ -276,7 +276,7 @@ def start_model(
         )
     if info.names_from == "the release":
         say(f"{path}: it does not name its classes; taken for COCO's {len(info.names)}, as {arch} was released")
-    columns = join_classes(names, info.names, str(path))
+    columns = released_columns(names, info.names, str(path))
     head = models.head_of(arch, len(info.names), theirs)
     if arch.startswith("fasterrcnn_"):
         num_left = len(info.names) - len({column for column in columns if column is not None})

@@ -161,7 +161,7 @@ def map_classes(
     return ClassMap(tuple(dataset_names), tuple(model_names), tuple(columns), tuple(near))
 
 
-def join_classes(names: Sequence[str], released_names: Sequence[str], source: str) -> tuple[int | None, ...]:
+def released_columns(names: Sequence[str], released_names: Sequence[str], source: str) -> tuple[int | None, ...]:
     """Of each class, the column of a weights file's model that map_classes joins it to; None where there is none.
 
     UserError, which names the file `source`, for a class that two of the file's fit.

@@ -31,6 +31,8 @@ def on_common_classes(
     """
     is_unnamed = names == tuple(map(str, range(len(names))))
     if not given and (is_unnamed or names == tuple(index.names)):
+        if names != tuple(index.names) and len(names) == len(index.names):
+            print(f"the model's classes have no names: taken for the dataset's by place, {', '.join(index.names)}")
         return model, index, None
     class_map = map_classes(index.names, names, given)
     if class_map.is_identity:
