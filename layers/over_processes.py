@@ -30,8 +30,8 @@ def process_count() -> int:
 def sum_over_processes(values: Tensor) -> Tensor:
     """The sum of a tensor of one shape over all processes, with its gradient; alone the tensor itself.
 
-    The derivative of 1/W sum_r L_r by what process q adds is that of every L_r, and the backward pass sums them too. A
-    value that all processes share, L = f(sum), thus gets the gradient that 1/W sum_r L_r = L has.
+    Every L_r depends on what a process adds to the sum, so the backward pass sums the gradients of all processes. Where
+    all have one loss L = f(sum), the average of DistributedDataParallel is then the gradient of L.
     """
     return values if process_count() == 1 else _Sum.apply(values)
 
