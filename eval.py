@@ -138,7 +138,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
 
 
 def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """The names of --names in the place of a model's own; a line says so where the model had some."""
+    """The names of --names instead of the model's own; prints a line where the model had some."""
     names = read_names(path)
     if len(names) != len(own):
         raise UserError(f"{path}: found {len(names)} names, expected one for each of the model's {len(own)} classes")

@@ -1,8 +1,8 @@
 """Which picture of the ground truth a name or an id of the detections means: found, or refused; never a guess.
 
 A name is a path as somebody wrote it: `a`, `a.jpg`, `test/a.jpg`, `C:\\set\\a.jpg`. Two names mean one picture where
-their last parts are equal, up to the suffix of a picture and the way Unicode composes its letters. Of several pictures
-with that last part, the one that is called so in full is meant; else the one whose folders are the end of the other's
+their last parts are equal, up to the suffix of a picture and the way Unicode composes its letters. If several pictures
+have that last part, the one that is called so in full is meant; else the one whose folders are the end of the other's
 (`test/a` and `imgs/test/a`), the longer the better; else the one with the same suffix. Two that fit equally, and two
 names that lead to one picture, are refused.
 """

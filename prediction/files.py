@@ -112,7 +112,7 @@ def drawn_path(output: Path, source: Source) -> Path:
 
 
 def text_path(output: Path, source: Source, frame: Frame | None = None) -> Path:
-    """Of a picture, or of a frame in the folder of its video."""
+    """Where the labels of a picture go, or of a frame: into the folder of its video."""
     if frame is None:
         return output / "labels" / source.name.with_name(source.name.name + ".txt")
     return output / "labels" / source.name.with_name(source.name.name + ".mp4") / f"{frame.number:06d}.txt"
