@@ -49,6 +49,7 @@ from training.building import (
     with_published_settings,
 )
 from training.checks import SIZE_MULTIPLE, check_config
+from training.exits import NOT_FINITE_EXIT_CODE
 from training.teaching import build_teachers
 from yaml_files import read_yaml
 
@@ -88,7 +89,7 @@ def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
     print("written: " + ", ".join(str(study.folder / f"comparison.{suffix}") for suffix in ("md", "json", "png")))
     failed = [result.name for result in results.values() if result.failures]
     if failed:
-        raise UserError(f"{study.folder}: runs failed, see the table: {', '.join(failed)}", train.NOT_FINITE_EXIT_CODE)
+        raise UserError(f"{study.folder}: runs failed, see the table: {', '.join(failed)}", NOT_FINITE_EXIT_CODE)
     return list(results.values())
 
 
@@ -178,7 +179,7 @@ def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
             condense(result.row.task.with_seed(seed), result.row.set_folder(seed), device=config.device)
         result.reports[seed] = train.run(config, resume=is_begun)
     except UserError as error:
-        if error.exit_code != train.NOT_FINITE_EXIT_CODE:
+        if error.exit_code != NOT_FINITE_EXIT_CODE:
             raise
         result.failures[seed] = str(error)
         print(f"failed: {error}", flush=True)

@@ -44,8 +44,8 @@ from runtime.peak_memory import peak_gigabytes, reset_peak
 from runtime.processes import choose_device
 from runtime.progress import Progress
 from structures import Targets
-from train import MEMORY_EXIT_CODE, is_out_of_memory
 from training.batch_norms import norm_of_one_value
+from training.exits import MEMORY_EXIT_CODE, is_out_of_memory
 
 
 def main(argv: list[str]) -> None:

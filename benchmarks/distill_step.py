@@ -36,7 +36,7 @@ from layers.fusion import fuse
 from runtime.processes import choose_device, keep_freed_memory, use_bfloat16
 from runtime.timing import rotate
 from structures import Targets
-from training.building import Objective
+from training.building import Learner
 from training.teaching import Teachers
 
 TARGET = 1.08
@@ -53,7 +53,7 @@ Steps = dict[str, Callable[[], float]]  # by PARTS; each returns a number, so th
 
 
 def our_steps(batch: tuple[Tensor, ...], terms: tuple[TermConfig, ...], bfloat16: bool, channels_last: bool) -> Steps:
-    """The training loop's own parts: Objective for the step, Teachers for the teacher, folded as a run folds it."""
+    """The training step's own losses, and Teachers for the teacher, folded as a run folds it."""
     images, boxes_cxcywh_norm, labels, image = batch
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     targets = Targets(
@@ -69,13 +69,16 @@ def our_steps(batch: tuple[Tensor, ...], terms: tuple[TermConfig, ...], bfloat16
         student = models.build("yolov8n", NUM_CLASSES).to(images.device).train()
         names = tuple(map(str, range(NUM_CLASSES)))
         criterion = Criterion(terms, student=student, teachers=teachers, epochs=1, image_size=64, class_names=names)
-        objective = Objective(student, criterion.to(images.device), bfloat16)
+        criterion = criterion.to(images.device)
 
         def loss(images: Tensor) -> Tensor:
             t_outputs = teach(images) if terms else {}
-            return sum(objective(images, targets, t_outputs, 0.0).values()) * len(images)
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+                s_output = student(images)
+            losses = student.losses(s_output, targets) | criterion(s_output, t_outputs, targets, 0.0)
+            return sum(losses.values()) * len(images)
 
-        return build_step(objective, loss, images, channels_last)
+        return build_step(Learner(student, criterion), loss, images, channels_last)
 
     def forward() -> float:
         return teach(images)["yolov8s"].features["p5"].sum().item()

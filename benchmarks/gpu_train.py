@@ -119,7 +119,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def our_forward(setting: Setting, *further: TermConfig) -> tuple[nn.Module, nn.Module, Forward]:
-    """Student, what learns beside it, the terms of one batch: as training.building.build and Objective have them.
+    """Student, what learns beside it, the terms of one batch: as building.build and train.train_step have them.
 
     further: terms beside the two of the taught student.
     """

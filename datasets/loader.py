@@ -31,6 +31,10 @@ from structures import Targets
 MAX_CACHE_FRACTION = 0.5  # of the machine's memory
 
 
+class LoaderProcessDied(UserError):
+    """A loader process ended or hung while it read pictures; a signal to the whole group ends them too."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """B pictures of one step.
@@ -151,13 +155,12 @@ class Loader:
         try:
             yield from self._read_by_workers(batches)
         except (RuntimeError, OSError, EOFError) as error:
-            # What fails inside a worker arrives as text or as another RuntimeError; OSError and EOFError are of a
-            # worker that died while it handed a batch over.
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
+            if not is_dead_worker(error):
                 raise
             files = ", ".join(str(self._reader.samples[row].image_path) for row in self._reader.rows_being_read())
             reason = " ".join(str(error).split()) or "it closed the connection"
-            raise UserError(f"a loader process died or hung while reading {files or 'nothing'}: {reason}") from error
+            found = f"a loader process died or hung while reading {files or 'nothing'}: {reason}"
+            raise LoaderProcessDied(found) from error
 
     def _read_by_workers(self, batches: list[list[int]]) -> Iterator[Batch]:
         """A worker that died raises at any line from then on, out of torch's signal handler, until it is shut down.
@@ -276,6 +279,15 @@ class _Reader(Dataset):
             self.pictures[row] = planes
             self.geometry[row] = scale, *content_xyxy  # after the pixels: a scale above 0 says that they are there
         return planes, scale, *content_xyxy
+
+
+def is_dead_worker(error: RuntimeError | OSError | EOFError) -> bool:
+    """Whether an error of torch's DataLoader is about a worker process, not about what one met while it read.
+
+    OSError and EOFError are of a worker that died while it handed a batch over. For a worker that died or hung before,
+    PyTorch has no type: it raises a RuntimeError whose text begins with its own class, as nothing else here does.
+    """
+    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader ")
 
 
 def _checked(result: "Batch | str") -> Batch:

@@ -64,6 +64,15 @@ class Processes:
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=find_unused)
 
 
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error says that another process of the group is gone.
+
+    nccl and the store raise DistError; gloo has no type for a closed connection and raises a plain RuntimeError, which
+    only its text tells from others.
+    """
+    return isinstance(error, dist.DistError) or "by peer" in str(error)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what tensors free, for the next step, instead of giving it back to the system.
 

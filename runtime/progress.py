@@ -35,12 +35,12 @@ class Progress:
         if self.quiet:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(words(terms), refresh=False)
+            self._bar.set_postfix_str(format_values(terms), refresh=False)
             self._bar.update()
         elif time.monotonic() - self._spoke >= LINE_EVERY_SECONDS:
             self._spoke = time.monotonic()
             of_total = "" if self.total is None else f"/{self.total}"
-            print(f"{self.label}  {self.unit} {self.done}{of_total}  {words(terms)}", flush=True)
+            print(f"{self.label}  {self.unit} {self.done}{of_total}  {format_values(terms)}", flush=True)
 
     def finish(self) -> None:
         if self._bar is not None:
@@ -57,7 +57,8 @@ class Progress:
             print(line, flush=True)
 
 
-def words(values: dict[str, float]) -> str:
+def format_values(values: dict[str, float]) -> str:
+    """`box 1.234  cls 0.5`; values that are None are left out."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
 
 

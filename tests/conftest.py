@@ -52,9 +52,9 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def make_tiny(tiny_data, tmp_path, monkeypatch):
     """make_tiny(**changes): a tiny_config whose runs are in a folder of this test; plots are left to other tests."""
-    import train
+    from training import reporting
 
-    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(reporting, "draw", lambda *args: None)
     return lambda **changes: tiny_config(tiny_data, tmp_path / "runs", **changes)
 
 

@@ -22,6 +22,7 @@ from datasets.open import open_dataset
 from distill import coresets
 from errors import UserError
 from tests.tiny_training import tiny_config
+from training import reporting
 from yaml_files import dump_yaml
 
 WIDTH, HEIGHT = 64, 48
@@ -323,7 +324,7 @@ def test_learning_moves_pixels_and_leaves_boxes(make):
 
 
 def test_training_on_a_set_takes_the_steps_of_the_whole_and_tests_on_real_pictures(make, real, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(reporting, "draw", lambda *args: None)
     folder = make("mosaic", 2, formation=[2, 2])
     config = tiny_config(real, tmp_path / "runs", epochs=1)
     steps = {}

@@ -17,9 +17,10 @@ from layers.fusion import fuse
 from runtime import run_folder
 from runtime.processes import Processes, choose_device, use_bfloat16
 from tests.tiny_training import tiny_config
-from training import building
+from training import building, reporting
+from training.dry_run import losses_of_batch
 from training.optimization import Ema
-from training.state import Position
+from training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,9 +199,9 @@ def test_accumulated_gradient(make_tiny, monkeypatch, sum_over_batch):
     parts = building.build(config, Processes("cpu"), None, lambda line: None)
     expected = None
     for number, batch in enumerate(parts.loader.epoch(0)):
-        images, targets = parts.prepare(batch, 0, number)
-        parts.objective.train()
-        loss = sum(parts.objective(images, targets, {}, 0.0).values())
+        images, targets = building.augment_batch(parts, batch, 0, number)
+        parts.learner.train()
+        loss = sum(losses_of_batch(parts, images, targets, {}, 0.0).values())
         (loss * (len(batch) if sum_over_batch else 0.5)).backward()
     expected = {name: parameter.grad.clone() for name, parameter in parts.student.named_parameters()}
 
@@ -251,7 +252,7 @@ def test_gradient_is_clipped(make_tiny, monkeypatch):
 def test_early_stopping(make_tiny, monkeypatch):
     scores = iter([0.3, 0.5, 0.4, 0.45, 0.9, 0.9])
     numbers = lambda value: {"mAP50-95": value, "mAP50": value, "precision": value, "recall": value, "f1": value}
-    monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: (numbers(next(scores)), None))
+    monkeypatch.setattr(reporting, "evaluate", lambda *args, **kwargs: (numbers(next(scores)), None))
     config = make_tiny(epochs=10, patience=2, data={"holdout_fraction": 0.25}, evaluation={"every_epochs": 1})
     report = train.run(config, quiet=True)
     assert report["epochs"] == 4  # best at 2, then two without a better one
@@ -263,9 +264,9 @@ def test_early_stopping(make_tiny, monkeypatch):
 
 def test_position_is_over():
     config = dataclasses.replace(tiny_config(".", "."), epochs=5, patience=2)
-    assert not Position(epoch=4).is_over(config) and Position(epoch=5).is_over(config)
-    assert Position(epoch=4, best=0.1, best_epoch=2).is_over(config)
-    assert not Position(epoch=3, best=0.1, best_epoch=2).is_over(config)
+    assert not TrainingState(epoch=4).is_over(config) and TrainingState(epoch=5).is_over(config)
+    assert TrainingState(epoch=4, best=0.1, best_epoch=2).is_over(config)
+    assert not TrainingState(epoch=3, best=0.1, best_epoch=2).is_over(config)
 
 
 def test_holdout_is_a_partition_and_the_same_for_every_seed(make_tiny):
@@ -340,9 +341,9 @@ def test_bfloat16_and_contiguous(make_tiny):
     losses = []
     for changes in ({"precision": "bfloat16"}, {"channels_last": False}, {}):
         parts = building.build(make_tiny(**changes), Processes("cpu"), None, lambda line: None)
-        images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
+        images, targets = building.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         assert images.is_contiguous(memory_format=torch.channels_last) == parts.config.channels_last
-        terms = parts.objective(images, targets, {}, 0.0)
+        terms = losses_of_batch(parts, images, targets, {}, 0.0)
         assert all(term.dtype == torch.float32 for term in terms.values())
         losses.append(sum(terms.values()).item())
     assert losses[0] == pytest.approx(losses[2], rel=0.05) and losses[1] == pytest.approx(losses[2], rel=1e-4)

@@ -34,22 +34,18 @@ from training.teaching import Teachers, build_teachers
 DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a larger one the headers are read
 
 
-class Objective(nn.Module):
-    """Student and criterion as one module, so that DistributedDataParallel averages the gradients of both."""
+class Learner(nn.Module):
+    """All that learns, as one module, so that DistributedDataParallel averages the gradients of all of it.
 
-    def __init__(
-        self, student: nn.Module, criterion: Criterion, bfloat16: bool, *, detection_weight: float = 1.0
-    ) -> None:
+    forward(compute) is compute(): what is computed with the parts stands in the training step.
+    """
+
+    def __init__(self, student: nn.Module, criterion: Criterion) -> None:
         super().__init__()
-        self.student, self.criterion, self.bfloat16 = student, criterion, bfloat16
-        self.detection_weight = detection_weight
+        self.student, self.criterion = student, criterion
 
-    def forward(self, images: Tensor, targets: Targets, t_outputs: dict[str, Any], epoch: float) -> dict[str, Tensor]:
-        """Every term by name, weighted float32 scalars: the student's detection losses, then those of distillation."""
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            s_output = self.student(images)
-        detection = {name: self.detection_weight * v for name, v in self.student.losses(s_output, targets).items()}
-        return detection | self.criterion(s_output, t_outputs, targets, epoch)
+    def forward(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return compute()
 
 
 @dataclass(frozen=True)
@@ -65,92 +61,95 @@ class Splits:
 
 
 @dataclass
-class Parts:
-    """All that the training loop works with."""
+class TrainingSetup:
+    """What the training loop works with."""
 
     config: Config
     processes: Processes
     splits: Splits
     loader: Loader
     batches_per_epoch: int
+    steps_per_epoch: int
     student: nn.Module
     teachers: Teachers
     criterion: Criterion
-    objective: nn.Module  # Objective, under DistributedDataParallel where there are several processes
+    learner: nn.Module  # Learner, under DistributedDataParallel where there are several processes
     optimizer: torch.optim.Optimizer
     ema: Ema
     bfloat16: bool
     data: str  # training.state.fingerprint of the training pictures
     evaluation_loaders: dict[int, Loader] = field(default_factory=dict)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.batches_per_epoch / self.config.optimizer.accumulate)
 
-    def prepare(self, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
-        """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
-        generator = seeded_generator(Stream.AUGMENTATION, self.config.seed, epoch, number, self.processes.rank)
-        settings = augmentation_at(self.config, epoch)
-        # The targets stay on the host until their number is known.
-        images = batch.images.to(self.processes.device, non_blocking=True)
-        images, targets = augment(
-            images, batch.targets, generator=generator, settings=settings, content_xyxy=batch.content_xyxy
+def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
+    """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
+    generator = seeded_generator(Stream.AUGMENTATION, setup.config.seed, epoch, number, setup.processes.rank)
+    settings = augmentation_at(setup.config, epoch)
+    # The targets stay on the host until their number is known.
+    images = batch.images.to(setup.processes.device, non_blocking=True)
+    images, targets = augment(
+        images, batch.targets, generator=generator, settings=settings, content_xyxy=batch.content_xyxy
+    )
+    if setup.config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, targets.to(setup.processes.device)
+
+
+def set_learning_rates(setup: TrainingSetup, step: int) -> float:
+    """Rates of the optimizer for a step of the run; returns the scheduled learning rate."""
+    settings = setup.config.optimizer
+    return set_rates(
+        setup.optimizer,
+        step,
+        total_steps=setup.config.epochs * setup.steps_per_epoch,
+        warmup_steps=round(settings.warmup_epochs * setup.steps_per_epoch),
+        learning_rate=settings.learning_rate,
+        final_fraction=settings.final_fraction,
+        schedule=settings.schedule,
+        momentum=settings.momentum,
+        warmup_momentum=settings.warmup_momentum,
+        warmup_bias_learning_rate=settings.warmup_bias_learning_rate,
+    )
+
+
+def evaluation_loader(setup: TrainingSetup, index: DatasetIndex) -> Loader:
+    """The pictures of a split in their order; made once, so that what is cached stays."""
+    if id(index) not in setup.evaluation_loaders:
+        setup.evaluation_loaders[id(index)] = Loader(
+            index,
+            image_size=setup.config.image_size,
+            batch_size=setup.config.evaluation.batch_size,
+            seed=0,
+            workers=setup.config.data.workers,
+            shuffle=False,
+            cache=setup.config.data.cache and setup.config.evaluation.every_epochs > 0,
+            rank=setup.processes.rank,
+            world_size=setup.processes.count,
         )
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, targets.to(self.processes.device)
+    return setup.evaluation_loaders[id(index)]
 
-    def set_rates(self, step: int) -> float:
-        """Rates of the optimizer for a step of the run; returns the scheduled learning rate."""
-        settings = self.config.optimizer
-        return set_rates(
-            self.optimizer,
-            step,
-            total_steps=self.config.epochs * self.steps_per_epoch,
-            warmup_steps=round(settings.warmup_epochs * self.steps_per_epoch),
-            learning_rate=settings.learning_rate,
-            final_fraction=settings.final_fraction,
-            schedule=settings.schedule,
-            momentum=settings.momentum,
-            warmup_momentum=settings.warmup_momentum,
-            warmup_bias_learning_rate=settings.warmup_bias_learning_rate,
-        )
 
-    def evaluation_loader(self, index: DatasetIndex) -> Loader:
-        """The pictures of a split in their order; made once, so that what is cached stays."""
-        if id(index) not in self.evaluation_loaders:
-            self.evaluation_loaders[id(index)] = Loader(
-                index,
-                image_size=self.config.image_size,
-                batch_size=self.config.evaluation.batch_size,
-                seed=0,
-                workers=self.config.data.workers,
-                shuffle=False,
-                cache=self.config.data.cache and self.config.evaluation.every_epochs > 0,
-                rank=self.processes.rank,
-                world_size=self.processes.count,
-            )
-        return self.evaluation_loaders[id(index)]
+def machine_facts(setup: TrainingSetup) -> dict[str, Any]:
+    """What the bytes of a run depend on besides its config."""
+    device = setup.processes.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": "bfloat16" if setup.bfloat16 else "float32",
+        "processes": setup.processes.count,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
 
-    def machine(self) -> dict[str, Any]:
-        """What the bytes of a run depend on besides its config."""
-        device = self.processes.device
-        return {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "precision": "bfloat16" if self.bfloat16 else "float32",
-            "processes": self.processes.count,
-            "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
-        }
 
-    def __str__(self) -> str:
-        facts = self.machine()
-        teachers = "".join(f", teacher {name} ({count_parameters(t):,})" for name, t in self.teachers.models.items())
-        return (
-            f"{self.config.student.arch} ({count_parameters(self.student):,} parameters){teachers}, "
-            f"{len(self.splits.train)} pictures, {self.config.epochs} epochs of {self.steps_per_epoch} steps, "
-            f"{facts['device']}, {facts['precision']}, {facts['processes']} x {facts['threads']} threads"
-        )
+def describe_setup(setup: TrainingSetup) -> str:
+    """One line: the models, the pictures, the steps and the machine."""
+    facts = machine_facts(setup)
+    teachers = "".join(f", teacher {name} ({count_parameters(t):,})" for name, t in setup.teachers.models.items())
+    return (
+        f"{setup.config.student.arch} ({count_parameters(setup.student):,} parameters){teachers}, "
+        f"{len(setup.splits.train)} pictures, {setup.config.epochs} epochs of {setup.steps_per_epoch} steps, "
+        f"{facts['device']}, {facts['precision']}, {facts['processes']} x {facts['threads']} threads"
+    )
 
 
 def with_published_settings(config: Config) -> Config:
@@ -165,8 +164,8 @@ def build(
     given: dict[str, nn.Module] | None,
     say: Callable[[str], None],
     saved: dict[str, Tensor] | None = None,
-) -> Parts:
-    """The parts of a run. Every reason not to start it is found here, before anything is written.
+) -> TrainingSetup:
+    """What a run is made of. Every reason not to start it is found here, before anything is written.
 
     saved: the student's state in the checkpoint of a resumed run.
     """
@@ -218,19 +217,18 @@ def build(
         teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
     # A term that is off for a while leaves its adapter without gradients.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
-    objective = processes.wrap(
-        Objective(student, criterion, bfloat16, detection_weight=config.detection_weight), find_unused=find_unused
-    )
-    return Parts(
+    learner = processes.wrap(Learner(student, criterion), find_unused=find_unused)
+    return TrainingSetup(
         config,
         processes,
         splits,
         loader,
         len(loader),
+        math.ceil(len(loader) / settings.accumulate),
         student,
         teachers,
         criterion,
-        objective,
+        learner,
         optimizer,
         ema,
         bfloat16,

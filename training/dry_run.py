@@ -3,15 +3,23 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import Config, TermConfig
 from distill.criterion import Criterion
 from distill.outputs import named_map
 from distill.terms import LOSSES
 from runtime.processes import Processes
+from structures import Targets
 from training.balance import balance_table, balances
-from training.building import build, count_parameters
+from training.building import (
+    TrainingSetup,
+    augment_batch,
+    build,
+    count_parameters,
+    describe_setup,
+    set_learning_rates,
+)
 from training.run_pictures import in_eval_mode
 
 
@@ -20,29 +28,40 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
 
     teachers: as train.run takes them.
     """
-    parts = build(config, Processes(config.device), teachers, print)
-    batch = next(parts.loader.epoch(0))
-    images, targets = parts.prepare(batch, 0, 0)
-    t_outputs = parts.teachers(images)
-    with torch.no_grad(), in_eval_mode(parts.student):
-        s_output = parts.student(images)
-    parts.objective.train()
+    setup = build(config, Processes(config.device), teachers, print)
+    batch = next(setup.loader.epoch(0))
+    images, targets = augment_batch(setup, batch, 0, 0)
+    t_outputs = setup.teachers(images)
+    with torch.no_grad(), in_eval_mode(setup.student):
+        s_output = setup.student(images)
+    setup.learner.train()
     epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
-    terms = parts.objective(images, targets, t_outputs, epoch)
-    print(parts)
+    terms = losses_of_batch(setup, images, targets, t_outputs, epoch)
+    print(describe_setup(setup))
     print(f"batch: {len(batch)} pictures, {len(targets)} objects after augmentation")
-    if parts.criterion.terms:
-        print(map_table(parts.criterion, s_output, t_outputs))
-    print(balance_table(balances(terms, parts.student, set(parts.criterion.terms))))
+    if setup.criterion.terms:
+        print(map_table(setup.criterion, s_output, t_outputs))
+    print(balance_table(balances(terms, setup.student, set(setup.criterion.terms))))
     print(f"{'sum':<24} {sum(terms.values()).item():.6g}")
-    print(f"adapters and trained parts of losses: {count_parameters(parts.criterion):,} parameters")
-    for name, value in parts.criterion.named_parameters():
+    print(f"adapters and trained parts of losses: {count_parameters(setup.criterion):,} parameters")
+    for name, value in setup.criterion.named_parameters():
         print(f"  {name} {tuple(value.shape)}")
-    total = parts.config.epochs * parts.steps_per_epoch
+    total = setup.config.epochs * setup.steps_per_epoch
     for step in sorted({0, total // 2, total - 1}):
-        parts.set_rates(step)
-        rates = ", ".join(f"{g['name']} ({len(g['params'])}) {g['lr']:.3g}" for g in parts.optimizer.param_groups)
+        set_learning_rates(setup, step)
+        rates = ", ".join(f"{g['name']} ({len(g['params'])}) {g['lr']:.3g}" for g in setup.optimizer.param_groups)
         print(f"learning rates at step {step} of {total}: {rates}")
+
+
+def losses_of_batch(
+    setup: TrainingSetup, images: Tensor, targets: Targets, t_outputs: dict[str, Any], epoch: float
+) -> dict[str, Tensor]:
+    """Every loss by name, weighted, as a training step on one process computes them."""
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
+        s_output = setup.student(images)
+    losses = setup.student.losses(s_output, targets)
+    losses = {name: setup.config.detection_weight * value for name, value in losses.items()}
+    return losses | setup.criterion(s_output, t_outputs, targets, epoch)
 
 
 def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from metrics.report import DetectionReport
 from runtime.progress import Progress
 from runtime.run_folder import RunFolder
 from teachers.dinov2 import DINOv2, patch_pca
-from training.building import Parts
+from training.building import TrainingSetup
 from training.teaching import resize_images
 
 NUM_PICTURES = 4  # of the maps, and of the predictions at each evaluation
@@ -32,16 +32,16 @@ NUM_PREDICTED = 12  # in predictions.jpg
 SIDE = 200  # pixels of a cell in distillation.jpg
 
 
-def evaluation_pictures(parts: Parts, index: DatasetIndex) -> dict[str, Image.Image]:
+def evaluation_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.Image]:
     """By TensorBoard's name: "predictions", and "distillation/<term>" for each term that compares maps."""
-    maps = {f"distillation/{name}": sheet for name, sheet in map_pictures(parts, index).items()}
-    return {"predictions": prediction_picture(parts, index, NUM_PICTURES)} | maps
+    maps = {f"distillation/{name}": sheet for name, sheet in map_pictures(setup, index).items()}
+    return {"predictions": prediction_picture(setup, index, NUM_PICTURES)} | maps
 
 
-def draw(parts: Parts, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:
+def draw(setup: TrainingSetup, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:
     """The files of a finished run."""
-    prediction_picture(parts, parts.splits.test, NUM_PREDICTED).save(folder.path / "predictions.jpg", quality=90)
-    if sheets := map_pictures(parts, parts.splits.test):
+    prediction_picture(setup, setup.splits.test, NUM_PREDICTED).save(folder.path / "predictions.jpg", quality=90)
+    if sheets := map_pictures(setup, setup.splits.test):
         stack(list(sheets.values())).save(folder.path / "distillation.jpg", quality=90)
     if not plots.is_available():
         progress.say("without plots: matplotlib is not installed (pip install -r requirements-plots.txt)")
@@ -51,41 +51,41 @@ def draw(parts: Parts, details: DetectionReport, folder: RunFolder, progress: Pr
     plots.draw_pr_curve(details, folder.path / "pr_curve.png")
 
 
-def prediction_picture(parts: Parts, index: DatasetIndex, count: int) -> Image.Image:
+def prediction_picture(setup: TrainingSetup, index: DatasetIndex, count: int) -> Image.Image:
     return plots.prediction_sheet(
-        parts.ema.model,
+        setup.ema.model,
         index,
-        image_size=parts.config.image_size,
-        device=parts.processes.device,
-        iou_threshold=parts.config.evaluation.iou_threshold,
+        image_size=setup.config.image_size,
+        device=setup.processes.device,
+        iou_threshold=setup.config.evaluation.iou_threshold,
         count=count,
     )
 
 
 @torch.no_grad()
-def map_pictures(parts: Parts, index: DatasetIndex) -> dict[str, Image.Image]:
+def map_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.Image]:
     """One sheet for each term that compares maps, by its name; of its first pair of maps, in a few pictures of a split.
 
     Columns: what the student sees; of DINOv2 its patch tokens and where its class token looks; the student's map before
     and behind the adapter; the teacher's map at the same grid, in the same colors as the adapted one. The student is
     the one that trains, not its average: the adapters are its own. Everything is left as it was.
     """
-    terms = {name: term for name, term in parts.criterion.terms.items() if LOSSES[term.loss].reads == "map"}
+    terms = {name: term for name, term in setup.criterion.terms.items() if LOSSES[term.loss].reads == "map"}
     if not terms or not len(index):
         return {}
     chosen = plots.spread(index, NUM_PICTURES)
-    loader = Loader(chosen, image_size=parts.config.image_size, batch_size=len(chosen), seed=0, shuffle=False)
-    images = next(loader.epoch(0)).images.to(parts.processes.device).float() / 255  # (B, 3, S, S)
-    with in_eval_mode(parts.student), in_eval_mode(parts.criterion):
-        s_output = parts.student.forward(images)  # not through __call__: neither compiled nor counted again
-        return {name: term_sheet(parts, name, term, images, s_output) for name, term in terms.items()}
+    loader = Loader(chosen, image_size=setup.config.image_size, batch_size=len(chosen), seed=0, shuffle=False)
+    images = next(loader.epoch(0)).images.to(setup.processes.device).float() / 255  # (B, 3, S, S)
+    with in_eval_mode(setup.student), in_eval_mode(setup.criterion):
+        s_output = setup.student.forward(images)  # not through __call__: neither compiled nor counted again
+        return {name: term_sheet(setup, name, term, images, s_output) for name, term in terms.items()}
 
 
-def term_sheet(parts: Parts, name: str, term: TermConfig, images: Tensor, s_output: Any) -> Image.Image:
+def term_sheet(setup: TrainingSetup, name: str, term: TermConfig, images: Tensor, s_output: Any) -> Image.Image:
     pictures = to_pictures(images, SIDE, smooth=True)
     columns = {"picture": pictures}
-    teacher = parts.teachers.models[term.teacher]
-    seen = resize_images(images, parts.teachers.facts[term.teacher].image_size)
+    teacher = setup.teachers.models[term.teacher]
+    seen = resize_images(images, setup.teachers.facts[term.teacher].image_size)
     is_dino = isinstance(teacher, DINOv2)
     with requesting(teacher, {"patches", "class_attention"} if is_dino else set()):
         t_output = teacher.forward(seen)
@@ -96,8 +96,8 @@ def term_sheet(parts: Parts, name: str, term: TermConfig, images: Tensor, s_outp
     s_name, t_name = term.student_maps[0], term.teacher_maps[0]
     s_map, t_map = named_map(s_output, s_name).float(), named_map(t_output, t_name)
     columns[f"student's {s_name}"] = to_pictures(patch_pca(s_map.cpu()), SIDE)
-    adapted = parts.criterion.adapters[name][0](s_map)
-    t_map = like_adapted(parts.criterion.adapters[name][0], resize_like(t_map, adapted))
+    adapted = setup.criterion.adapters[name][0](s_map)
+    t_map = like_adapted(setup.criterion.adapters[name][0], resize_like(t_map, adapted))
     titles = (f"adapted {s_name}", f"{t_name} of {term.teacher}")
     if adapted.shape == t_map.shape:
         both = common_colors(adapted.cpu(), t_map.cpu())

@@ -16,7 +16,7 @@ FREE_KEYS = ("name", "runs", "save_every_steps", "data.root", "data.train_root",
 
 
 @dataclass
-class Position:
+class TrainingState:
     """How far a run is. `sums` are of each loss term over the batches of the epoch in progress."""
 
     step: int = 0  # optimizer steps done
@@ -99,9 +99,9 @@ def flat_tree(tree: Any, key: str = "") -> dict[str, Any]:
     return flat
 
 
-def position_tree(position: Position) -> dict[str, Any]:
-    return dataclasses.asdict(position)
+def position_tree(state: TrainingState) -> dict[str, Any]:
+    return dataclasses.asdict(state)
 
 
-def position_from(state: dict[str, Any]) -> Position:
-    return Position(**state["position"])
+def position_from(saved: dict[str, Any]) -> TrainingState:
+    return TrainingState(**saved["position"])

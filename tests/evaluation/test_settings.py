@@ -20,7 +20,7 @@ from evaluation.measuring import evaluate_model, measure
 from metrics.tables import DetectionTable, ground_truth_from_samples
 from runtime import run_folder
 from tests.tiny_training import SIZE, tiny_config, write_dataset
-from training import building
+from training import building, reporting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MOBILENET = "fasterrcnn_mobilenet_v3_small"
@@ -227,9 +227,9 @@ def test_difficult_objects_are_no_misses_unless_asked(voc, tmp_path, monkeypatch
         parts = argparse.Namespace(
             config=building.with_published_settings(config),
             processes=argparse.Namespace(device=torch.device("cpu")),
-            evaluation_loader=lambda index: None,
+            evaluation_loaders={id(index): None},
         )
-        numbers, _ = train.evaluate(parts, Taught(), index)
+        numbers, _ = reporting.evaluate(parts, Taught(), index)
         assert numbers["recall"] == pytest.approx(recall)
 
     # eval.py with a model, and from files.

@@ -23,6 +23,9 @@ from runtime import run_folder
 from runtime.processes import Processes
 from tests.conftest import ROOT
 from tests.reference import golden_models
+from training import reporting
+from training.building import augment_batch, set_learning_rates
+from training.dry_run import losses_of_batch
 from weights import layouts_of
 
 RTDETR, FASTERRCNN, BOTH = (
@@ -81,8 +84,8 @@ def pictures(shared_data, tmp_path_factory):
 @pytest.fixture
 def study_of(pictures, files, tmp_path, monkeypatch):
     """A shipped file as a study of one step a row, its teachers read from `files`; pictures are left to other tests."""
-    monkeypatch.setattr(train, "draw", lambda *args: None)
-    monkeypatch.setattr(train, "evaluation_pictures", lambda *args: {})
+    monkeypatch.setattr(reporting, "draw", lambda *args: None)
+    monkeypatch.setattr(reporting, "evaluation_pictures", lambda *args: {})
 
     def study(path, *more):
         text = open(path).read()
@@ -124,14 +127,14 @@ def test_only_the_student_and_the_adapters_learn(path, row, terms, study_of):
     assert optimized == {id(value) for _, value in learning}
     assert sum(value.dim() == 4 for value in parts.criterion.parameters()) == terms
 
-    images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
-    parts.objective.train()
-    losses = parts.objective(images, targets, parts.teachers(images), 0.5)
+    images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+    parts.learner.train()
+    losses = losses_of_batch(parts, images, targets, parts.teachers(images), 0.5)
     assert all(losses[name].item() > 0 for name in parts.criterion.terms) and len(parts.criterion.terms) > 0
     sum(losses.values()).backward()
     idle = [name for name, value in learning if value.dim() == 4 and not value.grad.abs().sum() > 0]
     assert all(name.startswith("head.box.") for name in idle)  # of a level without objects in these pictures
-    parts.set_rates(1)
+    set_learning_rates(parts, 1)
     parts.optimizer.step()
     assert not [name for name, value in learning if value.dim() == 4 and torch.equal(value, old[name])]
     for name, model in teachers.items():
@@ -159,8 +162,8 @@ def test_confidence_makes_the_difference(study_of):
     study, found = study_of(BOTH), {}
     for name in ("fixed", "confidence"):
         parts = train.build(row_of(study, name).config, Processes("cpu"), None, lambda line: None)
-        images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
-        parts.objective.eval()
+        images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+        parts.learner.eval()
         with torch.no_grad():
             output, outputs = parts.student(images), parts.teachers(images)
             found[name] = parts.criterion(output, outputs, targets, 0.5)
@@ -232,13 +235,13 @@ def test_rtdetr_x_itself_from_its_own_file(study_of, golden, tmp_path):
     torch.save({"model": state, "names": dict(enumerate(COCO))}, file)
     config = row_of(study_of(RTDETR, "teachers.0.arch=rtdetr_x", f"teachers.0.weights={file}"), "mse").config
     parts = train.build(config, Processes("cpu"), None, lambda line: None)
-    images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
+    images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
     outputs = parts.teachers(images)
     assert [outputs["rtdetr_x"].features[level].shape[1:] for level in ("p3", "p4", "p5")] == [
         (384, 8, 8), (384, 4, 4), (384, 2, 2)
     ]  # fmt: skip
     assert outputs["rtdetr_x"].query_logits is None  # nobody reads it
-    losses = parts.objective(images, targets, outputs, 0.5)
+    losses = losses_of_batch(parts, images, targets, outputs, 0.5)
     assert losses["mse_rtdetr_x"].item() > 0
     widths = [tuple(value.shape[:2]) for value in parts.criterion.parameters() if value.dim() == 4]
     assert widths == [(384, 128), (384, 256), (384, 512)]

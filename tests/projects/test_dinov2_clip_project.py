@@ -24,6 +24,9 @@ from teachers.dinov2 import DINOv2
 from tests.conftest import ROOT
 from tests.tiny_training import tiny_config
 from tests.training.test_two_stage_training import public_state
+from training import reporting
+from training.building import augment_batch
+from training.dry_run import losses_of_batch
 
 CONFIG = str(ROOT / "configs" / "voc_fasterrcnn_resnet18_dinov2_clip.yaml")
 GRID = str(ROOT / "configs" / "voc_fasterrcnn_grid.yaml")
@@ -87,8 +90,8 @@ def overrides(photos, released, shared_data, tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They are left to the tests that look at them."""
-    monkeypatch.setattr(train, "draw", lambda *args: None)
-    monkeypatch.setattr(train, "evaluation_pictures", lambda *args: {})
+    monkeypatch.setattr(reporting, "draw", lambda *args: None)
+    monkeypatch.setattr(reporting, "evaluation_pictures", lambda *args: {})
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -128,9 +131,10 @@ def test_alpha_beta_and_gamma_scale_their_terms(overrides, tmp_path):
     for name, changes in (("one", []), ("other", ["detection_weight=2", "terms.0.weight=3", "terms.1.weight=0.25"])):
         config = load_config(CONFIG, [*overrides, f"name={name}", f"student.arch={STUDENTS[1]}", *changes])
         parts = train.build(config, train.Processes("cpu"), None, lambda line: None)
-        images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
+        images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         torch.manual_seed(0)
-        rows.append(parts.objective.eval()(images, targets, parts.teachers(images), 0.0))
+        parts.learner.eval()
+        rows.append(losses_of_batch(parts, images, targets, parts.teachers(images), 0.0))
     for name, ratio in (("roi_class", 2), ("rpn_box", 2), ("cosine_dinov2", 3), ("image_kl_clip", 0.5)):
         torch.testing.assert_close(rows[1][name], ratio * rows[0][name], rtol=1e-5, atol=0)
 

@@ -13,10 +13,12 @@ from torch import nn
 
 import train
 from errors import run_script
+from runtime import run_folder
 from runtime.processes import Processes
 from tests.tiny_training import tiny_config
 from training import building
 from training.optimization import Ema
+from training.state import TrainingState
 
 PLAIN = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
 TERMS = [
@@ -32,17 +34,19 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
 
     Batch normalisation is in eval mode, because each process normalises its own images.
     """
-    optimizer = {"sum_over_batch": KINDS[kind], "accumulate": 2}
+    optimizer = {"sum_over_batch": KINDS[kind], "accumulate": 2, "clip_norm": 0.0}
     teachers = [{"name": "t", "arch": "yolov8n", "weights": str(folder / "teacher.pt")}]
     config = tiny_config(data, folder / "runs", augment=PLAIN, teachers=teachers, terms=TERMS, optimizer=optimizer)
     parts = building.build(config, processes, None, lambda line: None)
     for module in parts.student.modules():
         module.train(not isinstance(module, nn.BatchNorm2d))
     batches = list(parts.loader.epoch(0))[:2]
-    terms, losses = train.step_gradients(parts, batches, 0, 0)
     named = [*parts.student.named_parameters(), *parts.criterion.named_parameters()]
-    written = {f"batch {i // len(terms)}: {terms[i % len(terms)]}": loss for i, loss in enumerate(losses)}
-    return written | {name: parameter.grad.clone() for name, parameter in named}
+    found = {}
+    parts.optimizer.step = lambda: found.update({name: parameter.grad.clone() for name, parameter in named})
+    rows = train.train_step(parts, batches, TrainingState(), run_folder.RunFolder(folder))
+    written = {f"batch {i}: {name}": torch.tensor(loss) for i, row in enumerate(rows) for name, loss in row.items()}
+    return written | found
 
 
 if __name__ == "__main__":

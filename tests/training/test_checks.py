@@ -16,6 +16,7 @@ from config import from_tree, to_tree
 from datasets import open as opening
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
+from training import reporting
 from training.checks import check_config
 from yaml_files import dump_yaml
 
@@ -219,7 +220,7 @@ def test_families_without_losses_are_the_ones_that_only_teach():
 
 
 def test_one_row_is_the_run_that_compare_would_make(study, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(reporting, "draw", lambda *args: None)
     train.main([str(study), "--row", "alone", "seed=3"])
     row = next(row for row in load_study(study, ["seed=3"]).rows if row.name == "alone")
     result = compare.find_finished(row)

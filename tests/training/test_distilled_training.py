@@ -15,6 +15,7 @@ from runtime import run_folder
 from runtime.processes import Processes
 from tests.tiny_training import SIZE, tiny_config, write_dataset
 from training import building, teaching
+from training.dry_run import losses_of_batch
 
 TERMS = [
     {"teacher": "big", "loss": "mse", "weight": 0.5, "student_maps": ["p3", "p4", "p5"], "adapter": "conv1x1"},
@@ -159,9 +160,9 @@ def test_the_average_teaches_what_it_is_at_each_step(tmp_path):
     term = {"teacher": "mean", "loss": "mse", "weight": 1.0, "student_maps": ["p3"]}
     config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=[{"name": "mean", "arch": "ema"}], terms=[term])
     parts = building.build(config, Processes("cpu"), None, lambda text: None)
-    images, targets = parts.prepare(next(parts.loader.epoch(0)), 0, 0)
+    images, targets = building.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
     parts.student.eval()
-    value = lambda: parts.objective(images, targets, parts.teachers(images), 0.0)["mse_mean"].item()
+    value = lambda: losses_of_batch(parts, images, targets, parts.teachers(images), 0.0)["mse_mean"].item()
     assert value() == 0
     parts.student.neck.top_down3.merge.conv.weight.data += 0.1
     first = value()

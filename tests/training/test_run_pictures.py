@@ -58,7 +58,7 @@ def test_what_the_columns_show(parts):
 
 
 def test_looking_changes_nothing(parts):
-    parts.objective.train()
+    parts.learner.train()
     requested = parts.teachers.models["dino"].requested_outputs
     assert requested == {"block0"}
     modules = (parts.student, parts.criterion, parts.ema.model, *parts.teachers.models.values())
