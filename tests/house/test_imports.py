@@ -44,7 +44,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "evaluation": BASE | {"datasets", "metrics", "runtime"},
     "evaluation.class_names": BASE | {"distill.box_classes"},
     "prediction": BASE | {"datasets", "layers", "runtime"},
-    "training": RUN | {"models", "weights", "layers", "frcnn", "teachers", "distill", "metrics"},
+    "training": RUN | {"models", "weights", "layers", "frcnn", "teachers", "distill", "metrics", "evaluation"},
     "condensing": RUN | {"distill", "training"},
     "comparison": RUN | {"models", "training", "condensing", "prediction"},
     "web_demo": RUN | {"distill", "onnx_files", "prediction"},
