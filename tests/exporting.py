@@ -59,6 +59,7 @@ def export_student(folder: Path) -> Exported:
     """Train with a teacher and adapters, then run export.py twice."""
     import export
     import train
+    from training import reporting
 
     data = write_dataset(folder / "data", train=8, test=6)
     terms = [{"teacher": "big", "loss": "mse", "weight": 0.5, "student_maps": ["p3", "p4"], "adapter": "conv1x1"}]
@@ -66,7 +67,7 @@ def export_student(folder: Path) -> Exported:
     student = {"weights": str(save_model(folder / "start.pt", "yolov8n"))}
     config = tiny_config(data, folder / "runs", epochs=1, student=student, teachers=teachers, terms=terms)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(train, "draw", lambda *args: None)
+        patch.setattr(reporting, "draw", lambda *args: None)
         train.run(config, quiet=True)
     weights = folder / "runs" / "tiny" / "weights" / "last.pt"
     said, pictures = [], ["--pictures", str(data / "images")]

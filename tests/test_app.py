@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import train
 from tests.conftest import ROOT
 from tests.training.test_distilled_training import TERMS
 from tests.web_demo.tiny_app import photo, png, write_runs
+from training import reporting
 
 pytest.importorskip("streamlit", reason="the demo in a browser needs requirements-app.txt")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
     """A folder as the demo is started in; nobody changes it."""
     root = tmp_path_factory.mktemp("app")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw", lambda *args: None)
+        patch.setattr(reporting, "draw", lambda *args: None)
         write_runs(root)
     return root
 

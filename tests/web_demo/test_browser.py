@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import train
 from tests.conftest import ROOT
 from tests.tiny_training import environment
 from tests.web_demo.tiny_app import photo, png, write_runs
+from training import reporting
 
 pytest.importorskip("streamlit", reason="the demo in a browser needs requirements-app.txt")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-browser.txt")
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
         return Path(SCREENSHOTS).resolve()
     root = tmp_path_factory.mktemp("browser")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw", lambda *args: None)
+        patch.setattr(reporting, "draw", lambda *args: None)
         write_runs(root)
     shutil.copytree(ROOT / ".streamlit", root / ".streamlit")  # it is looked for where the server is started
     return root
