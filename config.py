@@ -84,6 +84,7 @@ class TermConfig:
     stop_epoch: float | None = None  # the term is off from here on
     decay: Literal["none", "linear", "cosine"] = "none"  # of the weight, towards final_fraction at the last epoch
     final_fraction: float = 0.0
+    content_only: bool = False  # for losses of maps: both maps are 0 in the padding beside a picture
     parameters: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
 
 

@@ -42,6 +42,7 @@ from training.building import (
     TrainingSetup,
     augment_batch,
     build,
+    content_of_batch,
     describe_setup,
     set_learning_rates,
     with_published_settings,
@@ -69,6 +70,7 @@ def train_step(
     torch.manual_seed(stream.initial_seed())
     for number, batch in enumerate(batches, state.batch):
         images, targets = augment_batch(setup, batch, state.epoch, number)
+        content = content_of_batch(setup, batch, state.epoch, number)
         t_outputs = setup.teachers(images)
 
         def losses_of_batch() -> dict[str, Tensor]:
@@ -77,7 +79,7 @@ def train_step(
             detection = setup.student.losses(s_output, targets)
             detection = {name: config.detection_weight * value for name, value in detection.items()}
             epoch = state.epoch + number / setup.batches_per_epoch  # of the schedules
-            return detection | setup.criterion(s_output, t_outputs, targets, epoch)
+            return detection | setup.criterion(s_output, t_outputs, targets, epoch, content)
 
         with averaging(setup.learner, is_last=batch is batches[-1]):
             losses = setup.learner(losses_of_batch)  # calls it, under DistributedDataParallel where there is one

@@ -71,6 +71,23 @@ def augment(
     return transform(images, targets, parameters, settings=settings, content_xyxy=content_xyxy)
 
 
+@torch.no_grad()
+def augment_content(content_xyxy: Tensor, *, image_size: int, generator: torch.Generator, settings) -> Tensor:
+    """Where the images that `augment` gives show a picture, and no grey: (B, 1, S, S) bool.
+
+    content_xyxy (B, 4) and settings as there, and a generator in the same state: masks of the content move as the
+    images do. What mixup adds to a picture's padding does not count.
+    """
+    x = torch.arange(image_size, device=content_xyxy.device) + 0.5
+    x1, y1, x2, y2 = content_xyxy[:, :, None].unbind(1)  # (B, 1) each
+    inside = ((x > y1) & (x < y2))[:, :, None] & ((x > x1) & (x < x2))[:, None, :]  # (B, S, S)
+    masks = inside[:, None].float().expand(-1, 3, -1, -1)
+    geometry = replace(settings, mixup=0.0, **dict.fromkeys(COLOUR, 0.0))
+    none = Targets.empty(content_xyxy.device)
+    moved, _ = augment(masks, none, generator=generator, settings=geometry, content_xyxy=content_xyxy)
+    return moved[:, :1] > (1 + FILL) / 2
+
+
 def draw_siamese(*, generator: torch.Generator, settings) -> Callable[[Tensor, Targets], tuple[Tensor, Targets]]:
     """One draw for any number of pictures: Differentiable Siamese Augmentation, arXiv:2102.08259.
 

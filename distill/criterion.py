@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from config import TermConfig
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
 from distill.box_classes import join_classes
-from distill.outputs import in_precision_of, named_map
+from distill.outputs import content_at, in_precision_of, named_map
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from distill.term_inputs import TermInputs
@@ -113,11 +113,24 @@ class Criterion(nn.Module):
             self._try_term(term, key, s_probe, t_probe)
         self._check_weighting(class_names, facts)
 
-    def forward(self, s_output: Any, t_outputs: dict[str, Any], targets: Targets, epoch: float) -> dict[str, Tensor]:
+    @property
+    def leaves_padding_out(self) -> bool:
+        """Whether `forward` reads content, for a term with content_only."""
+        return any(term.content_only for term in self.terms.values())
+
+    def forward(
+        self,
+        s_output: Any,
+        t_outputs: dict[str, Any],
+        targets: Targets,
+        epoch: float,
+        content: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Named, weighted float32 scalars, one per term, in the order of the config; 0 where its schedule is off.
 
         t_outputs: each teacher's output for the same images. targets: of the batch, for losses that mask with them.
         epoch: fractional, step / steps per epoch.
+        content: (B, 1, H, W) bool, where the images show a picture and no padding; None: everywhere.
         """
         losses, shared = {}, {name: {} for name in t_outputs}
         trust = self._teacher_weights(s_output, t_outputs, targets)
@@ -126,7 +139,8 @@ class Criterion(nn.Module):
             if factor == 0:
                 losses[name] = torch.zeros((), device=targets.boxes_xyxy.device)
                 continue
-            value = self._term_loss(term, s_output, t_outputs[term.teacher], targets, shared[term.teacher])
+            teacher = term.teacher
+            value = self._term_loss(term, s_output, t_outputs[teacher], targets, shared[teacher], content)
             losses[name] = factor * trust[term.teacher] * value if term.teacher in trust else factor * value
         return losses
 
@@ -146,7 +160,13 @@ class Criterion(nn.Module):
         return frozenset(parts)
 
     def _term_loss(
-        self, term: TermConfig, s_output: Any, t_output: Any, targets: Targets, shared: dict[Hashable, Any]
+        self,
+        term: TermConfig,
+        s_output: Any,
+        t_output: Any,
+        targets: Targets,
+        shared: dict[Hashable, Any],
+        content: Tensor | None = None,
     ) -> Tensor:
         """The sum over the term's pairs, unweighted. Losses are computed in float32, under autocast too."""
         entry = LOSSES[term.loss]
@@ -162,6 +182,9 @@ class Criterion(nn.Module):
             if entry.reads == "map":
                 t_map = resize_like(named_map(t_output, t_name).detach(), s_map)
                 t_map = t_map if entry.finishes_maps else like_adapted(adapter, t_map)
+            if term.content_only and content is not None:
+                padding = ~content_at(content, s_map)
+                s_map, t_map = s_map.masked_fill(padding, 0), t_map.masked_fill(padding, 0)
             inputs = TermInputs(
                 targets=targets,
                 s_output=s_output,
@@ -258,6 +281,8 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: in
         raise UserError(f"{key}.weight: found {term.weight}, expected a number above 0: the term could never act")
     if term.stop_epoch is not None and term.stop_epoch <= 0:
         raise UserError(f"{key}.stop_epoch: found {term.stop_epoch}, expected more than 0: the term could never act")
+    if term.content_only and (LOSSES[term.loss].reads != "map" or LOSSES[term.loss].finishes_maps):
+        raise UserError(f"{key}.content_only: loss {term.loss!r} compares more than maps, expected false")
     student_maps, teacher_maps = check_maps(term, key)
     known = LOSSES[term.loss].parameters()
     for name in term.parameters:

@@ -4,6 +4,10 @@ Every loss is a pure function of one pair of maps with equal shapes; an adapter 
 different widths before, and the criterion has brought the teacher's map to the student's grid. Computed in float32
 for half-precision inputs, in float64 for float64. Student gradients only: the teacher's map is detached. An empty map
 (B = 0, or no pixels) gives 0.
+
+The grey padding beside a picture takes part like the rest of an image, as in public toolboxes. A term with
+`content_only: true` leaves it out: behind the adapter both maps are 0 there, so that what the models make of the
+padding has neither effect nor gradient; a mean still counts these pixels.
 """
 
 import torch

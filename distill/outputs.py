@@ -86,6 +86,15 @@ def own_anchors(inputs: Any, sizes: tuple[float, ...] | None, ratios: tuple[floa
     return make_anchor_sizes([size * stride for size in sizes or (2.0, 4.0)], list(ratios))
 
 
+def content_at(content: Tensor, feature_map: Tensor) -> Tensor:
+    """The content (B, 1, H, W) bool of images at the grid of a map: (B, 1, h, w) bool, where half of a cell has it.
+
+    Of content so thin that no cell has half, the cells that have most.
+    """
+    share = nn.functional.adaptive_avg_pool2d(content.float(), feature_map.shape[2:])
+    return share >= share.amax((2, 3), keepdim=True).clamp(max=0.5)
+
+
 def any_map(output: Any) -> Tensor:
     return next(iter(output.features.values()))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import models
 from config import AugmentConfig, Config, DataConfig
-from datasets.augment import augment
+from datasets.augment import augment, augment_content
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
 from datasets.open import open_dataset, require_objects
@@ -93,6 +93,18 @@ def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -
     if setup.config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     return images, targets.to(setup.processes.device)
+
+
+def content_of_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> Tensor | None:
+    """Where the images of augment_batch show a picture (augment_content); None where no term leaves padding out."""
+    if not setup.criterion.leaves_padding_out:
+        return None
+    return augment_content(
+        batch.content_xyxy.to(setup.processes.device),
+        image_size=setup.config.image_size,
+        generator=seeded_generator(Stream.AUGMENTATION, setup.config.seed, epoch, number, setup.processes.rank),
+        settings=augmentation_at(setup.config, epoch),
+    )
 
 
 def set_learning_rates(setup: TrainingSetup, step: int) -> float:

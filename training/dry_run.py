@@ -16,6 +16,7 @@ from training.building import (
     TrainingSetup,
     augment_batch,
     build,
+    content_of_batch,
     count_parameters,
     describe_setup,
     set_learning_rates,
@@ -36,7 +37,7 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
         s_output = setup.student(images)
     setup.learner.train()
     epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
-    terms = losses_of_batch(setup, images, targets, t_outputs, epoch)
+    terms = losses_of_batch(setup, images, targets, t_outputs, epoch, content_of_batch(setup, batch, 0, 0))
     print(describe_setup(setup))
     print(f"batch: {len(batch)} pictures, {len(targets)} objects after augmentation")
     if setup.criterion.terms:
@@ -54,14 +55,19 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
 
 
 def losses_of_batch(
-    setup: TrainingSetup, images: Tensor, targets: Targets, t_outputs: dict[str, Any], epoch: float
+    setup: TrainingSetup,
+    images: Tensor,
+    targets: Targets,
+    t_outputs: dict[str, Any],
+    epoch: float,
+    content: Tensor | None,
 ) -> dict[str, Tensor]:
     """Every loss by name, weighted, as a training step on one process computes them."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
         s_output = setup.student(images)
     losses = setup.student.losses(s_output, targets)
     losses = {name: setup.config.detection_weight * value for name, value in losses.items()}
-    return losses | setup.criterion(s_output, t_outputs, targets, epoch)
+    return losses | setup.criterion(s_output, t_outputs, targets, epoch, content)
 
 
 def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) -> str:

@@ -453,3 +453,22 @@ def test_settings_out_of_range_name_the_key(change):
     images, targets = scene()
     with pytest.raises(UserError, match=rf"augment\.{next(iter(change))}: found .*, expected"):
         augment(images, targets, generator=generator(), settings=replace(NOTHING, **change))
+
+
+@pytest.mark.parametrize(
+    "settings", [NOTHING, replace(EVERYTHING, mosaic=0.0), EVERYTHING], ids=["as is", "one", "all"]
+)
+def test_content_moves_as_the_pictures_do(settings):
+    """White pictures in grey padding: the content is what is white afterwards, whatever the colours become."""
+    content_xyxy = torch.tensor([[0.0, 12, 64, 52], [8.0, 0, 56, 64], [0.0, 0, 64, 64], [0.0, 30, 64, 34]])
+    images = torch.full((4, 3, 64, 64), A.FILL)
+    for image, (x1, y1, x2, y2) in zip(images, content_xyxy.int().tolist()):
+        image[:, y1:y2, x1:x2] = 1.0
+    plain = replace(settings, mixup=0.0, hue=0.0, saturation=0.0, value=0.0)
+    moved, _ = augment(images, Targets.empty(), generator=generator(3), settings=plain, content_xyxy=content_xyxy)
+    found = A.augment_content(content_xyxy, image_size=64, generator=generator(3), settings=settings)
+    assert found.shape == (4, 1, 64, 64) and found.dtype == torch.bool
+    differs = found[:, 0] != (moved[:, 0] > (1 + A.FILL) / 2)
+    assert differs.float().mean() < 0.02 and 0.1 < found.float().mean() < 0.95  # borders to black and to grey
+    if settings is NOTHING:
+        assert not differs.any()
