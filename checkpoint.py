@@ -251,8 +251,8 @@ def start_model(
     never by their place. A class that the file has takes over its rows of the class head; the others keep fresh rows,
     drawn from torch's global generator as models.build draws them. Everything else is the file's, the width of the
     class branch too, so that before any training the classes taken over get the scores that the file's model gives
-    them. (The softmax head of a Faster R-CNN keeps the file's other classes as background for that.) `say` gets one
-    line with what was taken over and what starts fresh.
+    them: a Faster R-CNN's softmax head keeps the file's other classes as background for that, and an RT-DETR gives them
+    where it chooses the same queries. `say` gets one line with what was taken over and what starts fresh.
 
     new_head: the class head as a whole starts fresh, also where it would fit.
     UserError for a file that does not fit, or whose classes are not known: there is nothing to join them by.

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 import checkpoint
 import models
 import train
+from datasets.open import open_dataset
 from errors import UserError
 from evaluation.class_names import COCO, coco_by_id
+from evaluation.cross_dataset import on_common_classes
+from evaluation.measuring import evaluate_model
 from training import building, teaching
 from weight_files.class_rows import ClassRows, take_rows
 
@@ -190,6 +193,24 @@ def test_take_rows_by_hand():
     own = ClassRows("x.", groups=2, shared=1, each=2, others=6)
     found = take_rows(-torch.arange(26.0), released, (2, None, 0), fresh_rows=own, released_rows=theirs)
     assert found[:13].tolist() == [0, 5, 6, -3, -4, 1, 2, 9, 10, 3, 4, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("arch", "file"), [("yolov8n", "yolov8n_coco_rebuilt_fp16.pt"), ("yolov5n", "yolov5n_coco_v6.1.pt")]
+)
+def test_before_training_the_map_is_that_of_the_coco_model(arch, file, shared_data):
+    path, root = shared_data / "public_weights" / file, shared_data / "voc2012_animals"
+    if not (path.is_file() and root.is_dir()):
+        pytest.skip("no COCO weights or animals among the small real data")
+    index = open_dataset("voc", str(root), "val").subset(list(range(12)))
+    released, info = checkpoint.load_model(path, arch)
+    student, _ = start(path, arch, index.names)
+    pair = [
+        evaluate_model(m, i, image_size=192, batch_size=12)
+        for m, i in (on_common_classes(released, index, info.names)[:2], (student, index))
+    ]
+    untrained, own = (result.numbers["mAP50-95"] for result in pair)
+    assert own == pytest.approx(untrained, abs=1e-9) and untrained > 0.2
 
 
 def released_state(model: nn.Module) -> dict[str, Tensor]:

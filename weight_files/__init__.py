@@ -4,4 +4,5 @@ containers    torch zip, TorchScript, legacy torch, safetensors, npz, as bytes
 inert_pickle  pickles read as data
 places        where in an opened container the weights are
 families      which released model a set of names looks like
+class_rows    which outputs of a class head belong to which class
 """
