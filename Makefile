@@ -18,7 +18,7 @@ $(STAMP): requirements.txt requirements-plots.txt requirements-export.txt requir
 
 demo: setup  ## Baseline, teacher and distilled student on the embedded set; ends with a table and a picture
 	$(BIN)/python -m datasets.shapes data/shapes --train 480 --test 120 --image-size 160
-	$(BIN)/python compare.py configs/demo.yaml
+	$(BIN)/python compare.py configs/studies/demo.yaml
 
 app: setup  ## The demo in a browser, at http://localhost:8501, with the models that `make demo` trained
 	$(BIN)/python -m streamlit run app.py --server.address $(ADDRESS)
@@ -57,7 +57,7 @@ gpu: test-gpu  ## The same, then every table of a GPU; with data/bccd at last BC
 	$(PYTHON) -m pytest -m "not slow" --ignore tests/kernels
 	$(PYTHON) benchmarks/gpu_train.py --output $(RESULTS)
 	if test -d data/bccd; then \
-		$(PYTHON) compare.py configs/bccd_yolov8n_from_yolov8s.yaml --seeds 3 name=bccd_640 image_size=640; fi
+		$(PYTHON) compare.py configs/studies/bccd_yolov8n_from_yolov8s.yaml --seeds 3 name=bccd_640 image_size=640; fi
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -1,7 +1,7 @@
 """What does a change buy? Rows of models trained under one protocol, over several seeds, in one table.
 
-    python compare.py configs/demo.yaml --seeds 3 [key=value ...]          a config: the four rows below
-    python compare.py configs/bccd_study.yaml --seeds 3 [--rows cwd,fgd]   a study: the rows its file lists
+    python compare.py configs/studies/demo.yaml --seeds 3 [key=value ...]          a config: the four rows below
+    python compare.py configs/studies/bccd_study.yaml --seeds 3 [--rows cwd,fgd]   a study: the rows its file lists
 
 A config with teachers and terms is trained as
 

@@ -4,8 +4,8 @@
 
 Name, summary, paper, equation, needs and parameters come from distill.terms.LOSSES and the docstrings, so the page
 cannot say something else than the code; what was measured here comes from STUDY, the comparison.json of a run of
-configs/bccd_study.yaml, from the rows that are named as the losses are. A test compares the committed file with what
-would be written. Only what neither holds is listed here: PUBLISHED, what others measured.
+configs/studies/bccd_study.yaml, from the rows that are named as the losses are. A test compares the committed file
+with what would be written. Only what neither holds is listed here: PUBLISHED, what others measured.
 """
 
 import argparse

@@ -29,7 +29,7 @@ from training.dry_run import losses_of_batch
 from weights import layouts_of
 
 RTDETR, FASTERRCNN, BOTH = (
-    str(ROOT / "configs" / f"coco_yolov8s_from_{name}.yaml")
+    str(ROOT / "configs" / "studies" / f"coco_yolov8s_from_{name}.yaml")
     for name in ("rtdetr_x", "fasterrcnn_resnet50", "two_teachers")
 )
 SMALL = (

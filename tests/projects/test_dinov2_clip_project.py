@@ -29,7 +29,7 @@ from training.building import augment_batch
 from training.dry_run import losses_of_batch
 
 CONFIG = str(ROOT / "configs" / "voc_fasterrcnn_resnet18_dinov2_clip.yaml")
-GRID = str(ROOT / "configs" / "voc_fasterrcnn_grid.yaml")
+GRID = str(ROOT / "configs" / "studies" / "voc_fasterrcnn_grid.yaml")
 STUDENTS = ("fasterrcnn_resnet18", "fasterrcnn_mobilenet_v3_small", "fasterrcnn_vit_tiny")
 KINDS = ("baseline", "feature", "logit", "full")
 TERMS = ("cosine_dinov2", "image_kl_clip")

@@ -1,5 +1,6 @@
 """Every shipped config names what exists, and the published projects run from end to end on a few pictures."""
 
+import dataclasses
 import json
 import math
 from functools import cache
@@ -10,17 +11,21 @@ import torch
 
 import compare
 import models
+import train
 from comparison.study import load_study
 from comparison.table import METRICS
-from config import load_config, read_tree
+from config import load_config
 from datasets.download import DATASETS, WEIGHTS
 from distill.criterion import Criterion, TeacherFacts
+from errors import UserError
 from runtime import run_folder
 from teachers.clip_tokenizer import VOCABULARY_PATH
 from tests.conftest import ROOT
+from training.checks import check_config
 from training.teaching import EMA
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RUNS = sorted((ROOT / "configs").glob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 NAMES = ("a", "b", "c")
 
 
@@ -35,14 +40,26 @@ def fresh(arch):
 
 def runs_of(path):
     """The configs that a shipped file asks to be trained: its rows, or the one it is."""
-    return [row.config for row in load_study(path).rows] if is_study(path) else [load_config(path)]
+    return [row.config for row in load_study(path).rows] if path in STUDIES else [load_config(path)]
 
 
-def is_study(path):
-    return bool({"teachers", "rows"} & set(read_tree(path)))
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_train_takes_every_config(path):
+    """With the weights in place: files of teachers and backbones are downloaded by the command in the first line."""
+    config = load_config(path)
+    student = dataclasses.replace(config.student, backbone_weights=None, frozen_norms=False)
+    check_config(dataclasses.replace(config, student=student), given=[teacher.name for teacher in config.teachers])
+    assert all(teacher.weights for teacher in config.teachers)  # train.py trains no teacher
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_only_compare_takes_a_study(path):
+    assert len(load_study(path).rows) > 1
+    with pytest.raises(UserError, match=r"compare\.py"):
+        train.main([str(path), "device=cpu"])
+
+
+@pytest.mark.parametrize("path", RUNS + STUDIES, ids=lambda path: path.stem)
 def test_every_config_can_be_built(path):
     """Its keys, architectures, losses, parameters, maps and adapters exist and fit together."""
     for config in runs_of(path):
@@ -62,12 +79,12 @@ def test_every_config_can_be_built(path):
         assert {term.teacher for term in config.terms} == {teacher.name for teacher in config.teachers}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS + STUDIES, ids=lambda path: path.stem)
 def test_every_config_begins_with_its_command(path):
-    config = load_study(path).config if is_study(path) else load_config(path)
-    script = "compare.py" if is_study(path) else "train.py"
+    config = load_study(path).config if path in STUDIES else load_config(path)
+    script = "compare.py" if path in STUDIES else "train.py"
     command = path.read_text(encoding="utf-8").splitlines()[0]
-    assert command.startswith("# ") and f"python {script} configs/{path.name}" in command
+    assert command.startswith("# ") and f"python {script} {path.relative_to(ROOT)}" in command
     assert config.name == path.stem and config.runs == "runs"
     for part in command.split(" && "):
         if "datasets.download" in part:
@@ -75,7 +92,7 @@ def test_every_config_begins_with_its_command(path):
             fetched = [Path(root, DATASETS[name].folder) for name in names.split()]
     weights = {Path(teacher.weights) for teacher in config.teachers if teacher.weights}
     trained = {path for path in weights if path.parts[0] == "runs"}  # by another config's command, given before
-    assert all(f"compare.py configs/{path.parts[1]}.yaml" in command for path in trained)
+    assert all(f"compare.py configs/studies/{path.parts[1]}.yaml" in command for path in trained)
     weights -= trained
     read = [Path(config.data.root), *weights]
     read += [VOCABULARY_PATH] if any(t.arch.startswith("clip") for t in config.teachers) else []
@@ -109,7 +126,7 @@ def few_cells(shared_data, tmp_path_factory):
 def run_small(name, tmp_path, *overrides):
     """compare.py on a shipped config: one epoch at 64 px, a nano teacher; the rows, and the rows as written."""
     study = load_study(
-        ROOT / "configs" / f"{name}.yaml",
+        ROOT / "configs" / "studies" / f"{name}.yaml",
         [
             "image_size=64", "epochs=1", "batch_size=2", "evaluation.every_epochs=0", "optimizer.accumulate=1",
             "data.workers=0", "device=cpu", "precision=float32", f"runs={tmp_path}", *overrides,
