@@ -18,6 +18,7 @@ from frcnn.pretrained import load_backbone
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
 from training.student import check_backbone, find_backbone_file
 from training.teaching import EMA, check_input_size, check_names, find_file
+from weights import load_public
 
 SIZE_MULTIPLE = 32  # pixels: the coarsest stride of every detector
 
@@ -159,7 +160,7 @@ def _read_weights(arch: str, path: str, is_backbone: bool, *version: int) -> tup
         load_backbone(model.backbone, Path(path))
     elif arch in models.TEACHERS:
         model = models.build_teacher(arch)
-        checkpoint.load_into(model, path)
+        load_public(model, path)
     else:
         model, _ = checkpoint.load_model(path, arch)
     return getattr(model, "size_multiple", 1), hasattr(model, "set_classes")
