@@ -60,7 +60,7 @@ def losses_of_batch(
     targets: Targets,
     t_outputs: dict[str, Any],
     epoch: float,
-    content: Tensor | None,
+    content: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Every loss by name, weighted, as a training step on one process computes them."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
