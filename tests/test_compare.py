@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
 import compare
+import models
 from comparison.study import load_study, plan
 from config import to_tree
 from errors import UserError
@@ -220,6 +222,19 @@ def test_a_term_that_cannot_act_is_found_before_anything_is_trained(config, tmp_
     with pytest.raises(UserError, match=message):
         compare.compare(study)
     assert not study.folder.exists()
+
+
+def test_a_teacher_in_place_stands_in_with_the_head_of_its_file(config, tmp_path):
+    """Its class branches are as wide as those of the weights it starts from: 81 channels, which no adapter brings."""
+    write_dataset(tmp_path / "data", train=2, test=2)
+    released = models.build("yolov8n", 81)
+    about = {"arch": "yolov8n", "names": ["red", *map(str, range(80))], "image_size": 64}
+    checkpoint.save(tmp_path / "coco.pt", about | {"ema": released.state_dict()})
+    teacher = dataclasses.replace(config.teachers[0], arch="yolov8n", start_weights=str(tmp_path / "coco.pt"))
+    term = TERM | {"student_maps": ["cls3_1"], "adapter": "none"}
+    study = make(dataclasses.replace(config, teachers=(teacher,)), {"baseline": None, "taught": {"terms": [term]}})
+    with pytest.raises(UserError, match=r"row 'taught': terms.0: cls3_1 and cls3_1: .*81"):
+        compare.compare(study)
 
 
 @pytest.mark.slow
