@@ -15,6 +15,7 @@ from errors import UserError
 from runtime import run_folder
 from runtime.interruption import StopSignals
 from tests.tiny_training import write_dataset
+from training import reporting
 from training.optimization import Ema
 from training.state import refuse_changes
 from yolo.yolov8 import AnchorFreeDetector
@@ -157,7 +158,7 @@ def test_a_second_signal_is_left_to_the_system():
 def test_a_signal_during_evaluation_stops_at_once(make_tiny, monkeypatch, capsys):
     config = make_tiny(evaluation={"every_epochs": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(reporting, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as stop:
             train.run(config, quiet=True)
     assert stop.value.code == 143 and "saved at step 3" in capsys.readouterr().out
