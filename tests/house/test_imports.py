@@ -54,7 +54,7 @@ CORE = {"torch", "numpy", "PIL", "yaml", "triton"} | set(sys.stdlib_module_names
 EXTRAS = {"matplotlib", "tqdm", "tensorboard", "onnx", "onnxruntime", "onnxscript", "av"}  # never at the top level
 SCRIPTS = {"app.py": {"streamlit", "starlette"}}  # that nothing imports, and that are nothing without these
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if not {".venv", "runs", "data"} & set(p.relative_to(ROOT).parts))
-HOUSE = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in {"tests", "benchmarks"}]
+HOUSE = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in {"tests", "benchmarks", "docs"}]
 OWN = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in HOUSE}
 
 
