@@ -13,6 +13,9 @@ one evaluator, objects marked difficult left out:
     kept        a lower rate, and a running mean that still holds half of the COCO weights at the end; chosen on val
     peer        Ultralytics with AdamW at 0.001, trained by the Python that --peer names, which has its package
 
+The running mean that is evaluated forgets its start within some hundred steps, as fresh weights need it. `kept` takes a
+mean that does not (ema_ramp_steps=0). That is for classes which the file has: fresh rows would stay in such a mean too.
+
 A further argument is a recipe of its own: overrides of the config, separated by spaces. Choose on --split val.
 
 Runs lie in --out. What is finished there is not repeated, and what was interrupted goes on; so the command can be
