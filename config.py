@@ -22,32 +22,32 @@ NEAR = 0.7  # difflib's ratio from which a known key is offered for an unknown o
 class DataConfig:
     """Where the pictures are. `root` and the splits are as datasets.open_dataset takes them."""
 
-    format: Literal["voc", "coco", "yolo", "kitti", "shapes"]
-    root: str
-    train: str = "train"
-    test: str = "test"
-    train_root: str | None = None  # of the training split alone: a synthetic set, tested on a real one; None: `root`
+    format: Literal["voc", "coco", "yolo", "kitti", "shapes"]  # how the labels are stored
+    root: str  # the folder of the set; of a YOLO set also its yaml file
+    train: str = "train"  # the split that is learnt from; "a+b" joins two of a VOC set
+    test: str = "test"  # the split that every number is measured on
+    train_root: str | None = None  # the root of the training split alone, such as a synthetic set; None: `root`
     train_format: Literal["voc", "coco", "yolo", "kitti", "shapes"] | None = None  # of train_root; None: `format`
     pictures_per_epoch: int = 0  # passes over the set are cut into epochs of this many; 0: one pass an epoch
     max_samples: int = 0  # train on at most this many pictures, a random choice that is always the same; -1, 0: all
-    classes: tuple[str, ...] = ()  # those of the set's classes that count, in this order; none: all of them
-    allow_overlap: bool = False  # test on a split of which every picture is trained on too
-    holdout_fraction: float = 0.0  # of the training pictures, never trained on: `best.pt` is chosen there
+    classes: tuple[str, ...] = ()  # only these classes of the set count, in this order; none: all of them
+    allow_overlap: bool = False  # allow a test split of which every picture is trained on, too
+    holdout_fraction: float = 0.0  # share of training pictures that are kept aside; `best.pt` is chosen on them
     max_bad_fraction: float = 0.01  # more bad samples than this stop the run
     cache: bool = True  # keep the decoded, resized uint8 pictures in memory (3 * image_size^2 bytes each)
-    workers: int = 0
+    workers: int = 0  # processes that read pictures; 0: the training process reads them
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A detector: a name of models.build, and where its weights come from (none: fresh)."""
 
-    arch: str
-    weights: str | None = None  # a public checkpoint, or a checkpoint of ours
+    arch: str  # a key of models.ARCHITECTURES
+    weights: str | None = None  # a released file, or a checkpoint of ours; None: fresh
     backbone_weights: str | None = None  # an ImageNet file for a Faster R-CNN's backbone, or a folder of them
-    trainable_stages: int | None = None  # of a Faster R-CNN's backbone, the deepest ones learn; None: all
-    frozen_norms: bool = False  # its backbone's BatchNorms keep their statistics, gamma and beta, for small batches
-    new_head: bool = False  # the class head starts fresh as a whole; else its rows are taken over by class name
+    trainable_stages: int | None = None  # how many of the deepest stages of a Faster R-CNN's backbone learn; None: all
+    frozen_norms: bool = False  # BatchNorms of a Faster R-CNN's backbone stay as they are, for small batches
+    new_head: bool = False  # start the whole class head fresh; otherwise rows are taken over by class name
 
 
 @dataclass(frozen=True)
@@ -57,52 +57,54 @@ class TeacherConfig:
     arch: a name of models.build or models.build_teacher; or ema, the running average of the student itself.
     """
 
-    name: str
-    arch: str
-    weights: str | None = None
-    image_size: int | None = None  # the pictures it sees are resized to; None: the student's, at a multiple it takes
-    aliases: dict[str, Any] = field(default_factory=dict)  # its name of a class, by the dataset's name of it
-    vocabulary: str | None = None  # CLIP's; None: where the download command puts it
-    epochs: int | None = None  # of training in place; None: as long as the student
-    start_weights: str | None = None  # where training in place starts, as the `weights` of a student
-    backbone_weights: str | None = None  # or where its backbone starts: as of a student
-    optimizer: dict[str, Any] = field(default_factory=dict)  # overrides for training in place
+    name: str  # that terms call it by
+    arch: str  # a key of models.ARCHITECTURES or models.TEACHERS, or ema
+    weights: str | None = None  # a released file, or a checkpoint of ours
+    image_size: int | None = None  # of the images it is given, in pixels; None: the student's, rounded to its stride
+    aliases: dict[str, Any] = field(default_factory=dict)  # {the dataset's name of a class: the teacher's}
+    vocabulary: str | None = None  # the file of CLIP's vocabulary; None: where datasets.download puts it
+    epochs: int | None = None  # epochs of training in place; None: as many as the student
+    start_weights: str | None = None  # training in place starts from this file, as student.weights
+    backbone_weights: str | None = None  # or its backbone does, as student.backbone_weights
+    optimizer: dict[str, Any] = field(default_factory=dict)  # what differs when trained in place
 
 
 @dataclass(frozen=True)
 class TermConfig:
     """One distillation term: weight * schedule(epoch) * loss(adapter(student map), teacher map), summed over maps."""
 
-    teacher: str
+    teacher: str  # the name of one of `teachers`
     loss: str  # a name in distill.terms.LOSSES
-    weight: float
-    student_maps: tuple[str, ...] = ()  # none: only for losses that compare boxes or whole outputs
+    weight: float  # of the loss in the sum that is minimised
+    student_maps: tuple[str, ...] = ()  # maps or logits of the student; none: the loss compares boxes or whole outputs
     teacher_maps: tuple[str, ...] = ()  # none: the same names as student_maps
-    name: str | None = None  # in the log; None: "<loss>_<teacher>"
-    adapter: Literal["none", "conv1x1", "conv1x1_norm", "conv3x3", "mlp"] = "none"
+    name: str | None = None  # of its column in metrics.csv; None: loss_teacher
+    adapter: Literal["none", "conv1x1", "conv1x1_norm", "conv3x3", "mlp"] = "none"  # widens the student's map
     warmup_epochs: float = 0.0  # the weight rises linearly from 0
     stop_epoch: float | None = None  # the term is off from here on
-    decay: Literal["none", "linear", "cosine"] = "none"  # of the weight, towards final_fraction at the last epoch
-    final_fraction: float = 0.0
+    decay: Literal["none", "linear", "cosine"] = "none"  # how the weight falls towards final_fraction at the last epoch
+    final_fraction: float = 0.0  # what remains of the weight at the end, as a fraction
     content_only: bool = False  # for losses of maps: both maps are 0 in the padding beside a picture
-    parameters: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
+    parameters: dict[str, Any] = field(default_factory=dict)  # of the loss: see docs/losses
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 0.01
+    """How the student's weights, adapters and trained losses learn."""
+
+    name: Literal["sgd", "adamw"] = "sgd"  # SGD has Nesterov momentum
+    learning_rate: float = 0.01  # the peak, after the warm-up
     final_fraction: float = 0.01  # learning rate at the end, as a fraction of the peak
-    schedule: Literal["linear", "cosine"] = "linear"
-    momentum: float = 0.937  # beta_1 of AdamW
+    schedule: Literal["linear", "cosine"] = "linear"  # how the learning rate falls after the warm-up
+    momentum: float = 0.937  # of SGD; beta_1 of AdamW
     weight_decay: float = 5e-4  # not on biases and normalisation
-    warmup_epochs: float = 3.0
-    warmup_momentum: float = 0.8
-    warmup_bias_learning_rate: float = 0.1
-    clip_norm: float = 10.0
+    warmup_epochs: float = 3.0  # rates and momentum move linearly to their values
+    warmup_momentum: float = 0.8  # of SGD, at the first step
+    warmup_bias_learning_rate: float = 0.1  # of SGD, of biases at the first step
+    clip_norm: float = 10.0  # largest norm of the gradient; 0: not clipped
     accumulate: int = 1  # batches per optimizer step
     sum_over_batch: bool = True  # multiply the loss by the batch size, as the published YOLO rates expect
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # of the running mean of the weights, which is what is evaluated
     ema_ramp_steps: float = 2000.0  # decay(step) = ema_decay * (1 - exp(-step / ramp))
 
 
@@ -114,13 +116,13 @@ class AugmentConfig:
     mixup: float = 0.0  # probability
     scale: float = 0.5  # zoom in 1 - scale .. 1 + scale
     translate: float = 0.1  # shift in +-translate of the size
-    degrees: float = 0.0
-    shear: float = 0.0
+    degrees: float = 0.0  # turn by +-degrees
+    shear: float = 0.0  # shear by +-degrees
     flip_horizontal: float = 0.5  # probability
     flip_vertical: float = 0.0  # probability
-    hue: float = 0.015
-    saturation: float = 0.7
-    value: float = 0.4
+    hue: float = 0.015  # shift of the hue by +-hue turns
+    saturation: float = 0.7  # gain of the saturation in 1 - x .. 1 + x
+    value: float = 0.4  # gain of the value in 1 - x .. 1 + x
     close_mosaic_epochs: int = 10  # the last epochs train without mosaic and mixup
 
 
@@ -132,13 +134,13 @@ class EvaluationConfig:
     (models.published_detection); a run saves the numbers it uses.
     """
 
-    every_epochs: int = 1  # 0: only at the end
-    protocol: Literal["coco", "voc07", "voc12"] = "coco"
+    every_epochs: int = 1  # epochs between two evaluations; 0: only at the end
+    protocol: Literal["coco", "voc07", "voc12"] = "coco"  # of the numbers; best.pt goes by its mAP
     ignore_difficult: bool = True  # objects that training ignores (VOC's difficult) are neither found nor missed
     score_threshold: float | None = None  # detections below are dropped
-    iou_threshold: float | None = None  # of non-maximum suppression
-    max_detections: int | None = None  # in an image
-    batch_size: int = 32
+    iou_threshold: float | None = None  # above which non-maximum suppression drops the weaker box
+    max_detections: int | None = None  # kept in an image
+    batch_size: int = 32  # images of one forward pass
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of every evaluation, on the way and at the end
 
     def completed(self, published: Any) -> "EvaluationConfig":
@@ -156,28 +158,28 @@ class EvaluationConfig:
 class Config:
     """One experiment. The top level of the YAML file."""
 
-    name: str
-    data: DataConfig
-    student: ModelConfig
-    teachers: tuple[TeacherConfig, ...] = ()
-    terms: tuple[TermConfig, ...] = ()
-    detection_weight: float = 1.0  # of the student's own losses beside the terms
-    teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by how well each knows a batch's labels
-    teacher_cache_gigabytes: float = 0.0  # keep what teachers say of a picture on disk; needs augmentation off; 0: no
-    epochs: int = 100
-    batch_size: int = 16
-    image_size: int = 640
-    seed: int = 0
-    optimizer: OptimizerConfig = OptimizerConfig()
-    augment: AugmentConfig = AugmentConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    device: str = "auto"  # cuda where there is one
+    name: str  # of the folder in `runs`
+    data: DataConfig  # where the pictures are
+    student: ModelConfig  # what is trained
+    teachers: tuple[TeacherConfig, ...] = ()  # frozen models
+    terms: tuple[TermConfig, ...] = ()  # the distillation losses
+    detection_weight: float = 1.0  # weight of the student's own losses beside the terms
+    teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by how well each predicts labels
+    teacher_cache_gigabytes: float = 0.0  # keep outputs of teachers on disk, without augmentation only; 0: no
+    epochs: int = 100  # passes over the training pictures
+    batch_size: int = 16  # images of a batch, over all processes
+    image_size: int = 640  # side of the square image, a multiple of 32
+    seed: int = 0  # of everything that is drawn
+    optimizer: OptimizerConfig = OptimizerConfig()  # how it learns
+    augment: AugmentConfig = AugmentConfig()  # how images are changed
+    evaluation: EvaluationConfig = EvaluationConfig()  # how it is measured
+    device: str = "auto"  # a device of torch; auto: cuda where there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the hardware computes in it
-    channels_last: bool = True
-    compile: bool = False
+    channels_last: bool = True  # memory layout of images and weights
+    compile: bool = False  # torch.compile the student and the teachers
     patience: int = 0  # epochs without a better held-out mAP before stopping; 0: never
-    save_every_steps: int = 0  # besides every epoch's end; 0: only there
-    runs: str = "runs"
+    save_every_steps: int = 0  # steps between two savings within an epoch; 0: saved at its end only
+    runs: str = "runs"  # the folder of all runs
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:

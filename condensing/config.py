@@ -52,20 +52,20 @@ class NetworkConfig:
 class CondenseConfig:
     """One synthetic set. Sections that its method has no use for change nothing."""
 
-    method: Literal[tuple(METHODS)]
-    pictures: int  # that are stored
+    method: Literal[tuple(METHODS)]  # a key of METHODS
+    pictures: int  # how many are stored
     seed: int | None = None  # None: the config's, in a study each run's own
     formation: tuple[int, ...] = (1, 1)  # r, c: a stored picture is r rows and c columns of real ones
     init: Literal["noise", "real", "crops"] = "real"  # of learnt pixels; where labels come from
     layouts: Literal[RULES] = "random"  # which real pictures: of noise, real and mosaic
     crops: int = 2  # a mosaic of crops has this many a side
-    network: NetworkConfig = NetworkConfig()
+    network: NetworkConfig = NetworkConfig()  # that measures real pictures, for methods that need one
     arch: str | None = None  # of the networks whose gradients are looked at; None: the student's
     real_batch: int = 16  # real pictures of a matching step
     augment: AugmentConfig = SIAMESE  # of a learning step, the same for all its pictures
-    matching: MatchingSettings = field(default_factory=MatchingSettings)
+    matching: MatchingSettings = field(default_factory=MatchingSettings)  # how pixels are learnt
     save_every_steps: int = 50  # of learning: what a stop without warning may lose
-    picture_every_steps: int = 100
+    picture_every_steps: int = 100  # of learning: a picture of the state, to look at
 
 
 def read_condense(tree: Any, source: str) -> CondenseConfig:
