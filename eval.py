@@ -109,7 +109,10 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         model = model.to(memory_format=torch.channels_last)  # as in its run: other kernels round otherwise
     evaluation = info.evaluation if config is None else config.evaluation.completed(published_detection(info.arch))
     evaluation = replace(evaluation, **given_settings(args))
-    image_size = args.image_size or (info.image_size if config is None else config.image_size)
+    image_size = info.image_size if config is None else config.image_size
+    image_size = image_size if args.image_size is None else args.image_size
+    workers = args.workers if args.workers is not None else 0 if config is None else config.data.workers
+    check_settings(evaluation, image_size, workers)
     print(describe_settings(evaluation, image_size, device), flush=True)
     index = open_dataset(*dataset)
     classes = args.classes.split(",") if args.classes else info.classes if config is None else config.data.classes
@@ -123,7 +126,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         index,
         image_size=image_size,
         device=device,
-        workers=args.workers if args.workers is not None else 0 if config is None else config.data.workers,
+        workers=workers,
         report_score=args.report_score,
         **evaluation.arguments(),
     )
@@ -156,6 +159,24 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def check_settings(evaluation: EvaluationConfig, image_size: int, workers: int) -> None:
+    """UserError, which names the flag, for a setting that nothing can be measured with."""
+    fractions = {"--score-threshold": evaluation.score_threshold, "--nms-iou": evaluation.iou_threshold}
+    for flag, value in fractions.items():
+        check_fraction(flag, value)
+    at_least = {"--batch-size": (evaluation.batch_size, 1), "--max-detections": (evaluation.max_detections, 1)}
+    for flag, (value, least) in (at_least | {"--workers": (workers, 0)}).items():
+        if value < least:
+            raise UserError(f"{flag}: found {value}, expected at least {least}")
+    if image_size < 32 or image_size % 32:
+        raise UserError(f"--image-size: found {image_size}, expected a multiple of 32")
+
+
+def check_fraction(flag: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{flag}: found {value:g}, expected a number in 0..1")
+
+
 def describe_settings(evaluation: EvaluationConfig, image_size: int, device: torch.device) -> str:
     difficult = "ignored" if evaluation.ignore_difficult or evaluation.protocol != "coco" else "counted"
     precision = "bfloat16" if use_bfloat16(evaluation.precision, device) else "float32"
@@ -167,6 +188,7 @@ def describe_settings(evaluation: EvaluationConfig, image_size: int, device: tor
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The arguments. UserError for a flag that the kind of evaluation asked for would not heed."""
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -185,30 +207,47 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "with a checkpoint", "Defaults: those of --config, else what the checkpoint carries, else its family's."
     )
     model.add_argument("--config", help="take dataset and settings from an experiment")
-    model.add_argument("--arch", help="the model a public checkpoint is of, such as yolov8n")
-    model.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
-    model.add_argument("--batch-size", type=int)
-    model.add_argument("--device", help="auto, cpu, cuda, cuda:0")
-    model.add_argument("--precision", choices=("auto", "float32", "bfloat16"))
-    model.add_argument("--workers", type=int)
     model.add_argument("--names", metavar="FILE", help="class names: one a line, or the names of a data.yaml")
-    model.add_argument("--score-threshold", type=float, help="detections below are dropped")
-    model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression")
-    model.add_argument("--max-detections", type=int, help="per image")
-    model.add_argument("--classes", metavar="A,B", help="only objects of these classes of the dataset count")
-    model.add_argument("--class-map", action="append", default=[], metavar="A=B", help="dataset's A is model's B")
-    model.add_argument("--save-detections", metavar="FILE", help="write them as COCO results")
+    model.add_argument("--device", help="auto, cpu, cuda, cuda:0")
+    model.add_argument("--batch-size", type=int)
+    model.add_argument("--workers", type=int)
+    only_model = [
+        model.add_argument("--arch", help="the model a public checkpoint is of, such as yolov8n"),
+        model.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at"),
+        model.add_argument("--precision", choices=("auto", "float32", "bfloat16")),
+        model.add_argument("--score-threshold", type=float, help="detections below are dropped"),
+        model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression"),
+        model.add_argument("--max-detections", type=int, help="per image"),
+        model.add_argument("--classes", metavar="A,B", help="only objects of these classes of the dataset count"),
+        model.add_argument("--class-map", action="append", default=[], metavar="A=B", help="dataset's A is model's B"),
+        model.add_argument("--save-detections", metavar="FILE", help="write them as COCO results"),
+    ]
 
     files = parser.add_argument_group("without a model")
     files.add_argument("--ground-truth", metavar="GT")
     files.add_argument("--detections", metavar="DT")
-    files.add_argument("--images", metavar="FOLDER", help="pictures of text ground truth: for sizes, and empty images")
-    files.add_argument("--ground-truth-boxes", choices=TEXT_BOXES, default="xywh", help="in text files (%(default)s)")
-    files.add_argument("--detection-boxes", choices=TEXT_BOXES, default="xyxy", help="in text files (%(default)s)")
-    files.add_argument("--score-last", action="store_true", help="text: `class box score`, not `class score box`")
-    files.add_argument("--pixels", choices=("auto", "inclusive", "continuous"), default="auto")
-    files.add_argument("--iou-thresholds", type=float, nargs="+", default=tuple(coco.IOU_THRESHOLDS), metavar="IOU")
-    return parser.parse_intermixed_args(argv)
+    only_files = [
+        files.add_argument(
+            "--images", metavar="FOLDER", help="pictures of text ground truth: for sizes, and empty images"
+        ),
+        files.add_argument(
+            "--ground-truth-boxes", choices=TEXT_BOXES, default="xywh", help="in text files (%(default)s)"
+        ),
+        files.add_argument("--detection-boxes", choices=TEXT_BOXES, default="xyxy", help="in text files (%(default)s)"),
+        files.add_argument("--score-last", action="store_true", help="text: `class box score`, not `class score box`"),
+        files.add_argument("--pixels", choices=("auto", "inclusive", "continuous"), default="auto"),
+        files.add_argument(
+            "--iou-thresholds", type=float, nargs="+", default=tuple(coco.IOU_THRESHOLDS), metavar="IOU"
+        ),
+    ]
+    args = parser.parse_intermixed_args(argv)
+    is_files = bool(args.ground_truth or args.detections)
+    for action in only_model if is_files else only_files:
+        if getattr(args, action.dest) != action.default:
+            beside = "--ground-truth and --detections" if is_files else "a checkpoint"
+            raise UserError(f"{action.option_strings[0]}: has no meaning with {beside}, expected it left out")
+    check_fraction("--report-score", args.report_score)
+    return args
 
 
 def main(argv: list[str]) -> None:
@@ -216,8 +255,9 @@ def main(argv: list[str]) -> None:
     if args.ground_truth or args.detections:
         if not (args.ground_truth and args.detections) or args.checkpoint or args.config:
             raise UserError("expected --ground-truth and --detections together, without a checkpoint or config")
-        if sorted(set(args.iou_thresholds)) != list(args.iou_thresholds) or not 0 < args.iou_thresholds[0] < 1:
-            raise UserError(f"--iou-thresholds: found {list(args.iou_thresholds)}, expected rising numbers in 0..1")
+        thresholds = list(args.iou_thresholds)
+        if sorted(set(thresholds)) != thresholds or not 0 < thresholds[0] <= thresholds[-1] <= 1:
+            raise UserError(f"--iou-thresholds: found {thresholds}, expected rising numbers in 0..1")
         args.protocol = args.protocol or "coco"
         result = evaluate_files(args)
     elif args.checkpoint:

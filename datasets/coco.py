@@ -300,12 +300,16 @@ def _add_annotation(record: dict, first_id: dict, label_of: dict, rows_of: dict)
         return f"category_id {category!r} is no category of the file", "unknown class"
     if not isinstance(box, list) or len(box) != 4:
         return f"bbox {box!r}, expected four numbers", "malformed object"
-    key, area = "bbox", record.get("area")
+    area = record.get("area")
     try:
+        key = "bbox"
         x, y, width, height = map(read_number, box)
-        key, area = "area", None if area is None else read_number(area)
-        key, difficult = "ignore", read_flag(record.get("ignore"))
-        key, crowd = "iscrowd", read_flag(record.get("iscrowd"))
+        key = "area"
+        area = None if area is None else read_number(area)
+        key = "ignore"
+        difficult = read_flag(record.get(key))
+        key = "iscrowd"
+        crowd = read_flag(record.get(key))
     except ValueError as error:
         return f"{key}: {error}", "malformed object"
     rows = rows_of.setdefault(first_id[image], LabelRows())

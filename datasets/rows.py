@@ -107,7 +107,8 @@ def read_frame(
         note(f"{found} upright (EXIF orientation {orientation}); boxes turned with it", "boxes turned with EXIF")
         return Frame(width, height, orientation)
     note(f"{found}; the picture is believed", "wrong size stated")
-    if stated != (height, width):  # sides by each other's names are a slip of the tool, and no other size
+    is_rounded = max(abs(width - stated[0]), abs(height - stated[1])) <= EDGE_TOLERANCE
+    if not is_rounded and stated != (height, width):  # sides by each other's names are a slip of the tool
         factors = round(width / stated[0], 2), round(height / stated[1], 2)
         log.resized.append((factors, f"{label_path or image_path}: {image_path.name}: {found}"))
     return Frame(width, height)
@@ -116,14 +117,14 @@ def read_frame(
 def refuse_resized(log: FaultLog, source: Path) -> None:
     """UserError where the pictures have other sizes than those that were labelled: the boxes then mean other pixels.
 
-    That is so where more than half of the pictures, two at least, differ from the size that is stated for them, or
-    where more than a tenth, three at least, differ by one factor. A few single ones are only noted.
+    That is so where more than half of the pictures differ from the size that is stated for them, or where more than a
+    tenth, three at least, differ by one factor. A few single ones are only noted, and so are differences of a pixel.
     """
     if not log.resized:
         return
     count = len(log.resized)
     (factors, alike), *_ = Counter(factors for factors, _ in log.resized).most_common(1)
-    if (count >= 2 and count > log.stated / 2) or (alike >= 3 and alike > ONE_FACTOR * log.stated):
+    if count > log.stated / 2 or (alike >= 3 and alike > ONE_FACTOR * log.stated):
         by = f", {alike} by the factor {factors[0]:g}" + (f" x {factors[1]:g}" if factors[0] != factors[1] else "")
         raise UserError(
             f"{source}: the pictures were resized after labelling: {count} of {log.stated} have another size than "

@@ -124,8 +124,8 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
     named = (folder / name for name in ("JPEGImages", "images"))
     pictures = next((path for path in named if _holds(path, (*SUFFIXES, *UNREAD))), None)
     if pictures is None:
-        is_beside = annotations != folder and _holds(annotations, SUFFIXES)
-        holders = [annotations] if is_beside else _holders(folder, SUFFIXES)
+        is_beside = annotations != folder and _holds(annotations, (*SUFFIXES, *UNREAD))
+        holders = [annotations] if is_beside else _holders(folder, SUFFIXES) or _holders(folder, tuple(UNREAD))
         if len(holders) > 1:  # the pictures, and perhaps masks or previews of them
             stem = list_files(annotations, (".xml",))[0].stem
             holders = [path for path in holders if find_picture(path, stem)]
@@ -259,13 +259,16 @@ def _add_object(item: Object, names: tuple[str, ...], rows: LabelRows) -> tuple[
     """Add a row, or say why not: (reason, kind)."""
     if not item.name:
         return "object without a name", "malformed object"
+    corners = []
     try:
-        corners = [read_number(item.fields[key]) for key in ("xmin", "ymin", "xmax", "ymax")]
-        difficult = read_flag(item.fields.get("difficult"))
-    except KeyError as error:
-        return f"object without {error.args[0]}", "malformed object"
+        for key in ("xmin", "ymin", "xmax", "ymax"):
+            corners.append(read_number(item.fields[key]))
+        key = "difficult"
+        difficult = read_flag(item.fields.get(key))
+    except KeyError:
+        return f"object without {key}", "malformed object"
     except ValueError as error:
-        return f"{error}", "malformed object"
+        return f"{key}: {error}", "malformed object"
     if item.name not in names:
         return f"class {item.name!r}, expected one of {', '.join(names[:20])}", "unknown class"
     fault = box_fault(*corners)

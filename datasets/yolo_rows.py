@@ -69,8 +69,8 @@ def _may_be_box_and_more(values: list[float]) -> bool:
     for center, size in ((x, width), (y, height)):
         if center - size / 2 < -EDGE_TOLERANCE or center + size / 2 > 1 + EDGE_TOLERANCE:
             return False
-    if len(rest) == 2 and 0 <= rest[0] <= 1 and rest[1] >= 0 and rest[1].is_integer():
-        return True
+    if len(rest) == 2 and any(0 <= a <= 1 and b >= 0 and b.is_integer() for a, b in (rest, rest[::-1])):
+        return True  # a confidence and an id, in either order
     if len(rest) == 4 and abs(x + rest[0] - width - rest[2]) + abs(y + rest[1] - height - rest[3]) < NORM_TOLERANCE:
         return False  # four corners of a rectangle, turned or not: a + c = b + d
 

@@ -1,8 +1,8 @@
 """What every reader of ground truth returns, and how class names and numbers of detections are understood."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -96,6 +96,28 @@ def _expected(token: str, names: Sequence[str], readings: Sequence[Mapping[str, 
     if not readings:
         return f"one of {shown}{' (for numbers, name the classes: --names FILE)' * is_number(token)}"
     return f"one of {shown}, or the place in that list, 0..{max(len(reading) for reading in readings) - 1}"
+
+
+def sorted_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
+    """The different classes: numbers by value, then names."""
+    return tuple(sorted(set(tokens), key=lambda t: (0, int(t), t) if is_number(t) else (1, 0, t)))
+
+
+def with_classes(ground_truth: GroundTruth, found: Mapping[str, str]) -> GroundTruth:
+    """The same with the classes that only the detections have. UserError where the two have none in common.
+
+    found: each class of the detections, and where it is met first.
+    """
+    old = ground_truth.names
+    if old and found and not set(old) & found.keys():
+        token = next(iter(found))
+        raise UserError(
+            f"{found[token]}: found class {token!r}, and none of the ground truth's, {', '.join(old[:20])}: expected "
+            "the same classes on both sides (name them: --names FILE)"
+        )
+    names = sorted_tokens([*old, *found])
+    moved = np.array([names.index(name) for name in old], dtype=np.int64)
+    return replace(ground_truth, names=names, labels=moved[ground_truth.labels])
 
 
 def usable_rows(

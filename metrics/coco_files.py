@@ -12,7 +12,7 @@ from datasets.coco import match_id, read_categories, read_json, without_root
 from datasets.rows import FaultLog
 from datasets.values import read_flag, read_id, read_number, read_size
 from errors import UserError
-from metrics.annotations import Annotations, find_labels, places, usable_rows
+from metrics.annotations import Annotations, find_labels, places, plain_number, usable_rows, with_classes
 from metrics.picture_names import PictureFinder
 from metrics.tables import DetectionTable, GroundTruth
 from metrics.text_files import check_score
@@ -79,7 +79,7 @@ def _merge_images(path: Path, entries: list[dict], ids: Ids) -> tuple[dict[int |
     return images, row_of_id
 
 
-def read_coco_detections(path: Path, annotations: Annotations) -> DetectionTable:
+def read_coco_detections(path: Path, annotations: Annotations) -> tuple[GroundTruth, DetectionTable]:
     tree = read_json(path)
     rows, kind, own_pictures, own_names = tree, "results", {}, {}
     if isinstance(tree, dict) and isinstance(tree.get("annotations"), list):
@@ -94,12 +94,12 @@ def read_coco_detections(path: Path, annotations: Annotations) -> DetectionTable
     where = _places(path, kind)
     _check_objects(rows, where)
     image = _find_images(rows, own_pictures, annotations, where)
-    labels = _find_labels(rows, own_names, annotations, where)
+    ground_truth, labels = _find_labels(rows, own_names, annotations, where)
     boxes, box_area = _corners(_read_boxes(rows, where))
     scores = [_read(read_number, row, "score", where, n) for n, row in enumerate(rows)]
     for n in (n for n, score in enumerate(scores) if not 0 <= score <= 1):
         check_score(scores[n], where(n))
-    return DetectionTable(image, boxes, scores, labels, box_area)
+    return ground_truth, DetectionTable(image, boxes, scores, labels, box_area)
 
 
 def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]) -> list[int]:
@@ -120,12 +120,16 @@ def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where
     return [row_of[name] for name in names]
 
 
-def _find_labels(rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]) -> list[int]:
-    """The class of each row: by its category_name, or that of its category in the same file, else by its category_id.
+def _find_labels(
+    rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]
+) -> tuple[GroundTruth, list[int]]:
+    """The class of each row: by its category_name, or that of its category in the same file, else by its category_id;
+    and the ground truth, with the classes that only the rows have where its names were not declared.
 
     An id is COCO's; where the ground truth has none, a number is a place in its list of names, and a text a name.
     """
-    names, ids = annotations.ground_truth.names, annotations.category_ids
+    ground_truth = annotations.ground_truth
+    names, ids = ground_truth.names, annotations.category_ids
     words = [_text(row, "category_name") for row in rows]
     keys = [
         _id(row, "category_id", where, n) if word is None else None for n, (row, word) in enumerate(zip(rows, words))
@@ -137,6 +141,10 @@ def _find_labels(rows: list[dict], own: Mapping, annotations: Annotations, where
             raise UserError(f"{found}, expected one of the file's categories")
         words = [own[key] if word is None else word for word, key in zip(words, keys)]
         keys = [None] * len(rows)
+    if not annotations.readings:
+        tokens = [plain_number(str(key) if word is None else word) for word, key in zip(words, keys)]
+        ground_truth = with_classes(ground_truth, _first(tokens, where))
+        return ground_truth, [ground_truth.names.index(token) for token in tokens]
     of_word = find_labels(_first(words, where), names, ())
     used, of_id = _first(keys, where), {i: label for label, i in enumerate(ids or ())}
     if not used.keys() <= of_id.keys():
@@ -146,7 +154,7 @@ def _find_labels(rows: list[dict], own: Mapping, annotations: Annotations, where
         readings = annotations.readings if ids is None else [{str(i): label for i, label in of_id.items()}]
         label_of = find_labels({str(key): place for key, place in used.items()}, names, readings)
         of_id = {key: label_of[str(key)] for key in used}
-    return [of_id[key] if word is None else of_word[word] for word, key in zip(words, keys)]
+    return ground_truth, [of_id[key] if word is None else of_word[word] for word, key in zip(words, keys)]
 
 
 def _entries(path: Path, tree: dict, kind: str) -> tuple[list[dict], Ids]:
@@ -154,9 +162,10 @@ def _entries(path: Path, tree: dict, kind: str) -> tuple[list[dict], Ids]:
     where, entries = _places(path, kind), tree[kind]
     _check_objects(entries, where)
     ids = [_id(entry, "id", where, n) for n, entry in enumerate(entries)]
-    if len(set(ids)) != len(ids):
-        twice = next(i for n, i in enumerate(ids) if i in ids[:n])
-        raise UserError(f"{path}: {kind}: id {twice!r} is given twice")
+    first = dict(zip(reversed(ids), reversed(entries)))
+    twice = next((i for i, entry in zip(ids, entries) if entry.get("file_name") != first[i].get("file_name")), None)
+    if twice is not None:
+        raise UserError(f"{path}: {kind}: id {twice!r} is given to two pictures")
     if len({type(i) for i in ids}) > 1:
         raise UserError(f"{path}: {kind}: found numbers and text as ids, expected one kind")
     order = sorted(range(len(ids)), key=ids.__getitem__)

@@ -99,7 +99,7 @@ def read_detections(
     path = Path(path)
     if path.is_dir():
         return read_text_detections(path, annotations, text_boxes, score_last)
-    return annotations.ground_truth, read_coco_detections(path, annotations)
+    return read_coco_detections(path, annotations)
 
 
 def read_names(path: str | Path) -> tuple[str, ...]:

@@ -83,8 +83,12 @@ class PictureFinder:
 
     def _find_otherwise(self, used: Mapping[str, str]) -> dict[str, int] | None:
         """The row of each by its id, written as text, or by the name that an annotation states; None for not all."""
-        of_text = {str(i): row for i, row in self.row_of_id.items()}
+        of_text = self._row_of_text()
         if all(name in of_text for name in used):
+            of_number = self._rows_of_number()
+            for name in (n for n in used if n.isdecimal() and n not in self.of_bare_name):
+                other = _only(of_number.get(int(name)))
+                self._check_one(name, of_text[name], of_text[name] if other is None else other, used[name])
             return {name: of_text[name] for name in used}
         rows = {} if self.other is None else {name: self.other.find_name(name, where) for name, where in used.items()}
         return None if self.other is None or None in rows.values() else rows
@@ -108,16 +112,32 @@ class PictureFinder:
         if all(i in self.row_of_id for i in used):
             return {i: self.row_of_id[i] for i in used}
         if all(isinstance(i, str) for i in used):
-            return self.find_names(used)
-        of_number: dict[int | str, list[int]] = {}
-        for row, found in enumerate(self.split if not self.has_ids else ()):
-            if found is not None and found[0] and found[0][-1].isdecimal():
-                of_number.setdefault(int(found[0][-1]), []).append(row)
+            rows, of_text = self.find_names(used), self._row_of_text()
+            for i in used if all(i in of_text for i in used) else ():
+                self._check_one(i, of_text[i], rows[i], used[i])
+            return rows
+        of_number = self._rows_of_number()
         rows = {i: self.row_of_id.get(i) if self.has_ids else _only(of_number.get(i)) for i in used}
         unknown = next((i for i, row in rows.items() if row is None), None)
         if unknown is not None:
             raise UserError(f"{used[unknown]}: image_id: found {unknown!r}, expected one of the ground truth's")
         return rows
+
+    def _row_of_text(self) -> dict[str, int]:
+        return {str(i): row for i, row in self.row_of_id.items()}
+
+    def _rows_of_number(self) -> dict[int | str, list[int]]:
+        """The rows whose bare names are digits, by their number: 000007 is 7."""
+        rows: dict[int | str, list[int]] = {}
+        for row, found in enumerate(self.split):
+            if found is not None and found[0] and found[0][-1].isdecimal():
+                rows.setdefault(int(found[0][-1]), []).append(row)
+        return rows
+
+    def _check_one(self, text: str, by_id: int, by_name: int, where: str) -> None:
+        if by_id != by_name:
+            both = f"the image of this id, {self.names[by_id]!r}, and {self.names[by_name]!r}"
+            raise UserError(f"{where}: {text!r} may be {both} of the ground truth, expected names of files")
 
 
 def _without_common_folders(split: list[tuple[tuple[str, ...], str] | None]) -> list:

@@ -1,8 +1,8 @@
 """Ground truth and detections from folders of text files; see metrics.files."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,16 @@ from datasets.images import SUFFIXES, read_size
 from datasets.text_lines import read_lines, read_names
 from datasets.values import box_fault, read_number
 from errors import UserError
-from metrics.annotations import Annotations, find_labels, is_number, places, plain_number, usable_rows
+from metrics.annotations import (
+    Annotations,
+    find_labels,
+    is_number,
+    places,
+    plain_number,
+    sorted_tokens,
+    usable_rows,
+    with_classes,
+)
 from metrics.picture_names import PictureFinder
 from metrics.tables import DetectionTable, GroundTruth
 
@@ -21,6 +30,7 @@ TextBoxes = Literal["xyxy", "xywh", "cxcywhn"]
 TEXT_BOXES = ("xyxy", "xywh", "cxcywhn")
 CLASS_LIST = "classes.txt"
 NORM_TOLERANCE = 0.01  # fractions up to 1.01 are rounding, as for datasets.yolo_txt
+ORDER_HINT = "text is read as `class score box`; --score-last takes the last column; "
 MOST_NORM = 2.0  # a detection may leave the picture; beyond, its numbers are pixels
 
 
@@ -120,24 +130,10 @@ def read_text_detections(
         name_numbers(rows, listed)
     if not annotations.readings:
         rows.token = [plain_number(token) for token in rows.token]
-        ground_truth = _with_classes(ground_truth, rows)
+        ground_truth = with_classes(ground_truth, rows.used)
     label_of = find_labels(rows.used, ground_truth.names, annotations.readings if listed is None else ())
     boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
     return ground_truth, DetectionTable(rows.image, boxes, rows.score, rows.labels(label_of))
-
-
-def _with_classes(ground_truth: GroundTruth, rows: Rows) -> GroundTruth:
-    """The same with the classes that only the detections have. UserError where the two have none in common."""
-    old, found = ground_truth.names, rows.used
-    if old and found and not set(old) & found.keys():
-        token = next(iter(found))
-        raise UserError(
-            f"{found[token]}: found class {token!r}, and none of the ground truth's, {', '.join(old[:20])}: expected "
-            "the same classes on both sides (name them: --names FILE)"
-        )
-    names = sorted_tokens([*old, *found])
-    moved = np.array([names.index(name) for name in old], dtype=np.int64)
-    return replace(ground_truth, names=names, labels=moved[ground_truth.labels])
 
 
 def text_paths(folder: Path) -> list[Path]:
@@ -174,11 +170,6 @@ def name_numbers(rows: Rows, listed: Sequence[str]) -> None:
             rows.token[row] = listed[place]
 
 
-def sorted_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
-    """The different classes: numbers by value, then names."""
-    return tuple(sorted(set(tokens), key=lambda t: (0, int(t), t) if is_number(t) else (1, 0, t)))
-
-
 def read_text_rows(
     rows: Rows,
     path: Path,
@@ -202,7 +193,7 @@ def read_text_rows(
         values = list(read_numbers(texts, where))
         rows.columns.append(tuple(values))
         if score_at is not None:
-            rows.score.append(check_score(values.pop(score_at), where))
+            rows.score.append(check_score(values.pop(score_at), where, ORDER_HINT))
         a, b, c, d = values
         if text_boxes == "cxcywhn":
             if size is None:
@@ -220,12 +211,10 @@ def read_text_rows(
         rows.where.append(where)
 
 
-def check_score(score: float, where: str) -> float:
+def check_score(score: float, where: str, hint: str = "") -> float:
+    """The score. UserError, with the hint before its end, for one that is not in 0..1."""
     if not 0 <= score <= 1:
-        raise UserError(
-            f"{where}: score: found {score:g}, expected 0 to 1 (text is read as `class score box`; --score-last takes "
-            "the last column; percents are to be divided by 100)"
-        )
+        raise UserError(f"{where}: score: found {score:.9g}, expected 0 to 1 ({hint}percents are to be divided by 100)")
     return score
 
 

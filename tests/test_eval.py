@@ -80,6 +80,15 @@ def test_coco_oracle_and_what_is_printed(shared_data, tmp_path, capsys):
         (["--ground-truth", "x"], "together"),
         (["--ground-truth", "absent.json", "--detections", "absent.json"], r"absent\.json: No such file"),
         (["--ground-truth", "x", "--detections", "y", "--iou-thresholds", "0.5", "0.4"], "expected rising"),
+        (["--ground-truth", "x", "--detections", "y", "--iou-thresholds", "0.5", "1.5"], r"rising numbers in 0\.\.1"),
+        (
+            ["--ground-truth", "x", "--detections", "y", "--score-threshold", "0.5"],
+            "^--score-threshold: has no meaning",
+        ),
+        (["--ground-truth", "x", "--detections", "y", "--class-map", "a=b"], "^--class-map: has no meaning"),
+        (["--ground-truth", "x", "--detections", "y", "--report-score", "25"], r"^--report-score: found 25, .* 0\.\.1"),
+        (["absent.pt", "voc", "absent", "--pixels", "inclusive"], "^--pixels: has no meaning with a checkpoint"),
+        (["absent.pt", "voc", "absent", "--iou-thresholds", "0.5"], "^--iou-thresholds: has no meaning"),
         (["absent.pt", "voc", "absent"], "absent"),
         (["absent.pt", "word", "here"], r"found 'word here', expected voc\|coco"),
         (["absent.pt"], "found 'nothing', expected voc"),
@@ -155,6 +164,26 @@ def test_checkpoint_on_a_dataset(tmp_path, capsys):
     checkpoint.save(weights, state | {"names": ("blue", "violet")})
     with pytest.raises(UserError, match="no class in common: the dataset has green, red; the model has blue, violet"):
         eval.main([str(weights), "yolo", str(root), "test", *settings])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--image-size", "50"),
+        ("--image-size", "0"),
+        ("--batch-size", "0"),
+        ("--workers", "-1"),
+        ("--max-detections", "0"),
+        ("--score-threshold", "7"),
+        ("--nms-iou", "-0.1"),
+    ],
+)
+def test_settings_that_nothing_can_be_measured_with_are_refused(tmp_path, flag, value):
+    weights = tmp_path / "m.pt"
+    state = models.build("yolov8n", 2).state_dict()
+    checkpoint.save(weights, {"arch": "yolov8n", "names": ("green", "red"), "image_size": 64, "ema": state})
+    with pytest.raises(UserError, match=f"^{flag}: found {value}, expected"):
+        eval.main([str(weights), "yolo", str(tmp_path), "test", "--device", "cpu", flag, value])
 
 
 def test_names_of_a_file_name_the_classes_of_a_bare_state_dict(tmp_path, capsys):

@@ -158,6 +158,14 @@ def test_a_bad_annotation_is_dropped_and_listed(make, bad, kind):
 
 
 @pytest.mark.parametrize(
+    "key, value", [("iscrowd", 2), ("ignore", "maybe"), ("area", "large"), ("bbox", [1, 2, 3, "x"])]
+)
+def test_the_key_of_a_value_that_means_nothing_is_named(make, key, value):
+    (fault,) = make(tree_of([annotation(**{key: value})])).faults
+    assert f": {key}: found " in fault.reason
+
+
+@pytest.mark.parametrize(
     "bad, words",
     [
         ({"id": 7, "file_name": "y.jpg"}, "taken by x.jpg"),
@@ -177,9 +185,11 @@ def test_a_bad_image_record_is_dropped_and_listed(make, bad, words):
 
 
 def test_a_size_that_lies(make):
-    index = make(tree_of([annotation()], [{"id": 7, "file_name": "x.jpg", "width": 50, "height": 40}]))
+    index = make(tree_of([annotation()], [{"id": 7, "file_name": "x.jpg", "width": 80, "height": 100}]))
     assert kinds(index) == [("noted", "wrong size stated")]
     assert (index.samples[0].width, index.samples[0].height) == (100, 80)
+    with pytest.raises(UserError, match="1 of 1 have another size than their labels state"):
+        make(tree_of([annotation()], [{"id": 7, "file_name": "x.jpg", "width": 50, "height": 40}]))
 
 
 @pytest.mark.parametrize("stated", ["stored", "upright"])

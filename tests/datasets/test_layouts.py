@@ -224,6 +224,12 @@ def test_pictures_of_formats_that_are_not_read_are_named(tmp_path):
     (tmp_path / "images" / "b.GIF").unlink()
     faults = read_voc(tmp_path, "all").faults
     assert [fault.kind for fault in faults] == ["unreadable picture"] and "HEIC" in faults[0].reason
+    for split, pictures in (("train", "train"), ("test", "test/images")):  # XML beside its pictures, and no other
+        text(tmp_path / "set" / split / "x.xml", xml())
+        (tmp_path / "set" / pictures).mkdir(exist_ok=True)
+        (tmp_path / "set" / pictures / "x.gif").write_bytes(b"GIF89a")
+        index = read_voc(tmp_path / "set", split)
+        assert not index.samples and "GIF format" in index.faults[0].reason
 
 
 # --------------------------------------------------------------------------------------------------- without an object
@@ -319,6 +325,7 @@ def states(tmp_path, format, sizes):
 @pytest.mark.parametrize(
     "sizes",
     [
+        [(200, 160)],
         [(200, 160)] * 2,
         [(200, 160)] * 3 + [(100, 80)] * 3,
         [(50, 80)] * 5,  # a factor per axis
@@ -341,6 +348,7 @@ def test_pictures_resized_after_labelling_stop_the_run(tmp_path, format, sizes):
         ([(80, 100)] * 4, 4),  # width and height by each other's names
         ([(0, 0)] * 4, 0),
         ([(100.0, "80")] * 4, 0),
+        ([(101, 80)] * 2 + [(99.6, 80.2)] * 2, 4),  # rounding
     ],
 )
 def test_single_wrong_sizes_are_noted(tmp_path, format, sizes, count):

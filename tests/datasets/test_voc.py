@@ -193,6 +193,15 @@ def test_a_bad_object_is_dropped_and_listed(make, bad, kind):
     np.testing.assert_array_equal(index.samples[1].boxes_xyxy, [[2, 3, 50, 60], [2, 3, 50, 61]])
 
 
+def test_the_tag_of_a_value_that_means_nothing_is_named(make):
+    for bad, words in (
+        (object_xml((5, 5, 9, 9), extra="<difficult>2</difficult>"), "difficult: found '2', expected 0 or 1"),
+        (object_xml((5, 5, "wide", 9)), "xmax: found 'wide', expected a finite number"),
+        (object_xml("<xmin>1</xmin><ymin>2</ymin><ymax>4</ymax>"), "object without xmax"),
+    ):
+        assert make(annotation_xml(bad)).faults[0].reason == words
+
+
 def test_unknown_class(make):
     xml = annotation_xml(object_xml((1, 1, 9, 9), "virus"))
     assert kinds(make(xml)) == [("noted", "unknown class")]  # names were given: leaving others out was asked for

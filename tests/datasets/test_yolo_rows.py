@@ -66,6 +66,9 @@ def test_without_kpt_shape_they_are_refused_or_dropped(make, shape, count):
 def test_tracks_are_named(make, last):
     with pytest.raises(UserError, match=r"7 columns in each of 2 rows: class, box, confidence and track id"):
         make([[*BOX, 0.93, last]], [[0.5, 0.5, 0.2, 0.2, 0.4, last]])
+    if last != 7:  # which is no fraction, so that the row is malformed
+        with pytest.raises(UserError, match=r"class, box, confidence and track id"):
+            make([[*BOX, last, 0.93]], [[0.5, 0.5, 0.2, 0.2, last, 0.4]])
 
 
 def test_another_number_of_columns_than_kpt_shape_states_is_malformed(make):

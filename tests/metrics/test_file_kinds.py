@@ -312,7 +312,7 @@ def test_numbers_without_a_list_of_names_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"a\.txt:1: found class '1', and none of the ground truth's, cat, dog"):
         read_detections(found, annotations)
     rows = write_rows(tmp_path / "dt.json", {"image_id": "a", "category_id": 1})
-    with pytest.raises(UserError, match=r"found class '1', expected one of cat, dog \(for numbers, .*--names"):
+    with pytest.raises(UserError, match=r"found class '1', and none of the ground truth's, cat, dog.*--names FILE"):
         read_detections(rows, annotations)
     write_text(tmp_path / "dt", {"classes.txt": "dog\ncat"})
     assert read_detections(found, annotations)[1].labels.tolist() == [0]
@@ -336,3 +336,48 @@ def test_numbers_against_voc_names_that_were_guessed(tmp_path):
     declared = read_ground_truth(tmp_path / "voc")
     assert declared.ground_truth.names == ("dog", "cat")
     assert read_detections(found, declared)[1].labels.tolist() == [1]
+
+
+def test_numbers_that_may_be_ids_or_names_of_files_are_refused(tmp_path):
+    path = write_coco(tmp_path / "gt.json", files=("0002.jpg", "0001.jpg"))
+    annotations = read_ground_truth(path)  # 0002.jpg has the id 1
+    for name in ("1", "2"):
+        write_text(tmp_path / "dt", {f"{name}.txt": "cat 0.5 1 2 4 6\n"})
+    with pytest.raises(UserError, match=r"1\.txt: '1' may be the image of this id, '0002\.jpg', and '0001\.jpg'"):
+        read_detections(tmp_path / "dt", annotations)
+    path = write_coco(tmp_path / "gt.json", files=("2.jpg", "1.jpg"))
+    rows = write_rows(tmp_path / "dt.json", {"image_id": "1", "category_id": 10}, {"image_id": "2", "category_id": 10})
+    with pytest.raises(UserError, match=r"results\[0\]: '1' may be the image of this id"):
+        read_detections(rows, read_ground_truth(path))
+    path = write_coco(tmp_path / "gt.json", files=("0001.jpg", "0002.jpg"))  # one picture by both
+    assert read_detections(tmp_path / "dt", read_ground_truth(path))[1].image.tolist() == [0, 1]
+
+
+def test_an_image_listed_twice_is_one_and_an_id_of_two_pictures_is_refused(tmp_path):
+    path = write_coco(tmp_path / "gt.json", files=("a.jpg",), rows=[{}])
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"images": tree["images"] * 2}))
+    assert read_ground_truth(path).ground_truth.num_images == 1
+    path.write_text(json.dumps(tree | {"images": [*tree["images"], {"id": 1, "file_name": "b.jpg"}]}))
+    with pytest.raises(UserError, match=r"images: id 1 is given to two pictures"):
+        read_ground_truth(path)
+
+
+def test_classes_of_detections_alone_join_names_that_were_not_declared(tmp_path):
+    write_text(tmp_path / "gt", {"a.txt": "b 1 2 3 4\n"})
+    names = ("b", "c", "a")
+    rows = [{"file_name": "a.jpg", "image_id": 0, "category_id": k, "category_name": n} for k, n in enumerate(names)]
+    ground_truth, detections = read_detections(
+        write_rows(tmp_path / "dt.json", *rows), read_ground_truth(tmp_path / "gt")
+    )
+    assert ground_truth.names == ("a", "b", "c") and ground_truth.labels.tolist() == [1]
+    assert detections.labels.tolist() == [1, 2, 0]
+    write_text(tmp_path / "gt", {"a.txt": "03 1 2 3 4\n"})  # numbers stand for themselves
+    rows = [{"file_name": "a.jpg", "category_id": number} for number in (3, 10)]
+    ground_truth, detections = read_detections(
+        write_rows(tmp_path / "dt.json", *rows), read_ground_truth(tmp_path / "gt")
+    )
+    assert ground_truth.names == ("3", "10") and detections.labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"results\[0\]: found class 'x', and none of the ground truth's, 3"):
+        rows = write_rows(tmp_path / "dt.json", {"file_name": "a.jpg", "category_name": "x"})
+        read_detections(rows, read_ground_truth(tmp_path / "gt"))

@@ -144,7 +144,10 @@ ROW = {"id": 1, "image_id": 5, "category_id": 3, "bbox": [0, 0, 1, 1], "area": 1
         ("[" * 100000, "nested too deeply"),
         ("[1, NaN]", "NaN in the file, expected finite numbers"),
         ("[]", "expected COCO ground truth"),
-        (json.dumps({"images": [IMAGE, IMAGE], "categories": [CATEGORY]}), "images: id 5 is given twice"),
+        (
+            json.dumps({"images": [IMAGE, IMAGE | {"file_name": "z.jpg"}], "categories": [CATEGORY]}),
+            "images: id 5 is given to two",
+        ),
         (
             json.dumps({"images": [{"id": None}], "categories": [CATEGORY]}),
             r"images\[0\]: id: found None, expected",

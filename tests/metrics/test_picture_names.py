@@ -105,7 +105,9 @@ def test_a_name_goes_before_an_id():
 def test_ids():
     finder = PictureFinder(["1.jpg", "0.jpg"], {0: 0, 1: 1})
     assert finder.find_ids({0: "", 1: ""}) == {0: 0, 1: 1}
-    assert finder.find_ids({"0": "", "1": ""}) == {"0": 1, "1": 0}  # text is a name
+    with pytest.raises(UserError, match=r"'0' may be the image of this id, '1\.jpg', and '0\.jpg'"):
+        finder.find_ids({"0": "", "1": ""})
+    assert PictureFinder(["1.jpg", "0.jpg"], {5: 0, 6: 1}).find_ids({"0": "", "1": ""}) == {"0": 1, "1": 0}
     with pytest.raises(UserError, match="image_id: found 2, expected one of the ground truth's"):
         finder.find_ids({0: "", 2: ""})
     assert PictureFinder(["b.jpg", "a.jpg"], {"a": 0, "b": 1}).find_ids({"a": ""}) == {"a": 0}  # its own id
