@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ADDRESS ?= localhost
 
-.PHONY: setup demo app browser test test-fast test-gpu gpu lint format bench clean
+.PHONY: setup demo app browser test test-fast test-gpu gpu gpu-tables lint format bench clean
 
 setup: $(STAMP)
 
@@ -39,7 +39,7 @@ test: setup  ## Everything CI runs
 test-fast: setup  ## Without the slow tests
 	$(IN_PARALLEL) -m "not slow"
 
-# The two targets for a machine with a CUDA device use its own Python, PyTorch and Triton: no .venv, and nothing is
+# The targets for a machine with a CUDA device use its own Python, PyTorch and Triton: no .venv, and nothing is
 # downloaded. What they measure goes to RESULTS, which git ignores: numbers that the README quotes are copied to reports/.
 RESULTS ?= benchmarks/results
 
@@ -49,13 +49,12 @@ test-gpu:  ## The kernels on the device: their tests, and again under compute-sa
 		--error-exitcode 1 $(PYTHON) -m pytest tests/kernels/interpreted -o timeout=3600 \
 		-m "not slow" -k "not beyond_32_bits and not many_boxes"; fi
 
-gpu: test-gpu  ## The same, then every table of a GPU; with data/bccd at last BCCD at 640 px, three seeds
-	mkdir -p $(RESULTS)
-	$(PYTHON) benchmarks/kernel_resources.py > $(RESULTS)/kernel_resources.txt
-	$(PYTHON) benchmarks/gpu_kernels.py --output $(RESULTS)
+gpu-tables:  ## Every table of a GPU in ten minutes, what matters most first; REHEARSE=--rehearse tries it on a CPU
+	$(PYTHON) benchmarks/gpu.py --output $(RESULTS) $(REHEARSE)
+
+gpu: gpu-tables test-gpu  ## The same, then all tests; with data/bccd at last BCCD at 640 px, three seeds
 	$(PYTHON) benchmarks/distill_step.py --image-size 640 --batch-size 64 > $(RESULTS)/distill_step.txt
 	$(PYTHON) -m pytest -m "not slow" --ignore tests/kernels
-	$(PYTHON) benchmarks/gpu_train.py --output $(RESULTS)
 	if test -d data/bccd; then \
 		$(PYTHON) compare.py configs/studies/bccd_yolov8n_from_yolov8s.yaml --seeds 3 name=bccd_640 image_size=640; fi
 

@@ -12,19 +12,19 @@ torch's own 0.3 GB included. Exits with 1 where a step with 16 pictures takes mo
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
+from benchmarks.timing import parse, random_batch, versions
 from config import AugmentConfig
 from datasets.augment import draw_siamese
 from distill.gradient_matching import GradientMatching, MatchingSettings
@@ -32,45 +32,26 @@ from distill.network_pool import PoolSettings
 from distill.synthetic import SyntheticSet
 from errors import run_script
 from runtime.peak_memory import peak_gigabytes
-from structures import Targets
+from runtime.timing import rotate, wall_and_cpu
 
 STORED = (16, 64, 256)
-PICTURES, OBJECTS, NUM_CLASSES = 16, 3, 3
-
-
-def noise_batch(count: int, image_size: int, generator: torch.Generator) -> tuple[Tensor, Targets]:
-    """Pictures (count, 3, S, S) in [0, 1], and boxes of an eighth to a half of the side."""
-    rows = count * OBJECTS
-    side = image_size * (1 / 8 + 3 / 8 * torch.rand(rows, 2, generator=generator))
-    corner = torch.rand(rows, 2, generator=generator) * (image_size - side)
-    targets = Targets(
-        torch.cat((corner, corner + side), 1),
-        torch.randint(0, NUM_CLASSES, (rows,), generator=generator),
-        torch.arange(count).repeat_interleave(OBJECTS),
-        torch.zeros(rows, dtype=torch.bool),
-    )
-    return torch.rand(count, 3, image_size, image_size, generator=generator), targets
+PICTURES, NUM_CLASSES = 16, 3
 
 
 def measure(arch: str, stored: int, in_step: int, image_size: int, steps: int) -> dict[str, float]:
     """seconds and cpu of the median step, gigabytes of this process."""
     augmentation = AugmentConfig(mosaic=0.0)
+    batch = functools.partial(random_batch, image_size=image_size, objects=3, num_classes=NUM_CLASSES)
     matching = GradientMatching(
-        SyntheticSet(*noise_batch(stored, image_size, torch.Generator().manual_seed(0))),
+        SyntheticSet(*batch(stored)),
         settings=MatchingSettings(pictures_per_step=in_step, pool=PoolSettings(networks=1)),
         build_network=lambda seed: models.build(arch, NUM_CLASSES),
-        draw_real=lambda generator: noise_batch(PICTURES, image_size, generator),
+        draw_real=lambda generator: batch(PICTURES, generator=generator),
         draw_augmentation=lambda generator: draw_siamese(generator=generator, settings=augmentation),
     )
-    matching.step()  # makes the network
-    seconds, cpu = [], []
-    for _ in range(steps):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        matching.step()
-        seconds.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - cpu_start)
-    peak = peak_gigabytes(torch.device("cpu"))
-    return {"seconds": statistics.median(seconds), "cpu": statistics.median(cpu), "gigabytes": peak}
+    times = rotate({"step": matching.step}, steps, wall_and_cpu)["step"]  # the step that is not timed makes the network
+    seconds, cpu = (statistics.median(column) for column in zip(*times))
+    return {"seconds": seconds, "cpu": cpu, "gigabytes": peak_gigabytes(torch.device("cpu"))}
 
 
 def main(argv: list[str]) -> int:
@@ -83,16 +64,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parse(parser, argv)
     if args.row:
         arch, stored, in_step = args.row
         print(json.dumps(measure(arch, int(stored), int(in_step), args.image_size, args.steps)))
         return 0
-    print(
-        f"{args.image_size} px, {PICTURES} real pictures, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+    print(f"{args.image_size} px, {PICTURES} real pictures, {versions()}")
     print(f"{'network':<10}{'stored':>8}{'in a step':>11}{'seconds':>9}{'CPU s':>8}{'peak GB':>9}")
     is_within = True
     for arch in args.arch:

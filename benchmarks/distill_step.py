@@ -14,32 +14,40 @@ as in a run; times are those of the median round, the overhead is the median of 
 CPU seconds of all threads instead of the clock's.
 """
 
-import argparse
+import contextlib
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
-from benchmarks.train_step import NUM_CLASSES, build_step, random_batch
-from boxes import cxcywh_to_xyxy
+from benchmarks.timing import (
+    build_step,
+    header,
+    options,
+    parse,
+    random_batch,
+    row,
+    take_turns,
+    ultralytics_rows,
+    versions,
+)
 from config import TermConfig
 from distill.criterion import Criterion, TeacherFacts
 from errors import run_script
 from layers.fusion import fuse
 from runtime.processes import choose_device, keep_freed_memory, use_bfloat16
-from runtime.timing import rotate
 from structures import Targets
 from training.building import Learner
 from training.teaching import Teachers
 
-TARGET = 1.08
+TARGET, NUM_CLASSES = 1.08, 80
+CHANNELS_LAST = torch.channels_last
 NECK = ("p3", "p4", "p5")
 TERMS = {
     "cwd+soft_class": (
@@ -52,24 +60,48 @@ PARTS = ("student", "teacher", "distilled")
 Steps = dict[str, Callable[[], float]]  # by PARTS; each returns a number, so the device has finished
 
 
-def our_steps(batch: tuple[Tensor, ...], terms: tuple[TermConfig, ...], bfloat16: bool, channels_last: bool) -> Steps:
-    """The training step's own losses, and Teachers for the teacher, folded as a run folds it."""
-    images, boxes_cxcywh_norm, labels, image = batch
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    targets = Targets(
-        cxcywh_to_xyxy(boxes_cxcywh_norm) * images.shape[-1], labels, image, torch.zeros_like(labels, dtype=torch.bool)
-    )
+def build_ours(
+    student: str, teacher: str | None, terms: tuple[TermConfig, ...], device: torch.device, memory_format=CHANNELS_LAST
+) -> tuple[nn.Module, Criterion, dict[str, nn.Module]]:
+    """Student and criterion to train, and by its name the teacher, frozen and folded as a run folds it."""
+    build = lambda arch: models.build(arch, NUM_CLASSES).to(device, memory_format=memory_format)
     torch.manual_seed(0)
-    teacher = models.build("yolov8s", NUM_CLASSES).to(images.device, memory_format=memory_format)
-    teachers = {"yolov8s": fuse(teacher.requires_grad_(False))}
-    teach = Teachers(teachers, {"yolov8s": TeacherFacts()}, bfloat16)
-    images = images.to(memory_format=memory_format)
+    teachers = {teacher: fuse(build(teacher).requires_grad_(False))} if teacher else {}
+    model, names = build(student).train(), tuple(map(str, range(NUM_CLASSES)))
+    criterion = Criterion(terms, student=model, teachers=teachers, epochs=1, image_size=64, class_names=names)
+    return model, criterion.to(device), teachers
 
-    def step_with(terms: tuple[TermConfig, ...]) -> Callable[[], float]:
-        student = models.build("yolov8n", NUM_CLASSES).to(images.device).train()
-        names = tuple(map(str, range(NUM_CLASSES)))
-        criterion = Criterion(terms, student=student, teachers=teachers, epochs=1, image_size=64, class_names=names)
-        criterion = criterion.to(images.device)
+
+def build_peer(student: str, teacher: str | None, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Ultralytics' student, and the model (it, or its distillation) that makes losses of a batch.
+
+    ImportError where the package, or its distillation, is missing.
+    """
+    from ultralytics.cfg import get_cfg
+    from ultralytics.nn.tasks import DetectionModel
+
+    def build(arch: str) -> nn.Module:
+        model = DetectionModel(f"{arch}.yaml", nc=NUM_CLASSES, verbose=False)
+        model.args = get_cfg()
+        return model.to(device, memory_format=CHANNELS_LAST)
+
+    torch.manual_seed(0)
+    model = build(student)
+    if teacher is None:
+        return model, model.train()
+    from ultralytics.nn.distill_model import DistillationModel
+
+    return model, DistillationModel(build(teacher), model).to(device).train()
+
+
+def our_steps(batch: tuple[Tensor, Targets], terms: tuple[TermConfig, ...], bfloat16: bool) -> Steps:
+    """The training step's own losses, and Teachers for the teacher."""
+    images, targets = batch
+    images = images.contiguous(memory_format=CHANNELS_LAST)
+
+    def step_with(terms: tuple[TermConfig, ...]) -> tuple[Callable[[], float], Teachers]:
+        student, criterion, teachers = build_ours("yolov8n", "yolov8s", terms, images.device)
+        teach = Teachers(teachers, {"yolov8s": TeacherFacts()}, bfloat16)
 
         def loss(images: Tensor) -> Tensor:
             t_outputs = teach(images) if terms else {}
@@ -78,46 +110,37 @@ def our_steps(batch: tuple[Tensor, ...], terms: tuple[TermConfig, ...], bfloat16
             losses = student.losses(s_output, targets) | criterion(s_output, t_outputs, targets, 0.0)
             return sum(losses.values()) * len(images)
 
-        return build_step(Learner(student, criterion), loss, images, channels_last)
+        return build_step(Learner(student, criterion), loss, images, channels_last=True), teach
 
-    def forward() -> float:
-        return teach(images)["yolov8s"].features["p5"].sum().item()
+    (student, _), (distilled, teach) = step_with(()), step_with(terms)
+    forward = lambda: teach(images)["yolov8s"].features["p5"].sum().item()
+    return {"student": student, "teacher": forward, "distilled": distilled}
 
-    return {"student": step_with(()), "teacher": forward, "distilled": step_with(terms)}
 
+def peer_steps(batch: tuple[Tensor, Targets], bfloat16: bool) -> Steps:
+    """ImportError where there is no distillation in Ultralytics' package."""
+    images, targets = batch
+    rows = ultralytics_rows(targets, images.shape[-1])
+    images = images.contiguous(memory_format=CHANNELS_LAST)
+    autocast = lambda: torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bfloat16)
 
-def peer_steps(batch: tuple[Tensor, ...], bfloat16: bool, channels_last: bool) -> Steps:
-    """Ultralytics' models and losses, called from outside; ImportError where there is no distillation in it."""
-    from ultralytics.cfg import get_cfg
-    from ultralytics.nn.distill_model import DistillationModel
-    from ultralytics.nn.tasks import DetectionModel
-
-    images, boxes_cxcywh_norm, labels, image = batch
-    rows = {"cls": labels[:, None].float(), "bboxes": boxes_cxcywh_norm, "batch_idx": image.float()}
-
-    def build(size: str) -> DetectionModel:
-        model = DetectionModel(f"yolov8{size}.yaml", nc=NUM_CLASSES, verbose=False).to(images.device)
-        model.args = get_cfg()
-        return model
-
-    def step_of(model: torch.nn.Module) -> Callable[[], float]:
+    def step_of(model: nn.Module) -> Callable[[], float]:
         def loss(images: Tensor) -> Tensor:
-            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            with autocast():
                 return model({"img": images, **rows})[0].sum()
 
-        return build_step(model.train(), loss, images, channels_last)
+        return build_step(model, loss, images, channels_last=True)
 
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    alone = build("s").to(memory_format=memory_format).eval().requires_grad_(False)
-    formatted = images.to(memory_format=memory_format)
+    distilled = step_of(build_peer("yolov8n", "yolov8s", images.device)[1])
+    alone = build_peer("yolov8s", None, images.device)[1].eval().requires_grad_(False)
 
     @torch.no_grad()
     def teach() -> float:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            return alone(formatted)[0].float().sum().item()
+        with autocast():
+            return alone(images)[0].float().sum().item()
 
-    distilled = DistillationModel(build("s"), build("n")).to(images.device)
-    return {"student": step_of(build("n")), "teacher": teach, "distilled": step_of(distilled)}
+    student = step_of(build_peer("yolov8n", None, images.device)[1])
+    return {"student": student, "teacher": teach, "distilled": distilled}
 
 
 def overhead(seconds: dict[tuple[str, str], list[float]], side: str) -> float:
@@ -127,45 +150,29 @@ def overhead(seconds: dict[tuple[str, str], list[float]], side: str) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-size", type=int, default=320)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default, one for each core")
-    parser.add_argument("--cpu-time", action="store_true")
+    parser = options(__doc__, rounds=7, image_size=320, batch_size=16)
     parser.add_argument("--terms", choices=list(TERMS), default="cwd+soft_class")
     parser.add_argument("--device", default="auto", help="cuda where there is one")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parse(parser, argv)
     keep_freed_memory()  # as train.py does
     device = choose_device(args.device)
     bfloat16 = use_bfloat16("auto", device)
     batch = tuple(part.to(device) for part in random_batch(args.batch_size, args.image_size))
-    steps = {("ours", name): step for name, step in our_steps(batch, TERMS[args.terms], bfloat16, True).items()}
-    try:
-        steps |= {("peer", name): step for name, step in peer_steps(batch, bfloat16, True).items()}
-        peer = f"ultralytics {sys.modules['ultralytics'].__version__}"
-    except ImportError:
-        peer = "ultralytics with distillation is not installed: its column is empty"
+    steps = {("ours", name): step for name, step in our_steps(batch, TERMS[args.terms], bfloat16).items()}
+    with contextlib.suppress(ImportError):
+        steps |= {("peer", name): step for name, step in peer_steps(batch, bfloat16).items()}
     print(
         f"YOLOv8n from YOLOv8s, {args.terms}, {args.image_size} px, batch {args.batch_size}, {device}, "
-        f"{'bfloat16' if bfloat16 else 'float32'} channels_last, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads; {peer}"
+        f"{'bfloat16' if bfloat16 else 'float32'} channels_last, {versions('ultralytics')}"
     )
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    seconds = rotate(steps, args.rounds, clock, settle=True)
-    sides = [side for side in ("ours", "peer") if (side, "student") in steps]
-    unit = "images per CPU second" if args.cpu_time else "images/s"
-    print(f"{unit:<24}{'ours':>12}{'Ultralytics':>14}")
-    rate = {key: args.batch_size / statistics.median(values) for key, values in seconds.items()}
+    print(header("images per CPU second" if args.cpu_time else "images/s", "Ultralytics"))
+    seconds = take_turns(steps, args, settle=True)
     for part, label in zip(PARTS, ("student's step", "teacher's forward pass", "distilled step")):
-        print(f"{label:<24}" + "".join(f"{rate[side, part]:{12 + 2 * number}.2f}" for number, side in enumerate(sides)))
-    found = {side: overhead(seconds, side) for side in sides}
-    cells = "".join(f"{value:{12 + 2 * number}.3f}" for number, value in enumerate(found.values()))
-    print(f"{'overhead':<24}{cells}   target for ours {TARGET}: {'met' if found['ours'] <= TARGET else 'missed'}")
-    if "peer" in sides:
-        print(f"distilled images/s, ours / Ultralytics: {rate['ours', 'distilled'] / rate['peer', 'distilled']:.2f}")
+        sides = {side: times for (side, name), times in seconds.items() if name == part}
+        print(row(label, sides, lambda s: args.batch_size / s))
+    found = {side: overhead(seconds, side) for side in ("ours", "peer") if (side, "student") in steps}
+    cells = "".join(f"{value:10.3f}{'':10}" for value in found.values())
+    print(f"{'overhead':<34}{cells}  target for ours {TARGET}: {'met' if found['ours'] <= TARGET else 'missed'}")
 
 
 if __name__ == "__main__":

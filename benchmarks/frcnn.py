@@ -15,10 +15,8 @@ The contestants take turns, round by round, in one process; rates are those of t
 machine that others use. With more threads the clock is the fair judge: torchvision's RoIAlign runs on one.
 """
 
-import argparse
-import statistics
+import contextlib
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,31 +26,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
-from benchmarks.train_step import build_step
+from benchmarks.timing import build_step, header, options, parse, random_batch, row, take_turns, versions
 from errors import run_script
 from frcnn.resnet import ResNet
 from kernels.roi_align import assign_levels, roi_align
-from runtime.timing import rotate
 from structures import Targets
 from weights import load_public
 
-NUM_CLASSES, OBJECTS, BOXES = 20, 10, 512
+NUM_CLASSES, BOXES = 20, 512
 ARCHITECTURES = ("resnet18", "mobilenet_v3_large", "mobilenet_v3_large_320")
 STRIDES, CHANNELS = [4, 8, 16, 32], 256
 SELECTION = dict(score_threshold=0.05, iou_threshold=0.5, max_detections=100)
 Step = Callable[[], float]
-
-
-def random_batch(batch_size: int, image_size: int, objects: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """images (B, 3, S, S), boxes_xyxy (N, 4) in pixels, labels (N,), image (N,)."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch_size, 3, image_size, image_size, generator=generator)
-    count = batch_size * objects
-    side = torch.empty(count, 2).uniform_(0.04, 0.5, generator=generator)
-    top_left = torch.rand(count, 2, generator=generator) * (1 - side)
-    labels = torch.randint(0, NUM_CLASSES, (count,), generator=generator)
-    boxes_xyxy = torch.cat((top_left, top_left + side), 1) * image_size
-    return images, boxes_xyxy, labels, torch.arange(batch_size).repeat_interleave(objects)
 
 
 def peer_model(arch: str, image_size: int) -> nn.Module:
@@ -88,10 +73,11 @@ def calibrate(backbone: nn.Module, images: Tensor) -> None:
     backbone.train()((images - mean) / std)
 
 
-def training_steps(arch: str, batch: tuple[Tensor, ...], peer: nn.Module | None, peer_last: bool) -> dict[str, Step]:
-    images, boxes_xyxy, labels, image = batch
+def training_steps(
+    arch: str, batch: tuple[Tensor, Targets], peer: nn.Module | None, peer_last: bool
+) -> dict[str, Step]:
+    images, targets = batch
     model = our_model(arch, peer).train()
-    targets = Targets(boxes_xyxy, labels, image, torch.zeros_like(labels, dtype=torch.bool))
     steps = {
         "ours": build_step(
             model, lambda images: sum(model.losses(model(images), targets).values()), images, channels_last=True
@@ -99,7 +85,8 @@ def training_steps(arch: str, batch: tuple[Tensor, ...], peer: nn.Module | None,
     }
     if peer is not None:
         peer.train()
-        rows = [dict(boxes=boxes_xyxy[image == i], labels=1 + labels[image == i]) for i in range(len(images))]
+        of = [targets.image == i for i in range(len(images))]
+        rows = [dict(boxes=targets.boxes_xyxy[rows], labels=1 + targets.labels[rows]) for rows in of]
         loss = lambda images: sum(peer(list(images), rows).values())
         steps["peer"] = build_step(peer, loss, images, channels_last=peer_last)
     return steps
@@ -133,7 +120,8 @@ def roi_align_steps(batch_size: int, image_size: int, has_peer: bool) -> dict[st
     sizes = [image_size // stride for stride in STRIDES]
     maps = [torch.randn(batch_size, CHANNELS, size, size, generator=generator) for size in sizes]
     our_maps = [m.contiguous(memory_format=torch.channels_last).requires_grad_() for m in maps]
-    _, boxes_xyxy, _, image = random_batch(batch_size, image_size, BOXES)
+    _, targets = random_batch(batch_size, image_size, objects=BOXES, num_classes=NUM_CLASSES)
+    boxes_xyxy, image = targets.boxes_xyxy, targets.image
     gradient = torch.randn(len(boxes_xyxy), CHANNELS, 7, 7, generator=generator)
 
     def ours() -> float:
@@ -159,30 +147,18 @@ def roi_align_steps(batch_size: int, image_size: int, has_peer: bool) -> dict[st
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-size", type=int, default=480)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default, one for each core")
-    parser.add_argument("--cpu-time", action="store_true")
+    parser = options(__doc__, rounds=7, image_size=480, batch_size=2)
     parser.add_argument("--peer-channels-last", action="store_true")
-    parser.add_argument("--only", help="rows whose name holds this: train, infer, RoIAlign, or a backbone")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        import torchvision
-
-        peer_name = f"torchvision {torchvision.__version__}"
-    except ImportError:
-        peer_name = "torchvision is not installed: its column is empty"
-    has_peer = peer_name[-1].isdigit()
-    unit = "images per CPU second" if args.cpu_time else "images/s"
+    parser.add_argument("--only", default="", help="rows whose name holds this: train, infer, RoIAlign, or a backbone")
+    args = parse(parser, argv)
+    with contextlib.suppress(ImportError):
+        import torchvision  # noqa: F401
+    has_peer = "torchvision" in sys.modules
     print(
-        f"Faster R-CNN, {args.image_size} px, batch {args.batch_size} (inference: 1), torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads; {peer_name}\n{unit:<32}{'ours':>18}{'torchvision':>18}{'ratio':>7}"
+        f"Faster R-CNN, {args.image_size} px, batch {args.batch_size} (inference: 1), {versions('torchvision')}\n"
+        + header("images per CPU second" if args.cpu_time else "images/s", "torchvision")
     )
-    batch = random_batch(args.batch_size, args.image_size, OBJECTS)
+    batch = random_batch(args.batch_size, args.image_size, num_classes=NUM_CLASSES)
     peer = lambda arch: peer_model(arch, args.image_size) if has_peer else None
     last = args.peer_channels_last
     rows: dict[str, tuple[Callable[[], dict[str, Step]], int]] = {}
@@ -192,16 +168,8 @@ def main(argv: list[str]) -> None:
         rows[f"infer {arch}"] = lambda arch=arch: inference_steps(arch, batch[0][:1], peer(arch), last), 1
     rows["RoIAlign, both ways"] = lambda: roi_align_steps(args.batch_size, args.image_size, has_peer), args.batch_size
     for name, (build, num_images) in rows.items():
-        if args.only and args.only not in name:
-            continue
-        seconds = rotate(build(), args.rounds, time.process_time if args.cpu_time else time.perf_counter)
-        rate = {side: num_images / statistics.median(values) for side, values in seconds.items()}
-        line = f"{name:<32}"
-        for side, values in seconds.items():
-            line += f"{rate[side]:9.3f} ({num_images / min(values):6.3f})"
-        if "peer" in rate:
-            line += f"{rate['ours'] / rate['peer']:7.2f}"
-        print(line, flush=True)
+        if args.only in name:
+            print(row(name, take_turns(build(), args), lambda s, n=num_images: n / s), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ FLOPs are those that torch.utils.flop_counter counts: of convolutions and matrix
 and an addition being two.
 """
 
-import argparse
+import contextlib
 import copy
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import models
+from benchmarks.timing import header, options, parse, row, take_turns, versions
 from errors import run_script
 from layers.fusion import fuse
 from onnx_files import graph as onnx_graph
 from onnx_files.detector import open_session
 from onnx_files.int8 import quantize
-from runtime.timing import rotate
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -125,59 +124,39 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
 
 
 def print_table(seconds: dict[tuple[str, str], list[float]], names: list[str]) -> None:
-    milliseconds = lambda side, name: 1000 * statistics.median(seconds[side, name])
-    cell = lambda side, name: f"{milliseconds(side, name):8.1f} ({1000 * min(seconds[side, name]):6.1f})"
     for name in names:
-        line = f"{name:<32}{cell('ours', name)}"
-        if ("peer", name) in seconds:
-            line += f"{cell('peer', name)}{milliseconds('peer', name) / milliseconds('ours', name):7.2f}"
-        print(line)
+        print(row(name, seconds, lambda s: 1000 * s))
+    median = lambda side, name: statistics.median(seconds[side, name])
     for group in (list(FORMS)[:-1], list(FORMS)[-1:], ONNX_FORMS[:1]):
         best = {
-            side: min(
-                (name for name in group if (side, name) in seconds), key=partial(milliseconds, side), default=None
-            )
+            side: min((name for name in group if (side, name) in seconds), key=partial(median, side), default=None)
             for side in ("ours", "peer")
         }
         if None not in best.values():
-            ratio = milliseconds("peer", best["peer"]) / milliseconds("ours", best["ours"])
+            ratio = median("peer", best["peer"]) / median("ours", best["ours"])
             print(f"our best of these / its best: {best['ours']} / {best['peer']}: {ratio:.2f}")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=21, image_size=640)
     parser.add_argument("--arch", default="yolov8n")
     parser.add_argument("--checkpoint", help="time this model; nothing stands beside it")
-    parser.add_argument("--image-size", type=int, default=640)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default, one for each core")
-    parser.add_argument("--cpu-time", action="store_true")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parse(parser, argv)
     with_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
     images = torch.rand(1, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
     model, ours = our_calls(None if args.checkpoint else args.arch, args.checkpoint, images, with_onnx)
-    peers: dict[str, Call] = {}
-    said = "" if with_onnx else "; onnx, onnxruntime or onnxscript is not installed: their rows are missing"
+    calls = {("ours", name): call for name, call in ours.items()}
     if not args.checkpoint:
-        try:
-            peers = peer_calls(args.arch, images, with_onnx)
-            said = f", ultralytics {sys.modules['ultralytics'].__version__}" + said
-        except ImportError:
-            said += "; ultralytics is not installed: its column is empty"
+        with contextlib.suppress(ImportError):
+            calls |= {("peer", name): call for name, call in peer_calls(args.arch, images, with_onnx).items()}
+    note = "" if with_onnx else "; onnx, onnxruntime or onnxscript is not installed: their rows are missing"
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{args.checkpoint or args.arch}: {parameters / 1e6:.3f} M parameters, "
-        f"{count_flops(model, images) / 1e9:.2f} GFLOP at {args.image_size} px\n"
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads{said}"
+        f"{count_flops(model, images) / 1e9:.2f} GFLOP at {args.image_size} px\n{versions('ultralytics')}{note}"
     )
-    unit = "CPU ms" if args.cpu_time else "ms"
-    print(f"{f'{unit}, one picture':<32}{'ours':>17}{'Ultralytics':>17}{'ratio':>7}")
-    calls = {("ours", name): call for name, call in ours.items()}
-    calls |= {("peer", name): call for name, call in peers.items()}
-    seconds = rotate(calls, args.rounds, time.process_time if args.cpu_time else time.perf_counter)
-    print_table(seconds, list(ours))
+    print(header(f"{'CPU ms' if args.cpu_time else 'ms'}, one picture", "Ultralytics"))
+    print_table(take_turns(calls, args), list(ours))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ classes by moving their boxes apart, up to 600,000 pixels, which rounds them, so
 fall on the other side.
 """
 
-import argparse
-import statistics
+import contextlib
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +23,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import header, options, parse, row, versions
 from boxes import cxcywh_to_xyxy
 from errors import run_script
 from kernels.nms import batched_nms, select_detections
-from runtime.timing import rotate
+from runtime.timing import cpu_seconds, rotate
 from structures import Detections
 
 NUM_CLASSES, IMAGE_SIZE, MAX_DETECTIONS, IOU_THRESHOLD = 80, 640, 300, 0.7
@@ -99,14 +98,6 @@ def our_detections(head: Tensor, score_threshold: float, multi_label: bool) -> D
     return found
 
 
-def cpu_milliseconds() -> float:
-    return 1000 * time.process_time()
-
-
-def cell(times: list[float] | None) -> str:
-    return f"{'-':>19}" if times is None else f"{statistics.median(times):9.2f} ({min(times):7.2f})"
-
-
 def same_rows(a: Tensor, b: Tensor) -> int:
     """Rows of (N, 6) that also are rows of (M, 6), to 1/100."""
     found = {tuple(row) for row in b.mul(100).round().int().tolist()}
@@ -122,7 +113,7 @@ def print_heads(rounds: int, peer: Callable | None) -> None:
         ("trained model, pairs > 0.001", head_of_trained_model(generator), 0.001, True),
         ("noise, 672,000 pairs > 0.001", head_of_noise(generator), 0.001, True),
     ]
-    print(f"{'head (1, 84, 8400), at most 300':<34}{'ours ms':>19}{'Ultralytics ms':>19}{'ratio':>7}  same")
+    print(header("ms, head (1, 84, 8400), at most 300", "Ultralytics") + "  same")
     for name, head, score_threshold, multi_label in rows:
         contestants = {"ours": lambda: our_detections(head, score_threshold, multi_label)}  # noqa: B023
         if peer is not None:
@@ -134,18 +125,16 @@ def print_heads(rounds: int, peer: Callable | None) -> None:
                 max_det=MAX_DETECTIONS,
                 max_time_img=60.0,
             )
-        times = rotate(contestants, rounds, cpu_milliseconds)
-        line = f"{name:<34}{cell(times['ours'])}{cell(times.get('peer'))}"
+        line = row(name, rotate(contestants, rounds, cpu_seconds), lambda s: 1000 * s)
         if peer is not None:
             found = our_detections(head, score_threshold, multi_label)
             table = torch.cat((found.boxes_xyxy, found.scores[:, None], found.labels[:, None]), 1)
-            ratio = statistics.median(times["peer"]) / statistics.median(times["ours"])
-            line += f"{ratio:7.1f}  {same_rows(table, contestants['peer']()[0][:, :6])} of {len(found)}"
+            line += f"  {same_rows(table, contestants['peer']()[0][:, :6])} of {len(found)}"
         print(line, flush=True)
 
 
 def print_operation(rounds: int, peer: Callable | None) -> None:
-    print(f"\n{'batched_nms, 80 classes, IoU 0.5':<34}{'ours ms':>19}{'torchvision ms':>19}{'ratio':>7}  same")
+    print("\n" + header("ms, batched_nms, 80 classes, IoU 0.5", "torchvision") + "  same")
     for count in (300, 1000, 5000, 30_000):
         generator = torch.Generator().manual_seed(count)
         boxes, labels = clustered_boxes(count, generator)
@@ -154,35 +143,23 @@ def print_operation(rounds: int, peer: Callable | None) -> None:
             contestants = {"ours": lambda: batched_nms(boxes, scores, labels, 0.5, limit)}  # noqa: B023
             if peer is not None:
                 contestants["peer"] = lambda: peer(boxes, scores, labels, 0.5)[:limit]  # noqa: B023
-            times = rotate(contestants, max(3, rounds // 3), cpu_milliseconds)
-            line = f"{f'{count:,} boxes, at most {limit:,}':<34}{cell(times['ours'])}{cell(times.get('peer'))}"
+            times = rotate(contestants, max(3, rounds // 3), cpu_seconds)
+            line = row(f"{count:,} boxes, at most {limit:,}", times, lambda s: 1000 * s)
             if peer is not None:
                 ours, theirs = set(contestants["ours"]().tolist()), set(contestants["peer"]().tolist())
-                ratio = statistics.median(times["peer"]) / statistics.median(times["ours"])
-                line += f"{ratio:7.1f}  {len(ours & theirs)} of {len(ours)}"
+                line += f"  {len(ours & theirs)} of {len(ours)}"
             print(line, flush=True)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = parse(options(__doc__, rounds=15), [*argv, "--threads", "1"])
     peer_nms = peer_batched = None
-    try:
+    with contextlib.suppress(ImportError, RuntimeError):
         import torchvision
 
         peer_batched = torchvision.ops.batched_nms
-    except (ImportError, RuntimeError):
-        print("torchvision is not installed: its columns are empty, and Ultralytics is not timed without it")
-    else:
-        try:
-            from ultralytics.utils.nms import non_max_suppression as peer_nms
-        except ImportError:
-            print("ultralytics is not installed: its columns are empty")
-    versions = [f"torch {torch.__version__}"]
-    versions += [f"{m} {sys.modules[m].__version__}" for m in ("torchvision", "ultralytics") if m in sys.modules]
-    print(", ".join(versions) + "; one thread")
+        from ultralytics.utils.nms import non_max_suppression as peer_nms  # ten times slower without torchvision
+    print(versions("torchvision", "ultralytics"))
     print_heads(args.rounds, peer_nms)
     print_operation(args.rounds, peer_batched)
 

@@ -2,31 +2,57 @@
 
 import time
 from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+Call = Callable[[], object]
+Time = TypeVar("Time")
+
+
+def wall_seconds(call: Call) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def cpu_seconds(call: Call) -> float:
+    """CPU seconds of all threads of this process; neighbours on the machine disturb them less than the clock."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def wall_and_cpu(call: Call) -> tuple[float, float]:
+    """Seconds of the clock, and CPU seconds of all threads."""
+    wall = 0.0
+
+    def timed() -> None:
+        nonlocal wall
+        wall = wall_seconds(call)
+
+    cpu = cpu_seconds(timed)
+    return wall, cpu
 
 
 def rotate(
-    contestants: dict[Hashable, Callable[[], object]],
+    contestants: dict[Hashable, Call],
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    time_call: Callable[[Call], Time] = wall_seconds,
     *,
     settle: bool = False,
-) -> dict[Hashable, list[float]]:
-    """Seconds of each contestant, one call a round, each round starting with another; after one unmeasured round.
+) -> dict[Hashable, list[Time]]:
+    """Times of each contestant, one call a round, each round starting with another; after one unmeasured round.
 
-    clock: time.process_time counts the CPU seconds of all threads instead; neighbours on the machine disturb it less.
     settle: a call is timed after an untimed one of the same contestant, so that memory and caches are as in a run that
         does nothing else, not as the contestant before left them.
     """
     names = list(contestants)
     for name in names:
         contestants[name]()
-    seconds: dict[Hashable, list[float]] = {name: [] for name in names}
+    times: dict[Hashable, list[Time]] = {name: [] for name in names}
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             if settle:
                 contestants[name]()
-            began = clock()
-            contestants[name]()
-            seconds[name].append(clock() - began)
-    return seconds
+            times[name].append(time_call(contestants[name]))
+    return times

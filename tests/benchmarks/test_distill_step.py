@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import distill_step
-from benchmarks.train_step import random_batch
+from benchmarks.timing import random_batch
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_it_prints_its_table(terms, capsys, one_thread):
 
 def test_only_the_distilled_step_pays_for_terms(one_thread):
     batch = random_batch(1, 64)
-    steps = distill_step.our_steps(batch, distill_step.TERMS["cwd+soft_class"], False, True)
+    steps = distill_step.our_steps(batch, distill_step.TERMS["cwd+soft_class"], False)
     assert tuple(steps) == distill_step.PARTS
     values = {name: [step() for _ in range(3)] for name, step in steps.items()}
     assert values["distilled"][0] > values["student"][0] > 0

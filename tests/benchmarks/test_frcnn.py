@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import frcnn
+from benchmarks.timing import random_batch
 
 
 @pytest.fixture
@@ -22,8 +23,9 @@ def test_prints_its_table(row, capsys, keep_threads):
 
 def test_a_training_step_learns(keep_threads):
     torch.set_num_threads(1)
-    batch = frcnn.random_batch(1, 64, 3)
-    assert (batch[1] >= 0).all() and (batch[1] <= 64).all() and len(batch[1]) == 3
+    images, targets = batch = random_batch(1, 64, objects=3, num_classes=frcnn.NUM_CLASSES)
+    assert images.shape == (1, 3, 64, 64) and len(targets.labels) == 3
+    assert (targets.boxes_xyxy >= 0).all() and (targets.boxes_xyxy <= 64).all()
     steps = frcnn.training_steps("mobilenet_v3_large", batch, None, False)
     first = steps["ours"]()
     assert first > 0 and steps["ours"]() != first
@@ -32,7 +34,7 @@ def test_a_training_step_learns(keep_threads):
 def test_detects_what_torchvision_detects():
     """From the same weights and picture: the whole way, with torchvision's own selection."""
     pytest.importorskip("torchvision")
-    image = frcnn.random_batch(1, 128, 3)[0]
+    image = random_batch(1, 128)[0]
     peer = frcnn.peer_model("mobilenet_v3_large_320", 128).eval()
     frcnn.calibrate(peer.backbone, image)
     peer.eval()

@@ -4,34 +4,34 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu_train
+from benchmarks import gpu
+from benchmarks.timing import random_batch
 from config import TermConfig
 from kernels.backend import IS_INTERPRETED
 from training.optimization import build_optimizer
 
 STEPS, BATCH_SIZE, IMAGE_SIZE = (2, 1, 64) if IS_INTERPRETED else (200, 16, 320)
-MASKED = TermConfig(gpu_train.TEACHER, "masked_mse", 0.01, ("p4",), adapter="conv1x1")
+MASKED = TermConfig(gpu.TEACHER, "masked_mse", 0.01, ("p4",), adapter="conv1x1")
 
 
-def setting(device, bfloat16: bool) -> gpu_train.Setting:
-    return gpu_train.Setting("yolov8n", True, "kernels", device, IMAGE_SIZE, BATCH_SIZE, bfloat16)
+def setting(device, bfloat16: bool) -> gpu.Setting:
+    return gpu.Setting("yolov8n", True, "kernels", device, gpu.Scale(IMAGE_SIZE, BATCH_SIZE), bfloat16)
 
 
 @pytest.mark.slow
 def test_every_step_has_the_losses_and_gradients_of_the_specifications(device, monkeypatch):
     """From the same weights, in float32, at each step of a training run: class outputs, channels, masked maps."""
-    student, criterion, forward = gpu_train.our_forward(setting(device, bfloat16=False), MASKED)
+    student, criterion, forward = gpu.our_forward(setting(device, bfloat16=False), MASKED)
     optimizer = build_optimizer((student, criterion), name="sgd", learning_rate=1e-3, momentum=0.9, weight_decay=5e-4)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    images, targets = next(gpu_train.batches(setting(device, bfloat16=False)))
-    images, targets = images.to(device).float() / 255, targets.to(device)
+    images, targets = (part.to(device) for part in random_batch(BATCH_SIZE, IMAGE_SIZE))
     images = images.contiguous(memory_format=torch.channels_last)
-    names = {f"{loss}_{gpu_train.TEACHER}" for loss in ("cwd", "soft_class", "masked_mse")}
+    names = {f"{loss}_{gpu.TEACHER}" for loss in ("cwd", "soft_class", "masked_mse")}
     for number in range(STEPS):
         found = {}
         for kernels in ("eager", "triton"):
             monkeypatch.setenv("KERNELS", kernels)
-            terms = forward(images, targets, gpu_train.no_mark)
+            terms = forward(images, targets, gpu.no_mark)
             for name in names:
                 gradients = torch.autograd.grad(terms[name], parameters, retain_graph=True, allow_unused=True)
                 gradient = torch.cat([g.flatten() for g in gradients if g is not None])
@@ -52,8 +52,8 @@ def test_a_run_through_the_kernels_learns_as_one_through_the_specifications(devi
     losses = {}
     for kernels in ("eager", "triton"):
         monkeypatch.setenv("KERNELS", kernels)
-        step = gpu_train.build_step(setting(device, bfloat16=True))
-        losses[kernels] = np.array([sum(step(number, gpu_train.no_mark).values()) for number in range(STEPS)])
+        step = gpu.build_step(setting(device, bfloat16=True))
+        losses[kernels] = np.array([sum(step(number, gpu.no_mark).values()) for number in range(STEPS)])
     np.testing.assert_allclose(losses["triton"][:2], losses["eager"][:2], rtol=0.01)
     means = [losses[kernels].reshape(2, -1).mean(1) for kernels in ("triton", "eager")]
     np.testing.assert_allclose(*means, rtol=0.05)

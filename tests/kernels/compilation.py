@@ -1,17 +1,11 @@
-"""What the Triton kernels become on a GPU: registers, spills, shared memory, width of their loads. Needs no GPU.
+"""The Triton kernels compiled ahead of time for a GPU that is not there: registers, spills, the width of their loads.
 
-    python benchmarks/kernel_resources.py [--architectures 80 90]
-
-Each row is a kernel as its wrapper launches it for tensors of the shapes given, compiled ahead of time for an NVIDIA
-architecture (80: A100, 90: H100 and H200): the arguments are recorded from the wrapper, and specialised as Triton's
-launcher does, on strides of 1 and on what 16 divides. "loads" are those a thread makes from global memory, by their
-bytes; weights, masks and the few numbers a program reads are the narrow ones.
+Each launch is a kernel as its wrapper launches it for tensors of the shapes given: the arguments are recorded from the
+wrapper, and specialised as Triton's launcher does, on strides of 1 and on what 16 divides.
 """
 
-import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -22,9 +16,6 @@ from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from errors import run_script
 from kernels import (
     deformable_attention,
     held_gradient,
@@ -241,21 +232,3 @@ def accesses(ptx: str, direction: str) -> Counter[int]:
     """Global loads ("ld") or stores ("st") in the assembly, by the bytes of each."""
     found = (match for match in ACCESS.finditer(ptx) if match[1] == direction)
     return Counter(int(match[2] or 1) * int(match[3]) // 8 for match in found)
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
-    args = parser.parse_args(argv)
-    columns = ("sm", "registers", "spilled", "shared")
-    print(f"{'kernel':<58}" + "".join(f"{name:>10}" for name in columns) + "  loads")
-    for launch in launches():
-        for architecture in args.architectures:
-            r = compile_launch(launch, architecture)
-            cells = "".join(f"{n:>10}" for n in (architecture, r.registers, r.spilled_bytes, r.shared_bytes))
-            loads = ", ".join(f"{count} of {width} B" for width, count in sorted(r.loads.items(), reverse=True))
-            print(f"{launch.name:<58}{cells}  {loads}", flush=True)
-
-
-if __name__ == "__main__":
-    run_script(main)
