@@ -25,7 +25,7 @@ app: setup  ## The demo in a browser, at http://localhost:8501, with the models 
 
 browser: setup  ## The demo's test in headless Chromium, which has to be installed; SCREENSHOTS=. takes the README's
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-browser.txt
-	$(BIN)/python -m pytest tests/web_demo/test_browser.py
+	$(BIN)/python -m pytest tests/engine/web_demo/test_browser.py
 
 # A process for each core, at most four, with one thread of torch each: most tests are too small for two threads to help.
 # The tests of a file stay together, for the fixtures that they share.
@@ -40,7 +40,7 @@ test-fast: setup  ## Without the slow tests
 	$(IN_PARALLEL) -m "not slow"
 
 # The targets for a machine with a CUDA device use its own Python, PyTorch and Triton: no .venv, and nothing is
-# downloaded. What they measure goes to RESULTS, which git ignores: numbers that the README quotes are copied to reports/.
+# downloaded. What they measure goes to RESULTS, which git ignores: numbers that the README quotes are copied to docs/reports/.
 RESULTS ?= benchmarks/results
 
 test-gpu:  ## The kernels on the device: their tests, and again under compute-sanitizer where there is one

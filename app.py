@@ -20,12 +20,12 @@ from torch import nn
 from checkpoint import CheckpointInfo
 from datasets.enhance import Enhancement, enhance
 from datasets.images import SUFFIXES, read_image
+from engine.onnx_files.detector import OnnxDetector, load_detector
+from engine.runtime.processes import choose_device
+from engine.web_demo import gallery, run_views
+from engine.web_demo.gallery import MAX_MEGABYTES, MAX_MEGAPIXELS
+from engine.web_demo.run_views import Result, Run
 from errors import UserError
-from onnx_files.detector import OnnxDetector, load_detector
-from runtime.processes import choose_device
-from web_demo import gallery, run_views
-from web_demo.gallery import MAX_MEGABYTES, MAX_MEGAPIXELS
-from web_demo.run_views import Result, Run
 
 RUNS = Path("runs")
 COMPARE, EXPLAIN = "Compare two models", "What distillation did"

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 import models
 import weights
 from config import EvaluationConfig, from_tree
+from datasets.class_names import released_columns, released_names
 from errors import UserError
-from evaluation.class_names import released_columns, released_names
 
 FORMAT = 1
 DISK_EXIT_CODE = 5

@@ -11,8 +11,8 @@ A config with teachers and terms is trained as
     longer      the student alone, for as many epochs as baseline and teachers together: what the time spent on the
                 teacher would have bought without it (absent where every teacher came with weights)
 
-How a file lists rows of its own, also of students that train on synthetic sets, is said in comparison/study.py. All
-rows are trained with the first seed, then all with the next.
+How a file lists rows of its own, also of students that train on synthetic sets, is said in engine/comparison/study.py.
+All rows are trained with the first seed, then all with the next.
 
 comparison.md, comparison.json and comparison.png in <runs>/<name>/ are written anew after every run, and say which runs
 are missing. Numbers are those of the last EMA weights on the test split; no epoch is selected on it. A run that is
@@ -29,28 +29,28 @@ from pathlib import Path
 
 import models
 import train
-from comparison import plot
-from comparison.condensed_table import condensed_markdown, condensed_tree
-from comparison.study import Row, Study, last_weights, load_study
-from comparison.table import Result, as_json, markdown
 from condense import condense
-from condensing.methods import check_network
 from config import Config, from_tree, to_tree
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
-from errors import UserError, run_script
-from runtime import run_folder
-from training.batch_norms import check_batches
-from training.building import (
+from engine.comparison import plot
+from engine.comparison.condensed_table import condensed_markdown, condensed_tree
+from engine.comparison.study import Row, Study, last_weights, load_study
+from engine.comparison.table import Result, as_json, markdown
+from engine.condensing.methods import check_network
+from engine.runtime import run_folder
+from engine.training.batch_norms import check_batches
+from engine.training.building import (
     build_criterion,
     build_student,
     count_training_pictures,
     training_set,
     with_published_settings,
 )
-from training.checks import SIZE_MULTIPLE, check_config
-from training.exits import NOT_FINITE_EXIT_CODE
-from training.teaching import build_teachers
+from engine.training.checks import SIZE_MULTIPLE, check_config
+from engine.training.exits import NOT_FINITE_EXIT_CODE
+from engine.training.teaching import build_teachers
+from errors import UserError, run_script
 from yaml_files import read_yaml
 
 

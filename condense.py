@@ -3,8 +3,8 @@
     python condense.py CONFIG condense.method=random condense.pictures=5 [--output FOLDER] [key=value ...]
     python condense.py STUDY --row NAME [--seed N]        the set that a row of a study trains on
 
-CONFIG has the keys of a training config and a section `condense`; the methods are in condensing.config.METHODS. What is
-written is an ordinary YOLO dataset (condensing/set_files.py), by default where compare.py looks for it:
+CONFIG has the keys of a training config and a section `condense`; the methods are in engine.condensing.config.METHODS.
+What is written is an ordinary YOLO dataset (engine/condensing/set_files.py), by default where compare.py looks for it:
 <runs>/<name>/sets/<method>_<pictures>_seed<seed>_<hash of the settings>. A set that is there already is left as it is.
 
 A method that learns shows its pictures in <folder>.part/steps, and is stopped with Ctrl-C and given again at will: the
@@ -27,25 +27,34 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-from comparison.study import StudyFile, load_study, sets_folder, task_of
-from condensing.config import Task
-from condensing.methods import Layout, RealPictures, check_network, first_layout, load_network
-from condensing.set_files import DECODED, STORED, Picture, draw_set, part_folder, read_manifest, to_picture, write_set
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
-from distill.gradient_matching import GradientMatching
-from distill.mean_gradient import matched_parameters
-from distill.synthetic import SyntheticSet
+from distill.condense.gradient_matching import GradientMatching
+from distill.condense.mean_gradient import matched_parameters
+from distill.condense.synthetic import SyntheticSet
+from engine.comparison.study import StudyFile, load_study, sets_folder, task_of
+from engine.condensing.config import Task
+from engine.condensing.methods import Layout, RealPictures, check_network, first_layout, load_network
+from engine.condensing.set_files import (
+    DECODED,
+    STORED,
+    Picture,
+    draw_set,
+    part_folder,
+    read_manifest,
+    to_picture,
+    write_set,
+)
+from engine.runtime import run_folder
+from engine.runtime.interruption import StopRequested, StopSignals
+from engine.runtime.peak_memory import peak_gigabytes, reset_peak
+from engine.runtime.processes import choose_device
+from engine.runtime.progress import Progress
+from engine.training.batch_norms import norm_of_one_value
+from engine.training.exits import MEMORY_EXIT_CODE, is_out_of_memory
 from errors import UserError, run_script
 from random_streams import Stream, seeded_generator
-from runtime import run_folder
-from runtime.interruption import StopRequested, StopSignals
-from runtime.peak_memory import peak_gigabytes, reset_peak
-from runtime.processes import choose_device
-from runtime.progress import Progress
 from structures import Targets
-from training.batch_norms import norm_of_one_value
-from training.exits import MEMORY_EXIT_CODE, is_out_of_memory
 
 
 def main(argv: list[str]) -> None:
@@ -222,7 +231,7 @@ def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> Gr
         return draw_siamese(generator=generator, settings=c.augment)
 
     def build_network(seed: int) -> nn.Module:
-        """A fresh detector for every call; distill.network_pool seeds torch around it."""
+        """A fresh detector for every call; distill.condense.network_pool seeds torch around it."""
         return models.build(task.arch, len(real.index.names))
 
     try:

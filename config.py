@@ -150,7 +150,7 @@ class EvaluationConfig:
         return dataclasses.replace(self, **missing)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of evaluation.measuring.evaluate_model: all but when to evaluate."""
+        """Keyword arguments of engine.evaluation.measuring.evaluate_model: all but when to evaluate."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "every_epochs"}
 
 

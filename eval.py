@@ -6,8 +6,8 @@
     python eval.py --ground-truth GT --detections DT           no model
 
 Where the model's classes are not the dataset's, those that mean the same are evaluated, and what became of every class
-is printed: evaluation/class_names.py has the rules, --class-map changes them, evaluation/cross_dataset.py says what
-happens to the rest.
+is printed: datasets/class_names.py has the rules, --class-map changes them, engine/evaluation/cross_dataset.py says
+what happens to the rest.
 
 GT is a COCO JSON file, a folder of Pascal VOC XML files or a folder of text files; DT a COCO results file or a folder
 of text files, one per image, such as predict.py's predictions.json and labels: metrics.files says how they are read.
@@ -35,21 +35,21 @@ from typing import Any
 import torch
 
 from config import EvaluationConfig, load_config
+from datasets.class_names import read_class_map
 from datasets.open import READERS, open_dataset, require_objects
 from datasets.subset import keep_classes
+from engine.evaluation.cross_dataset import on_common_classes
+from engine.evaluation.measuring import EvaluationResult, evaluate_model, measure
+from engine.onnx_files.detector import load_detector
+from engine.runtime.processes import choose_device, use_bfloat16
+from engine.runtime.run_folder import write_text
 from errors import UserError, run_script
-from evaluation.class_names import read_class_map
-from evaluation.cross_dataset import on_common_classes
-from evaluation.measuring import EvaluationResult, evaluate_model, measure
 from metrics import coco
 from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names
 from metrics.tables import inclusive_to_continuous
 from metrics.text_files import TEXT_BOXES
 from models import published_detection
-from onnx_files.detector import load_detector
-from runtime.processes import choose_device, use_bfloat16
-from runtime.run_folder import write_text
 
 PROTOCOLS = ("coco", "voc07", "voc12")
 

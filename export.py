@@ -38,19 +38,19 @@ from datasets.index import DatasetIndex
 from datasets.letterbox import letterbox
 from datasets.open import READERS, open_dataset
 from datasets.shapes import draw_picture
-from drawing.plots import spread
+from engine.drawing.plots import spread
+from engine.evaluation.measuring import EvaluationResult, evaluate_model
+from engine.onnx_files import graph as onnx_graph
+from engine.onnx_files.detector import SUFFIX, OnnxDetector, open_session
+from engine.onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
+from engine.onnx_files.int8 import quantize
+from engine.prediction.sources import find_pictures
+from engine.runtime.run_folder import RunFolder, commit, write_bytes
+from engine.runtime.timing import rotate
 from errors import UserError, require, run_script
-from evaluation.measuring import EvaluationResult, evaluate_model
 from kernels.nms import select_detections
 from layers.fusion import fuse
-from onnx_files import graph as onnx_graph
-from onnx_files.detector import SUFFIX, OnnxDetector, open_session
-from onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
-from onnx_files.int8 import quantize
 from predict import plural
-from prediction.sources import find_pictures
-from runtime.run_folder import RunFolder, commit, write_bytes
-from runtime.timing import rotate
 from teachers.rtdetr import RTDETR
 
 if TYPE_CHECKING:

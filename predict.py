@@ -31,17 +31,17 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images import read_image
-from drawing.detections import draw_detections
+from engine.drawing.detections import draw_detections
+from engine.onnx_files.detector import OnnxDetector, load_detector
+from engine.prediction.files import PredictionFiles, complete_file, count_words, drawn_path
+from engine.prediction.predictor import Predictor
+from engine.prediction.sources import Source, find_sources
+from engine.prediction.video import VideoReader, VideoWriter, require_av
+from engine.runtime.interruption import StopSignals
+from engine.runtime.processes import choose_device, use_bfloat16
+from engine.runtime.progress import Progress
+from engine.runtime.run_folder import DISK_EXIT_CODE
 from errors import UserError, run_script
-from onnx_files.detector import OnnxDetector, load_detector
-from prediction.files import PredictionFiles, complete_file, count_words, drawn_path
-from prediction.predictor import Predictor
-from prediction.sources import Source, find_sources
-from prediction.video import VideoReader, VideoWriter, require_av
-from runtime.interruption import StopSignals
-from runtime.processes import choose_device, use_bfloat16
-from runtime.progress import Progress
-from runtime.run_folder import DISK_EXIT_CODE
 from structures import Detections
 
 

@@ -27,18 +27,15 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from comparison.one_row import load_row, load_row_for_dry_run
 from config import Config, load_config
 from datasets.loader import Batch, LoaderProcessDied
-from errors import UserError, run_script
-from layers.over_processes import sum_over_processes
-from random_streams import Stream, seeded_generator
-from runtime import run_folder
-from runtime.interruption import StopRequested, StopSignals
-from runtime.processes import Processes, keep_freed_memory
-from runtime.progress import Progress, ScalarLog
-from runtime.run_folder import RunFolder
-from training.building import (
+from engine.comparison.one_row import load_row, load_row_for_dry_run
+from engine.runtime import run_folder
+from engine.runtime.interruption import StopRequested, StopSignals
+from engine.runtime.processes import Processes, keep_freed_memory
+from engine.runtime.progress import Progress, ScalarLog
+from engine.runtime.run_folder import RunFolder
+from engine.training.building import (
     TrainingSetup,
     augment_batch,
     build,
@@ -47,12 +44,15 @@ from training.building import (
     set_learning_rates,
     with_published_settings,
 )
-from training.dry_run import dry_run
-from training.exits import exit_codes
-from training.reporting import finish, finish_epoch
-from training.saving import how_to_go_on, open_folder, restore, save
-from training.state import TrainingState, refuse_changes
-from training.steps import averaging, check_finite, in_groups
+from engine.training.dry_run import dry_run
+from engine.training.exits import exit_codes
+from engine.training.reporting import finish, finish_epoch
+from engine.training.saving import how_to_go_on, open_folder, restore, save
+from engine.training.state import TrainingState, refuse_changes
+from engine.training.steps import averaging, check_finite, in_groups
+from errors import UserError, run_script
+from layers.over_processes import sum_over_processes
+from random_streams import Stream, seeded_generator
 
 
 def train_step(

@@ -22,8 +22,8 @@ from benchmarks.timing import build_step, device_seconds, header, options, parse
 from config import AugmentConfig
 from datasets.augment import augment, jitter_hsv
 from errors import run_script
-from runtime.processes import choose_device, use_bfloat16
-from runtime.timing import rotate
+from engine.runtime.processes import choose_device, use_bfloat16
+from engine.runtime.timing import rotate
 from structures import Targets
 
 

@@ -27,12 +27,12 @@ import models
 from benchmarks.timing import parse, random_batch, versions
 from config import AugmentConfig
 from datasets.augment import draw_siamese
-from distill.gradient_matching import GradientMatching, MatchingSettings
-from distill.network_pool import PoolSettings
-from distill.synthetic import SyntheticSet
+from distill.condense.gradient_matching import GradientMatching, MatchingSettings
+from distill.condense.network_pool import PoolSettings
+from distill.condense.synthetic import SyntheticSet
 from errors import run_script
-from runtime.peak_memory import peak_gigabytes
-from runtime.timing import rotate, wall_and_cpu
+from engine.runtime.peak_memory import peak_gigabytes
+from engine.runtime.timing import rotate, wall_and_cpu
 
 STORED = (16, 64, 256)
 PICTURES, NUM_CLASSES = 16, 3

@@ -41,10 +41,10 @@ from config import TermConfig
 from distill.criterion import Criterion, TeacherFacts
 from errors import run_script
 from layers.fusion import fuse
-from runtime.processes import choose_device, keep_freed_memory, use_bfloat16
+from engine.runtime.processes import choose_device, keep_freed_memory, use_bfloat16
 from structures import Targets
-from training.building import Learner
-from training.teaching import Teachers
+from engine.training.building import Learner
+from engine.training.teaching import Teachers
 
 TARGET, NUM_CLASSES = 1.08, 80
 CHANNELS_LAST = torch.channels_last

@@ -38,11 +38,11 @@ import train
 from config import Config, apply_override, from_tree
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
+from engine.evaluation.cross_dataset import on_common_classes
+from engine.evaluation.measuring import evaluate_model
+from engine.runtime import run_folder
+from engine.training.building import take
 from errors import UserError, run_script
-from evaluation.cross_dataset import on_common_classes
-from evaluation.measuring import evaluate_model
-from runtime import run_folder
-from training.building import take
 
 ARCH, IMAGE_SIZE, NUM_PICTURES, EPOCHS, BATCH_SIZE = "yolov8n", 192, 1000, 10, 16
 RECIPES = {

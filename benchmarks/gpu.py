@@ -55,10 +55,10 @@ from datasets.augment import augment
 from distill.criterion import TeacherFacts
 from errors import run_script
 from kernels.backend import HAS_TRITON
-from runtime.processes import choose_device
+from engine.runtime.processes import choose_device
 from structures import Targets
-from training.optimization import Ema, build_optimizer
-from training.teaching import Teachers
+from engine.training.optimization import Ema, build_optimizer
+from engine.training.teaching import Teachers
 
 TEACHER = "yolov8m"
 COMPILE = {"compile": "default", "graphs": "reduce-overhead"}  # modes of torch.compile

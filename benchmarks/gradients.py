@@ -3,8 +3,8 @@
     python benchmarks/gradients.py [--root data/bccd] [--arch yolov8_narrow] [--image-size 160] [--visits 5]
 
 A network learns on the training pictures of BCCD, once with BatchNorms and once with GroupNorms in their place. Now and
-then the mean gradients a and b of two sets (distill.mean_gradient) are compared: 1 - the mean cosine of the output
-channels whose gradients both have a direction (`cosine`), and |a - b|^2 / |b|^2 (`squared`).
+then the mean gradients a and b of two sets (distill.condense.mean_gradient) are compared: 1 - the mean cosine of the
+output channels whose gradients both have a direction (`cosine`), and |a - b|^2 / |b|^2 (`squared`).
 
     tiles       12 pictures in 4 x 3 tiles of a stored one, enlarged again, and the 12 as they were
     twelve      these 12, and 48 others: what a set of 12 could gain
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
-from condensing.config import SIAMESE
-from condensing.methods import RealPictures
 from config import DataConfig
 from datasets.augment import draw_siamese
-from distill.gradient_distance import SMALLEST_PRODUCT
-from distill.mean_gradient import chunks, matched_parameters, mean_gradient
-from distill.network_pool import NetworkPool, PoolSettings, as_float, set_statistics
-from distill.synthetic import SyntheticSet
+from distill.condense.gradient_distance import SMALLEST_PRODUCT
+from distill.condense.mean_gradient import chunks, matched_parameters, mean_gradient
+from distill.condense.network_pool import NetworkPool, PoolSettings, as_float, set_statistics
+from distill.condense.synthetic import SyntheticSet
+from engine.condensing.config import SIAMESE
+from engine.condensing.methods import RealPictures
 from errors import UserError, run_script
 from structures import Targets
 

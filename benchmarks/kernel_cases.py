@@ -25,7 +25,7 @@ from kernels.nms import batched_nms, select_detections
 from kernels.roi_align import assign_levels, roi_align
 from kernels.sigmoid_kl import sigmoid_kl, sigmoid_kl_eager
 from kernels.temperature_kl import temperature_kl, temperature_kl_eager
-from runtime.timing import rotate
+from engine.runtime.timing import rotate
 
 Inputs = tuple[Any, ...]
 CACHE_BYTES = 4 * 60 * 2**20  # four times the L2 cache of an H200

@@ -38,9 +38,9 @@ import models
 from benchmarks.timing import header, options, parse, row, take_turns, versions
 from errors import run_script
 from layers.fusion import fuse
-from onnx_files import graph as onnx_graph
-from onnx_files.detector import open_session
-from onnx_files.int8 import quantize
+from engine.onnx_files import graph as onnx_graph
+from engine.onnx_files.detector import open_session
+from engine.onnx_files.int8 import quantize
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from boxes import xyxy_to_cxcywh
-from runtime.timing import Call, cpu_seconds, rotate, wall_seconds
+from engine.runtime.timing import Call, cpu_seconds, rotate, wall_seconds
 from structures import Targets
-from training.optimization import build_optimizer
+from engine.training.optimization import build_optimizer
 
 Seconds = dict[Any, list[float]]  # by contestant
 

@@ -35,7 +35,7 @@ from benchmarks.timing import (
     versions,
 )
 from errors import run_script
-from runtime.processes import use_bfloat16
+from engine.runtime.processes import use_bfloat16
 from structures import Targets
 
 VARIANTS = {  # name: (bfloat16, channels_last)

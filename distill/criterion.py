@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from config import TermConfig
+from datasets.class_names import join_classes
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
-from distill.box_classes import join_classes
 from distill.outputs import content_at, in_precision_of, named_map
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy

@@ -22,7 +22,7 @@ from distill.terms import LOSSES, Term
 from errors import UserError, run_script
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
-STUDY = PAGE.parent.parent / "reports" / "bccd_study.json"
+STUDY = PAGE.parent.parent / "docs" / "reports" / "bccd_study.json"
 ARXIV = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})")
 
 
@@ -159,7 +159,7 @@ def protocol(study: dict[str, Any]) -> str:
         f"the same seeds ({config['student']['arch']}, {config['image_size']} px, {config['epochs']} epochs of "
         f"{baseline['steps'][0] // config['epochs']} steps of {config['batch_size']}: mAP {mean(baseline['mAP']):.3f}; "
         f"teacher: {teachers}); the cost is that of a whole step, the teacher's forward pass included, relative to the "
-        f"student's alone. `reports/bccd_study.md` has all rows, also combinations and the longer trained student.\n\n"
+        f"student's alone. `docs/reports/bccd_study.md` has all rows, combinations too, and the longer one.\n\n"
     )
 
 

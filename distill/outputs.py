@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.masks import make_anchor_sizes
+from distill.losses.masks import make_anchor_sizes
 
 HALF = (torch.bfloat16, torch.float16)
 

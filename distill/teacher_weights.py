@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.box_classes import boxes_by_image, log_odds
-from distill.masks import objects
+from distill.losses.box_classes import boxes_by_image, log_odds
+from distill.losses.masks import objects
 from distill.outputs import any_map, in_precision_of
 from layers.over_processes import sum_over_processes
 from structures import Targets
@@ -49,7 +49,7 @@ def teacher_cross_entropy(
 
     Args:
         targets: boxes in pixels of images of image_size (H, W), the student's.
-        classes: (student's columns, teacher's columns) as box_classes.join_classes gives them; None: equal lists.
+        classes: (student's columns, teacher's columns) as class_names.join_classes gives them; None: equal lists.
     """
     found = objects(targets)
     labels = found.labels

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill.adapters import resize_to
-from distill.masks import location_scores, positive_masks, score_maps
+from distill.losses.masks import location_scores, positive_masks, score_maps
 from distill.outputs import head_level, level_layout, named_map
 from structures import Targets
 
@@ -22,7 +22,7 @@ class TermInputs:
     student, teacher: the models. s_name, t_name: what the pair is called in their outputs.
     s_map, t_map: of a term that compares maps, the student's after the adapter and the teacher's, (B, C, H, W) both, at
     the student's grid. Of one that compares images, s_map is the student's map.
-    classes: columns of the classes that both models have (box_classes.join_classes); None where the lists are equal.
+    classes: columns of the classes that both models have (class_names.join_classes); None where the lists are equal.
     shared: values computed once for all terms of a teacher in a step.
     """
 
@@ -48,7 +48,7 @@ class TermInputs:
         return {"s_map": self.s_map, "t_map": self.t_map}
 
     def grid(self) -> dict[str, Any]:
-        """The keyword arguments that tell distill.masks the grid of s_map."""
+        """The keyword arguments that tell distill.losses.masks the grid of s_map."""
         return dict(batch_size=len(self.s_map), grid_size=tuple(self.s_map.shape[2:]), image_size=self.image_size)
 
     def logits(self) -> dict[str, Tensor]:

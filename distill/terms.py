@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill import crosskd, features, logits, masked, relations
-from distill.box_classes import At, Boxes, box_class_kl, box_logits, given_boxes, softmax_logits
-from distill.fgd import FGD
-from distill.localization import localization_kl, valuable_region
-from distill.masks import anchor_mask, box_density, box_mask, objects
-from distill.mgd import MGD
+from distill.losses import crosskd, features, logits, masked, relations
+from distill.losses.box_classes import At, Boxes, box_class_kl, box_logits, given_boxes, softmax_logits
+from distill.losses.fgd import FGD
+from distill.losses.localization import localization_kl, valuable_region
+from distill.losses.masks import anchor_mask, box_density, box_mask, objects
+from distill.losses.mgd import MGD
 from distill.outputs import anchor_outputs, branch_tail, own_anchors
 from distill.term_inputs import TermInputs
 

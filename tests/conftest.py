@@ -52,7 +52,7 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def make_tiny(tiny_data, tmp_path, monkeypatch):
     """make_tiny(**changes): a tiny_config whose runs are in a folder of this test; plots are left to other tests."""
-    from training import reporting
+    from engine.training import reporting
 
     monkeypatch.setattr(reporting, "draw", lambda *args: None)
     return lambda **changes: tiny_config(tiny_data, tmp_path / "runs", **changes)

@@ -59,7 +59,7 @@ def export_student(folder: Path) -> Exported:
     """Train with a teacher and adapters, then run export.py twice."""
     import export
     import train
-    from training import reporting
+    from engine.training import reporting
 
     data = write_dataset(folder / "data", train=8, test=6)
     terms = [{"teacher": "big", "loss": "mse", "weight": 0.5, "student_maps": ["p3", "p4"], "adapter": "conv1x1"}]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.training import reporting
 from tests.conftest import ROOT
-from tests.training.test_distilled_training import TERMS
-from tests.web_demo.tiny_app import photo, png, write_runs
-from training import reporting
+from tests.engine.training.test_distilled_training import TERMS
+from tests.engine.web_demo.tiny_app import photo, png, write_runs
 
 pytest.importorskip("streamlit", reason="the demo in a browser needs requirements-app.txt")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -262,7 +262,7 @@ def test_a_run_without_a_teacher_says_so(start, runs):
 def test_the_server_listens_to_this_machine_alone():
     import tomllib
 
-    from web_demo import gallery
+    from engine.web_demo import gallery
 
     settings = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text(encoding="utf-8"))
     assert settings["server"]["address"] == "localhost"

@@ -9,10 +9,10 @@ import pytest
 import checkpoint
 import compare
 import models
-from comparison.study import load_study, plan
 from config import to_tree
+from engine.comparison.study import load_study, plan
+from engine.runtime import run_folder
 from errors import UserError
-from runtime import run_folder
 from tests.tiny_training import tiny_config, write_dataset
 from yaml_files import dump_yaml
 

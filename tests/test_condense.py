@@ -15,14 +15,14 @@ import checkpoint
 import condense
 import models
 import train
-from condensing.config import METHODS, WITHOUT_DRAWS
-from condensing.methods import RealPictures
 from config import DataConfig, from_tree, to_tree
 from datasets.open import open_dataset
-from distill import coresets
+from distill.condense import coresets
+from engine.condensing.config import METHODS, WITHOUT_DRAWS
+from engine.condensing.methods import RealPictures
+from engine.training import reporting
 from errors import UserError
 from tests.tiny_training import tiny_config
-from training import reporting
 from yaml_files import dump_yaml
 
 WIDTH, HEIGHT = 64, 48

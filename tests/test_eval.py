@@ -11,8 +11,8 @@ import checkpoint
 import eval
 import models
 from datasets import open_dataset
+from engine.evaluation import measuring
 from errors import UserError, run_script
-from evaluation import measuring
 from tests.test_start_model import released_state
 from tests.tiny_training import write_dataset
 

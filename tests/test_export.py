@@ -13,12 +13,12 @@ import checkpoint
 import export
 import models
 from datasets.images import read_image
+from engine.onnx_files import graph as onnx_graph
+from engine.prediction.predictor import Predictor
+from engine.prediction.sources import find_pictures
 from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
 from layers.fusion import fuse
-from onnx_files import graph as onnx_graph
-from prediction.predictor import Predictor
-from prediction.sources import find_pictures
 from teachers.rtdetr import RTDETR
 from tests.conftest import ROOT
 from tests.exporting import NAMES, fill, save_model
@@ -147,7 +147,7 @@ def test_a_selection_that_differs_is_not_written(exported, traced, tmp_path, mon
 
 
 def test_a_full_disk_leaves_the_old_file(exported, traced, tmp_path, monkeypatch):
-    from runtime import run_folder
+    from engine.runtime import run_folder
 
     def refuse(path, data):
         raise OSError(28, "No space left on device")
@@ -306,7 +306,7 @@ def small_rtdetr():
 def test_rtdetr(tmp_path, monkeypatch, capsys):
     """Nothing is suppressed in it, queries may change places, and its thresholds are those of any detector."""
     pytest.importorskip("onnxscript")
-    from onnx_files.detector import load_onnx
+    from engine.onnx_files.detector import load_onnx
 
     model, info = small_rtdetr(), checkpoint.CheckpointInfo("rtdetr_r18vd", NAMES, SIZE)
     monkeypatch.setattr(checkpoint, "load_model", lambda *args: (model, info))
@@ -340,7 +340,7 @@ def test_sizes_stay_free(arch):
 def test_yolov5_on_photographs(tmp_path, capsys):
     """The public detector of helmets and vests where it is at hand, else weights by their names on drawn pictures."""
     pytest.importorskip("onnxscript")
-    from onnx_files.detector import load_detector
+    from engine.onnx_files.detector import load_detector
 
     data = ROOT.parent / "shared" / "data"
     path, photos, options = save_model(tmp_path / "model.pt", "yolov5n"), [], []

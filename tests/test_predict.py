@@ -11,9 +11,9 @@ from PIL import Image
 import checkpoint
 import models
 import predict
+from engine.prediction.sources import find_pictures
 from errors import UserError
-from prediction.sources import find_pictures
-from tests.prediction.colour_detector import NAMES, ColourDetector
+from tests.engine.prediction.colour_detector import NAMES, ColourDetector
 
 
 def scene(width: int, height: int, red=None, blue=None) -> Image.Image:

@@ -14,7 +14,7 @@ import eval
 import models
 import predict
 from datasets.letterbox import letterbox
-from prediction.predictor import Predictor
+from engine.prediction.predictor import Predictor
 
 NAMES = ("traffic light", "1")  # a name of two words, and one that could be a place
 PICTURES = ("0.png", "1.PNG", "a/0.png", "b/0.png", "b/v1.0 é.png", "b/x.png")

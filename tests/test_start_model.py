@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import checkpoint
 import models
 import train
+from datasets.class_names import COCO, coco_by_id
 from datasets.open import open_dataset
+from engine.evaluation.cross_dataset import on_common_classes
+from engine.evaluation.measuring import evaluate_model
+from engine.training import building, teaching
 from errors import UserError
-from evaluation.class_names import COCO, coco_by_id
-from evaluation.cross_dataset import on_common_classes
-from evaluation.measuring import evaluate_model
-from training import building, teaching
-from weight_files.class_rows import ClassRows, take_rows
+from weights.class_rows import ClassRows, take_rows
 
 FILE_NAMES = ("zebra", "Cat", "airplane", "tv", "potted plant")
 NAMES = ("tvmonitor", "lynx", "aeroplane", "cat")  # of them a lynx is not in the file

@@ -12,15 +12,15 @@ import checkpoint
 import models
 import train
 from config import load_config
+from engine.runtime import run_folder
+from engine.runtime.processes import Processes, choose_device, use_bfloat16
+from engine.training import building, reporting
+from engine.training.dry_run import losses_of_batch
+from engine.training.optimization import Ema
+from engine.training.state import TrainingState
 from errors import UserError
 from layers.fusion import fuse
-from runtime import run_folder
-from runtime.processes import Processes, choose_device, use_bfloat16
 from tests.tiny_training import tiny_config
-from training import building, reporting
-from training.dry_run import losses_of_batch
-from training.optimization import Ema
-from training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

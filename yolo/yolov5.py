@@ -289,7 +289,8 @@ class YOLOv5(nn.Module):
         """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) logits, by the rule of taps.logits_at_boxes.
 
         Objectness is included (joint_logits): each is the log-odds of "here is an object of class k", as
-        distill/box_classes.py takes them of any sigmoid head, and their sigmoid is comparable to a score of `decode`.
+        distill/losses/box_classes.py takes them of any sigmoid head, and their sigmoid is comparable to a score of
+        `decode`.
         """
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)

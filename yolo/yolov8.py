@@ -243,7 +243,8 @@ class AnchorFreeDetector(nn.Module):
         return AnchorFreeOutput(features, box_logits, class_logits, image_size)
 
     def tail(self, name: str) -> nn.Sequential:
-        """The layers behind one of the maps within the head, such as "cls3_1", in its branch (for distill/crosskd.py).
+        """The layers behind one of the maps within the head, such as "cls3_1", in its branch (for
+        distill/losses/crosskd.py).
 
         (B, C, H / s, W / s) -> (B, K, H / s, W / s) in a class branch, (B, 4 R, H / s, W / s) in a box branch, edge by
         edge: the logits of that level. The layers are the detector's own, not copies, in its train or eval mode as of

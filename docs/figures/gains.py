@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-REPORT = HERE.parent.parent / "reports" / "bccd_study.json"
+REPORT = HERE.parent.parent / "docs" / "reports" / "bccd_study.json"
 LEFT, TOP, STEP, WIDTH, SCALE = 250, 52, 17, 820, 2000  # pixels; SCALE pixels for one of mAP
 TITLES = {"teacher_yolov8s": "the teacher: YOLOv8s, 100 epochs", "longer": "the student alone, 120 epochs"}
 
@@ -36,7 +36,9 @@ def main() -> None:
             f'<rect x="{at:.1f}" y="{y}" width="{max(width, 1):.1f}" height="{STEP - 4}" fill="{color}"/>',
             f'<text x="{zero + 6 if gain < 0 else zero + width + 6:.1f}" y="{y + 11}">{gain:+.3f}</text>',
         ]
-    lines += [f'<text x="10" y="{height - 8}" fill="#666">docs/figures/gains.py, from reports/bccd_study.json</text>']
+    lines += [
+        f'<text x="10" y="{height - 8}" fill="#666">docs/figures/gains.py, from docs/reports/bccd_study.json</text>'
+    ]
     (HERE / "gains.svg").write_text("\n".join([*lines, "</svg>"]) + "\n", encoding="utf-8")
 
 

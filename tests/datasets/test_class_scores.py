@@ -14,9 +14,9 @@ from datasets.augment import augment
 from datasets.convert import convert
 from datasets.loader import Loader
 from datasets.scan import scan
+from engine.training.state import fingerprint
 from errors import UserError
 from structures import Targets
-from training.state import fingerprint
 
 EVERYTHING = AugmentConfig(mosaic=0.7, mixup=0.5, degrees=20.0, shear=8.0, flip_vertical=0.5)
 FIRST, SECOND = "0 0.5 0.5 0.2 0.4", "2 0.3 0.3 0.2 0.2"

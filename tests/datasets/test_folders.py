@@ -5,8 +5,8 @@ from PIL import Image
 
 from datasets.folders import list_files
 from datasets.open import open_dataset
+from engine.prediction.sources import find_pictures, find_sources
 from errors import UserError
-from prediction.sources import find_pictures, find_sources
 
 
 def make(root, *names):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from condensing.methods import RealPictures
 from config import DataConfig
 from datasets import open_dataset
 from datasets.coco import read_coco
@@ -17,6 +16,7 @@ from datasets.scan import main as scan_main
 from datasets.scan import scan
 from datasets.voc import read_voc
 from datasets.yolo_txt import read_yolo
+from engine.condensing.methods import RealPictures
 from errors import UserError
 
 ROW = "0 0.5 0.5 0.2 0.4\n"  # 40..60 x 24..56 of 100 x 80

@@ -118,8 +118,8 @@ def test_shares_of_soft_labels_are_those_among_the_classes(tmp_path):
 
 
 def test_a_run_and_a_condensed_set_take_the_classes(roots):
-    from condensing.config import CondenseConfig, Task
-    from condensing.methods import RealPictures
+    from engine.condensing.config import CondenseConfig, Task
+    from engine.condensing.methods import RealPictures
 
     data = DataConfig("voc", str(roots / "voc"), classes=("hen", "cat"), cache=False)
     real = RealPictures(data, 32)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from config import TermConfig
 from distill.adapters import ChannelNorm, build_adapter, resize_like
 from distill.criterion import Criterion, TeacherFacts, schedule_factor
-from distill.logits import soft_class_targets
+from distill.losses.logits import soft_class_targets
 from distill.outputs import content_at
 from distill.terms import LOSSES
 from errors import UserError

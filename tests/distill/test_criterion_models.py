@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import models
 from config import TermConfig
 from distill.criterion import Criterion, TeacherFacts
-from distill.crosskd import crosskd_classes
-from distill.logits import softmax_kl
-from distill.masked import masked_mse
+from distill.losses.crosskd import crosskd_classes
+from distill.losses.logits import softmax_kl
+from distill.losses.masked import masked_mse
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from errors import UserError
 from structures import Detections, Targets

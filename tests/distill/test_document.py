@@ -3,8 +3,8 @@
 import pytest
 
 from distill import document
-from distill.features import channel_wise_kl, feature_mse
-from distill.mgd import MGD
+from distill.losses.features import channel_wise_kl, feature_mse
+from distill.losses.mgd import MGD
 from distill.terms import LOSSES, Term
 from errors import UserError
 

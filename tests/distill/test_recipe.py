@@ -9,7 +9,8 @@ import torch
 
 import distill
 from config import TermConfig
-from distill import criterion, masked, terms
+from distill import criterion, terms
+from distill.losses import masked
 from structures import Targets
 from tests.conftest import ROOT
 from tests.distill.test_criterion import IMAGES, TinyDetector

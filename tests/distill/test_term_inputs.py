@@ -9,10 +9,10 @@ from torch import Tensor
 
 import models
 from config import TermConfig
-from distill.box_classes import assigned_labels
 from distill.criterion import Criterion, TeacherFacts
-from distill.masked import masked_mse
-from distill.masks import anchor_mask
+from distill.losses.box_classes import assigned_labels
+from distill.losses.masked import masked_mse
+from distill.losses.masks import anchor_mask
 from distill.outputs import own_anchors
 from distill.term_inputs import TermInputs
 from errors import UserError

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 BASE = {"structures", "boxes", "errors", "yaml_files", "random_streams"}
 MODEL = BASE | {"weights", "kernels", "layers"}
-RUN = BASE | {"config", "checkpoint", "datasets", "runtime", "drawing"}
+RUN = BASE | {"config", "checkpoint", "datasets", "engine.runtime", "engine.drawing"}
 ALLOWED = {  # of the project's own modules; a folder's files may import one another, unless they have rows of their own
     "structures": BASE,
     "boxes": BASE,
@@ -18,12 +18,12 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "yaml_files": {"errors"},
     "random_streams": set(),
     "config": BASE,
-    "weights": BASE | {"weight_files"},
-    "weight_files.containers": BASE | {"weight_files.inert_pickle"},
-    "weight_files.places": {"weight_files.containers", "weight_files.inert_pickle"},
-    "weight_files.class_rows": set(),
-    "weight_files.families": set(),
-    "weight_files.inert_pickle": BASE,
+    "weights": BASE,
+    "weights.containers": BASE | {"weights.inert_pickle"},
+    "weights.places": {"weights.containers", "weights.inert_pickle"},
+    "weights.class_rows": set(),
+    "weights.families": set(),
+    "weights.inert_pickle": BASE,
     "layers.transformer": set(),
     "layers.fusion": set(),
     "layers.precision": set(),
@@ -35,19 +35,21 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "frcnn": MODEL,
     "teachers": MODEL,
     "models": {"errors", "yolo", "frcnn", "teachers"},
-    "checkpoint": {"errors", "config", "models", "weights", "evaluation.class_names"},
-    "onnx_files": BASE | {"kernels", "checkpoint"},
+    "checkpoint": {"errors", "config", "models", "weights", "datasets.class_names"},
+    "engine.onnx_files": BASE | {"kernels", "checkpoint"},
+    "distill.losses": BASE | {"kernels", "layers", "distill.outputs", "distill.term_inputs"},
+    "distill.condense": BASE,
     "distill": BASE | {"kernels", "layers"},
-    "distill.criterion": BASE | {"distill", "kernels", "layers", "config"},
-    "runtime": BASE | {"config", "checkpoint"},
-    "drawing": BASE | {"datasets", "metrics", "runtime", "teachers.dinov2"},
-    "evaluation": BASE | {"datasets", "metrics", "runtime"},
-    "evaluation.class_names": BASE | {"distill.box_classes"},
-    "prediction": BASE | {"datasets", "layers", "runtime"},
-    "training": RUN | {"models", "weights", "layers", "frcnn", "teachers", "distill", "metrics", "evaluation"},
-    "condensing": RUN | {"distill", "training"},
-    "comparison": RUN | {"models", "training", "condensing", "prediction"},
-    "web_demo": RUN | {"distill", "onnx_files", "prediction"},
+    "distill.criterion": BASE | {"distill", "kernels", "layers", "config", "datasets.class_names"},
+    "engine.runtime": BASE | {"config", "checkpoint"},
+    "engine.drawing": BASE | {"datasets", "metrics", "engine.runtime", "teachers.dinov2"},
+    "engine.evaluation": BASE | {"datasets", "metrics", "engine.runtime"},
+    "engine.prediction": BASE | {"datasets", "layers", "engine.runtime"},
+    "engine.training": RUN
+    | {"models", "weights", "layers", "frcnn", "teachers", "distill", "metrics", "engine.evaluation"},
+    "engine.condensing": RUN | {"distill", "engine.training"},
+    "engine.comparison": RUN | {"models", "engine.training", "engine.condensing", "engine.prediction"},
+    "engine.web_demo": RUN | {"distill", "engine.onnx_files", "engine.prediction"},
 }
 COMMANDS = set("train eval predict export compare condense app".split())  # they have no row, and import everything
 CORE = {"torch", "numpy", "PIL", "yaml", "triton"} | set(sys.stdlib_module_names)
@@ -81,10 +83,10 @@ def imports(path: Path) -> list[tuple[str, int, bool]]:
 
 
 def unit(path: Path) -> str:
-    """The row of the table a file belongs to."""
+    """The row of the table a file belongs to: the longest that begins its name, else its first folder."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    dotted = ".".join(parts)
-    return dotted if dotted in ALLOWED else parts[0]
+    names = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return next((name for name in reversed(names) if name in ALLOWED), parts[0])
 
 
 def is_allowed(row: str, module: str) -> bool:
@@ -119,14 +121,16 @@ def test_import_table(path):
         ("yolo", "yolo.layers", True),
         ("yolo", "layers.fusion", True),
         ("yolo", "weights", True),
-        ("yolo", "weight_files.containers", False),
+        ("weights.places", "weights.load", False),
         ("yolo", "frcnn.resnet", False),
         ("distill", "config", False),
+        ("distill.losses", "distill.criterion", False),
         ("distill.criterion", "config", True),
-        ("weight_files.inert_pickle", "weight_files.containers", False),
-        ("checkpoint", "evaluation.class_names", True),
-        ("checkpoint", "evaluation.measuring", False),
-        ("training", "train", False),
+        ("weights.inert_pickle", "weights.containers", False),
+        ("checkpoint", "datasets.class_names", True),
+        ("checkpoint", "engine.evaluation.measuring", False),
+        ("engine.training", "train", False),
+        ("engine.training", "engine.comparison.study", False),
     ],
 )
 def test_the_table_tells(row, module, expected):
@@ -163,5 +167,5 @@ def test_no_call_that_runs_what_a_file_says(path):
 def test_the_table_is_read_from_real_files():
     """The walk sees the folders it speaks of; an empty list would pass every test above."""
     seen = {p.relative_to(ROOT).parts[0] for p in HOUSE}
-    assert {"yolo", "distill", "datasets", "metrics", "kernels", "training", "config.py", "train.py"} <= seen
+    assert {"yolo", "distill", "datasets", "metrics", "kernels", "engine", "config.py", "train.py"} <= seen
     assert {row.split(".")[0] for row in ALLOWED} | COMMANDS == OWN, "a row of the table is about nothing"

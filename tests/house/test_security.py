@@ -38,7 +38,7 @@ def test_the_oldest_libraries_are_the_same_everywhere():
 
 def test_the_limits_are_those_of_the_code():
     from datasets import coco, download, images, text_lines, voc_xml
-    from weight_files import containers, inert_pickle
+    from weights import containers, inert_pickle
 
     mib = 1 << 20
     stated = {

@@ -14,18 +14,18 @@ import checkpoint
 import compare
 import models
 import train
-from comparison.study import load_study
+from datasets.class_names import COCO, coco_by_id
 from datasets.open import open_dataset
 from distill.criterion import TeacherFacts, common_classes
+from engine.comparison.study import load_study
+from engine.runtime import run_folder
+from engine.runtime.processes import Processes
+from engine.training import reporting
+from engine.training.building import augment_batch, set_learning_rates
+from engine.training.dry_run import losses_of_batch
 from errors import UserError
-from evaluation.class_names import COCO, coco_by_id
-from runtime import run_folder
-from runtime.processes import Processes
 from tests.conftest import ROOT
 from tests.reference import golden_models
-from training import reporting
-from training.building import augment_batch, set_learning_rates
-from training.dry_run import losses_of_batch
 from weights import layouts_of
 
 RTDETR, FASTERRCNN, BOTH = (

@@ -15,18 +15,18 @@ import checkpoint
 import compare
 import models
 import train
-from comparison.study import load_study
 from config import load_config
+from engine.comparison.study import load_study
+from engine.runtime import run_folder
+from engine.training import reporting
+from engine.training.building import augment_batch
+from engine.training.dry_run import losses_of_batch
 from errors import UserError
-from runtime import run_folder
 from teachers.clip import CLIP
 from teachers.dinov2 import DINOv2
 from tests.conftest import ROOT
+from tests.engine.training.test_two_stage_training import public_state
 from tests.tiny_training import tiny_config
-from tests.training.test_two_stage_training import public_state
-from training import reporting
-from training.building import augment_batch
-from training.dry_run import losses_of_batch
 
 CONFIG = str(ROOT / "configs" / "voc_fasterrcnn_resnet18_dinov2_clip.yaml")
 GRID = str(ROOT / "configs" / "studies" / "voc_fasterrcnn_grid.yaml")

@@ -12,17 +12,17 @@ import torch
 import compare
 import models
 import train
-from comparison.study import load_study
-from comparison.table import METRICS
 from config import load_config
 from datasets.download import DATASETS, WEIGHTS
 from distill.criterion import Criterion, TeacherFacts
+from engine.comparison.study import load_study
+from engine.comparison.table import METRICS
+from engine.runtime import run_folder
+from engine.training.checks import check_config
+from engine.training.teaching import EMA
 from errors import UserError
-from runtime import run_folder
 from teachers.clip_tokenizer import VOCABULARY_PATH
 from tests.conftest import ROOT
-from training.checks import check_config
-from training.teaching import EMA
 
 RUNS = sorted((ROOT / "configs").glob("*.yaml"))
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.box_classes import box_class_kl
-from distill.logits import image_kl
+from distill.losses.box_classes import box_class_kl
+from distill.losses.logits import image_kl
 from errors import UserError
 from models import build_teacher
 from teachers.clip import CLIP

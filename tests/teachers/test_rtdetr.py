@@ -9,15 +9,15 @@ import torch
 import checkpoint
 import predict
 from boxes import xyxy_to_cxcywh
+from engine.training import building
 from errors import UserError
 from layers.fusion import fuse
 from models import build
 from structures import Detector
 from teachers.rtdetr import RTDETROutput, build_rtdetr, read_best_query
 from tests.reference.golden_models import golden_image, public_state, relative_error
-from training import building
-from weight_files.families import guess_family
 from weights import load_public, rename
+from weights.families import guess_family
 
 GOLDENS = [
     ("rtdetr_r18vd", "rtdetr_r18vd"),

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from distill.box_classes import assigned_logits
-from distill.crosskd import cross_logits
-from distill.masks import positive_masks
+from distill.losses.box_classes import assigned_logits
+from distill.losses.crosskd import cross_logits
+from distill.losses.masks import positive_masks
 from layers.fusion import fuse
 from models import build
 from structures import Targets

@@ -7,7 +7,7 @@ extreme and empty inputs. They make their tensors on the CPU, so they run with t
 import pytest
 
 from kernels.backend import IS_INTERPRETED
-from tests.distill.mutants.table import CASES
+from tests.distill.losses.mutants.table import CASES
 
 NAMES = ("softmax_kl", "image_kl", "soft_class", "cwd", "masked_mse")
 

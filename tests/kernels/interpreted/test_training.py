@@ -7,8 +7,8 @@ import torch
 from benchmarks import gpu
 from benchmarks.timing import random_batch
 from config import TermConfig
+from engine.training.optimization import build_optimizer
 from kernels.backend import IS_INTERPRETED
-from training.optimization import build_optimizer
 
 STEPS, BATCH_SIZE, IMAGE_SIZE = (2, 1, 64) if IS_INTERPRETED else (200, 16, 320)
 MASKED = TermConfig(gpu.TEACHER, "masked_mse", 0.01, ("p4",), adapter="conv1x1")

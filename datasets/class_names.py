@@ -1,0 +1,295 @@
+"""Which classes of two lists mean the same: COCO, Pascal VOC, KITTI, and lists that use their words.
+
+    map_classes(dataset_names, model_names) -> ClassMap: what becomes of every class of the dataset
+
+A class of the dataset goes to the model's class of the same name, up to case, spaces, underscores and hyphens; else to
+one that is another word for it (SAME); else to one that it is a kind of (KIND_OF): a Person_sitting is a person. Not
+the other way round: a model that knows pedestrians does not claim to find every person.
+
+What stays without an equal is left out. Where the model would be right to answer with a class that is near (NEAR), that
+answer is neither rewarded nor punished: KITTI has no rule for `person` on its Cyclist, whose box holds rider and
+bicycle. The benchmark treats Van beside Car, and Person_sitting beside Pedestrian, in this way.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+# fmt: off
+COCO = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)
+COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids in 1..90 that were never annotated
+# fmt: on
+SAME = (  # beyond case, spaces, underscores and hyphens
+    ("airplane", "aeroplane"),
+    ("motorcycle", "motorbike"),
+    ("couch", "sofa"),
+    ("tv", "tvmonitor", "television"),
+)
+KIND_OF = {
+    "pedestrian": "person",
+    "person sitting": "person",
+    "tram": "train",  # COCO has no word for trams; where they are labelled, it is as trains
+}
+NEAR = {
+    "van": ("car", "truck"),
+    "cyclist": ("person", "bicycle"),
+    "person sitting": ("pedestrian",),
+}
+
+
+def coco_by_id() -> tuple[str, ...]:
+    """The 90 classes of models that predict category ids (torchvision's detectors): column k is the id k + 1.
+
+    Ids without a category are called "N/A 12" and so on: names that are in no dataset, and stand once.
+    """
+    names = iter(COCO)
+    return tuple(f"N/A {number}" if number in COCO_GAPS else next(names) for number in range(1, 91))
+
+
+def released_names(arch: str, num_classes: int) -> tuple[str, ...]:
+    """The classes of released weights whose file does not name them, in the order of the model; () where unknown.
+
+    These are COCO's in torchvision's detectors (90, by category id) and in the authors' RT-DETRs (80).
+    """
+    if arch.startswith("fasterrcnn_") and num_classes == 90:
+        return coco_by_id()
+    if arch.startswith("rtdetr_r") and num_classes == len(COCO):
+        return COCO
+    return ()
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """What becomes of every class of a dataset when it is evaluated with a model that has other classes.
+
+    columns: of each dataset class, the model's column that answers for it; None: left out.
+    near: of each dataset class that is left out, the columns that are neither rewarded nor punished on its objects.
+    """
+
+    dataset_names: tuple[str, ...]
+    model_names: tuple[str, ...]
+    columns: tuple[int | None, ...]
+    near: tuple[tuple[int, ...], ...]
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """The model's columns that take part, in the order of the dataset's classes: the new label is the place."""
+        return tuple(dict.fromkeys(column for column in self.columns if column is not None))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes evaluated: the dataset's own; "Pedestrian+Person_sitting" where two go to one."""
+        return tuple(
+            "+".join(name for name, column in zip(self.dataset_names, self.columns) if column == evaluated)
+            for evaluated in self.evaluated
+        )
+
+    @property
+    def is_identity(self) -> bool:
+        return self.columns == tuple(range(len(self.model_names)))
+
+    def fates(self) -> dict[str, str]:
+        """A few words on each class of the dataset."""
+        words = {}
+        for name, column, near in zip(self.dataset_names, self.columns, self.near):
+            nearby = " and ".join(self.model_names[k] for k in near)
+            left_out = f"left out ({nearby} not judged there)" if near else "left out"
+            words[name] = left_out if column is None else f"-> {self.model_names[column]}"
+        return words
+
+    def lines(self) -> list[str]:
+        """The same for people, with how much is not looked at on the model's side."""
+        fates = self.fates()
+        kept = [name if fate == f"-> {name}" else f"{name} {fate}" for name, fate in fates.items() if "->" in fate]
+        left = [name + fate.removeprefix("left out") for name, fate in fates.items() if "->" not in fate]
+        return [
+            f"{len(self.dataset_names)} classes of the dataset, {len(self.model_names)} of the model, "
+            f"{len(self.evaluated)} evaluated: {', '.join(kept)}",
+            f"  left out of the dataset: {', '.join(left) or 'none'}",
+            f"  left out of the model's answers: {len(self.model_names) - len(self.evaluated)} classes",
+        ]
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        unused = [name for column, name in enumerate(self.model_names) if column not in self.evaluated]
+        return {"dataset": self.fates(), "model_left_out": unused}
+
+
+def map_classes(
+    dataset_names: Sequence[str], model_names: Sequence[str], given: Mapping[str, str | None] | None = None
+) -> ClassMap:
+    """Join two class lists by meaning.
+
+    given: the model's class for a class of the dataset, where the user says so; None leaves the class out.
+    UserError for no class in common, two classes of the model that both fit, and names in `given` that do not exist.
+    """
+    of_model = places_by_name(model_names)
+    chosen = {find_one(name, dataset_names, "dataset"): model for name, model in (given or {}).items()}
+    columns: list[int | None] = []
+    near: list[tuple[int, ...]] = []
+    for row, name in enumerate(dataset_names):
+        if row in chosen:
+            column = None if chosen[row] is None else find_one(chosen[row], model_names, "model")
+        else:
+            found = find_columns(name, of_model, model_names)
+            if len(found) > 1:
+                raise UserError(
+                    f"{unclear(name, found, model_names)}; say which by --class-map '{name}={model_names[found[0]]}', "
+                    f"or leave it out by '{name}='"
+                )
+            column = found[0] if found else None
+        columns.append(column)
+        near.append(() if column is not None else columns_of(neighbours_of(name), of_model))
+    taken = {column for column in columns if column is not None}
+    if not taken:
+        raise UserError(
+            f"no class in common: the dataset has {', '.join(dataset_names)}; the model has {', '.join(model_names)}"
+        )
+    near = [tuple(column for column in found if column in taken) for found in near]
+    return ClassMap(tuple(dataset_names), tuple(model_names), tuple(columns), tuple(near))
+
+
+def released_columns(names: Sequence[str], released_names: Sequence[str], source: str) -> tuple[int | None, ...]:
+    """Of each class, the column of a weights file's model that map_classes joins it to; None where there is none.
+
+    UserError, which names the file `source`, for a class that two of the file's fit.
+    """
+    of_file = places_by_name(released_names)
+    columns: list[int | None] = []
+    for name in names:
+        found = find_columns(name, of_file, released_names)
+        if len(found) > 1:
+            raise UserError(f"{source}: {unclear(name, found, released_names)}; new_head=true starts the head fresh")
+        columns.append(found[0] if found else None)
+    return tuple(columns)
+
+
+def places_by_name(names: Sequence[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(normalize_class_name(name), []).append(place)
+    return places
+
+
+def find_columns(name: str, of_model: dict[str, list[int]], model_names: Sequence[str]) -> tuple[int, ...]:
+    """The model's columns for a class of the dataset: of its name, else of another word for it, else of what it is a
+    kind of. () where there is none, more than one where it is unclear which.
+    """
+    for words in ([normalize_class_name(name)], other_words(name), broader_words(name)):
+        if found := columns_of(words, of_model):
+            exact = tuple(column for column in found if model_names[column] == name)
+            return exact or found
+    return ()
+
+
+def unclear(name: str, found: tuple[int, ...], model_names: Sequence[str]) -> str:
+    both = " and ".join(repr(model_names[column]) for column in found)
+    return f"class {name!r} of the dataset may be {both} of the model"
+
+
+def other_words(name: str) -> list[str]:
+    return [
+        normalize_class_name(word)
+        for group in SAME
+        if normalize_class_name(name) in map(normalize_class_name, group)
+        for word in group
+    ]
+
+
+def broader_words(name: str) -> list[str]:
+    broader = [wide for kind, wide in KIND_OF.items() if normalize_class_name(kind) == normalize_class_name(name)]
+    return [normalize_class_name(word) for wide in broader for word in (wide, *other_words(wide))]
+
+
+def neighbours_of(name: str) -> list[str]:
+    return [
+        normalize_class_name(word)
+        for kind, words in NEAR.items()
+        if normalize_class_name(kind) == normalize_class_name(name)
+        for word in words
+    ]
+
+
+def columns_of(words: Iterable[str], of_model: dict[str, list[int]]) -> tuple[int, ...]:
+    return tuple(column for word in dict.fromkeys(words) for column in of_model.get(word, ()))
+
+
+def find_one(name: str, names: Sequence[str], whose: str) -> int:
+    """The place of a name that the user gave; as it is written there, or the only one up to case and spaces."""
+    exact = [place for place, other in enumerate(names) if other == name]
+    found = exact or [
+        place for place, other in enumerate(names) if normalize_class_name(other) == normalize_class_name(name)
+    ]
+    if len(found) != 1:
+        expected = f"one of {', '.join(names)}" if not found else f"exactly one of {', '.join(names[k] for k in found)}"
+        raise UserError(f"--class-map: found {name!r}, expected of the {whose}'s classes {expected}")
+    return found[0]
+
+
+def read_class_map(pairs: Sequence[str]) -> dict[str, str | None]:
+    """["person=Pedestrian", "Misc="] -> {"person": "Pedestrian", "Misc": None}."""
+    given: dict[str, str | None] = {}
+    for pair in pairs:
+        name, equals, model = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--class-map: found {pair!r}, expected DATASET_CLASS=MODEL_CLASS, or DATASET_CLASS=")
+        if name in given:
+            raise UserError(f"--class-map: class {name!r} is given twice")
+        given[name] = model or None
+    return given
+
+
+def join_classes(
+    student_names: Sequence[str], teacher_names: Sequence[str], *, aliases: dict[str, str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Columns that mean the same class: (student's (J,), teacher's (J,)) int64, in the student's order.
+
+    Names are equal up to case, spaces, underscores and hyphens: "Potted Plant" is "pottedplant". aliases names the
+    teacher's class for a student's where they still differ: {"aeroplane": "airplane"}.
+    Raises ValueError for a name that stands twice in a list, an alias from or to a class that is in neither, two
+    classes of the student that are one of the teacher, and no class in common.
+    """
+    s_columns, t_columns = columns_by_name("student", student_names), columns_by_name("teacher", teacher_names)
+    renamed = {normalize_class_name(s): normalize_class_name(t) for s, t in (aliases or {}).items()}
+    for s, t in renamed.items():
+        if s not in s_columns or t not in t_columns:
+            raise ValueError(f"alias {s}: {t} must lead from a class of the student to one of the teacher")
+    wanted = {name: renamed.get(name, name) for name in s_columns}
+    pairs = [(column, t_columns[wanted[name]]) for name, column in s_columns.items() if wanted[name] in t_columns]
+    for name in s_columns:
+        rivals = [other for other in s_columns if other != name and wanted[other] == wanted[name]]
+        if rivals and wanted[name] in t_columns:
+            raise ValueError(f"the student's classes {name} and {rivals[0]} are both the teacher's {wanted[name]}")
+    if not pairs:
+        raise ValueError(
+            f"no class in common: the student knows {', '.join(student_names)}, the teacher {', '.join(teacher_names)}"
+        )
+    s_index, t_index = torch.tensor(pairs, dtype=torch.int64).T
+    return s_index, t_index
+
+
+def columns_by_name(who: str, names: Sequence[str]) -> dict[str, int]:
+    columns = {normalize_class_name(name): column for column, name in enumerate(names)}
+    if len(columns) < len(names):
+        twice = next(n for column, n in enumerate(names) if columns[normalize_class_name(n)] != column)
+        raise ValueError(f"the {who}'s class {twice!r} stands twice in its list")
+    return columns
+
+
+def normalize_class_name(name: str) -> str:
+    """The same for names that differ in case, spaces, underscores and hyphens alone."""
+    return "".join(name.casefold().replace("_", " ").replace("-", " ").split())

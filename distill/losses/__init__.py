@@ -1,0 +1,11 @@
+"""Distillation losses as pure functions of tensors, and the few that have something to train. No models, no configs.
+
+features       maps: MSE, cosine, CWD, PKD, attention, score-weighted L2
+masks          where to imitate: boxes, anchors (FGFI), positives, class scores; masked and decoupled MSE in masked
+fgd, mgd       focal and global distillation; masked generation
+relations      between locations and between objects
+logits         classes: KL, quality focal, DKD, DIST, soft targets
+localization   distributions of box edges
+crosskd        the student's maps through the rest of the teacher's head
+box_classes    what both models predict about given boxes
+"""

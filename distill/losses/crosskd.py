@@ -1,0 +1,135 @@
+"""CrossKD: the student's half-made prediction is finished by the teacher's head, and shall come out as the teacher's.
+
+Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", arXiv:2306.11369.
+
+A branch of a dense head is a row of convolutions. The student's map after its i-th convolution goes through what
+follows the i-th convolution of the teacher's branch, frozen. The gradient reaches the student through the teacher's
+layers, and leaves the end of the student's own branch to the annotations, with which the teacher may disagree.
+
+Differs from the paper: where the widths differ, an adapter, trained with the student, comes first (there, heads are
+equally wide). Maps are taken after the activation (there, before it, and activated once more). Each function is for
+one level of one branch; with the `normaliser` of the whole head, the sum over levels is the published one. Of its
+detectors with edge distributions, those weigh the classes 1 and the edges 4, and have a third term, GIoU, not here.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distill.losses.features import as_map_pair, unit_deviations
+from distill.losses.localization import localization_kl
+from distill.losses.logits import quality_focal
+from layers.over_processes import joint_normaliser, process_count, sum_over_processes
+
+TRAINS_OTHERWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+def crosskd_classes(
+    *,
+    s_map: Tensor,
+    t_map: Tensor,
+    t_tail: nn.Module,
+    normaliser: Tensor | float | None = None,
+    beta: float = 1.0,
+    rescale: bool = True,
+) -> Tensor:
+    """CrossKD of classes: the teacher's head makes of the student's class map what it makes of its own.
+
+        L = logits.quality_focal(s = tail(r(s_map)), t = tail(t_map)),    r as in cross_logits
+
+    Args:
+        s_map, t_map: (B, C, H, W), after the same convolution of the class branch of one level.
+        t_tail: the rest of the teacher's branch, (B, C, H, W) -> (B, K, H, W), see cross_logits.
+        normaliser: the number of positives of the batch. None: what the teacher believes in on this level.
+        beta: see quality_focal.
+        rescale: see cross_logits.
+    Returns:
+        scalar ().
+    """
+    t_logits = teacher_logits(t_map, t_tail)  # (B, K, H, W)
+    cross = cross_logits(s_map=s_map, t_map=t_map, t_tail=t_tail, rescale=rescale)
+    s_logits, t_logits = cross.permute(0, 2, 3, 1), t_logits.permute(0, 2, 3, 1)  # (B, H, W, K)
+    return quality_focal(s_logits=s_logits, t_logits=t_logits, beta=beta, normaliser=normaliser)
+
+
+def crosskd_edges(
+    *,
+    s_map: Tensor,
+    t_map: Tensor,
+    t_tail: nn.Module,
+    weight: Tensor,
+    normaliser: Tensor | float | None = None,
+    temperature: float = 1.0,
+    rescale: bool = True,
+) -> Tensor:
+    """CrossKD of edge distributions: the same with the box branch of a head with bins.
+
+        L = localization.localization_kl(s = tail(r(s_map)), t = tail(t_map)),    r as in cross_logits
+
+    Args:
+        s_map, t_map: (B, C, H, W), after the same convolution of the box branch of one level.
+        t_tail: the rest of the teacher's branch, (B, C, H, W) -> (B, 4 R, H, W), edge by edge; see cross_logits.
+        weight: (B, H, W), w >= 0; published: the teacher's best class score, masks.score_maps.
+        normaliser: the sum of all weights, of every level. None: the sum of these.
+        temperature: T > 0.
+        rescale: see cross_logits.
+    Returns:
+        scalar ().
+    """
+    t_logits = teacher_logits(t_map, t_tail)  # (B, 4 R, H, W)
+    if t_logits.shape[1] % 4:
+        raise ValueError(f"the rest of the branch makes {t_logits.shape[1]} channels, expected four edges of R bins")
+    cross = cross_logits(s_map=s_map, t_map=t_map, t_tail=t_tail, rescale=rescale)
+    s_edges, t_edges = (z.permute(0, 2, 3, 1).unflatten(3, (4, -1)) for z in (cross, t_logits))  # (B, H, W, 4, R)
+    return localization_kl(
+        s_logits=s_edges, t_logits=t_edges, weight=weight, normaliser=normaliser, temperature=temperature
+    )
+
+
+def cross_logits(*, s_map: Tensor, t_map: Tensor, t_tail: nn.Module, rescale: bool = True) -> Tensor:
+    """The teacher's remaining layers, applied to the student's map.
+
+        out = tail(r(s)),    r(s)_c = (s_c - mean(s_c)) / std(s_c) * std(t_c) + mean(t_c)
+
+    with mean and standard deviation per channel c over the batch and the pixels together, so that the tail meets
+    values as large as those it was trained on. Invariant then to any scale above 0 and any shift of each channel of
+    the student's map. At the teacher's own map: what the teacher predicts.
+
+    Args:
+        s_map, t_map: (B, C, H, W), after the same convolution of the same branch, the student's at the teacher's width.
+        t_tail: (B, C, H, W) -> (B, C_out, H, W), the rest of the teacher's branch, in eval mode and without
+            parameters that learn, else ValueError. It runs in the precision of its weights, autocast or not.
+        rescale: False gives it the student's map as it is: r(s) = s.
+    Returns:
+        (B, C_out, H, W). A channel that is constant in the student arrives as mean(t_c), without gradient.
+    """
+    for name, parameter in t_tail.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(f"the teacher's layers must be frozen, {name} is not")
+    # Of the layers it matters to: a slice of a Sequential in eval mode, and a folded BatchNorm, say that they train.
+    if any(module.training for module in t_tail.modules() if isinstance(module, TRAINS_OTHERWISE)):
+        raise ValueError("the teacher's layers must be in eval mode, or its statistics would follow the student")
+    s_map, t_map = as_map_pair(s_map, t_map)
+    return run_tail(t_tail, like_teacher(s_map, t_map) if rescale else s_map)
+
+
+def like_teacher(s_map: Tensor, t_map: Tensor) -> Tensor:
+    """(B, C, H, W): each channel of the student at the mean and the standard deviation of the teacher's."""
+    b, _, h, w = s_map.shape
+    s_unit = unit_deviations(s_map.transpose(0, 1).flatten(1), joint=True)  # (C, B*H*W), length 1
+    t_rows = t_map.transpose(0, 1).flatten(1)
+    count = joint_normaliser(b * h * w, t_rows) * process_count()
+    t_mean = sum_over_processes(t_rows.sum(1, keepdim=True)) / count  # (C, 1)
+    t_length = sum_over_processes((t_rows - t_mean).square().sum(1, keepdim=True)).sqrt()  # std * sqrt(count)
+    return (s_unit * t_length + t_mean).unflatten(1, (b, h, w)).transpose(0, 1)
+
+
+@torch.no_grad()
+def teacher_logits(t_map: Tensor, t_tail: nn.Module) -> Tensor:
+    """What the teacher predicts, from its own map."""
+    return run_tail(t_tail, t_map)
+
+
+def run_tail(t_tail: nn.Module, feature_map: Tensor) -> Tensor:
+    dtype = next((p.dtype for p in t_tail.parameters()), feature_map.dtype)
+    with torch.autocast(feature_map.device.type, enabled=False):
+        return t_tail(feature_map.to(dtype))

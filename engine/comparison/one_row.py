@@ -1,0 +1,67 @@
+"""One row of a study by itself, for train.py: the run that compare.py would make of it, in the same folder."""
+
+from pathlib import Path
+
+from torch import nn
+
+from config import Config
+from datasets.open import open_dataset
+from engine.comparison.study import Row, Study, last_weights, load_study
+from engine.condensing.set_files import read_manifest
+from engine.training.student import build_student
+from errors import UserError
+
+
+def find_row(study: Study, name: str) -> Row:
+    """UserError that names all rows where this one is not among them."""
+    for row in study.rows:
+        if row.name == name:
+            return row
+    raise UserError(f"argument --row: found {name!r}, expected one of {', '.join(row.name for row in study.rows)}")
+
+
+def load_row(path: str, overrides: list[str], name: str) -> Config:
+    """The config of a row's first run. UserError for a run that is there, and for what has to be made before it."""
+    study = load_study(path, overrides)
+    row = find_row(study, name)
+    config = row.run(row.seeds[0])
+    if row.folder(config.seed).exists():
+        advice = f"go on with --resume {row.folder(config.seed)}, give another seed=N, or remove it"
+        raise UserError(f"{row.folder(config.seed)}: a run of row {name!r} is there; {advice}")
+    for teacher, trained in untrained(config, study).items():
+        raise UserError(
+            f"row {name!r}: its teacher {teacher!r} is not trained yet; train it first: train.py {path} --row "
+            f"{trained.name}, or all of it: compare.py {path} --rows {name}"
+        )
+    check_set(row, path)
+    return config
+
+
+def load_row_for_dry_run(path: str, overrides: list[str], name: str) -> tuple[Config, dict[str, nn.Module]]:
+    """The same, and fresh models that stand in for teachers that are not trained yet: shapes are theirs, values not."""
+    study = load_study(path, overrides)
+    row = find_row(study, name)
+    config = row.run(row.seeds[0])
+    check_set(row, path)
+    if not (missing := untrained(config, study)):
+        return config, {}
+    data = config.data
+    names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
+    print(f"not trained yet, fresh models stand in: {', '.join(missing)}")
+    return config, {name: build_student(row.config, names) for name, row in missing.items()}
+
+
+def untrained(config: Config, study: Study) -> dict[str, Row]:
+    """The row of each teacher of a config that is trained in place and has no weights yet."""
+    in_place = {last_weights(row): row for row in study.rows if row.is_teacher}
+    taught_by = {teacher.name: in_place[teacher.weights] for teacher in config.teachers if teacher.weights in in_place}
+    return {name: row for name, row in taught_by.items() if not Path(last_weights(row)).is_file()}
+
+
+def check_set(row: Row, path: str) -> None:
+    """UserError where the row trains on a synthetic set that is not there."""
+    if row.task is not None and read_manifest(row.set_folder(row.seeds[0])) is None:
+        raise UserError(
+            f"{row.set_folder(row.seeds[0])}: the set of row {row.name!r} is not made yet: condense.py {path} --row "
+            f"{row.name}"
+        )

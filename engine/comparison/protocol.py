@@ -1,0 +1,54 @@
+"""Do two rows train alike? Only then is their difference worth what the rows are about, and nothing else.
+
+Alike means: the same student and start weights, optimizer, batch, accumulation, augmentation, image size, weight of the
+detection loss, precision, evaluation, and as many steps. Free are the pictures, the teachers and terms that a study
+compares, and the keys that no number depends on.
+"""
+
+from typing import TYPE_CHECKING
+
+from config import to_tree
+from engine.training.building import with_published_settings
+from engine.training.state import flat_tree, is_covered
+
+if TYPE_CHECKING:
+    from engine.comparison.study import Row
+
+FREE = (
+    *("name", "runs", "seed", "teachers", "terms", "teacher_weighting", "teacher_cache_gigabytes", "save_every_steps"),
+    *("data.train", "data.train_root", "data.train_format", "data.max_samples", "data.max_bad_fraction"),
+    *("data.workers", "data.cache", "evaluation.every_epochs", "evaluation.batch_size"),
+)
+PICTURES = ("data.train", "data.train_root", "data.train_format", "data.max_samples")  # as many in both: equal steps
+
+
+def differing_keys(a: "Row", b: "Row", allowed: tuple[str, ...] = ()) -> list[str]:
+    """The keys in which the training of two rows differs, beside FREE and `allowed` (sections cover their keys).
+
+    Epochs are those besides `plus_epochs_of`. Where an epoch is one pass over the set (data.pictures_per_epoch 0) and
+    the rows may have sets of other sizes, data.pictures_per_epoch differs: they make other numbers of steps.
+    """
+    first, second = (flat_tree(to_tree(with_published_settings(row.config))) for row in (a, b))
+    first["epochs"], second["epochs"] = (row.config.epochs - row.more_epochs for row in (a, b))
+    keys = [key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key)]
+    if not first["data.pictures_per_epoch"] and _pictures(a, first) != _pictures(b, second):
+        keys.append("data.pictures_per_epoch")
+    return [key for key in dict.fromkeys(keys) if not is_covered((*FREE, *allowed), key)]
+
+
+def _pictures(row: "Row", flat: dict[str, object]) -> object:
+    """What tells how many pictures a row trains on: their number, or the real set they are."""
+    if row.task is None:
+        return tuple(flat[key] for key in PICTURES)
+    return row.task.decoded if row.config.data.train == "train_decoded" else row.task.condense.pictures
+
+
+def same_teaching(a: "Row", b: "Row") -> bool:
+    """The same terms, by the same teachers, weighted alike."""
+    return all(getattr(a.config, key) == getattr(b.config, key) for key in ("terms", "teachers", "teacher_weighting"))
+
+
+def describe_difference(a: "Row", b: "Row", key: str) -> str:
+    """`optimizer.name sgd and adamw`; the name alone for what follows from other keys."""
+    first, second = (flat_tree(to_tree(with_published_settings(row.config))).get(key) for row in (a, b))
+    return key if first == second else f"{key} {first} and {second}"

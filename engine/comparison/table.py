@@ -1,0 +1,256 @@
+"""comparison.md and comparison.json: what each row scored, and whether that differs from the row it is compared to.
+
+The verdict is on mAP. Runs are paired by seed, and d_i is the difference of pair i of n:
+
+    mean(d) +- t(n - 1) * std(d) / sqrt(n)          std with n - 1, t the 97.5 % quantile of Student's distribution
+
+is the 95 % confidence interval of the true difference. A row is better or worse where 0 lies outside; one seed decides
+nothing. Where no row had any effect, one in twenty would still be called better or worse.
+"""
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from config import to_tree
+from engine.comparison.study import Row, Study
+
+METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "f1"}
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last also stands for more (they go to 1.96).
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass
+class Result:
+    """A row and what is known of it so far: the reports of finished runs by seed, and why others failed."""
+
+    row: Row
+    reports: dict[int, dict] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
+    def seeds(self) -> list[int]:
+        """The finished ones."""
+        return [seed for seed in self.row.seeds if seed in self.reports]
+
+    @property
+    def missing(self) -> list[int]:
+        return [seed for seed in self.row.seeds if seed not in self.reports]
+
+    def values(self, metric: str, seeds: list[int] | None = None) -> np.ndarray:
+        """(seeds,) of one of METRICS, on the test split, of the last EMA weights; nan where it is not defined."""
+        reports = [self.reports[seed] for seed in (self.seeds if seeds is None else seeds)]
+        return np.array([report["test"][METRICS[metric]] for report in reports], dtype=np.float64)
+
+    def seconds(self) -> np.ndarray:
+        """(seeds,) of training, evaluation left out."""
+        return np.array([self.reports[seed]["seconds"] for seed in self.seeds], dtype=np.float64)
+
+    def seconds_per_step(self) -> np.ndarray:
+        steps = np.array([self.reports[seed]["steps"] for seed in self.seeds], dtype=np.float64)
+        return self.seconds() / np.maximum(steps, 1)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus another over the seeds both have finished: (seeds,) of each metric."""
+
+    name: str
+    against: str
+    seeds: tuple[int, ...]
+    mAP50: np.ndarray
+    mAP: np.ndarray
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.mAP)
+
+
+def differences(results: dict[str, Result]) -> list[Difference]:
+    """Every comparison that the rows ask for, in the order of the table."""
+    found = []
+    for result in results.values():
+        for name in result.row.against:
+            other = results[name]
+            seeds = [seed for seed in result.seeds if seed in other.reports]
+            pairs = {m: result.values(m, seeds) - other.values(m, seeds) for m in ("mAP50", "mAP")}
+            found.append(Difference(result.name, name, tuple(seeds), **pairs))
+    return found
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half the 95 % confidence interval of the mean of n >= 2 values."""
+    n = len(values)
+    return T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * float(values.std(ddof=1)) / math.sqrt(n)
+
+
+def verdict(values: np.ndarray) -> str:
+    """What paired differences (seeds,) decide; see the head of this file."""
+    n = len(values)
+    if n == 0:
+        return "not trained yet"
+    if n == 1:
+        return "one seed: not decided"
+    if abs(values.mean()) > half_width(values):
+        return "better" if values.mean() > 0 else "worse"
+    return f"no difference that {n} seeds can tell"
+
+
+def cost_per_step(result: Result, results: dict[str, Result]) -> float | None:
+    """Seconds of a training step relative to the row's baseline; None while either is missing."""
+    baseline = results[result.row.baseline]
+    if not result.reports or not baseline.reports:
+        return None
+    reference = baseline.seconds_per_step().mean()
+    return float(result.seconds_per_step().mean() / reference) if reference > 0 else None
+
+
+def mean_and_spread(values: np.ndarray, *, sign: str = "") -> str:
+    """`0.612 ± 0.004`: the mean and the sample standard deviation; the mean alone for one seed."""
+    if len(values) == 0 or not np.isfinite(values).all():
+        return "-"
+    mean = f"{values.mean():{sign}.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.3f}"
+
+
+def markdown(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
+    """Two tables, the scores and the comparisons, and what is still missing: of all rows, or of those in `only`."""
+    config = study.config
+    shown = [result for name, result in results.items() if only is None or name in only]
+    lines = [
+        f"# {config.name}",
+        "",
+        f"{config.data.format} data, train `{config.data.train}`, test `{config.data.test}`, {config.image_size} px, "
+        f"batch {config.batch_size}. Last EMA weights, {config.evaluation.protocol} protocol; mean ± sample standard "
+        f"deviation over seeds. Cost per step: seconds of a training step, relative to the student alone. "
+        f"{machines(results)}",
+        "",
+        "| row | model | parameters | epochs | seeds | " + " | ".join(METRICS) + " | cost per step | minutes |",
+        "|---|---|---:|---:|---:|" + "---:|" * (len(METRICS) + 2),
+    ]
+    for result in shown:
+        lines.append(f"| {' | '.join(score_cells(result, results))} |")
+    lines += [
+        "",
+        "Differences are paired by seed. A row is better or worse where the 95 % confidence interval of its mean "
+        "difference in mAP (Student's t over the seeds) leaves out 0; of twenty rows without any effect one would "
+        "still be called so.",
+        "",
+        "| row | compared to | seeds | mAP50 | mAP | 95 % interval | verdict |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    names = {result.name for result in shown}
+    for difference in (difference for difference in differences(results) if difference.name in names):
+        lines.append(f"| {' | '.join(difference_cells(difference))} |")
+    lines += [""] * any(result.row.notes for result in shown)
+    lines += [f"{note}." for result in shown for note in result.row.notes]
+    missing = [f"{r.name} ({', '.join(map(str, r.missing))})" for r in shown if r.missing]
+    if missing:
+        lines += ["", f"Not trained yet, row (seeds): {'; '.join(missing)}."]
+    for result in shown:
+        lines += [f"Failed: {result.name} with seed {seed}: {why}" for seed, why in result.failures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def score_cells(result: Result, results: dict[str, Result]) -> list[str]:
+    config, cost = result.row.config, cost_per_step(result, results)
+    sizes = [report["parameters"] for report in result.reports.values()]
+    seeds = f"{len(result.seeds)} of {len(result.row.seeds)}" if result.missing else f"{len(result.seeds)}"
+    return [
+        result.name,
+        config.student.arch,
+        f"{sizes[0] / 1e6:.2f} M" if sizes else "-",
+        str(config.epochs),
+        seeds,
+        *(mean_and_spread(result.values(metric)) for metric in METRICS),
+        "-" if cost is None else f"{cost:.2f}",
+        f"{result.seconds().mean() / 60:.1f}" if sizes else "-",
+    ]
+
+
+def difference_cells(difference: Difference) -> list[str]:
+    interval = "-"
+    if len(difference.seeds) > 1:
+        mean, half = difference.mAP.mean(), half_width(difference.mAP)
+        interval = f"{mean - half:+.3f} .. {mean + half:+.3f}"
+    return [
+        difference.name,
+        difference.against,
+        str(len(difference.seeds)),
+        mean_and_spread(difference.mAP50, sign="+"),
+        mean_and_spread(difference.mAP, sign="+"),
+        interval,
+        difference.verdict,
+    ]
+
+
+def machines(results: dict[str, Result]) -> str:
+    """What the runs were computed on; costs are only comparable where it is one."""
+    found = dict.fromkeys(
+        f"{r['device']}, {r['precision']}, {r['threads']} threads, torch {r['torch']}"
+        for result in results.values()
+        for r in result.reports.values()
+    )
+    return f"Trained on {'; '.join(found)}." if found else ""
+
+
+def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dict] = ()) -> str:
+    """Every number of the tables, by seed: what documents are made from. condensed: of condensed_table.py."""
+    compared = differences(results)
+    rows = []
+    for result in results.values():
+        config = result.row.config
+        rows.append(
+            {
+                "name": result.name,
+                "is_teacher": result.row.is_teacher,
+                "arch": config.student.arch,
+                "parameters": next((report["parameters"] for report in result.reports.values()), None),
+                "epochs": config.epochs,
+                "image_size": config.image_size,
+                "terms": to_tree(config.terms),
+                "seeds": result.seeds,
+                "missing_seeds": result.missing,
+                "failures": {str(seed): why for seed, why in result.failures.items()},
+                "runs": [result.row.folder(seed).name for seed in result.seeds],
+                **{metric: plain(result.values(metric)) for metric in METRICS},
+                "seconds": plain(result.seconds()),
+                "steps": [result.reports[seed]["steps"] for seed in result.seeds],
+                "baseline": result.row.baseline,
+                "notes": list(result.row.notes),
+                "cost_per_step": cost_per_step(result, results),
+                "differences": [difference_tree(d) for d in compared if d.name == result.name],
+            }
+        )
+    tree = {"config": to_tree(study.config), "machines": machines(results), "rows": rows, "condensed": list(condensed)}
+    return json.dumps(tree, indent=2, allow_nan=False) + "\n"
+
+
+def difference_tree(difference: Difference) -> dict:
+    is_many = len(difference.seeds) > 1
+    return {
+        "against": difference.against,
+        "seeds": list(difference.seeds),
+        "mAP50": plain(difference.mAP50),
+        "mAP": plain(difference.mAP),
+        "mAP50_mean": plain(difference.mAP50.mean()) if difference.seeds else None,
+        "mAP_mean": plain(difference.mAP.mean()) if difference.seeds else None,
+        "mAP50_std": plain(difference.mAP50.std(ddof=1)) if is_many else None,
+        "mAP_std": plain(difference.mAP.std(ddof=1)) if is_many else None,
+        "mAP_half_width": half_width(difference.mAP) if is_many else None,
+        "verdict": difference.verdict,
+    }
+
+
+def plain(values: np.ndarray | float) -> list | float | None:
+    """Numbers as JSON has them: what is not finite becomes null."""
+    if np.ndim(values):
+        return [plain(value) for value in values]
+    return float(values) if math.isfinite(values) else None

@@ -1,0 +1,194 @@
+"""From real pictures to those that a synthetic set begins with: chosen, or put together; learning is in condense.py."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from boxes import clip_boxes
+from config import DataConfig
+from datasets.loader import Batch, Loader
+from datasets.open import open_dataset, require_objects
+from datasets.scan import check, scan
+from distill.condense import coresets, crops
+from engine.condensing.config import NetworkConfig, Task
+from engine.training.building import DECODE_AT_MOST, take, training_set
+from errors import UserError
+from random_streams import Stream, seeded_generator
+from structures import Targets
+
+FEATURES = ("p3", "p4", "p5")  # the maps whose means over a picture say where it lies among the others
+
+
+class RealPictures:
+    """The training pictures of a dataset, letterboxed to squares of S pixels. Objects to be ignored are left out."""
+
+    def __init__(self, data: DataConfig, image_size: int) -> None:
+        place = training_set(data)
+        index = open_dataset(*place, classes=data.classes)
+        if 0 < data.max_samples < len(index):
+            index = take(index, data.max_samples)
+        report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
+        check(report, data.max_bad_fraction)
+        require_objects(report.index, report.title, place[1], learnable=True)
+        if any(sample.class_scores is not None for sample in report.index.samples):
+            raise UserError(f"{' '.join(place[1:])}: found soft labels, expected a set of real pictures without them")
+        self.index, self.image_size, self.place = report.index, image_size, place
+        self.loader = Loader(self.index, image_size=image_size, batch_size=16, seed=0, shuffle=False, cache=data.cache)
+        self.ignored = sum(int(sample.ignore.sum()) for sample in self.index.samples)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, rows: list[int]) -> Batch:
+        """Boxes clipped to the squares: labels may reach past the edge of their picture by rounding."""
+        batch = self.loader.read(rows)
+        t = batch.targets[~batch.targets.ignore]
+        boxes_xyxy = clip_boxes(t.boxes_xyxy, self.image_size, self.image_size)
+        return dataclasses.replace(batch, targets=Targets(boxes_xyxy, t.labels, t.image, t.ignore))
+
+    def draw(self, count: int) -> Callable[[torch.Generator], tuple[Tensor, Targets]]:
+        """generator -> `count` different pictures at random (all, where there are fewer) and their targets."""
+
+        def batch(generator: torch.Generator) -> tuple[Tensor, Targets]:
+            rows = coresets.random_rows(len(self), min(count, len(self)), generator=generator)
+            found = self.read(rows.tolist())
+            return found.images, found.targets
+
+        return batch
+
+    def class_counts(self) -> Tensor:
+        """(N, K): objects of each class in each picture."""
+        counts = torch.zeros(len(self), len(self.index.names), dtype=torch.int64)
+        rows, labels, _ = self.objects()
+        return counts.index_put((rows, labels), torch.ones_like(rows), accumulate=True)
+
+    def objects(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every object: its picture's row, its label, both int64, and its area in pixels of the square."""
+        rows, labels, areas = [], [], []
+        for row, sample in enumerate(self.index.samples):
+            counts = ~sample.ignore
+            boxes = np.clip(sample.boxes_xyxy[counts], 0, [sample.width, sample.height] * 2)
+            sides = (boxes[:, 2:] - boxes[:, :2]) * (self.image_size / max(sample.width, sample.height))
+            rows.append(torch.full((int(counts.sum()),), row))
+            labels.append(torch.from_numpy(sample.labels[counts]))
+            areas.append(torch.from_numpy(sides.prod(1)))
+        return torch.cat(rows), torch.cat(labels), torch.cat(areas)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Pictures with objects: images uint8 (M, 3, S, S), targets, and what of each is picture, (M, 4), or None: all.
+
+    sources: names of the real pictures they are; empty where they are put together.
+    """
+
+    images: Tensor
+    targets: Targets
+    content_xyxy: Tensor | None
+    sources: tuple[str, ...] = ()
+
+
+def check_network(task: Task) -> None:
+    """UserError, before any picture is listed, where the trained network that a set is made with is no such model."""
+    settings = task.condense.network
+    if not task.needs_network:
+        return
+    if not Path(settings.weights).is_file():
+        raise UserError(f"key 'condense.network.weights': {settings.weights}: no such file, expected a checkpoint")
+    checkpoint.load_model(settings.weights, settings.arch)
+
+
+def load_network(settings: NetworkConfig, names: tuple[str, ...], device: torch.device) -> nn.Module:
+    """The trained detector, in eval mode; its classes must be the dataset's."""
+    model, info = checkpoint.load_model(settings.weights, settings.arch, device=str(device))
+    if info.names != names:
+        found = f"{settings.weights}: knows {', '.join(info.names[:20])}"
+        raise UserError(f"{found}; expected the classes of the dataset: {', '.join(names[:20])}")
+    return model
+
+
+def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> Layout:
+    """The pictures that a set is made of: those of the method, or of `init` where the pixels are learnt.
+
+    As many as are decoded from condense.pictures stored ones. UserError where the dataset has too few.
+    """
+    c, count = task.condense, task.decoded
+    task.check_source(len(real))
+    if "crops" in (c.method, c.init if task.is_learnt else c.method):
+        return crop_layout(task, real, count)
+    rows = choose(task.rule, real, network, count, seeded_generator(Stream.CHOICE, task.seed)).tolist()
+    batch = real.read(rows)
+    sources = tuple(real.index.samples[row].image_path.name for row in rows)
+    return Layout(batch.images, batch.targets, batch.content_xyxy, sources)
+
+
+def choose(rule: str, real: RealPictures, network: nn.Module | None, count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows of the real pictures by a rule of distill.condense.coresets."""
+    if rule == "random":
+        return coresets.random_rows(len(real), count, generator=generator)
+    if rule == "uniform":
+        return coresets.balanced_rows(real.class_counts(), count, generator=generator)
+    if rule == "most_objects":
+        return coresets.top_rows(real.class_counts().sum(1), count)
+    if rule == "highest_loss":
+        return coresets.top_rows(losses_of(real, network), count)
+    return {"herding": coresets.herding, "k_center": coresets.k_center}[rule](features_of(real, network), count)
+
+
+@torch.no_grad()
+def features_of(real: RealPictures, network: nn.Module) -> Tensor:
+    """(N, D): the means over each picture of the network's maps FEATURES, side by side, on the CPU."""
+    device, found = next(network.parameters()).device, []
+    for batch in real.loader.epoch(0):
+        features = network(batch.images.to(device).float() / 255).features
+        maps = [features[name] for name in FEATURES if name in features]
+        if not maps:
+            kind = type(network).__name__
+            raise UserError(f"key 'condense.network': {kind} has none of the maps {', '.join(FEATURES)}")
+        found.append(torch.cat([x.float().mean((2, 3)) for x in maps], dim=1).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def losses_of(real: RealPictures, network: nn.Module) -> Tensor:
+    """(N,): the network's detection loss of each picture alone. A loss that samples is seeded by the row."""
+    if not hasattr(network, "losses"):
+        raise UserError(f"key 'condense.network': {type(network).__name__} has no training losses here")
+    device, found = next(network.parameters()).device, []
+    for row in range(len(real)):
+        batch = real.read([row]).to(device)
+        torch.manual_seed(row)
+        found.append(sum(network.losses(network(batch.images.float() / 255), batch.targets).values()).item())
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def crop_layout(task: Task, real: RealPictures, count: int) -> Layout:
+    """`count` mosaics of crops around objects of each class in turn."""
+    grid, generator = task.condense.crops, seeded_generator(Stream.CROPS, task.seed)
+    cell = real.image_size // grid
+    rows, labels, _ = real.objects()
+    wanted = count * grid**2
+    if wanted > len(rows):
+        raise UserError(f"key 'condense.pictures': {wanted} crops need as many objects; there are {len(rows)}")
+    tiles = []
+    for number in crops.in_turn(labels, generator=generator)[:wanted].tolist():
+        batch = real.read([int(rows[number])])
+        within = int((rows[:number] == rows[number]).sum())  # which of its picture's objects
+        window = crops.crop_window(batch.targets.boxes_xyxy[within], batch.content_xyxy[0], cell)
+        tiles.append(crops.crop(batch.images[0], batch.targets.boxes_xyxy, batch.targets.labels, window, cell))
+    return joined([crops.pack_crops(tiles[i : i + grid**2], grid) for i in range(0, wanted, grid**2)])
+
+
+def joined(pictures: list[tuple[Tensor, Tensor, Tensor]]) -> Layout:
+    """(picture, boxes, labels) of each -> one Layout; the pictures have no padding."""
+    counts = torch.tensor([len(labels) for _, _, labels in pictures])
+    labels = torch.cat([labels for _, _, labels in pictures])
+    image = torch.arange(len(pictures)).repeat_interleave(counts)
+    targets = Targets(torch.cat([b for _, b, _ in pictures]), labels, image, torch.zeros(len(labels), dtype=torch.bool))
+    return Layout(torch.stack([picture for picture, _, _ in pictures]), targets, None)

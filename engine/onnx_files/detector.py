@@ -1,0 +1,151 @@
+"""An ONNX file that export.py wrote, run by onnxruntime on the CPU, where eval.py and predict.py expect a detector.
+
+The same letterbox before it and, for a file that ends in boxes and scores, the same suppression behind it: what differs
+from the PyTorch model is rounding.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from checkpoint import CheckpointInfo
+from engine.onnx_files.graph import DETECTIONS, GraphInfo, float32_at_most, read_info
+from errors import UserError, require
+from kernels.nms import select_detections
+from structures import Detections
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+SUFFIX = ".onnx"
+
+
+@dataclass(frozen=True)
+class OnnxOutput:
+    """What OnnxDetector.forward returns for images (B, 3, H, W).
+
+    boxes_xyxy (B, A, 4) and scores (B, A, K), or None where the file selects detections itself: it needs the thresholds
+    for that, so OnnxDetector.detect runs it.
+    """
+
+    images: Tensor
+    boxes_xyxy: Tensor | None
+    scores: Tensor | None
+
+
+class OnnxDetector(nn.Module):
+    """A detector without parameters of its own, for inference alone: forward, detect and num_classes.
+
+    size: (H, W) that the file takes, None for any multiples of 32. has_selection: whether it ends in detections.
+    A file of a batch of one gets the pictures of a batch one by one.
+    """
+
+    def __init__(self, session: "InferenceSession", info: GraphInfo, path: str | Path) -> None:
+        super().__init__()
+        self.session, self.info, self.path = session, info, path
+        self.num_classes = len(info.names)
+        self.has_selection = [output.name for output in session.get_outputs()] == list(DETECTIONS)
+        batch, _, *size = session.get_inputs()[0].shape
+        self.is_single = batch == 1
+        self.size = None if isinstance(size[0], str) else tuple(size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxDetector":
+        return self  # there is nothing in it that a copy could change
+
+    def forward(self, images: Tensor) -> OnnxOutput:
+        """images (B, 3, H, W) float in [0, 1]. UserError where the file takes another size."""
+        self.check_size(*images.shape[2:])
+        images = images.detach().float().cpu()
+        if self.has_selection:
+            return OnnxOutput(images, None, None)
+        parts = [self.session.run(None, {"images": part.numpy()}) for part in self._parts(images)]
+        boxes_xyxy, scores = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
+        return OnnxOutput(images, boxes_xyxy, scores)
+
+    def check_size(self, height: int, width: int) -> None:
+        """UserError where the file takes another size."""
+        if self.size is not None and (height, width) != self.size:
+            wanted = f"expected {self.size[1]}, or a file exported with --dynamic"
+            raise UserError(f"{self.path}: found pictures of {width} px, {wanted}")
+
+    def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        return images.contiguous().split(1 if self.is_single else max(1, len(images)))
+
+    def detect(
+        self, output: OnnxOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
+    ) -> list[Detections]:
+        """As the PyTorch model's: class-wise suppression, best first; none for a detector that needs none."""
+        if not self.info.suppresses:
+            iou_threshold = 1.0  # no IoU is above it
+        if not self.has_selection:
+            return select_detections(
+                output.boxes_xyxy,
+                output.scores,
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
+            )
+        settings = {
+            "score_threshold": np.array(score_threshold, np.float32),
+            "iou_threshold": np.array(float32_at_most(iou_threshold)),
+            "max_detections": np.array(max_detections, np.int64),
+        }
+        found = []
+        for part in self._parts(output.images):
+            rows = self.session.run(None, {"images": part.numpy(), **settings})
+            boxes_xyxy, scores, labels, image = map(torch.from_numpy, rows)
+            counts = image.bincount(minlength=len(part)).tolist()
+            columns = (boxes_xyxy.split(counts), scores.split(counts), labels.split(counts))
+            found += [Detections(*columns_of_image) for columns_of_image in zip(*columns)]
+        return found
+
+
+def open_session(model: str | Path | bytes) -> "InferenceSession":
+    """An onnxruntime session on the CPU with as many threads as PyTorch uses, which sleep between runs."""
+    runtime = require("onnxruntime", "export", "an ONNX file")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else they slow whatever runs next
+    options.log_severity_level = 3  # errors; a warning is about the graph, not about what the user did
+    return runtime.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def load_onnx(path: str | Path) -> OnnxDetector:
+    """The detector of a file. UserError where there is none, it is damaged, or it is not one that export.py wrote."""
+    path = Path(path)
+    require("onnxruntime", "export", f"{path}: an ONNX file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, expected an ONNX file")
+    try:
+        session = open_session(path)
+    except Exception as error:  # onnxruntime has an exception class of its own for every status
+        reason = str(error).splitlines()[0].rsplit(" : ", 1)[-1]
+        raise UserError(f"{path}: damaged or not an ONNX file: {reason}") from None
+    info = read_info(session.get_modelmeta().custom_metadata_map, path)
+    return OnnxDetector(session, info, path)
+
+
+def load_detector(
+    path: str | Path, arch: str | None = None, *, device: str = "cpu", precision: str = "float32"
+) -> tuple[nn.Module, CheckpointInfo]:
+    """The detector in an ONNX file, known by its suffix, or in a checkpoint (checkpoint.load_model), in eval mode.
+
+    An ONNX file runs on the CPU whatever the device, and in its own precision.
+    """
+    if Path(path).suffix.lower() != SUFFIX:
+        return checkpoint.load_model(path, arch, device=device)
+    detector = load_onnx(path)
+    info = detector.info
+    if arch is not None and arch != info.arch:
+        raise UserError(f"{path}: holds {info.arch}, expected {arch}")
+    if precision == "bfloat16":
+        raise UserError(f"{path}: computes in {info.precision}, found the precision bfloat16, expected float32 or auto")
+    config = {"evaluation": info.evaluation} if info.evaluation else {}
+    return detector.eval(), CheckpointInfo(info.arch, info.names, info.image_size, source=info.source, config=config)

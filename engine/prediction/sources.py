@@ -1,0 +1,96 @@
+"""What predict.py looks at: pictures, folders, patterns, video files and webcams, found and named."""
+
+import glob
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.folders import is_left_out, list_files
+from datasets.images import SUFFIXES, UNREAD
+from engine.prediction import video
+from errors import UserError
+
+WEBCAM = re.compile(r"webcam(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or a webcam, and its name below the output folder, without a suffix.
+
+    is_named: given by its own name, not found in a folder or by a pattern. camera: the number of a webcam.
+    """
+
+    path: Path
+    name: Path
+    is_named: bool = True
+    camera: int | None = None
+
+    @property
+    def is_video(self) -> bool:
+        return self.camera is not None or self.path.suffix.lower() in video.SUFFIXES
+
+
+def find_pictures(sources: Sequence[str]) -> list[Source]:
+    """As find_sources, pictures alone."""
+    found: dict[Path, Source] = {}
+    for source in sources:
+        _add_files(found, source, (*SUFFIXES, *UNREAD), f"holds no picture ({', '.join(SUFFIXES)})")
+    return _with_own_names(found)
+
+
+def find_sources(sources: Sequence[str]) -> list[Source]:
+    """The pictures and videos of files, folders (and their subfolders) and patterns, each once, in the order given.
+
+    In a folder or a pattern only files with a picture's or a video's suffix count, those of formats that are not read
+    among them, so that reading refuses them by name; a file given by name is always taken, as a picture where it has
+    no video's suffix. `webcam` and `webcam:1` are cameras, where no file has that
+    name. Two sources that would be written under one name get different ones: `a`, `a-2`.
+    """
+    found: dict[Path, Source] = {}
+    for source in sources:
+        camera = WEBCAM.fullmatch(source)
+        if camera and not Path(source).exists():
+            number = int(camera[1] or 0)
+            path = Path(f"webcam:{number}")
+            found.setdefault(path, Source(path, Path(f"webcam-{number}"), camera=number))
+        else:
+            fault = f"holds no picture ({', '.join(SUFFIXES)}) and no video ({', '.join(video.SUFFIXES)})"
+            _add_files(found, source, (*SUFFIXES, *UNREAD, *video.SUFFIXES), fault)
+    return _with_own_names(found)
+
+
+def _add_files(found: dict[Path, Source], source: str, suffixes: tuple[str, ...], fault: str) -> None:
+    """Into `found`, by the resolved path, what one argument stands for."""
+    path = Path(source)
+    if path.is_dir():
+        files = list_files(path, suffixes, follow_texts=True)
+        pairs = [(p, p.relative_to(path) if p.is_relative_to(path) else Path(p.name)) for p in files]
+    elif path.exists():
+        pairs = [(path, Path(path.name))]
+    elif glob.has_magic(source):
+        given = {*path.parts}
+        paths = [p for p in map(Path, sorted(glob.glob(source, recursive=True))) if p.is_file() or not p.exists()]
+        paths = [p for p in paths if not any(is_left_out(part) for part in p.parts if part not in given | {".."})]
+        pairs = [(p, Path(p.name)) for p in paths if p.name.lower().endswith(suffixes)]
+    else:
+        raise UserError(f"{source}: no such file or folder, expected pictures or videos")
+    if all(p.suffix.lower() in UNREAD for p, _ in pairs) and not path.is_file():
+        unread = f"; {len(pairs)} in formats that are not read, the first {pairs[0][0]}" if pairs else ""
+        raise UserError(f"{source}: {fault}{unread}")
+    is_named = path.exists() and not path.is_dir()
+    for path, name in pairs:
+        found.setdefault(path.resolve(), Source(path, name.with_suffix(""), is_named))
+
+
+def _with_own_names(found: dict[Path, Source]) -> list[Source]:
+    taken = {Path("classes")}  # labels/classes.txt is the list of classes
+    sources = []
+    for source in found.values():
+        unique, number = source.name, 1
+        while unique in taken:
+            number += 1
+            unique = source.name.with_name(f"{source.name.name}-{number}")
+        taken.add(unique)
+        sources.append(Source(source.path, unique, source.is_named, source.camera))
+    return sources

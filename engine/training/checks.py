@@ -1,0 +1,178 @@
+"""What a config alone and the weights it names show, before a picture is listed: every mistake that is cheap to find.
+
+A run that would end in an error after minutes of decoding ends in the same error at once.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import checkpoint
+import models
+from config import Config, DataConfig
+from distill.criterion import check_term
+from engine.training.student import check_backbone, find_backbone_file
+from engine.training.teaching import EMA, check_input_size, check_names, find_file
+from errors import UserError
+from frcnn.pretrained import load_backbone
+from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
+from weights import load_public
+
+SIZE_MULTIPLE = 32  # pixels: the coarsest stride of every detector
+
+
+def check_config(config: Config, given: Collection[str] = (), processes: int = 1, *, is_resumed: bool = False) -> None:
+    """UserError, which names the key, for what cannot be trained. No dataset is opened.
+
+    given: names of teachers that need no weights here: modules are at hand, or they are trained first. is_resumed: the
+    student goes on from a checkpoint; the file it once started from may be gone.
+    """
+    check_numbers(config, processes)
+    check_data(config.data)
+    check_student(config, is_resumed=is_resumed)
+    check_names(config, given)
+    for index, term in enumerate(terms := config.terms):
+        check_term(term, f"terms.{index}", tuple(teacher.name for teacher in config.teachers), config.epochs)
+        names = [other.name or f"{other.loss}_{other.teacher}" for other in terms[: index + 1]]
+        if names.count(names[-1]) > 1:
+            raise UserError(
+                f"terms.{index}: the name {names[-1]!r} is used twice; give one of the terms another `name`"
+            )
+    check_teachers(config, given)
+    if config.teacher_cache_gigabytes:
+        check_unaugmented(config)
+
+
+def check_numbers(config: Config, processes: int) -> None:
+    if config.batch_size < 1 or config.batch_size % processes:
+        expected = f"a multiple of {processes} processes" if processes > 1 else "at least 1"
+        raise UserError(f"key 'batch_size': found {config.batch_size}, expected {expected}")
+    if not config.detection_weight >= 0 or (config.detection_weight == 0 and not config.terms):
+        raise UserError(f"key 'detection_weight': found {config.detection_weight}, expected a number above 0")
+    if config.image_size < SIZE_MULTIPLE or config.image_size % SIZE_MULTIPLE:
+        raise UserError(f"key 'image_size': found {config.image_size}, expected a multiple of {SIZE_MULTIPLE}")
+    if config.patience and not config.data.holdout_fraction:
+        raise UserError("key 'patience': needs held-out pictures to judge by, expected data.holdout_fraction above 0")
+    optimizer, evaluation = config.optimizer, config.evaluation
+    at_least = {
+        "epochs": (config.epochs, 1),
+        "patience": (config.patience, 0),
+        "save_every_steps": (config.save_every_steps, 0),
+        "optimizer.accumulate": (optimizer.accumulate, 1),
+        "optimizer.weight_decay": (optimizer.weight_decay, 0),
+        "optimizer.warmup_epochs": (optimizer.warmup_epochs, 0),
+        "optimizer.clip_norm": (optimizer.clip_norm, 0),
+        "augment.close_mosaic_epochs": (config.augment.close_mosaic_epochs, 0),
+        "evaluation.every_epochs": (evaluation.every_epochs, 0),
+        "evaluation.batch_size": (evaluation.batch_size, 1),
+        "evaluation.max_detections": (evaluation.max_detections, 1),
+    }
+    for key, (value, least) in at_least.items():
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UserError(f"key {key!r}: found {value}, expected at least {least}")
+    for key in ("score_threshold", "iou_threshold"):
+        value = getattr(evaluation, key)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"key 'evaluation.{key}': found {value}, expected a number in 0..1")
+    if not (math.isfinite(optimizer.learning_rate) and optimizer.learning_rate > 0):
+        raise UserError(f"key 'optimizer.learning_rate': found {optimizer.learning_rate}, expected a number above 0")
+
+
+def check_data(data: DataConfig) -> None:
+    """The keys that say which pictures of a dataset are trained on."""
+    if data.train_format is not None and data.train_root is None:
+        raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
+    if data.max_samples < -1:
+        raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or -1 for all")
+    if data.pictures_per_epoch < 0:
+        found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
+        raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
+    if not 0 <= data.holdout_fraction < 1:
+        found = f"key 'data.holdout_fraction': found {data.holdout_fraction}"
+        raise UserError(f"{found}, expected 0 up to less than 1")
+    if not 0 <= data.max_bad_fraction <= 1:
+        raise UserError(f"key 'data.max_bad_fraction': found {data.max_bad_fraction}, expected a number in 0..1")
+    if data.workers < 0:
+        raise UserError(f"key 'data.workers': found {data.workers}, expected a number, or 0 for none")
+
+
+def check_student(config: Config, *, is_resumed: bool = False) -> None:
+    """Its architecture, the files of its weights, and what of its backbone does not learn."""
+    settings = config.student
+    try:
+        models.check_arch(settings.arch)
+    except UserError as error:
+        raise UserError(f"key 'student.arch': {error}") from None
+    if settings.arch.startswith(models.ONLY_TEACH):
+        raise UserError(f"key 'student.arch': {settings.arch} can only teach: it has no training losses here")
+    check_backbone(settings)
+    if is_resumed:
+        return
+    if settings.weights is not None:
+        if not Path(settings.weights).is_file():
+            raise UserError(f"key 'student.weights': {settings.weights}: no such file, expected a weights file")
+        check_file("key 'student.weights'", settings.arch, settings.weights)
+    elif settings.backbone_weights is not None:
+        file = find_backbone_file(Path(settings.backbone_weights), settings.arch)
+        check_file("key 'student.backbone_weights'", settings.arch, str(file), is_backbone=True)
+
+
+def check_teachers(config: Config, given: Collection[str]) -> None:
+    """Each teacher's architecture, file, size of pictures and vocabulary; those `given` have no file."""
+    if config.teacher_weighting == "confidence" and len(config.teachers) < 2:
+        found = len(config.teachers)
+        raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {found}")
+    for index, teacher in enumerate(config.teachers):
+        key = f"key 'teachers.{index}"
+        if teacher.name in given:
+            continue
+        if teacher.arch != EMA and teacher.arch not in models.TEACHERS:
+            try:
+                models.check_arch(teacher.arch)
+            except UserError as error:
+                raise UserError(f"{key}.arch': {error}, {', '.join(models.TEACHERS)}, {EMA}") from None
+        if (path := find_file(teacher, key)) is None:
+            continue
+        multiple, reads_text = check_file(f"{key}.weights'", teacher.arch, path)
+        check_input_size(teacher, key, multiple)
+        if reads_text:
+            ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH)
+
+
+def check_file(key: str, arch: str, path: str, *, is_backbone: bool = False) -> tuple[int, bool]:
+    """UserError where a file holds no weights of this architecture; a file is read once for all that ask.
+
+    What its model is: what the side of its pictures is a multiple of, and whether it reads text.
+    """
+    status = Path(path).stat()
+    try:
+        return _read_weights(arch, path, is_backbone, status.st_mtime_ns, status.st_size)
+    except UserError as error:
+        raise UserError(f"{key}: {error}", error.exit_code) from None
+
+
+@functools.lru_cache(maxsize=64)
+def _read_weights(arch: str, path: str, is_backbone: bool, *version: int) -> tuple[int, bool]:
+    if is_backbone:
+        model = models.build(arch, 1)
+        load_backbone(model.backbone, Path(path))
+    elif arch in models.TEACHERS:
+        model = models.build_teacher(arch)
+        load_public(model, path)
+    else:
+        model, _ = checkpoint.load_model(path, arch)
+    return getattr(model, "size_multiple", 1), hasattr(model, "set_classes")
+
+
+def check_unaugmented(config: Config) -> None:
+    """UserError where images change from epoch to epoch: no kept output would ever be asked for again."""
+    if config.teacher_cache_gigabytes < 0:
+        raise UserError(f"key 'teacher_cache_gigabytes': found {config.teacher_cache_gigabytes}, expected 0 or more")
+    for setting in dataclasses.fields(config.augment):
+        value = getattr(config.augment, setting.name)
+        if value and setting.name != "close_mosaic_epochs":
+            raise UserError(
+                f"key 'augment.{setting.name}': found {value}, expected 0 where teacher_cache_gigabytes keeps outputs"
+            )

@@ -1,0 +1,152 @@
+"""What a run reports: the row of an epoch, the choice of best.pt, the final test."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import checkpoint
+from config import to_tree
+from datasets.index import DatasetIndex
+from engine.evaluation import measuring
+from engine.runtime import run_folder
+from engine.runtime.interruption import StopRequested, StopSignals
+from engine.runtime.progress import Progress, ScalarLog, format_values
+from engine.runtime.run_folder import RunFolder
+from engine.training.balance import TermRange, term_ranges
+from engine.training.building import (
+    TrainingSetup,
+    count_parameters,
+    evaluation_loader,
+    machine_facts,
+    set_learning_rates,
+)
+from engine.training.run_pictures import draw, evaluation_pictures
+from engine.training.saving import save
+from engine.training.state import TrainingState, describe_model
+from metrics.report import DetectionReport
+
+
+def finish_epoch(
+    setup: TrainingSetup,
+    state: TrainingState,
+    folder: RunFolder,
+    progress: Progress,
+    scalars: ScalarLog,
+    stop: StopSignals,
+) -> None:
+    """Evaluate where it is due, keep the best, write the row of the epoch, save, and move to the next one."""
+    config, epoch = setup.config, state.epoch + 1
+    every = config.evaluation.every_epochs
+    index = setup.splits.holdout or setup.splits.test
+    results: dict[str, float] = {}
+    if every and (epoch % every == 0 or epoch == config.epochs):
+        save(setup, state, folder)  # a signal may end the evaluation at once
+        stop.may_raise = True
+        if stop.received is not None:
+            raise StopRequested
+        results, _ = evaluate(setup, setup.ema.model, index)
+        stop.may_raise = False
+    is_best = setup.splits.holdout is not None and bool(results)
+    is_best = is_best and (state.best is None or results["mAP50-95"] > state.best)
+    if is_best:
+        state.best, state.best_epoch = results["mAP50-95"], epoch
+    row = {"epoch": epoch, "time": state.seconds} | {f"train/{k}": v for k, v in state.means().items()}
+    row |= {name: results.get(name.removeprefix("metrics/")) for name in run_folder.METRIC_COLUMNS}
+    row["lr"] = set_learning_rates(setup, state.step - 1)
+    state.next_epoch()
+    if setup.processes.is_first:
+        if is_best:
+            best = {"epoch": epoch, "step": state.step, "ema": setup.ema.model.state_dict()}
+            checkpoint.save(folder.best, describe_model(config, setup.splits.names) | best)
+        run_folder.append_metrics(folder.metrics, row)
+        scalars.add(row, epoch)
+        if results:
+            scalars.add_pictures(lambda: evaluation_pictures(setup, index), epoch)
+    save(setup, state, folder)
+    shown = {name.split("/")[-1]: value for name, value in row.items() if name not in ("epoch", *run_folder.AP_COLUMNS)}
+    where = ""
+    if results:
+        where = f"  on {len(index)} {'held-out' if setup.splits.holdout is not None else config.data.test} pictures"
+    progress.say(f"epoch {epoch}/{config.epochs}  {format_values(shown)}{where}" + per_iou_line(results))
+
+
+def per_iou_line(numbers: dict[str, float]) -> str:
+    """A line of its own with AP at each IoU threshold; nothing where nothing was evaluated."""
+    found = {name: numbers.get(name) for name in (column.removeprefix("metrics/") for column in run_folder.AP_COLUMNS)}
+    return f"\n  {format_values(found)}" if numbers else ""
+
+
+def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Evaluate the last EMA weights, and the held-out best, on the test split; write the report and the pictures."""
+    config, is_first = setup.config, setup.processes.is_first
+    test, details = evaluate(setup, setup.ema.model, setup.splits.test)
+    best = None
+    if state.best_epoch is not None:
+        model, info = checkpoint.load_model(folder.best, device=str(setup.processes.device))
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # as when it was chosen: other kernels round otherwise
+        scores, _ = evaluate(setup, model, setup.splits.test)
+        best = {"epoch": info.epoch, "holdout mAP50-95": state.best, "test": scores}
+    ranges = balance_of_run(setup, folder)
+    report = {
+        "name": config.name,
+        "arch": config.student.arch,
+        "parameters": count_parameters(setup.student),
+        "seed": config.seed,
+        "epochs": state.epoch,
+        "steps": state.step,
+        "weights": "last EMA weights",
+        "split": config.data.test,
+        "shared_pictures": {" and ".join(o.names): len(o.shared) for o in setup.splits.overlaps},
+        "evaluation": to_tree(config.evaluation),
+        "test": test,
+        "best_on_holdout": best,
+        "distillation": {
+            found.name: {"lowest": found.lowest, "highest": found.highest, "stayed": found.stayed} for found in ranges
+        },
+        "seconds": state.seconds,
+        "images_per_second": state.images / state.seconds if state.seconds else None,
+        **run_folder.environment(),
+        **machine_facts(setup),
+    }
+    if is_first:
+        run_folder.write_report(folder.report, report)
+        draw(setup, details, folder, progress)
+        for found in ranges:
+            progress.say(str(found))
+        shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
+        shared = "".join(f"\n{overlap}" for overlap in setup.splits.overlaps if overlap.shared)
+        progress.say(f"{config.data.test}: {format_values(shown)}{per_iou_line(test)}{shared}\nwritten: {folder.path}")
+    return report
+
+
+def balance_of_run(setup: TrainingSetup, folder: RunFolder) -> list[TermRange]:
+    """What share of the detection loss each distillation term had, from the rows of metrics.csv."""
+    if not setup.processes.is_first or not setup.criterion.terms:
+        return []
+    rows = [
+        {name.removeprefix("train/"): float(value) for name, value in row.items() if name.startswith("train/")}
+        for row in run_folder.read_metrics(folder.metrics)
+    ]
+    return term_ranges(rows, list(setup.criterion.terms))
+
+
+def evaluate(setup: TrainingSetup, model: nn.Module, index: DatasetIndex) -> tuple[dict[str, float], DetectionReport]:
+    """The numbers of metrics.csv and report.json for a model on a split, and what the plots are drawn from.
+
+    One way for the rows on the way, the choice of best.pt and the final test: equal weights get equal numbers. Every
+    process calls this and gets the whole result of its and the others' pictures.
+    """
+    result = measuring.evaluate_model(
+        model,
+        index,
+        image_size=setup.config.image_size,
+        device=setup.processes.device,
+        **setup.config.evaluation.arguments(),
+        loader=evaluation_loader(setup, index),
+        sharded=True,
+    )
+    numbers = {"f1" if name == "F1" else name: value for name, value in result.numbers.items()}
+    per_iou = {f"AP{100 * threshold:.0f}": value for threshold, value in result.ap_result.ap_per_iou.items()}
+    return numbers | per_iou, result.report

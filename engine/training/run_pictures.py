@@ -1,0 +1,130 @@
+"""The pictures of a run: what the model finds beside the labels, and what the teacher's and the student's maps hold.
+
+Files at the end of a run: predictions.jpg; distillation.jpg where a term compares maps; matplotlib's plots. The first
+two go to TensorBoard at every evaluation as well.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from config import TermConfig
+from datasets.index import DatasetIndex
+from datasets.loader import Loader
+from distill.adapters import like_adapted, resize_like
+from distill.outputs import named_map
+from distill.terms import LOSSES
+from engine.drawing import plots
+from engine.drawing.heat_maps import attention_heat, common_colors, grid, heat_colors, overlay, stack, to_pictures
+from engine.runtime.progress import Progress
+from engine.runtime.run_folder import RunFolder
+from engine.training.building import TrainingSetup
+from engine.training.teaching import resize_images
+from metrics.report import DetectionReport
+from teachers.dinov2 import DINOv2, patch_pca
+
+NUM_PICTURES = 4  # of the maps, and of the predictions at each evaluation
+NUM_PREDICTED = 12  # in predictions.jpg
+SIDE = 200  # pixels of a cell in distillation.jpg
+
+
+def evaluation_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.Image]:
+    """By TensorBoard's name: "predictions", and "distillation/<term>" for each term that compares maps."""
+    maps = {f"distillation/{name}": sheet for name, sheet in map_pictures(setup, index).items()}
+    return {"predictions": prediction_picture(setup, index, NUM_PICTURES)} | maps
+
+
+def draw(setup: TrainingSetup, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:
+    """The files of a finished run."""
+    prediction_picture(setup, setup.splits.test, NUM_PREDICTED).save(folder.path / "predictions.jpg", quality=90)
+    if sheets := map_pictures(setup, setup.splits.test):
+        stack(list(sheets.values())).save(folder.path / "distillation.jpg", quality=90)
+    if not plots.is_available():
+        progress.say("without plots: matplotlib is not installed (pip install -r requirements-plots.txt)")
+        return
+    plots.draw_results(folder.metrics, folder.path / "results.png")
+    plots.draw_confusion(details, folder.path / "confusion_matrix.png")
+    plots.draw_pr_curve(details, folder.path / "pr_curve.png")
+
+
+def prediction_picture(setup: TrainingSetup, index: DatasetIndex, count: int) -> Image.Image:
+    return plots.prediction_sheet(
+        setup.ema.model,
+        index,
+        image_size=setup.config.image_size,
+        device=setup.processes.device,
+        iou_threshold=setup.config.evaluation.iou_threshold,
+        count=count,
+    )
+
+
+@torch.no_grad()
+def map_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.Image]:
+    """One sheet for each term that compares maps, by its name; of its first pair of maps, in a few pictures of a split.
+
+    Columns: what the student sees; of DINOv2 its patch tokens and where its class token looks; the student's map before
+    and behind the adapter; the teacher's map at the same grid, in the same colors as the adapted one. The student is
+    the one that trains, not its average: the adapters are its own. Everything is left as it was.
+    """
+    terms = {name: term for name, term in setup.criterion.terms.items() if LOSSES[term.loss].reads == "map"}
+    if not terms or not len(index):
+        return {}
+    chosen = plots.spread(index, NUM_PICTURES)
+    loader = Loader(chosen, image_size=setup.config.image_size, batch_size=len(chosen), seed=0, shuffle=False)
+    images = next(loader.epoch(0)).images.to(setup.processes.device).float() / 255  # (B, 3, S, S)
+    with in_eval_mode(setup.student), in_eval_mode(setup.criterion):
+        s_output = setup.student.forward(images)  # not through __call__: neither compiled nor counted again
+        return {name: term_sheet(setup, name, term, images, s_output) for name, term in terms.items()}
+
+
+def term_sheet(setup: TrainingSetup, name: str, term: TermConfig, images: Tensor, s_output: Any) -> Image.Image:
+    pictures = to_pictures(images, SIDE, smooth=True)
+    columns = {"picture": pictures}
+    teacher = setup.teachers.models[term.teacher]
+    seen = resize_images(images, setup.teachers.facts[term.teacher].image_size)
+    is_dino = isinstance(teacher, DINOv2)
+    with requesting(teacher, {"patches", "class_attention"} if is_dino else set()):
+        t_output = teacher.forward(seen)
+    if is_dino:
+        columns[f"tokens of {term.teacher}"] = to_pictures(patch_pca(t_output.features["patches"].cpu()), SIDE)
+        heat = to_pictures(heat_colors(attention_heat(t_output.class_attention)), SIDE, smooth=True)
+        columns[f"attention of {term.teacher}"] = overlay(pictures, heat)
+    s_name, t_name = term.student_maps[0], term.teacher_maps[0]
+    s_map, t_map = named_map(s_output, s_name).float(), named_map(t_output, t_name)
+    columns[f"student's {s_name}"] = to_pictures(patch_pca(s_map.cpu()), SIDE)
+    adapted = setup.criterion.adapters[name][0](s_map)
+    t_map = like_adapted(setup.criterion.adapters[name][0], resize_like(t_map, adapted))
+    titles = (f"adapted {s_name}", f"{t_name} of {term.teacher}")
+    if adapted.shape == t_map.shape:
+        both = common_colors(adapted.cpu(), t_map.cpu())
+        columns |= {title: to_pictures(colors, SIDE) for title, colors in zip(titles, both)}
+    else:  # a loss that compares maps of different widths
+        columns[titles[1]] = to_pictures(patch_pca(t_map.cpu()), SIDE)
+    return grid(columns, heading=f"{name}: {s_name} learns from {t_name} of {term.teacher}")
+
+
+@contextlib.contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+@contextlib.contextmanager
+def requesting(teacher: nn.Module, names: set[str]) -> Iterator[None]:
+    """The teacher gives these parts of its output besides those its terms read."""
+    before = getattr(teacher, "requested_outputs", None)
+    if before is not None and names:
+        teacher.requested_outputs = before | names
+    try:
+        yield
+    finally:
+        if before is not None:
+            teacher.requested_outputs = before

@@ -1,0 +1,127 @@
+"""Where the demo's pictures come from, and how two of them are laid over each other. Without Streamlit."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from config import Config
+from datasets.enhance import adjust_gamma
+from datasets.images import decode_image
+from datasets.open import open_dataset
+from datasets.shapes import draw_picture
+from engine.drawing.detections import draw_detections
+from engine.drawing.plots import spread
+from errors import UserError
+from structures import Detections
+
+MAX_MEGABYTES = 10  # of an uploaded file; .streamlit/config.toml has the same limit for the server
+MAX_MEGAPIXELS = 24  # of an uploaded picture
+WORKING_SIDE = 1280  # pixels: larger pictures are shrunk to this before anything is done to them
+SHOWN_SIDE = 640  # pixels: the longer side of every picture on the page, so that labels can be read
+NUM_TEST_PICTURES = 8
+
+SHAPES_SIZE = 160  # pixels, as the demo's training pictures
+
+
+def read_upload(data: bytes) -> np.ndarray:
+    """An uploaded file as uint8 RGB (H, W, 3) of at most WORKING_SIDE pixels a side. UserError where it is refused.
+
+    Nothing is written to disk. The size in pixels is read from the header: nothing is decoded of a picture too large.
+    """
+    if len(data) > MAX_MEGABYTES * 2**20:
+        raise UserError(
+            f"the uploaded file: {len(data) / 2**20:.1f} MB, expected a picture of at most {MAX_MEGABYTES} MB"
+        )
+    return shrink(decode_image(data, "the uploaded file", max_pixels=MAX_MEGAPIXELS * 1_000_000))
+
+
+def shrink(picture: np.ndarray) -> np.ndarray:
+    """The picture, or a smaller copy whose longer side is WORKING_SIDE."""
+    scale = WORKING_SIDE / max(picture.shape[:2])
+    return picture if scale >= 1 else np.asarray(resize(Image.fromarray(picture), scale))
+
+
+def resize(picture: Image.Image, scale: float) -> Image.Image:
+    size = tuple(max(1, round(scale * side)) for side in picture.size)
+    return picture.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BILINEAR)
+
+
+def digest(picture: np.ndarray) -> str:
+    """A name for the pixels, under which results are kept."""
+    return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()
+
+
+# ---------------------------------------------------------------- pictures that are always there
+
+
+def dim(picture: np.ndarray) -> np.ndarray:
+    return adjust_gamma(picture, 0.4)
+
+
+def under_a_lamp(picture: np.ndarray) -> np.ndarray:
+    return (picture * np.array([1.0, 0.75, 0.4])).astype(np.uint8)
+
+
+def in_fog(picture: np.ndarray) -> np.ndarray:
+    return (165 + 0.25 * picture).astype(np.uint8)
+
+
+def noisy(picture: np.ndarray) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(0, 30, picture.shape)
+    return (picture + noise).clip(0, 255).astype(np.uint8)
+
+
+BUILT_IN: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray] | None]] = {  # which of the shapes, and its fault
+    "shapes": (0, None),
+    "more shapes": (1, None),
+    "shapes in the dark": (0, dim),
+    "shapes under a warm lamp": (1, under_a_lamp),
+    "shapes in fog": (2, in_fog),
+    "shapes with noise": (0, noisy),
+}
+
+
+def built_in_picture(name: str) -> np.ndarray:
+    """uint8 RGB (SHAPES_SIZE, SHAPES_SIZE, 3), drawn anew each time; of no training set, whose seed is another."""
+    index, fault = BUILT_IN[name]
+    picture, _, _ = draw_picture(2026, "test", index, SHAPES_SIZE)
+    return picture if fault is None else fault(picture)
+
+
+def find_test_pictures(config: Config) -> dict[str, Path]:
+    """A few pictures of a run's test split, by name. UserError where the dataset is not there."""
+    data = config.data
+    index = open_dataset(data.format, data.root, data.test, classes=data.classes)
+    return {Path(s.image_path).name: Path(s.image_path) for s in spread(index, NUM_TEST_PICTURES).samples}
+
+
+# ---------------------------------------------------------------- how they are shown
+
+
+def shown(picture: np.ndarray) -> Image.Image:
+    """The picture with SHOWN_SIDE pixels on its longer side."""
+    return resize(Image.fromarray(picture), SHOWN_SIDE / max(picture.shape[:2]))
+
+
+def shown_with(picture: np.ndarray, found: Detections, names: tuple[str, ...]) -> Image.Image:
+    """As `shown`, with what was found, so that lines and letters do not depend on the picture's own size."""
+    canvas = shown(picture)
+    height, width = picture.shape[:2]
+    scale = torch.tensor([canvas.width / width, canvas.height / height]).repeat(2)
+    return draw_detections(canvas, Detections(found.boxes_xyxy * scale, found.scores, found.labels), names)
+
+
+def wipe(left: Image.Image, right: Image.Image, share: float) -> Image.Image:
+    """Two pictures of one size laid over each other: the first covers `share` of the width, up to a white line."""
+    if left.size != right.size:
+        raise ValueError(f"found sizes {left.size} and {right.size}, expected equal ones")
+    edge = round(share * left.width)
+    whole = right.copy()
+    whole.paste(left.crop((0, 0, edge, left.height)), (0, 0))
+    if 0 < edge < left.width:
+        ImageDraw.Draw(whole).line((edge, 0, edge, left.height), fill="white", width=3)
+    return whole

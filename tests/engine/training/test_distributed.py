@@ -1,0 +1,118 @@
+"""Two processes with gloo: the gradients of one process with the double batch, and a whole run.
+
+One thing is not equal by construction, and stays so: batch normalisation sees each process's own pictures.
+"""
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import models
+from config import to_tree
+from engine.runtime import run_folder
+from engine.runtime.processes import Processes
+from tests.conftest import ROOT
+from tests.engine.training.distributed_worker import KINDS, gradients
+from tests.tiny_training import environment, tiny_config, write_dataset
+from yaml_files import dump_yaml
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+def test_gradients_equal_one_process_with_the_double_batch(data, tmp_path):
+    torch.manual_seed(1)
+    state = {"arch": "yolov8n", "names": ["green", "red"], "image_size": 64}
+    checkpoint.save(tmp_path / "teacher.pt", state | {"ema": models.build("yolov8n", 2).state_dict()})
+    child = torchrun("-m", "tests.engine.training.distributed_worker", "gradients", str(data), str(tmp_path))
+    assert child.returncode == 0, child.stderr[-2000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for kind in KINDS:
+        alone = gradients(data, tmp_path, Processes("cpu"), kind)
+        assert set(alone) == set(ranks[0][kind])
+        assert {"batch 0: cls", "batch 1: pkd_t", "adapters.pkd_t.0.weight"} <= set(alone)
+        largest = max(gradient.abs().max().item() for name, gradient in alone.items() if not name.startswith("batch"))
+        assert largest > 0
+        for name, expected in alone.items():
+            found, again = (rank[kind][name] for rank in ranks)
+            assert torch.equal(found, again), name
+            size = max(expected.abs().item(), 1e-3) if name.startswith("batch") else largest
+            error = (found - expected).abs().max().item()
+            assert error <= 1e-4 * size, f"{kind} {name}: {error} of {size}"  # float32; own counts: 0.1 and more
+    torch.set_num_threads(threads)
+
+
+def test_a_run_of_two_processes(data, tmp_path):
+    """Its files; and the same bytes when one of the processes is killed and both are resumed."""
+    terms = [
+        {"teacher": "t", "loss": "mse", "weight": 1, "student_maps": ["p4"], "adapter": "conv1x1", "stop_epoch": 1}
+    ]
+    checkpoint.save(
+        tmp_path / "teacher.pt",
+        {
+            "arch": "yolov8n",
+            "names": ["green", "red"],
+            "image_size": 64,
+            "ema": models.build("yolov8n", 2).state_dict(),
+        },
+    )
+    config = tiny_config(
+        data,
+        tmp_path / "runs",
+        evaluation={"every_epochs": 1},
+        optimizer={"accumulate": 2},
+        save_every_steps=1,
+        data={"holdout_fraction": 0.25},
+        teachers=[{"name": "t", "arch": "yolov8n", "weights": str(tmp_path / "teacher.pt")}],
+        terms=terms,
+    )
+    (tmp_path / "c.yaml").write_text(dump_yaml(to_tree(config)))
+    child = torchrun("train.py", str(tmp_path / "c.yaml"))
+    assert child.returncode == 0, child.stderr[-2000:]
+    run = run_folder.RunFolder(tmp_path / "runs" / "tiny")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]  # one folder for both
+    report = json.loads(run.report.read_text())
+    assert report["processes"] == 2 and report["steps"] == 4 and report["epochs"] == 2
+    rows = run_folder.read_metrics(run.metrics)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[0]["train/mse_t"]) > 0 and float(rows[1]["train/mse_t"]) == 0
+    assert child.stdout.count("epoch 2/2") == 1  # only one process speaks
+    state = checkpoint.load(run.last)
+    assert state["position"]["images"] == 36  # every picture once an epoch
+    assert checkpoint.load_model(run.last)[1].step == 4
+
+    other = dataclasses.replace(config, name="killed")
+    (tmp_path / "killed.yaml").write_text(dump_yaml(to_tree(other)))
+    began = time.monotonic()
+    child = torchrun("-m", "tests.engine.training.distributed_worker", "killed", str(tmp_path / "killed.yaml"))
+    assert child.returncode == 1 and time.monotonic() - began < 200
+    killed = run_folder.RunFolder(tmp_path / "runs" / "killed")
+    assert checkpoint.load(killed.last)["step"] < 4
+    child = torchrun("train.py", "--resume", str(killed.path))
+    assert child.returncode == 0, child.stderr[-2000:]
+    resumed = checkpoint.load(killed.last)
+    for part in ("model", "ema", "criterion"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in state[part].items())

@@ -1,0 +1,45 @@
+"""python -m weights inspect FILE: what a public weights file is; nothing in it is run."""
+
+import argparse
+from pathlib import Path
+
+from errors import run_script
+from weights.load import read_state_dict
+
+
+def describe(path: str | Path, num_first: int = 5) -> str:
+    """What a weights file is, in lines of text."""
+    state, info = read_state_dict(path)
+    classes = f"{len(info.names)}: {', '.join(info.names[:10])}{', ...' if len(info.names) > 10 else ''}"
+    checks = ["CRC-32 of every entry" if info.has_checksum else "the container has no checksum"]
+    checks += ["SHA-256 as promised"] if info.is_hash_checked else []
+    rows = {
+        "file": f"{path} ({Path(path).stat().st_size:,} bytes)",
+        "sha256": info.sha256,
+        "checked": "; ".join(checks),
+        "container": info.container,
+        "layout": info.layout,
+        "family": info.family or "not recognised",
+        "classes": classes if info.names else "not in the file",
+        "image size": info.image_size or "not in the file",
+        "tensors": f"{info.num_tensors} ({', '.join(f'{count} {dtype}' for dtype, count in info.dtypes.items())})",
+        "parameters": f"{info.num_parameters:,}",
+        "first": "",
+    }
+    lines = [f"{key:<11}{value}".rstrip() for key, value in rows.items()]
+    for name, tensor in list(state.items())[:num_first]:
+        lines.append(f"  {name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(prog="python -m weights", description="Say what a public weights file is.")
+    parser.add_argument("command", choices=["inspect"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--tensors", type=int, default=5, help="how many entries to list (default 5)")
+    arguments = parser.parse_args(argv)
+    print(describe(arguments.file, max(arguments.tensors, 0)))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,107 @@
+"""Where in an opened container the weights are: flat state dicts, checkpoints around them, pickled modules."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weights.containers import Content
+from weights.inert_pickle import Inert, Refused, TensorRecord, short
+
+MAX_TENSORS = 100_000
+MAX_MODULE_DEPTH = 64
+STATE_PLACES = (  # where a checkpoint keeps its weights; the running mean first, as the published loaders do
+    ("ema",),
+    ("ema", "module"),
+    ("model",),
+    ("state_dict",),
+    ("model_state_dict",),
+    ("module",),
+)
+
+
+def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict]]:
+    """(layout, name -> TensorRecord or Tensor, the dicts that may hold class names and training arguments).
+
+    Of a checkpoint with a running mean, that is what is found. Raises Refused where there is no state dict.
+    """
+    top = content.value
+    found, layout, carriers = top, "", [top] if isinstance(top, dict) else []
+    if isinstance(top, dict) and not _is_flat(top):
+        for place in STATE_PLACES:
+            found = top
+            for key in place:
+                found = found.get(key) if isinstance(found, dict) else None
+            if isinstance(found, Inert) or (isinstance(found, dict) and _is_flat(found)):
+                layout = f" under {'.'.join(place)!r}"
+                break
+        else:
+            odd = next((key for key, value in top.items() if isinstance(value, TensorRecord | Tensor)), None)
+            what = f"beside tensors such as {short(odd)} it holds others" if odd else "it holds no tensors"
+            raise Refused(
+                f"no state dict: {what}; its keys are {', '.join(short(key) for key in list(top)[:6]) or 'none'}"
+            )
+    if isinstance(found, Inert):
+        if isinstance(found.state, dict):
+            carriers.insert(0, found.state)
+        records: dict[str, Any] = {}
+        _walk(found, "", records, content.attributes, depth=0, visits=[0])
+        layout = f"{'TorchScript' if content.attributes else 'pickled'} module {found.name}{layout}"
+    elif isinstance(found, dict) and found:
+        records, layout = found, f"state dict{layout}"
+    else:
+        raise Refused(f"no state dict: it holds {short(found)}")
+    if not records:
+        raise Refused("it holds no tensors")
+    if all(name.startswith("module.") for name in records):  # saved from inside DistributedDataParallel
+        records, layout = {name.removeprefix("module."): r for name, r in records.items()}, f"{layout}, parallel"
+    return layout, records, carriers
+
+
+def _is_flat(value: dict) -> bool:
+    return bool(value) and all(isinstance(k, str) and isinstance(v, TensorRecord | Tensor) for k, v in value.items())
+
+
+def _walk(module: Inert, prefix: str, records: dict, attributes: dict, *, depth: int, visits: list[int]) -> None:
+    """Adds what `state_dict()` of the module would hold, in its order: parameters, persistent buffers, children."""
+    visits[0] += 1
+    if depth > MAX_MODULE_DEPTH or visits[0] > MAX_TENSORS or len(records) > MAX_TENSORS:
+        raise Refused(f"its modules nest deeper than {MAX_MODULE_DEPTH} or are more than {MAX_TENSORS:,}")
+    state = module.state
+    if not isinstance(state, dict):
+        raise Refused(f"{module.name} has no state: not a module")
+    if module.name.startswith("__torch__."):
+        if module.name not in attributes:
+            raise Refused(f"class {module.name} is not in the archive's code")
+        own = {name: state.get(name) for name in attributes[module.name]}
+        children = {name: value for name, value in state.items() if isinstance(value, Inert)}
+    else:
+        parts = [state.get(key) for key in ("_parameters", "_buffers", "_modules")]
+        unsaved = state.get("_non_persistent_buffers_set", set())
+        if not all(isinstance(part, dict) for part in parts) or not isinstance(unsaved, set | frozenset | list):
+            raise Refused(f"{module.name} has no parameters, buffers and modules: not a module")
+        own = {**parts[0], **{name: value for name, value in parts[1].items() if name not in unsaved}}
+        children = parts[2]
+    for name, value in own.items():
+        if value is not None:
+            if not isinstance(name, str) or f"{prefix}{name}" in records:
+                raise Refused(f"entry {short(name)} of {short(prefix)} is given twice or is not named by text")
+            records[f"{prefix}{name}"] = value
+    for name, child in children.items():
+        if child is not None:
+            if not isinstance(child, Inert) or not isinstance(name, str):
+                raise Refused(f"module {short(name)} of {short(prefix)} is {short(child)}")
+            _walk(child, f"{prefix}{name}.", records, attributes, depth=depth + 1, visits=visits)
+
+
+def load_entry(name: str, record: Any, content: Content) -> Tensor:
+    """The tensor of one entry. Raises Refused for odd names, for what is no tensor and for numbers not finite."""
+    if not isinstance(name, str) or not 0 < len(name) <= 512 or not name.isprintable():
+        raise Refused(f"an entry named {short(name)}")
+    if not isinstance(record, TensorRecord | Tensor):
+        raise Refused(f"{name} is {short(record)}, not a tensor")
+    tensor = record if isinstance(record, Tensor) else content.load(record)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not name.endswith("attn_mask") or torch.isnan(tensor).any():
+            raise Refused(f"{name} holds numbers that are not finite")
+    return tensor
