@@ -15,9 +15,9 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
-from comparison.study import RowFile
-from condensing.config import CondenseConfig
-from distill.gradient_matching import MatchingSettings
+from distill.condense.gradient_matching import MatchingSettings
+from engine.comparison.study import RowFile
+from engine.condensing.config import CondenseConfig
 
 PAGE = Path(__file__).with_suffix(".md")
 SECTIONS: list[tuple[str, str, type]] = [  # title, what stands before a key on the command line, the dataclass
