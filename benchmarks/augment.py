@@ -21,9 +21,9 @@ import models
 from benchmarks.timing import build_step, device_seconds, header, options, parse, random_batch, row, versions
 from config import AugmentConfig
 from datasets.augment import augment, jitter_hsv
-from errors import run_script
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.timing import rotate
+from errors import run_script
 from structures import Targets
 
 

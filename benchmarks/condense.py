@@ -30,9 +30,9 @@ from datasets.augment import draw_siamese
 from distill.condense.gradient_matching import GradientMatching, MatchingSettings
 from distill.condense.network_pool import PoolSettings
 from distill.condense.synthetic import SyntheticSet
-from errors import run_script
 from engine.runtime.peak_memory import peak_gigabytes
 from engine.runtime.timing import rotate, wall_and_cpu
+from errors import run_script
 
 STORED = (16, 64, 256)
 PICTURES, NUM_CLASSES = 16, 3

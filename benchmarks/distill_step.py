@@ -39,12 +39,12 @@ from benchmarks.timing import (
 )
 from config import TermConfig
 from distill.criterion import Criterion, TeacherFacts
-from errors import run_script
-from layers.fusion import fuse
 from engine.runtime.processes import choose_device, keep_freed_memory, use_bfloat16
-from structures import Targets
 from engine.training.building import Learner
 from engine.training.teaching import Teachers
+from errors import run_script
+from layers.fusion import fuse
+from structures import Targets
 
 TARGET, NUM_CLASSES = 1.08, 80
 CHANNELS_LAST = torch.channels_last

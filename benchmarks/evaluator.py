@@ -26,8 +26,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script
 from engine.runtime.timing import wall_and_cpu
+from errors import UserError, run_script
 
 NUM_CLASSES = 80
 WIDTH, HEIGHT = 640.0, 480.0

@@ -53,12 +53,12 @@ from benchmarks.timing import device_seconds, now, random_batch, seconds_between
 from config import AugmentConfig, OptimizerConfig, TermConfig
 from datasets.augment import augment
 from distill.criterion import TeacherFacts
-from errors import run_script
-from kernels.backend import HAS_TRITON
 from engine.runtime.processes import choose_device
-from structures import Targets
 from engine.training.optimization import Ema, build_optimizer
 from engine.training.teaching import Teachers
+from errors import run_script
+from kernels.backend import HAS_TRITON
+from structures import Targets
 
 TEACHER = "yolov8m"
 COMPILE = {"compile": "default", "graphs": "reduce-overhead"}  # modes of torch.compile

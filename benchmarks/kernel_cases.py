@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.nms import clustered_boxes
 from benchmarks.timing import device_seconds
 from boxes import cxcywh_to_xyxy
+from engine.runtime.timing import rotate
 from kernels.backend import HAS_TRITON
 from kernels.channel_wise_kl import channel_kl, channel_kl_eager
 from kernels.deformable_attention import deformable_attention, deformable_attention_eager
@@ -25,7 +26,6 @@ from kernels.nms import batched_nms, select_detections
 from kernels.roi_align import assign_levels, roi_align
 from kernels.sigmoid_kl import sigmoid_kl, sigmoid_kl_eager
 from kernels.temperature_kl import temperature_kl, temperature_kl_eager
-from engine.runtime.timing import rotate
 
 Inputs = tuple[Any, ...]
 CACHE_BYTES = 4 * 60 * 2**20  # four times the L2 cache of an H200

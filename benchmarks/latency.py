@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import models
 from benchmarks.timing import header, options, parse, row, take_turns, versions
-from errors import run_script
-from layers.fusion import fuse
 from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.detector import open_session
 from engine.onnx_files.int8 import quantize
+from errors import run_script
+from layers.fusion import fuse
 
 if TYPE_CHECKING:
     from onnx import ModelProto

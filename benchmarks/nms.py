@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import header, options, parse, row, versions
 from boxes import cxcywh_to_xyxy
+from engine.runtime.timing import cpu_seconds, rotate
 from errors import run_script
 from kernels.nms import batched_nms, select_detections
-from engine.runtime.timing import cpu_seconds, rotate
 from structures import Detections
 
 NUM_CLASSES, IMAGE_SIZE, MAX_DETECTIONS, IOU_THRESHOLD = 80, 640, 300, 0.7

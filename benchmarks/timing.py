@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from boxes import xyxy_to_cxcywh
 from engine.runtime.timing import Call, cpu_seconds, rotate, wall_seconds
-from structures import Targets
 from engine.training.optimization import build_optimizer
+from structures import Targets
 
 Seconds = dict[Any, list[float]]  # by contestant
 

@@ -34,8 +34,8 @@ from benchmarks.timing import (
     ultralytics_rows,
     versions,
 )
-from errors import run_script
 from engine.runtime.processes import use_bfloat16
+from errors import run_script
 from structures import Targets
 
 VARIANTS = {  # name: (bfloat16, channels_last)
