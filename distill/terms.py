@@ -183,7 +183,7 @@ def image_kl(inputs: TermInputs, module: logits.TaughtImageHead) -> Tensor:
 class Term:
     """A row of the table.
 
-    compute: the function of this name. loss: the loss that it calls; docs/losses.md shows its docstring.
+    compute: the function of this name. loss: the loss that it calls, which has a section in docs/losses.
     reads: what the loss compares. map: two maps, the student's through its adapter. logits: two outputs of equal
     locations. boxes: classes of given boxes. image: a map with image logits. outputs: raw outputs of two YOLOv5 heads.
     module: of a loss that trains something, built with the widths of the maps and given to `compute`.

@@ -47,7 +47,7 @@ INTRODUCTION = """\
 Written by `python docs/configs.py` from the dataclasses in `config.py` and their comments; change those. A config is
 one YAML file. An unknown key is an error that names the nearest one, and every value is checked against its type. Any
 key can be given on the command line: `epochs=20`, `terms.0.weight=2.0`, `teachers=[]`.
-[own_data.yaml](../configs/own_data.yaml) is a file with every line explained; [the losses](losses.md) have their
+[own_data.yaml](../configs/own_data.yaml) is a file with every line explained; [the losses](losses/README.md) have their
 `parameters`.
 """
 
