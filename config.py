@@ -143,6 +143,11 @@ class EvaluationConfig:
     batch_size: int = 32  # images of one forward pass
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of every evaluation, on the way and at the end
 
+    @property
+    def counts_difficult(self) -> bool:
+        """Whether difficult objects are objects to be found; for the VOC protocols they never are."""
+        return self.protocol == "coco" and not self.ignore_difficult
+
     def completed(self, published: Any) -> "EvaluationConfig":
         """With the thresholds of `published` (models.DetectionSettings) where this gives none."""
         names = ("score_threshold", "iou_threshold", "max_detections")

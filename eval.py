@@ -120,7 +120,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         index = keep_classes(index, tuple(classes), " ".join(dataset))
     names = name_classes(info.names, args.names) if args.names else info.names
     model, index, class_map = on_common_classes(model, index, names, read_class_map(args.class_map))
-    require_objects(index, " ".join(dataset), dataset[1])
+    require_objects(index, " ".join(dataset), dataset[1], with_difficult=evaluation.counts_difficult)
     result = evaluate_model(
         model,
         index,
@@ -178,7 +178,7 @@ def check_fraction(flag: str, value: float) -> None:
 
 
 def describe_settings(evaluation: EvaluationConfig, image_size: int, device: torch.device) -> str:
-    difficult = "ignored" if evaluation.ignore_difficult or evaluation.protocol != "coco" else "counted"
+    difficult = "counted" if evaluation.counts_difficult else "ignored"
     precision = "bfloat16" if use_bfloat16(evaluation.precision, device) else "float32"
     return (
         f"protocol {evaluation.protocol}, difficult objects {difficult}, {image_size} px, {precision}, scores from "

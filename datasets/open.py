@@ -56,14 +56,14 @@ def open_dataset(
     return index
 
 
-def require_objects(index: DatasetIndex, title: str, root: str | Path, *, learnable: bool = False) -> None:
+def require_objects(index: DatasetIndex, title: str, root: str | Path, *, with_difficult: bool = True) -> None:
     """UserError for an index without one object of a class: nothing can be learnt from it, and nothing measured.
 
     It says where the labels were looked for, how many label files are missing, and where files of their names lie
-    below `root`. learnable: objects that are marked difficult do not count either.
+    below `root`. with_difficult: whether objects that are marked difficult count.
     """
     for sample in index.samples:
-        if (sample.labels[~(sample.ignore if learnable else sample.crowd)] != ANY_CLASS).any():
+        if (sample.labels[~(sample.crowd if with_difficult else sample.ignore)] != ANY_CLASS).any():
             return
     missing = [fault for fault in index.faults if fault.kind == NO_LABEL_FILE]
     effects = ("object dropped", "left out", "picture dropped")

@@ -11,6 +11,7 @@ import checkpoint
 import eval
 import models
 from datasets import open_dataset
+from datasets.convert import convert
 from engine.evaluation import measuring
 from errors import UserError, run_script
 from tests.test_start_model import released_state
@@ -184,6 +185,22 @@ def test_settings_that_nothing_can_be_measured_with_are_refused(tmp_path, flag, 
     checkpoint.save(weights, {"arch": "yolov8n", "names": ("green", "red"), "image_size": 64, "ema": state})
     with pytest.raises(UserError, match=f"^{flag}: found {value}, expected"):
         eval.main([str(weights), "yolo", str(tmp_path), "test", "--device", "cpu", flag, value])
+
+
+def test_a_split_of_difficult_objects_alone_is_refused_where_they_do_not_count(tmp_path):
+    root, weights = write_dataset(tmp_path / "data"), tmp_path / "m.pt"
+    convert("yolo", root, ["test"], "voc", tmp_path / "voc")
+    for path in (tmp_path / "voc" / "Annotations").iterdir():
+        path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
+    model = models.build("yolov8n", 2)
+    checkpoint.save(
+        weights, {"arch": "yolov8n", "names": ("green", "red"), "image_size": 64, "ema": model.state_dict()}
+    )
+    arguments = [str(weights), "voc", str(tmp_path / "voc"), "test", "--device", "cpu"]
+    for flags in ([], ["--protocol", "voc12", "--no-ignore-difficult"]):
+        with pytest.raises(UserError, match=r"8 pictures and not one object.* to be ignored, and no others"):
+            eval.main([*arguments, *flags])
+    eval.main([*arguments, "--no-ignore-difficult"])
 
 
 def test_names_of_a_file_name_the_classes_of_a_bare_state_dict(tmp_path, capsys):

@@ -35,7 +35,7 @@ class RealPictures:
             index = take(index, data.max_samples)
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         check(report, data.max_bad_fraction)
-        require_objects(report.index, report.title, place[1], learnable=True)
+        require_objects(report.index, report.title, place[1], with_difficult=False)
         if any(sample.class_scores is not None for sample in report.index.samples):
             raise UserError(f"{' '.join(place[1:])}: found soft labels, expected a set of real pictures without them")
         self.index, self.image_size, self.place = report.index, image_size, place

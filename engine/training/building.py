@@ -287,7 +287,8 @@ def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[
         reports[role] = report
         say(report.table() + "\n")
         check(report, data.max_bad_fraction)
-        require_objects(report.index, report.title, place[1], learnable=role == "train")
+        with_difficult = role == "test" and config.evaluation.counts_difficult
+        require_objects(report.index, report.title, place[1], with_difficult=with_difficult)
     train, test = reports["train"].index, reports["test"].index
     fraction = data.holdout_fraction
     if fraction == 0:

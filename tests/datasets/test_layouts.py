@@ -291,7 +291,7 @@ def test_difficult_objects_alone_can_be_measured_and_not_learnt(tmp_path):
     text(tmp_path / "xml" / "x.xml", xml().replace("</object>", "<difficult>1</difficult></object>"))
     index = open_dataset("voc", tmp_path, "all")
     with pytest.raises(UserError, match="1 objects or regions that are to be ignored, and no others"):
-        require_objects(index, "set", tmp_path, learnable=True)
+        require_objects(index, "set", tmp_path, with_difficult=False)
 
 
 def test_missing_label_files_are_counted_apart_from_empty_ones(tmp_path):

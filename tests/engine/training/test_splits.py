@@ -130,3 +130,18 @@ def test_a_held_out_picture_that_is_trained_on_under_another_name_is_named(make,
     kept, out = ({name[:3] for name in names(index)} for index in (splits.train, splits.holdout))
     assert not test.shared and len(held.shared) == sum(name[:3] in kept for name in names(splits.holdout)) > 0
     assert kept & out
+
+
+def test_a_test_split_of_difficult_objects_alone_is_refused_where_they_do_not_count(make, tmp_path):
+    make()
+    convert("yolo", tmp_path / "set", ["train", "test"], "voc", tmp_path / "voc")
+    for stem in (tmp_path / "voc" / "ImageSets" / "Main" / "test.txt").read_text().split():
+        path = tmp_path / "voc" / "Annotations" / f"{stem}.xml"
+        path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
+    data = {"format": "voc"}
+    for evaluation in ({}, {"protocol": "voc12", "ignore_difficult": False}):
+        config = tiny_config(tmp_path / "voc", tmp_path / "runs", data=data, evaluation=evaluation)
+        with pytest.raises(UserError, match=r"voc test: 3 pictures and not one object.* to be ignored, and no others"):
+            building.open_splits(config, lambda text: None)
+    config = tiny_config(tmp_path / "voc", tmp_path / "runs", data=data, evaluation={"ignore_difficult": False})
+    assert len(building.open_splits(config, lambda text: None).test) == 3
