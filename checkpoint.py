@@ -191,7 +191,7 @@ def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo
     if state is None:
         return _read_public_model(path, arch)
     info = CheckpointInfo(
-        state["arch"],
+        models.RENAMED.get(state["arch"], state["arch"]),
         tuple(state["names"]),
         state["image_size"],
         state.get("epoch"),

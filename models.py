@@ -54,6 +54,8 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "rtdetr_r50vd": partial(build_rtdetr, "r50vd"),
 }
 
+RENAMED = {"yolov8p": "yolov8_narrow"}  # names that older configs and checkpoints have
+
 ONLY_TEACH = ("rtdetr",)  # families of ARCHITECTURES that have no training losses here
 
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
@@ -125,6 +127,8 @@ def head_of(arch: str, num_classes: int, state: dict[str, Tensor]) -> dict[str, 
 
 def check_arch(arch: str) -> None:
     """UserError for what is no key of ARCHITECTURES."""
+    if arch in RENAMED:
+        raise UserError(f"architecture {arch!r} is called {RENAMED[arch]!r} now")
     if arch not in ARCHITECTURES:
         raise UserError(f"architecture {arch!r} is unknown, {_nearest(arch, ARCHITECTURES)}")
 

@@ -1,6 +1,7 @@
 """Which classes of two lists mean the same: COCO, Pascal VOC, KITTI, and lists that use their words.
 
     map_classes(dataset_names, model_names) -> ClassMap: what becomes of every class of the dataset
+    join_classes(student_names, teacher_names) -> columns: the classes that a teacher and its student both have
 
 A class of the dataset goes to the model's class of the same name, up to case, spaces, underscores and hyphens; else to
 one that is another word for it (SAME); else to one that it is a kind of (KIND_OF): a Person_sitting is a person. Not
@@ -258,22 +259,34 @@ def join_classes(
 ) -> tuple[Tensor, Tensor]:
     """Columns that mean the same class: (student's (J,), teacher's (J,)) int64, in the student's order.
 
-    Names are equal up to case, spaces, underscores and hyphens: "Potted Plant" is "pottedplant". aliases names the
-    teacher's class for a student's where they still differ: {"aeroplane": "airplane"}.
+    aliases names the teacher's class for a student's: {"pedestrian": "person"}. The other classes go to the teacher's
+    class of the same name, up to case, spaces, underscores and hyphens ("Potted Plant" is "pottedplant"), or else to
+    one that is another word for it and has no student's class of that name (SAME: "aeroplane" is "airplane"). A kind of
+    a class is not joined to it, unlike in map_classes: a teacher's score for every person is none for pedestrians.
     Raises ValueError for a name that stands twice in a list, an alias from or to a class that is in neither, two
-    classes of the student that are one of the teacher, and no class in common.
+    classes of the student that are one of the teacher, two of the teacher that one of the student may be, and no class
+    in common.
     """
     s_columns, t_columns = columns_by_name("student", student_names), columns_by_name("teacher", teacher_names)
-    renamed = {normalize_class_name(s): normalize_class_name(t) for s, t in (aliases or {}).items()}
-    for s, t in renamed.items():
+    wanted = {normalize_class_name(s): normalize_class_name(t) for s, t in (aliases or {}).items()}
+    for s, t in wanted.items():
         if s not in s_columns or t not in t_columns:
             raise ValueError(f"alias {s}: {t} must lead from a class of the student to one of the teacher")
-    wanted = {name: renamed.get(name, name) for name in s_columns}
-    pairs = [(column, t_columns[wanted[name]]) for name, column in s_columns.items() if wanted[name] in t_columns]
+    wanted |= {name: name for name in s_columns if name not in wanted and name in t_columns}
+    taken = set(wanted.values())
     for name in s_columns:
-        rivals = [other for other in s_columns if other != name and wanted[other] == wanted[name]]
-        if rivals and wanted[name] in t_columns:
+        found = [word for word in other_words(name) if word in t_columns and word not in taken]
+        if name not in wanted and len(found) > 1:
+            raise ValueError(
+                f"the student's class {name} may be the teacher's {' and '.join(found)}: expected an alias"
+            )
+        if found:
+            wanted.setdefault(name, found[0])
+    for name in wanted:
+        rivals = [other for other in wanted if other != name and wanted[other] == wanted[name]]
+        if rivals:
             raise ValueError(f"the student's classes {name} and {rivals[0]} are both the teacher's {wanted[name]}")
+    pairs = [(column, t_columns[wanted[name]]) for name, column in s_columns.items() if name in wanted]
     if not pairs:
         raise ValueError(
             f"no class in common: the student knows {', '.join(student_names)}, the teacher {', '.join(teacher_names)}"

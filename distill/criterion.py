@@ -97,6 +97,7 @@ class Criterion(nn.Module):
         if not terms:
             return
         facts = {name: (facts or {}).get(name, TeacherFacts()) for name in teachers}
+        joined: dict[str, tuple[Tensor, Tensor] | None] = {}  # of each teacher, once
         s_probe = probe(student, image_size)
         t_probes = {name: probe(teacher, facts[name].image_size or image_size) for name, teacher in teachers.items()}
         for index, term in enumerate(terms):
@@ -106,12 +107,14 @@ class Criterion(nn.Module):
                 raise UserError(f"{key}: the name {term.name!r} is used twice; give one of the terms another `name`")
             t_probe, classes = t_probes[term.teacher], None
             if compares_classes(term):
-                classes = common_classes(key, term.teacher, class_names, facts[term.teacher])
+                if term.teacher not in joined:
+                    joined[term.teacher] = common_classes(key, term.teacher, class_names, facts[term.teacher])
+                classes = joined[term.teacher]
             self.adapters[term.name] = build_adapters(term, key, s_probe, t_probe, classes)
             self.losses[term.name] = build_losses(term, key, s_probe, t_probe, classes)
             self.terms[term.name], self.classes[term.name] = term, classes
             self._try_term(term, key, s_probe, t_probe)
-        self._check_weighting(class_names, facts)
+        self._check_weighting(class_names, facts, joined)
 
     @property
     def leaves_padding_out(self) -> bool:
@@ -216,7 +219,9 @@ class Criterion(nn.Module):
         ]
         return dict(zip(self.trusted_in, confidence_weights(torch.stack(doubts))))
 
-    def _check_weighting(self, class_names: tuple[str, ...], facts: dict[str, TeacherFacts]) -> None:
+    def _check_weighting(
+        self, class_names: tuple[str, ...], facts: dict[str, TeacherFacts], joined: dict[str, Any]
+    ) -> None:
         """Weights by confidence compare at least two teachers, each of which can be asked about boxes."""
         if self.teacher_weighting == "fixed":
             return
@@ -226,7 +231,9 @@ class Criterion(nn.Module):
         for name, teacher in teachers.items():
             if not hasattr(teacher, "class_logits_at"):
                 raise UserError(f"key 'teacher_weighting': teacher {name!r} cannot be asked about boxes")
-            self.trusted_in[name] = common_classes("key 'teacher_weighting'", name, class_names, facts[name])
+            if name not in joined:
+                joined[name] = common_classes("key 'teacher_weighting'", name, class_names, facts[name])
+            self.trusted_in[name] = joined[name]
 
     @torch.no_grad()
     def _try_term(self, term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> None:
@@ -323,7 +330,10 @@ def compares_classes(term: TermConfig) -> bool:
 def common_classes(
     key: str, teacher: str, class_names: tuple[str, ...], facts: TeacherFacts
 ) -> tuple[Tensor, Tensor] | None:
-    """Columns of the classes that student and teacher share; None where the lists are equal or not known."""
+    """Columns of the classes that student and teacher share; None where the lists are equal or not known.
+
+    One line is printed where the lists differ: what the teacher calls otherwise, and the classes that it does not have.
+    """
     theirs = facts.class_names or class_names
     if theirs == tuple(class_names) and not facts.aliases:
         return None
@@ -331,10 +341,16 @@ def common_classes(
         s_columns, t_columns = join_classes(class_names, theirs, aliases=facts.aliases)
     except ValueError as error:
         raise UserError(f"{key}: teacher {teacher!r}: {error}") from None
-    if len(s_columns) < len(class_names):
-        left = [name for column, name in enumerate(class_names) if column not in s_columns.tolist()]
-        print(f"teacher {teacher!r} knows {len(s_columns)} of {len(class_names)} classes, not {', '.join(left)}")
-    return s_columns, t_columns
+    pairs = [(class_names[s], theirs[t]) for s, t in zip(s_columns.tolist(), t_columns.tolist())]
+    renamed = [f"{own} is its {other}" for own, other in pairs if own != other]
+    shared = {own for own, _ in pairs}
+    left = [name for name in class_names if name not in shared]
+    if renamed or left:
+        line = f"teacher {teacher!r} has {len(pairs)} of {len(class_names)} classes"
+        line += f", not {', '.join(left)}" if left else ""
+        print(line + (f"; {', '.join(renamed)}" if renamed else ""))
+    is_equal = len(pairs) == len(theirs) == len(class_names) and torch.equal(s_columns, t_columns)
+    return None if is_equal else (s_columns, t_columns)
 
 
 def build_adapters(

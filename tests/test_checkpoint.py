@@ -226,6 +226,16 @@ def test_load_model(shipped):
         checkpoint.load_model(path.with_name("absent.pt"))
 
 
+def test_an_older_name_of_an_architecture_is_read(tmp_path):
+    model = models.build("yolov8_narrow", 2)
+    state = dict(arch="yolov8p", names=["a", "b"], image_size=64, ema=model.state_dict())
+    checkpoint.save(tmp_path / "old.pt", state)
+    found, info = checkpoint.load_model(tmp_path / "old.pt", "yolov8_narrow")
+    assert info.arch == "yolov8_narrow" and all(
+        torch.equal(a, b) for a, b in zip(found.parameters(), model.parameters())
+    )
+
+
 @pytest.mark.parametrize("arch", ["yolov8n", "yolov5n", "yolov5nu"])
 def test_class_count_of_a_public_state(arch):
     model = models.build(arch, 7)

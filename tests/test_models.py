@@ -38,3 +38,8 @@ def test_unknown_architecture_names_the_nearest(arch, nearest):
 def test_refuses_no_classes(num_classes):
     with pytest.raises(UserError, match="at least 1"):
         build("yolov8n", num_classes)
+
+
+def test_an_older_name_leads_to_the_one_of_now():
+    with pytest.raises(UserError, match="'yolov8p' is called 'yolov8_narrow' now"):
+        build("yolov8p", 2)

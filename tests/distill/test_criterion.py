@@ -281,6 +281,16 @@ def test_class_lists_are_joined_by_name():
     torch.testing.assert_close(value(less, fewer), soft_class_targets(s_logits=s, t_logits=t, power=0.0))
 
 
+def test_what_the_teacher_calls_otherwise_is_told_once(capsys):
+    logits = term(loss="soft_class", student_maps=("class_logits",), adapter="none")
+    names, facts = ("sofa", "Car", "lamp"), {"big": TeacherFacts(("car", "couch", "tv"))}
+    criterion = build(logits, dataclasses.replace(logits, name="b"), class_names=names, facts=facts)
+    assert [columns.tolist() for columns in criterion.classes["b"]] == [[0, 1], [1, 0]]
+    assert capsys.readouterr().out == "teacher 'big' has 2 of 3 classes, not lamp; sofa is its couch, Car is its car\n"
+    same = build(logits, class_names=names, facts={"big": TeacherFacts(("couch", "car", "Lamp"))})
+    assert same.classes == {"soft_class_big": None}  # lists that mean the same are equal lists
+
+
 def test_class_lists_without_a_common_name_are_refused():
     logits = term(loss="soft_class", student_maps=("class_logits",), adapter="none")
     names = dict(class_names=("a", "b", "c"), facts={"big": TeacherFacts(("d", "e", "f"))})

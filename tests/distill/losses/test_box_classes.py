@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from datasets.class_names import join_classes
+from datasets import class_names
+from datasets.class_names import join_classes, map_classes
+from datasets.voc import CLASSES
 from distill.losses.box_classes import assigned_logits, box_class_kl, boxes_by_image, log_odds
 from distill.losses.logits import softmax_kl
 from models import build
@@ -36,14 +38,23 @@ def test_two_classes_without_doubt_are_worth_two_hinton_losses():
     torch.testing.assert_close(got, 2 * softmax_kl(s_logits=s, t_logits=t))
 
 
-def test_classes_are_joined_by_name():
+def test_classes_are_joined_by_name_and_by_other_words_for_it():
     s_index, t_index = join_classes(VOC, COCO)
-    assert [(VOC[s], COCO[t]) for s, t in zip(s_index, t_index)] == [
-        ("bicycle", "bicycle"), ("pottedplant", "potted plant"), ("person", "person"),
-    ]  # fmt: skip
-    s_index, t_index = join_classes(VOC, COCO, aliases={"aeroplane": "airplane", "tvmonitor": "tv"})
     assert s_index.tolist() == [0, 1, 2, 3, 4] and t_index.tolist() == [3, 1, 4, 5, 0]
     assert s_index.dtype == torch.int64
+    s_index, t_index = join_classes(CLASSES, class_names.COCO)
+    assert s_index.tolist() == list(range(20)) and t_index.tolist() == list(
+        map_classes(CLASSES, class_names.COCO).columns
+    )
+
+
+def test_an_alias_wins_and_a_name_is_nearer_than_another_word():
+    pairs = lambda *lists, **more: [columns.tolist() for columns in join_classes(*lists, **more)]
+    assert pairs(["tv", "sofa"], ["couch", "tv", "bed"], aliases={"sofa": "bed"}) == [[0, 1], [1, 2]]
+    assert pairs(["television", "tv"], ["tv"]) == [[1], [0]]
+    assert pairs(["sofa"], ["couch", "sofa"]) == [[0], [1]]
+    assert pairs(["tv", "sofa"], ["Television", "couch"], aliases={"sofa": "television"}) == [[1], [0]]
+    assert pairs(["pedestrian", "car"], ["person", "car"]) == [[1], [1]]  # a person may sit
 
 
 def test_names_are_equal_up_to_case_spaces_underscores_and_hyphens():
@@ -61,6 +72,13 @@ def test_names_are_equal_up_to_case_spaces_underscores_and_hyphens():
         (["cat"], ["cat"], {"kitten": "cat"}, "alias kitten: cat"),
         (["kitten"], ["cat"], {"kitten": "feline"}, "alias kitten: feline"),
         (["kitten", "cat"], ["cat"], {"kitten": "cat"}, "kitten and cat are both the teacher's cat"),
+        (["television", "tv monitor"], ["tv"], {}, "television and tvmonitor are both the teacher's tv"),
+        (
+            ["television"],
+            ["tv", "tvmonitor"],
+            {},
+            "television may be the teacher's tv and tvmonitor: expected an alias",
+        ),
     ],
 )
 def test_lists_that_cannot_be_joined(student, teacher, aliases, match):
