@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-import distill
+import distill.losses
 from config import TermConfig
 from distill import criterion, terms
 from distill.losses import masked
@@ -34,7 +34,7 @@ def changed(module: types.ModuleType, source: str, monkeypatch) -> types.ModuleT
 def test_a_loss_is_added_as_the_recipe_says(monkeypatch):
     loss, term, row = recipe()
     source = Path(masked.__file__).read_text(encoding="utf-8")
-    monkeypatch.setattr(distill, "masked", changed(masked, source + "\n\n" + loss, monkeypatch))
+    monkeypatch.setattr(distill.losses, "masked", changed(masked, source + "\n\n" + loss, monkeypatch))
     source = Path(terms.__file__).read_text(encoding="utf-8")
     head, table = source.split("@dataclass(frozen=True)\nclass Term:")
     table = table.replace("LOSSES = {\n", "LOSSES = {\n" + row)
