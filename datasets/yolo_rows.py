@@ -138,7 +138,7 @@ def _wrong_count(count: int, long_rows: LongRows) -> str:
 
 def read_kpt_shape(value: object, source: Path) -> tuple[int, int] | None:
     """(n, d) of data.yaml's `kpt_shape`, whose scalars are texts. UserError for anything but [n, 2] and [n, 3]."""
-    if value is None:
+    if value in (None, "", "null", "~"):
         return None
     is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) and v.isdecimal() for v in value)
     if not is_pair or not 1 <= int(value[0]) <= 10_000 or value[1] not in ("2", "3"):

@@ -248,9 +248,9 @@ def _number_names(base: Path, log: FaultLog) -> tuple[str, ...]:
 
 def _list_pictures(base: Path, entry: str, folders: LabelFolders, log: FaultLog) -> list[Path]:
     """The pictures of a folder (with its subfolders, sorted) or of a list file (in its order)."""
-    path = base / entry
-    if not path.exists() and entry.startswith("../"):
-        path = base / entry.removeprefix("../")  # as some exporters write it, one folder too high
+    straight = entry.replace("\\", "/")  # of Windows; some exporters write it one folder too high
+    choices = [base / spelled for spelled in (entry, straight, straight.removeprefix("../"))]
+    path = next((choice for choice in choices if choice.exists()), choices[0])
     if path.is_dir():
         return _list_folder(path, folders, log)
     if not path.is_file():

@@ -126,7 +126,8 @@ def _find_labels(
     """The class of each row: by its category_name, or that of its category in the same file, else by its category_id;
     and the ground truth, with the classes that only the rows have where its names were not declared.
 
-    An id is COCO's; where the ground truth has none, a number is a place in its list of names, and a text a name.
+    An id is COCO's; where the ground truth has none, a number is a place in its list of names, and a text a name. Names
+    that are but the ids of their rows are those of a model without names, and are understood as numbers in text are.
     """
     ground_truth = annotations.ground_truth
     names, ids = ground_truth.names, annotations.category_ids
@@ -145,7 +146,8 @@ def _find_labels(
         tokens = [plain_number(str(key) if word is None else word) for word, key in zip(words, keys)]
         ground_truth = with_classes(ground_truth, _first(tokens, where))
         return ground_truth, [ground_truth.names.index(token) for token in tokens]
-    of_word = find_labels(_first(words, where), names, ())
+    is_unnamed = all(word == str(row.get("category_id")) for word, row in zip(words, rows))  # as predict.py writes it
+    of_word = find_labels(_first(words, where), names, annotations.readings if is_unnamed else ())
     used, of_id = _first(keys, where), {i: label for label, i in enumerate(ids or ())}
     if not used.keys() <= of_id.keys():
         wrong = next((key for key in used if key not in of_id and not isinstance(key, str)), None)

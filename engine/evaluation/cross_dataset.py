@@ -27,9 +27,10 @@ def on_common_classes(
 
     Both come back as they are where every class keeps its place; the ClassMap is None where no names were compared:
     equal lists, and a model whose names are not known ("0", "1", ...) with nothing `given` (as map_classes takes it),
-    whose classes go by their place. UserError as map_classes raises it.
+    whose classes go by their place. Numbers that the dataset has as names too are names. UserError as map_classes
+    raises it.
     """
-    is_unnamed = names == tuple(map(str, range(len(names))))
+    is_unnamed = names == tuple(map(str, range(len(names)))) and not set(names) & set(index.names)
     if not given and (is_unnamed or names == tuple(index.names)):
         if names != tuple(index.names) and len(names) == len(index.names):
             print(f"the model's classes have no names: taken for the dataset's by place, {', '.join(index.names)}")

@@ -83,6 +83,11 @@ def test_kpt_shape_that_is_none(make, value):
         make([BOX], yaml=f"kpt_shape: {value}")
 
 
+@pytest.mark.parametrize("value", ["", " null", " ~"])
+def test_kpt_shape_that_is_left_empty(make, value):
+    assert len(make([BOX], yaml=f"kpt_shape:{value}").samples[0]) == 1
+
+
 def outline(rng, n):
     """n points around a center, as an annotation tool writes a polygon, and the box around them in pixels."""
     angle = np.sort(rng.uniform(0, 2 * np.pi, n))

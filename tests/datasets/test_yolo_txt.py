@@ -193,6 +193,8 @@ def test_class_names_stay_text(make):
         "[images/train]",
         "[list.txt, images/train]",
         "../images/train",
+        "images\\train",
+        "..\\images\\train",
     ],
 )
 def test_entries(make, tmp_path, entry):

@@ -381,3 +381,14 @@ def test_classes_of_detections_alone_join_names_that_were_not_declared(tmp_path)
     with pytest.raises(UserError, match=r"results\[0\]: found class 'x', and none of the ground truth's, 3"):
         rows = write_rows(tmp_path / "dt.json", {"file_name": "a.jpg", "category_name": "x"})
         read_detections(rows, read_ground_truth(tmp_path / "gt"))
+
+
+def test_numbers_that_predict_writes_for_a_model_without_names_are_places(tmp_path):
+    annotations = read_ground_truth(write_coco(tmp_path / "gt.json", names=("cat", "dog")))  # ids 10 and 20
+    rows = [{"image_id": 1, "category_id": k, "category_name": str(k)} for k in (1, 0)]
+    assert read_detections(write_rows(tmp_path / "dt.json", *rows), annotations)[1].labels.tolist() == [1, 0]
+    digits = read_ground_truth(write_coco(tmp_path / "digits.json", names=("1", "0")))
+    with pytest.raises(UserError, match=r"results\[0\]: class '1' may be '1' and '0'"):
+        read_detections(tmp_path / "dt.json", digits)
+    rows[0]["category_id"] = 5  # a name beside another id is a name
+    assert read_detections(write_rows(tmp_path / "dt.json", *rows), digits)[1].labels.tolist() == [0, 1]

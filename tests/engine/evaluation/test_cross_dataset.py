@@ -1,6 +1,7 @@
 """Models of one class list measured on data of another: KITTI and VOC by the classes of COCO."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,8 @@ def test_equal_lists_and_unnamed_models_are_left_alone():
     assert same is model and data is index and class_map.is_identity  # said, and nothing to do
     wrapped, data, class_map = on_common_classes(model, index, tuple("0123"), {"Van": "2"})
     assert isinstance(wrapped, CommonClasses) and data.names == ("Van",) and class_map.columns[1] == 2
+    digits = replace(index, names=("1", "2", "0", "3", "4", "5", "6", "7"))  # numbers that are names on both sides
+    assert on_common_classes(model, digits, tuple("01234567"))[2].columns[:3] == (1, 2, 0)
 
 
 @pytest.fixture(scope="module")
