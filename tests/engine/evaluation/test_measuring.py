@@ -101,7 +101,7 @@ def test_two_processes_find_what_one_finds(known, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "evaluation" / "known_answers.py"), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "engine" / "evaluation" / "known_answers.py"), str(tmp_path)]
     children = [subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank)}) for rank in range(2)]
     assert [child.wait(timeout=240) for child in children] == [0, 0]
     answers = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
