@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from datasets.index import DatasetIndex, Sample
 from datasets.letterbox import letterbox_boxes, letterbox_geometry

@@ -28,7 +28,7 @@ def test_freed_memory_is_kept():
 
     def kept(keep: bool) -> float:
         command = [sys.executable, "-c", RESIDENT.format(keep=keep)]
-        return float(subprocess.check_output(command, cwd=Path(__file__).parents[2], text=True))
+        return float(subprocess.check_output(command, cwd=Path(__file__).parents[3], text=True))
 
     assert kept(True) > 0.9
     assert kept(False) < 0.5
