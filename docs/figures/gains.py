@@ -12,7 +12,7 @@ LEFT, TOP, STEP, WIDTH, SCALE = 250, 52, 17, 820, 2000  # pixels; SCALE pixels f
 TITLES = {"teacher_yolov8s": "the teacher: YOLOv8s, 100 epochs", "longer": "the student alone, 120 epochs"}
 
 
-def main() -> None:
+def picture() -> str:
     rows = {row["name"]: row["differences"][0] for row in json.loads(REPORT.read_text())["rows"] if row["differences"]}
     order = sorted(rows, key=lambda name: -rows[name]["mAP_mean"])
     zero, height = LEFT + 150, TOP + STEP * len(order) + 34
@@ -39,8 +39,8 @@ def main() -> None:
     lines += [
         f'<text x="10" y="{height - 8}" fill="#666">docs/figures/gains.py, from docs/reports/bccd_study.json</text>'
     ]
-    (HERE / "gains.svg").write_text("\n".join([*lines, "</svg>"]) + "\n", encoding="utf-8")
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    (HERE / "gains.svg").write_text(picture(), encoding="utf-8")
