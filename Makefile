@@ -4,16 +4,15 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ADDRESS ?= localhost
 
-.PHONY: setup demo app browser test test-fast test-gpu gpu gpu-tables lint format bench clean
+.PHONY: setup demo app browser test test-fast test-gpu gpu gpu-tables lint types format bench clean
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-plots.txt requirements-export.txt requirements-app.txt requirements-video.txt \
-		requirements-test.txt constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-test.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[test]'
 	touch $(STAMP)
 
 demo: setup  ## Baseline, teacher and distilled student on the embedded set; ends with a table and a picture
@@ -24,7 +23,7 @@ app: setup  ## The demo in a browser, at http://localhost:8501, with the models 
 	$(BIN)/python -m streamlit run app.py --server.address $(ADDRESS)
 
 browser: setup  ## The demo's test in headless Chromium, which has to be installed; SCREENSHOTS=. takes the README's
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-browser.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[browser]'
 	$(BIN)/python -m pytest tests/engine/web_demo/test_browser.py
 
 # A process for each core, at most four, with one thread of torch each: most tests are too small for two threads to help.
@@ -61,6 +60,9 @@ gpu: gpu-tables test-gpu  ## The same, then all tests; with data/bccd at last BC
 lint: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+types: setup  ## The types of the product
+	$(BIN)/python -m mypy .
 
 format: setup
 	$(BIN)/python -m ruff check --fix .

@@ -1,7 +1,7 @@
 """The demo in a browser: a picture, its enhanced twin, and what two models find in it.
 
     make app                        after `make demo`; the page is at http://localhost:8501
-    streamlit run app.py            the same, in an environment with requirements-app.txt
+    streamlit run app.py            the same, in an environment with the extra `app`
 
 It shows the runs below runs/ and the ONNX files there. The server listens on localhost alone and takes files of at most
 10 MB (.streamlit/config.toml; `--server.address` says otherwise); pictures may have 24 megapixels. An uploaded picture

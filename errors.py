@@ -43,4 +43,4 @@ def require(module: str, extra: str, purpose: str):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{purpose} needs the package {module!r}: pip install -r requirements-{extra}.txt") from None
+        raise UserError(f"{purpose} needs the package {module!r}: pip install '.[{extra}]'") from None

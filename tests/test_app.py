@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.engine.training.test_distilled_training import TERMS
 from tests.engine.web_demo.tiny_app import photo, png, write_runs
 
-pytest.importorskip("streamlit", reason="the demo in a browser needs requirements-app.txt")
+pytest.importorskip("streamlit", reason="the demo in a browser needs the extra `app`")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -270,7 +270,7 @@ def test_a_missing_package_is_named_before_any_work(tmp_path, monkeypatch, missi
         return imports(name, *args, **kwargs)
 
     monkeypatch.setattr("importlib.import_module", without)
-    with pytest.raises(UserError, match=rf"needs the package '{missing}': pip install -r requirements-export\.txt"):
+    with pytest.raises(UserError, match=rf"needs the package '{missing}': pip install '\.\[export\]'"):
         export.main([str(tmp_path / "absent.pt")])
 
 

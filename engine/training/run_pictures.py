@@ -44,7 +44,7 @@ def draw(setup: TrainingSetup, details: DetectionReport, folder: RunFolder, prog
     if sheets := map_pictures(setup, setup.splits.test):
         stack(list(sheets.values())).save(folder.path / "distillation.jpg", quality=90)
     if not plots.is_available():
-        progress.say("without plots: matplotlib is not installed (pip install -r requirements-plots.txt)")
+        progress.say("without plots: matplotlib is not installed (pip install '.[plots]')")
         return
     plots.draw_results(folder.metrics, folder.path / "results.png")
     plots.draw_confusion(details, folder.path / "confusion_matrix.png")

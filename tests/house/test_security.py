@@ -29,7 +29,6 @@ def test_the_oldest_libraries_are_the_same_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = floors(project["dependencies"])
     read = lambda name: floors((ROOT / name).read_text(encoding="utf-8").splitlines())
-    assert asked == read("requirements.txt")
     assert asked["pillow"] >= (13, 0) and asked["torch"] >= (2, 11)
     pinned = read("constraints.txt")
     assert all(pinned[name] >= floor for name, floor in asked.items() if name in pinned)

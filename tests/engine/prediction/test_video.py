@@ -265,7 +265,7 @@ def test_no_camera_is_one_line(monkeypatch):
 def test_no_pyav_says_what_to_install(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", [moving_red(0)])
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(errors.UserError, match=r"video needs the package 'av': pip install -r requirements-video\.txt"):
+    with pytest.raises(errors.UserError, match=r"video needs the package 'av': pip install '\.\[video\]'"):
         video.VideoReader(path)
 
 

@@ -1,6 +1,6 @@
 """The demo in headless Chromium, against its own server: upload, switch, compare, and two files that are refused.
 
-Skipped without playwright (requirements-browser.txt) or without a Chromium on the PATH. SCREENSHOTS=folder takes the
+Skipped without playwright (the extra `browser`) or without a Chromium on the PATH. SCREENSHOTS=folder takes the
 README's pictures into docs/app/, of the runs of the checkout in that folder: `make demo`, `make browser SCREENSHOTS=.`
 """
 
@@ -22,8 +22,8 @@ from tests.conftest import ROOT
 from tests.engine.web_demo.tiny_app import photo, png, write_runs
 from tests.tiny_training import environment
 
-pytest.importorskip("streamlit", reason="the demo in a browser needs requirements-app.txt")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-browser.txt")
+pytest.importorskip("streamlit", reason="the demo in a browser needs the extra `app`")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH"),
