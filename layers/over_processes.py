@@ -15,6 +15,8 @@ would leave the others waiting. The numbers stay on the device and the host wait
 forward pass: with accumulated gradients each micro-batch has normalisers of its own.
 """
 
+from typing import overload
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,6 +36,14 @@ def sum_over_processes(values: Tensor) -> Tensor:
     all have one loss L = f(sum), the average of DistributedDataParallel is then the gradient of L.
     """
     return values if process_count() == 1 else _Sum.apply(values)
+
+
+@overload
+def joint_normaliser(own: Tensor, like: Tensor, *, at_least: float = 1) -> Tensor: ...
+
+
+@overload
+def joint_normaliser(own: float, like: Tensor, *, at_least: float = 1) -> Tensor | float: ...
 
 
 def joint_normaliser(own: Tensor | float, like: Tensor, *, at_least: float = 1) -> Tensor | float:

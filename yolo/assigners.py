@@ -1,21 +1,22 @@
-"""Which location learns which object. Nothing here carries a gradient.
+"""Assigners: which location learns which object. Nothing here carries a gradient.
 
 - `task_aligned_assignment`: TOOD (arXiv:2108.07755, section 3.2), for the anchor-free heads (YOLOv8, YOLOv5u). Its
   plain form, `plain_task_aligned_assignment`, comes first and is the specification.
-- `anchor_ratio_matches`: YOLOv5's rule for its anchor head, which has no paper: a limit on the ratio of the shapes,
-  and the two nearest neighbours of the object's cell. `assignment_of_matches` puts it into the form of the other.
+- `anchor_ratio_matches`: the rule of YOLOv5's anchor head, which has no paper. It limits the ratio of the shapes and
+  takes the object's cell and its two nearest neighbours. `assignment_of_matches` turns the matches into an Assignment.
 
-The fast forms work on the flat rows of `Targets`, not on a padded (B, G, A) block, so an image with many objects costs
-the others nothing. All give the same result on every run: of equal candidates, the lower location or row wins.
+Objects that are not learnt: rows marked `ignore`, boxes with a side that is not positive, and, for the anchor head,
+boxes whose center lies outside the image. A location that learns no object learns the background, unless its center
+lies in an ignored box.
 
-On CUDA, where the host runs ahead of the device, the task-aligned assigner reads no number back: shapes follow from
-those of the inputs, and masks mark the rows that count. On a CPU only the rows that count are listed. The result is
-the same.
+The fast forms work on the flat rows of `Targets`, not on a padded (B, G, A) block, so one image with many objects does
+not slow down the others. Every tie goes to the lower location or row, so every run gives the same result.
 
-Rows marked `ignore`, with a side that is not positive, or of a center outside the image (anchor head) are not learnt;
-a location whose center lies in an ignored box and that learns nothing else is not taught to be background either.
+On CUDA the task-aligned assigner never waits for the device: its shapes depend on the input shapes alone, and masks
+mark the valid rows. On a CPU it lists the valid rows only. Both give the same result.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +25,17 @@ from torch import Tensor
 from boxes import paired_ciou, xyxy_to_cxcywh
 from structures import Targets
 
-MAX_PAIRS = 2**24  # up to which all pairs are listed on CUDA; by estimate 200 bytes each, 3.4 GB in all
+MAX_PAIRS = 2**24  # CUDA lists all pairs up to this number; an estimated 200 bytes each, 3.4 GB in all
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What each of A locations of B images learns. Also the mask of the positives for distillation.
+    """What each of A locations of B images learns. Distillation takes its mask of the positives from here.
 
-    is_positive (B, A) bool: the location learns an object; gt_index (B, A) int64: the object's row of `Targets`, or -1;
-    target_scores (B, A, K): in [0, 1], above 0 only at a positive and its object's label; is_ignored (B, A) bool: not
-    positive, and the center lies in an ignored box, so the location is not background either.
+    is_positive (B, A) bool: the location learns an object.
+    gt_index (B, A) int64: the object's row of `Targets`, or -1.
+    target_scores (B, A, K): in [0, 1]; above 0 only at a positive, for the label of its object.
+    is_ignored (B, A) bool: the location is not positive, and its center lies in an ignored box. It learns nothing.
     max_positives: upper bound on the number of positives, known without a device synchronisation, or None.
     """
 
@@ -44,27 +46,28 @@ class Assignment:
     max_positives: int | None = None
 
     def positives(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Image and location of the positives, (P,) int64 each, in this order; is_real (P,) bool: the others fill up.
+        """Image and location of the positives, (P,) int64 each, in this order; is_real (P,) bool, False for padding.
 
-        On CUDA P is max_positives. If there are more (nan, see _largest_per_row), the last ones are left out; if fewer,
-        place i is filled with location i of all B * A, since the gradients of one repeated location would be added
-        one by one.
+        On CUDA P is max_positives. If there are more positives (nan, see _largest_per_row), the last ones are dropped.
+        If there are fewer, place i is padded with location i of all B * A: padding with one repeated location would
+        make the backward pass add its gradients one by one.
         """
-        if not runs_ahead(self.is_positive.device) or self.max_positives is None:
+        if not is_asynchronous(self.is_positive.device) or self.max_positives is None:
             image, location = self.is_positive.nonzero(as_tuple=True)
             return image, location, torch.ones_like(image, dtype=torch.bool)
         (B, A), flat = self.is_positive.shape, self.is_positive.flatten()
-        found = torch.nonzero_static(flat, size=min(self.max_positives, B * A), fill_value=-1)[:, 0]  # (P,)
-        is_real = found >= 0
-        found = torch.where(is_real, found, torch.arange(len(found), device=found.device))
-        return found // A, found % A, is_real
+        index = torch.nonzero_static(flat, size=min(self.max_positives, B * A), fill_value=-1)[:, 0]  # (P,)
+        is_real = index >= 0
+        index = torch.where(is_real, index, torch.arange(len(index), device=index.device))
+        return index // A, index % A, is_real
 
 
 @dataclass(frozen=True)
 class AnchorMatches:
-    """The pairs (object, location) of an anchor head; an object has many, and two objects may share a location.
+    """M pairs (object, location) of an anchor head. An object has many locations; two objects may share one.
 
-    row (M,) of `Targets`, image (M,) of the batch, location (M,) in 0..A-1 and its level (M,), all int64.
+    row: the object's row of `Targets`. image: its row of the batch. location: in 0..A-1. level: of the location.
+    All are (M,) int64.
     """
 
     row: Tensor
@@ -75,14 +78,14 @@ class AnchorMatches:
 
 def make_points(
     grid_sizes: list[tuple[int, int]],
-    strides: list[int],
+    strides: Sequence[int],
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Centers of all grid cells, in cells of their own level: points (A, 2) as x, y and strides (A, 1) in pixels.
 
-    grid_sizes holds (h, w) per level. Levels follow one another, each row by row; A = sum of h * w. A center lies at
-    x + 1/2, y + 1/2, so that points * strides are pixels.
+    grid_sizes holds (h, w) per level. The levels are joined in order, each row by row; A = sum of h * w. A center lies
+    at x + 1/2, y + 1/2, so points * strides are pixels.
     """
     points, steps = [], []
     for (h, w), stride in zip(grid_sizes, strides, strict=True):
@@ -94,12 +97,12 @@ def make_points(
 
 
 def make_anchors(
-    grid_sizes: list[tuple[int, int]], strides: list[int], anchors: Tensor
+    grid_sizes: list[tuple[int, int]], strides: Sequence[int], anchors: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Locations of an anchor head: points (A, 2) in cells, strides (A, 1) in pixels, sizes (A, 2) w, h in pixels.
 
-    anchors (L, n, 2) in pixels give device and dtype. Levels follow one another; within a level the anchor changes
-    slowest: location = start of the level + (anchor * h + y) * w + x. A = sum of n * h * w.
+    anchors (L, n, 2) are in pixels; the results have their device and dtype. The levels are joined in order; within a
+    level the anchor changes slowest: location = start of the level + (anchor * h + y) * w + x. A = sum of n * h * w.
     """
     n = anchors.shape[1]
     points, steps, sizes = [], [], []
@@ -107,7 +110,7 @@ def make_anchors(
         p, s = make_points([grid], [stride], anchors.device, anchors.dtype)  # (h * w, 2), (h * w, 1)
         points.append(p.repeat(n, 1))
         steps.append(s.repeat(n, 1))
-        # Not len(p), which is a constant to torch.export.
+        # grid[0] * grid[1], not len(p): torch.export would take len(p) for a constant.
         sizes.append(anchors[level][:, None].expand(-1, grid[0] * grid[1], -1).reshape(-1, 2))
     return torch.cat(points), torch.cat(steps), torch.cat(sizes)
 
@@ -125,7 +128,7 @@ def plain_task_aligned_assignment(
     beta: float = 6.0,
     eps: float = 1e-9,
 ) -> Assignment:
-    """Specification: the contract of task_aligned_assignment, image by image, as tables of G objects by A locations."""
+    """Specification of task_aligned_assignment: image by image, in tables of G objects by A locations."""
     centers, gt_boxes = points * strides, targets.boxes_xyxy.to(boxes_xyxy.dtype)  # pixels
     gt_index = torch.full(class_logits.shape[:2], -1, device=class_logits.device)
     target_scores = torch.zeros_like(class_logits)
@@ -141,7 +144,7 @@ def plain_task_aligned_assignment(
 
         best = metric.argsort(dim=1, descending=True, stable=True)[:, :topk]
         is_chosen = torch.zeros_like(is_candidate).scatter(1, best, True) & (metric > 0)
-        first = is_chosen.int().argmax(0)  # (A,) in 0..G-1, the lowest that chose the location
+        first = is_chosen.int().argmax(0)  # (A,) in 0..G-1, the lowest object that chose the location
         closest = torch.where(metric > 0, overlap, -1).argmax(0)  # (A,)
         owner = torch.where(is_chosen.sum(0) > 1, closest, first).where(is_chosen.any(0), -1)
         is_mine = owner == torch.arange(len(rows), device=owner.device)[:, None]  # (G, A)
@@ -169,15 +172,15 @@ def task_aligned_assignment(
     beta: float = 6.0,
     eps: float = 1e-9,
 ) -> Assignment:
-    """Task-aligned one-to-many assignment: objects choose the locations that already classify and locate them well.
+    """Task-aligned one-to-many assignment: an object chooses the locations that already classify and locate it well.
 
     Feng et al., "TOOD: Task-aligned One-stage Object Detection", arXiv:2108.07755.
 
         t_ga = s_ga^alpha * u_ga^beta          s: score of g's label at a,  u: max(CIoU(b_a, g), 0)
-        g's candidates: the locations whose center lies strictly inside its box, no side of it taken below 16 px
-        g's choice:     the `topk` candidates of largest t_ga, of those with t_ga > 0
-        a chosen twice: its object is the one with the largest u_ga of all objects it is a candidate of
-        target score:   t_ga * max_a' u_ga' / (max_a' t_ga' + eps),  a' over g's locations after that
+        g's candidates: the locations whose center lies strictly inside g's box, with sides of at least 16 px
+        g's choice:     the `topk` candidates with the largest t_ga, among those with t_ga > 0
+        a chosen twice: of all objects that have a as a candidate, it goes to the one with the largest u_ga
+        target score:   t_ga * max_a' u_ga' / (max_a' t_ga' + eps),  a' over the locations that g keeps
 
     Args:
         class_logits: (B, A, K). boxes_xyxy: the decoded predictions (B, A, 4), pixels.
@@ -185,10 +188,10 @@ def task_aligned_assignment(
     Returns:
         target_scores have the dtype and the memory layout of class_logits.
 
-    Differs from the paper: u is CIoU, not IoU, as in YOLOv8. A side below twice the smallest stride (16 px) counts as
-    that when candidates are sought, as in public YOLOv8 code of 2026: a small box may lie between all centers and would
-    never be learnt, and an object never has fewer candidates than a smaller one about the same center.
-    Differs from public YOLOv8 code: locations of t = 0 are no positives (there they have weight 0, the loss is equal).
+    Differs from the paper: u is CIoU, not IoU, as in YOLOv8. For the candidates, a side shorter than twice the smallest
+    stride (16 px) is widened to that, as in public YOLOv8 code of 2026. Otherwise a small box between the centers would
+    never be learnt, and an object could have fewer candidates than a smaller one with the same center.
+    Differs from public YOLOv8 code: a location with t = 0 is not positive (there it has weight 0; the loss is equal).
     """
     (B, A), N = class_logits.shape[:2], len(targets)
     centers = points * strides  # (A, 2) pixels
@@ -203,18 +206,18 @@ def task_aligned_assignment(
     overlap = overlap.clamp(min=0)  # u (P,)
     score = class_logits[image, pairs.point, gt_labels[gt]].to(overlap.dtype).sigmoid()
     is_candidate = pairs.is_real & learnable[gt]
-    metric = torch.where(is_candidate, score**alpha * overlap**beta, 0)  # t (P,), 0 for what is no candidate
-    is_some = metric != 0
-    overlap = torch.where(is_some, overlap, 0)
+    metric = torch.where(is_candidate, score**alpha * overlap**beta, 0)  # t (P,), 0 unless a candidate
+    has_metric = metric != 0
+    overlap = torch.where(has_metric, overlap, 0)
 
     chosen = _largest_per_row(pairs.by_object(metric, N), topk).flatten()[pairs.slot]  # (P,) bool
     at_location = lambda start, values, how: start.scatter_reduce_(0, location, values, how)  # (B*A,)
     claims = location.new_zeros(B * A).scatter_add_(0, location, chosen.long())
-    best = is_some & (at_location(overlap.new_zeros(B * A), overlap, "amax")[location] == overlap)
+    best = has_metric & (at_location(overlap.new_zeros(B * A), overlap, "amax")[location] == overlap)
     first = at_location(gt.new_full((B * A,), N), torch.where(best, gt, N), "amin")  # equal overlaps: the lower row
     wins = torch.where(claims[location] > 1, gt == first[location], chosen)  # one pair per location now
 
-    # Not scattered into (N,), where all the pairs of an object would meet at one address.
+    # Not scattered into (N,): all pairs of an object would write to one address.
     largest_metric, largest_overlap = (
         pairs.by_object(torch.where(wins, x, 0), N).amax(1)[gt] for x in (metric, overlap)
     )
@@ -222,7 +225,7 @@ def task_aligned_assignment(
 
     gt_index = at_location(gt.new_full((B * A,), -1), torch.where(wins, gt, -1), "amax").view(B, A)
     target = at_location(target.new_zeros(B * A), target, "amax").view(B, A, 1)
-    label = torch.cat((gt_labels, gt_labels.new_zeros(1)))[gt_index]  # (B, A); row -1 finds the 0 at the end
+    label = torch.cat((gt_labels, gt_labels.new_zeros(1)))[gt_index]  # (B, A); row -1 takes the 0 at the end
     target_scores = torch.zeros_like(class_logits).scatter_(2, label[..., None], target.to(class_logits.dtype))
     is_positive = gt_index >= 0
     is_ignored = at_location(gt.new_zeros(B * A), (pairs.is_real & ignore[gt]).long(), "amax").view(B, A) > 0
@@ -233,31 +236,31 @@ def task_aligned_assignment(
 def anchor_ratio_matches(
     *,
     grid_sizes: list[tuple[int, int]],
-    strides: list[int],
+    strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
     ratio_threshold: float = 4.0,
 ) -> AnchorMatches:
-    """Objects go to the anchors of similar shape, in the cell of their center and its two nearest neighbours.
+    """Match objects to the anchors of similar shape, in the cell of their center and its two nearest neighbours.
 
-        anchor p takes object g  <=>  max(w_g / w_p, w_p / w_g, h_g / h_p, h_p / h_g) < ratio_threshold
-        cells: the one with g's center; left or right and above or below of it, the one nearer than half a cell
+        anchor p matches object g  <=>  max(w_g / w_p, w_p / w_g, h_g / h_p, h_p / h_g) < ratio_threshold
+        cells: the one with g's center, its nearer neighbour left or right, and its nearer neighbour above or below
 
-    On every level, so an object may have up to 3 n L locations. A neighbour outside the grid does not exist, and at
-    exactly half a cell there is none.
+    Every level is matched, so an object has at most 3 n L locations. A neighbour must lie inside the grid; a center
+    exactly halfway between two neighbours has neither.
 
     Args:
         anchors: (L, n, 2) widths and heights in pixels. grid_sizes: (h, w) per level. strides: pixels.
     Returns:
-        M pairs, location as in make_anchors; level by level, then cell (own, left, above, right, below), anchor, row.
+        M pairs, ordered by level, then cell (own, left, above, right, below), anchor, row. location as in make_anchors.
 
-    Differs from public YOLOv5 code: a center exactly on the border of two cells gives each of the two once (there,
-    one cell twice), and objects whose center lies outside the image are left out (there, moved to the border cell).
+    Differs from public YOLOv5 code: a center exactly on the border of two cells gives each of them once (there, one
+    cell twice). An object whose center lies outside the image has no match (there, it moves to the border cell).
     """
     rows = _is_learnable(targets).nonzero()[:, 0]  # (N,)
     boxes = xyxy_to_cxcywh(targets.boxes_xyxy[rows].to(anchors.dtype))  # (N, 4) pixels
     neighbours = boxes.new_tensor([[0, 0], [-1, 0], [0, -1], [1, 0], [0, 1]]).long()  # (5, 2) as x, y
-    found, start, n = [], 0, anchors.shape[1]
+    matches, start, n = [], 0, anchors.shape[1]
     for level, ((h, w), stride) in enumerate(zip(grid_sizes, strides, strict=True)):
         ratio = boxes[:, 2:] / anchors[level][:, None]  # (n, N, 2)
         fits = torch.maximum(ratio, 1 / ratio).amax(-1) < ratio_threshold  # (n, N)
@@ -273,16 +276,16 @@ def anchor_ratio_matches(
         k, anchor, g = (near[:, None] & fits).nonzero(as_tuple=True)  # (5, n, N) -> (M_l,) each
         x, y = (cell.long()[g] + neighbours[k]).unbind(-1)
         location = start + (anchor * h + y) * w + x
-        found.append(torch.stack((rows[g], targets.image[rows[g]], location, torch.full_like(g, level))))  # (4, M_l)
+        matches.append(torch.stack((rows[g], targets.image[rows[g]], location, torch.full_like(g, level))))  # (4, M_l)
         start += n * h * w
-    return AnchorMatches(*torch.cat(found, dim=1))
+    return AnchorMatches(*torch.cat(matches, dim=1))
 
 
 def last_match(matches: AnchorMatches, num_images: int, num_locations: int) -> Tensor:
-    """(B, A) int64: for each location the last of its matches, as an index into them, or -1.
+    """(B, A) int64: for each location the index of its last match, or -1.
 
-    Public YOLOv5 code lets the last one decide what objectness a shared location learns; so the order of the rows
-    counts where two objects share a location.
+    The last match decides what objectness a shared location learns, as in public YOLOv5 code. So the order of the rows
+    of `Targets` matters if two objects share a location.
     """
     key = matches.image * num_locations + matches.location  # (M,)
     last = key.new_full((num_images * num_locations,), -1)
@@ -292,9 +295,9 @@ def last_match(matches: AnchorMatches, num_images: int, num_locations: int) -> T
 
 @torch.no_grad()
 def assignment_of_matches(
-    matches: AnchorMatches, scores: Tensor, *, points: Tensor, strides: Tensor, targets: Targets, shape: tuple
+    matches: AnchorMatches, scores: Tensor, *, points: Tensor, strides: Tensor, targets: Targets, shape: Sequence[int]
 ) -> Assignment:
-    """The last match of every location, and its score of `scores` (M,) as target at its object's label.
+    """Every location learns its last match; its target score, for the label of that object, is that of `scores` (M,).
 
     points (A, 2), strides (A, 1) as from make_anchors; shape is (B, A, K).
     """
@@ -302,7 +305,7 @@ def assignment_of_matches(
     is_positive = winner >= 0
     gt_index = winner.clone()
     gt_index[is_positive] = row = matches.row[winner[is_positive]]  # (P,)
-    target_scores = scores.new_zeros(shape)
+    target_scores = scores.new_zeros(tuple(shape))
     image, location = is_positive.nonzero(as_tuple=True)
     target_scores[image, location, targets.labels[row]] = scores[winner[is_positive]]
     is_ignored = in_ignored_box(points * strides, targets, shape[0]) & ~is_positive
@@ -312,12 +315,12 @@ def assignment_of_matches(
 def in_ignored_box(centers: Tensor, targets: Targets, num_images: int) -> Tensor:
     """centers (A, 2) in pixels -> (B, A) bool: the center lies strictly inside an ignored box of the image."""
     inside = _is_inside(centers, targets.boxes_xyxy.to(centers.dtype)) & targets.ignore[:, None]  # (N, A)
-    found = torch.zeros(num_images, len(centers), dtype=torch.int32, device=centers.device)
-    return found.index_add_(0, targets.image, inside.int()) > 0
+    count = torch.zeros(num_images, len(centers), dtype=torch.int32, device=centers.device)
+    return count.index_add_(0, targets.image, inside.int()) > 0
 
 
-def runs_ahead(device: torch.device) -> bool:
-    """Whether a shape that depends on values makes the host wait for all that the device still has to do."""
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether the device computes while the host runs on: a shape that depends on values makes the host wait."""
     return device.type == "cuda"
 
 
@@ -333,7 +336,7 @@ def _is_inside(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
 
 
 def _widen(boxes_xyxy: Tensor, side: Tensor) -> Tensor:
-    """Every side shorter than `side` becomes that long, about the same center; the others stay as they are."""
+    """Lengthen every side shorter than `side` to `side`, about the same center."""
     top_left, bottom_right = boxes_xyxy.chunk(2, dim=-1)  # (N, 2) each
     center, is_short = (top_left + bottom_right) / 2, bottom_right - top_left < side
     top_left = torch.where(is_short, center - side / 2, top_left)
@@ -343,10 +346,10 @@ def _widen(boxes_xyxy: Tensor, side: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """P pairs of an object and a location of its image, by object, then location; and their places in (N, width).
+    """P pairs of an object and a location of its image, ordered by object, then location.
 
-    gt (P,) row of Targets; point (P,) in 0..A-1; is_real (P,) bool: the others only fill up;
-    slot (P,) in 0..N*width-1: the place in a block with a row for each object, padded to `width` >= 1.
+    gt (P,): row of Targets. point (P,): in 0..A-1. is_real (P,) bool: False for padding.
+    slot (P,) in 0..N*width-1: the pair's place in a block (N, width) with one row per object; width >= 1.
     """
 
     gt: Tensor
@@ -362,9 +365,9 @@ class _Pairs:
 
 
 def _list_pairs(is_pair: Tensor) -> _Pairs:
-    """is_pair (N, A) bool -> on CUDA all N * A pairs with marks (up to MAX_PAIRS), elsewhere those that are pairs."""
+    """is_pair (N, A) bool -> its True pairs. On CUDA, up to MAX_PAIRS, all N * A pairs with `is_real` = is_pair."""
     N, A = is_pair.shape
-    if runs_ahead(is_pair.device) and N * A <= MAX_PAIRS:
+    if is_asynchronous(is_pair.device) and N * A <= MAX_PAIRS:
         slot = torch.arange(N * A, device=is_pair.device)
         return _Pairs(slot // A, slot % A, is_pair.flatten(), slot, A)
     gt, point = is_pair.nonzero(as_tuple=True)
@@ -375,16 +378,16 @@ def _list_pairs(is_pair: Tensor) -> _Pairs:
 
 
 def _largest_per_row(values: Tensor, count: int) -> Tensor:
-    """values (N, W) >= 0 -> (N, W) bool: the `count` largest of each row that are not 0, the first of equal ones.
+    """values (N, W) >= 0 -> (N, W) bool: the `count` largest nonzero values of each row; ties go to the first.
 
     topk and a count of the ties take a third of the time of a stable sort. Only topk's values are used, since its
-    choice among equal entries is not defined. nan counts as the largest; a row with `count` of them keeps all that is
-    not 0, so that the loss becomes nan.
+    choice among equal entries is not defined. nan counts as the largest. A row with `count` nans keeps every nonzero
+    value, so that the loss becomes nan.
     """
-    is_some = values != 0
+    is_nonzero = values != 0
     if values.shape[1] <= count:
-        return is_some
-    last = values.topk(count, dim=1).values[:, -1:]  # (N, 1), 0 where all of the row that is not 0 is taken
+        return is_nonzero
+    last = values.topk(count, dim=1).values[:, -1:]  # (N, 1), 0 if the row has fewer than `count` nonzero values
     is_above, is_tie = ~(values <= last), values == last
     room = count - is_above.sum(1, keepdim=True)
-    return is_some & (is_above | (is_tie & (is_tie.cumsum(1, dtype=torch.int32) <= room)))
+    return is_nonzero & (is_above | (is_tie & (is_tie.cumsum(1, dtype=torch.int32) <= room)))

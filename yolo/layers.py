@@ -1,7 +1,7 @@
-"""The layers both YOLO families are made of.
+"""The layers that YOLOv8 and YOLOv5 share.
 
-Each layer maps (B, C_in, H, W) to (B, C_out, H', W') and keeps the memory format it is given: in channels_last
-nothing here copies a map to another layout.
+Each layer maps (B, C_in, H, W) to (B, C_out, H', W') and keeps the memory format of its input: no map is copied from
+channels_last to another layout.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layers.fusion import fold_batchnorm
 
-BATCHNORM_EPS = 1e-3  # the released weights were trained with these two; a state dict does not hold them
+BATCHNORM_EPS = 1e-3  # the released weights were trained with these two values; a state dict does not hold them
 BATCHNORM_MOMENTUM = 0.03
 
 
@@ -23,14 +23,14 @@ class ConvBNAct(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=BATCHNORM_EPS, momentum=BATCHNORM_MOMENTUM)
+        self.bn: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(c_out, eps=BATCHNORM_EPS, momentum=BATCHNORM_MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not in place while gradients are recorded: silu's backward needs its input, so autograd would clone it first.
+        # In place only without gradients: the backward pass of silu needs its input, so autograd would clone it first.
         return F.silu(self.bn(self.conv(x)), inplace=not torch.is_grad_enabled())
 
     def fold(self) -> None:
-        """Replace bn(conv(x)) by one convolution with a bias, for inference alone; a second call does nothing."""
+        """Replace bn(conv(x)) by one convolution with a bias, for inference only. A second call does nothing."""
         if not isinstance(self.bn, nn.Identity):
             fold_batchnorm(self.conv, self.bn)
             self.bn = nn.Identity()
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
 class SPPF(nn.Module):
     """Spatial pyramid pooling (arXiv:1406.4729) at one stride: max over 5x5, 9x9 and 13x13 windows, concatenated.
 
-    A 5x5 maximum taken two and three times over is the 9x9 and the 13x13 maximum.
+    Two 5x5 maxima in a row are one 9x9 maximum, three are one 13x13 maximum.
     """
 
     def __init__(self, c_in: int, c_out: int) -> None:

@@ -4,11 +4,14 @@
 - Anchor head (YOLOv5): `yolov5_losses`; boxes from `decode_anchor_offsets`.
 
 Every loss is computed in float32, also under autocast and for half-precision inputs, or in float64 for float64 inputs.
-Scalars come back weighted and normalised so that their size does not depend on the batch size. Without objects the
-box terms are 0, with zero gradients, and the others teach the background. In a run of several processes S, |M_l| and B
-are those of all of them, divided by the number of processes (layers.over_processes): their averaged gradients are those
-of the joined batch.
+The returned scalars are weighted, and normalised so that their size does not depend on the batch size. Without objects
+the box terms are 0 with zero gradients, and the other terms teach the background.
+
+In a distributed run S, |M_l| and B are totals over all processes, divided by the number of processes
+(layers.over_processes). The averaged gradients then equal those of the joined batch.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +40,7 @@ def decode_distances(box_logits: Tensor, points: Tensor, strides: Tensor) -> Ten
     arXiv:2006.04388):  d = sum_r r * softmax(z)_r
     """
     bins = torch.arange(box_logits.shape[-1], dtype=box_logits.dtype, device=box_logits.device)
-    ltrb = (box_logits.softmax(-1) * bins).sum(-1)  # (..., A, 4); not a matmul, which autocast would round to bfloat16
+    ltrb = (box_logits.softmax(-1) * bins).sum(-1)  # (..., A, 4); a matmul would be bfloat16 under autocast
     return distances_to_xyxy(points, ltrb) * strides
 
 
@@ -46,7 +49,8 @@ def decode_anchor_offsets(box_logits: Tensor, points: Tensor, strides: Tensor, s
 
         center = (cell + 2 sigmoid(z_xy) - 1/2) * stride,    width, height = (2 sigmoid(z_wh))^2 * anchor
 
-    `points` are cell centers, cell + 1/2. A center reaches half a cell beyond its own, a side four times its anchor.
+    `points` are cell centers, cell + 1/2. A box center may lie up to half a cell outside its cell; a side is at most
+    four times its anchor's.
     """
     xy, wh = (2 * box_logits.sigmoid()).chunk(2, dim=-1)  # (..., A, 2) each, in 0..2
     return cxcywh_to_xyxy(torch.cat(((points - 1 + xy) * strides, wh.square() * sizes), dim=-1))
@@ -61,9 +65,9 @@ def classification_loss(class_logits: Tensor, target_scores: Tensor, is_ignored:
         L = sum_n sum_k -t_nk log sigmoid(z_nk) - (1 - t_nk) log(1 - sigmoid(z_nk))
           = sum_n sum_k softplus(z_nk) - t_nk z_nk
 
-    The second form is computed: it takes two thirds of the time of the library's function on a transposed head map.
+    The second form is computed: on a transposed head map it takes two thirds of the time of torch's own function.
 
-    class_logits and target_scores (..., K); locations with is_ignored (...) count 0. Returns a scalar.
+    class_logits and target_scores (..., K); locations with is_ignored (...) contribute 0. Returns a scalar.
     """
     softplus = F.softplus(class_logits, threshold=40).sum(-1)  # -log(1 - sigmoid(z)), exact in float64
     linear = (class_logits * target_scores).sum(-1)  # (...)
@@ -84,7 +88,7 @@ def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
 
         L_n = 1/4 sum_e -(l + 1 - d) log softmax(z_ne)_l - (d - l) log softmax(z_ne)_(l + 1),    l = floor(d)
 
-    d is clamped to 0..R-1-0.01 first (as public YOLO code does), so that bin l + 1 exists; R is at least 2.
+    d is first clamped to 0..R-1-0.01, as in public YOLO code, so that bin l + 1 exists. R is at least 2.
     """
     last = box_logits.shape[-1] - 1
     d = distances.clamp(min=0, max=last - 0.01)
@@ -95,12 +99,14 @@ def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
     return -(share * log_p.gather(-1, pair)).sum(-1).mean(-1)
 
 
-def objectness_loss(objectness_logits: Tensor, target: Tensor, level_sizes: list[int], balance: list[float]) -> Tensor:
-    """Binary cross-entropy against the overlap a location reached, averaged per level, levels weighted by `balance`.
+def objectness_loss(
+    objectness_logits: Tensor, target: Tensor, level_sizes: list[int], balance: Sequence[float]
+) -> Tensor:
+    """Binary cross-entropy against each location's overlap with its object: a mean per level, weighted by `balance`.
 
         L = sum_l balance_l / (B A_l) sum_(b, a in l) BCE(z_ba, o_ba)
 
-    objectness_logits and target o (B, A), A_l = level_sizes; a location with target -1 counts 0 in the sum.
+    objectness_logits and target o (B, A), A_l = level_sizes. A location with target -1 contributes 0 to the sum.
     """
     bce = F.binary_cross_entropy_with_logits(objectness_logits, target.clamp(min=0), reduction="none")  # (B, A)
     means = [x.mean() for x in torch.where(target < 0, 0, bce).split(level_sizes, dim=1)]
@@ -113,7 +119,7 @@ def objectness_loss(objectness_logits: Tensor, target: Tensor, level_sizes: list
 def yolov8_assignment(
     *, box_logits: Tensor, class_logits: Tensor, points: Tensor, strides: Tensor, targets: Targets, topk: int = 10
 ) -> Assignment:
-    """task_aligned_assignment of the predictions as they are now; arguments as in yolov8_losses. No gradient."""
+    """task_aligned_assignment for raw logits; arguments as in yolov8_losses. No gradient."""
     with torch.no_grad():
         boxes_xyxy = decode_distances(at_least_float32(box_logits), points, strides)  # (B, A, 4) pixels
     logits = at_least_float32(class_logits)
@@ -145,11 +151,11 @@ def yolov8_losses(
     Args:
         box_logits: (B, A, 4, R), edges in ltrb order. class_logits: (B, A, K).
         points: (A, 2) centers in cells. strides: (A, 1) in pixels. Both as from make_points.
-        targets: labels in 0..K-1; may be empty. The assigner reads labels alone.
-        assignment: one made before by yolov8_assignment from the same predictions; made here when None.
+        targets: labels in 0..K-1; may be empty. The assigner uses `labels`, not `class_scores`.
+        assignment: the result of yolov8_assignment for the same predictions, or None to compute it here.
     Returns:
-        {"box", "cls", "dfl"}: scalars (), not multiplied by B. cls is affine in class_scores: w and S do
-        not depend on them.
+        {"box", "cls", "dfl"}: scalars (), not multiplied by B. cls is affine in class_scores, because w and S do not
+        depend on them.
     """
     box_logits, class_logits = at_least_float32(box_logits), at_least_float32(class_logits)
     points, strides = points.to(box_logits.dtype), strides.to(box_logits.dtype)
@@ -166,7 +172,7 @@ def yolov8_losses(
         shares = weight[:, None] * targets.class_scores[row].to(weight.dtype)  # (P, K)
         target_scores = torch.zeros_like(target_scores).index_put((image, n), shares, accumulate=True)
 
-    # What is not real gets finite numbers before the terms, not only weight 0: their gradient times 0 may be nan.
+    # Padding rows get finite inputs, not only weight 0: an infinite gradient times 0 would be nan.
     logits = torch.where(is_real[:, None, None], box_logits[image, n], 0)  # (P, 4, R)
     gt_xyxy = torch.where(is_real[:, None], targets.boxes_xyxy[row].to(logits.dtype) / strides[n], 0)  # (P, 4) cells
     predicted_xyxy = decode_distances(logits, points[n], torch.ones_like(strides[n]))  # (P, 4) cells
@@ -183,12 +189,12 @@ def yolov5_matches(
     *,
     box_logits: Tensor,
     grid_sizes: list[tuple[int, int]],
-    strides: list[int],
+    strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
     ratio_threshold: float = 4.0,
 ) -> tuple[AnchorMatches, Tensor]:
-    """The matches of anchor_ratio_matches, and the CIoU (M,) of each prediction with its object, with gradient."""
+    """The matches of anchor_ratio_matches, and the CIoU (M,) of each with its object. Gradient flows."""
     box_logits = at_least_float32(box_logits)
     anchors = anchors.to(box_logits.dtype)
     matches = anchor_ratio_matches(
@@ -205,7 +211,7 @@ def yolov5_assignment(
     box_logits: Tensor,
     class_logits: Tensor,
     grid_sizes: list[tuple[int, int]],
-    strides: list[int],
+    strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
 ) -> Assignment:
@@ -226,7 +232,7 @@ def yolov5_losses(
     objectness_logits: Tensor,
     class_logits: Tensor,
     grid_sizes: list[tuple[int, int]],
-    strides: list[int],
+    strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
     box_gain: float = 0.05,
@@ -249,9 +255,9 @@ def yolov5_losses(
     Returns:
         {"box", "obj", "cls"}: scalars (), not multiplied by B.
 
-    Where two objects share a location, both count in box and cls, and o is that of the last match.
-    Differs from public YOLOv5 code: cls is there for K = 1 too; the gains are used as they are given (its train.py
-    scales cls by K / 80 and obj by (image size / 640)^2 first).
+    If two objects share a location, both count in box and cls, and o is that of the last match.
+    Differs from public YOLOv5 code: K = 1 has a cls term too, and the gains are used as given (its train.py first
+    scales cls by K / 80 and obj by (image size / 640)^2).
     """
     box_logits, objectness_logits, class_logits = map(at_least_float32, (box_logits, objectness_logits, class_logits))
     anchors = anchors.to(box_logits.dtype)

@@ -1,9 +1,10 @@
-"""Released names of the weights of YOLOv8, YOLOv5 and YOLOv5u, and ours. Read by weights.rename: every released name is
-claimed by exactly one row.
+"""The names of the released weights of YOLOv8, YOLOv5 and YOLOv5u, each with our name.
+
+weights.rename applies the tables: exactly one row must claim each released name. None drops an entry.
 """
 
 # fmt: off
-YOLOV8_NAMES = [  # each {} is one integer
+YOLOV8_NAMES: list[tuple[str, str | None]] = [  # each {} is one integer
     # released checkpoint       ours
     ("model.0.",                "backbone.stem."),
     ("model.1.",                "backbone.down2."),
@@ -40,9 +41,9 @@ YOLOV8_NAMES = [  # each {} is one integer
     ("model.21.cv2.",           "neck.bottom_up5.merge."),
     ("model.22.cv2.{}.{}.",     "head.box.{}.{}."),
     ("model.22.cv3.{}.{}.",     "head.cls.{}.{}."),
-    ("model.22.dfl.",           None),  # constant 0..R-1, counted in losses.decode_distances
+    ("model.22.dfl.",           None),  # constant 0..R-1, computed in losses.decode_distances
 ]
-YOLOV5_TRUNK = [  # backbone and neck, the same in both variants; each {} is one integer
+YOLOV5_TRUNK: list[tuple[str, str | None]] = [  # backbone and neck, the same in both variants; each {} is one integer
     # released checkpoint       ours
     ("model.0.",                "backbone.stem."),
     ("model.1.",                "backbone.down2."),
@@ -88,15 +89,15 @@ YOLOV5_TRUNK = [  # backbone and neck, the same in both variants; each {} is one
     ("model.23.m.{}.cv{}.",     "neck.bottom_up5.blocks.{}.conv{}."),
     ("model.23.cv3.",           "neck.bottom_up5.merge."),
 ]
-YOLOV5_NAMES = [
+YOLOV5_NAMES: list[tuple[str, str | None]] = [
     *YOLOV5_TRUNK,
     ("model.24.anchors",        "head.anchors"),
     ("model.24.m.{}.",          "head.predict.{}."),
 ]
-YOLOV5U_NAMES = [
+YOLOV5U_NAMES: list[tuple[str, str | None]] = [
     *YOLOV5_TRUNK,
     ("model.24.cv2.{}.{}.",     "head.box.{}.{}."),
     ("model.24.cv3.{}.{}.",     "head.cls.{}.{}."),
-    ("model.24.dfl.",           None),  # constant 0..R-1, counted in losses.decode_distances
+    ("model.24.dfl.",           None),  # constant 0..R-1, computed in losses.decode_distances
 ]
 # fmt: on

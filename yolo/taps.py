@@ -1,19 +1,19 @@
-"""What distillation reads of the YOLO detectors besides their predictions.
+"""What distillation takes from the YOLO detectors besides their predictions.
 
-- The parts of an output that a caller requests: `is_requested`.
-- The maps within the branches of the anchor-free head, by name, and the layers behind each: `branch_maps`,
-  `branch_tail`.
-- The class logits of given boxes: `logits_at_boxes`; `joint_logits` for a head with objectness.
+- `is_requested`: which parts of an output the caller needs.
+- `branch_maps`, `branch_tail`: the maps within the branches of the anchor-free head, and the layers behind each.
+- `logits_at_boxes`: class logits for given boxes. `joint_logits`: the same for a head with objectness.
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from boxes import box_iou
 
-BRANCH_MAPS = {  # name: branch of the head, row of the level, number of the branch's layers the map has passed
+BRANCH_MAPS = {  # name: branch of the head, index of the level, number of the branch's layers in front of the map
     f"{kind}{level}_{count}": (kind, row, count)
     for kind in ("box", "cls")
     for row, level in enumerate((3, 4, 5))
@@ -22,14 +22,14 @@ BRANCH_MAPS = {  # name: branch of the head, row of the level, number of the bra
 
 
 def is_requested(requested: frozenset[str] | None, names: Iterable[str]) -> bool:
-    """Whether a caller that reads `requested` reads one of `names`; None reads everything."""
+    """Whether `requested` contains one of `names`. None requests everything."""
     return requested is None or any(name in requested for name in names)
 
 
-def layer_outputs(layers: nn.Sequential, x: Tensor) -> list[Tensor]:
-    """The output of every layer in turn; the last is that of the whole."""
+def layer_outputs(layers: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output of every layer of an nn.Sequential in turn; the last one is layers(x)."""
     outputs = []
-    for layer in layers:
+    for layer in cast(nn.Sequential, layers):  # an nn.ModuleList does not keep the type of its items
         outputs.append(x := layer(x))
     return outputs
 
@@ -37,25 +37,25 @@ def layer_outputs(layers: nn.Sequential, x: Tensor) -> list[Tensor]:
 def branch_maps(
     outputs: tuple[list[list[Tensor]], list[list[Tensor]]], requested: frozenset[str] | None
 ) -> dict[str, Tensor]:
-    """The requested maps of BRANCH_MAPS by name (None: all), from the outputs of the box and the class branches.
+    """The requested maps of BRANCH_MAPS by name (None: all).
 
-    outputs: per kind of branch and level, the `layer_outputs` of the branch.
+    outputs: those of the box and of the class branches; per level, the `layer_outputs` of the branch.
     """
-    of_kind = dict(zip(("box", "cls"), outputs))
+    outputs_by_kind = dict(zip(("box", "cls"), outputs))
     return {
-        name: of_kind[kind][row][count - 1]
+        name: outputs_by_kind[kind][row][count - 1]
         for name, (kind, row, count) in BRANCH_MAPS.items()
         if is_requested(requested, {name})
     }
 
 
 def branch_tail(head: nn.Module, name: str) -> nn.Sequential:
-    """The layers of an anchor-free head between the map `name` and its level's logits, in the head's mode as of now.
+    """The layers of an anchor-free head between the map `name` and the logits of its level, in the head's current mode.
 
     KeyError for a name that is not in BRANCH_MAPS.
     """
     if name not in BRANCH_MAPS:
-        raise KeyError(f"{name!r} is no map within the head; those are {', '.join(BRANCH_MAPS)}")
+        raise KeyError(f"{name!r} is not a map within the head; those are {', '.join(BRANCH_MAPS)}")
     kind, row, count = BRANCH_MAPS[name]
     tail = getattr(head, kind)[row][count:]
     tail.training = head.training  # a slice is a new module around the same layers
@@ -84,12 +84,12 @@ def logits_at_boxes(
 
         out_n = sum_a w_na z_a / sum_a w_na,    w_na = IoU(decoded_a, box_n) where center a lies in box n, else 0
 
-    over the `locations` largest w_na alone (the assigner of the training loss takes as many). A box that no such
-    location overlaps takes the logits of the center nearest to its own.
+    Only the `locations` largest w_na count; the default is the assigner's topk. If all w_na of a box are 0, it gets the
+    logits of the location whose center is nearest to its own.
 
-    Args:
-        decoded_xyxy: predicted boxes (B, A, 4). centers: of the locations (A, 2). boxes_per_image: B tensors (N_b, 4),
-            xyxy. All are pixels. N_b may be 0; other than B tensors are a ValueError.
+    Args (all in pixels):
+        decoded_xyxy: predicted boxes (B, A, 4). centers: centers of the locations (A, 2).
+        boxes_per_image: B tensors (N_b, 4) of xyxy; N_b may be 0. ValueError if there are not B tensors.
     Returns:
         (sum N_b, K). The gradient flows into `logits`, not through w.
     """
@@ -112,8 +112,8 @@ def _at_boxes_of_image(z: Tensor, decoded_xyxy: Tensor, centers: Tensor, boxes_x
         weight, index = weight.topk(min(locations, len(centers)), dim=1)  # (N, k)
         middles = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
         nearest = (middles[:, None] - centers).square().sum(-1).argmin(1)  # (N,)
-        is_unseen = weight[:, 0] == 0
-        index[:, 0] = torch.where(is_unseen, nearest, index[:, 0])
-        weight[:, 0] = torch.where(is_unseen, 1.0, weight[:, 0])
+        has_no_overlap = weight[:, 0] == 0
+        index[:, 0] = torch.where(has_no_overlap, nearest, index[:, 0])
+        weight[:, 0] = torch.where(has_no_overlap, 1.0, weight[:, 0])
         weight = weight / weight.sum(1, keepdim=True)
     return (weight[:, :, None] * z[index]).sum(1)  # (N, k, K) -> (N, K)

@@ -2,13 +2,13 @@
 
     images ── backbone (C3 blocks, SPPF) ── c3, c4, c5 ── neck (PANet) ── p3, p4, p5 ── head ── box, objectness, class
 
-There is no paper; the architecture is the released one. Its parts: cross-stage partial blocks (CSPNet,
+It has no paper; the architecture is the released one. Its parts: cross-stage partial blocks (CSPNet,
 arXiv:1911.11929), SPP (arXiv:1406.4729), a top-down and a bottom-up path (PANet, arXiv:1803.01534), anchors and
 objectness (YOLO9000, arXiv:1612.08242; YOLOv3, arXiv:1804.02767). YOLOv5u puts the head and the losses of YOLOv8
-(yolo/yolov8.py) on the same backbone and neck. Losses and matching: yolo/losses.py.
+(yolo/yolov8.py) on the same backbone and neck. Losses: yolo/losses.py; matching: yolo/assigners.py.
 
-Differs from the released code, not in what it computes: `forward` returns the same in train and eval mode, and sizes
-are written out instead of multiplied out. Decoding and losses are float32 under autocast.
+Differs from the released code in form, not in results: `forward` returns the same in train and eval mode, and SIZES
+lists every width and depth in place of multipliers. Decoding and losses are float32 under autocast.
 """
 
 import math
@@ -46,7 +46,7 @@ SIZES = {
 
 
 class C3(nn.Module):
-    """`depth` bottlenecks on one 1x1 projection, a second projection around them, and a 1x1 merge of both."""
+    """One 1x1 projection passes `depth` bottlenecks, a second one bypasses them; a 1x1 convolution merges both."""
 
     def __init__(self, c_in: int, c_out: int, depth: int, shortcut: bool) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
 
 
 class Neck(nn.Module):
-    """c3, c4, c5 -> p3, p4, p5 of the same sizes and channels: coarse to fine, then fine to coarse again."""
+    """c3, c4, c5 -> p3, p4, p5 of the same sizes and channels: a top-down path, then a bottom-up path."""
 
     def __init__(self, channels: tuple[int, ...], depth: int) -> None:
         super().__init__()
@@ -111,21 +111,24 @@ class Neck(nn.Module):
 class AnchorHead(nn.Module):
     """One 1x1 convolution per level: for each of 3 anchors in a cell, 4 box numbers, an objectness and K class logits.
 
-    `anchors` (3 levels, 3 anchors, 2) are widths and heights in CELLS of their level. They are part of the state dict,
+    anchors (3 levels, 3 anchors, 2): widths and heights in CELLS of their level. They are part of the state dict,
     because a released checkpoint may have been trained with anchors of its own.
 
-    Fresh weights start from a prior, as if an image of 640 px held 8 objects per level: the objectness bias is
-    log(8 / (640 / stride)^2), the class bias log(0.6 / (K - 0.99999)), near 1 / K (the idea is RetinaNet's,
-    arXiv:1708.02002, sec. 4.1).
+    Fresh biases encode a prior, an idea of RetinaNet (arXiv:1708.02002, sec. 4.1). An image of 640 px holds 8 objects
+    per level: the objectness bias is log(8 / (640 / stride)^2). The class bias is log(0.6 / (K - 0.99999)).
     """
+
+    anchors: Tensor
 
     def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.predict = nn.ModuleList(nn.Conv2d(c, NUM_ANCHORS * (5 + num_classes), 1) for c in channels)
+        convs = [nn.Conv2d(c, NUM_ANCHORS * (5 + num_classes), 1) for c in channels]
+        self.predict = nn.ModuleList(convs)
         strides = torch.tensor(LEVEL_STRIDES, dtype=torch.float32)[:, None, None]
         self.register_buffer("anchors", torch.tensor(ANCHORS_PIXELS, dtype=torch.float32) / strides)
-        for conv, stride in zip(self.predict, LEVEL_STRIDES):
+        for conv, stride in zip(convs, LEVEL_STRIDES):
+            assert conv.bias is not None
             bias = conv.bias.detach().view(NUM_ANCHORS, 5 + num_classes)
             bias[:, 4] = math.log(8 / (640 / stride) ** 2)
             bias[:, 5:] = math.log(0.6 / (num_classes - 0.99999))
@@ -133,8 +136,7 @@ class AnchorHead(nn.Module):
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4), objectness_logits (B, A), class_logits (B, A, K).
 
-        A = sum_l 3 H_l W_l, level by level; within a level anchor by anchor, each row by row:
-        index = (anchor * H_l + y) * W_l + x.
+        A = sum_l 3 H_l W_l, level by level; within a level index = (anchor * H_l + y) * W_l + x.
         """
         levels = []
         for conv, x in zip(self.predict, maps):
@@ -148,10 +150,11 @@ class AnchorHead(nn.Module):
 class YOLOv5Output:
     """What YOLOv5.forward returns, in train and eval mode alike, for images (B, 3, H, W).
 
-    features: c3, c4, c5 (backbone) and p3, p4, p5 (neck, what the head reads), (B, C, H / s, W / s) each.
-    box_logits (B, A, 4) raw, objectness_logits (B, A) and class_logits (B, A, K) as AnchorHead orders them (a location
-    is a pair of anchor and cell); image_size is (H, W). The logits are None, and p3, p4, p5 missing, where
-    YOLOv5.requested_outputs leaves them out.
+    features: maps (B, C, H / s, W / s) by name: c3, c4, c5 (backbone) and p3, p4, p5 (neck, the head's input).
+    box_logits (B, A, 4) before decoding, objectness_logits (B, A), class_logits (B, A, K): in the order of AnchorHead.
+        A location is a pair of anchor and cell.
+    image_size: (H, W).
+    YOLOv5.requested_outputs may leave out p3, p4, p5; the logits are None if it leaves out the head.
     """
 
     features: dict[str, Tensor]
@@ -160,14 +163,20 @@ class YOLOv5Output:
     class_logits: Tensor | None
     image_size: tuple[int, int]
 
+    def logits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """box_logits, objectness_logits and class_logits of a forward pass that ran the head."""
+        box, objectness, classes = self.box_logits, self.objectness_logits, self.class_logits
+        assert box is not None and objectness is not None and classes is not None, "requested_outputs left out the head"
+        return box, objectness, classes
+
 
 class YOLOv5(nn.Module):
     """YOLOv5 with the anchor head. Satisfies DenseDetector.
 
-    The gains weight the loss terms; the defaults are the released recipe's, which makes two of them depend on the task:
-    obj_gain is multiplied by H W / 640^2, cls_gain by K / 80.
+    The gains weight the loss terms; the defaults are those of the released recipe. As there, obj_gain is multiplied by
+    H W / 640^2 and cls_gain by K / 80.
 
-    requested_outputs: the names of the features and logits that the caller reads, or None for all: as in
+    requested_outputs: the names of the features and logits that the caller needs, or None for all, as in
     AnchorFreeDetector.
     """
 
@@ -210,8 +219,8 @@ class YOLOv5(nn.Module):
         return YOLOv5Output(features, box, objectness, classes, image_size)
 
     def tail(self, name: str) -> nn.Sequential:
-        """KeyError for every name: a head of one convolution has no map within (AnchorFreeDetector.tail)."""
-        raise KeyError(f"{name!r} is no map within the head: the anchor head of YOLOv5 has none")
+        """KeyError for every name: there is no map inside a head of one convolution (see AnchorFreeDetector.tail)."""
+        raise KeyError(f"{name!r} is not a map within the head: the anchor head of YOLOv5 has none")
 
     def anchors_pixels(self) -> Tensor:
         """(3 levels, 3 anchors, 2) widths and heights in pixels, float32."""
@@ -219,7 +228,7 @@ class YOLOv5(nn.Module):
         return anchors * anchors.new_tensor(LEVEL_STRIDES)[:, None, None]
 
     def anchors_at(self, name: str) -> Tensor:
-        """(3, 2) widths and heights in pixels of the anchors at the stride of a map of `features`."""
+        """(3, 2): widths and heights in pixels of the anchors of the level that has the stride of the map `name`."""
         return self.anchors_pixels()[LEVEL_STRIDES.index(self.strides[name])]
 
     def _locations(self, output: YOLOv5Output) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,17 +237,18 @@ class YOLOv5(nn.Module):
 
     def decode(self, output: YOLOv5Output) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = objectness * class."""
-        boxes_xyxy = decode_anchor_offsets(at_least_float32(output.box_logits), *self._locations(output))
-        objectness = at_least_float32(output.objectness_logits).sigmoid()
-        return boxes_xyxy, objectness[..., None] * at_least_float32(output.class_logits).sigmoid()
+        box_logits, objectness_logits, class_logits = map(at_least_float32, output.logits())
+        boxes_xyxy = decode_anchor_offsets(box_logits, *self._locations(output))
+        return boxes_xyxy, objectness_logits.sigmoid()[..., None] * class_logits.sigmoid()
 
     def losses(self, output: YOLOv5Output, targets: Targets) -> dict[str, Tensor]:
         """box (CIoU), obj and cls (BCE), weighted by the gains: see losses.yolov5_losses. float32 under autocast."""
+        box_logits, objectness_logits, class_logits = output.logits()
         height, width = output.image_size
         return yolov5_losses(
-            box_logits=output.box_logits,
-            objectness_logits=output.objectness_logits,
-            class_logits=output.class_logits,
+            box_logits=box_logits,
+            objectness_logits=objectness_logits,
+            class_logits=class_logits,
             grid_sizes=level_sizes(output.image_size),
             strides=LEVEL_STRIDES,
             anchors=self.anchors_pixels(),
@@ -251,12 +261,14 @@ class YOLOv5(nn.Module):
     def positives(self, output: YOLOv5Output, targets: Targets) -> Tensor:
         """(B, A) int64: the row of `targets` that `losses` assigns to each pair of anchor and cell, or -1. No gradient.
 
-        Anchors choose by their shape alone, whatever `output` predicts. All objects that share a location teach it box
-        and class; this is the row whose overlap it learns as objectness (assigners.last_match).
+        The matches depend on the shapes of anchors and objects, not on what `output` predicts. A location that several
+        objects share learns box and class from all of them; its row here is the one whose overlap it learns as
+        objectness (assigners.last_match).
         """
+        box_logits, _, class_logits = output.logits()
         assignment = yolov5_assignment(
-            box_logits=output.box_logits,
-            class_logits=output.class_logits,
+            box_logits=box_logits,
+            class_logits=class_logits,
             grid_sizes=level_sizes(output.image_size),
             strides=LEVEL_STRIDES,
             anchors=self.anchors_pixels(),
@@ -268,7 +280,7 @@ class YOLOv5(nn.Module):
     def detect(
         self, output: YOLOv5Output, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
-        """Decoded locations after class-wise NMS, best first; a location may report several classes."""
+        """The decoded locations after class-wise NMS, best first. One location may give several classes."""
         return select_detections(
             *self.decode(output),
             score_threshold=score_threshold,
@@ -277,20 +289,18 @@ class YOLOv5(nn.Module):
         )
 
     def location_logits(self, output: YOLOv5Output) -> Tensor:
-        """(B, A, K), what class_logits_at says at each location: objectness and class, at least in float32.
+        """(B, A, K): logits of objectness * class at each location, at least in float32; as class_logits_at.
 
-        `output.class_logits` mean something else: the class of a location, given that it holds an object.
+        `output.class_logits` are another quantity: the class of a location, given that it holds an object.
         """
-        return joint_logits(
-            at_least_float32(output.objectness_logits)[..., None], at_least_float32(output.class_logits)
-        )
+        _, objectness_logits, class_logits = map(at_least_float32, output.logits())
+        return joint_logits(objectness_logits[..., None], class_logits)
 
     def class_logits_at(self, output: YOLOv5Output, boxes_per_image: list[Tensor]) -> Tensor:
-        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) logits, by the rule of taps.logits_at_boxes.
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) logits, as taps.logits_at_boxes defines them.
 
-        Objectness is included (joint_logits): each is the log-odds of "here is an object of class k", as
-        distill/losses/box_classes.py takes them of any sigmoid head, and their sigmoid is comparable to a score of
-        `decode`.
+        Each includes the objectness (joint_logits): it is the log-odds that the box holds an object of class k, as
+        distill/losses/box_classes.py needs them from a sigmoid head. Its sigmoid is comparable to a score of `decode`.
         """
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)
@@ -300,26 +310,26 @@ class YOLOv5(nn.Module):
 
 
 def join_anchors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The released names with one entry of anchors, `model.24.anchors` (3, 3, 2) in cells.
+    """Merge the anchors of a released state dict into one entry, `model.24.anchors` (3, 3, 2) in cells.
 
-    Files that were written by release 6.0 and before have the anchors twice: `anchors` in cells, and `anchor_grid` in
-    pixels, (3, 1, 3, 1, 1, 2). Either may lack, and each may have any shape of these 18 numbers. KeyError where the two
-    differ by more than half precision explains, or where there are not 18.
+    Files of release 6.0 and earlier have the anchors twice: `anchors` in cells, and `anchor_grid` in pixels,
+    (3, 1, 3, 1, 1, 2). Either may be missing, and the 18 numbers may have any shape. KeyError if there are not 18, or
+    if the two entries differ by more than half precision explains.
     """
     name, pixels_name = "model.24.anchors", "model.24.anchor_grid"
     if pixels_name not in state and (name not in state or state[name].shape == (3, NUM_ANCHORS, 2)):
         return state
-    found = {key: state[key].flatten() for key in (name, pixels_name) if key in state}
-    for key, values in found.items():
+    entries = {key: state[key].flatten() for key in (name, pixels_name) if key in state}
+    for key, values in entries.items():
         if len(values) != 6 * NUM_ANCHORS or not values.is_floating_point():
             raise KeyError(f"{key!r} is {tuple(state[key].shape)} {state[key].dtype}, expected (3, {NUM_ANCHORS}, 2)")
     strides = torch.tensor(LEVEL_STRIDES).view(3, 1, 1)
-    anchors = {key: values.float().view(3, NUM_ANCHORS, 2) for key, values in found.items()}
+    anchors = {key: values.float().view(3, NUM_ANCHORS, 2) for key, values in entries.items()}
     if pixels_name in anchors:
         anchors[pixels_name] = anchors[pixels_name] / strides
     if len(anchors) == 2 and not torch.allclose(anchors[name], anchors[pixels_name], rtol=4e-3):
         raise KeyError(f"{name!r} in cells and {pixels_name!r} in pixels are not the same anchors")
-    rest = {key: value for key, value in state.items() if key not in found}
+    rest = {key: value for key, value in state.items() if key not in entries}
     return rest | {name: next(iter(anchors.values()))}
 
 

@@ -1,4 +1,4 @@
-"""YOLOv8 n, s, m, l, x: an anchor-free, one-stage detector. There is no paper; the architecture is the released one.
+"""YOLOv8 n, s, m, l, x: an anchor-free one-stage detector. It has no paper; the architecture is the released one.
 
     images ── backbone (C2f blocks, SPPF) ── c3, c4, c5 ── neck (PANet) ── p3, p4, p5 ── head ── box and class logits
 
@@ -6,12 +6,12 @@ Its parts: cross-stage partial blocks (CSPNet, arXiv:1911.11929), SPP (arXiv:140
 path (FPN, arXiv:1612.03144; PANet, arXiv:1803.01534), one decoupled head per level (YOLOX, arXiv:2107.08430), box edges
 as distributions (Generalized Focal Loss, arXiv:2006.04388). Losses and assigner: yolo/losses.py.
 
-The size "narrow" is not a released one: it is half as wide as n and less deep, for the matching networks of dataset
-distillation on a few cores. There are no weights to load for it.
+The size "narrow" was not released and has no weights to load. It is half as wide as n and less deep; dataset
+distillation uses it as a matching network on machines with few cores.
 
-Differs from the released code, not in what it computes: the bins 0..R-1 are no parameter (losses.decode_distances
-counts them), `forward` returns the same in train and eval mode, and sizes are written out instead of multiplied out.
-Decoding and losses are float32 under autocast.
+Differs from the released code in form, not in results: the bins 0..R-1 are not a parameter (losses.decode_distances
+makes them), `forward` returns the same in train and eval mode, and SIZES lists every width and depth in place of
+multipliers. Decoding and losses are float32 under autocast.
 """
 
 import math
@@ -39,7 +39,11 @@ NUM_BINS = 16  # R: an edge is at most 15 strides away from its point
 
 
 class Size(NamedTuple):
-    """channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks in the stages at stride 4, 8, 16, 32."""
+    """Widths and depths of a YOLO.
+
+    channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks of the backbone's stages at stride 4, 8, 16,
+    32. neck_depth: bottlenecks of each block of the neck.
+    """
 
     channels: tuple[int, int, int, int, int]
     depths: tuple[int, int, int, int]
@@ -57,7 +61,7 @@ SIZES = {
 
 
 class C2f(nn.Module):
-    """Half of the channels go through `depth` bottlenecks in a row; every intermediate joins the final 1x1 merge."""
+    """Half of the channels pass `depth` bottlenecks in a row; a 1x1 convolution merges both halves and every result."""
 
     def __init__(self, c_in: int, c_out: int, depth: int, shortcut: bool) -> None:
         super().__init__()
@@ -98,7 +102,7 @@ class Backbone(nn.Module):
 
 
 class Neck(nn.Module):
-    """c3, c4, c5 -> p3, p4, p5 of the same sizes and channels: coarse to fine, then fine to coarse again."""
+    """c3, c4, c5 -> p3, p4, p5 of the same sizes and channels: a top-down path, then a bottom-up path."""
 
     def __init__(self, channels: tuple[int, ...], depth: int) -> None:
         super().__init__()
@@ -119,17 +123,17 @@ class Neck(nn.Module):
 
 
 class AnchorFreeHead(nn.Module):
-    """Per location K class logits and 4 distributions over R distances, from two branches of convolutions per level.
+    """K class logits and 4 distributions over R distances per location, from two branches of convolutions per level.
 
     An edge distance, in units of the level's stride, is the expectation over the bins 0..R-1
     (Generalized Focal Loss, arXiv:2006.04388):  d = sum_r r * softmax(z)_r
 
-    Fresh weights start from a prior: the class bias is log(5 / K / (640 / stride)^2), as if an image of 640 px held
-    5 objects spread over K classes and the level's locations (the idea is RetinaNet's, arXiv:1708.02002, sec. 4.1), and
-    every bin's bias is 1.
+    Fresh biases encode a prior, an idea of RetinaNet (arXiv:1708.02002, sec. 4.1). The class bias is
+    log(5 / K / (640 / stride)^2): an image of 640 px holds 5 objects, spread over K classes and the level's locations.
+    The bias of every bin is 1.
 
-    class_width: channels within the class branches; None: the released rule, max(channels[0], min(K, 100)). A head that
-    was started from one of more classes keeps that one's width.
+    class_width: channels within the class branches. None is the released rule, max(channels[0], min(K, 100)). A head
+    that starts from the weights of a head for more classes keeps the width of that head.
     """
 
     def __init__(self, channels: tuple[int, ...], num_classes: int, class_width: int | None = None) -> None:
@@ -138,17 +142,15 @@ class AnchorFreeHead(nn.Module):
             "box": max(16, channels[0] // 4, 4 * NUM_BINS),
             "cls": class_width or max(channels[0], min(num_classes, 100)),
         }
-        self.box = nn.ModuleList(branch(c, self.widths["box"], 4 * NUM_BINS) for c in channels)
-        self.cls = nn.ModuleList(branch(c, self.widths["cls"], num_classes) for c in channels)
-        for box, cls, stride in zip(self.box, self.cls, LEVEL_STRIDES):
-            nn.init.constant_(box[-1].bias, 1.0)
-            nn.init.constant_(cls[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
+        class_biases = [math.log(5 / num_classes / (640 / stride) ** 2) for stride in LEVEL_STRIDES]
+        self.box = nn.ModuleList(branch(c, self.widths["box"], 4 * NUM_BINS, bias=1.0) for c in channels)
+        self.cls = nn.ModuleList(branch(c, self.widths["cls"], num_classes, b) for c, b in zip(channels, class_biases))
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, tuple[list[list[Tensor]], list[list[Tensor]]]]:
         """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4, R), class_logits (B, A, K), A = sum_l H_l W_l.
 
-        Locations run level by level, row by row; edges are left, top, right, bottom. The third result holds what every
-        layer of the box and of the class branches gives, per level: taps.branch_maps names it.
+        Locations are ordered level by level, row by row; edges are left, top, right, bottom. The third result holds the
+        outputs of every layer of the box and of the class branches, per level; taps.branch_maps names them.
         """
         box = [layer_outputs(branch, x) for branch, x in zip(self.box, maps)]
         cls = [layer_outputs(branch, x) for branch, x in zip(self.cls, maps)]
@@ -157,12 +159,16 @@ class AnchorFreeHead(nn.Module):
         return box_logits.unflatten(2, (4, NUM_BINS)), class_logits, (box, cls)
 
 
-def branch(c_in: int, width: int, c_out: int) -> nn.Sequential:
-    return nn.Sequential(ConvBNAct(c_in, width, 3), ConvBNAct(width, width, 3), nn.Conv2d(width, c_out, 1))
+def branch(c_in: int, width: int, c_out: int, bias: float) -> nn.Sequential:
+    """Two 3x3 convolutions and a 1x1 convolution to the logits, whose biases all start as `bias`."""
+    first, second, predict = ConvBNAct(c_in, width, 3), ConvBNAct(width, width, 3), nn.Conv2d(width, c_out, 1)
+    assert predict.bias is not None
+    nn.init.constant_(predict.bias, bias)
+    return nn.Sequential(first, second, predict)
 
 
 def flatten_cells(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W, C), before levels are joined: in channels_last memory that is one straight copy."""
+    """(B, C, H, W) -> (B, H W, C). In channels_last memory, joining such levels is one straight copy."""
     return x.flatten(2).transpose(1, 2)
 
 
@@ -176,11 +182,12 @@ def level_sizes(image_size: tuple[int, int]) -> list[tuple[int, int]]:
 class AnchorFreeOutput:
     """What AnchorFreeDetector.forward returns, in train and eval mode alike, for images (B, 3, H, W).
 
-    features: c3, c4, c5 (backbone), p3, p4, p5 (neck, what the head reads), and the maps within the head's branches,
-    box3_1 ... box5_2 and cls3_1 ... cls5_2: of the level, after that many of the branch's two 3x3 convolutions (with
-    BatchNorm and activation). (B, C, H / s, W / s) each.
-    box_logits (B, A, 4, R) and class_logits (B, A, K) as the head orders them; image_size is (H, W).
-    Both logits are None, and maps are missing, where AnchorFreeDetector.requested_outputs leaves them out.
+    features: maps (B, C, H / s, W / s) by name: c3, c4, c5 (backbone); p3, p4, p5 (neck, the head's input); and those
+        within the head, box3_1 ... box5_2 and cls3_1 ... cls5_2. box4_1 is in the box branch of level 4, after the
+        first of its two 3x3 convolutions (with BatchNorm and activation).
+    box_logits (B, A, 4, R), class_logits (B, A, K): in the order of AnchorFreeHead.
+    image_size: (H, W).
+    AnchorFreeDetector.requested_outputs may leave maps out; both logits are None if it leaves out the head.
     """
 
     features: dict[str, Tensor]
@@ -188,17 +195,22 @@ class AnchorFreeOutput:
     class_logits: Tensor | None
     image_size: tuple[int, int]
 
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """box_logits and class_logits of a forward pass that ran the head."""
+        assert self.box_logits is not None and self.class_logits is not None, "requested_outputs left out the head"
+        return self.box_logits, self.class_logits
+
 
 class AnchorFreeDetector(nn.Module):
     """backbone -> neck -> anchor-free head: YOLOv8, and YOLOv5u (yolo/yolov5.py). Satisfies DenseDetector.
 
-    channels are the five of SIZES, class_width is AnchorFreeHead's. The gains weight the loss terms; the defaults are
-    the released recipe's.
+    channels: the five of Size. class_width: of AnchorFreeHead. The gains weight the loss terms; the defaults are those
+    of the released recipe.
 
-    requested_outputs: the names of the features and logits that the caller reads, or None for all of them. If a teacher
-    is used for its feature maps only, its head is skipped, and its neck too for maps of the backbone. What is not named
-    may be missing. If the head runs it gives both logits; decode, detect, losses, positives and class_logits_at need
-    both.
+    requested_outputs: the names of the features and logits that the caller needs, or None for all. If a teacher is used
+    for its feature maps only, its head is skipped, and for maps of the backbone its neck too. Maps that are not named
+    may be missing. One requested logit or map of the head runs the whole head, which gives both logits; decode, detect,
+    losses, positives and class_logits_at need both.
     """
 
     class_activation = "sigmoid"
@@ -243,30 +255,32 @@ class AnchorFreeDetector(nn.Module):
         return AnchorFreeOutput(features, box_logits, class_logits, image_size)
 
     def tail(self, name: str) -> nn.Sequential:
-        """The layers behind one of the maps within the head, such as "cls3_1", in its branch (for
-        distill/losses/crosskd.py).
+        """The layers between a map within the head, such as "cls3_1", and the logits of its level. CrossKD
+        (distill/losses/crosskd.py) feeds them a student's map.
 
         (B, C, H / s, W / s) -> (B, K, H / s, W / s) in a class branch, (B, 4 R, H / s, W / s) in a box branch, edge by
-        edge: the logits of that level. The layers are the detector's own, not copies, in its train or eval mode as of
-        now. KeyError for another name lists those there are.
+        edge. The layers are the detector's own, not copies, in its current train or eval mode. KeyError for a name that
+        is not such a map; the message lists them.
         """
         return branch_tail(self.head, name)
 
     def _locations(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:
         """Points (A, 2) in cells and strides (A, 1) in pixels, in the order of the head."""
-        return make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.box_logits.device)
+        return make_points(level_sizes(output.image_size), LEVEL_STRIDES, output.logits()[0].device)
 
     def decode(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = sigmoid(class_logits)."""
-        boxes_xyxy = decode_distances(at_least_float32(output.box_logits), *self._locations(output))
-        return boxes_xyxy, at_least_float32(output.class_logits).sigmoid()
+        box_logits, class_logits = output.logits()
+        boxes_xyxy = decode_distances(at_least_float32(box_logits), *self._locations(output))
+        return boxes_xyxy, at_least_float32(class_logits).sigmoid()
 
     def losses(self, output: AnchorFreeOutput, targets: Targets) -> dict[str, Tensor]:
         """box (CIoU), cls (BCE) and dfl, weighted by the gains: see losses.yolov8_losses. float32 under autocast."""
+        box_logits, class_logits = output.logits()
         points, strides = self._locations(output)
         return yolov8_losses(
-            box_logits=output.box_logits,
-            class_logits=output.class_logits,
+            box_logits=box_logits,
+            class_logits=class_logits,
             points=points,
             strides=strides,
             targets=targets,
@@ -278,18 +292,20 @@ class AnchorFreeDetector(nn.Module):
     def positives(self, output: AnchorFreeOutput, targets: Targets) -> Tensor:
         """(B, A) int64: the row of `targets` that `losses` assigns to each location of the head, or -1. No gradient.
 
-        The task-aligned assigner chooses by the predictions in `output`. A location that several objects choose belongs
-        to the one its decoded box overlaps most (CIoU), and to the lower row where they are equal.
+        The task-aligned assigner chooses by the predictions in `output`. A location that several objects choose goes to
+        the object that its decoded box overlaps most (CIoU); ties go to the lower row.
         """
+        box_logits, class_logits = output.logits()
         points, strides = self._locations(output)
-        logits = dict(box_logits=output.box_logits, class_logits=output.class_logits)
-        return yolov8_assignment(**logits, points=points, strides=strides, targets=targets).gt_index
+        return yolov8_assignment(
+            box_logits=box_logits, class_logits=class_logits, points=points, strides=strides, targets=targets
+        ).gt_index
 
     @torch.no_grad()
     def detect(
         self, output: AnchorFreeOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
-        """Decoded locations after class-wise NMS, best first; a location may report several classes."""
+        """The decoded locations after class-wise NMS, best first. One location may give several classes."""
         return select_detections(
             *self.decode(output),
             score_threshold=score_threshold,
@@ -298,13 +314,13 @@ class AnchorFreeDetector(nn.Module):
         )
 
     def location_logits(self, output: AnchorFreeOutput) -> Tensor:
-        """(B, A, K), what class_logits_at says at each location: the class logits, at least in float32."""
-        return at_least_float32(output.class_logits)
+        """(B, A, K): the class logits of each location, at least in float32; the same quantity as class_logits_at."""
+        return at_least_float32(output.logits()[1])
 
     def class_logits_at(self, output: AnchorFreeOutput, boxes_per_image: list[Tensor]) -> Tensor:
-        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of taps.logits_at_boxes.
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, as taps.logits_at_boxes defines them.
 
-        Each is the log-odds of "here is an object of class k"; their sigmoid is comparable to a score of `decode`.
+        Each is the log-odds that the box holds an object of class k. Its sigmoid is comparable to a score of `decode`.
         """
         with torch.no_grad():
             decoded_xyxy, _ = self.decode(output)

@@ -45,7 +45,7 @@ def test_the_step_has_the_losses_of_the_training_loop_and_no_wait(one_thread, mo
     images, targets = random_batch(2, 64)
     marks: list[str] = []
     with monkeypatch.context() as patch, host_waits(CPU) as waits:
-        patch.setattr(assigners, "runs_ahead", lambda device: True)
+        patch.setattr(assigners, "is_asynchronous", lambda device: True)
         found = forward(images, targets, marks.append)
     assert not waits
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -162,7 +162,7 @@ def test_all_pairs_make_the_same_assignment_as_the_candidates(kind, count, monke
         logits, predicted, targets = awkward_scene(kind, seed, count)
         candidates = assign(logits, predicted, targets, topk=5)
         with monkeypatch.context() as patch, host_waits(logits.device) as waits:
-            patch.setattr(assigners, "runs_ahead", lambda device: True)
+            patch.setattr(assigners, "is_asynchronous", lambda device: True)
             all_pairs = assign(logits, predicted, targets, topk=5)
         assert not waits
         for name in ("is_positive", "gt_index", "is_ignored"):
@@ -177,7 +177,7 @@ def test_all_pairs_make_the_same_assignment_as_the_candidates(kind, count, monke
 def test_too_many_pairs_are_not_all_listed(monkeypatch):
     logits, predicted, targets = awkward_scene("usual", 0)
     expected = assign(logits, predicted, targets)
-    monkeypatch.setattr(assigners, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(assigners, "is_asynchronous", lambda device: True)
     monkeypatch.setattr(assigners, "MAX_PAIRS", 40 * 84 - 1)
     with host_waits(logits.device) as waits:
         got = assign(logits, predicted, targets)
@@ -192,7 +192,7 @@ def test_positives_are_listed_in_order_and_filled_up(max_positives, monkeypatch)
     given = replace(given, max_positives=max_positives)
     image, location, is_real = given.positives()
     assert list(zip(image.tolist(), location.tolist())) == [(0, 3), (1, 0), (1, 9)] and is_real.all()
-    monkeypatch.setattr(assigners, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(assigners, "is_asynchronous", lambda device: True)
     image, location, is_real = given.positives()
     assert list(zip(image.tolist(), location.tolist()))[:3] == [(0, 3), (1, 0), (1, 9)]
     assert len(image) == min(max_positives or 3, 20) and is_real.tolist() == [i < 3 for i in range(len(image))]

@@ -24,7 +24,7 @@ def test_a_host_that_runs_ahead_finds_the_same_losses_and_never_waits(count, has
         return *terms.values(), *slopes, *torch.autograd.grad(sum(x.square().sum() for x in slopes), leaves[:2])
 
     expected = terms_and_slopes()
-    monkeypatch.setattr(assigners, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(assigners, "is_asynchronous", lambda device: True)
     with host_waits(POINTS.device) as waits:
         got = terms_and_slopes()
     assert not waits
@@ -39,7 +39,7 @@ def test_what_fills_up_the_positives_reaches_no_loss_and_no_gradient(monkeypatch
     leaves[0][:, :20] = -torch.inf  # all of them: softmax is nan
     leaves = [x.requires_grad_() for x in leaves]
     expected = v8(*leaves, targets)
-    monkeypatch.setattr(assigners, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(assigners, "is_asynchronous", lambda device: True)
     terms = v8(*leaves, targets)
     assert values(terms) == pytest.approx(values(expected), rel=1e-6) and all(x.isfinite() for x in terms.values())
     sum(terms.values()).backward()
