@@ -68,6 +68,7 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
         reason = f"{len(image_paths) - len(unique)} pictures are listed more than once"
         log.add(found.source, None, reason, "listed twice", "noted")
     folders.choose(unique)
+    _log_shared_labels(unique, folders, log)
     own_names = found.names or names or _number_names(found.base, log)
     if names is not None and tuple(names) != own_names:
         raise UserError(f"{found.source}: classes {', '.join(own_names)}; expected {', '.join(names)}")
@@ -302,6 +303,17 @@ def _log_orphans(path: Path, files: list[Path], folders: LabelFolders, log: Faul
                 raise UserError(f"{file}: a label file with the suffix {file.suffix}, expected .txt")
             if _holds_labels(file):
                 log.add(file, None, "labels without a picture", "label without picture", "left out", file.stem)
+
+
+def _log_shared_labels(image_paths: list[Path], folders: LabelFolders, log: FaultLog) -> None:
+    """Label files that two pictures have, such as a.jpg and a.png, of which it may be true of one."""
+    first_of: dict[Path, Path] = {}
+    for path in image_paths:
+        label_path = folders.label_path(path)
+        first = first_of.setdefault(label_path, path)
+        if first != path:
+            reason = f"the labels of {first.name} and of {path.name}"
+            log.add(label_path, None, reason, "one label file for two pictures", "noted", path.name)
 
 
 def _holds_labels(path: Path) -> bool:

@@ -505,3 +505,12 @@ def test_kitti_names_formats_that_are_not_read(tmp_path):
     (tmp_path / "image_2" / "y.heic").touch()
     index = read_kitti(tmp_path, "all")
     assert boxes(index) == [BOX] and [fault.kind for fault in index.faults] == ["unreadable picture"]
+
+
+def test_a_label_file_of_two_pictures_is_noted(tmp_path):
+    for name in ("x.png", "x.jpg", "y.png"):
+        picture(tmp_path / "images" / name)
+        text(tmp_path / "labels" / f"{name[0]}.txt", ROW)
+    text(tmp_path / "data.yaml", "names: [cell]\ntrain: images\n")
+    (fault,) = read_yolo(tmp_path, "train").faults
+    assert fault.effect == "noted" and fault.reason == "the labels of x.jpg and of x.png"
