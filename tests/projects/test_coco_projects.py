@@ -177,7 +177,7 @@ def test_confidence_makes_the_difference(study_of):
 def test_the_rows_and_what_they_are_compared_to():
     rows = {path: {row.name: row for row in load_study(path).rows} for path in (RTDETR, FASTERRCNN, BOTH)}
     assert list(rows[RTDETR]) == ["baseline", "mse", "cosine", "pkd"]
-    assert list(rows[FASTERRCNN]) == ["baseline", "beliefs", "features", "both"]
+    assert list(rows[FASTERRCNN]) == ["baseline", "box_classes", "features", "both"]
     assert list(rows[BOTH]) == ["baseline", "rtdetr_x", "fasterrcnn", "fixed", "confidence"]
     for name in ("mse", "cosine", "pkd"):
         (term,) = rows[RTDETR][name].config.terms
