@@ -1,22 +1,22 @@
 """Our own checkpoints: plain tensors and values, written atomically, verified when read.
 
-A checkpoint is what torch.save makes of one dict, so torch.load(path, weights_only=True) reads it anywhere:
+torch.save writes one dict, so torch.load(path, weights_only=True) reads a checkpoint anywhere. Its keys:
 
-    format       FORMAT, a whole number
-    arch, names, image_size     what the model is: a name of models.build, the class names, pixels
-    model, ema   state dicts: the weights being trained, and their running mean (what is evaluated and shipped)
-    optimizer, criterion        state dicts; the criterion's holds the adapters of distillation. No teacher, ever
-    step, epoch, batch          optimizer steps done; the epoch in progress, and how many of its batches are done
-    best, sums, seconds         early-stop state, running means of the epoch in progress, training time so far
-    config       config.to_tree of the run
-    data         fingerprint of the training samples
-    versions     of Python, torch and this file format's writer
+    format                   FORMAT, a whole number
+    arch, names, image_size  the model: a name of models.build, the class names, pixels
+    model, ema               state dicts: the weights being trained, and their running mean, which is evaluated
+    optimizer, criterion     state dicts; the criterion's holds the adapters of distillation, never a teacher
+    step, epoch, batch       optimizer steps done; the epoch in progress; batches of it that are done
+    best, sums, seconds      early-stop state; running means of the epoch in progress; training time so far
+    config                   config.to_tree of the run
+    data                     fingerprint of the training samples
+    versions                 of Python, of torch, and of the program that wrote the file
 
-A file made for shipping (`best.pt`) has no `model`, `optimizer`, `criterion` or loop state.
+A file made to be shared (`best.pt`) has no `model`, `optimizer`, `criterion` or loop state.
 
-Deliberate differences from plain torch.save: the file appears under its name only when it is complete and on the
-disk (temporary file, fsync, rename, fsync of the folder), the file before it stays as `<name>.prev.pt`, and the
-zip container's CRC-32 of every record is checked on reading, which torch.load does not do.
+Differences from plain torch.save: the file appears under its name only when it is complete and on the disk (temporary
+file, fsync, rename, fsync of the folder); the previous file stays as `<name>.prev.pt`; reading checks the CRC-32 of
+every record in the zip container, which torch.load does not do.
 """
 
 import io
@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,18 @@ from errors import UserError
 
 FORMAT = 1
 DISK_EXIT_CODE = 5
-PUBLIC_IMAGE_SIZE = 640  # of a public file that does not say
+PUBLIC_IMAGE_SIZE = 640  # pixels, for a public file that does not give a size
+
+NamesFrom = Literal["the file", "the release", "nothing"]
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a weights file says about its model.
+    """A description of the model in a weights file.
 
-    names: where a public file has none, those of class_names.released_names, else "0", "1", ... `names_from` tells.
-    config: the plain values of the run's config; empty in a file that carries none.
+    names: the file's class names; else those of class_names.released_names; else "0", "1", ...
+    names_from: which of the three.
+    config: the plain values of the run's config; empty where the file has none.
     """
 
     arch: str
@@ -55,28 +58,28 @@ class CheckpointInfo:
     image_size: int
     epoch: int | None = None  # epochs done; None in a public file
     step: int | None = None
-    source: str = "ours"  # or "public"
-    names_from: Literal["the file", "the release", "nothing"] = "the file"
+    source: Literal["ours", "public"] = "ours"
+    names_from: NamesFrom = "the file"
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Those of a dataset's classes that its run was about (data.classes); none where it was about all."""
+        """The dataset's classes that the run was limited to (data.classes); () for all of them."""
         return tuple(self.config.get("data", {}).get("classes", ()))
 
     @property
     def evaluation(self) -> EvaluationConfig:
-        """How the model was measured in its run; what the file does not carry is as its family was published."""
-        own = self.config.get("evaluation", {})
-        own = from_tree(EvaluationConfig, own, source=f"the config in this {self.arch}", key="evaluation")
+        """How its run measured the model. Settings that the file does not have are the published ones of its family."""
+        tree = self.config.get("evaluation", {})
+        own = from_tree(EvaluationConfig, tree, source=f"the config in this {self.arch}", key="evaluation")
         return own.completed(models.published_detection(self.arch))
 
 
 def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False) -> None:
-    """Write `state` to `path` so that at every instant the file there is either the old one or the new one, whole.
+    """Write `state` to `path`. At every instant the file there is complete: the old one or the new one.
 
-    keep_previous: the file that was there stays readable as previous_path(path).
-    Raises UserError with exit code 5 where the disk refuses; the old file is then untouched.
+    keep_previous: keep the old file as previous_path(path).
+    UserError with exit code 5 if it cannot be written; the old file is then untouched.
     """
     path = Path(path)
     buffer = io.BytesIO()  # torch.save on a file would abort the process on a full disk
@@ -102,7 +105,7 @@ def previous_path(path: str | Path) -> Path:
 
 
 def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Write all bytes and wait until the disk has them. OSError as the system raises it."""
+    """Write all bytes and wait until the disk has them. Raises the system's OSError."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -110,7 +113,7 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's entries, so that a rename survives a power cut. No-op where unsupported."""
+    """Wait until the disk has the folder's entries; a rename then survives a power cut. No-op where unsupported."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_DIRECTORY)
@@ -121,7 +124,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _keep_as(path: Path, previous: Path) -> None:
-    """Give the file at `path` a second name; `path` itself never goes missing where hard links exist."""
+    """Give the file at `path` a second name. Where hard links exist, `path` is there at every instant."""
     link = previous.with_name(previous.name + ".tmp")
     link.unlink(missing_ok=True)
     try:
@@ -158,7 +161,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_newest(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """As `load`, but where `path` cannot be read the checkpoint before it is, and `say` gets a line about it."""
+    """As `load`. If `path` cannot be read, the previous checkpoint is, and `say` is called with a line about it."""
     try:
         return load(path)
     except UserError as error:
@@ -171,11 +174,12 @@ def load_newest(path: str | Path, say: Callable[[str], None] = print) -> dict[st
 
 
 def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
-    """The model a weights file holds, in eval mode, float32, with the averaged (EMA) weights.
+    """The model in a weights file, in eval mode, float32, with the averaged (EMA) weights.
 
-    A checkpoint of ours, also one of a run in progress, says what it is. For a public checkpoint (read by
-    weights.read_state_dict) `arch` names the model; its class count is read off the class head. The width of a class
-    head that was started from another one is read off the weights as well (models.head_of).
+    A checkpoint of ours names its architecture. A public one (weights.read_state_dict) needs `arch`; the shape of its
+    class head gives its class count. The width of the class head also follows from the weights (models.head_of): a
+    head started from other classes may be wider.
+    UserError for a file that cannot be read, does not fit, or holds another architecture than `arch`.
     """
     model, info = _read_model(Path(path), arch)
     if arch is not None and arch != info.arch:
@@ -184,11 +188,12 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
 
 
 def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo]:
-    """The model of a file, ours or public; ours may be of another architecture than `arch`."""
+    """The model in a file, ours or public. A checkpoint of ours may hold another architecture than `arch`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a weights file")
     state = _load_ours(path) if arch is None else _load_if_ours(path)
     if state is None:
+        assert arch is not None  # _load_ours returns a state dict or raises
         return _read_public_model(path, arch)
     info = CheckpointInfo(
         models.RENAMED.get(state["arch"], state["arch"]),
@@ -204,7 +209,7 @@ def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo
 
 
 def _load_ours(path: str | Path) -> dict[str, Any]:
-    """As `load`; of a public file the error says what it looks like, and what is missing."""
+    """As `load`. For a public file the error names its family and the missing option."""
     try:
         return load(path)
     except UserError as error:
@@ -220,11 +225,11 @@ def _load_if_ours(path: str | Path) -> dict[str, Any] | None:
     try:
         return load(path)
     except UserError:
-        return None  # a public file, or a damaged one: weights.read_state_dict says which
+        return None  # a public file, or a damaged one: weights.read_state_dict tells which
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Strictly: every name and shape. The error names the first three that differ."""
+    """Load a state dict whose names and shapes all equal the model's. UserError names the first three that differ."""
     ours = model.state_dict()
     differing = [
         name
@@ -245,17 +250,17 @@ def start_model(
     new_head: bool = False,
     say: Callable[[str], None] = lambda line: print(line),
 ) -> nn.Module:
-    """A detector for the classes `names`, in train mode, started from a weights file of other classes, ours or public.
+    """A detector for the classes `names`, in train mode, started from a file (ours or public) with other classes.
 
-    Classes go by their names (class_names.released_columns: case, spaces and other words for the same do not matter),
-    never by their place. A class that the file has takes over its rows of the class head; the others keep fresh rows,
-    drawn from torch's global generator as models.build draws them. Everything else is the file's, the width of the
-    class branch too, so that before any training the classes taken over get the scores that the file's model gives
-    them: a Faster R-CNN's softmax head keeps the file's other classes as background for that, and an RT-DETR gives them
-    where it chooses the same queries. `say` gets one line with what was taken over and what starts fresh.
+    Classes are joined by name, never by position (class_names.released_columns ignores case and spaces, and takes
+    synonyms). A class that is in the file keeps its rows of the class head. Other classes get fresh rows from torch's
+    global generator, as in models.build. All other weights are the file's, and so is the width of the class branch.
+    Before any training, the classes that were in the file therefore get the same scores as from the file's model. For
+    this a Faster R-CNN's softmax head keeps the file's other classes as background; for an RT-DETR it holds where both
+    models choose the same queries. `say` is called with one line: which rows were kept and which start fresh.
 
-    new_head: the class head as a whole starts fresh, also where it would fit.
-    UserError for a file that does not fit, or whose classes are not known: there is nothing to join them by.
+    new_head: start the whole class head fresh, even if it would fit.
+    UserError for a file that does not fit, or that has no class names to join by.
     """
     path = Path(path)
     with torch.random.fork_rng(devices=[]):  # the fresh rows do not depend on how the file is read
@@ -263,9 +268,9 @@ def start_model(
     theirs = released.state_dict()
     if new_head:
         model = models.build(arch, len(names))
-        own = model.state_dict()
-        fresh = {name: own[name] for name in own if name.startswith(model.class_head)}
-        kept = {name: value for name, value in theirs.items() if not name.startswith(model.class_head)}
+        own, class_head = model.state_dict(), _class_head(model)
+        fresh = {name: own[name] for name in own if name.startswith(class_head)}
+        kept = {name: value for name, value in theirs.items() if not name.startswith(class_head)}
         say(f"{path}: the class head starts fresh as a whole (new_head): {len(fresh)} entries")
         load_state(model, kept | fresh, path)
         return model
@@ -288,9 +293,9 @@ def start_model(
 
 
 def join_heads(model: nn.Module, released: nn.Module, columns: Sequence[int | None]) -> dict[str, Tensor]:
-    """The state of `released` with the class rows that `model` has, from both: see weights.take_rows."""
+    """The state dict of `released`, with class rows for the classes of `model`, from both: see weights.take_rows."""
     own, state = model.state_dict(), dict(released.state_dict())
-    for fresh_rows, released_rows in zip(model.class_rows, released.class_rows):
+    for fresh_rows, released_rows in zip(_class_rows(model), _class_rows(released)):
         pattern = weights.row_pattern(fresh_rows.layer)
         for name in [name for name in own if name in state and pattern.match(name)]:
             state[name] = weights.take_rows(
@@ -299,33 +304,42 @@ def join_heads(model: nn.Module, released: nn.Module, columns: Sequence[int | No
     return state
 
 
+def _class_head(model: nn.Module) -> tuple[str, ...]:
+    return cast(tuple[str, ...], model.class_head)  # structures.Detector declares it; models.build returns nn.Module
+
+
+def _class_rows(model: nn.Module) -> tuple[weights.ClassRows, ...]:
+    return cast(tuple[weights.ClassRows, ...], model.class_rows)  # as _class_head
+
+
 def describe_join(names: Sequence[str], released_names: Sequence[str], columns: Sequence[int | None]) -> str:
+    """One line: the classes whose rows were kept, those that start fresh, and how many of the file's are unused."""
     taken = [(name, released_names[column]) for name, column in zip(names, columns) if column is not None]
-    words = [name if name == theirs else f"{name} from {theirs}" for name, theirs in taken]
+    pairs = [name if name == theirs else f"{name} from {theirs}" for name, theirs in taken]
     fresh = [name for name, column in zip(names, columns) if column is None]
     num_left = len(set(range(len(released_names))) - set(columns))
     return (
-        f"class rows taken over by name: {', '.join(words) or 'none'}; start fresh: {', '.join(fresh) or 'none'}; "
+        f"class rows taken over by name: {', '.join(pairs) or 'none'}; start fresh: {', '.join(fresh) or 'none'}; "
         f"left in the file: {num_left} of {len(released_names)} classes"
     )
 
 
 def _read_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
-    state, said = weights.read_state_dict(path)
+    state, info = weights.read_state_dict(path)
     count, renamed = _count_and_rename(state, arch, path)
-    if said.names and len(said.names) != count:
-        raise UserError(f"{path}: it names {len(said.names)} classes, and its class head has {count}")
-    known = released_names(arch, count)
-    names = said.names or known or tuple(map(str, range(count)))
+    if info.names and len(info.names) != count:
+        raise UserError(f"{path}: it names {len(info.names)} classes, and its class head has {count}")
+    published = released_names(arch, count)
+    names = info.names or published or tuple(map(str, range(count)))
     model = models.build(arch, count, **models.head_of(arch, count, renamed))
     weights.load_public(model, state, source=str(path))
-    names_from = "the file" if said.names else "the release" if known else "nothing"
-    image_size = said.image_size or PUBLIC_IMAGE_SIZE
+    names_from: NamesFrom = "the file" if info.names else "the release" if published else "nothing"
+    image_size = info.image_size or PUBLIC_IMAGE_SIZE
     return model, CheckpointInfo(arch, names, image_size, source="public", names_from=names_from)
 
 
 def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:
-    """K of a public state dict: the length of the class head's last bias grows by the same amount with each class."""
+    """K of a public state dict: the last bias of the class head grows by a fixed length with each class."""
     return _count_and_rename(state, arch, path)[0]
 
 
@@ -337,7 +351,7 @@ def _count_and_rename(state: dict[str, Tensor], arch: str, path: str | Path) -> 
     except KeyError as error:
         raise UserError(f"{path}: is not {arch}: {error.args[0]}") from None
     sizes = {name: (len(t), len(two.state_dict()[name])) for name, t in one.state_dict().items() if t.dim() == 1}
-    heads = [name for name in sizes if name.startswith(one.class_head) and sizes[name][0] != sizes[name][1]]
+    heads = [name for name in sizes if name.startswith(_class_head(one)) and sizes[name][0] != sizes[name][1]]
     name = next((name for name in reversed(heads) if name in ours), None)
     if name is None:
         raise UserError(f"{path}: has no class head of {arch}")

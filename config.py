@@ -1,13 +1,14 @@
 """YAML <-> frozen dataclasses. An experiment is one YAML file; `key=value` arguments override it.
 
-Every value is checked against the type of its field, and an unknown key is an error that names the nearest known
-one. Modules never see a config: train.py turns it into plain keyword arguments.
+Every value is checked against the type of its field. An unknown key is an error that names the nearest key. No module
+takes a config: train.py turns it into plain keyword arguments.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,58 +16,55 @@ from typing import Any, Literal
 from errors import UserError
 from yaml_files import parse_yaml, read_yaml
 
-NEAR = 0.7  # difflib's ratio from which a known key is offered for an unknown one; less is another word
+NEAR = 0.7  # difflib's ratio from which an error offers a key for an unknown one; below it they are other words
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures are. `root` and the splits are as datasets.open_dataset takes them."""
+    """Where the pictures are. `root` and the splits are arguments of datasets.open_dataset."""
 
     format: Literal["voc", "coco", "yolo", "kitti", "shapes"]  # how the labels are stored
-    root: str  # the folder of the set; of a YOLO set also its yaml file
-    train: str = "train"  # the split that is learnt from; "a+b" joins two of a VOC set
-    test: str = "test"  # the split that every number is measured on
-    train_root: str | None = None  # the root of the training split alone, such as a synthetic set; None: `root`
+    root: str  # the folder of the set; for a YOLO set its yaml file works too
+    train: str = "train"  # the split to train on; "a+b" joins two of a VOC set
+    test: str = "test"  # the split to measure on
+    train_root: str | None = None  # another root for the training split, such as a synthetic set; None: `root`
     train_format: Literal["voc", "coco", "yolo", "kitti", "shapes"] | None = None  # of train_root; None: `format`
-    pictures_per_epoch: int = 0  # passes over the set are cut into epochs of this many; 0: one pass an epoch
-    max_samples: int = 0  # train on at most this many pictures, a random choice that is always the same; -1, 0: all
-    classes: tuple[str, ...] = ()  # only these classes of the set count, in this order; none: all of them
-    allow_overlap: bool = False  # allow a test split of which every picture is trained on, too
-    holdout_fraction: float = 0.0  # share of training pictures that are kept aside; `best.pt` is chosen on them
-    max_bad_fraction: float = 0.01  # more bad samples than this stop the run
+    pictures_per_epoch: int = 0  # pictures of an epoch, cut from passes over the split; 0: one pass
+    max_samples: int = 0  # train on at most this many pictures, the same random choice each time; -1, 0: all
+    classes: tuple[str, ...] = ()  # use only these classes of the set, in this order; none: all of them
+    allow_overlap: bool = False  # allow a test split whose pictures are all trained on
+    holdout_fraction: float = 0.0  # share of the training pictures kept aside to choose `best.pt` on
+    max_bad_fraction: float = 0.01  # a larger share of bad samples stops the run
     cache: bool = True  # keep the decoded, resized uint8 pictures in memory (3 * image_size^2 bytes each)
     workers: int = 0  # processes that read pictures; 0: the training process reads them
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A detector: a name of models.build, and where its weights come from (none: fresh)."""
+    """A detector: its architecture and where its weights come from."""
 
     arch: str  # a key of models.ARCHITECTURES
     weights: str | None = None  # a released file, or a checkpoint of ours; None: fresh
     backbone_weights: str | None = None  # an ImageNet file for a Faster R-CNN's backbone, or a folder of them
-    trainable_stages: int | None = None  # how many of the deepest stages of a Faster R-CNN's backbone learn; None: all
-    frozen_norms: bool = False  # BatchNorms of a Faster R-CNN's backbone stay as they are, for small batches
-    new_head: bool = False  # start the whole class head fresh; otherwise rows are taken over by class name
+    trainable_stages: int | None = None  # number of last stages of a Faster R-CNN's backbone to train; None: all
+    frozen_norms: bool = False  # freeze the BatchNorms of a Faster R-CNN's backbone, for small batches
+    new_head: bool = False  # start the whole class head fresh; otherwise classes with the same name keep their rows
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """A frozen model that teaches. Without weights, compare.py trains it in place on the same data.
+    """A frozen model that teaches. If it has no weights, compare.py first trains it on the same data ("in place")."""
 
-    arch: a name of models.build or models.build_teacher; or ema, the running average of the student itself.
-    """
-
-    name: str  # that terms call it by
-    arch: str  # a key of models.ARCHITECTURES or models.TEACHERS, or ema
+    name: str  # the terms refer to it by this name
+    arch: str  # a key of models.ARCHITECTURES or models.TEACHERS; or ema, the running mean of the student's own weights
     weights: str | None = None  # a released file, or a checkpoint of ours
-    image_size: int | None = None  # of the images it is given, in pixels; None: the student's, rounded to its stride
-    aliases: dict[str, Any] = field(default_factory=dict)  # {the dataset's name of a class: the teacher's}
+    image_size: int | None = None  # side of its images in pixels; None: the student's, rounded to the teacher's stride
+    aliases: dict[str, Any] = field(default_factory=dict)  # the dataset's name of a class: the teacher's name
     vocabulary: str | None = None  # the file of CLIP's vocabulary; None: where datasets.download puts it
     epochs: int | None = None  # epochs of training in place; None: as many as the student
     start_weights: str | None = None  # training in place starts from this file, as student.weights
-    backbone_weights: str | None = None  # or its backbone does, as student.backbone_weights
-    optimizer: dict[str, Any] = field(default_factory=dict)  # what differs when trained in place
+    backbone_weights: str | None = None  # its backbone starts from this file, as student.backbone_weights
+    optimizer: dict[str, Any] = field(default_factory=dict)  # keys of `optimizer` that differ for training in place
 
 
 @dataclass(frozen=True)
@@ -75,16 +73,16 @@ class TermConfig:
 
     teacher: str  # the name of one of `teachers`
     loss: str  # a name in distill.terms.LOSSES
-    weight: float  # of the loss in the sum that is minimised
+    weight: float  # factor of the loss in the total
     student_maps: tuple[str, ...] = ()  # maps or logits of the student; none: the loss compares boxes or whole outputs
-    teacher_maps: tuple[str, ...] = ()  # none: the same names as student_maps
-    name: str | None = None  # of its column in metrics.csv; None: loss_teacher
+    teacher_maps: tuple[str, ...] = ()  # maps or logits of the teacher; none: the same names as student_maps
+    name: str | None = None  # its column in metrics.csv; None: loss_teacher
     adapter: Literal["none", "conv1x1", "conv1x1_norm", "conv3x3", "mlp"] = "none"  # widens the student's map
     warmup_epochs: float = 0.0  # the weight rises linearly from 0
     stop_epoch: float | None = None  # the term is off from here on
-    decay: Literal["none", "linear", "cosine"] = "none"  # how the weight falls towards final_fraction at the last epoch
-    final_fraction: float = 0.0  # what remains of the weight at the end, as a fraction
-    content_only: bool = False  # for losses of maps: both maps are 0 in the padding beside a picture
+    decay: Literal["none", "linear", "cosine"] = "none"  # how the weight falls to final_fraction at the last epoch
+    final_fraction: float = 0.0  # the share of the weight that remains at the end
+    content_only: bool = False  # for losses on maps: set both maps to 0 in the padding of an image
     parameters: dict[str, Any] = field(default_factory=dict)  # of the loss: see docs/losses
 
 
@@ -98,19 +96,19 @@ class OptimizerConfig:
     schedule: Literal["linear", "cosine"] = "linear"  # how the learning rate falls after the warm-up
     momentum: float = 0.937  # of SGD; beta_1 of AdamW
     weight_decay: float = 5e-4  # not on biases and normalisation
-    warmup_epochs: float = 3.0  # rates and momentum move linearly to their values
-    warmup_momentum: float = 0.8  # of SGD, at the first step
-    warmup_bias_learning_rate: float = 0.1  # of SGD, of biases at the first step
+    warmup_epochs: float = 3.0  # rates and momentum move linearly to their values in these epochs
+    warmup_momentum: float = 0.8  # momentum of SGD at the first step
+    warmup_bias_learning_rate: float = 0.1  # learning rate of the biases at the first step, SGD only
     clip_norm: float = 10.0  # largest norm of the gradient; 0: not clipped
     accumulate: int = 1  # batches per optimizer step
     sum_over_batch: bool = True  # multiply the loss by the batch size, as the published YOLO rates expect
-    ema_decay: float = 0.9999  # of the running mean of the weights, which is what is evaluated
+    ema_decay: float = 0.9999  # decay of the running mean of the weights; the mean is what is evaluated
     ema_ramp_steps: float = 2000.0  # decay(step) = ema_decay * (1 - exp(-step / ramp))
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities and ranges of datasets.augment; all zero: the picture as it is."""
+    """Probabilities and ranges of datasets.augment. All zero: images stay unchanged."""
 
     mosaic: float = 1.0  # probability
     mixup: float = 0.0  # probability
@@ -128,20 +126,20 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How metrics.csv, best.pt and report.json are measured, and eval.py measures a checkpoint that carries this.
+    """How a run measures metrics.csv, best.pt and report.json; eval.py measures the run's checkpoints in the same way.
 
-    Thresholds that a file does not give are those that the student's family is published with
-    (models.published_detection); a run saves the numbers it uses.
+    Thresholds that are not given are the published ones of the student's family (models.published_detection). A run
+    saves the numbers it uses.
     """
 
     every_epochs: int = 1  # epochs between two evaluations; 0: only at the end
-    protocol: Literal["coco", "voc07", "voc12"] = "coco"  # of the numbers; best.pt goes by its mAP
-    ignore_difficult: bool = True  # objects that training ignores (VOC's difficult) are neither found nor missed
-    score_threshold: float | None = None  # detections below are dropped
-    iou_threshold: float | None = None  # above which non-maximum suppression drops the weaker box
-    max_detections: int | None = None  # kept in an image
+    protocol: Literal["coco", "voc07", "voc12"] = "coco"  # the metric; its mAP chooses best.pt
+    ignore_difficult: bool = True  # leave objects that training ignores (VOC's difficult) out of the numbers
+    score_threshold: float | None = None  # detections with a lower score are dropped
+    iou_threshold: float | None = None  # non-maximum suppression drops a box with a higher IoU with a better one
+    max_detections: int | None = None  # the most detections of an image
     batch_size: int = 32  # images of one forward pass
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of every evaluation, on the way and at the end
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of every evaluation, during training and at its end
 
     @property
     def counts_difficult(self) -> bool:
@@ -149,13 +147,13 @@ class EvaluationConfig:
         return self.protocol == "coco" and not self.ignore_difficult
 
     def completed(self, published: Any) -> "EvaluationConfig":
-        """With the thresholds of `published` (models.DetectionSettings) where this gives none."""
+        """A copy whose missing thresholds are those of `published` (models.DetectionSettings)."""
         names = ("score_threshold", "iou_threshold", "max_detections")
         missing = {name: getattr(published, name) for name in names if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of engine.evaluation.measuring.evaluate_model: all but when to evaluate."""
+        """Keyword arguments of engine.evaluation.measuring.evaluate_model: all fields except every_epochs."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "every_epochs"}
 
 
@@ -163,34 +161,34 @@ class EvaluationConfig:
 class Config:
     """One experiment. The top level of the YAML file."""
 
-    name: str  # of the folder in `runs`
+    name: str  # name of the run's folder in `runs`
     data: DataConfig  # where the pictures are
     student: ModelConfig  # what is trained
     teachers: tuple[TeacherConfig, ...] = ()  # frozen models
     terms: tuple[TermConfig, ...] = ()  # the distillation losses
     detection_weight: float = 1.0  # weight of the student's own losses beside the terms
-    teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by how well each predicts labels
-    teacher_cache_gigabytes: float = 0.0  # keep outputs of teachers on disk, without augmentation only; 0: no
+    teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by each teacher's fit to the labels
+    teacher_cache_gigabytes: float = 0.0  # keep the teachers' outputs on disk; only without augmentation; 0: no
     epochs: int = 100  # passes over the training pictures
     batch_size: int = 16  # images of a batch, over all processes
-    image_size: int = 640  # side of the square image, a multiple of 32
-    seed: int = 0  # of everything that is drawn
+    image_size: int = 640  # side of the square image in pixels, a multiple of 32
+    seed: int = 0  # of all random numbers
     optimizer: OptimizerConfig = OptimizerConfig()  # how it learns
     augment: AugmentConfig = AugmentConfig()  # how images are changed
     evaluation: EvaluationConfig = EvaluationConfig()  # how it is measured
     device: str = "auto"  # a device of torch; auto: cuda where there is one
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the hardware computes in it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware computes in it
     channels_last: bool = True  # memory layout of images and weights
     compile: bool = False  # torch.compile the student and the teachers
     patience: int = 0  # epochs without a better held-out mAP before stopping; 0: never
-    save_every_steps: int = 0  # steps between two savings within an epoch; 0: saved at its end only
+    save_every_steps: int = 0  # steps between two checkpoints within an epoch; 0: only at its end
     runs: str = "runs"  # the folder of all runs
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The Config in a YAML file, after `section.key=value` overrides. UserError names the key and what was expected.
 
-    A list is addressed by index: `terms.0.weight=2.0`. A value is parsed as YAML: `teachers=[]` removes all.
+    An index addresses an item of a list: `terms.0.weight=2.0`. A value is parsed as YAML: `teachers=[]` removes all.
     """
     tree = read_tree(path, overrides)
     if "rows" in tree:
@@ -204,7 +202,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return from_tree(Config, tree, source=str(path))
 
 
-def read_tree(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a YAML file after overrides, not yet checked."""
     tree = read_yaml(path)
     if not isinstance(tree, dict):
@@ -215,7 +213,7 @@ def read_tree(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
 
 
 def apply_override(tree: dict, override: str) -> None:
-    """Set `a.b.0.c=value` in a tree of dicts and lists, in place; missing dicts are made."""
+    """Set `a.b.0.c=value` in a tree of dicts and lists, in place. Missing dicts are added."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"argument {override!r}: expected key=value")
@@ -246,18 +244,18 @@ def _list_index(node: list, part: str, override: str) -> int:
 
 
 def from_tree(cls: type, tree: Any, *, source: str, key: str = "") -> Any:
-    """A frozen dataclass from a dict of plain values; every key known, every type checked."""
+    """An instance of the dataclass `cls` from a dict of plain values. UserError for an unknown key or a wrong type."""
     if not isinstance(tree, dict):
         raise UserError(f"{source}: {key or 'top level'}: found {tree!r}, expected keys and values")
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    own_fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in tree:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=NEAR)
-            advice = f"did you mean {_join(key, near[0])!r}?" if near else f"expected one of {', '.join(known)}"
+        if name not in own_fields:
+            near = difflib.get_close_matches(str(name), own_fields, n=1, cutoff=NEAR)
+            advice = f"did you mean {_join(key, near[0])!r}?" if near else f"expected one of {', '.join(own_fields)}"
             raise UserError(f"{source}: unknown key {_join(key, name)!r}, {advice}")
     hints = typing.get_type_hints(cls)
     values = {name: _convert(hints[name], tree[name], source, _join(key, name)) for name in tree}
-    for name, f in known.items():
+    for name, f in own_fields.items():
         if name not in values and f.default is f.default_factory is dataclasses.MISSING:
             raise UserError(f"{source}: key {_join(key, name)!r} is missing")
     return cls(**values)
@@ -268,7 +266,7 @@ def _join(key: str, name: Any) -> str:
 
 
 def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
-    """`value` as the annotated type, or a UserError; ints pass for floats, nothing else is coerced."""
+    """`value` as the annotated type, or a UserError. An int becomes a float where needed; nothing else is coerced."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
 
     def fail(expected: str) -> UserError:
@@ -290,7 +288,7 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise fail("keys and values")
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_tree(hint, value, source=source, key=key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -300,7 +298,7 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
 
 
 def to_tree(config: Any) -> Any:
-    """Dataclasses back to plain dicts and lists; from_tree(Config, to_tree(c)) == c."""
+    """The plain dicts and lists of a dataclass: from_tree(Config, to_tree(c), source="") == c."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, list | tuple):

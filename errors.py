@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 
 class UserError(Exception):
     """A mistake in a path, key, label line, picture, checkpoint or argument.
 
     The message is one line: the file, the line or key, what was found, and what was expected.
-    `exit_code` is 2 for usage and data; 3 non-finite numbers; 4 out of memory; 5 the disk.
+    `exit_code` is 2 for usage and data, 3 for non-finite numbers, 4 for lack of memory, 5 for the disk.
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
@@ -17,9 +18,10 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Call `main(sys.argv[1:])` and exit with what it returns; a UserError becomes one line on stderr, Ctrl-C one word.
+    """Call `main(sys.argv[1:])` and exit with its result (None: 0).
 
-    A reader that closes our output early (`| head`) ends the script without a traceback.
+    A UserError becomes one line on stderr, Ctrl-C one word. If the reader of our output closes it early (`| head`),
+    the script ends without a traceback.
     """
     try:
         code = main(sys.argv[1:]) or 0
@@ -36,8 +38,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     raise SystemExit(code)
 
 
-def require(module: str, extra: str, purpose: str):
-    """Import an optional library, or say what to install. Call it before any work starts."""
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional library. UserError with the install command where it is absent. Call it before any work."""
     import importlib
 
     try:

@@ -1,8 +1,7 @@
-"""Reading and writing YAML as this field writes it.
+"""Read and write YAML with the scalars of YAML 1.2.
 
-What plain YAML gets wrong is mended here: `1e-3` is a number, `no` and `12:30` are text, `010` is ten, and a key
-given twice, an alias or a deeply nested file is an error. Everything goes through one SafeLoader subclass, which
-constructs plain values only.
+Differences from PyYAML's defaults: `1e-3` is a number, `no` and `12:30` are text, `010` is ten. A key given twice, an
+alias or a deeply nested file is an error. One subclass of SafeLoader reads everything; it makes plain values only.
 """
 
 import re
@@ -57,7 +56,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 class _TextLoader(_Loader):
-    """The same, with every scalar a string."""
+    """As _Loader, but every scalar is a string."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (PyYAML's own name and form)
 
@@ -67,10 +66,10 @@ MAX_YAML_DEPTH = 50
 
 
 def read_yaml(path: str | Path, *, as_text: bool = False) -> Any:
-    """Plain Python values of a YAML file of at most 1 MiB, nested at most 50 deep, without aliases.
+    """The plain Python values in a YAML file. UserError for a file over 1 MiB, nested deeper than 50, or with aliases.
 
-    Scalars follow YAML 1.2's core schema (`1e-3` is a float, `no` and `12:30` are strings); with `as_text` every
-    scalar stays the string it is written as (class names: `1e3`, `null`). UserError otherwise.
+    Scalars follow YAML 1.2's core schema (`1e-3` is a float, `no` and `12:30` are strings). With `as_text` every scalar
+    stays the string in the file; class names such as `1e3` and `null` need that.
     """
     path = Path(path)
     try:
@@ -86,15 +85,16 @@ def read_yaml(path: str | Path, *, as_text: bool = False) -> Any:
 
 
 def parse_yaml(text: str, source: str, *, as_text: bool = False) -> Any:
-    """As read_yaml, from text; `source` names it in errors."""
+    """As read_yaml, but from a text. `source` names the text in errors."""
     depth = 0
     try:
         for event in yaml.parse(text, Loader=_Loader):
+            line = event.start_mark.line + 1 if event.start_mark else "?"
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{source}:{event.start_mark.line + 1}: aliases (*{event.anchor}) are not supported")
+                raise UserError(f"{source}:{line}: aliases (*{event.anchor}) are not supported")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH:
-                raise UserError(f"{source}:{event.start_mark.line + 1}: nested deeper than {MAX_YAML_DEPTH}")
+                raise UserError(f"{source}:{line}: nested deeper than {MAX_YAML_DEPTH}")
         return yaml.load(text, Loader=_TextLoader if as_text else _Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
@@ -104,12 +104,12 @@ def parse_yaml(text: str, source: str, *, as_text: bool = False) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """YAML text that read_yaml reads back to the same values, key order kept; a string such as `1e3` is quoted."""
+    """YAML text that read_yaml turns back into the same values in the same order. Strings like `1e3` are quoted."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or our 1.2 scalars would read as something else than a string."""
+    """Quotes each string that YAML 1.1 or our 1.2 scalars would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

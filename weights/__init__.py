@@ -1,11 +1,11 @@
-"""Files of released weights -> named tensors -> our models, without running anything that a file names.
+"""Files of released weights -> named tensors -> our models. Nothing that a file names is run.
 
-load          read_state_dict, load_public, and the tables that map released names to ours: what others call
+load          what other folders call: read_state_dict, load_public, and renaming released names to ours by tables
 class_rows    which outputs of a class head belong to which class
-containers    torch zip, TorchScript, legacy torch, safetensors, npz, as bytes
-inert_pickle  pickles read as data
-places        where in an opened container the weights are
-families      which released model a set of names looks like
+containers    torch zip, TorchScript, legacy torch, safetensors and npz, read as bytes
+inert_pickle  pickles, read as data
+places        where the weights are in an opened container
+families      guess a released model by its names and shapes
 
 `python -m weights inspect FILE` describes a file.
 """

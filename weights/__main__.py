@@ -1,4 +1,4 @@
-"""python -m weights inspect FILE: what a public weights file is; nothing in it is run."""
+"""python -m weights inspect FILE: describe a public weights file. Nothing in it is run."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from weights.load import read_state_dict
 
 
 def describe(path: str | Path, num_first: int = 5) -> str:
-    """What a weights file is, in lines of text."""
+    """A description of a weights file, one property a line, then its first `num_first` tensors."""
     state, info = read_state_dict(path)
     classes = f"{len(info.names)}: {', '.join(info.names[:10])}{', ...' if len(info.names) > 10 else ''}"
     checks = ["CRC-32 of every entry" if info.has_checksum else "the container has no checksum"]
@@ -32,8 +32,8 @@ def describe(path: str | Path, num_first: int = 5) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(prog="python -m weights", description="Say what a public weights file is.")
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weights", description="Describe a public weights file.")
     parser.add_argument("command", choices=["inspect"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--tensors", type=int, default=5, help="how many entries to list (default 5)")

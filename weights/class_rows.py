@@ -1,4 +1,4 @@
-"""Which outputs of a class head belong to which class, and taking them over from a head of other classes."""
+"""Which outputs of a class head belong to which class, and how to copy them from a head of other classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassRows:
-    """How the outputs (dim 0 of weight and bias) of some layers of a detector belong to its K classes.
+    """Which outputs (rows, dim 0 of weight and bias) of some layers of a detector belong to which of its K classes.
 
-        (groups * (shared + K * each + others), ...)
+        rows = groups * (shared + K * each + others)
 
-    layer: where the names of the entries begin; each {} is one integer. groups: one after the other, such as the
-    anchors of a cell. In a group, first `shared` rows of no class (box and objectness, or the background), then `each`
-    rows of every class in its order, then `others` rows of classes that the detector tells apart but does not report.
+    layer: how the names of the layers' entries begin; each {} is one integer.
+    groups: equal blocks, one after the other, such as the anchors of a cell. The order within a block:
+    shared: first the rows that belong to no class: box and objectness, or the background.
+    each: then this many rows for each class, in the order of the classes.
+    others: then the rows of classes that the detector distinguishes but does not report.
     """
 
     layer: str
@@ -25,7 +27,7 @@ class ClassRows:
     others: int = 0
 
     def split(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of an entry: shared (groups, shared, ...), classes (groups, K, each, ...), others likewise."""
+        """The rows of an entry: shared (groups, shared, ...), classes (groups, K, each, ...), others as classes."""
         rows = value.unflatten(0, (self.groups, -1))
         num_own = rows.shape[1] - self.shared - self.others
         shared, classes, others = rows.split((self.shared, num_own, self.others), dim=1)
@@ -35,10 +37,10 @@ class ClassRows:
 def take_rows(
     fresh: Tensor, released: Tensor, columns: Sequence[int | None], *, fresh_rows: ClassRows, released_rows: ClassRows
 ) -> Tensor:
-    """An entry of a head whose class k has the rows of the released head's class columns[k]; None: those of `fresh`.
+    """A head's entry with K classes: class k gets the rows of the released class columns[k], or of `fresh` for None.
 
-    What belongs to no class is taken over. Where fresh_rows has `others`, they are the released head's own others, then
-    its classes that are not in `columns`.
+    Shared rows are the released ones. If fresh_rows has `others`, they are the released head's others, then its classes
+    that are not in `columns`.
     """
     shared, classes, others = released_rows.split(released)
     own = fresh_rows.split(fresh)[1]

@@ -1,10 +1,10 @@
 """The containers weights are published in, read as bytes: torch zip, TorchScript zip, legacy torch, safetensors, npz.
 
-`open_weights` tells them apart by their first bytes, checks what the container promises (no entry twice, sizes that
-agree, CRC-32 where the format has one) and returns a `Content`. Pickles inside go through inert_pickle. Formats:
-torch.save's two layouts as the files show them; safetensors as its format description says; npy 1.0 and 2.0.
+`open_weights` tells them apart by their first bytes, checks the container (no entry twice, sizes that agree, CRC-32
+where the format has one) and returns a `Content`. inert_pickle reads the pickles inside. Formats: torch.save's two
+layouts, as found in its files; safetensors, by its format description; npy 1.0 and 2.0.
 
-Not read: what needs the file's own code, the tar layout of torch before 0.2, sparse and quantized tensors, float8.
+Not read: files that need code of their own, the tar layout of torch before 0.2, sparse and quantized tensors, float8.
 """
 
 import io
@@ -35,7 +35,7 @@ MAX_FILE_BYTES = 4 << 30
 MAX_PICKLE_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 MAX_ZIP_ENTRIES = 20_000
-MAX_COPIES = 4  # tensors may share storage; all of them together are at most this many times the file
+MAX_COPIES = 4  # tensors may share storage; all together they may have this many times the size of the file
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 SAFETENSORS_DTYPES = {
@@ -57,7 +57,7 @@ NUMPY_DTYPES = {
         "u1": "uint8", "b1": "bool",
     }.items()
 }  # fmt: skip
-FOREIGN = (  # first bytes -> what it is
+FOREIGN = (  # first bytes -> the kind of file
     (b"version https://git-lfs", "a git-LFS pointer, not the file it stands for: fetch it with `git lfs pull`"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
     (b"BZh", "a bzip2 archive: unpack it first"),
@@ -76,11 +76,14 @@ FOREIGN = (  # first bytes -> what it is
 
 @dataclass
 class Content:
-    """A container, opened.
+    """An opened container.
 
-    container: its name. value: what the pickle holds, or names -> Tensor where there is no pickle.
-    load: a TensorRecord of `value` -> its Tensor, copied out of the file. attributes: for TorchScript, the
-    parameters and buffers of each class by its name. metadata: safetensors' free text.
+    container: its name.
+    value: the value of the pickle, or names -> Tensor where there is no pickle.
+    load: a TensorRecord in `value` -> its Tensor, copied out of the file; None where there is no pickle.
+    globals_seen: every name that the pickle mentions.
+    attributes: for TorchScript, class name -> its parameters and buffers.
+    metadata: safetensors' free text.
     """
 
     container: str
@@ -92,7 +95,7 @@ class Content:
 
 
 def open_weights(file: BinaryIO, size: int) -> Content:
-    """file: opened for reading, of `size` bytes. Raises Refused, with one line, for whatever is not weights."""
+    """file: opened for reading, of `size` bytes. Raises Refused, with one line, for a file that is not weights."""
     if size == 0:
         raise Refused("the file is empty")
     head = file.read(512)
@@ -135,7 +138,7 @@ class _Storages:
 
 
 def tensor_from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
-    """(numel,) of little-endian elements, in memory of its own. A bool that is neither 0 nor 1 is refused."""
+    """Little-endian elements -> (numel,), in memory of its own. Raises Refused for a bool that is neither 0 nor 1."""
     if dtype == torch.bool and data.strip(b"\x00\x01"):
         raise Refused("a bool tensor holds a byte that is neither 0 nor 1")
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -182,7 +185,7 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
     if pickle_file.read(1):
         raise Refused("data.pkl has bytes after its end")
 
-    for name in names:  # TorchScript's other pickles hold no weights; they may not hold code either
+    for name in names:  # TorchScript's other pickles hold no weights; reading them refuses code in them
         if name.endswith(".pkl") and name != pickles[0] and not name.startswith((f"{root}code/", f"{root}extra/")):
             InertReader().read(io.BytesIO(_read_entry(archive, name, MAX_PICKLE_BYTES)))
 
@@ -201,11 +204,11 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
 
 
 def _check_local_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """An entry is described twice, where it lies and in the directory at the end; readers differ in which they believe.
+    """A zip describes each entry twice, before its data and in the directory at the end; readers use one or the other.
 
-    Refused where flags, compression or name are not the same, or where it is encrypted: another reader would see
-    another file.
+    Raises Refused if flags, compression or name differ: another reader would find another file. Also if encrypted.
     """
+    assert archive.fp is not None  # the archive is open
     archive.fp.seek(entry.header_offset)
     head = archive.fp.read(30)
     if len(head) < 30 or head[:4] != b"PK\x03\x04":
@@ -219,7 +222,7 @@ def _check_local_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Non
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    """The whole entry, CRC-32 checked, at most `limit` bytes."""
+    """The whole entry, its CRC-32 checked. Raises Refused for more than `limit` bytes."""
     if archive.getinfo(name).file_size > limit:
         raise Refused(f"entry {short(name)} is {archive.getinfo(name).file_size:,} bytes; the limit is {limit:,}")
     try:
@@ -236,7 +239,7 @@ _SCRIPT_CLASS = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\
 
 
 def _script_attributes(archive: zipfile.ZipFile, folder: str) -> dict[str, tuple[str, ...]]:
-    """TorchScript's class name -> its parameters, then buffers: the head of each class, which says so as text."""
+    """TorchScript's class name -> its parameters, then buffers, from the text at the head of each class."""
     attributes, bytes_left = {}, MAX_PICKLE_BYTES
     for name in archive.namelist():
         if name.startswith(folder) and name.endswith(".py"):
@@ -268,7 +271,7 @@ def _read_npy(file: io.BytesIO, name: str) -> Tensor:
         shape, is_fortran, dtype = read_header[version](file)
     except Refused:
         raise
-    except Exception as error:  # numpy's header reader lets a dozen kinds through (SyntaxError, TypeError, ...)
+    except Exception as error:  # numpy's header reader raises a dozen kinds (SyntaxError, TypeError, ...)
         raise Refused(f"{short(name)}: damaged npy header ({type(error).__name__})") from None
     if dtype.hasobject or dtype.str[1:] not in NUMPY_DTYPES:
         raise Refused(f"{short(name)}: dtype {short(str(dtype))} is not a number a tensor holds")
@@ -284,8 +287,10 @@ def _read_npy(file: io.BytesIO, name: str) -> Tensor:
 
 
 def _open_legacy(file: BinaryIO, size: int) -> Content:
-    """Five pickles (magic number, protocol, system, the value, the storages' keys), then each storage in that order:
-    its element count as int64, its bytes. The format has no checksum."""
+    """Five pickles (magic number, protocol, system, the value, the storages' keys), then the storages in that order.
+
+    Each storage is its element count as int64 and its bytes. The format has no checksum.
+    """
     reader = InertReader()
     start = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     is_pickle = start.getvalue()[:1] == b"\x80"
@@ -331,7 +336,7 @@ def _open_legacy(file: BinaryIO, size: int) -> Content:
 
 
 def _open_safetensors(file: BinaryIO, size: int) -> Content:
-    """u64 length of a JSON header, the header, the tensors' bytes: every byte belongs to exactly one tensor."""
+    """The length of a JSON header as u64, the header, the tensors' bytes. Each byte belongs to exactly one tensor."""
     length = int.from_bytes(file.read(8), "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise Refused(f"a safetensors header of {length:,} bytes in a file of {size:,}")
@@ -358,7 +363,7 @@ def _open_safetensors(file: BinaryIO, size: int) -> Content:
 
 
 def _safetensors_row(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
-    """(begin, end, name, dtype, shape) of one header entry, checked by itself."""
+    """One header entry -> (begin, end, name, dtype, shape). Raises Refused for an entry that is wrong in itself."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refused(f"tensor {short(name)} lacks dtype, shape or data_offsets, or has more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -1,13 +1,13 @@
-"""Which released model a set of names and shapes looks like, for messages and `python -m weights inspect`."""
+"""Guess a released model by names and shapes, for messages and `python -m weights inspect`."""
 
 import re
 
 YOLO_SIZES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the first convolution
-CLIP_SIZES = {(3,): "rn", (14,): "vit_l14", (16,): "vit_b16", (32,): "vit_b32"}  # by the side of a patch
-DINOV2_SIZES = {(384,): "vits14", (768,): "vitb14", (1024,): "vitl14", (1536,): "vitg14"}  # by the width of a token
+CLIP_SIZES = {3: "rn", 14: "vit_l14", 16: "vit_b16", 32: "vit_b32"}  # by the side of a patch
+DINOV2_SIZES = {384: "vits14", 768: "vitb14", 1024: "vitl14", 1536: "vitg14"}  # by the width of a token
 SIZES = CLIP_SIZES | DINOV2_SIZES  # by the last dimension of the first name of a row
 # fmt: off
-FAMILIES = [  # names that are all there -> what it is; the first row that holds
+FAMILIES = [  # names that must all be there -> the model; the first row that fits counts
     (("model.0.stem1.conv.weight", "model.28.dec_score_head.0.weight"), "rtdetr-l (Ultralytics)"),
     (("model.0.stem1.conv.weight", "model.32.dec_score_head.0.weight"), "rtdetr-x (Ultralytics)"),
     (("decoder.dec_score_head.0.weight", "backbone.res_layers.2.blocks.22.branch2c.conv.weight"), "rtdetr_r101vd"),
@@ -41,7 +41,7 @@ FAMILIES = [  # names that are all there -> what it is; the first row that holds
 
 
 def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """The model that released names and shapes look like ("yolov8n"); None where nothing is recognised."""
+    """The model that released names and shapes look like, such as "yolov8n"; None where nothing is recognised."""
     stem = shapes.get("model.0.conv.weight", ())
     if len(stem) == 4 and stem[1] == 3:
         size = YOLO_SIZES.get(stem[0], "?")
@@ -61,5 +61,6 @@ def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
         return f"another Ultralytics YOLO (its head is layer {heads[-1]})" if heads else None
     for names, family in FAMILIES:
         if all(name in shapes for name in names):
-            return family.format(size=SIZES.get(shapes[names[0]][-1:], "?"))
+            shape = shapes[names[0]]
+            return family.format(size=SIZES.get(shape[-1], "?") if shape else "?")
     return None

@@ -1,12 +1,12 @@
 """Pickles as torch.save writes them, read as data: a small stack machine that imports nothing and calls nothing.
 
-A pickle is a program. Python's own reader imports what the program names and calls it; this one knows the opcodes
-and a dozen names (CONSTRUCTORS, STORAGE_DTYPES), for which it builds plain dicts, sets, tuples and `TensorRecord`s
-by itself. A name that belongs to a model's own classes (INERT_NAMES) becomes an `Inert` object: its name, its
-arguments and its state, nothing more. Every other name ends the reading with a `Refused` that says which.
+A pickle is a program. Python's own reader imports what the program names, and calls it. This reader interprets the
+opcodes and a dozen names (CONSTRUCTORS, STORAGE_DTYPES), for which it builds plain dicts, sets, tuples and
+`TensorRecord`s itself. A name of a model's own classes (INERT_NAMES) becomes an `Inert` object: its name, its arguments
+and its state, nothing more. Every other name raises `Refused` with that name.
 
-Deliberate differences from pickle: text persistent ids, extension codes, out-of-band buffers, a key given twice in
-one dict, keys that are not plain values, bytes after the end, and whatever goes beyond the limits are refused.
+Refused, unlike in pickle: text persistent ids, extension codes, out-of-band buffers, a key given twice in one dict,
+keys that are not plain values, bytes after the end, and anything beyond the limits below.
 """
 
 import io
@@ -40,7 +40,7 @@ CONSTRUCTORS = frozenset(
     {
         "collections.OrderedDict",
         "builtins.set",
-        "__builtin__.set",  # as Python 2 and protocol 2 name it
+        "__builtin__.set",  # its name in Python 2 and protocol 2
         "torch.Size",
         "torch._utils._rebuild_tensor",
         "torch._utils._rebuild_tensor_v2",
@@ -63,11 +63,11 @@ INERT_NAMES = re.compile(
 
 
 class Refused(Exception):
-    """Why a file is not read: one line, without the file's name."""
+    """The reason why a file is not read: one line, without the file's name."""
 
 
 class ForbiddenName(Refused):
-    """The pickle names something that is neither a part of a tensor nor a class of a model."""
+    """The pickle names a thing that is neither part of a tensor nor a class of a model."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class StorageRecord:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A strided view of a storage; checked to lie inside it and to hold no more elements than it."""
+    """A strided view of a storage. _view has checked that it lies inside the storage and has no more elements."""
 
     storage: StorageRecord
     offset: int
@@ -95,14 +95,14 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Global:
-    """A name the pickle mentions: never looked up."""
+    """A name that the pickle mentions. It is never looked up."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Inert:
-    """An object of a class we do not have: the class's name, the arguments it was made with, the state it was given."""
+    """An object of a class we do not have: the class's name, the constructor's arguments, the state set by BUILD."""
 
     name: str
     args: tuple = ()
@@ -111,7 +111,7 @@ class Inert:
 
 
 def short(value: object, limit: int = 60) -> str:
-    """repr of a plain value, cut to `limit` characters; the type's name for anything else (reprs may be bombs)."""
+    """repr of a plain value, cut to `limit` characters; for anything else the type's name (its repr may be huge)."""
     if isinstance(value, str):
         text = repr(value[: limit + 1])
     elif isinstance(value, bool | int | float | bytes | None):
@@ -131,7 +131,7 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class InertReader:
-    """The stack machine. One reader per file: it remembers the storages and the names it met across several pickles."""
+    """The stack machine. One reader per file: its storages and globals_seen collect over the file's pickles."""
 
     def __init__(self) -> None:
         self.globals_seen: set[str] = set()
@@ -139,7 +139,7 @@ class InertReader:
         self.copied = 0
 
     def read(self, file: io.BytesIO) -> Any:
-        """The value of the pickle that starts at the file's position, which then stands just after it."""
+        """The value of the pickle at the file's position. Afterwards the position is just behind the pickle."""
         self.stack: list = []
         self.marks: list[list] = []
         self.memo: dict[int, Any] = {}
@@ -186,8 +186,8 @@ class InertReader:
         elif name in {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"}:
             self._fill(name)
         elif name in {"GLOBAL", "STACK_GLOBAL"}:
-            words = tuple(argument.split(" ")) if name == "GLOBAL" else self._pop_many(2)
-            stack.append(self._mention(words))
+            path = tuple(argument.split(" ")) if name == "GLOBAL" else self._pop_many(2)
+            stack.append(self._mention(path))
         elif name in {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}:
             self._make(name, argument)
         elif name == "BUILD":
@@ -253,12 +253,13 @@ class InertReader:
                 raise Refused(f"key {short(key)} is given twice")
             target[key] = value
 
-    def _mention(self, words: tuple) -> Global:
-        if len(words) != 2 or not all(isinstance(word, str) for word in words):
+    def _mention(self, path: tuple) -> Global:
+        """path: (module, name), as the pickle has them."""
+        if len(path) != 2 or not all(isinstance(part, str) for part in path):
             raise Refused("damaged pickle: a global without a module and a name")
-        name = ".".join(words)
-        is_storage = words[0] == "torch" and words[1] in STORAGE_DTYPES
-        if not (name in CONSTRUCTORS or is_storage or (INERT_NAMES.fullmatch(name) and words[1].isidentifier())):
+        name = ".".join(path)
+        is_storage = path[0] == "torch" and path[1] in STORAGE_DTYPES
+        if not (name in CONSTRUCTORS or is_storage or (INERT_NAMES.fullmatch(name) and path[1].isidentifier())):
             raise ForbiddenName(f"it names {short(name, 100)}, which no weights need; nothing was run")
         self.globals_seen.add(name)
         return Global(name)
@@ -267,8 +268,8 @@ class InertReader:
         if opcode == "INST":
             target, args = self._mention(tuple(argument.split(" "))), tuple(self._pop_mark())
         elif opcode == "OBJ":
-            target, *args = self._pop_mark()
-            args = tuple(args)
+            target, *rest = self._pop_mark()
+            args = tuple(rest)
         elif opcode == "NEWOBJ_EX":
             target, args, _ = self._pop_many(3)
         else:
@@ -276,21 +277,21 @@ class InertReader:
         if not isinstance(target, Global) or not isinstance(args, tuple):
             raise Refused(f"damaged pickle: {opcode} on {short(target)}")
         self.copied += sum(len(value) for value in args if isinstance(value, list))
-        if self.copied > MAX_OPCODES:  # one long list made into a set again and again
+        if self.copied > MAX_OPCODES:  # one long list may be made into a set again and again
             raise Refused(f"the pickle copies more than {MAX_OPCODES:,} values")
         self.stack.append(_construct(target.name, args))
 
     def _set_state(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, dict):
-            return  # attributes of an OrderedDict: the state dict's _metadata
+            return  # attributes of an OrderedDict: a state dict's _metadata
         if not isinstance(target, Inert) or target.built:
             raise Refused(f"damaged pickle: BUILD on {short(target)}")
         target.state, target.built = state, True
 
     def _persistent(self, identity: Any) -> StorageRecord | Global:
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
-            if isinstance(identity[1], Global):  # a module's class, in legacy files: with its source, which we leave
+            if isinstance(identity[1], Global):  # a module's class in legacy files; its source is left unread
                 return identity[1]
         if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
             raise Refused("damaged pickle: a persistent id that is not a storage")
@@ -315,7 +316,7 @@ def _checked_plain(value: Any) -> _PLAIN:
 
 
 def _checked_key(key: Any) -> Any:
-    """Keys are compared and hashed, so only values whose hash runs nothing and cannot be made to collide."""
+    """The key, if its hash and comparison run no code and cannot be made to collide; else Refused."""
     if isinstance(key, tuple) and len(key) < 10 and all(isinstance(part, str) for part in key):
         return key
     if not isinstance(key, _PLAIN | Global | Inert) or (isinstance(key, int) and key.bit_length() > 64):
@@ -324,7 +325,7 @@ def _checked_key(key: Any) -> Any:
 
 
 def _construct(name: str, args: tuple) -> Any:
-    """What calling `name` with `args` would have made, for the names we know; an Inert object for the others."""
+    """The plain value that the call `name(*args)` stands for: for CONSTRUCTORS built here, else an Inert object."""
     if name == "collections.OrderedDict":
         if not args or args == ([],):
             return {}

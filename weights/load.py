@@ -1,9 +1,8 @@
-"""Public weight files -> named tensors -> our models, without running anything a file names.
+"""Public weight files -> named tensors -> our models. Nothing that a file names is run.
 
-`read_state_dict` reads a file (weights/containers.py, inert_pickle.py) and finds the weights in it (places.py);
-`rename` maps released names to ours by a table with one row per name pattern; `load_public` applies a
-model's own table, or the one of its layouts that fits, strictly both ways. `python -m weights inspect FILE` says what a
-file is.
+`read_state_dict` reads a file (containers.py, inert_pickle.py) and finds the weights in it (places.py).
+`rename` maps released names to ours by a table with one row per name pattern.
+`load_public` fills a model by the table of the layout that fits. It is strict: no name may be left over on either side.
 """
 
 import hashlib
@@ -14,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,21 @@ HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)$")
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What a file says about itself.
+    """A description of a weights file.
 
-    container: torch zip, TorchScript zip, legacy torch, safetensors or npz. layout: where in it the weights were.
-    names: class names, () where the file has none. image_size: of training, in pixels, where the file says it.
-    num_parameters: elements of all tensors but BatchNorm's running statistics and counters. dtypes: tensors of each.
-    uses_ema: the weights are the running mean. train_args: the plain values among the training arguments.
-    globals_seen: every name the pickle mentions; none was looked up. is_hash_checked: the file's name or the caller
-    gave a SHA-256, and it was right. has_checksum: the container has a CRC-32 of every tensor, which was right.
+    container: torch zip, TorchScript zip, legacy torch, safetensors or npz.
+    layout: where the weights were in it.
+    family: guess_family of the names and shapes.
+    names: class names; () where the file has none.
+    image_size: pixels in training; None where the file does not give it.
+    num_parameters: elements of all tensors except BatchNorm's running statistics and counters.
+    dtypes: name of a dtype -> number of tensors.
+    is_hash_checked: the file's name or the caller gave a SHA-256, and it was right.
+    has_checksum: the container has a CRC-32 of every tensor, and all were right.
+    uses_ema: the weights are the running mean.
+    train_args: the plain values among the training arguments.
+    globals_seen: every name that the pickle mentions; none was looked up.
+    metadata: safetensors' free text.
     """
 
     container: str
@@ -62,12 +69,12 @@ class WeightsInfo:
 def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The named tensors of a public weights file, in the file's order and dtypes, each in memory of its own.
 
-    Nothing the file names is imported or called. Of a checkpoint with a running mean (`ema`), that is what is read.
-    A flipped bit is noticed where the container has checksums (zip, npz); legacy torch files and safetensors have
-    none: give `sha256`, or keep the released name that ends in its first digits, and it is checked.
+    Nothing that the file names is imported or called. If a checkpoint has a running mean (`ema`), that is read.
+    Checksums of the container (zip, npz) reveal a flipped bit. Legacy torch files and safetensors have none: give
+    `sha256`, or keep a released file name that ends in its first digits; both are checked.
 
-    Raises UserError, in one line, for every file that is not whole, not weights, not finite or not harmless. The one
-    infinity allowed is in an entry named attn_mask, which is made of it.
+    Raises UserError, in one line, for a file that is incomplete, not weights, not finite or not harmless. Infinities
+    are allowed only in an entry named attn_mask.
     """
     path = Path(path)
     try:
@@ -76,7 +83,7 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
             raise UserError(f"{path}: not a regular file, expected weights")
         if status.st_size > MAX_FILE_BYTES:
             raise Refused(f"{status.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
-        # broken text makes pickletools and numpy warn before they raise; the refusal says it all
+        # broken text makes pickletools and numpy warn before they raise; the error says enough
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             digest, is_checked = _check_hash(path, file, sha256)
             content = open_weights(file, status.st_size)
@@ -110,10 +117,9 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
 
 
 def check_file(path: str | Path) -> None:
-    """UserError where the container or a pickle in it is not harmless; what it holds is not looked at.
+    """UserError if the container or a pickle in it is not harmless. The tensors are not read.
 
-    For checkpoints of ours, before torch.load sees them: what goes on past this has the names of tensors and plain
-    values alone.
+    Call it on checkpoints of ours before torch.load: an accepted pickle names only tensors, plain values, INERT_NAMES.
     """
     path = Path(path)
     try:
@@ -125,7 +131,8 @@ def check_file(path: str | Path) -> None:
         raise UserError(f"{path}: {error.strerror or error}, expected a checkpoint") from None
 
 
-def _check_hash(path: Path, file: BinaryIO, expected: str | None) -> tuple[str, bool]:
+def _check_hash(path: Path, file: BufferedReader, expected: str | None) -> tuple[str, bool]:
+    """The file's SHA-256, and whether it was compared with one that was promised. Raises Refused where they differ."""
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0)
     in_name = HASH_IN_NAME.search(path.name)
@@ -137,7 +144,7 @@ def _check_hash(path: Path, file: BinaryIO, expected: str | None) -> tuple[str, 
 
 
 def _class_names(value: Any) -> tuple[str, ...]:
-    """("person", ...) of a list of texts, or of a dict 0..K-1 -> text; () of anything else."""
+    """Class names from a list of texts, or from a dict 0..K-1 -> text; () from anything else."""
     if isinstance(value, dict):
         value = [value.get(k) for k in range(len(value))]
     is_list = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
@@ -162,15 +169,15 @@ def _image_size(carriers: list[dict]) -> int | None:
 
 
 def row_pattern(start: str) -> re.Pattern[str]:
-    """One side of a table's row as a pattern for the start of a name: each {} is one integer, the rest is literal."""
+    """The pattern for names that begin with `start`, one side of a table's row: each {} matches one integer."""
     return re.compile(re.escape(start).replace(r"\{\}", r"(\d+)"))
 
 
 def rename(state: dict[str, Tensor], table: list[tuple[str, str | None]]) -> dict[str, Tensor]:
-    """Rename each key by the one row that matches its start; each {} is one integer, and a None row drops the key.
+    """Rename each key by the one row that matches its start. Each {} is one integer; a None row drops the key.
 
-    Raises KeyError for a key claimed by no row or by two, for a row no key used, and for two keys with one
-    target. Values are never touched: a transpose or split gets a named function of its own, with a test.
+    Raises KeyError for a key that no row or two rows match, for a row that no key uses, and for two keys with the same
+    new name. Values stay untouched: a transpose or split is a named function of its own, with a test.
     """
     rows = [(old, row_pattern(old), new) for old, new in table]
     renamed: dict[str, Tensor] = {}
@@ -193,10 +200,10 @@ def rename(state: dict[str, Tensor], table: list[tuple[str, str | None]]) -> dic
 
 
 def fuse_entries(state: dict[str, Tensor], parts: tuple[str, ...], fused: str) -> dict[str, Tensor]:
-    """Entries whose names differ in one of `parts` alone (".query.", ".key.", ".value.") become one.
+    """Join entries whose names differ only in one of `parts` (".query.", ".key.", ".value.") into one entry.
 
-    Its name has `fused` in that place. The values are joined along dim 0 in the order of `parts`, and stand where the
-    first part stood; other entries stay as they are. Raises KeyError where a part is absent or shapes do not join.
+    Its name has `fused` instead of the part, and its place is that of the first part. The values are concatenated along
+    dim 0 in the order of `parts`. Other entries stay unchanged. KeyError if a part is absent or the shapes do not fit.
     """
     joined: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -217,10 +224,11 @@ def fuse_entries(state: dict[str, Tensor], parts: tuple[str, ...], fused: str) -
 
 @dataclass(frozen=True)
 class PublicLayout:
-    """One way a model's weights were released: what the file's names become, and what is done to values before.
+    """One layout in which a model's weights were released.
 
-    table: the rows of `rename`. convert: state -> state, splits, joins or transposes entries, still under released
-    names; what it does not know it hands on, and where an entry it needs is absent it raises KeyError with one line.
+    table: the rows for `rename`.
+    convert: runs before `rename`, state -> state: splits, joins or transposes entries under their released names. It
+        keeps all other entries, and raises KeyError with one line if an entry that it needs is absent.
     """
 
     name: str
@@ -229,15 +237,17 @@ class PublicLayout:
 
 
 def layouts_of(model: nn.Module) -> tuple[PublicLayout, ...]:
-    """`model.public_layouts`, the most usual first; a model without has the one of `model.public_names`."""
-    return getattr(model, "public_layouts", None) or (PublicLayout("released", model.public_names),)
+    """`model.public_layouts`, the most usual first. A model without them has one layout, with `model.public_names`."""
+    layouts = getattr(model, "public_layouts", None)
+    # structures.Detector declares public_names; nn.Module, which models.build returns, does not
+    return layouts or (PublicLayout("released", cast(list[tuple[str, str | None]], model.public_names)),)
 
 
 def rename_public(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], PublicLayout]:
-    """Released weights under our names, and the layout they came in: the first of the model's whose names fit.
+    """Released weights under our names, and their layout: the first of the model's layouts whose names all fit.
 
-    Where none fits it is the one that claims most of the names. KeyError as `rename` raises it, about that one; names
-    that are missing or too many, and shapes, are for the caller to check.
+    If none fits, the layout that matches most names is used, and the KeyError of `rename` is about it. The caller
+    checks shapes, and whether names are missing or unexpected.
     """
     layouts = layouts_of(model)
     own = model.state_dict().keys()
@@ -248,7 +258,7 @@ def rename_public(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str,
             continue
         if all(name.endswith("num_batches_tracked") for name in own ^ renamed.keys()):
             return renamed, layout
-    nearest = max(layouts, key=lambda layout: _count_claimed(layout, state))  # the first of equals
+    nearest = max(layouts, key=lambda layout: _count_claimed(layout, state))  # of equal ones the first
     try:
         return _apply_layout(nearest, state), nearest
     except KeyError as error:
@@ -269,9 +279,11 @@ def _count_claimed(layout: PublicLayout, state: dict[str, Tensor]) -> int:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_public` did: `loaded` names of ours that were filled.
+    """What `load_public` did.
 
-    layout: the name of the PublicLayout the file was read by.
+    source: the file, or the name of the given state.
+    loaded: our names of the entries that were filled.
+    layout: the name of the file's PublicLayout.
     """
 
     source: str
@@ -285,15 +297,14 @@ def load_public(
     *,
     source: str = "the given state",
 ) -> LoadReport:
-    """Fill `model` with public weights: every released name is claimed by one row of the table of one of the model's
-    layouts (`public_layouts`, or the one of `public_names`), every parameter and buffer of ours is filled, every shape
-    is equal; values are cast to the dtype of the parameter.
+    """Fill `model` with public weights by the layout that fits (rename_public). Values are cast to the model's dtypes.
 
     Args:
-        state_or_path: public names -> tensors, or a file that `read_state_dict` reads.
-        source: what the report and errors call a dict; a path goes by its own name.
-    Raises UserError, with the model untouched, for anything left over on either side. The one tolerance: BatchNorm's
-    step counters `num_batches_tracked`, which no forward in eval mode reads, may be absent from old files.
+        state_or_path: public names -> tensors, or a file for `read_state_dict`.
+        source: the name of a dict in the report and in errors; a path has its own.
+    Raises UserError, with the model untouched, unless each released name is used, each of the model's parameters and
+    buffers is filled, and all shapes are equal. One tolerance: old files may lack BatchNorm's step counters
+    `num_batches_tracked`, which eval mode does not read.
     """
     if isinstance(state_or_path, dict):
         state = state_or_path
@@ -321,7 +332,8 @@ def load_public(
             raise UserError(f"{source}: {name} is {value.dtype}, the model's is {own[name].dtype}")
     if wrong:
         shapes = f"{wrong[0]} is {tuple(renamed[wrong[0]].shape)}, the model's is {tuple(own[wrong[0]].shape)}"
-        head_only = all(name.startswith(tuple(model.class_head)) for name in wrong)
+        class_head = cast(tuple[str, ...], model.class_head)  # as public_names in layouts_of
+        head_only = all(name.startswith(class_head) for name in wrong)
         advice = (
             "; only the class head differs: checkpoint.start_model takes it over by class names" if head_only else ""
         )
@@ -336,7 +348,7 @@ def _some(names: list[str], count: int = 3) -> str:
 
 
 def _family_hint(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """Whose weights these are and what the model is, where the names and shapes of both tell it; else nothing."""
+    """A hint which family the weights are of and which the model is, where they differ; else ""."""
     theirs = guess_family({name: tuple(tensor.shape) for name, tensor in state.items()})
     ours = guess_family(_public_shapes(model))
     if theirs is None or theirs == ours:
@@ -347,7 +359,7 @@ def _family_hint(model: nn.Module, state: dict[str, Tensor]) -> str:
 
 
 def _public_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's entries under their released names: its first layout's table, read from right to left."""
+    """Shapes of the model's entries under their released names, by the table of its first layout."""
     table = layouts_of(model)[0].table
     rows = [(row_pattern(new).pattern, old) for old, new in table if new is not None]
     rows.sort(key=lambda row: len(row[0]), reverse=True)  # the most specific row first

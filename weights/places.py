@@ -1,4 +1,4 @@
-"""Where in an opened container the weights are: flat state dicts, checkpoints around them, pickled modules."""
+"""Find the weights in an opened container: flat state dicts, checkpoints around them, pickled modules."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from weights.inert_pickle import Inert, Refused, TensorRecord, short
 
 MAX_TENSORS = 100_000
 MAX_MODULE_DEPTH = 64
-STATE_PLACES = (  # where a checkpoint keeps its weights; the running mean first, as the published loaders do
+STATE_PLACES = (  # keys of a checkpoint's weights; the running mean first, as in the published loaders
     ("ema",),
     ("ema", "module"),
     ("model",),
@@ -23,10 +23,11 @@ STATE_PLACES = (  # where a checkpoint keeps its weights; the running mean first
 def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict]]:
     """(layout, name -> TensorRecord or Tensor, the dicts that may hold class names and training arguments).
 
-    Of a checkpoint with a running mean, that is what is found. Raises Refused where there is no state dict.
+    If a checkpoint has a running mean, these are its weights. Raises Refused where there is no state dict.
     """
     top = content.value
-    found, layout, carriers = top, "", [top] if isinstance(top, dict) else []
+    found: Any = top
+    layout, carriers = "", [top] if isinstance(top, dict) else []
     if isinstance(top, dict) and not _is_flat(top):
         for place in STATE_PLACES:
             found = top
@@ -63,7 +64,7 @@ def _is_flat(value: dict) -> bool:
 
 
 def _walk(module: Inert, prefix: str, records: dict, attributes: dict, *, depth: int, visits: list[int]) -> None:
-    """Adds what `state_dict()` of the module would hold, in its order: parameters, persistent buffers, children."""
+    """Add the entries of the module's `state_dict()` in its order: parameters, persistent buffers, children."""
     visits[0] += 1
     if depth > MAX_MODULE_DEPTH or visits[0] > MAX_TENSORS or len(records) > MAX_TENSORS:
         raise Refused(f"its modules nest deeper than {MAX_MODULE_DEPTH} or are more than {MAX_TENSORS:,}")
@@ -76,7 +77,7 @@ def _walk(module: Inert, prefix: str, records: dict, attributes: dict, *, depth:
         own = {name: state.get(name) for name in attributes[module.name]}
         children = {name: value for name, value in state.items() if isinstance(value, Inert)}
     else:
-        parts = [state.get(key) for key in ("_parameters", "_buffers", "_modules")]
+        parts: list[Any] = [state.get(key) for key in ("_parameters", "_buffers", "_modules")]
         unsaved = state.get("_non_persistent_buffers_set", set())
         if not all(isinstance(part, dict) for part in parts) or not isinstance(unsaved, set | frozenset | list):
             raise Refused(f"{module.name} has no parameters, buffers and modules: not a module")
@@ -95,12 +96,19 @@ def _walk(module: Inert, prefix: str, records: dict, attributes: dict, *, depth:
 
 
 def load_entry(name: str, record: Any, content: Content) -> Tensor:
-    """The tensor of one entry. Raises Refused for odd names, for what is no tensor and for numbers not finite."""
+    """The tensor of one entry. Raises Refused for an odd name, a value that is no tensor, and non-finite numbers.
+
+    Infinities are allowed in an entry named attn_mask: such a mask is made of them.
+    """
     if not isinstance(name, str) or not 0 < len(name) <= 512 or not name.isprintable():
         raise Refused(f"an entry named {short(name)}")
     if not isinstance(record, TensorRecord | Tensor):
         raise Refused(f"{name} is {short(record)}, not a tensor")
-    tensor = record if isinstance(record, Tensor) else content.load(record)
+    if isinstance(record, Tensor):
+        tensor = record
+    else:
+        assert content.load is not None  # records come from containers with a pickle
+        tensor = content.load(record)
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         if not name.endswith("attn_mask") or torch.isnan(tensor).any():
             raise Refused(f"{name} holds numbers that are not finite")
