@@ -1,14 +1,14 @@
 """The COCO detection metric, equal to pycocotools' `COCOeval(iouType="bbox")` to the last digit of its numbers.
 
-Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312; the algorithm is that of the reference
+Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312. The algorithm is that of the reference
 implementation (cocodataset/cocoapi). Precision is interpolated at 101 recalls: the best precision at that recall or
-above. Thresholds are float64 `np.linspace` values and every sort is stable, as there: a recall of 29/100 falls on the
-other side of a float32 threshold.
+above. As there, thresholds are float64 `np.linspace` values and every sort is stable; a recall of 29/100 would fall on
+the other side of a float32 threshold.
 
-`plain_evaluate` is the specification, one detection at a time; `evaluate` gives the same numbers for whole datasets.
+`plain_evaluate` is the specification, one detection at a time. `evaluate` gives the same numbers for whole datasets.
 
-Differences, on purpose: an object whose annotation id is 0 can be found (pycocotools takes that id for "unmatched");
-a detection of an unknown class is an error (pycocotools drops it).
+Differences, on purpose: an object with annotation id 0 can be found (pycocotools reads that id as "unmatched"); a
+detection of an unknown class is an error (pycocotools drops it).
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ AREA_RANGES = {  # square pixels, both ends included
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e5**2),
 }
-ABSENT = -1.0  # the value of a number with nothing to measure
+ABSENT = -1.0  # the value of a number where there is nothing to measure
 
 
 @dataclass(frozen=True, eq=False)
 class CocoResult:
-    """The COCO numbers. Everywhere -1 stands where there is nothing to measure (no object of that class or size).
+    """The COCO numbers. A number is -1 where there is nothing to measure: no object of that class or size.
 
     names: the K class names.
     iou_thresholds (T,), recall_thresholds (R,), area_names (A), max_detections (M).
@@ -110,7 +110,8 @@ def plain_evaluate(
 ) -> CocoResult:  # fmt: skip
     """Specification: the contract of `evaluate`, one class, size, IoU threshold and limit after the other."""
     areas = AREA_RANGES if area_ranges is None else area_ranges
-    T, R, K, A, M = map(len, (iou_thresholds, RECALL_THRESHOLDS, ground_truth.names, areas, max_detections))
+    T, R, K = len(iou_thresholds), len(RECALL_THRESHOLDS), len(ground_truth.names)
+    A, M = len(areas), len(max_detections)
     precision, recall = np.full((T, R, K, A, M), ABSENT), np.full((T, K, A, M), ABSENT)
     num_objects = np.zeros((K, A), dtype=np.int64)
     never_counts = ground_truth.crowd | (ground_truth.difficult & ignore_difficult)
@@ -148,7 +149,7 @@ def _match_in_order(
     ground_truth: GroundTruth, detections: DetectionTable, objects: np.ndarray, rows: np.ndarray, counts: np.ndarray,
     threshold: float,
 ) -> list[int | None]:  # fmt: skip
-    """The object that each detection in `rows`, best first, takes in its image and class: see metrics.matching."""
+    """The object that each detection in `rows` (best first) takes, all of one image and class: see metrics.matching."""
     taken: list[int | None] = []
     for row in rows:
         choices = [(False, 0.0, -1)]  # (whether it counts, overlap, row of the ground truth)
@@ -175,33 +176,33 @@ def evaluate(
     max_detections: Sequence[int] = MAX_DETECTIONS,
     ignore_difficult: bool = False,
 ) -> CocoResult:
-    """The COCO numbers of detections, given every image's objects.
+    """The COCO numbers of all detections, against the objects of all images.
 
-    Images with equal scores are ordered by `image`, equal scores in an image by row. Of each class in each image the
-    best max(max_detections) detections take part.
+    Equal scores are ordered by `image`, then by row. In each image, the best max(max_detections) detections of each
+    class count.
 
     Args:
-        iou_thresholds: rising. With the area ranges at most 64 combinations.
-        area_ranges: name -> (low, high), square pixels, both included; the first is what AP and AR are taken over.
-            None: COCO's all, small, medium, large.
-        max_detections: rising; AP is taken at the last.
-        ignore_difficult: objects marked difficult are ignored, as one of a foreign size is. COCO itself knows no
-            such mark: by default they count.
+        iou_thresholds: rising. At most 64 combinations with the area ranges.
+        area_ranges: name -> (low, high), square pixels, both included. AP and AR use the first. None: COCO's all,
+            small, medium, large.
+        max_detections: rising. AP uses the last.
+        ignore_difficult: ignore objects marked difficult, like objects outside of the area range. COCO has no such
+            mark, so by default they count.
     """
     area_ranges = AREA_RANGES if area_ranges is None else area_ranges
-    iou_thresholds = np.asarray(iou_thresholds, dtype=np.float64)
+    thresholds = np.asarray(iou_thresholds, dtype=np.float64)
     max_detections = tuple(max_detections)
     if not max_detections or list(max_detections) != sorted(set(max_detections)) or max_detections[0] < 1:
         raise ValueError(f"max_detections {max_detections}: expected rising numbers from 1")
     matches = match(
         ground_truth,
         detections,
-        iou_thresholds=iou_thresholds,
+        iou_thresholds=thresholds,
         area_ranges=list(area_ranges.values()),
         max_detections=max_detections[-1],
         ignore_difficult=ignore_difficult,
     )
-    num_thresholds, num_classes, num_areas = len(iou_thresholds), len(ground_truth.names), len(area_ranges)
+    num_thresholds, num_classes, num_areas = len(thresholds), len(ground_truth.names), len(area_ranges)
     precision = np.full((num_thresholds, len(RECALL_THRESHOLDS), num_classes, num_areas, len(max_detections)), ABSENT)
     recall = np.full((num_thresholds, num_classes, num_areas, len(max_detections)), ABSENT)
     labels = detections.labels[matches.rows]
@@ -210,14 +211,14 @@ def evaluate(
         if not matches.num_objects[k].any():
             continue
         in_class = np.arange(class_starts[k], class_starts[k + 1])
-        # Within the class: by falling score; equal scores by image, then by place in the image.
+        # by falling score; equal scores by image, then by position in the image
         in_class = in_class[np.argsort(-detections.scores[matches.rows[in_class]], kind="stable")]
         for m, limit in enumerate(max_detections):
             chosen = in_class[matches.rank[in_class] < limit]
             precision[:, :, k, :, m], recall[:, k, :, m] = _curves(matches, chosen, k, num_thresholds)
     return CocoResult(
         ground_truth.names,
-        iou_thresholds,
+        thresholds,
         RECALL_THRESHOLDS,
         tuple(area_ranges),
         max_detections,
@@ -230,7 +231,7 @@ def evaluate(
 def _curves(matches: Matches, chosen: np.ndarray, k: int, num_thresholds: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision (T, R, A) and highest recall (T, A) of class k from its detections `chosen`, best first.
 
-    Only true positives can start a new recall or hold a highest precision, so the curve is computed at them alone.
+    Recall rises, and precision peaks, only at true positives. So the curve is computed only there.
     """
     num_objects = matches.num_objects[k]  # (A,)
     num_areas = len(num_objects)
@@ -239,7 +240,7 @@ def _curves(matches: Matches, chosen: np.ndarray, k: int, num_thresholds: int) -
     place, lane = np.nonzero(true)
     num_true = np.cumsum(true, axis=0, dtype=np.int32)[place, lane]
     num_counted = np.cumsum(counted, axis=0, dtype=np.int32)[place, lane]
-    # at[l, n - 1]: precision when lane l finds its n-th object; 0 for those it never finds
+    # at[l, n - 1]: precision when lane l finds its n-th object; 0 where it never does
     at = np.zeros((matches.num_lanes, max(num_objects.max(), 1)))
     at[lane, num_true - 1] = num_true / (num_counted + np.spacing(1))
     best_from = np.maximum.accumulate(at[:, ::-1], axis=1)[:, ::-1]  # at this recall or above
@@ -262,7 +263,7 @@ def unpack_lanes(bits: np.ndarray, num_lanes: int) -> np.ndarray:
 
 
 def format_numbers(result: CocoResult) -> str:
-    """The lines people know from pycocotools, one per number, and then one per IoU threshold."""
+    """One line for each of the 12 numbers, in the form of pycocotools."""
     low, high = result.iou_thresholds[0], result.iou_thresholds[-1]
     over_all = f"{low:.2f}:{high:.2f}" if len(result.iou_thresholds) > 1 else f"{low:.2f}"
     lines = []

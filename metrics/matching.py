@@ -1,14 +1,13 @@
-"""What the metrics share: overlapping pairs of one group, and COCO's greedy assignment for many settings at once.
+"""Matching that the metrics share: overlapping pairs of one group, and COCO's greedy assignment for many settings.
 
 COCO's rule (pycocotools, cocoeval.py `evaluateImg`), for one image, class, area range and IoU threshold: detections
-choose in order of falling score; each takes, among the objects of the group that are still free, the one of highest
-IoU at or above the threshold (of equal ones the last). Objects that count are asked first; only a detection that
-gets none of them may take an ignored one (crowd, or an area outside of the range), and then it does not count either.
-A crowd is never used up.
+choose in order of falling score. Each takes, among the objects of the group that are still free, the one of highest
+IoU at or above the threshold (of equal ones the last). It takes an ignored object (crowd, or an area outside of the
+range) only if no object that counts is left for it; then the detection is ignored too. A crowd is never used up.
 
-The rule is sequential within a group, but groups do not see each other, and the area ranges and thresholds ("lanes")
-differ only in which pairs they allow. So one uint64 holds all lanes of a box, one bit each, and step r of all groups
-runs as a handful of operations on whole arrays. Only pairs that overlap enough take part.
+The rule is sequential within a group (image and class), but groups are independent. A "lane" is one pair of area range
+and threshold; lanes differ only in the pairs that they allow. So one uint64 holds all lanes of a box, one bit each, and
+step r of all groups runs as a few operations on whole arrays. Only pairs that overlap enough are kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,9 @@ PAIRS_AT_ONCE = 1 << 17  # bounds the memory of IoU: about 20 float64 arrays of 
 
 @dataclass(frozen=True)
 class Pairs:
-    """P overlapping pairs: rows `detection` (P,) and `object` (P,) of the given arrays, overlap (P,) float64.
+    """P overlapping pairs, sorted by detection, then object.
 
-    Sorted by detection, then object.
+    detection (P,), object (P,): rows of the given arrays. overlap (P,): float64.
     """
 
     detection: np.ndarray
@@ -44,13 +43,13 @@ def overlapping_pairs(
     object_is_crowd: np.ndarray,
     min_overlap: float,
 ) -> Pairs:
-    """All pairs of one group whose overlap is above 0 and at least `min_overlap`.
+    """All pairs within a group whose overlap is above 0 and at least `min_overlap`.
 
         overlap = intersection / (area + object_area - intersection);   for a crowd: intersection / area
 
-    The first three are of the D detections: (D, 4), (D,), (D,) int64; the objects are sorted by group.
-    Time and result grow with the pairs inside groups, working memory with PAIRS_AT_ONCE (or the largest single
-    detection's share).
+    boxes_xyxy (D, 4), box_area (D,) and group (D,) int64 describe the detections; the other arrays describe the
+    objects, which are sorted by group. Time and result grow with the number of pairs inside groups, working memory with
+    PAIRS_AT_ONCE (or the pairs of a single detection, if they are more).
     """
     first = np.searchsorted(object_group, group, side="left")
     count = np.searchsorted(object_group, group, side="right") - first
@@ -74,8 +73,17 @@ def _row_chunks(count: np.ndarray) -> Iterator[np.ndarray]:
     return (chunk for chunk in np.split(rows, limits) if len(chunk))
 
 
-def _pairs_of_rows(rows, first, count, boxes, area, object_boxes, object_area, object_is_crowd):
-    """detection, object, overlap of the pairs of some detections that intersect at all."""
+def _pairs_of_rows(
+    rows: np.ndarray,
+    first: np.ndarray,
+    count: np.ndarray,
+    boxes: np.ndarray,
+    area: np.ndarray,
+    object_boxes: np.ndarray,
+    object_area: np.ndarray,
+    object_is_crowd: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """detection, object and overlap of all pairs of the detections `rows` that intersect."""
     repeats = count[rows]
     offset = np.cumsum(repeats) - repeats
     detection = np.repeat(rows, repeats)
@@ -94,11 +102,11 @@ def _pairs_of_rows(rows, first, count, boxes, area, object_boxes, object_area, o
 
 @dataclass(frozen=True)
 class Matches:
-    """What became of each detection in every lane; a lane is area range a at IoU threshold t, bit a * T + t.
+    """The result for each detection in every lane. Bit a * T + t is the lane of area range a and IoU threshold t.
 
-    rows (D,): rows of the detection table that took part (the best `max_detections` of each image and class), sorted
-        by class, image and falling score.
-    rank (D,): place 0.. of a detection within its image and class.
+    rows (D,): the rows of the detection table that were matched (the best `max_detections` of each image and class),
+        sorted by class, image and falling score.
+    rank (D,): position 0.. of a detection within its image and class.
     true_positive (D,) uint64, ignored (D,) uint64: bits. A detection with neither bit is a false positive.
     num_objects (K, A) int64: objects that count, per class and area range.
     num_lanes: A * T.
@@ -123,8 +131,8 @@ def match(
 ) -> Matches:
     """COCO's greedy assignment (see the module) within every image and class.
 
-    iou_thresholds (T,): rising. area_ranges: A pairs, both ends included. A * T may be at most 64.
-    With `ignore_difficult` an object marked difficult is ignored like one of an area outside of the range.
+    iou_thresholds (T,): rising. area_ranges: A pairs, both ends included. A * T is at most 64.
+    ignore_difficult: ignore objects marked difficult, like objects outside of the area range.
     """
     num_areas, num_thresholds, num_classes = len(area_ranges), len(iou_thresholds), len(ground_truth.names)
     num_lanes = num_areas * num_thresholds
@@ -154,7 +162,7 @@ def match(
     true_positive, ignored = _assign(
         pairs, group, lanes_of_counts, is_crowd, np.minimum(iou_thresholds, 1 - 1e-10), num_areas, len(rows)
     )
-    outside = ~_in_range(detections.box_area[rows], area_ranges)  # an unmatched detection of a foreign size is ignored
+    outside = ~_in_range(detections.box_area[rows], area_ranges)  # an unmatched detection out of range is ignored
     ignored |= _spread(outside, num_thresholds) & ~true_positive
 
     num_objects = np.zeros((num_classes, num_areas), dtype=np.int64)
@@ -162,7 +170,9 @@ def match(
     return Matches(rows, rank, true_positive, ignored, num_objects, num_lanes)
 
 
-def _ranked_rows(ground_truth: GroundTruth, detections: DetectionTable, max_detections: int):
+def _ranked_rows(
+    ground_truth: GroundTruth, detections: DetectionTable, max_detections: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """rows, group and rank of the best detections of each group, sorted by group and falling score."""
     group = detections.labels * ground_truth.num_images + detections.image
     by_score = np.argsort(-detections.scores, kind="stable")
@@ -187,7 +197,7 @@ def _in_range(area: np.ndarray, area_ranges: Sequence[tuple[float, float]]) -> n
 
 
 def _spread(flags: np.ndarray, num_thresholds: int) -> np.ndarray:
-    """(N, A) bool -> (N,) uint64: all T bits of area range a are flag a."""
+    """(N, A) bool -> (N,) uint64: flag a fills all T bits of area range a."""
     bits = np.zeros(len(flags), dtype=np.uint64)
     for a in range(flags.shape[1]):
         block = np.uint64((1 << num_thresholds) - 1 << a * num_thresholds)
@@ -204,14 +214,14 @@ def _assign(
     num_areas: int,
     num_detections: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run the rule; returns the lanes where each detection took an object that counts, and an ignored one."""
+    """Run the rule: the lanes where each detection took an object that counts, and where it took an ignored one."""
     num_thresholds = len(iou_thresholds)
     level = np.searchsorted(iou_thresholds, pairs.overlap, side="right")  # thresholds the pair reaches
     reached = np.array(
         [sum((1 << n) - 1 << a * num_thresholds for a in range(num_areas)) for n in range(num_thresholds + 1)],
         dtype=np.uint64,
     )[level]
-    # A detection asks first the objects that count, then the ignored ones, each by falling overlap, the last first.
+    # The first pass offers the objects that count, the second the ignored ones, each by falling overlap, last first.
     order = np.lexsort((-pairs.object, -pairs.overlap, pairs.detection))
     detection, obj, reached = pairs.detection[order], pairs.object[order], reached[order]
     lanes = np.stack((reached & lanes_of_counts[obj], reached & ~lanes_of_counts[obj]))  # (2, P): the two passes

@@ -1,13 +1,14 @@
-"""What users of YOLO tools expect beside AP: precision, recall and F1, their curves, the confusion matrix, the table.
+"""The numbers beside AP that YOLO tools print: precision, recall and F1, their curves, the confusion matrix, the table.
 
     precision(c) = TP / (TP + FP),   recall(c) = TP / objects,   F1(c) = 2 TP / (TP + FP + objects)
 
-of the detections with a score of at least c, matched by COCO's rule (metrics.matching) at one IoU threshold. Ignored
-objects (crowd, and difficult where asked) and detections matched to them count nowhere.
+TP and FP count the detections with a score of at least c, matched by COCO's rule (metrics.matching) at one IoU
+threshold. Ignored objects (crowd, and with ignore_difficult the difficult ones) and detections matched to them count
+nowhere.
 
-Differences from Ultralytics' `ap_per_class`: the curves are exact counts on a grid of scores, where theirs are
-interpolated between detections and smoothed before the best F1 is sought; the AP columns of the table are those of
-the protocol evaluated (COCO: 101 points, at most 100 detections of a class in an image).
+Differences from Ultralytics' `ap_per_class`: our curves are exact counts on a grid of scores; theirs are interpolated
+between detections, and smoothed before the search for the best F1. The AP columns of our table are those of the
+evaluated protocol (COCO: 101 points, at most 100 detections of a class in an image).
 """
 
 from collections.abc import Sequence
@@ -26,10 +27,10 @@ ALL_DETECTIONS = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, eq=False)
 class OperatingPoint:
-    """precision, recall, f1 (K,) of the detections with a score of at least `score_threshold`.
+    """precision, recall and f1, (K,) each, of the detections with a score of at least `score_threshold`.
 
-    nan for a class without objects; precision is 0 where nothing is detected. The means are over the other classes,
-    nan where there are none.
+    nan for a class without objects. Precision is 0 where nothing is detected. The means leave out the nan classes; they
+    are nan where no class has objects.
     """
 
     score_threshold: float
@@ -52,15 +53,17 @@ class OperatingPoint:
 
 @dataclass(frozen=True, eq=False)
 class DetectionReport:
-    """names: the K classes; images (K,), instances (K,): images with an object of the class, and objects.
+    """The report of detection_report.
 
+    names: the K classes.
     num_images: all images.
-    best: the point of the score grid with the highest mean F1 (the last of equal ones).
-    given: the point at the score threshold asked for.
+    images (K,), instances (K,): images with an object of the class, and objects of the class.
+    best: the point of the score grid with the highest mean F1 (of equal ones the last).
+    given: the point at the given score threshold.
     scores (S,), precision, recall, f1 (K, S): the curves over the score; nan rows for classes without objects.
     recalls (101,), pr_precision (K, 101): COCO's interpolated precision at this IoU threshold; nan as above.
-    confusion (K + 1, K + 1) int64: [predicted, true], the last row and column are the background: confusion[K, j]
-        are objects of class j that were missed, confusion[i, K] detections of class i where no object is.
+    confusion (K + 1, K + 1) int64: [predicted, true]. The last row and column are the background: confusion[K, j]
+        counts missed objects of class j, confusion[i, K] detections of class i where there is no object.
     """
 
     names: tuple[str, ...]
@@ -87,9 +90,9 @@ def detection_report(
     score_threshold: float = 0.25,
     ignore_difficult: bool = False,
 ) -> DetectionReport:
-    """Precision, recall, F1 and curves at one IoU threshold; the confusion matrix at that and `score_threshold`.
+    """Precision, recall, F1 and curves at one IoU threshold; the confusion matrix at that and at `score_threshold`.
 
-    All detections take part (no limit per image).
+    All detections count; there is no limit per image.
     """
     matches = match(
         ground_truth,
@@ -169,11 +172,11 @@ def confusion_matrix(
     score_threshold: float = 0.25,
     ignore_difficult: bool = False,
 ) -> np.ndarray:
-    """(K + 1, K + 1) int64, [predicted, true], the last is the background; of detections from `score_threshold` on.
+    """(K + 1, K + 1) int64, [predicted, true], of the detections from `score_threshold` on. The last is the background.
 
-    Detections and objects of one image, of whatever classes, are paired one to one by falling IoU (equal ones by
-    score, then by row) down to `iou_threshold`. A detection left over that overlaps an ignored object of its class
-    by as much is not counted.
+    Detections and objects of one image, of any classes, are paired one to one by falling IoU (equal ones by score, then
+    by row) down to `iou_threshold`. An unpaired detection is not counted if it overlaps an ignored object of its class
+    by at least that much.
     """
     num_classes = len(ground_truth.names)
     detections.check(ground_truth)
@@ -181,7 +184,9 @@ def confusion_matrix(
     detections = detections[np.argsort(-detections.scores, kind="stable")]
     is_ignored = _is_ignored(ground_truth, ignore_difficult)
 
-    def pairs_with(objects: np.ndarray, group: np.ndarray, object_group: np.ndarray):
+    def pairs_with(
+        objects: np.ndarray, group: np.ndarray, object_group: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         objects = objects[np.argsort(object_group[objects], kind="stable")]
         pairs = overlapping_pairs(
             boxes_xyxy=detections.boxes_xyxy,
@@ -217,10 +222,10 @@ def confusion_matrix(
 
 
 def one_to_one(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take pairs (a_i, b_i) from the first on, skipping those whose a or b was taken; returns the pairs taken.
+    """Greedy pairing: take the pairs (a_i, b_i) in order, skip a pair whose a or b is taken; returns the taken pairs.
 
-    A pair that is the first of both its members must be taken; taking all such pairs at once, again and again, gives
-    what the loop over pairs gives.
+    A pair that is the first one of both its members is always taken. Taking all such pairs at once, in rounds, gives
+    the result of the loop over pairs.
     """
     taken_a, taken_b = [], []
     while len(a):
@@ -246,8 +251,8 @@ def nan_mean(values: np.ndarray) -> float:
 def format_table(report: DetectionReport, ap50: np.ndarray, ap: np.ndarray, columns: Sequence[str] = ()) -> str:
     """The table `Class Images Instances P R mAP50 mAP50-95`: an "all" row, then one per class.
 
-    ap50, ap (K,): of the protocol; -1 is shown as "-", as is any number of a class without objects. P and R are at
-    the score of the best mean F1. `columns` renames the last two.
+    ap50, ap (K,): of the protocol; -1 is shown as "-", like every number of a class without objects. P and R are at the
+    score of the best mean F1. `columns` renames the last two columns.
     """
     last = tuple(columns) or ("mAP50", "mAP50-95")
     width = max([len("Class"), *(len(name) for name in report.names)]) + 2

@@ -1,34 +1,35 @@
 """The inputs of every metric: ground truth and detections of a whole dataset as flat arrays, one row a box.
 
-Rows may come in any order; the order among rows of one image is the order of the annotations (it decides ties).
+Images may come in any order. Rows of one image are in the order of the annotations, which breaks ties.
 Boxes are xyxy in float64, in continuous pixels of the original picture: width = x2 - x1. See
 `inclusive_to_continuous` for boxes that hold the indices of their first and last pixel.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-ANY_CLASS = -1  # the label of an ignored region of no class in particular, as datasets.index writes it
+ANY_CLASS = -1  # the label of an ignored region that has no class, as in datasets.index
+DERIVED = cast(np.ndarray, None)  # the default of a column: __post_init__ replaces it, so readers get an array
 
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
-    """The N annotated objects of `num_images` images, which may be fewer than one per image.
+    """The N annotated objects of `num_images` images. An image may have none.
 
-    image (N,) int64: row 0..num_images-1 of the image; rows are in the order ties are broken in.
+    image (N,) int64: row 0..num_images-1 of the image.
     boxes_xyxy (N, 4) float64.
     labels (N,) int64: 0..K-1, an index into `names`.
-    num_images: images that were looked at, with or without objects.
+    num_images: all evaluated images, with or without objects.
     names: the K class names, all different.
-    crowd (N,) bool: a region of many objects: absorbs any number of detections, by intersection over detection area.
-    difficult (N,) bool: Pascal VOC's flag; metrics.voc neither rewards nor punishes hits on these.
-    area (N,) float64: by which COCO calls an object small, medium or large: of the mask where there is one, else
-        of the box.
-    box_area (N,) float64: width times height, as IoU uses it. Both default to the corners' area; a reader of
-        x, y, width, height files gives width * height itself, which differs in the last bit.
+    crowd (N,) bool: a region of many objects. It absorbs any number of detections, by intersection over detection area.
+    difficult (N,) bool: Pascal VOC's flag. metrics.voc neither rewards nor punishes hits on these.
+    area (N,) float64: decides whether COCO counts an object as small, medium or large: the area of the mask where there
+        is one, else of the box.
+    box_area (N,) float64: width times height, for IoU. Both areas default to corner_area; a reader of files with
+        x, y, width, height gives width * height itself, which differs in the last bit.
     """
 
     image: np.ndarray
@@ -36,10 +37,10 @@ class GroundTruth:
     labels: np.ndarray
     num_images: int
     names: tuple[str, ...]
-    crowd: np.ndarray | None = None
-    difficult: np.ndarray | None = None
-    area: np.ndarray | None = None
-    box_area: np.ndarray | None = None
+    crowd: np.ndarray = DERIVED
+    difficult: np.ndarray = DERIVED
+    area: np.ndarray = DERIVED
+    box_area: np.ndarray = DERIVED
 
     def __post_init__(self) -> None:
         count = _set_boxes(self)
@@ -58,9 +59,9 @@ class GroundTruth:
 
 @dataclass(frozen=True, eq=False)
 class DetectionTable:
-    """The M detections of a dataset; the order among rows of one image breaks ties of equal scores (first is first).
+    """The M detections of a dataset. Of equal scores in one image, the earlier row comes first.
 
-    image (M,) int64, boxes_xyxy (M, 4) float64, scores (M,) float64, labels (M,) int64, box_area (M,) float64 as in
+    image (M,) int64, boxes_xyxy (M, 4) float64, scores (M,) float64, labels (M,) int64, box_area (M,) float64: see
     GroundTruth.
     """
 
@@ -68,7 +69,7 @@ class DetectionTable:
     boxes_xyxy: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
-    box_area: np.ndarray | None = None
+    box_area: np.ndarray = DERIVED
 
     def __post_init__(self) -> None:
         count = _set_boxes(self)
@@ -105,8 +106,8 @@ Table = TypeVar("Table", GroundTruth, DetectionTable)
 def inclusive_to_continuous(table: Table) -> Table:
     """Boxes that hold their first and last pixel (Pascal VOC files: width = xmax - xmin + 1) -> continuous corners.
 
-    x1 and y1 move by -1: right for VOC's 1-based pixels; 0-based ones end up shifted by a pixel, which no metric sees.
-    The area changes with them where it was the box's.
+    x1 and y1 move by -1, which is right for VOC's 1-based pixels. 0-based boxes of both tables end up shifted by a
+    pixel, which changes no metric. `area` changes too where it was the box's.
     """
     boxes = table.boxes_xyxy - np.array([1.0, 1.0, 0.0, 0.0])
     box_area = corner_area(boxes)
@@ -122,10 +123,10 @@ def corner_area(boxes_xyxy: np.ndarray) -> np.ndarray:
 
 
 def ground_truth_from_samples(samples: Iterable[Any], names: Sequence[str]) -> GroundTruth:
-    """GroundTruth of datasets.index Samples, in their order; image is the position among them.
+    """The GroundTruth of datasets.index Samples. `image` is the position among the samples.
 
-    A sample's `crowd` objects are crowd here; its other ignored objects are difficult. An ignored region of
-    ANY_CLASS (KITTI DontCare) becomes one crowd row for every class.
+    `crowd` objects of a sample are crowd here, its other ignored objects difficult. An ignored region of ANY_CLASS
+    (KITTI DontCare) becomes one crowd row for each class.
     """
     samples = list(samples)
     counts = [len(sample.labels) for sample in samples]
@@ -160,7 +161,7 @@ def check_range(what: str, values: np.ndarray, limit: int) -> None:
 
 
 def _set_boxes(table: GroundTruth | DetectionTable) -> int:
-    """Give the shared columns their types, check them, and return how many rows there are."""
+    """Convert the shared columns to their types, check them, and return the number of rows."""
     count = len(table.labels)
     _set(table, "labels", np.int64, (count,))
     _set(table, "image", np.int64, (count,))
@@ -172,8 +173,8 @@ def _set_boxes(table: GroundTruth | DetectionTable) -> int:
 
 
 def _set(table: Any, name: str, dtype: type, shape: tuple[int, ...], default: np.ndarray | None = None) -> None:
-    value = getattr(table, name)
-    value = default if value is None else np.asarray(value)
+    given = getattr(table, name)
+    value = np.asarray(default if given is None else given)
     if value.size == 0:
         value = value.reshape(shape)
     if value.shape != shape:

@@ -1,8 +1,8 @@
 """Pascal VOC average precision: the 11-point form of VOC2007 and the area form of VOC2010 and later.
 
 Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 88 (2010), section 4.2, and the VOC2012
-development kit (VOCevaldet.m). For one class, detections of all images are taken in order of falling score. Each
-looks at the object of its class and image that it overlaps most (of equal ones the first):
+development kit (VOCevaldet.m). For one class, the detections of all images are taken in order of falling score. Each is
+compared with the object of its class and image that it overlaps most (of equal ones the first):
 
     IoU below the threshold, or no object     false positive
     the object is difficult                   the detection does not count
@@ -13,13 +13,13 @@ looks at the object of its class and image that it overlaps most (of equal ones 
     11-point:  AP = 1/11 sum over r in {0, 0.1, .., 1} of max_{r' >= r} precision(r')
     area:      AP = integral over r of max_{r' >= r} precision(r')
 
-Pixels. VOC files hold the first and the last pixel of a box, 1-based, and VOC measures width = xmax - xmin + 1. In
-the project's continuous boxes (xmin - 1, ymin - 1, xmax, ymax) that is x2 - x1: the "+ 1" is already in the corner, so
-an index read by datasets.voc, and what a model trained on it predicts, need no further one. Boxes still written as
-in the files (on both sides) are evaluated with `inclusive_pixels=True`.
+Pixels: VOC files hold the first and the last pixel of a box, 1-based, and VOC measures width = xmax - xmin + 1. The
+project's continuous boxes are (xmin - 1, ymin - 1, xmax, ymax), so width = x2 - x1 already includes the "+ 1". This
+holds for an index read by datasets.voc and for the predictions of a model trained on it. If both tables hold boxes as
+written in the files, evaluate them with `inclusive_pixels=True`.
 
-Differences, on purpose: a crowd region (COCO, KITTI DontCare), which VOC does not know, absorbs detections that
-would be false positives and lie in it by intersection / detection area. The 11 recalls are the float64
+Differences, on purpose: VOC has no crowd regions (COCO, KITTI DontCare). Here they absorb detections that would be
+false positives, where intersection / detection area reaches the threshold. The 11 recalls are the float64
 `np.linspace(0, 1, 11)` of the public implementations, so a recall of exactly 3/10 falls just below the fourth.
 """
 
@@ -41,8 +41,10 @@ Style = Literal["voc07", "voc12"]
 
 @dataclass(frozen=True, eq=False)
 class VocResult:
-    """names: the K classes. ap (T, K) at iou_thresholds (T,); -1 for a class without an object that counts.
+    """The VOC numbers.
 
+    names: the K classes.
+    ap (T, K): at iou_thresholds (T,); -1 for a class without an object that counts.
     num_objects (K,): objects neither difficult nor crowd.
     curves: for each class recall (D,) and precision (D,) after each of its detections that count, at the first IoU
         threshold.
@@ -84,20 +86,18 @@ def evaluate(
     iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
     inclusive_pixels: bool = False,
 ) -> VocResult:
-    """VOC average precision of every class, over all detections.
-
-    Equal scores are ordered by image, then by row.
+    """VOC average precision of every class, over all detections. Equal scores are ordered by image, then by row.
 
     Args:
         style: "voc07" (11 points) or "voc12" (area).
-        iou_thresholds: each on its own; at or above counts as found.
+        iou_thresholds: each gives an AP of its own. A detection at or above it is a hit.
         inclusive_pixels: the boxes of both tables hold their first and last pixel (width = x2 - x1 + 1).
     """
     if style not in ("voc07", "voc12"):
         raise ValueError(f"style {style!r}: expected voc07 or voc12")
-    iou_thresholds = np.asarray(iou_thresholds, dtype=np.float64)
-    if not len(iou_thresholds) or iou_thresholds.min() <= 0:
-        raise ValueError(f"iou_thresholds {iou_thresholds}: expected numbers above 0")
+    thresholds = np.asarray(iou_thresholds, dtype=np.float64)
+    if not len(thresholds) or thresholds.min() <= 0:
+        raise ValueError(f"iou_thresholds {thresholds}: expected numbers above 0")
     detections.check(ground_truth)
     if inclusive_pixels:
         ground_truth, detections = inclusive_to_continuous(ground_truth), inclusive_to_continuous(detections)
@@ -107,15 +107,15 @@ def evaluate(
     counts = ~(ground_truth.difficult | ground_truth.crowd)
     num_objects = np.bincount(ground_truth.labels[counts], minlength=num_classes)
 
-    best_overlap, best_object, crowd_overlap = _best_overlaps(ground_truth, detections, iou_thresholds.min())
-    ap = np.full((len(iou_thresholds), num_classes), ABSENT)
+    best_overlap, best_object, crowd_overlap = _best_overlaps(ground_truth, detections, thresholds.min())
+    ap = np.full((len(thresholds), num_classes), ABSENT)
     curves = []
-    for t, threshold in enumerate(iou_thresholds):
+    for t, threshold in enumerate(thresholds):
         is_hit = best_overlap >= threshold
         is_candidate = is_hit & ~ground_truth.difficult[best_object] if len(ground_truth) else is_hit
         is_true = np.zeros(len(detections), dtype=bool)
         rows = np.flatnonzero(is_candidate)
-        is_true[rows[np.unique(best_object[rows], return_index=True)[1]]] = True  # the best scored of each object
+        is_true[rows[np.unique(best_object[rows], return_index=True)[1]]] = True  # best score per object
         is_ignored = (is_hit & ~is_candidate) | (~is_hit & (crowd_overlap >= threshold))
         for k in range(num_classes):
             in_class = slice(class_starts[k], class_starts[k + 1])
@@ -127,7 +127,7 @@ def evaluate(
                 ap[t, k] = (eleven_point_ap if style == "voc07" else area_ap)(recall, precision)
             if t == 0:
                 curves.append((recall, precision))
-    return VocResult(ground_truth.names, style, iou_thresholds, ap, num_objects, tuple(curves))
+    return VocResult(ground_truth.names, style, thresholds, ap, num_objects, tuple(curves))
 
 
 def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
@@ -145,9 +145,9 @@ def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
 def _best_overlaps(
     ground_truth: GroundTruth, detections: DetectionTable, min_overlap: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each detection (D,): the highest IoU with a non-crowd object, that object's row, the highest crowd overlap.
+    """For each detection, (D,) each: the highest IoU with a non-crowd object, its row, the highest crowd overlap.
 
-    0 (and row 0) where nothing overlaps by at least `min_overlap`.
+    0 (and row 0) where no overlap reaches `min_overlap`.
     """
     object_group = ground_truth.labels * ground_truth.num_images + ground_truth.image
     object_rows = np.argsort(object_group, kind="stable")
