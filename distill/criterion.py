@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from config import TermConfig
 from datasets.class_names import join_classes
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
-from distill.outputs import content_at, in_precision_of, named_map
+from distill.outputs import content_at, in_precision_of, named_map, only_at
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from distill.term_inputs import TermInputs
-from distill.terms import LOSSES
+from distill.terms import LOSSES, misfit
 from errors import UserError
 from structures import Targets
 
@@ -177,17 +177,16 @@ class Criterion(nn.Module):
         values = []
         pairs = zip(term.student_maps, term.teacher_maps, self.adapters[term.name], self.losses[term.name])
         for s_name, t_name, adapter, module in pairs:
-            s_map = t_map = None
+            s_map = t_map = shown = None
             if entry.reads in ("map", "image"):
                 s_map = named_map(s_output, s_name)
+                shown = content_at(content, s_map) if term.content_only and content is not None else None
+                s_map = only_at(shown, s_map)
                 with in_precision_of(s_map):
-                    s_map = adapter(s_map)
+                    s_map = only_at(shown, adapter(s_map))
             if entry.reads == "map":
-                t_map = resize_like(named_map(t_output, t_name).detach(), s_map)
-                t_map = t_map if entry.finishes_maps else like_adapted(adapter, t_map)
-            if term.content_only and content is not None:
-                padding = ~content_at(content, s_map)
-                s_map, t_map = s_map.masked_fill(padding, 0), t_map.masked_fill(padding, 0)
+                t_map = only_at(shown, resize_like(named_map(t_output, t_name).detach(), s_map))
+                t_map = t_map if entry.finishes_maps else only_at(shown, like_adapted(adapter, t_map))
             inputs = TermInputs(
                 targets=targets,
                 s_output=s_output,
@@ -199,6 +198,7 @@ class Criterion(nn.Module):
                 s_map=s_map,
                 t_map=t_map,
                 classes=self.classes[term.name],
+                content=shown,
                 shared=shared,
             )
             with torch.autocast(targets.boxes_xyxy.device.type, enabled=False):
@@ -273,6 +273,11 @@ class Criterion(nn.Module):
 
 
 RENAMED = {"box_beliefs": "box_classes"}
+LOGITS = {"soft_class": "class_logits", "quality_focal": "class_logits", "localization": "box_logits"}
+OTHER_BRANCH = {
+    "crosskd_classes": "box",
+    "crosskd_edges": "cls",
+}  # what the names of the other branch's maps begin with
 FIXED_MAPS = {"boxes": ("boxes",), "outputs": ("outputs",)}  # readings whose tensors have no other name
 
 
@@ -296,6 +301,9 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: in
         if name not in known:
             expected = ", ".join(sorted(known)) or "none"
             raise UserError(f"{key}.parameters: found {name!r}, expected of loss {term.loss!r}: {expected}")
+        value = term.parameters[name]
+        if expected := misfit(name, value, known[name].default):
+            raise UserError(f"{key}.parameters.{name}: found {value!r}, expected {expected}")
     name = term.name or f"{term.loss}_{term.teacher}"
     if not name.replace("-", "_").isidentifier():
         raise UserError(f"{key}.name: found {name!r}, expected letters, digits, _ and - (it names a column of the log)")
@@ -318,13 +326,22 @@ def check_maps(term: TermConfig, key: str) -> tuple[tuple[str, ...], tuple[str, 
         raise UserError(
             f"{key}.teacher_maps: found {len(teacher_maps)}, expected {len(term.student_maps)}, one per student map"
         )
+    for side, names in (("student_maps", term.student_maps), ("teacher_maps", teacher_maps)):
+        logits = LOGITS.get(term.loss)
+        if logits and set(names) != {logits}:
+            raise UserError(f"{key}.{side}: found {', '.join(names)}, loss {term.loss!r} compares {logits}")
+    for name in teacher_maps:
+        if name.startswith(OTHER_BRANCH.get(term.loss, "-")):
+            raise UserError(
+                f"{key}.teacher_maps: found {name!r}, a map of the branch that loss {term.loss!r} is not for"
+            )
     return tuple(term.student_maps), tuple(teacher_maps)
 
 
 def compares_classes(term: TermConfig) -> bool:
     """Whether the term looks at classes of both models."""
     entry = LOSSES[term.loss]
-    return entry.reads_scores or (entry.reads != "map" and term.student_maps != ("box_logits",))
+    return entry.reads_scores or entry.reads != "map"
 
 
 def common_classes(

@@ -95,6 +95,11 @@ def content_at(content: Tensor, feature_map: Tensor) -> Tensor:
     return share >= share.amax((2, 3), keepdim=True).clamp(max=0.5)
 
 
+def only_at(shown: Tensor | None, feature_map: Tensor) -> Tensor:
+    """A map (B, C, h, w), 0 where `shown` (B, 1, h, w) is False; None leaves it as it is."""
+    return feature_map if shown is None else feature_map.masked_fill(~shown, 0)
+
+
 def any_map(output: Any) -> Tensor:
     return next(iter(output.features.values()))
 

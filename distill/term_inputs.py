@@ -23,6 +23,7 @@ class TermInputs:
     s_map, t_map: of a term that compares maps, the student's after the adapter and the teacher's, (B, C, H, W) both, at
     the student's grid. Of one that compares images, s_map is the student's map.
     classes: columns of the classes that both models have (class_names.join_classes); None where the lists are equal.
+    content: (B, 1, H, W) bool at the grid of s_map, where the term looks; None: everywhere.
     shared: values computed once for all terms of a teacher in a step.
     """
 
@@ -36,6 +37,7 @@ class TermInputs:
     s_map: Tensor | None = None
     t_map: Tensor | None = None
     classes: tuple[Tensor, Tensor] | None = None
+    content: Tensor | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -75,7 +77,8 @@ class TermInputs:
 
     def teacher_score_map(self) -> Tensor:
         """(B, H, W): the teacher's scores at the level of its map of this pair, at the grid of s_map."""
-        return self._score_maps()[head_level(self.teacher, self.t_output, self.t_name)][:, 0]
+        scores = self._score_maps()[head_level(self.teacher, self.t_output, self.t_name)]
+        return (scores if self.content is None else scores * self.content)[:, 0]
 
     def teacher_score_sum(self) -> Tensor:
         """The sum of the teacher's scores over all levels, (): about how many locations see an object."""

@@ -7,6 +7,7 @@ module: built once, with the parameters, and given to the function in each step.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,7 +96,8 @@ def instance_distance(inputs: TermInputs, *, size: int = 3) -> Tensor:
 
 def crosskd_classes(inputs: TermInputs, *, beta: float = 1.0, rescale: bool = True) -> Tensor:
     given = dict(t_tail=branch_tail(inputs), normaliser=inputs.teacher_score_sum())
-    return crosskd.crosskd_classes(**inputs.maps(), **given, beta=beta, rescale=rescale)
+    columns = None if inputs.classes is None else inputs.classes[1]
+    return crosskd.crosskd_classes(**inputs.maps(), **given, columns=columns, beta=beta, rescale=rescale)
 
 
 def crosskd_edges(inputs: TermInputs, *, temperature: float = 1.0, rescale: bool = True) -> Tensor:
@@ -104,8 +106,8 @@ def crosskd_edges(inputs: TermInputs, *, temperature: float = 1.0, rescale: bool
 
 
 def soft_class(inputs: TermInputs, *, temperature: float = 1.0, power: float = 1.0) -> Tensor:
-    score = inputs.teacher_scores() if inputs.t_name == "class_logits" else None
-    return logits.soft_class_targets(**inputs.logits(), score=score, temperature=temperature, power=power)
+    given = dict(score=inputs.teacher_scores(), temperature=temperature, power=power)
+    return logits.soft_class_targets(**inputs.logits(), **given)
 
 
 def quality_focal(inputs: TermInputs, *, beta: float = 1.0) -> Tensor:
@@ -204,6 +206,33 @@ class Term:
         arguments = inspect.signature(self.module or self.compute).parameters
         return {name: argument for name, argument in arguments.items() if argument.kind is argument.KEYWORD_ONLY}
 
+
+def misfit(name: str, value: Any, default: Any) -> str:
+    """What a parameter was expected to be, where `value` is not; "" where it fits. Choices among words are the loss's.
+
+    A number out of range would train in silence: a temperature below 0 turns the teacher's scores around.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, str):
+        return ""
+    if isinstance(default, tuple | None):
+        numbers = value if isinstance(value, list | tuple) else ()
+        fits = numbers and all(misfit("temperature", number, 1.0) == "" for number in numbers)
+        return "" if fits or value is default else "a list of numbers above 0"
+    if isinstance(default, int):
+        return "" if is_number and value >= 1 and value == int(value) else "a whole number, at least 1"
+    is_in_range, words = RANGES.get(name, (lambda number: number >= 0, "a number, 0 or more"))
+    return "" if is_number and is_in_range(value) else words
+
+
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda number: number > 0, "a number above 0"),
+    **dict.fromkeys(
+        ("psi", "drop", "score_threshold"), (lambda number: 0 <= number < 1, "a number of 0 up to less than 1")
+    ),
+}
 
 # fmt: off
 LOSSES = {

@@ -124,8 +124,6 @@ def given_boxes(inputs: TermInputs, boxes: Boxes, score_threshold: float, max_bo
     """
     if boxes not in ("targets", "teacher", "proposals"):
         raise ValueError(f"boxes: found {boxes!r}, expected targets, teacher or proposals")
-    if max_boxes < 1 or not score_threshold < 1:
-        raise ValueError(f"found max_boxes {max_boxes}, score_threshold {score_threshold}: no box is ever compared")
     if boxes == "targets":
         return objects(inputs.targets)
     if boxes == "teacher":

@@ -29,6 +29,7 @@ def crosskd_classes(
     t_map: Tensor,
     t_tail: nn.Module,
     normaliser: Tensor | float | None = None,
+    columns: Tensor | None = None,
     beta: float = 1.0,
     rescale: bool = True,
 ) -> Tensor:
@@ -40,6 +41,7 @@ def crosskd_classes(
         s_map, t_map: (B, C, H, W), after the same convolution of the class branch of one level.
         t_tail: the rest of the teacher's branch, (B, C, H, W) -> (B, K, H, W), see cross_logits.
         normaliser: the number of positives of the batch. None: what the teacher believes in on this level.
+        columns: (J,) int64, those of the K classes that are compared: the ones that the student has. None: all.
         beta: see quality_focal.
         rescale: see cross_logits.
     Returns:
@@ -47,6 +49,8 @@ def crosskd_classes(
     """
     t_logits = teacher_logits(t_map, t_tail)  # (B, K, H, W)
     cross = cross_logits(s_map=s_map, t_map=t_map, t_tail=t_tail, rescale=rescale)
+    if columns is not None:
+        cross, t_logits = (z[:, columns.to(z.device)] for z in (cross, t_logits))
     s_logits, t_logits = cross.permute(0, 2, 3, 1), t_logits.permute(0, 2, 3, 1)  # (B, H, W, K)
     return quality_focal(s_logits=s_logits, t_logits=t_logits, beta=beta, normaliser=normaliser)
 

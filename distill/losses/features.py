@@ -6,8 +6,8 @@ for half-precision inputs, in float64 for float64. Student gradients only: the t
 (B = 0, or no pixels) gives 0.
 
 The grey padding beside a picture takes part like the rest of an image, as in public toolboxes. A term with
-`content_only: true` leaves it out: behind the adapter both maps are 0 there, so that what the models make of the
-padding has neither effect nor gradient; a mean still counts these pixels.
+`content_only: true` leaves it out: before and behind the adapter both maps are 0 there, so that what the models make
+of the padding has neither effect nor gradient; a mean still counts these pixels.
 """
 
 import torch
@@ -122,6 +122,8 @@ def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> T
     Differs from the paper, which does not square the length: the square has gradient 0 at the teacher. The released
     code squares too, and averages over pixels: its loss is ours * 2 / (H W).
     """
+    if power < 1:
+        raise ValueError(f"power {power} must be at least 1")
     s_map, t_map = as_map_pair(s_map, t_map, same_width=False)
     s_unit, t_unit = (unit_vectors(m.abs().pow(power).sum(1).flatten(1), dim=1) for m in (s_map, t_map))  # (B, H*W)
     return (s_unit - t_unit).square().sum() / joint_normaliser(2 * len(s_unit), s_unit)

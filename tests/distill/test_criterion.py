@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from config import TermConfig
 from distill.adapters import ChannelNorm, build_adapter, resize_like
-from distill.criterion import Criterion, TeacherFacts, schedule_factor
+from distill.criterion import Criterion, TeacherFacts, check_term, schedule_factor
 from distill.losses.logits import soft_class_targets
 from distill.outputs import content_at
-from distill.terms import LOSSES
+from distill.terms import LOSSES, misfit
 from errors import UserError
 from structures import Targets
 
@@ -154,10 +154,21 @@ REFUSED = {
     "parameter": (dict(parameters={"temprature": 2.0}), "found 'temprature'"),
     "logits as maps": (dict(student_maps=("class_logits",)), "are not maps"),
     "adapter on logits": (dict(loss="soft_class", student_maps=("class_logits",)), "adapter none"),
-    "maps as logits": (dict(loss="soft_class", student_maps=("p3",), adapter="none"), "must have equal shapes"),
+    "maps as logits": (
+        dict(loss="soft_class", student_maps=("p3",), adapter="none"),
+        "terms.0.student_maps: found p3, loss 'soft_class' compares class_logits",
+    ),
+    "edges as classes": (
+        dict(loss="quality_focal", student_maps=("class_logits",), teacher_maps=("box_logits",), adapter="none"),
+        "terms.0.teacher_maps: found box_logits, loss 'quality_focal' compares class_logits",
+    ),
+    "classes as edges": (
+        dict(loss="crosskd_edges", student_maps=("p3",), teacher_maps=("cls3_1",)),
+        "terms.0.teacher_maps: found 'cls3_1', a map of the branch that loss 'crosskd_edges' is not for",
+    ),
     "name": (dict(name="a.b"), "terms.0.name"),
     "mask": (dict(loss="masked_mse", parameters={"mask": "ovals"}), "terms.0: mask: found 'ovals'"),
-    "module parameter": (dict(loss="mgd", parameters={"drop": 1.5}), "terms.0.parameters: drop 1.5"),
+    "module parameter": (dict(loss="mgd", parameters={"drop": 1.5}), "terms.0.parameters.drop: found 1.5"),
     "padding of logits": (
         dict(loss="soft_class", student_maps=("class_logits",), adapter="none", content_only=True),
         "terms.0.content_only: loss 'soft_class' compares more than maps",
@@ -165,6 +176,40 @@ REFUSED = {
     "old name": (dict(loss="box_beliefs"), "terms.0.loss: found 'box_beliefs', which is called 'box_classes' now"),
     "no head on the grid": (dict(loss="score_weighted_l2", student_maps=("c2",)), "'c2' is not among"),
 }
+
+
+OUT_OF_RANGE = [
+    ("cwd", "temperature", 0), ("cwd", "temperature", -1.0), ("cwd", "temperature", float("nan")),
+    ("cwd", "temperature", float("inf")), ("cwd", "temperature", "2"), ("cwd", "temperature", True),
+    ("attention", "power", -2.0), ("soft_class", "power", -1), ("localization", "gamma", -0.5),
+    ("mgd", "drop", 1.0), ("mgd", "drop", None), ("masked_mse", "psi", 1.0), ("masked_mse", "anchor_sizes", []),
+    ("masked_mse", "anchor_sizes", 2.0), ("masked_mse", "anchor_ratios", [1.0, 0.0]),
+    ("decoupled_mse", "foreground_weight", -1.0), ("fgd", "global_weight", float("nan")),
+    ("location_similarity", "nodes", 0), ("instance_distance", "size", 2.5), ("crosskd_classes", "rescale", 1),
+    ("quality_focal", "beta", float("nan")), ("softmax_kl", "max_boxes", 0), ("box_classes", "score_threshold", 1.0),
+    ("objectness_scaled", "class_weight", -0.5), ("prediction_correlation", "sample_weight", -1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "name", "value"), OUT_OF_RANGE)
+def test_a_number_that_no_loss_is_defined_for_is_refused(loss, name, value):
+    maps = {"soft_class": "class_logits", "quality_focal": "class_logits", "localization": "box_logits"}.get(loss, "p3")
+    maps = () if LOSSES[loss].reads in ("boxes", "outputs") else (maps,)
+    with pytest.raises(UserError, match=rf"^terms\.0\.parameters\.{name}: found .*, expected ") as error:
+        check_term(term(loss=loss, student_maps=maps, parameters={name: value}), "terms.0", ("big",), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_power_below_one_is_refused():
+    with pytest.raises(UserError, match=r"terms\.0: power 0\.5 must be at least 1"):
+        build(term(loss="attention", parameters={"power": 0.5}))
+
+
+def test_every_default_is_in_its_range():
+    for entry in LOSSES.values():
+        for name, argument in entry.parameters().items():
+            assert misfit(name, argument.default, argument.default) == ""
+    assert misfit("anchor_sizes", [2, 4.5], None) == misfit("max_boxes", 7.0, 100) == misfit("psi", 0, 0.5) == ""
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
@@ -204,10 +249,12 @@ def test_every_loss_of_maps_and_logits_acts_through_the_criterion(name):
     assert without_objects.isfinite()
 
 
+@pytest.mark.parametrize("adapter", ["conv1x1", "conv1x1_norm", "conv3x3"])
 @pytest.mark.parametrize(
-    "name", "mse cosine cwd pkd attention location_similarity fgd masked_mse decoupled_mse".split()
+    "name",
+    "mse cosine cwd pkd attention location_similarity fgd masked_mse decoupled_mse score_weighted_l2".split(),
 )
-def test_padding_takes_no_part_where_a_term_leaves_it_out(name):
+def test_padding_takes_no_part_where_a_term_leaves_it_out(name, adapter):
     """What either model makes of the lower half moves neither loss nor gradient; without content_only it does."""
     student, teacher = TinyDetector(4), TinyDetector(6).requires_grad_(False).eval()
     content = torch.ones(2, 1, 32, 32, dtype=torch.bool)
@@ -215,7 +262,9 @@ def test_padding_takes_no_part_where_a_term_leaves_it_out(name):
     found = {}
     for only in (True, False):
         criterion = build(
-            term(loss=name, student_maps=("p3",), content_only=only), student=student, teachers={"big": teacher}
+            term(loss=name, student_maps=("p3",), adapter=adapter, content_only=only),
+            student=student,
+            teachers={"big": teacher},
         )
         s, t = student(IMAGES), teacher(IMAGES)
         values = []
@@ -224,6 +273,7 @@ def test_padding_takes_no_part_where_a_term_leaves_it_out(name):
             (gradient,) = torch.autograd.grad(loss, s.features["p3"])
             values.append(loss.item())
             t.features["p3"][:, :, 2:] += 3 * torch.randn(2, 6, 2, 4)
+            t.class_logits[:, 8:16] += 3  # the locations of these cells
             s.features["p3"].data[:, :, 2:] += torch.randn(2, 4, 2, 4)
         found[only] = values[0] == values[1], gradient[:, :, 2:].abs().max().item() == 0, gradient[:, :, :2].any()
         assert criterion.leaves_padding_out == only
