@@ -100,6 +100,9 @@ def read_text_ground_truth(
         readings = (places(names),)
         label_of = find_labels(rows.used, names, readings)
     ground_truth, notes = rows.ground_truth(label_of, len(pictures), names)
+    if text_boxes == "xywh" and len(rows.columns) and all(c > a and d > b for a, b, c, d in rows.columns):
+        also = "each would be one as left, top, right, bottom too (--ground-truth-boxes xyxy)"
+        notes += (f"boxes read as left, top, width, height; {also}",)
     if alone:  # as training leaves them out: nothing is wrong with the pictures that are there
         notes += (f"{len(alone)} text file{'s' * (len(alone) > 1)} without a picture left out, first: {alone[0]}",)
     all_sizes = tuple(sizes.get(picture) for picture in pictures)

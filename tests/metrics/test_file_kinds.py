@@ -392,3 +392,12 @@ def test_numbers_that_predict_writes_for_a_model_without_names_are_places(tmp_pa
         read_detections(tmp_path / "dt.json", digits)
     rows[0]["category_id"] = 5  # a name beside another id is a name
     assert read_detections(write_rows(tmp_path / "dt.json", *rows), digits)[1].labels.tolist() == [0, 1]
+
+
+def test_boxes_that_would_be_corners_too_are_noted(tmp_path):
+    write_text(tmp_path / "gt", {"a.txt": "cat 10 20 30 40\ncat 1 2 3 4"})
+    (note,) = read_ground_truth(tmp_path / "gt").notes
+    assert note.startswith("boxes read as left, top, width, height; each would be one as left, top, right, bottom too")
+    assert not read_ground_truth(tmp_path / "gt", text_boxes="xyxy").notes
+    write_text(tmp_path / "gt", {"b.txt": "cat 10 20 10 40"})  # no width as corners
+    assert not read_ground_truth(tmp_path / "gt").notes
