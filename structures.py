@@ -4,7 +4,7 @@ Images are float (B, 3, H, W), RGB, in [0, 1]. Boxes are xyxy in pixels of the t
 continuous coordinates: a box covers x1..x2, and its width is x2 - x1.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -98,7 +98,7 @@ class Detector(Protocol):
     num_classes: int
     strides: dict[str, int]
     channels: dict[str, int]
-    public_names: list[tuple[str, str | None]]
+    public_names: Sequence[tuple[str, str | None]]
     class_head: tuple[str, ...]
     class_activation: str
 

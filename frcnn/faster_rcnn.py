@@ -3,32 +3,35 @@
     images ── normalise ── backbone ── c2..c5 ── pyramid ── p2..p6 ─┬─ region proposal network ── proposals
                                                                     └─ RoIAlign under them ── box head ── classes, boxes
 
-Backbones: ResNet-18, -34, -50, MobileNetV3-Small and -Large, ViT-Tiny. Weights of torchvision's detectors load: their
-names are at the end of the file.
+Backbones: ResNet-18, -34, -50, MobileNetV3-Small and -Large, ViT-Tiny. The weights of torchvision's detectors load; the
+tables of their names are at the end of the file.
 
-`forward` stops before the second stage: which regions it looks at depends on who asks. `losses` samples proposals
-against the targets, `detect` takes the best, `predict_at` and `class_logits_at` the boxes they are given.
+`forward` stops before the second stage, because each caller needs other regions: `losses` samples proposals against the
+targets, `detect` takes the best proposals, `predict_at` and `class_logits_at` take given boxes.
 
-Differs from torchvision, not in what it computes from the same input: images are not resized (there, inside the model,
-to 800 px at the shorter side; 320 for _320) but taken as they come; `forward` returns the same in train and eval mode.
-Deliberate: losses know ignored objects (matching.py), and the RPN's are computed at the sampled anchors alone.
+Differs from torchvision in form, not in results for the same input: the model does not resize images (torchvision
+resizes the shorter side to 800 px, or 320 px for _320), and `forward` returns the same in train and eval mode.
+Two deliberate differences: ignored objects are left out of the losses (matching.py), and the RPN's losses are computed
+at the sampled anchors only.
 """
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from frcnn.anchors import ROI_WEIGHTS, RPN_WEIGHTS, anchor_shapes, encode_boxes, place_anchors
-from frcnn.fpn import FPN, fpn_names
+from frcnn.fpn import FPN, Pyramid, fpn_names
 from frcnn.heads import POOLED_SIZE, BoxHead, BoxPredictor, ConvBoxHead, select_boxes
 from frcnn.losses import roi_losses, rpn_losses
-from frcnn.matching import match, sample, split_targets
+from frcnn.matching import ImageTargets, match, sample, split_targets
 from frcnn.mobilenet import MobileNetV3
 from frcnn.norm import EPSILON, rescale_for_epsilon
+from frcnn.pretrained import Backbone
 from frcnn.resnet import ResNet
-from frcnn.rpn import RPNHead, select_proposals
+from frcnn.rpn import RPNHead, Selection, select_proposals
 from frcnn.vit import SimpleFeaturePyramid, VisionTransformer
 from kernels.roi_align import assign_levels, roi_align
 from structures import Detections, Targets
@@ -37,22 +40,25 @@ from weights import ClassRows, PublicLayout
 SIZE_MULTIPLE = 32
 PYRAMID_WIDTH = 256
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
-LEVEL_SIZES = ((32,), (64,), (128,), (256,), (512,))  # of anchors in pixels, p2..p6
-ALL_SIZES = ((32, 64, 128, 256, 512),) * 3  # p5_first, p5, p6 of MobileNet: every size on every level
-RPN_SAMPLES, RPN_POSITIVE_FRACTION = 256, 0.5  # anchors of an image
-ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # proposals of an image
-TRAIN_CANDIDATES = TRAIN_PROPOSALS = 2000  # candidates: of a level, before suppression
+LEVEL_SIZES = ((32,), (64,), (128,), (256,), (512,))  # anchor sizes in pixels on p2..p6
+ALL_SIZES = ((32, 64, 128, 256, 512),) * 3  # MobileNet has every size on each of p5_first, p5, p6
+RPN_SAMPLES, RPN_POSITIVE_FRACTION = 256, 0.5  # anchors per image
+ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # proposals per image
+TRAIN_CANDIDATES = TRAIN_PROPOSALS = 2000  # candidates per level, before suppression; proposals per image
 
 
 @dataclass(frozen=True)
 class FasterRCNNOutput:
     """What FasterRCNN.forward returns, in train and eval mode alike, for images (B, 3, H, W).
 
-    features: the backbone's maps ("c2", ...) and the pyramid's ("p2", ..., "p6"), (B, C, H / s, W / s) each.
-    objectness_logits (B, A), box_deltas (B, A, 4), anchors_xyxy (A, 4): the region proposal network's, level by level
-    and row by row (anchors.place_anchors); level_counts: anchors of each level. image_size is (H, W).
-    proposals: for each image (N_b, 4) xyxy within it, best first, N_b <= 1000: what `detect` looks at. Computed at the
-    first use, without gradient.
+    features: maps (B, C, H / s, W / s) by name, of the backbone ("c2", ...) and the pyramid ("p2", ..., "p6").
+    objectness_logits (B, A), box_deltas (B, A, 4): of the region proposal network, in the order of anchors_xyxy.
+    anchors_xyxy (A, 4): level by level and row by row (anchors.place_anchors).
+    level_counts: number of anchors of each level.
+    image_size: (H, W).
+    selection: arguments of select_proposals in evaluation.
+    proposals: for each image (N_b, 4) xyxy within it, best first, N_b <= 1000; the regions of `detect`. Computed at the
+        first use, without gradient.
     """
 
     features: dict[str, Tensor]
@@ -61,14 +67,14 @@ class FasterRCNNOutput:
     anchors_xyxy: Tensor
     level_counts: list[int]
     image_size: tuple[int, int]
-    selection: dict[str, float]  # keyword arguments of select_proposals in evaluation
+    selection: Selection
 
     @cached_property
     def proposals(self) -> list[Tensor]:
         return self.select(**self.selection)
 
-    def select(self, **selection: float) -> list[Tensor]:
-        """Proposals by other counts: rpn.select_proposals."""
+    def select(self, **selection: Unpack[Selection]) -> list[Tensor]:
+        """rpn.select_proposals of this output with other counts."""
         return select_proposals(
             self.objectness_logits.detach(),
             self.box_deltas.detach(),
@@ -83,25 +89,27 @@ class FasterRCNN(nn.Module):
     """backbone -> pyramid -> region proposal network -> box head. Satisfies structures.Detector.
 
     Args:
-        backbone: normalised images -> maps; strides, channels, mean and std as frcnn/pretrained.py lists them.
-        pyramid: those maps -> levels of equal width, the last, "p6", for the region proposal network alone.
-        anchor_sizes: pixels, for each level of the pyramid.
+        backbone: normalised images -> maps.
+        pyramid: those maps -> levels of equal width. Only the region proposal network uses the last level, "p6".
+        public_layouts: the layouts of released files, the most usual first.
+        anchor_sizes: in pixels, for each level of the pyramid.
         rpn_depth, box_head: 1 and BoxHead as published, 2 and ConvBoxHead for the v2 form.
-        eval_proposals: candidates of a level before, and proposals after suppression, outside of training.
-        min_objectness: proposals of a lower score are dropped, in training too.
-        public_layouts: how released files are read, the most usual first.
+        eval_proposals: outside of training, candidates per level before suppression and proposals per image after it.
+        min_objectness: proposals with a lower score are dropped, in training too.
         other_classes: of heads.BoxPredictor.
     """
 
     class_activation = "softmax"
     class_head = ("predictor.",)
     size_multiple = SIZE_MULTIPLE
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
         *,
-        backbone: nn.Module,
-        pyramid: nn.Module,
+        backbone: Backbone,
+        pyramid: Pyramid,
         num_classes: int,
         public_layouts: tuple[PublicLayout, ...],
         anchor_sizes: tuple[tuple[int, ...], ...] = LEVEL_SIZES,
@@ -128,14 +136,16 @@ class FasterRCNN(nn.Module):
         self.public_layouts = public_layouts
         self.public_names = public_layouts[0].table
         self.anchor_sizes = anchor_sizes
-        self.train_selection = dict(candidates=TRAIN_CANDIDATES, proposals=TRAIN_PROPOSALS, min_score=min_objectness)
-        self.eval_selection = dict(candidates=eval_proposals, proposals=eval_proposals, min_score=min_objectness)
+        self.train_selection = Selection(
+            candidates=TRAIN_CANDIDATES, proposals=TRAIN_PROPOSALS, min_score=min_objectness
+        )
+        self.eval_selection = Selection(candidates=eval_proposals, proposals=eval_proposals, min_score=min_objectness)
         self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> FasterRCNNOutput:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
-        height, width = image_size = tuple(images.shape[-2:])
+        height, width = image_size = images.shape[-2], images.shape[-1]
         if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
             raise ValueError(f"images of {height} x {width} pixels: expected multiples of {SIZE_MULTIPLE}")
         features = self.backbone((images - self.mean) / self.std)
@@ -143,7 +153,7 @@ class FasterRCNN(nn.Module):
         maps = [features[level] for level in self.levels]
         objectness_logits, box_deltas = self.rpn(maps)
         shapes = [anchor_shapes(sizes, ASPECT_RATIOS).to(images.device) for sizes in self.anchor_sizes]
-        grids = [tuple(m.shape[-2:]) for m in maps]
+        grids = [(m.shape[-2], m.shape[-1]) for m in maps]
         anchors_xyxy = place_anchors(shapes, grids, image_size)
         level_counts = [len(shape) * h * w for shape, (h, w) in zip(shapes, grids)]
         return FasterRCNNOutput(
@@ -151,9 +161,10 @@ class FasterRCNN(nn.Module):
         )
 
     def anchors_at(self, name: str) -> Tensor:
-        """(n, 2) widths and heights in pixels of the proposal network's anchors at a map of `features`.
+        """(n, 2): widths and heights in pixels of the anchors at the map `name` of `features`.
 
-        Those of the pyramid's level of that name, or else of that stride; KeyError where there is none.
+        They are those of the pyramid's level with that name, or else of a level with that stride. KeyError if there is
+        no such level.
         """
         levels = [level for level in self.levels if self.strides[level] == self.strides[name]]
         if not levels:
@@ -165,8 +176,9 @@ class FasterRCNN(nn.Module):
     def predict_at(self, output: FasterRCNNOutput, boxes_per_image: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The second stage on B tensors (N_b, 4) of xyxy pixels: class_logits (N, 1 + K), box_deltas (N, 1 + K, 4).
 
-        N = sum N_b, image by image; the background in column 0. Gradients flow into the features, not into the boxes.
-        Runs in the precision of the maps: in autocast's where `forward` did. ValueError for another number of images.
+        N = sum N_b, image by image; the background is in column 0. Gradients flow into the features, not the boxes.
+        Runs in the precision of the maps, which is that of autocast if `forward` ran under it. ValueError if there are
+        not B tensors.
         """
         if len(boxes_per_image) != len(output.objectness_logits):
             raise ValueError(f"boxes of {len(boxes_per_image)} images, expected {len(output.objectness_logits)} images")
@@ -188,7 +200,7 @@ class FasterRCNN(nn.Module):
     def detect(
         self, output: FasterRCNNOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
-        """The proposals' classes and boxes after class-wise NMS, best first. Published: 0.05, 0.5 and 100."""
+        """The classes and boxes of the proposals after class-wise NMS, best first. Published: 0.05, 0.5 and 100."""
         counts = [len(boxes) for boxes in output.proposals]
         class_logits, box_deltas = self.predict_at(output, output.proposals)
         return [
@@ -207,17 +219,18 @@ class FasterRCNN(nn.Module):
         ]
 
     def losses(self, output: FasterRCNNOutput, targets: Targets) -> dict[str, Tensor]:
-        """rpn_objectness, rpn_box, roi_class and roi_box (losses.py), all of weight 1, float32 under autocast.
+        """rpn_objectness, rpn_box, roi_class and roi_box (losses.py), all with weight 1, float32 under autocast.
 
-        Means over what is sampled from all images (matching.sample), drawn from torch's global CPU generator: 256
-        anchors of an image, at most half positive, and 512 proposals and targets, at most a quarter positive.
+        They are means over the samples of all images: 256 anchors per image, at most half of them positive, and 512
+        proposals and objects per image, at most a quarter positive. matching.sample draws them from torch's global CPU
+        generator.
         """
         per_image = [split_targets(targets, image) for image in range(len(output.objectness_logits))]
         return self._rpn_losses(output, per_image) | self._roi_losses(output, per_image)
 
-    def _rpn_losses(self, output: FasterRCNNOutput, per_image: list[tuple[Tensor | None, ...]]) -> dict[str, Tensor]:
+    def _rpn_losses(self, output: FasterRCNNOutput, per_image: list[ImageTargets]) -> dict[str, Tensor]:
         anchors_xyxy, rows = output.anchors_xyxy, []
-        for image, (objects_xyxy, _, _, ignored_xyxy) in enumerate(per_image):
+        for b, (objects_xyxy, _, _, ignored_xyxy) in enumerate(per_image):
             matched = match(
                 anchors_xyxy, objects_xyxy, ignored_xyxy, positive_iou=0.7, negative_iou=0.3, every_object=True
             )
@@ -225,7 +238,7 @@ class FasterRCNN(nn.Module):
             anchor = torch.cat((positives, background))
             is_positive = matched[anchor] >= 0
             target = encode_boxes(objects_xyxy[matched[positives]], anchors_xyxy[positives], RPN_WEIGHTS)
-            rows.append((torch.full_like(anchor, image), anchor, is_positive, target))
+            rows.append((torch.full_like(anchor, b), anchor, is_positive, target))
         image, anchor, is_positive, target_deltas = (torch.cat(column) for column in zip(*rows))
         maps = [output.features[level] for level in self.levels]
         with self._precision_of(maps[0]):
@@ -238,13 +251,13 @@ class FasterRCNN(nn.Module):
         )
         return {"rpn_objectness": objectness, "rpn_box": box}
 
-    def _roi_losses(self, output: FasterRCNNOutput, per_image: list[tuple[Tensor | None, ...]]) -> dict[str, Tensor]:
+    def _roi_losses(self, output: FasterRCNNOutput, per_image: list[ImageTargets]) -> dict[str, Tensor]:
         boxes_per_image, all_labels, targets, scores = [], [], [], []
         for proposals, (objects_xyxy, labels, class_scores, ignored_xyxy) in zip(
             output.select(**self.train_selection), per_image
         ):
             objects_xyxy = objects_xyxy.to(proposals)
-            boxes_xyxy = torch.cat((proposals, objects_xyxy))  # the objects themselves are proposals as well
+            boxes_xyxy = torch.cat((proposals, objects_xyxy))  # the objects are proposals too
             matched = match(
                 boxes_xyxy, objects_xyxy, ignored_xyxy, positive_iou=0.5, negative_iou=0.5, every_object=False
             )
@@ -273,7 +286,7 @@ class FasterRCNN(nn.Module):
 
 
 def build_fasterrcnn_resnet(depth: int, num_classes: int, *, other_classes: int = 0) -> FasterRCNN:
-    """On ResNet-18, -34 or -50, as torchvision's fasterrcnn_resnet50_fpn."""
+    """Faster R-CNN on ResNet-18, -34 or -50, as torchvision's fasterrcnn_resnet50_fpn."""
     backbone = ResNet(depth)
     file_epsilon = 0.0 if depth == 50 else EPSILON
     return build_with_fpn(
@@ -282,7 +295,7 @@ def build_fasterrcnn_resnet(depth: int, num_classes: int, *, other_classes: int 
 
 
 def build_fasterrcnn_resnet50_v2(num_classes: int, *, other_classes: int = 0) -> FasterRCNN:
-    """On ResNet-50, as torchvision's fasterrcnn_resnet50_fpn_v2: BatchNorm in pyramid and box head, a deeper RPN."""
+    """torchvision's fasterrcnn_resnet50_fpn_v2: ResNet-50, BatchNorm in pyramid and box head, a deeper RPN."""
     backbone = ResNet(50)
     fpn_rows = fpn_names(backbone.channels, norm=True)
     names = torchvision_names(backbone, fpn_rows, [*RPN_NAMES, RPN_SECOND, *CONV_BOX_HEAD_NAMES, *PREDICTOR_NAMES])
@@ -300,9 +313,9 @@ def build_fasterrcnn_resnet50_v2(num_classes: int, *, other_classes: int = 0) ->
 def build_fasterrcnn_mobilenet(
     size: str, num_classes: int, *, eval_proposals: int = 1000, other_classes: int = 0
 ) -> FasterRCNN:
-    """On MobileNetV3 "small" or "large", as torchvision's fasterrcnn_mobilenet_v3_large_fpn: two levels at stride 32.
+    """torchvision's fasterrcnn_mobilenet_v3_large_fpn on MobileNetV3 "small" or "large": two levels at stride 32.
 
-    fasterrcnn_mobilenet_v3_large_320_fpn is the same network with 150 proposals, meant for images of 320 px.
+    fasterrcnn_mobilenet_v3_large_320_fpn is the same network with 150 proposals, for images of 320 px.
     """
     backbone = MobileNetV3(size)
     in_channels = {name: backbone.channels[name] for name in ("c5_first", "c5")}
@@ -319,7 +332,7 @@ def build_fasterrcnn_mobilenet(
 
 
 def build_fasterrcnn_vit_tiny(num_classes: int, *, other_classes: int = 0) -> FasterRCNN:
-    """On ViT-Tiny with ViTDet's simple feature pyramid. No weights of the whole detector are public: ours are read."""
+    """Faster R-CNN on ViT-Tiny with ViTDet's simple feature pyramid. Nobody released weights of it; it reads ours."""
     backbone = VisionTransformer("tiny")
     names = [(f"{part}.", f"{part}.") for part in ("backbone", "pyramid", "rpn", "box_head", "predictor")]
     return FasterRCNN(
@@ -332,9 +345,12 @@ def build_fasterrcnn_vit_tiny(num_classes: int, *, other_classes: int = 0) -> Fa
 
 
 def build_with_fpn(
-    backbone: nn.Module, in_channels: dict[str, int], num_classes: int, *, file_epsilon: float, **options
+    backbone: Backbone, in_channels: dict[str, int], num_classes: int, *, file_epsilon: float, **options
 ) -> FasterRCNN:
-    """A plain FPN on some of the backbone's maps; file_epsilon: of frozen BatchNorms in files before version 2."""
+    """Faster R-CNN with a plain FPN on the maps `in_channels` of the backbone.
+
+    file_epsilon: the epsilon of the frozen BatchNorms in torchvision's files.
+    """
     head_names = [*BOX_HEAD_NAMES, *PREDICTOR_NAMES]
     names = torchvision_names(backbone, fpn_names(in_channels, norm=False), [*RPN_NAMES, *head_names])
     old_fpn_rows = fpn_names(in_channels, norm=False, version=1)
@@ -353,10 +369,9 @@ def build_with_fpn(
 
 
 def rescale_frozen(state: dict[str, Tensor], *, file_epsilon: float) -> dict[str, Tensor]:
-    """Frozen BatchNorms of another epsilon than ours computed the same as (norm.rescale_for_epsilon).
+    """norm.rescale_for_epsilon for a file with frozen BatchNorms, which have no counters of batches.
 
-    Frozen ones are told by what they lack, the counters of batches. fasterrcnn_resnet50_fpn_coco-258fb6c6.pth was
-    trained without an epsilon.
+    fasterrcnn_resnet50_fpn_coco-258fb6c6.pth was trained without an epsilon.
     """
     if file_epsilon == EPSILON or any(name.endswith("num_batches_tracked") for name in state):
         return state
@@ -364,10 +379,10 @@ def rescale_frozen(state: dict[str, Tensor], *, file_epsilon: float) -> dict[str
 
 
 def torchvision_names(
-    backbone: nn.Module, fpn_rows: list[tuple[str, str]], head_rows: list[tuple[str, str]]
+    backbone: Backbone, fpn_rows: list[tuple[str, str]], head_rows: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """The whole table: the backbone's own rows and the pyramid's under their prefixes, then the heads'."""
-    # torchvision takes MobileNet's list of layers out of `features`
+    """The table of a whole detector: the rows of backbone and pyramid with their prefixes, then those of the heads."""
+    # In torchvision's detectors MobileNet has no prefix `features`.
     backbone_rows = [(old.removeprefix("features."), new) for old, new in backbone.public_names]
     return [
         *((f"backbone.body.{old}", f"backbone.{new}") for old, new in backbone_rows),

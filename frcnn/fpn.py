@@ -1,14 +1,15 @@
-"""Feature pyramid network (Lin et al., arXiv:1612.03144): every level gets coarse meaning and fine places.
+"""Feature pyramid network (Lin et al., arXiv:1612.03144): the semantics of coarse maps at the resolution of fine ones.
 
-    c5 ── lateral 1x1 ──────────────┬── output 3x3 ── p5 ── every second place ── p6
+    c5 ── lateral 1x1 ──────────────┬── output 3x3 ── p5 ── every second pixel ── p6
                                upsample
     c4 ── lateral 1x1 ──────────── + ┬── output 3x3 ── p4
                                upsample
     ...
 
-Two forms: the paper's, plain convolutions with a bias; and that of fasterrcnn_resnet50_fpn_v2, where each is without
-bias and a (live) BatchNorm follows. Neither has an activation. Upsampling is to the nearest place and to the lateral's
-own size, so sizes need not be multiples of each other; two maps of one stride (MobileNet's last two) add as they are.
+It has two forms. The paper's has plain convolutions with a bias. In fasterrcnn_resnet50_fpn_v2 a live BatchNorm follows
+each convolution, which has no bias. Neither has an activation. A map is upsampled to the size of the next lateral map
+(nearest neighbour), so sizes need not be multiples of each other. Two maps of one stride (MobileNet's last two) are
+added as they are.
 """
 
 import torch.nn.functional as F
@@ -17,15 +18,28 @@ from torch import Tensor, nn
 from frcnn.norm import ConvNorm
 
 
-class FPN(nn.Module):
+class Pyramid(nn.Module):
+    """The interface of a pyramid: maps by name -> levels by name, all of one width (FPN, SimpleFeaturePyramid).
+
+    channels: level name -> channels, finest level first.
+    """
+
+    channels: dict[str, int]
+
+    def level_strides(self, in_strides: dict[str, int]) -> dict[str, int]:
+        """The stride of each level in pixels, from the strides of the input maps."""
+        raise NotImplementedError
+
+
+class FPN(Pyramid):
     """Maps {"c2": (B, C_2, h, w), ...} -> {"p2": (B, width, h, w), ...} of the same sizes, and "p6".
 
     Args:
-        in_channels: channels by the name of each map the pyramid reads, finest first; each name starts with "c", and
-            its level's with "p" instead. Maps of other names are ignored.
-        norm: BatchNorm after each convolution.
-        extra: "pool" adds `p6`, the coarsest level at every second place (torchvision's max-pooling of a 1x1 window at
-            stride 2), ceil(h / 2) x ceil(w / 2); None adds nothing.
+        in_channels: map name -> channels for each input map, finest first. Level "p3" is made from map "c3", and so on.
+            Maps of other names are ignored.
+        norm: whether BatchNorm follows each convolution.
+        extra: "pool" adds "p6", every second pixel of the coarsest level: (ceil(h / 2), ceil(w / 2)), torchvision's
+            max-pooling of a 1x1 window at stride 2. None adds nothing.
     """
 
     def __init__(
@@ -56,25 +70,26 @@ class FPN(nn.Module):
         return outputs
 
     def level_strides(self, in_strides: dict[str, int]) -> dict[str, int]:
-        """Of each level, in pixels, from those of the maps that go in."""
+        """The stride of each level in pixels, from the strides of the input maps."""
         strides = {p: in_strides[c] for c, p in self.levels.items()}
         return strides | ({"p6": 2 * max(strides.values())} if self.extra else {})
 
 
 def convolution(c_in: int, c_out: int, kernel: int, norm: bool) -> nn.Module:
-    """With a bias, or with a BatchNorm; fresh weights as He et al. 2015 for a layer with no activation behind it."""
+    """A convolution with a bias, or with a BatchNorm. Fresh weights: He et al., arXiv:1502.01852."""
     if norm:
         return ConvNorm(c_in, c_out, kernel)
     layer = nn.Conv2d(c_in, c_out, kernel, padding=(kernel - 1) // 2)
-    nn.init.kaiming_uniform_(layer.weight, a=1)  # a = 1: a linear unit
+    nn.init.kaiming_uniform_(layer.weight, a=1)  # a = 1: no activation follows
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def fpn_names(in_channels: dict[str, int], *, norm: bool, version: int = 2) -> list[tuple[str, str]]:
-    """Rows from torchvision's names under `backbone.fpn.` to an FPN's own; put prefixes before both to use them.
+    """Rows (torchvision's name, our name), without the prefixes of the pyramid in either model.
 
-    version 1, of files from before torchvision 0.13, has plain convolutions alone, and no index behind the level's.
+    version 1 is that of files from before torchvision 0.13: plain convolutions, and no index after that of the level.
     """
     rows = []
     for index, c in enumerate(in_channels):

@@ -1,9 +1,10 @@
-"""The second stage: what is in a pooled region, and where exactly (Fast R-CNN, arXiv:1504.08083, sec. 2).
+"""The second stage: the class and the exact box of each pooled region (Fast R-CNN, arXiv:1504.08083, sec. 2).
 
     pooled (N, C, 7, 7) ── box head ── (N, D) ── predictor ── class logits (N, 1 + K), box deltas (N, 1 + K, 4)
 
-Two box heads: the two fully connected layers of FPN (arXiv:1612.03144), and that of fasterrcnn_resnet50_fpn_v2, four
-convolutions and one such layer (as in arXiv:1803.08494, with BatchNorm in place of GroupNorm).
+There are two box heads. BoxHead has two fully connected layers, as in FPN (arXiv:1612.03144). ConvBoxHead, of
+fasterrcnn_resnet50_fpn_v2, has four convolutions and one such layer (as in arXiv:1803.08494, but with BatchNorm, not
+GroupNorm).
 """
 
 import torch
@@ -18,7 +19,7 @@ from structures import Detections
 
 POOLED_SIZE = 7
 HIDDEN = 1024  # D
-MIN_SIDE = 1e-2  # pixels; a detection thinner than this after clipping is none
+MIN_SIDE = 1e-2  # pixels; a detection thinner than this after clipping is dropped
 
 
 class BoxHead(nn.Module):
@@ -48,14 +49,16 @@ class ConvBoxHead(nn.Module):
 
 
 class BoxPredictor(nn.Module):
-    """(N, D) -> class_logits (N, 1 + K), the background in column 0, and box_deltas (N, 1 + K, 4), one box a class.
+    """(N, D) -> class_logits (N, 1 + K), the background in column 0, and box_deltas (N, 1 + K, 4), one box per class.
 
-    The background's four deltas mean nothing; the released weights have them.
+    The background's four deltas have no meaning; the released weights have them.
 
-    other_classes: M classes that the layer tells apart and nobody asks for, such as those of the weights it was started
-    from. They count as background, so that the probabilities of the K classes do not depend on M being there:
+    other_classes: M further classes that the layer predicts but the detector does not report, such as other classes of
+    the weights it started from. They count as background:
 
-        background = log sum_m exp(z_m) over the background's own logit and those of the M others
+        background = log sum_m exp(z_m) over the background's own logit and those of the M other classes
+
+    So the K classes have the probabilities that a softmax over all 1 + K + M logits gives them.
     """
 
     def __init__(self, num_classes: int, other_classes: int = 0) -> None:
@@ -90,8 +93,8 @@ def select_boxes(
 ) -> Detections:
     """Detections of one image from its N proposals (N, 4), with class_logits (N, 1 + K) and box_deltas (N, 1 + K, 4).
 
-    A candidate is a pair (proposal, class) whose softmax score is above score_threshold, with the box that the proposal
-    predicts for that class, clipped to the image; a proposal may report several. Classes suppress only themselves.
+    A candidate is a pair (proposal, class) with a softmax score above score_threshold; a proposal may have several. Its
+    box is the one predicted for that class, clipped to the image. Only boxes of one class suppress each other.
     """
     scores = class_logits.float().softmax(1)[:, 1:]  # (N, K)
     proposal, label = (scores > score_threshold).nonzero().unbind(1)

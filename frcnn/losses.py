@@ -1,12 +1,13 @@
 """The four losses of Faster R-CNN (arXiv:1506.01497, sec. 3.1.2; second stage: Fast R-CNN, arXiv:1504.08083, sec. 2.3).
 
-Pure functions of what was sampled (matching.py). All are float32 for inputs of half precision, and 0 with a gradient of
-0 where nothing was sampled. N is that of all processes of a run, divided by their number (layers.over_processes).
+Pure functions of the sampled anchors and proposals (matching.py). All are computed at least in float32. Without samples
+they are 0 with a gradient of 0. In a distributed run N is the total over all processes, divided by their number
+(layers.over_processes).
 
     smooth_l1(d) = d^2 / (2 beta)    where |d| < beta,    else |d| - beta / 2
 
-beta = 1/9 in both stages, as torchvision trains (the paper's sigma = 3, beta = 1 / sigma^2, in the RPN; Fast R-CNN has
-beta = 1 in the second stage).
+beta = 1/9 in both stages, as in torchvision. That is sigma = 3 with beta = 1 / sigma^2 of the authors' RPN; Fast R-CNN
+has beta = 1 in the second stage.
 """
 
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ def rpn_losses(
 
         L_objectness = 1/N sum_n BCE(sigmoid(z_n), y_n),    L_box = 1/N sum_p sum_{i in xywh} smooth_l1(t_pi - t*_pi)
 
-    objectness_logits (N,), is_positive (N,) bool; box_deltas and target_deltas (P, 4), of the positives alone.
-    (The paper divides the second by the number of anchor positions and weighs it by 10: nearly the same.)
+    objectness_logits (N,), is_positive (N,) bool; box_deltas and target_deltas (P, 4), of the positives only.
+    Differs from the paper: it divides L_box by the number of anchor positions and weights it by 10, which is nearly the
+    same.
     """
     logits = at_least_float32(objectness_logits)
     count = joint_normaliser(len(logits), logits)
@@ -46,9 +48,9 @@ def roi_losses(
 
         L_class = -1/N sum_n log softmax(z_n)_{y_n},    L_box = 1/N sum_p sum_{i in xywh} smooth_l1(t_pi - t*_pi)
 
-    class_logits (N, 1 + K) with the background in column 0, labels (N,) in 0..K; box_deltas (P, 4), those predicted for
-    each positive's own class, and target_deltas (P, 4).
-    class_scores q (P, K), rows that sum to 1, of the positives in their order: their terms of L_class become
+    class_logits (N, 1 + K) with the background in column 0, labels (N,) in 0..K.
+    box_deltas (P, 4): the offsets predicted for each positive's own class. target_deltas (P, 4).
+    class_scores q (P, K), rows that sum to 1, in the order of the positives: their terms of L_class become
     -1/N sum_k q_pk log softmax(z_p)_k. The gradient flows into q.
     """
     logits = at_least_float32(class_logits)

@@ -1,9 +1,11 @@
-"""Which box learns what, and which are looked at in a step (Faster R-CNN, arXiv:1506.01497, sec. 3.1.2 and 3.1.3).
+"""Which box learns which object, and which boxes a step samples (Faster R-CNN, arXiv:1506.01497, sec. 3.1.2 and 3.1.3).
 
-Matching is by IoU, sampling by chance. Objects marked `ignore` are learnt by nobody, and a box is no background where
-it lies on one: at least half of its area in an ignored region (the crowd rule of the COCO evaluation turned to anchors)
-takes it out, unless it is positive for another object. torchvision knows no ignored objects.
+Matching is by IoU; sampling is random. No box learns an object marked `ignore`. A box with at least half of its area in
+one such object is not background either: it is left out unless it is positive for another object. This is the crowd
+rule of the COCO evaluation, applied to anchors and proposals; torchvision has no ignored objects.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +26,16 @@ def match(
     negative_iou: float,
     every_object: bool,
 ) -> Tensor:
-    """For each of N boxes (N, 4) the row of its object among G (G, 4), or BACKGROUND, or IGNORED: (N,) int64.
+    """For each of N boxes (N, 4) the row of its object among G objects (G, 4), BACKGROUND or IGNORED: (N,) int64.
 
-        the object of highest IoU     where that IoU >= positive_iou (the first of equals)
-        BACKGROUND                    where it is < negative_iou
-        IGNORED                       between, and where half of the box or more lies in one of ignored_xyxy (M, 4)
+        the object with the highest IoU   if that IoU >= positive_iou; ties go to the first object
+        BACKGROUND                        if that IoU < negative_iou
+        IGNORED                           in between, or if half of a background box lies in one of ignored_xyxy (M, 4)
 
-    every_object: besides, the boxes that overlap an object most, all equals of them, are positive however small that
-    IoU is, as long as it is not 0; each for the object it overlaps most itself, as in the public code. (The paper gives
-    it to the object it is best for, which differs where another object covers it more.)
-    N, G and M may be 0; without objects all is background.
+    every_object: an object's best boxes (highest IoU, with all ties) are positive too, if that IoU is above 0. Each of
+    them learns the object that it overlaps most itself, as in public code; the paper assigns it to the object it is
+    best for.
+    N, G and M may be 0. Without objects every box is background.
     """
     if len(objects_xyxy) == 0:
         matched = torch.full((len(boxes_xyxy),), BACKGROUND, device=boxes_xyxy.device)
@@ -54,12 +56,12 @@ def match(
 
 
 def sample(matched: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """A random choice of what a step learns from: rows (P,) of positives and rows (Q,) of background, P + Q <= count.
+    """A random sample for one step: rows (P,) of positives and rows (Q,) of background, each in increasing order.
 
-    P is at most positive_fraction * count, and background fills up the rest: P = min(positives, that), Q =
-    min(background, count - P). Each subset of a size is equally likely, both in increasing order of rows. Drawn from
-    torch's global CPU generator whatever the device, so a seed gives the same choice everywhere; where all are taken
-    nothing is drawn.
+        P = min(number of positives, positive_fraction * count),    Q = min(number of background, count - P)
+
+    All subsets of a size are equally likely. The draw uses torch's global CPU generator on every device, so one seed
+    gives one sample everywhere. Nothing is drawn if all rows are taken.
     """
     positives = (matched >= 0).nonzero().squeeze(1)
     background = (matched == BACKGROUND).nonzero().squeeze(1)
@@ -68,21 +70,27 @@ def sample(matched: Tensor, count: int, positive_fraction: float) -> tuple[Tenso
 
 
 def choose(rows: Tensor, count: int) -> Tensor:
-    """At most `count` of the rows (N,), each subset equally likely, in the order they had."""
+    """At most `count` of the rows (N,), each subset equally likely, in their original order."""
     if len(rows) <= count:
         return rows
     chosen = torch.randperm(len(rows))[:count].sort().values
     return rows[chosen.to(rows.device)]
 
 
-def split_targets(targets: Targets, image: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Of one image: objects to learn, boxes (G, 4), labels (G,) and class_scores (G, K), and ignored regions (M, 4).
+class ImageTargets(NamedTuple):
+    """The targets of one image: G objects to learn and M ignored regions.
 
-    class_scores are None where the targets have none.
-
-    A box without area cannot be encoded (log 0) and is left out: it is neither.
+    objects_xyxy (G, 4), labels (G,), class_scores (G, K) or None as in Targets, ignored_xyxy (M, 4).
     """
+
+    objects_xyxy: Tensor
+    labels: Tensor
+    class_scores: Tensor | None
+    ignored_xyxy: Tensor
+
+
+def split_targets(targets: Targets, image: int) -> ImageTargets:
+    """The targets of one image of the batch. Boxes without area are left out: they cannot be encoded (log 0)."""
     is_here = (targets.image == image) & (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(1)
-    here, ignored = is_here & ~targets.ignore, is_here & targets.ignore
-    objects = targets[here]
-    return objects.boxes_xyxy, objects.labels, objects.class_scores, targets.boxes_xyxy[ignored]
+    objects, ignored_xyxy = targets[is_here & ~targets.ignore], targets.boxes_xyxy[is_here & targets.ignore]
+    return ImageTargets(objects.boxes_xyxy, objects.labels, objects.class_scores, ignored_xyxy)

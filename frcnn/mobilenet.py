@@ -4,24 +4,24 @@
                                         │ c2 /4, c3 /8, c4 /16: after the last block of each stride
                                         │ c5_first /32: after the first block of stride 32
 
-`c5_first` and `c5` are the two maps that torchvision's fasterrcnn_mobilenet_v3_* build their pyramid on. SIZES are
-tables 1 and 2 of the paper, but for one thing the released weights have otherwise: the last convolution of Small is
-without a squeeze. The squeeze is to a quarter of the expanded channels, rounded to a multiple of 8.
+torchvision's fasterrcnn_mobilenet_v3_* build their pyramid on `c5_first` and `c5`. SIZES are tables 1 and 2 of the
+paper, with one difference that the released weights have: the last convolution of Small has no squeeze. A squeeze
+reduces to a quarter of the expanded channels, rounded to a multiple of 8.
 
-h_swish(x) = x * relu6(x + 3) / 6, h_sigmoid(x) = relu6(x + 3) / 6. Images come normalised with `mean` and `std`.
+h_swish(x) = x * relu6(x + 3) / 6, h_sigmoid(x) = relu6(x + 3) / 6. The input is normalised with `mean` and `std`.
 Released files: frcnn/pretrained.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frcnn.norm import EPSILON, ConvNorm
-from frcnn.pretrained import IMAGENET_NORMALIZATION, backbone_layouts, read_classifier_file
+from frcnn.norm import EPSILON, ConvNorm, NormOptions
+from frcnn.pretrained import IMAGENET_NORMALIZATION, Backbone, backbone_layouts, read_classifier_file
 
 FILE_EPSILON = 1e-3  # of the BatchNorms in the released ImageNet files
 STEM_CHANNELS = 16
@@ -39,7 +39,7 @@ class Bneck(NamedTuple):
 
 
 class Size(NamedTuple):
-    """blocks: the rows of the table. last: channels of the last convolution, which is c5. hidden: of the classifier."""
+    """blocks: the rows of the table. last: channels of c5. hidden: width of the classifier's hidden layer."""
 
     blocks: tuple[Bneck, ...]
     last: int
@@ -90,13 +90,13 @@ SIZES = {
 
 
 def round_to_eight(channels: float) -> int:
-    """The nearest multiple of 8, at least 8; where rounding down would take more than a tenth away, the next above."""
+    """The nearest multiple of 8, at least 8; the next one above if rounding down would remove more than a tenth."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 class SqueezeExcite(nn.Module):
-    """x * h_sigmoid(expand(relu(reduce(mean_hw x)))): one factor per channel (arXiv:1709.01507). (B, C, H, W), kept."""
+    """x * h_sigmoid(expand(relu(reduce(mean_hw x)))): a factor per channel (arXiv:1709.01507). Keeps (B, C, H, W)."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -105,17 +105,17 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = F.adaptive_avg_pool2d(x, 1)  # (B, C, 1, 1)
-        # Not F.hardsigmoid, which cannot be differentiated twice.
+        # F.hardsigmoid cannot be differentiated twice.
         return x * (F.relu6(self.expand(F.relu(self.reduce(mean))) + 3) / 6)
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expanded` channels, depthwise, squeeze, 1x1 without activation; the identity is added where shapes allow.
+    """1x1 to `expanded` channels, depthwise, squeeze, 1x1 without activation; plus the identity if the shape is kept.
 
-    (B, C_in, H, W) -> (B, c_out, ceil(H / stride), ceil(W / stride)). Without expansion the first 1x1 is left out.
+    (B, C_in, H, W) -> (B, c_out, ceil(H / stride), ceil(W / stride)). Without expansion there is no first 1x1.
     """
 
-    def __init__(self, c_in: int, row: Bneck, **norm: float | bool) -> None:
+    def __init__(self, c_in: int, row: Bneck, **norm: Unpack[NormOptions]) -> None:
         super().__init__()
         width = row.expanded
         self.activation = row.activation
@@ -132,25 +132,25 @@ class InvertedResidual(nn.Module):
         return x + y if self.is_residual else y
 
 
-class MobileNetV3(nn.Module):
+class MobileNetV3(Backbone):
     """MobileNetV3 without its classifier. size: "small" or "large".
 
     forward: images (B, 3, H, W) -> {"c2", "c3", "c4", "c5_first", "c5"}, (B, channels[name], ceil(H / s), ceil(W / s)).
-    norm_frozen, norm_eps: of every BatchNorm (norm.py); the released ImageNet files' own epsilon is 1e-3, and those of
-    torchvision's detectors 1e-5. `stages`, six, begin at the stem, at each strided block and at the last convolution.
+    norm_frozen, norm_eps: `frozen` and `eps` of every BatchNorm (norm.py). The released ImageNet files have an epsilon
+    of 1e-3, torchvision's detectors 1e-5. The six `stages` begin at the stem, at each strided block and at the last
+    convolution.
     """
 
     mean, std = IMAGENET_NORMALIZATION
-    class_head = ()
 
     def __init__(self, size: str, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
         super().__init__()
         rows, last, self.hidden = SIZES[size]
-        norm = dict(frozen=norm_frozen, eps=norm_eps)
+        norm = NormOptions(frozen=norm_frozen, eps=norm_eps)
         self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2, **norm)
         c_in, stride = STEM_CHANNELS, 2
         self.blocks = nn.ModuleList()
-        taps = {}  # map -> index of its block
+        taps: dict[str, int] = {}  # map -> index of its block
         for index, row in enumerate(rows):
             self.blocks.append(InvertedResidual(c_in, row, **norm))
             c_in, stride = row.c_out, stride * row.stride
@@ -194,10 +194,10 @@ class MobileNetV3(nn.Module):
         )
 
 
-def mobilenet_names(rows: list[Bneck]) -> list[tuple[str, str]]:
-    """Rows from torchvision's names of the backbone to ours; the classifier `classifier.` is not among them.
+def mobilenet_names(rows: Sequence[Bneck]) -> list[tuple[str, str]]:
+    """Rows (torchvision's name, our name) of the backbone, without the classifier `classifier.`.
 
-    Theirs count everything in one list, `features`, and the layers of a block, `block`, as far as it has them.
+    torchvision counts all layers in one list, `features`, and in `block` only those layers that a block has.
     """
     names = [("features.0.0.", "stem.conv."), ("features.0.1.", "stem.norm.")]
     c_in = STEM_CHANNELS

@@ -2,21 +2,21 @@
 
     images (B, 3, H, W) ── stem /4 ── stage2 ── c2 /4 ── stage3 ── c3 /8 ── stage4 ── c4 /16 ── stage5 ── c5 /32
 
-`stageN` is the paper's convN_x and its map cN is at stride 2^N. Of a bottleneck, the 3x3 convolution takes the stride
-and not the first 1x1, as in the released weights (often called v1.5); the paper has it the other way round. Shortcuts
-are projections where the shape changes and the identity elsewhere (the paper's option B).
+`stageN` is the paper's convN_x; its map cN has stride 2^N. In a bottleneck the 3x3 convolution has the stride, as in
+the released weights (often called v1.5); in the paper it is the first 1x1. A shortcut is a projection if the shape
+changes, else the identity (the paper's option B).
 
-Images come normalised with `mean` and `std`. Released files: frcnn/pretrained.py.
+The input is normalised with `mean` and `std`. Released files: frcnn/pretrained.py.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frcnn.norm import EPSILON, ConvNorm
-from frcnn.pretrained import IMAGENET_NORMALIZATION, backbone_layouts, read_classifier_file
+from frcnn.norm import EPSILON, ConvNorm, NormOptions
+from frcnn.pretrained import IMAGENET_NORMALIZATION, Backbone, backbone_layouts, read_classifier_file
 
 STAGE_WIDTHS = (64, 128, 256, 512)  # of stage2..stage5, before a bottleneck's expansion
 EXPANSION = 4  # channels out of a bottleneck, in units of its width
@@ -24,7 +24,7 @@ FILE_EPSILON = 1e-5  # of the BatchNorms in the released ImageNet files
 
 
 class Size(NamedTuple):
-    """depths: blocks in stage2..stage5. bottleneck: whether they are Bottleneck or BasicBlock."""
+    """depths: number of blocks in stage2..stage5. bottleneck: True for Bottleneck, False for BasicBlock."""
 
     depths: tuple[int, int, int, int]
     bottleneck: bool
@@ -40,7 +40,7 @@ SIZES = {
 class BasicBlock(nn.Module):
     """relu(x + norm(conv3x3(relu(norm(conv3x3(x)))))), (B, C_in, H, W) -> (B, width, H / stride, W / stride)."""
 
-    def __init__(self, c_in: int, width: int, stride: int, **norm: float | bool) -> None:
+    def __init__(self, c_in: int, width: int, stride: int, **norm: Unpack[NormOptions]) -> None:
         super().__init__()
         self.conv1 = ConvNorm(c_in, width, 3, stride, **norm)
         self.conv2 = ConvNorm(width, width, 3, **norm)
@@ -54,7 +54,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 to `width` channels, 3x3, 1x1 to 4 width: (B, C_in, H, W) -> (B, 4 width, H / stride, W / stride)."""
 
-    def __init__(self, c_in: int, width: int, stride: int, **norm: float | bool) -> None:
+    def __init__(self, c_in: int, width: int, stride: int, **norm: Unpack[NormOptions]) -> None:
         super().__init__()
         self.conv1 = ConvNorm(c_in, width, 1, **norm)
         self.conv2 = ConvNorm(width, width, 3, stride, **norm)
@@ -67,26 +67,26 @@ class Bottleneck(nn.Module):
         return F.relu(y + self.shortcut(x), inplace=True)
 
 
-def shortcut(c_in: int, c_out: int, stride: int, **norm: float | bool) -> nn.Module:
-    """The identity where the block keeps the shape, else a strided 1x1 projection."""
+def shortcut(c_in: int, c_out: int, stride: int, **norm: Unpack[NormOptions]) -> nn.Module:
+    """The identity if the block keeps the shape, else a strided 1x1 projection."""
     return nn.Identity() if stride == 1 and c_in == c_out else ConvNorm(c_in, c_out, 1, stride, **norm)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """ResNet without its classifier. depth: 18, 34 or 50.
 
     forward: images (B, 3, H, W) -> {"c2", "c3", "c4", "c5"} of (B, channels[name], ceil(H / s), ceil(W / s)).
-    norm_frozen, norm_eps: of every BatchNorm (norm.py).
+    norm_frozen, norm_eps: `frozen` and `eps` of every BatchNorm (norm.py).
     """
 
     mean, std = IMAGENET_NORMALIZATION
-    class_head = ()
 
     def __init__(self, depth: int, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
         super().__init__()
         depths, bottleneck = SIZES[depth]
-        norm = dict(frozen=norm_frozen, eps=norm_eps)
-        block, expansion = (Bottleneck, EXPANSION) if bottleneck else (BasicBlock, 1)
+        norm = NormOptions(frozen=norm_frozen, eps=norm_eps)
+        block: type[Bottleneck | BasicBlock] = Bottleneck if bottleneck else BasicBlock
+        expansion = EXPANSION if bottleneck else 1
         self.stem = ConvNorm(3, 64, 7, stride=2, **norm)
         c_in, stages = 64, []
         for stage_depth, width in zip(depths, STAGE_WIDTHS):
@@ -125,13 +125,13 @@ class ResNet(nn.Module):
 
 
 def resnet_names(bottleneck: bool) -> list[tuple[str, str]]:
-    """Rows from torchvision's names of the backbone to ours; the classifier `fc.` is not among them."""
+    """Rows (torchvision's name, our name) of the backbone, without the classifier `fc.`."""
     rows = [("conv1.", "stem.conv."), ("bn1.", "stem.norm.")]
     for n in (1, 2, 3, 4):  # their layer1 is our stage2
         for k in (1, 2, 3) if bottleneck else (1, 2):
             rows += [(f"layer{n}.{{}}.conv{k}.", f"stage{n + 1}.{{}}.conv{k}.conv.")]
             rows += [(f"layer{n}.{{}}.bn{k}.", f"stage{n + 1}.{{}}.conv{k}.norm.")]
-        if bottleneck or n > 1:  # stage2 of ResNet-18 and -34 changes no shape
+        if bottleneck or n > 1:  # stage2 of ResNet-18 and -34 keeps the shape
             rows += [(f"layer{n}.0.downsample.0.", f"stage{n + 1}.0.shortcut.conv.")]
             rows += [(f"layer{n}.0.downsample.1.", f"stage{n + 1}.0.shortcut.norm.")]
     return rows

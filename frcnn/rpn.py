@@ -1,8 +1,11 @@
 """The region proposal network (Ren et al., "Faster R-CNN", arXiv:1506.01497, sec. 3.1) on the levels of a pyramid.
 
-One small network slides over every level and says of each anchor how likely it holds an object, and how to move and
-stretch it to fit. The best of them, after suppression, are what the second stage looks at.
+One small network slides over every level. For each anchor it predicts the probability of an object and the offsets from
+the anchor to the object's box. The best boxes after non-maximum suppression are the proposals for the second stage.
 """
+
+from collections.abc import Iterable
+from typing import TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +17,22 @@ from kernels.nms import batched_nms
 from kernels.roi_align import pixel_rows, sparse_product
 
 SUPPRESSION_IOU = 0.7
-MIN_SIDE = 1e-3  # pixels; a proposal thinner than this after clipping is no region
+MIN_SIDE = 1e-3  # pixels; a proposal thinner than this after clipping is dropped
+
+
+class Selection(TypedDict):
+    """How many boxes select_proposals keeps, as its keyword arguments.
+
+    candidates: of each level, before suppression. proposals: of an image, after suppression. min_score: of a proposal.
+    """
+
+    candidates: int
+    proposals: int
+    min_score: float
 
 
 class RPNHead(nn.Module):
-    """`depth` 3x3 convolutions with ReLU, then two 1x1: per cell one logit and four offsets for each of its anchors."""
+    """`depth` 3x3 convolutions with ReLU, then two 1x1 convolutions: a logit and four offsets per anchor of a cell."""
 
     def __init__(self, channels: int, anchors_per_cell: int, depth: int = 1) -> None:
         super().__init__()
@@ -31,7 +45,7 @@ class RPNHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """maps (B, C, h_l, w_l) -> objectness_logits (B, A), box_deltas (B, A, 4) in the order of place_anchors."""
+        """maps (B, C, h_l, w_l) -> objectness_logits (B, A), box_deltas (B, A, 4), in the order of place_anchors."""
         objectness, deltas = [], []
         for x in maps:
             for conv in self.convs:
@@ -41,25 +55,25 @@ class RPNHead(nn.Module):
         return torch.cat(objectness, 1), torch.cat(deltas, 1).unflatten(1, (-1, 4))
 
     def at(self, maps: list[Tensor], image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for N anchors alone: their rows in the batch (N,) and among A (N,) -> logits (N,), deltas (N, 4).
+        """`forward` at N anchors only: their image (N,) and their index in 0..A-1 (N,) -> logits (N,), deltas (N, 4).
 
-        Values and gradients are those of `forward`, at the cost of the few cells the anchors stand in: a step looks at
-        256 anchors of an image, and a backward pass through all 58,000 of a 480 px image would move zeros.
+        Values and gradients are those of `forward`, at the cost of the cells of these anchors. A step samples 256
+        anchors of an image; nearly all gradients of the 58,000 anchors of a 480 px image would be zero.
         """
         level, y, x, which = self._cells([m.shape for m in maps], anchor)
         patches, is_inside = _patches(maps, image, level, y, x, radius=len(self.convs))
-        for conv in self.convs:
+        for conv in cast(Iterable[nn.Conv2d], self.convs):  # an nn.ModuleList does not keep the type of its items
             patches = F.relu(F.conv2d(patches, conv.weight, conv.bias))
             is_inside = is_inside[:, :, 1:-1, 1:-1]
             if patches.shape[-1] > 1:
-                patches = patches * is_inside  # what the next convolution finds beyond the edge is 0
+                patches = patches * is_inside  # the next convolution pads with 0 beyond the edge
         objectness = self.objectness(patches).flatten(1)  # (N, n)
         deltas = self.deltas(patches).flatten(1).unflatten(1, (-1, 4))  # (N, n, 4)
         row = torch.arange(len(anchor), device=anchor.device)
         return objectness[row, which], deltas[row, which]
 
     def _cells(self, shapes: list[torch.Size], anchor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Where anchors (N,) stand: level, row and column of the cell, and which of the cell's anchors; (N,) each."""
+        """The place of anchors (N,): level, row and column of the cell, and index within the cell; (N,) each."""
         sizes = torch.tensor([[h, w] for _, _, h, w in shapes], device=anchor.device)
         ends = (sizes.prod(1) * self.anchors_per_cell).cumsum(0)
         level = torch.searchsorted(ends, anchor, right=True)
@@ -72,11 +86,11 @@ class RPNHead(nn.Module):
 def _patches(
     maps: list[Tensor], image: Tensor, level: Tensor, y: Tensor, x: Tensor, radius: int
 ) -> tuple[Tensor, Tensor]:
-    """The k x k pixels about N places, k = 2 radius + 1: (N, C, k, k), 0 beyond the edge; is_inside (N, 1, k, k)."""
-    table, first = [], 0
-    for B, _, h, w in (m.shape for m in maps):
-        table.append([h, w, first])
-        first += B * h * w
+    """The k x k pixels about N cells, k = 2 radius + 1: (N, C, k, k), 0 beyond the edge; is_inside (N, 1, k, k)."""
+    table, start = [], 0
+    for B, _, height, width in (m.shape for m in maps):
+        table.append([height, width, start])
+        start += B * height * width
     h, w, first = (column[:, None, None] for column in torch.tensor(table, device=y.device)[level].unbind(1))
     step = torch.arange(-radius, radius + 1, device=y.device)
     y = y[:, None, None] + step[:, None]  # (N, k, 1)
@@ -101,12 +115,15 @@ def select_proposals(
     proposals: int,
     min_score: float = 0.0,
 ) -> list[Tensor]:
-    """The boxes worth a second look in each of B images: (N_b, 4) xyxy within the image, best first.
+    """The proposals of each of B images for the second stage: (N_b, 4) xyxy within the image, best first.
 
-    Of each level the `candidates` highest logits are decoded, clipped, freed of slivers and of scores below min_score,
-    suppressed within their level at IoU 0.7; the best `proposals` of all levels remain. objectness_logits (B, A),
-    box_deltas (B, A, 4) and anchors_xyxy (A, 4) are in the order of place_anchors; level_counts: anchors of each level.
-    Without gradient: the second stage takes proposals as given (sec. 3.2: approximate joint training).
+    1. Decode the `candidates` anchors with the highest logits of each level, and clip them to the image.
+    2. Drop boxes thinner than MIN_SIDE, and boxes with a score below min_score.
+    3. Suppress boxes within their level at IoU 0.7, and keep the best `proposals` of all levels.
+
+    objectness_logits (B, A), box_deltas (B, A, 4), anchors_xyxy (A, 4): in the order of place_anchors.
+    level_counts: number of anchors of each level.
+    No gradient: the second stage takes proposals as constants (sec. 3.2: approximate joint training).
     """
     chosen, labels = [], []
     for level, logits in enumerate(objectness_logits.split(level_counts, 1)):

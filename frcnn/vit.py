@@ -2,14 +2,13 @@
 
     images ── patches 16x16 ── + positions ── 12 blocks ── norm ── c4 /16 ── simple feature pyramid ── p2, p3, p4, p5
 
-The size is DeiT's (arXiv:2012.12877): 192 channels, 3 heads. Two released files fit, and their names are the same:
-timm's vit_tiny_patch16_224 ("augreg", arXiv:2106.10270), which saw images normalised by 0.5 and 0.5, and
-deit_tiny_patch16_224, which saw ImageNet's mean and std. The model has the first; `adopt_normalization` makes weights
-of the second compute the same.
+The size is DeiT's (arXiv:2012.12877): 192 channels, 3 heads. Two released files with the same names fit. timm's
+vit_tiny_patch16_224 ("augreg", arXiv:2106.10270) was trained on images normalised with mean 0.5 and std 0.5, as this
+model is; deit_tiny_patch16_224 with ImageNet's mean and std. `adopt_normalization` converts weights of the second.
 
-The pyramid is ViTDet's (Li et al., arXiv:2203.16527, sec. 3): every level is made from the last map alone. Differs from
-ViTDet: attention is global in every block (at 480 px a block sees 900 tokens; windows are for larger images), position
-tables are absolute alone, and c4 comes after the final norm that classification was trained with.
+The pyramid is that of ViTDet (Li et al., arXiv:2203.16527, sec. 3): every level is made from the last map. Differs from
+ViTDet: attention is global in every block (900 tokens at 480 px; windows are for larger images), positions are absolute
+only, and c4 is taken after the final norm, with which classification was trained.
 """
 
 from typing import NamedTuple
@@ -18,17 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frcnn.fpn import Pyramid
 from frcnn.norm import ChannelNorm
-from frcnn.pretrained import backbone_layouts, strip_wrapper
+from frcnn.pretrained import Backbone, backbone_layouts, strip_wrapper
 from layers.transformer import Block, PatchEmbedding, interpolate_positions, tokens_to_map
 
 PATCH = 16  # pixels
-PRETRAINED_GRID = 14  # patches of the 224 px the files were trained at
+PRETRAINED_GRID = 14  # patches per side at 224 px, the training size of the files
 NORM_EPSILON = 1e-6
 
 
 class Size(NamedTuple):
-    """width: channels of a token. depth: blocks. heads: of attention in each."""
+    """width: channels of a token. depth: number of blocks. heads: attention heads of a block."""
 
     width: int
     depth: int
@@ -55,10 +55,10 @@ VIT_NAMES = [
 
 
 class TokenEmbedding(nn.Module):
-    """images (B, 3, H, W) -> tokens (B, 1 + h w, C), the class token first, each with its position added.
+    """images (B, 3, H, W) -> tokens (B, 1 + h w, C), the class token first, plus their positions.
 
-    h = ceil(H / 16), w = ceil(W / 16): zeros are added on the right and below, which is the mean color. Positions
-    learnt on the pretrained grid are resized to h x w (bicubic with antialiasing, as timm does for other sizes).
+    h = ceil(H / 16), w = ceil(W / 16): the right and lower edges are padded with zeros, the mean color. The positions
+    of the pretrained grid are resized to h x w (bicubic with antialiasing, as in timm).
     """
 
     def __init__(self, width: int) -> None:
@@ -76,20 +76,19 @@ class TokenEmbedding(nn.Module):
 
 
 def grid_of(height: int, width: int) -> tuple[int, int]:
-    """Pixels -> patches, the last one of a row or column perhaps partly outside."""
+    """Pixels -> patches, rounded up: the last patch of a row or column may lie partly outside the image."""
     return -(-height // PATCH), -(-width // PATCH)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """ViT without its classifier. size: "tiny".
 
     forward: images (B, 3, H, W) of any size -> {"c4": (B, 192, ceil(H / 16), ceil(W / 16))}.
-    `stages`, five: the embedding, then a quarter of the blocks each (the last with the final norm).
+    The five `stages` are the embedding, then a quarter of the blocks each; the last one includes the final norm.
     """
 
-    mean = (0.5, 0.5, 0.5)  # of timm's file, as std is
+    mean = (0.5, 0.5, 0.5)  # mean and std of timm's file
     std = (0.5, 0.5, 0.5)
-    class_head = ()
 
     def __init__(self, size: str = "tiny") -> None:
         super().__init__()
@@ -127,31 +126,33 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def adopt_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Change weights trained on (image - mean) / std to compute the same of images normalised by self.mean, .std.
+        """Convert weights trained on (image - mean) / std: they then compute the same from our normalisation.
 
-            x' = (s x + m - mean) / std,    w' = w s / std,    b' = b + sum w (m - mean) / std
+            x' = (s x + m - m') / s',    w' = w s / s',    b' = b + sum w (m - m') / s'
 
-        with x normalised by m = self.mean and s = self.std, per color channel; the sum is over a patch. The patch
-        embedding is linear and sees no padding of its own, so this is exact, but for the added zeros beyond the image.
+        Here x is an image normalised with m = self.mean and s = self.std, and x' with m' = mean and s' = std, per color
+        channel; the sum is over a patch. The patch embedding is linear and has no padding, so the result is exact,
+        except in patches that TokenEmbedding pads with zeros.
         """
         project = self.embedding.patches.project
+        assert project.bias is not None
         weight = project.weight.double()  # (C, 3, 16, 16)
-        m, s, mean, std = (weight.new_tensor(v)[:, None, None] for v in (self.mean, self.std, mean, std))
-        project.bias.copy_(project.bias.double() + (weight * (m - mean) / std).sum((1, 2, 3)))
-        project.weight.copy_(weight * s / std)
+        m, s, file_m, file_s = (weight.new_tensor(v)[:, None, None] for v in (self.mean, self.std, mean, std))
+        project.bias.copy_(project.bias.double() + (weight * (m - file_m) / file_s).sum((1, 2, 3)))
+        project.weight.copy_(weight * s / file_s)
 
 
-class SimpleFeaturePyramid(nn.Module):
+class SimpleFeaturePyramid(Pyramid):
     """One map at stride 16 -> levels at strides 4, 8, 16, 32 of `width` channels, and p6.
 
-        p2: deconvolve, norm, GELU, deconvolve       p4: as it is
+        p2: deconvolve, norm, GELU, deconvolve       p4: identity
         p3: deconvolve                               p5: max-pool
 
-    by 2x2 windows at stride 2, each then through a 1x1 and a 3x3 convolution with a norm over channels (ChannelNorm)
-    behind. A deconvolution halves the channels. in_channels: {"c4": C}. extra: "pool" adds p6 as FPN does; None: none.
+    Windows are 2x2 at stride 2, and a deconvolution halves the channels. A 1x1 and a 3x3 convolution follow, each with
+    a norm over channels (ChannelNorm). in_channels: {"c4": C}. extra: "pool" adds p6 as FPN does; None adds nothing.
 
-    forward: {"c4": (B, C, h, w)} -> p2 (B, width, 4h, 4w), p3 (2h, 2w), p4 (h, w), p5 (h / 2, w / 2) and p6 (h / 4,
-    w / 4), both rounded up. Of an image whose sides are no multiples of 16, the levels cover the padded image.
+    forward: {"c4": (B, C, h, w)} -> p2 (B, width, 4h, 4w), p3 (2h, 2w), p4 (h, w), p5 (h / 2, w / 2), p6 (h / 4,
+    w / 4), the last two rounded up. If the sides of an image are not multiples of 16, the levels cover its padding.
     """
 
     def __init__(self, in_channels: dict[str, int], *, width: int = 256, extra: str | None = "pool") -> None:
@@ -184,19 +185,16 @@ class SimpleFeaturePyramid(nn.Module):
         return outputs
 
     def level_strides(self, in_strides: dict[str, int]) -> dict[str, int]:
-        """Of each level, in pixels, from that of the map that goes in."""
+        """The stride of each level in pixels, from the stride of the input map."""
         stride = in_strides["c4"]
         return dict(zip(self.channels, (stride // 4, stride // 2, stride, 2 * stride, 4 * stride)))
 
 
 def pyramid_output(c_in: int, width: int) -> nn.Sequential:
     """1x1 to `width` channels, norm, 3x3, norm."""
-    layers = [
-        nn.Conv2d(c_in, width, 1, bias=False),
-        ChannelNorm(width, eps=NORM_EPSILON),
-        nn.Conv2d(width, width, 3, padding=1, bias=False),
-        ChannelNorm(width, eps=NORM_EPSILON),
-    ]
-    for convolution in layers[::2]:
-        nn.init.kaiming_uniform_(convolution.weight, a=1)  # a = 1: a linear unit
-    return nn.Sequential(*layers)
+    reduce = nn.Conv2d(c_in, width, 1, bias=False)
+    smooth = nn.Conv2d(width, width, 3, padding=1, bias=False)
+    for convolution in (reduce, smooth):
+        nn.init.kaiming_uniform_(convolution.weight, a=1)  # a = 1: no activation follows
+    norms = [ChannelNorm(width, eps=NORM_EPSILON) for _ in range(2)]
+    return nn.Sequential(reduce, norms[0], smooth, norms[1])

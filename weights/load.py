@@ -10,7 +10,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -173,7 +173,7 @@ def row_pattern(start: str) -> re.Pattern[str]:
     return re.compile(re.escape(start).replace(r"\{\}", r"(\d+)"))
 
 
-def rename(state: dict[str, Tensor], table: list[tuple[str, str | None]]) -> dict[str, Tensor]:
+def rename(state: dict[str, Tensor], table: Sequence[tuple[str, str | None]]) -> dict[str, Tensor]:
     """Rename each key by the one row that matches its start. Each {} is one integer; a None row drops the key.
 
     Raises KeyError for a key that no row or two rows match, for a row that no key uses, and for two keys with the same
@@ -232,7 +232,7 @@ class PublicLayout:
     """
 
     name: str
-    table: list[tuple[str, str | None]]
+    table: Sequence[tuple[str, str | None]]
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
 
