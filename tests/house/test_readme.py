@@ -82,3 +82,11 @@ def test_commands_that_are_named_exist(page):
     missing = [name for name in re.findall(r"python ([\w/]+\.py)", text) if not (ROOT / name).is_file()]
     missing += [m for m in ours if not (ROOT / f"{m}.py").is_file() and not (ROOT / m / "__main__.py").is_file()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_paths_in_backticks_exist(page):
+    """Those that begin with a folder of the checkout; recipes name files that are to be written."""
+    text = page.read_text(encoding="utf-8").split("## How to add")[0]
+    named = re.findall(r"`((?:[a-z_]+/)+(?:[\w.]+\.(?:py|md|yaml))?)`", text)
+    assert not [name for name in named if not (ROOT / name).exists()]
