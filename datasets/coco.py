@@ -15,7 +15,7 @@ Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312. Keypoi
 import json
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -232,8 +232,8 @@ def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]
     return used
 
 
-def match_id(value: Any, table: dict) -> int | str | None:
-    """The key of a table that an id means; the text "7" means 7 where no key is that text. None: no key."""
+def match_id(value: Any, table: Mapping[int | str, Any]) -> int | str | None:
+    """The key of a table that equals an id; None where there is none. The text "7" is 7 if no key is that text."""
     if type(value) is int and value in table:
         return value
     try:

@@ -1,4 +1,4 @@
-"""What every reader of ground truth returns, and how class names and numbers of detections are understood."""
+"""The common result of the readers of ground truth, and the rules for class names and numbers in detections."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,22 +11,24 @@ from errors import UserError
 from metrics.picture_names import PictureFinder
 from metrics.tables import GroundTruth
 
+Pixels = Literal["inclusive", "as taken", "continuous"]
+
 
 @dataclass(frozen=True)
 class Annotations:
-    """Ground truth read from files, and what detections need to find their image and class in it.
+    """Ground truth from files, and all that is needed to find the image and the class of a detection in it.
 
-    pictures: of each image the name of its picture: its path below the folder without the suffix, or COCO's file_name;
-        None where a COCO file gives none.
-    image_ids: of each image COCO's id; for other formats the same as `pictures`.
+    pictures: the name of each image's picture: its path below the folder without the suffix, or COCO's file_name; None
+        where a COCO file has no name.
+    image_ids: COCO's id of each image; for other formats the same as `pictures`.
     finder: finds the row of an image by its name or its id.
-    sizes: (width, height) of each image in pixels, None where the files do not say.
-    category_ids: the classes' COCO ids, None for other formats.
-    readings: what class numbers in detections may mean, number (as text) -> label: places in a list of names, or COCO's
-        ids. Two where the files allow two; none where the names were not declared but are what the files happened to
-        hold (numbers then stand for themselves).
-    pixels: "inclusive" where the format holds first and last pixels (VOC XML); "as taken" where it is taken so by VOC
-        evaluators and not by others (text in pixels); else "continuous".
+    sizes: (width, height) of each image in pixels; None where the files do not give it.
+    category_ids: the classes' COCO ids; None for other formats.
+    number_labels: number in detections (as text) -> label. The number is a position in a list of names, or a COCO id.
+        Two mappings where the files allow both; none where no list declares the names: the names are then the classes
+        found in the files, and a number is a name.
+    pixels: "inclusive" where boxes hold their first and last pixel (VOC XML); "as taken" where VOC evaluators read them
+        so and others do not (text in pixels); else "continuous".
     notes: what was left out, a line each.
     """
 
@@ -36,66 +38,68 @@ class Annotations:
     finder: PictureFinder
     sizes: tuple[tuple[float, float] | None, ...]
     category_ids: tuple[int | str, ...] | None
-    readings: tuple[Mapping[str, int], ...]
-    pixels: Literal["inclusive", "as taken", "continuous"]
+    number_labels: tuple[Mapping[str, int], ...]
+    pixels: Pixels
     notes: tuple[str, ...] = ()
 
 
 def is_number(token: str) -> bool:
-    """Whether a class is written as a number: 3, 03 or, as numpy writes it, 3.0."""
+    """Whether a class is written as a number: 3, 03 or, from numpy, 3.0."""
     return re.fullmatch(r"[0-9]{1,9}(\.0*)?", token) is not None
 
 
 def plain_number(token: str) -> str:
-    """`03` and `3.0` are `3`; a name stays as it is."""
+    """`03` and `3.0` become `3`; a name stays unchanged."""
     return str(int(float(token))) if is_number(token) else token
 
 
-def find_labels(used: Mapping[str, str], names: Sequence[str], readings: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """The label of each class token; `used` says where each was met first.
+def find_labels(
+    used: Mapping[str, str], names: Sequence[str], number_labels: Sequence[Mapping[str, int]]
+) -> dict[str, int]:
+    """The label of each class token. `used`: token -> the place where it stands first.
 
-    A token is one of `names`, or a number as one of `readings` has it. Numbers that are names as well as places are
-    taken as the one that all of them can be, names where words stand beside them. UserError where both are possible
-    and differ, and for a token that is neither.
+    A token is one of `names`, or a number in one of `number_labels`. If numbers can be names as well as positions, one
+    rule is taken that fits all of them; beside tokens that are words it is the names. UserError if two rules fit and
+    give different labels, and for a token that fits none.
     """
     by_name = {name: label for label, name in enumerate(names)}
     numbers = [token for token in used if is_number(token)]
     word = next((token for token in used if not is_number(token) and token not in by_name), None)
     if word is not None:
-        raise UserError(f"{used[word]}: found class {word!r}, expected {_expected(word, names, readings)}")
+        raise UserError(f"{used[word]}: found class {word!r}, expected {_expected(word, names, number_labels)}")
     choices = [{token: by_name[token] for token in numbers if token in by_name}]
     if len(numbers) == len(used) or len(choices[0]) < len(numbers):
         choices += [
-            {t: reading[plain_number(t)] for t in numbers if plain_number(t) in reading} for reading in readings
+            {t: label_of[plain_number(t)] for t in numbers if plain_number(t) in label_of} for label_of in number_labels
         ]
     choices = [choice for choice in choices if len(choice) == len(numbers)]
     if not choices:
-        unknown = (t for t in numbers if t not in by_name and not any(plain_number(t) in r for r in readings))
+        unknown = (t for t in numbers if t not in by_name and not any(plain_number(t) in n for n in number_labels))
         token = next(unknown, numbers[0])
-        raise UserError(f"{used[token]}: found class {token!r}, expected {_expected(token, names, readings)}")
+        raise UserError(f"{used[token]}: found class {token!r}, expected {_expected(token, names, number_labels)}")
     first = choices[0]
     other = next((choice for choice in choices if choice != first), first)
-    token = next((token for token in numbers if first[token] != other[token]), None)
-    if token is not None:
-        both = f"{names[first[token]]!r} and {names[other[token]]!r}"
+    unclear = next((number for number in numbers if first[number] != other[number]), None)
+    if unclear is not None:
+        both = f"{names[first[unclear]]!r} and {names[other[unclear]]!r}"
         raise UserError(
-            f"{used[token]}: class {token!r} may be {both}: expected the names of classes, or the list that "
+            f"{used[unclear]}: class {unclear!r} may be {both}: expected the names of classes, or the list that "
             "the numbers are places in: classes.txt beside the text files, or --names FILE"
         )
     return {token: by_name[token] for token in used if token not in first} | first
 
 
 def places(names: Sequence[str], listed: Sequence[str] | None = None) -> dict[str, int]:
-    """What numbers mean that are places in `listed` (default: in `names`): number -> label in `names`."""
+    """Position in `listed` (default: in `names`), as text -> label in `names`."""
     label = {name: k for k, name in enumerate(names)}
     return {str(k): label[name] for k, name in enumerate(listed or names) if name in label}
 
 
-def _expected(token: str, names: Sequence[str], readings: Sequence[Mapping[str, int]]) -> str:
+def _expected(token: str, names: Sequence[str], number_labels: Sequence[Mapping[str, int]]) -> str:
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    if not readings:
+    if not number_labels:
         return f"one of {shown}{' (for numbers, name the classes: --names FILE)' * is_number(token)}"
-    return f"one of {shown}, or the place in that list, 0..{max(len(reading) for reading in readings) - 1}"
+    return f"one of {shown}, or the place in that list, 0..{max(map(len, number_labels)) - 1}"
 
 
 def sorted_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
@@ -104,9 +108,9 @@ def sorted_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
 
 
 def with_classes(ground_truth: GroundTruth, found: Mapping[str, str]) -> GroundTruth:
-    """The same with the classes that only the detections have. UserError where the two have none in common.
+    """The ground truth, with the classes of the detections added. UserError where the two have none in common.
 
-    found: each class of the detections, and where it is met first.
+    found: class of the detections -> the place where it stands first.
     """
     old = ground_truth.names
     if old and found and not set(old) & found.keys():
@@ -123,10 +127,10 @@ def with_classes(ground_truth: GroundTruth, found: Mapping[str, str]) -> GroundT
 def usable_rows(
     boxes_xyxy: np.ndarray, columns: Sequence[Sequence], where: Callable[[int], str]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N,) bool: the objects that datasets/ keeps as well; and a note on the others.
+    """(N,) bool: the objects that datasets/ also keeps; and notes on the others.
 
-    Those are boxes with a width and a height, and of rows that are equal in all the first. columns: what else rows are
-    compared by.
+    Kept are boxes with a width and a height, and the first of rows that are equal in the box and all `columns`.
+    where: row -> its place in the file.
     """
     has_size = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(axis=1)
     keys = list(zip(map(tuple, boxes_xyxy.tolist()), *columns))

@@ -35,32 +35,42 @@ def read_coco(path: Path) -> Annotations:
     category_ids, names = tuple(categories), tuple(entry["name"] for entry in categories.values())
     images, row_of_id = _merge_images(path, *_entries(path, tree, "images"))
     label_of = {category: label for label, category in enumerate(categories)}
-    image = [_known(row, "image_id", row_of_id, where, n) for n, row in enumerate(rows)]
-    labels = [_known(row, "category_id", label_of, where, n) for n, row in enumerate(rows)]
+    image = [_look_up(row, "image_id", row_of_id, where, n) for n, row in enumerate(rows)]
+    labels = [_look_up(row, "category_id", label_of, where, n) for n, row in enumerate(rows)]
     xywh = _read_boxes(rows, where)
     crowd, ignore = (
         np.array([_read(read_flag, row, key, where, n) for n, row in enumerate(rows)], dtype=bool)
         for key in ("iscrowd", "ignore")
     )
     boxes, box_area = _corners(xywh)
-    area = [
+    stated_area = [
         _read(read_number, row, "area", where, n) if row.get("area") is not None else None for n, row in enumerate(rows)
     ]
-    area = np.array([own if a is None else a for a, own in zip(area, box_area.tolist())], dtype=np.float64)
+    area = np.array([own if a is None else a for a, own in zip(stated_area, box_area.tolist())], dtype=np.float64)
     kept, notes = usable_rows(boxes, (image, labels, crowd.tolist(), ignore.tolist(), area.tolist()), where)
-    columns = (np.array(image, dtype=np.int64), boxes, np.array(labels, dtype=np.int64), crowd, ignore & ~crowd)
-    image, boxes, labels, crowd, difficult, area, box_area = (column[kept] for column in (*columns, area, box_area))
-    ground_truth = GroundTruth(image, boxes, labels, len(images), names, crowd, difficult, area, box_area)
+    ground_truth = GroundTruth(
+        np.array(image, dtype=np.int64)[kept],
+        boxes[kept],
+        np.array(labels, dtype=np.int64)[kept],
+        len(images),
+        names,
+        crowd[kept],
+        (ignore & ~crowd)[kept],
+        area[kept],
+        box_area[kept],
+    )
     pictures, image_ids = tuple(_text(entry, "file_name") for entry in images.values()), tuple(images)
     finder = PictureFinder(pictures, row_of_id)
-    readings = (places(names), {str(category): label for category, label in label_of.items()})
+    number_labels = (places(names), {str(category): label for category, label in label_of.items()})
     sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images.values())
     notes += tuple(fault.reason for fault in log.faults)
-    return Annotations(ground_truth, pictures, image_ids, finder, sizes, category_ids, readings, "continuous", notes)
+    return Annotations(
+        ground_truth, pictures, image_ids, finder, sizes, category_ids, number_labels, "continuous", notes
+    )
 
 
 def _merge_images(path: Path, entries: list[dict], ids: Ids) -> tuple[dict[int | str, dict], dict[int | str, int]]:
-    """(id -> entry of each picture, id -> its row): a file that is listed under several ids is one picture."""
+    """(id -> entry of each picture, id -> its row). A file with several ids is one picture."""
     images: dict[int | str, dict] = {}
     row_of_id: dict[int | str, int] = {}
     first_of: dict[str | int, int | str] = {}
@@ -81,11 +91,13 @@ def _merge_images(path: Path, entries: list[dict], ids: Ids) -> tuple[dict[int |
 
 def read_coco_detections(path: Path, annotations: Annotations) -> tuple[GroundTruth, DetectionTable]:
     tree = read_json(path)
-    rows, kind, own_pictures, own_names = tree, "results", {}, {}
+    rows, kind = tree, "results"
+    own_pictures: dict[int | str, str | None] = {}
+    own_names: dict[int | str, str] = {}
     if isinstance(tree, dict) and isinstance(tree.get("annotations"), list):
         rows, kind = tree["annotations"], "annotations"
         if isinstance(tree.get("images"), list) and isinstance(tree.get("categories"), list):
-            # Ids of another numbering: images meet by the name of their file, classes by theirs.
+            # the file has a numbering of its own, so images and classes are joined by their names
             images, image_ids = _entries(path, tree, "images")
             own_pictures = {i: _text(entry, "file_name") for i, entry in zip(image_ids, images)}
             own_names = {i: entry["name"] for i, entry in read_categories(tree["categories"], path).items()}
@@ -99,11 +111,12 @@ def read_coco_detections(path: Path, annotations: Annotations) -> tuple[GroundTr
     scores = [_read(read_number, row, "score", where, n) for n, row in enumerate(rows)]
     for n in (n for n, score in enumerate(scores) if not 0 <= score <= 1):
         check_score(scores[n], where(n))
-    return ground_truth, DetectionTable(image, boxes, scores, labels, box_area)
+    columns = np.array(image, dtype=np.int64), boxes, np.array(scores, dtype=np.float64)
+    return ground_truth, DetectionTable(*columns, np.array(labels, dtype=np.int64), box_area)
 
 
 def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]) -> list[int]:
-    """The image of each row: by its file_name, or that of its image in the same file, else by its image_id."""
+    """The image of each row: by its file_name, by the file_name of its entry in the same file, or by its image_id."""
     names = [_text(row, "file_name") for row in rows]
     keys: list[Any] = [None] * len(rows)
     if None in names:
@@ -112,22 +125,22 @@ def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where
             raise UserError(f"{where(unknown)}: image_id: found {keys[unknown]!r}, expected one of the file's images")
         names = [own.get(key) if name is None else name for name, key in zip(names, keys)]
     if all(name is None for name in names):
-        row_of = annotations.finder.find_ids(_first(keys, where))
-        return [row_of[key] for key in keys]
+        row_of_id = annotations.finder.find_ids(_first(keys, where))
+        return [row_of_id[key] for key in keys]
     if None in names:
         raise UserError(f"{where(names.index(None))}: no file_name, which other rows have, expected all or none")
-    row_of = annotations.finder.find_names(_first(names, where))
-    return [row_of[name] for name in names]
+    row_of_name = annotations.finder.find_names(_first(names, where))
+    return [row_of_name[name] for name in names if name is not None]
 
 
 def _find_labels(
     rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]
 ) -> tuple[GroundTruth, list[int]]:
-    """The class of each row: by its category_name, or that of its category in the same file, else by its category_id;
-    and the ground truth, with the classes that only the rows have where its names were not declared.
+    """The ground truth, and the class of each row. Where no list declares names, classes of the rows alone are added.
 
-    An id is COCO's; where the ground truth has none, a number is a place in its list of names, and a text a name. Names
-    that are but the ids of their rows are those of a model without names, and are understood as numbers in text are.
+    The class is given by category_name, by the name of the row's category in the same file, or by category_id. An id is
+    COCO's; if the ground truth has none, a number is a position in its list of names and a text is a name. If all names
+    equal the ids of their rows, the model had no names: they are read as numbers in text are.
     """
     ground_truth = annotations.ground_truth
     names, ids = ground_truth.names, annotations.category_ids
@@ -142,25 +155,26 @@ def _find_labels(
             raise UserError(f"{found}, expected one of the file's categories")
         words = [own[key] if word is None else word for word, key in zip(words, keys)]
         keys = [None] * len(rows)
-    if not annotations.readings:
+    if not annotations.number_labels:
         tokens = [plain_number(str(key) if word is None else word) for word, key in zip(words, keys)]
         ground_truth = with_classes(ground_truth, _first(tokens, where))
         return ground_truth, [ground_truth.names.index(token) for token in tokens]
     is_unnamed = all(word == str(row.get("category_id")) for word, row in zip(words, rows))  # as predict.py writes it
-    of_word = find_labels(_first(words, where), names, annotations.readings if is_unnamed else ())
-    used, of_id = _first(keys, where), {i: label for label, i in enumerate(ids or ())}
+    of_word = find_labels(_first(words, where), names, annotations.number_labels if is_unnamed else ())
+    of_id: dict[int | str | None, int] = {i: label for label, i in enumerate(ids or ())}
+    used = _first(keys, where)
     if not used.keys() <= of_id.keys():
         wrong = next((key for key in used if key not in of_id and not isinstance(key, str)), None)
         if ids is not None and wrong is not None:
             raise UserError(f"{used[wrong]}: category_id: found {wrong!r}, expected one of the ground truth's")
-        readings = annotations.readings if ids is None else [{str(i): label for i, label in of_id.items()}]
-        label_of = find_labels({str(key): place for key, place in used.items()}, names, readings)
+        number_labels = annotations.number_labels if ids is None else ({str(i): label for i, label in of_id.items()},)
+        label_of = find_labels({str(key): place for key, place in used.items()}, names, number_labels)
         of_id = {key: label_of[str(key)] for key in used}
     return ground_truth, [of_id[key] if word is None else of_word[word] for word, key in zip(words, keys)]
 
 
 def _entries(path: Path, tree: dict, kind: str) -> tuple[list[dict], Ids]:
-    """The images or categories by rising id, and their ids."""
+    """The images or categories in the order of their ids, and the ids."""
     where, entries = _places(path, kind), tree[kind]
     _check_objects(entries, where)
     ids = [_id(entry, "id", where, n) for n, entry in enumerate(entries)]
@@ -185,7 +199,7 @@ def _check_objects(rows: list, where: Callable[[int], str]) -> None:
 
 
 def _first(values: Sequence, where: Callable[[int], str]) -> dict[Any, str]:
-    """Each value that is not None, and where it stands first."""
+    """Value -> the place where it stands first, without None."""
     first: dict[Any, int] = {}
     for n, value in enumerate(values):
         first.setdefault(value, n)
@@ -201,11 +215,11 @@ def _id(row: dict, key: str, where: Callable[[int], str], n: int) -> int | str:
     return _read(read_id, row, key, where, n)
 
 
-def _known(row: dict, key: str, known: Mapping[int | str, int], where: Callable[[int], str], n: int) -> int:
-    value = match_id(row.get(key), known)
+def _look_up(row: dict, key: str, table: Mapping[int | str, int], where: Callable[[int], str], n: int) -> int:
+    value = match_id(row.get(key), table)
     if value is None:
         raise UserError(f"{where(n)}: {key}: found {_short(row.get(key))}, expected one of the ids in the file")
-    return known[value]
+    return table[value]
 
 
 def _read(read: Callable[[Any], Any], row: dict, key: str, where: Callable[[int], str], n: int) -> Any:
@@ -217,7 +231,7 @@ def _read(read: Callable[[Any], Any], row: dict, key: str, where: Callable[[int]
 
 def _read_boxes(rows: list[dict], where: Callable[[int], str]) -> np.ndarray:
     """(N, 4) left, top, width, height."""
-    boxes = [row.get("bbox") for row in rows]
+    boxes: list[Any] = [row.get("bbox") for row in rows]
     wrong = next((n for n, box in enumerate(boxes) if not isinstance(box, list) or len(box) != 4), None)
     if wrong is not None:
         raise UserError(f"{where(wrong)}: bbox: found {_short(boxes[wrong])}, expected 4 numbers")
@@ -236,7 +250,7 @@ def _read_boxes(rows: list[dict], where: Callable[[int], str]) -> np.ndarray:
 
 
 def _corners(xywh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 4) left, top, width, height -> corners (N, 4) and area (N,), computed as pycocotools does."""
+    """(N, 4) left, top, width, height -> corners (N, 4) and area (N,), by pycocotools' order of operations."""
     return np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1), xywh[:, 2] * xywh[:, 3]
 
 
@@ -254,9 +268,10 @@ def write_coco_detections(
     file_names: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
-    """COCO results JSON, read back by read_detections: image_id, category_id, bbox x, y, width, height, score.
+    """Write COCO results JSON for read_detections: image_id, category_id, bbox (x, y, width, height), score.
 
-    file_names of the images and names of the classes, where given, stand beside the ids, and are what is read back.
+    file_names: of the images, written beside image_id; read_detections then goes by them.
+    names: of the classes, written beside category_id, likewise.
     """
     x1, y1, x2, y2 = detections.boxes_xyxy.T
     columns = (detections.image, detections.labels, x1, y1, x2 - x1, y2 - y1, detections.scores)

@@ -1,4 +1,4 @@
-"""Ground truth and detections from the files people have, for evaluation without a model.
+"""Ground truth and detections from files in the usual formats, for evaluation without a model.
 
 Ground truth                                   Detections
     COCO JSON (images, annotations,                COCO results JSON: a list of image_id, category_id, bbox (x, y,
@@ -7,26 +7,31 @@ Ground truth                                   Detections
     a folder of text files, one per image:             `class box score`); an image without a file has none
         `class box`
 
-Folders are read with their subfolders, as datasets/ reads them (datasets.folders), and so are flags, numbers and boxes
-(datasets.values). What cannot be understood is a UserError with its file and line: a flag that is neither yes nor no,
-a score outside 0..1, a box turned inside out. Objects whose box has no width or no height, and repeated ones, are left
-out, as they are in training, and noted. A picture under several ids is one, and a category that only groups others is
-no class (datasets.coco).
+Folders are read with their subfolders by the rules of datasets/ (datasets.folders); flags, numbers and boxes too
+(datasets.values). A value without a meaning is a UserError with its file and line: a flag that is neither yes nor no,
+a score outside 0..1, a box turned inside out. Objects whose box has no width or no height, and repeated objects, are
+left out and noted, as in training. A picture with several ids is one picture, and a category that only groups others
+is no class (datasets.coco).
 
-Detections find their image by its name (metrics.picture_names): text files by their own, JSON rows by `file_name`
-where they have it, as those of predict.py do; else by image_id.
+The image of a detection is found by its name (metrics.picture_names): the name of the text file, or `file_name` of the
+JSON row, which predict.py writes. Rows without it have image_id.
 
-Text boxes are xyxy (corners), xywh (left, top, width, height), both in pixels, or cxcywhn (center and size as a
-fraction of the image). JSON rows name their class by `category_name` where they have it, else by category_id: COCO's
-own, or a place. In text a class is a name or a number: a place 0.. in classes.txt beside the text files, as predict.py
-writes it; else in the list of names of the ground truth, which is, in this order of preference, the list given; the
-COCO categories by rising id; for VOC classes.txt, the 20 VOC names in alphabetical order, where all classes are among
-those, else the sorted names; for text, `classes.txt` in the folder, else the sorted classes met, each number standing
-for itself. A number that may be two classes is refused: a name of digits and a place, a place in two lists, a place and
-COCO's id (--names and classes.txt say which list is meant); so is one of which no list is known.
+Text boxes are xyxy (corners) or xywh (left, top, width, height) in pixels, or cxcywhn (center and size as fractions of
+the image).
 
-Coordinates are taken as written. Whether they are continuous or inclusive pixels is for the caller to know
-(tables.inclusive_to_continuous); annotations.Annotations.pixels says what is usual for the format.
+The class of a JSON row is its `category_name`, else its category_id, COCO's own or a position. In text it is a name or
+a number. A number is a position 0.. in classes.txt beside the text files, which predict.py writes; without that file,
+in the names of the ground truth. Those names are the given list, else
+
+    COCO    the categories by rising id
+    VOC     classes.txt; else the 20 VOC names in alphabetical order, if they include all classes; else the sorted names
+    text    classes.txt in the folder; else the sorted classes in the files, where a number is a name
+
+A number that may be two classes is refused: a name of digits and a position, positions in two lists, a position and
+COCO's id. --names and classes.txt choose the list. A number is also refused where no list is known.
+
+Coordinates are taken as written. The caller decides whether they are continuous or inclusive pixels
+(tables.inclusive_to_continuous); annotations.Annotations.pixels is the usual choice for the format.
 """
 
 from collections.abc import Sequence
@@ -67,9 +72,9 @@ def read_ground_truth(
     """Ground truth of a COCO JSON file, a folder of VOC XML files or a folder of text files.
 
     Args:
-        names: the class names, for VOC and text; for COCO the list that numbers in text detections are places in.
-        text_boxes: how text files hold boxes.
-        images: the folder of the pictures: gives sizes (for cxcywhn) and the images that have no text file.
+        names: the class names, for VOC and text; for COCO the list in which numbers in text detections are positions.
+        text_boxes: the form of boxes in text files.
+        images: the folder of the pictures; gives sizes (for cxcywhn) and the images that have no text file.
     """
     path = Path(path)
     if path.is_dir():
@@ -81,7 +86,7 @@ def read_ground_truth(
     annotations = read_coco(path)
     if names is None:
         return annotations
-    return replace(annotations, readings=(places(annotations.ground_truth.names, names),))
+    return replace(annotations, number_labels=(places(annotations.ground_truth.names, names),))
 
 
 def read_detections(
@@ -91,10 +96,10 @@ def read_detections(
     text_boxes: TextBoxes = "xyxy",
     score_last: bool = False,
 ) -> tuple[GroundTruth, DetectionTable]:
-    """Detections of a COCO JSON file or a folder of text files, and the ground truth they are to be held against.
+    """The ground truth to compare with, and the detections of a COCO JSON file or a folder of text files.
 
-    The ground truth is that of `annotations`, except that classes met only in the detections are added to names that
-    were not declared. UserError for an image or class that the ground truth does not have, or that may be two.
+    The ground truth is that of `annotations`. If no list declares its names, classes that only the detections have are
+    added. UserError for an image or class that the ground truth does not have, or that may be two.
     """
     path = Path(path)
     if path.is_dir():
@@ -141,11 +146,12 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
         names = text_lines.read_names(class_list)
     if names is None and set(found) <= set(CLASSES):
         names = tuple(CLASSES)
-        readings = (places(names), places(names, found))  # a number may be a place in either
+        number_labels = [places(names), places(names, found)]  # a number may be a position in either
     else:
         names = found if names is None else tuple(names)
-        readings = (places(names),)
+        number_labels = [places(names)]
     ground_truth, notes = rows.ground_truth(find_labels(rows.used, names, ()), len(paths), names)
     pictures = tuple(named_below(folder, paths))
     finder = PictureFinder(pictures, other_names=stated)
-    return Annotations(ground_truth, pictures, pictures, finder, tuple(sizes), None, readings, "inclusive", notes)
+    mappings = tuple(number_labels)
+    return Annotations(ground_truth, pictures, pictures, finder, tuple(sizes), None, mappings, "inclusive", notes)

@@ -15,6 +15,7 @@ from datasets.values import box_fault, read_number
 from errors import UserError
 from metrics.annotations import (
     Annotations,
+    Pixels,
     find_labels,
     is_number,
     places,
@@ -29,16 +30,18 @@ from metrics.tables import DetectionTable, GroundTruth
 TextBoxes = Literal["xyxy", "xywh", "cxcywhn"]
 TEXT_BOXES = ("xyxy", "xywh", "cxcywhn")
 CLASS_LIST = "classes.txt"
-NORM_TOLERANCE = 0.01  # fractions up to 1.01 are rounding, as for datasets.yolo_txt
+NORM_TOLERANCE = 0.01  # fractions up to 1.01 come from rounding, as in datasets.yolo_rows
 ORDER_HINT = "text is read as `class score box`; --score-last takes the last column; "
-MOST_NORM = 2.0  # a detection may leave the picture; beyond, its numbers are pixels
+MOST_NORM = 2.0  # a detection may leave its picture; larger numbers are pixels
 
 
 @dataclass
 class Rows:
-    """Boxes as files hold them: parallel lists, the class as written; `where` is file:line.
+    """Boxes of files as parallel lists.
 
-    columns: of text, the numbers behind the class as they stand there.
+    token: the class as written.
+    where: file:line.
+    columns: for text files, the numbers behind the class as written.
     """
 
     image: list[int] = field(default_factory=list)
@@ -51,7 +54,7 @@ class Rows:
 
     @property
     def used(self) -> dict[str, str]:
-        """Each class as written, and where it is met first."""
+        """Class as written -> the place where it stands first."""
         return dict(zip(reversed(self.token), reversed(self.where)))
 
     def labels(self, label_of: Mapping[str, int]) -> np.ndarray:
@@ -60,11 +63,11 @@ class Rows:
     def ground_truth(
         self, label_of: Mapping[str, int], num_images: int, names: Sequence[str]
     ) -> tuple[GroundTruth, tuple[str, ...]]:
-        """The objects that are usable, and a note on the others."""
+        """The usable objects, and notes on the others."""
         boxes = np.array(self.box, dtype=np.float64).reshape(-1, 4)
-        difficult = self.difficult or [False] * len(boxes)
-        kept, notes = usable_rows(boxes, (self.image, self.token, difficult), lambda row: self.where[row])
-        columns = np.array(self.image, dtype=np.int64), boxes, self.labels(label_of), np.array(difficult, dtype=bool)
+        flags = self.difficult or [False] * len(boxes)
+        kept, notes = usable_rows(boxes, (self.image, self.token, flags), lambda row: self.where[row])
+        columns = np.array(self.image, dtype=np.int64), boxes, self.labels(label_of), np.array(flags, dtype=bool)
         image, boxes, labels, difficult = (column[kept] for column in columns)
         return GroundTruth(image, boxes, labels, num_images, tuple(names), difficult=difficult), notes
 
@@ -78,37 +81,39 @@ def read_text_ground_truth(
     alone: list[Path] = []
     if images is not None:
         sizes = picture_sizes(Path(images))
-        finder = PictureFinder(tuple(sizes))
+        picture_names = tuple(sizes)
+        finder = PictureFinder(picture_names)
         alone = [path for name, path in path_of.items() if finder.find_name(name, str(path)) is None]
-        met = finder.find_names({name: str(path) for name, path in path_of.items() if path not in alone})
-        path_of = {finder.names[row]: path_of[name] for name, row in met.items()}
+        row_of = finder.find_names({name: str(path) for name, path in path_of.items() if path not in alone})
+        path_of = {picture_names[row]: path_of[name] for name, row in row_of.items()}
     pictures = tuple(sorted(path_of.keys() | sizes.keys()))
     rows = Rows()
     for image, picture in enumerate(pictures):
         if picture in path_of:
             read_text_rows(rows, path_of[picture], image, sizes.get(picture), text_boxes, names=names or listed or ())
     check_boxes(rows, text_boxes, "--ground-truth-boxes")
-    is_yolo = text_boxes == "cxcywhn"  # where a class is a place in the list of names
-    if names is None and listed is None:
+    is_yolo = text_boxes == "cxcywhn"  # the format in which a class is a position in the list of names
+    declared = listed if names is None else tuple(names)
+    number_labels: tuple[Mapping[str, int], ...] = ()
+    if declared is None:
         rows.token = [plain_number(token) for token in rows.token]
-        names, readings = sorted_tokens(rows.token), ()
-        label_of = {name: label for label, name in enumerate(names)}
+        declared = sorted_tokens(rows.token)
+        label_of = {name: label for label, name in enumerate(declared)}
     else:
         if listed is not None or is_yolo:
-            name_numbers(rows, listed or names)
-        names = tuple(listed if names is None else names)
-        readings = (places(names),)
-        label_of = find_labels(rows.used, names, readings)
-    ground_truth, notes = rows.ground_truth(label_of, len(pictures), names)
+            name_numbers(rows, listed or declared)
+        number_labels = (places(declared),)
+        label_of = find_labels(rows.used, declared, number_labels)
+    ground_truth, notes = rows.ground_truth(label_of, len(pictures), declared)
     if text_boxes == "xywh" and len(rows.columns) and all(c > a and d > b for a, b, c, d in rows.columns):
         also = "each would be one as left, top, right, bottom too (--ground-truth-boxes xyxy)"
         notes += (f"boxes read as left, top, width, height; {also}",)
-    if alone:  # as training leaves them out: nothing is wrong with the pictures that are there
+    if alone:  # left out in training too: the pictures themselves are fine
         notes += (f"{len(alone)} text file{'s' * (len(alone) > 1)} without a picture left out, first: {alone[0]}",)
     all_sizes = tuple(sizes.get(picture) for picture in pictures)
-    pixels = "continuous" if is_yolo else "as taken"
+    pixels: Pixels = "continuous" if is_yolo else "as taken"
     finder = PictureFinder(pictures)
-    return Annotations(ground_truth, pictures, pictures, finder, all_sizes, None, readings, pixels, notes)
+    return Annotations(ground_truth, pictures, pictures, finder, all_sizes, None, number_labels, pixels, notes)
 
 
 def read_text_detections(
@@ -124,19 +129,20 @@ def read_text_detections(
     for name, path in names.items():
         image = image_of[name]
         score_at = -1 if score_last else 0
-        known = listed or ground_truth.names
-        read_text_rows(rows, path, image, annotations.sizes[image], text_boxes, score_at=score_at, names=known)
+        class_names = listed or ground_truth.names
+        read_text_rows(rows, path, image, annotations.sizes[image], text_boxes, score_at=score_at, names=class_names)
     check_boxes(rows, text_boxes, "--detection-boxes")
     check_order(rows, text_boxes, score_last)
-    are_numbers = not annotations.readings and all(map(is_number, ground_truth.names))
-    if listed is not None and not are_numbers:  # else numbers of both sides stand for themselves
+    are_numbers = not annotations.number_labels and all(map(is_number, ground_truth.names))
+    if listed is not None and not are_numbers:  # else the numbers of both sides are names
         name_numbers(rows, listed)
-    if not annotations.readings:
+    if not annotations.number_labels:
         rows.token = [plain_number(token) for token in rows.token]
         ground_truth = with_classes(ground_truth, rows.used)
-    label_of = find_labels(rows.used, ground_truth.names, annotations.readings if listed is None else ())
+    label_of = find_labels(rows.used, ground_truth.names, annotations.number_labels if listed is None else ())
     boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
-    return ground_truth, DetectionTable(rows.image, boxes, rows.score, rows.labels(label_of))
+    image_column, scores = np.array(rows.image, dtype=np.int64), np.array(rows.score, dtype=np.float64)
+    return ground_truth, DetectionTable(image_column, boxes, scores, rows.labels(label_of))
 
 
 def text_paths(folder: Path) -> list[Path]:
@@ -144,7 +150,7 @@ def text_paths(folder: Path) -> list[Path]:
 
 
 def named_below(folder: Path, paths: Sequence[Path]) -> dict[str, Path]:
-    """Each file by its path below the folder, without its last suffix. UserError for two of one name (a.txt, a.TXT)."""
+    """Path below the folder without the suffix -> file. UserError for two files of one name (a.txt, a.TXT)."""
     named: dict[str, Path] = {}
     for path in paths:
         other = named.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
@@ -154,7 +160,7 @@ def named_below(folder: Path, paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def class_list(folder: Path) -> tuple[str, ...] | None:
-    """The names in classes.txt, in the folder or below. UserError where there are several, and they differ."""
+    """The names in classes.txt, in the folder or below it. UserError where several such files differ."""
     paths = [path for path in list_files(folder, (".txt",)) if path.name == CLASS_LIST]
     lists = {read_names(path): path for path in paths}
     if len(lists) > 1:
@@ -163,7 +169,7 @@ def class_list(folder: Path) -> tuple[str, ...] | None:
 
 
 def name_numbers(rows: Rows, listed: Sequence[str]) -> None:
-    """Replace class numbers by the names of a list that numbers are places in."""
+    """Replace each class number, a position in `listed`, by the name there. UserError for a number beyond the list."""
     for row, token in enumerate(rows.token):
         if is_number(token):
             place = int(plain_number(token))
@@ -183,7 +189,7 @@ def read_text_rows(
     names: Sequence[str],
     score_at: int | None = None,
 ) -> None:
-    """Append the rows of one file. score_at: 0 or -1, the place of the score in the numbers; None for ground truth."""
+    """Append the rows of one file. score_at: position of the score in the numbers, 0 or -1; None for ground truth."""
     expected = {None: "class and 4 numbers", 0: "class, score and 4 numbers", -1: "class, 4 numbers and score"}
     count = 4 if score_at is None else 5
     for number, line in read_lines(path):
@@ -215,14 +221,14 @@ def read_text_rows(
 
 
 def check_score(score: float, where: str, hint: str = "") -> float:
-    """The score. UserError, with the hint before its end, for one that is not in 0..1."""
+    """The score. UserError, with the hint in its parentheses, for a score outside 0..1."""
     if not 0 <= score <= 1:
         raise UserError(f"{where}: score: found {score:.9g}, expected 0 to 1 ({hint}percents are to be divided by 100)")
     return score
 
 
 def check_boxes(rows: Rows, text_boxes: TextBoxes, option: str) -> None:
-    """UserError for a box turned inside out, and for fractions that are read as pixels."""
+    """UserError for a box turned inside out, and for fractions in a format of pixels."""
     for box, where in zip(rows.box, rows.where):
         fault = box_fault(*box)
         if fault is not None and fault[1] != "zero-size box":
@@ -233,13 +239,13 @@ def check_boxes(rows: Rows, text_boxes: TextBoxes, option: str) -> None:
 
 
 def check_order(rows: Rows, text_boxes: TextBoxes, score_last: bool) -> None:
-    """UserError where fractions lie in their pictures only if the score stands at the other end of the row."""
+    """UserError where the boxes (fractions) lie in their pictures only with the score at the other end of the row."""
     if text_boxes != "cxcywhn" or not rows.columns:
         return
 
     def stick_out(values: np.ndarray) -> np.ndarray:
         low, high = values[:, :2] - values[:, 2:] / 2, values[:, :2] + values[:, 2:] / 2
-        return ((low < -NORM_TOLERANCE) | (high > 1 + NORM_TOLERANCE)).any(axis=1)
+        return np.any((low < -NORM_TOLERANCE) | (high > 1 + NORM_TOLERANCE), axis=1)
 
     columns = np.array(rows.columns)
     read, other = (columns[:, :4], columns[:, 1:]) if score_last else (columns[:, 1:], columns[:, :4])
@@ -264,7 +270,7 @@ def _is_text_number(word: str) -> bool:
 
 
 def picture_sizes(folder: Path) -> dict[str, tuple[float, float]]:
-    """The path of each picture below a folder -> width and height of the upright picture, from the headers."""
+    """Path of a picture below the folder -> width and height of the upright picture, from its header."""
     paths = list_files(folder, SUFFIXES) if folder.is_dir() else []
     if not paths:
         raise UserError(f"{folder}: found no pictures, expected the folder of images")
