@@ -1,7 +1,9 @@
-"""Adapters: small trained layers that carry a student's map into the teacher's width.
+"""Adapters: small trained layers that bring a student's map to the teacher's width.
 
-They belong to the criterion, learn with the student, are saved for resume, and never leave with an exported student.
+They belong to the criterion and learn with the student. They are saved for --resume, but not with an exported student.
 """
+
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,9 @@ class ChannelNorm(nn.Module):
 
         y_bcp = (x_bcp - mean_c) / sqrt(var_c + 1e-5)
 
-    Without parameters and without running statistics: the formula of BatchNorm on what it is given, in eval mode too,
-    where a process takes its own images alone; in training the statistics are of all processes. A channel with one
-    value becomes 0.
+    BatchNorm without parameters and without running statistics: it uses the statistics of its input in eval mode, too.
+    In training they are those of all processes together, in eval mode those of one process. A channel with one value
+    becomes 0.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,12 +39,12 @@ class ChannelNorm(nn.Module):
 def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn.Module:
     """(B, student_channels, H, W) -> (B, teacher_channels, H, W).
 
-    none          the map as it is; needs equal widths
+    none          the map unchanged; needs equal widths
     conv1x1       one 1x1 convolution
-    conv1x1_norm  1x1 convolution, then ChannelNorm; the teacher's map is normalised alike (like_adapted), as the
-                  published recipes of RTMDet and DAMO-YOLO normalise both sides
+    conv1x1_norm  1x1 convolution, then ChannelNorm. The teacher's map is normalised as well (like_adapted), as in the
+                  published recipes of RTMDet and DAMO-YOLO
     conv3x3       3x3 convolution and ReLU (FGFI, arXiv:1906.03609)
-    mlp           1x1 - ReLU - 1x1, hidden width teacher_channels
+    mlp           1x1 convolution, ReLU, 1x1 convolution; hidden width teacher_channels
 
     Raises ValueError for an unknown kind, or for `none` between different widths.
     """
@@ -65,30 +67,30 @@ def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn
     raise ValueError(f"unknown adapter {kind!r}")
 
 
-def normalises(adapter: nn.Module) -> bool:
+def normalises(adapter: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether an adapter of build_adapter ends in a ChannelNorm."""
     return isinstance(adapter, nn.Sequential) and isinstance(adapter[-1], ChannelNorm)
 
 
 def like_adapted(adapter: nn.Module, t_map: Tensor) -> Tensor:
-    """The teacher's map (B, C, H, W) as it is compared with an adapted one: normalised where the adapter normalises.
+    """The teacher's map (B, C, H, W), normalised if the adapter normalises the student's.
 
-    A student whose convolution makes the teacher's map is then at the teacher.
+    A student whose convolution reproduces the teacher's map then has a loss of 0.
     """
     return adapter[-1](t_map) if normalises(adapter) else t_map
 
 
 def resize_like(t_map: Tensor, s_map: Tensor) -> Tensor:
-    """The teacher's map (B, C, H', W') at the student's height and width, bilinear, half-pixel centers.
+    """The teacher's map (B, C, H', W') resized to the student's height and width: bilinear, half-pixel centers.
 
-    Between grids of different strides (patch 14 against 8, 16, 32) this keeps every picture point in place, because
-    both grids cover the whole image. Shrinking averages (antialias), so no teacher pixel is skipped.
+    Both grids cover the whole image, so every point stays in place between grids of different strides (patch 14 against
+    8, 16, 32). Shrinking averages (antialias), so no teacher pixel is skipped.
     """
-    return resize_to(t_map, tuple(s_map.shape[-2:]))
+    return resize_to(t_map, (s_map.shape[-2], s_map.shape[-1]))
 
 
 def resize_to(t_map: Tensor, size: tuple[int, int]) -> Tensor:
-    """resize_like to a height and width."""
+    """resize_like with the height and width as numbers."""
     if t_map.shape[-2:] == size:
         return t_map
     return F.interpolate(t_map.float(), size=size, mode="bilinear", align_corners=False, antialias=True)

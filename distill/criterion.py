@@ -2,14 +2,14 @@
 
     L_term(epoch) = weight * factor(epoch) * teacher weight * sum_maps loss(adapter(student map), teacher map)
 
-A map is named: a key of `output.features` (p3, c4, ...), or an attribute of the output (class_logits). A term that
-could never act is refused when the criterion is built, before any training step: see Criterion.
+The name of a map is a key of `output.features` (p3, c4, ...) or an attribute of the output (class_logits). The
+criterion refuses a term that could never act when it is built, before any training step: see Criterion.
 """
 
 import dataclasses
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,18 @@ from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from distill.term_inputs import TermInputs
 from distill.terms import LOSSES, misfit
 from errors import UserError
-from structures import Targets
+from structures import Detector, Targets
+
+ClassColumns = tuple[Tensor, Tensor]  # of the student and of the teacher, see join_classes
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherFacts:
-    """What the criterion must know of a teacher besides the model.
+    """Facts about a teacher that its model does not tell.
 
-    class_names: those it knows, in its order; () compares by position alone. image_size: of the square pictures it is
-    given, in pixels; None: the student's. aliases: the teacher's name of a class, by the student's name of it.
+    class_names: its classes in its order; (): the dataset's.
+    image_size: the side in pixels of the square images that it gets; None: that of the student's.
+    aliases: the teacher's name of a class, by the student's name of it.
     """
 
     class_names: tuple[str, ...] = ()
@@ -40,10 +43,13 @@ class TeacherFacts:
 
 
 def schedule_factor(term: TermConfig, epoch: float, epochs: int) -> float:
-    """What the term's weight is multiplied by at a fractional epoch in [0, epochs].
+    """The factor of the term's weight at a fractional epoch in [0, epochs]: warm-up times decay, 0 from stop_epoch on.
 
-    Linear warm-up 0..1 over warmup_epochs; 0 from stop_epoch on; between them the decay, with x = epoch / epochs and
-    f = final_fraction: none 1, linear 1 - (1 - f) x, cosine f + (1 - f) (1 + cos(pi x)) / 2.
+    The warm-up is linear from 0 to 1 over warmup_epochs. The decay, with x = epoch / epochs and f = final_fraction:
+
+        none    1
+        linear  1 - (1 - f) x
+        cosine  f + (1 - f) (1 + cos(pi x)) / 2
     """
     if term.stop_epoch is not None and epoch >= term.stop_epoch:
         return 0.0
@@ -58,18 +64,19 @@ def schedule_factor(term: TermConfig, epoch: float, epochs: int) -> float:
 class Criterion(nn.Module):
     """All distillation terms of a run, with their adapters and the trained parts of their losses.
 
+    Its parameters and its state are those of adapters and losses alone: the models are no part of it.
+
     Args:
-        terms: from the config; none gives a criterion that returns {}.
-        student, teachers: the models, teachers by name. Each is run once, in eval mode and without gradients, on one
-            pair of grey images, to learn the shapes of its maps; nothing in them changes, and none of them becomes a
-            part of the criterion: its parameters and its state are those of adapters and losses.
-        epochs: of the run; a schedule that is 0 throughout is refused.
-        image_size: of the student's pictures. class_names: of the dataset. facts: of each teacher.
-        teacher_weighting: fixed, each teacher counts as its terms say; or confidence, a factor for all terms of a
-            teacher, from how well it knows the labels of the batch (distill.teacher_weights).
+        terms: from the config. Without any, the criterion returns {}.
+        student, teachers: the models, teachers by name. Each is run once on two grey images, in eval mode and without
+            gradients, to find the shapes of its maps. Nothing in them changes.
+        epochs: of the run.
+        image_size: the side of the student's images. class_names: of the dataset. facts: of each teacher.
+        teacher_weighting: fixed, teachers count by the weights of their terms; confidence, all terms of a teacher get a
+            factor as well, from how well it predicts the labels of the batch (distill.teacher_weights).
     Raises:
         UserError where a term could never act: an unknown teacher, loss, map or parameter; a weight of 0; a schedule
-        that never turns it on; widths no adapter joins; logits of different shapes; no class in common; a name used
+        that is always 0; widths that no adapter joins; logits of different shapes; no class in common; a name used
         twice; models that lack what the loss reads; a loss that is 0 for any outputs, such as image_kl of one class.
     """
 
@@ -90,35 +97,35 @@ class Criterion(nn.Module):
         self.epochs = epochs
         self.models = (student, dict(teachers))  # in a tuple: not modules of this one
         self.teacher_weighting = teacher_weighting
-        self.classes: dict[str, tuple[Tensor, Tensor] | None] = {}  # of each term, those that both models know
-        self.trusted_in: dict[str, tuple[Tensor, Tensor] | None] = {}  # the same of each teacher, for its weight
+        self.classes: dict[str, ClassColumns | None] = {}  # by term: columns of the classes that both models have
+        self.teacher_classes: dict[str, ClassColumns | None] = {}  # by teacher: the same, for its weight
         self.adapters = nn.ModuleDict()
         self.losses = nn.ModuleDict()
         if not terms:
             return
         facts = {name: (facts or {}).get(name, TeacherFacts()) for name in teachers}
-        joined: dict[str, tuple[Tensor, Tensor] | None] = {}  # of each teacher, once
+        joined: dict[str, ClassColumns | None] = {}  # by teacher, so that each prints its line once
         s_probe = probe(student, image_size)
         t_probes = {name: probe(teacher, facts[name].image_size or image_size) for name, teacher in teachers.items()}
         for index, term in enumerate(terms):
             key = f"terms.{index}"
-            term = check_term(term, key, tuple(teachers), epochs)
-            if term.name in self.terms:
-                raise UserError(f"{key}: the name {term.name!r} is used twice; give one of the terms another `name`")
+            term, name = check_term(term, key, tuple(teachers), epochs), term_name(term)
+            if name in self.terms:
+                raise UserError(f"{key}: the name {name!r} is used twice; give one of the terms another `name`")
             t_probe, classes = t_probes[term.teacher], None
             if compares_classes(term):
                 if term.teacher not in joined:
                     joined[term.teacher] = common_classes(key, term.teacher, class_names, facts[term.teacher])
                 classes = joined[term.teacher]
-            self.adapters[term.name] = build_adapters(term, key, s_probe, t_probe, classes)
-            self.losses[term.name] = build_losses(term, key, s_probe, t_probe, classes)
-            self.terms[term.name], self.classes[term.name] = term, classes
+            self.adapters[name] = build_adapters(term, key, s_probe, t_probe, classes)
+            self.losses[name] = build_losses(term, key, s_probe, t_probe, classes)
+            self.terms[name], self.classes[name] = term, classes
             self._try_term(term, key, s_probe, t_probe)
         self._check_weighting(class_names, facts, joined)
 
     @property
     def leaves_padding_out(self) -> bool:
-        """Whether `forward` reads content, for a term with content_only."""
+        """Whether `forward` reads `content`, for a term with content_only."""
         return any(term.content_only for term in self.terms.values())
 
     def forward(
@@ -129,13 +136,14 @@ class Criterion(nn.Module):
         epoch: float,
         content: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Named, weighted float32 scalars, one per term, in the order of the config; 0 where its schedule is off.
+        """Named, weighted float32 scalars, one per term, in the order of the config; 0 where its schedule is 0.
 
-        t_outputs: each teacher's output for the same images. targets: of the batch, for losses that mask with them.
+        t_outputs: each teacher's output for the same images. targets: the objects of the batch.
         epoch: fractional, step / steps per epoch.
-        content: (B, 1, H, W) bool, where the images show a picture and no padding; None: everywhere.
+        content: (B, 1, H, W) bool, False in the padding of the images; None: no padding.
         """
-        losses, shared = {}, {name: {} for name in t_outputs}
+        losses: dict[str, Tensor] = {}
+        shared: dict[str, dict[Hashable, Any]] = {name: {} for name in t_outputs}
         trust = self._teacher_weights(s_output, t_outputs, targets)
         for name, term in self.terms.items():
             factor = term.weight * schedule_factor(term, epoch, self.epochs)
@@ -148,7 +156,7 @@ class Criterion(nn.Module):
         return losses
 
     def requested_outputs(self, teacher: str) -> frozenset[str] | None:
-        """The parts of a teacher's output that its terms read, so that it can leave out the rest; None: all of it."""
+        """The parts of a teacher's output that its terms read, so that it need not compute the rest; None: all."""
         terms = [term for term in self.terms.values() if term.teacher == teacher]
         whole = ("boxes", "outputs")
         if self.teacher_weighting != "fixed" or any(LOSSES[term.loss].reads in whole for term in terms):
@@ -158,7 +166,8 @@ class Criterion(nn.Module):
             if any("region" in term.parameters for term in terms):
                 return None
             _, teachers = self.models
-            levels = [name for name in teachers[teacher].strides if name[0] == "p" and name[1:].isdigit()]
+            strides = cast(Detector, teachers[teacher]).strides
+            levels = [name for name in strides if name[0] == "p" and name[1:].isdigit()]
             parts |= {"class_logits", "objectness_logits", *levels}
         return frozenset(parts)
 
@@ -172,12 +181,14 @@ class Criterion(nn.Module):
         content: Tensor | None = None,
     ) -> Tensor:
         """The sum over the term's pairs, unweighted. Losses are computed in float32, under autocast too."""
-        entry = LOSSES[term.loss]
+        entry, name = LOSSES[term.loss], term_name(term)
         student, teachers = self.models
         values = []
-        pairs = zip(term.student_maps, term.teacher_maps, self.adapters[term.name], self.losses[term.name])
-        for s_name, t_name, adapter, module in pairs:
-            s_map = t_map = shown = None
+        adapters, modules = cast(nn.ModuleList, self.adapters[name]), cast(nn.ModuleList, self.losses[name])
+        for s_name, t_name, adapter, module in zip(term.student_maps, term.teacher_maps, adapters, modules):
+            s_map: Tensor | None = None
+            t_map: Tensor | None = None
+            shown: Tensor | None = None
             if entry.reads in ("map", "image"):
                 s_map = named_map(s_output, s_name)
                 shown = content_at(content, s_map) if term.content_only and content is not None else None
@@ -185,6 +196,7 @@ class Criterion(nn.Module):
                 with in_precision_of(s_map):
                     s_map = only_at(shown, adapter(s_map))
             if entry.reads == "map":
+                assert s_map is not None
                 t_map = only_at(shown, resize_like(named_map(t_output, t_name).detach(), s_map))
                 t_map = t_map if entry.finishes_maps else only_at(shown, like_adapted(adapter, t_map))
             inputs = TermInputs(
@@ -197,7 +209,7 @@ class Criterion(nn.Module):
                 t_name=t_name,
                 s_map=s_map,
                 t_map=t_map,
-                classes=self.classes[term.name],
+                classes=self.classes[name],
                 content=shown,
                 shared=shared,
             )
@@ -213,16 +225,16 @@ class Criterion(nn.Module):
         if self.teacher_weighting == "fixed":
             return {}
         _, teachers = self.models
-        doubts = [
+        cross_entropies = [
             teacher_cross_entropy(teachers[name], t_outputs[name], targets, s_output.image_size, classes=classes)
-            for name, classes in self.trusted_in.items()
+            for name, classes in self.teacher_classes.items()
         ]
-        return dict(zip(self.trusted_in, confidence_weights(torch.stack(doubts))))
+        return dict(zip(self.teacher_classes, confidence_weights(torch.stack(cross_entropies))))
 
     def _check_weighting(
-        self, class_names: tuple[str, ...], facts: dict[str, TeacherFacts], joined: dict[str, Any]
+        self, class_names: tuple[str, ...], facts: dict[str, TeacherFacts], joined: dict[str, ClassColumns | None]
     ) -> None:
-        """Weights by confidence compare at least two teachers, each of which can be asked about boxes."""
+        """UserError unless weights by confidence have at least two teachers to compare, all of which classify boxes."""
         if self.teacher_weighting == "fixed":
             return
         _, teachers = self.models
@@ -230,17 +242,17 @@ class Criterion(nn.Module):
             raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {len(teachers)}")
         for name, teacher in teachers.items():
             if not hasattr(teacher, "class_logits_at"):
-                raise UserError(f"key 'teacher_weighting': teacher {name!r} cannot be asked about boxes")
+                raise UserError(f"key 'teacher_weighting': teacher {name!r} cannot classify given boxes")
             if name not in joined:
                 joined[name] = common_classes("key 'teacher_weighting'", name, class_names, facts[name])
-            self.trusted_in[name] = joined[name]
+            self.teacher_classes[name] = joined[name]
 
     @torch.no_grad()
     def _try_term(self, term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> None:
         """Compute a term for the probe images and for random outputs: UserError where it fails, or is always 0.
 
-        Of random outputs, a term about boxes compares the classes of the objects, since noise has few detections, and
-        every other location learns an object: a loss is 0 there only if no outputs could make it anything else.
+        With random outputs, a term about boxes compares the classes of the objects, since noise has few detections, and
+        half the locations learn an object: a loss that is 0 then is 0 for any outputs.
         """
         student, _ = self.models
         device = next(student.parameters()).device
@@ -257,8 +269,9 @@ class Criterion(nn.Module):
                 self._term_loss(term, s_probe, t_probe, targets, {})
                 for _ in range(2):
                     s, t = random_output(s_probe, generator), random_output(t_probe, generator)
-                    is_dense = hasattr(student, "positives")
-                    shared = {"positives": random_positives(s, targets, generator)} if is_dense else {}
+                    shared: dict[Hashable, Any] = {}
+                    if hasattr(student, "positives"):
+                        shared["positives"] = random_positives(s, targets, generator)
                     values.append(self._term_loss(at_targets, s, t, targets, shared).item())
         except (ValueError, TypeError) as error:
             raise UserError(f"{key}: {error}") from None
@@ -274,15 +287,12 @@ class Criterion(nn.Module):
 
 RENAMED = {"box_beliefs": "box_classes"}
 LOGITS = {"soft_class": "class_logits", "quality_focal": "class_logits", "localization": "box_logits"}
-OTHER_BRANCH = {
-    "crosskd_classes": "box",
-    "crosskd_edges": "cls",
-}  # what the names of the other branch's maps begin with
-FIXED_MAPS = {"boxes": ("boxes",), "outputs": ("outputs",)}  # readings whose tensors have no other name
+OTHER_BRANCH = {"crosskd_classes": "box", "crosskd_edges": "cls"}  # prefix of the maps of the other branch
+FIXED_MAPS = {"boxes": ("boxes",), "outputs": ("outputs",)}  # by Term.reads: such a term names no maps
 
 
 def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: int) -> TermConfig:
-    """The term with its defaults filled in, or a UserError that names the key and what was expected."""
+    """The term with its name and its maps filled in. UserError with the key and what was expected for a wrong term."""
     if term.teacher not in teachers:
         raise UserError(f"{key}.teacher: found {term.teacher!r}, expected one of {', '.join(teachers) or 'no teacher'}")
     if term.loss in RENAMED:
@@ -296,22 +306,27 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: in
     if term.content_only and (LOSSES[term.loss].reads != "map" or LOSSES[term.loss].finishes_maps):
         raise UserError(f"{key}.content_only: loss {term.loss!r} compares more than maps, expected false")
     student_maps, teacher_maps = check_maps(term, key)
-    known = LOSSES[term.loss].parameters()
+    parameters = LOSSES[term.loss].parameters()
     for name in term.parameters:
-        if name not in known:
-            expected = ", ".join(sorted(known)) or "none"
+        if name not in parameters:
+            expected = ", ".join(sorted(parameters)) or "none"
             raise UserError(f"{key}.parameters: found {name!r}, expected of loss {term.loss!r}: {expected}")
         value = term.parameters[name]
-        if expected := misfit(name, value, known[name].default):
+        if expected := misfit(name, value, parameters[name].default):
             raise UserError(f"{key}.parameters.{name}: found {value!r}, expected {expected}")
-    name = term.name or f"{term.loss}_{term.teacher}"
+    name = term_name(term)
     if not name.replace("-", "_").isidentifier():
         raise UserError(f"{key}.name: found {name!r}, expected letters, digits, _ and - (it names a column of the log)")
     return dataclasses.replace(term, name=name, student_maps=student_maps, teacher_maps=teacher_maps)
 
 
+def term_name(term: TermConfig) -> str:
+    """Its name in the losses and in the log."""
+    return term.name or f"{term.loss}_{term.teacher}"
+
+
 def check_maps(term: TermConfig, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the student's and of the teacher's maps, pair by pair."""
+    """The names of the student's and the teacher's maps, pair by pair; UserError where they do not fit the loss."""
     reads = LOSSES[term.loss].reads
     if reads in FIXED_MAPS:
         for side in ("student_maps", "teacher_maps"):
@@ -339,39 +354,37 @@ def check_maps(term: TermConfig, key: str) -> tuple[tuple[str, ...], tuple[str, 
 
 
 def compares_classes(term: TermConfig) -> bool:
-    """Whether the term looks at classes of both models."""
+    """Whether the term needs the classes that both models have."""
     entry = LOSSES[term.loss]
     return entry.reads_scores or entry.reads != "map"
 
 
-def common_classes(
-    key: str, teacher: str, class_names: tuple[str, ...], facts: TeacherFacts
-) -> tuple[Tensor, Tensor] | None:
-    """Columns of the classes that student and teacher share; None where the lists are equal or not known.
+def common_classes(key: str, teacher: str, class_names: tuple[str, ...], facts: TeacherFacts) -> ClassColumns | None:
+    """Columns of the classes that student and teacher share; None where the lists are equal or not given.
 
-    One line is printed where the lists differ: what the teacher calls otherwise, and the classes that it does not have.
+    Prints one line where the lists differ: the classes that the teacher names otherwise, and those that it lacks.
     """
-    theirs = facts.class_names or class_names
-    if theirs == tuple(class_names) and not facts.aliases:
+    t_names = facts.class_names or class_names
+    if t_names == tuple(class_names) and not facts.aliases:
         return None
     try:
-        s_columns, t_columns = join_classes(class_names, theirs, aliases=facts.aliases)
+        s_columns, t_columns = join_classes(class_names, t_names, aliases=facts.aliases)
     except ValueError as error:
         raise UserError(f"{key}: teacher {teacher!r}: {error}") from None
-    pairs = [(class_names[s], theirs[t]) for s, t in zip(s_columns.tolist(), t_columns.tolist())]
-    renamed = [f"{own} is its {other}" for own, other in pairs if own != other]
-    shared = {own for own, _ in pairs}
-    left = [name for name in class_names if name not in shared]
-    if renamed or left:
+    pairs = [(class_names[s], t_names[t]) for s, t in zip(s_columns.tolist(), t_columns.tolist())]
+    renamed = [f"{s_name} is its {t_name}" for s_name, t_name in pairs if s_name != t_name]
+    shared = {s_name for s_name, _ in pairs}
+    missing = [name for name in class_names if name not in shared]
+    if renamed or missing:
         line = f"teacher {teacher!r} has {len(pairs)} of {len(class_names)} classes"
-        line += f", not {', '.join(left)}" if left else ""
+        line += f", not {', '.join(missing)}" if missing else ""
         print(line + (f"; {', '.join(renamed)}" if renamed else ""))
-    is_equal = len(pairs) == len(theirs) == len(class_names) and torch.equal(s_columns, t_columns)
+    is_equal = len(pairs) == len(t_names) == len(class_names) and torch.equal(s_columns, t_columns)
     return None if is_equal else (s_columns, t_columns)
 
 
 def build_adapters(
-    term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: tuple[Tensor, Tensor] | None
+    term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: ClassColumns | None
 ) -> nn.ModuleList:
     """One adapter per pair of maps; UserError where the pair cannot be joined."""
     adapters = nn.ModuleList()
@@ -403,14 +416,12 @@ def build_adapters(
         except ValueError as error:
             raise UserError(f"{key}: {s_name} and {t_name}: {error}") from None
         if normalises(adapters[-1]) and entry.finishes_maps and not term.parameters.get("rescale", True):
-            raise UserError(f"{key}: the teacher's layers cannot read a normalised map: expected rescale: true")
+            raise UserError(f"{key}: the teacher's layers cannot take a normalised map: expected rescale: true")
     return adapters
 
 
-def build_losses(
-    term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: tuple[Tensor, Tensor] | None
-) -> nn.ModuleList:
-    """The module of each pair, of the widths it needs, or Identity for a loss that trains nothing."""
+def build_losses(term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: ClassColumns | None) -> nn.ModuleList:
+    """The module of each pair, built with the widths of its maps, or Identity for a loss that trains nothing."""
     entry = LOSSES[term.loss]
     losses = nn.ModuleList()
     for s_name, t_name in zip(term.student_maps, term.teacher_maps):
@@ -418,8 +429,8 @@ def build_losses(
         if entry.reads == "map":
             widths = (named_map(t_probe, t_name).shape[1],)
         elif entry.reads == "image":
-            known = named_map(t_probe, t_name).shape[1] if classes is None else len(classes[0])
-            widths = (named_map(s_probe, s_name).shape[1], known)
+            num_classes = named_map(t_probe, t_name).shape[1] if classes is None else len(classes[0])
+            widths = (named_map(s_probe, s_name).shape[1], num_classes)
         try:
             losses.append(entry.module(*widths, **term.parameters) if entry.module else nn.Identity())
         except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What the names in a model's output stand for: maps, levels of a dense head, and the precision they came in."""
+"""Reads a model's output by name: its maps, the levels of a dense head, and the precision of its tensors."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def named_map(output: Any, name: str) -> Tensor:
-    """The tensor called `name` in a model's output: of its `features`, else its own attribute."""
+    """The tensor `name` of a model's output: of its `features`, or else an attribute. KeyError where there is none."""
     if name in output.features:
         return output.features[name]
     value = getattr(output, name, None)
@@ -24,18 +24,18 @@ def named_map(output: Any, name: str) -> Tensor:
 
 
 def head_levels(output: Any) -> list[str]:
-    """The names of the maps that a dense detector's head reads, p3, p4, ..., in the order of its locations."""
+    """The maps that the head of a dense detector reads, p3, p4, ..., in the order of its locations."""
     return [name for name in output.features if name[0] == "p" and name[1:].isdigit()]
 
 
 def level_layout(output: Any, values: Tensor) -> dict[str, Any]:
-    """grid_sizes of head_levels and anchors_per_pixel, of a dense head whose locations have the values (B, A, ...)."""
+    """grid_sizes (one for each of head_levels) and anchors_per_pixel of a dense head, from its values (B, A, ...)."""
     grids = [tuple(output.features[name].shape[2:]) for name in head_levels(output)]
     return dict(grid_sizes=grids, anchors_per_pixel=values.shape[1] // max(sum(h * w for h, w in grids), 1))
 
 
 def head_level(model: Any, output: Any, name: str) -> int:
-    """Which of head_levels the map `name` of a dense detector belongs to: the one so called, or that of its stride."""
+    """The index in head_levels of the level that a map belongs to: the level of that name, or else of its stride."""
     levels, strides = head_levels(output), getattr(model, "strides", {})
     for row, level in enumerate(levels):
         if name == level or (name not in levels and name in strides and strides[name] == strides[level]):
@@ -44,7 +44,7 @@ def head_level(model: Any, output: Any, name: str) -> int:
 
 
 def anchor_outputs(inputs: Any) -> dict[str, Tensor]:
-    """s_ and t_ box, objectness and class logits of two heads with equal anchors and classes, else ValueError."""
+    """s_ and t_ box, objectness and class logits of two heads. ValueError unless anchors and classes are equal."""
     if not all(hasattr(model, "anchors_pixels") for model in (inputs.student, inputs.teacher)):
         raise ValueError("both models must have objectness and anchors (YOLOv5)")
     if not torch.equal(inputs.student.anchors_pixels().cpu(), inputs.teacher.anchors_pixels().cpu()):
@@ -57,7 +57,7 @@ def anchor_outputs(inputs: Any) -> dict[str, Tensor]:
 
 
 def branch_tail(inputs: Any) -> nn.Module:
-    """What follows the teacher's map in its branch: frozen, in eval mode. ValueError where there is none."""
+    """The layers that follow the teacher's map in its branch, frozen, in eval mode. ValueError where there are none."""
     if not hasattr(inputs.teacher, "tail"):
         raise ValueError(f"the teacher has no branch that goes on from {inputs.t_name}")
     try:
@@ -67,11 +67,11 @@ def branch_tail(inputs: Any) -> nn.Module:
 
 
 def own_anchors(inputs: Any, sizes: tuple[float, ...] | None, ratios: tuple[float, ...]) -> Tensor:
-    """The anchors of the detector at a pair's map, (n, 2) widths and heights in pixels of the student's images.
+    """The anchors at the map of a pair, (n, 2) widths and heights in pixels of the student's images.
 
-    Those of the student's head at the stride of its map, or else of the teacher's head at its own. `sizes` in strides
-    and `ratios` height / width make others instead. FGFI is not defined for two heads without anchors: they take sides
-    of 2 and 4 strides.
+    They are those of the student's head at the stride of its map, or else those of the teacher's head. `sizes`, in
+    strides of the map, replaces them: one anchor for each size and each of `ratios`, height / width. FGFI is not
+    defined for two heads without anchors; sizes of 2 and 4 strides are used there.
     """
     pairs = ((inputs.student, inputs.s_name, inputs.s_output), (inputs.teacher, inputs.t_name, inputs.t_output))
     for model, name, output in pairs:
@@ -87,11 +87,12 @@ def own_anchors(inputs: Any, sizes: tuple[float, ...] | None, ratios: tuple[floa
 
 
 def content_at(content: Tensor, feature_map: Tensor) -> Tensor:
-    """The content (B, 1, H, W) bool of images at the grid of a map: (B, 1, h, w) bool, where half of a cell has it.
+    """The content (B, 1, H, W) bool of images at the grid of a map, (B, 1, h, w) bool: cells that are half content.
 
-    Of content so thin that no cell has half, the cells that have most.
+    If no cell of an image is half content, the cells with the largest share are taken.
     """
-    share = nn.functional.adaptive_avg_pool2d(content.float(), feature_map.shape[2:])
+    _, _, height, width = feature_map.shape
+    share = nn.functional.adaptive_avg_pool2d(content.float(), (height, width))
     return share >= share.amax((2, 3), keepdim=True).clamp(max=0.5)
 
 
@@ -101,10 +102,11 @@ def only_at(shown: Tensor | None, feature_map: Tensor) -> Tensor:
 
 
 def any_map(output: Any) -> Tensor:
+    """The first of the output's maps."""
     return next(iter(output.features.values()))
 
 
 def in_precision_of(value: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast to the precision a tensor came in; layers applied to it then run as the model's own did."""
+    """Autocast to the precision of a tensor, so that layers applied to it run in the precision of the model."""
     is_half = value.dtype in HALF
     return torch.autocast(value.device.type, dtype=value.dtype if is_half else None, enabled=is_half)

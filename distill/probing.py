@@ -1,4 +1,4 @@
-"""What the criterion learns of a term before training: outputs of a grey image, and whether its loss can act at all."""
+"""Tries a term before training: outputs of grey images and random ones, to find shapes and losses that are always 0."""
 
 import dataclasses
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from structures import Targets
 
-NO_LOSS = 1e-12  # what rounding leaves of a loss that is 0 by its formula
+NO_LOSS = 1e-12  # rounding can leave this much of a loss that is 0 by its formula
 
 
 @torch.no_grad()
 def probe(model: nn.Module, image_size: int) -> Any:
-    """The model's output for two grey images, in eval mode; its train/eval mode is as before afterwards."""
+    """The model's output for two grey images, in eval mode. Afterwards the model is in the mode it was in before."""
     parameter = next(model.parameters())
     was_training = model.training
     model.eval()
@@ -24,7 +24,7 @@ def probe(model: nn.Module, image_size: int) -> Any:
 
 
 def random_output(output: Any, generator: torch.Generator) -> Any:
-    """The output with every map and every `..._logits` drawn from N(0, 1); boxes and anchors stay as they are."""
+    """The output with every map and every `..._logits` drawn from N(0, 1). Boxes and anchors are kept."""
     draw = lambda value: torch.randn(value.shape, generator=generator).to(value)
     features = {name: draw(value) for name, value in output.features.items()}
     named = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
@@ -42,7 +42,7 @@ def probe_targets(image_size: tuple[int, int], device: torch.device) -> Targets:
 
 
 def random_positives(output: Any, targets: Targets, generator: torch.Generator) -> Tensor:
-    """(B, A) int64 as `positives` of a dense student: at every other location any object of its image, else -1."""
+    """(B, A) int64, like `positives` of a dense student: at half the locations a random object, else -1."""
     b, a = output.class_logits.shape[:2]
     per_image = len(targets) // b
     rows = torch.randint(per_image, (b, a), generator=generator) + per_image * torch.arange(b)[:, None]

@@ -1,22 +1,21 @@
-"""Several teachers at once: whom to believe more, batch by batch.
+"""Weights of several teachers, batch by batch: a teacher that predicts the labels better counts more.
 
-Zhang, Chen and Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", arXiv:2201.00007: a teacher counts the
-more, the better it predicts the labels of what it is looking at.
+Zhang, Chen and Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", arXiv:2201.00007.
 
-Differs from the paper: its cross-entropies are of images, here of the labelled boxes of a batch, all together; and the
-weights are multiplied by the number of teachers, so that adding one does not weaken the terms of the others.
+Differs from the paper: it takes a cross-entropy for each image, we take one for all labelled boxes of a batch. We
+multiply the weights by the number of teachers, so that another teacher does not weaken the terms of the others.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from distill.losses.box_classes import boxes_by_image, log_odds
+from distill.losses.box_classes import Head, boxes_by_image, log_odds
 from distill.losses.masks import objects
 from distill.outputs import any_map, in_precision_of
 from layers.over_processes import sum_over_processes
-from structures import Targets
+from structures import Detector, Targets
 
 
 def confidence_weights(cross_entropy: Tensor) -> Tensor:
@@ -41,28 +40,30 @@ def teacher_cross_entropy(
     *,
     classes: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """How far a teacher is from the labels of the objects of a batch, a scalar ():
+    """The cross-entropy of a teacher with the labels of the objects of a batch, a scalar ():
 
         H = -1 / N * sum_n log p_n(y_n),    p = sigmoid(log odds of "this box is a y" against all else)
 
-    over the objects of all processes whose class it knows, so that these agree on the teachers' weights; 0 without any.
+    over the objects whose class the teacher has, in all processes, so that all of them get the same weights. 0 without
+    any.
 
     Args:
         targets: boxes in pixels of images of image_size (H, W), the student's.
-        classes: (student's columns, teacher's columns) as class_names.join_classes gives them; None: equal lists.
+        classes: (student's columns, teacher's columns) from class_names.join_classes; None: the class lists are equal.
     """
-    found = objects(targets)
-    labels = found.labels
+    detector = cast(Detector, teacher)
+    labelled = objects(targets)
+    labels = labelled.labels
     if classes is not None:
         s_columns, t_columns = (columns.to(labels.device) for columns in classes)
         is_same = labels[:, None] == s_columns  # (N, J)
-        found, is_same = found[is_same.any(1)], is_same[is_same.any(1)]
+        labelled, is_same = labelled[is_same.any(1)], is_same[is_same.any(1)]
         labels = t_columns[is_same.int().argmax(1)]
     (height, width), (t_height, t_width) = image_size, t_output.image_size
-    scale = found.boxes_xyxy.new_tensor([t_width / width, t_height / height] * 2)
-    per_image, row = boxes_by_image(found.boxes_xyxy * scale, found.image, len(any_map(t_output)))
+    scale = labelled.boxes_xyxy.new_tensor([t_width / width, t_height / height] * 2)
+    per_image, row = boxes_by_image(labelled.boxes_xyxy * scale, labelled.image, len(any_map(t_output)))
     with in_precision_of(any_map(t_output)):
-        logits = teacher.class_logits_at(t_output, per_image)[row]
-    odds = log_odds(logits, teacher.class_activation).gather(1, labels[:, None])
+        logits = detector.class_logits_at(t_output, per_image)[row]
+    odds = log_odds(logits, cast(Head, detector.class_activation)).gather(1, labels[:, None])
     total = sum_over_processes(-nn.functional.logsigmoid(odds).sum())
-    return total / sum_over_processes(total.new_full((), len(found))).clamp(min=1)
+    return total / sum_over_processes(total.new_full((), len(labelled))).clamp(min=1)

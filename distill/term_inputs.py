@@ -1,4 +1,4 @@
-"""What a term is given in a step: TermInputs. What the models do not have is a ValueError, refused before training."""
+"""The inputs of a term in a step: TermInputs. ValueError for what a model lacks: the criterion refuses such a term."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -15,30 +15,20 @@ from structures import Targets
 
 @dataclass(frozen=True)
 class TermInputs:
-    """One pair of a term in one step, and what can be asked about the batch.
+    """One pair of maps (or outputs) of a term in one step, and what a loss can take from the batch."""
 
-    targets: the objects of the batch, in pixels of the student's images.
-    s_output, t_output: all outputs of both models; t_output.image_size differs where the teacher sees another size.
-    student, teacher: the models. s_name, t_name: what the pair is called in their outputs.
-    s_map, t_map: of a term that compares maps, the student's after the adapter and the teacher's, (B, C, H, W) both, at
-    the student's grid. Of one that compares images, s_map is the student's map.
-    classes: columns of the classes that both models have (class_names.join_classes); None where the lists are equal.
-    content: (B, 1, H, W) bool at the grid of s_map, where the term looks; None: everywhere.
-    shared: values computed once for all terms of a teacher in a step.
-    """
-
-    targets: Targets
-    s_output: Any
-    t_output: Any
+    targets: Targets  # the objects of the batch, in pixels of the student's images
+    s_output: Any  # all outputs of the student
+    t_output: Any  # all outputs of the teacher; its image_size differs if the teacher gets another image size
     student: Any = None
     teacher: Any = None
-    s_name: str = ""
+    s_name: str = ""  # the names of the pair in s_output and t_output
     t_name: str = ""
-    s_map: Tensor | None = None
-    t_map: Tensor | None = None
-    classes: tuple[Tensor, Tensor] | None = None
-    content: Tensor | None = None
-    shared: dict[Hashable, Any] = field(default_factory=dict)
+    s_map: Tensor | None = None  # (B, C, H, W), after the adapter; None for a term that compares no maps
+    t_map: Tensor | None = None  # (B, C, H, W) at the grid of s_map; None for a term that compares no maps
+    classes: tuple[Tensor, Tensor] | None = None  # columns that both models have (join_classes); None: equal lists
+    content: Tensor | None = None  # (B, 1, H, W) bool at the grid of s_map, False where it is left out; None: all True
+    shared: dict[Hashable, Any] = field(default_factory=dict)  # computed once in a step for all terms of a teacher
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -46,58 +36,63 @@ class TermInputs:
         return self.s_output.image_size
 
     def maps(self) -> dict[str, Tensor]:
-        """s_map and t_map, as the losses of maps take them."""
+        """s_map and t_map, as keyword arguments of the losses of maps."""
+        assert self.s_map is not None and self.t_map is not None
         return {"s_map": self.s_map, "t_map": self.t_map}
 
     def grid(self) -> dict[str, Any]:
-        """The keyword arguments that tell distill.losses.masks the grid of s_map."""
+        """batch_size, grid_size and image_size of s_map, as keyword arguments of distill.losses.masks."""
+        assert self.s_map is not None
         return dict(batch_size=len(self.s_map), grid_size=tuple(self.s_map.shape[2:]), image_size=self.image_size)
 
     def logits(self) -> dict[str, Tensor]:
-        """s_logits and t_logits, the outputs of the pair's names; of class logits the columns that both models have."""
-        s, t = named_map(self.s_output, self.s_name), self.t_logits()
-        has_common = self.classes is not None and self.s_name == "class_logits"
-        return {"s_logits": s[..., self.classes[0].to(s.device)] if has_common else s, "t_logits": t}
+        """s_logits and t_logits of the pair; class logits are cut to the columns that both models have."""
+        s_logits, t_logits = named_map(self.s_output, self.s_name), self.t_logits()
+        if self.classes is not None and self.s_name == "class_logits":
+            s_logits = s_logits[..., self.classes[0].to(s_logits.device)]
+        return {"s_logits": s_logits, "t_logits": t_logits}
 
     def t_logits(self) -> Tensor:
-        """The teacher's output of the pair's name; of logits of classes the columns that both models have."""
-        t = named_map(self.t_output, self.t_name).detach()
-        has_common = self.classes is not None and self.t_name in ("class_logits", "image_logits")
-        return t[..., self.classes[1].to(t.device)] if has_common else t
+        """The teacher's output of the pair; class and image logits are cut to the columns that both models have."""
+        t_logits = named_map(self.t_output, self.t_name).detach()
+        if self.classes is not None and self.t_name in ("class_logits", "image_logits"):
+            t_logits = t_logits[..., self.classes[1].to(t_logits.device)]
+        return t_logits
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """make(), computed for the first pair of a step that asks."""
+    def computed_once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """compute(), kept in `shared` for the other pairs and terms of this step."""
         if key not in self.shared:
-            self.shared[key] = make()
+            self.shared[key] = compute()
         return self.shared[key]
 
     def teacher_scores(self) -> Tensor:
-        """(B, A): masks.location_scores of the dense teacher, of the classes that both models have."""
-        return self.once(("scores", self.classes is None), lambda: location_scores(*self._score_logits()))
+        """(B, A): masks.location_scores of the dense teacher, for the classes that both models have."""
+        return self.computed_once(("scores", self.classes is None), lambda: location_scores(*self._score_logits()))
 
     def teacher_score_map(self) -> Tensor:
-        """(B, H, W): the teacher's scores at the level of its map of this pair, at the grid of s_map."""
+        """(B, H, W): the teacher's scores at the level of t_map, resized to the grid of s_map; 0 outside `content`."""
         scores = self._score_maps()[head_level(self.teacher, self.t_output, self.t_name)]
         return (scores if self.content is None else scores * self.content)[:, 0]
 
     def teacher_score_sum(self) -> Tensor:
-        """The sum of the teacher's scores over all levels, (): about how many locations see an object."""
+        """The sum of the teacher's scores over all levels, (): roughly the number of locations with an object."""
         return torch.cat([level.flatten(1) for level in self._score_maps()], 1).sum()
 
     def _score_maps(self) -> list[Tensor]:
-        """masks.score_maps of the teacher, (B, 1, H, W), each at the grid that the student has for it.
+        """masks.score_maps of the teacher, (B, 1, H, W), each at the student's grid of that level.
 
-        Where the teacher sees another image size, all its grids differ from the student's by one factor: this pair's.
+        If the teacher gets another image size, all its grids differ from the student's by one factor, this pair's.
         """
+        assert self.s_map is not None
         logits, objectness = self._score_logits()
-        make = lambda: score_maps(logits, **level_layout(self.t_output, logits), t_objectness_logits=objectness)
-        levels = self.once(("score_maps", self.classes is None), make)
+        compute = lambda: score_maps(logits, **level_layout(self.t_output, logits), t_objectness_logits=objectness)
+        levels = self.computed_once(("score_maps", self.classes is None), compute)
         (h, w), (t_h, t_w) = self.s_map.shape[2:], named_map(self.t_output, self.t_name).shape[2:]
         sizes = [(max(round(m.shape[1] * h / t_h), 1), max(round(m.shape[2] * w / t_w), 1)) for m in levels]
         return [resize_to(level[:, None], size) for level, size in zip(levels, sizes)]
 
     def _score_logits(self) -> tuple[Tensor, Tensor | None]:
-        """The teacher's class logits (B, A, K) of the classes that both have, and its objectness logits (B, A)."""
+        """The teacher's class logits (B, A, K), for the classes that both have, and its objectness logits (B, A)."""
         logits = getattr(self.t_output, "class_logits", None)
         if logits is None:
             raise ValueError("the teacher has no class_logits to weight with")
@@ -108,10 +103,10 @@ class TermInputs:
         """(B, A) int64: the row of targets that each location of a dense student learns, or -1."""
         if not hasattr(self.student, "positives"):
             raise ValueError("the student assigns objects to no locations: it is not dense")
-        return self.once("positives", lambda: self.student.positives(self.s_output, self.targets))
+        return self.computed_once("positives", lambda: self.student.positives(self.s_output, self.targets))
 
     def positive_mask(self) -> Tensor:
-        """(B, 1, H, W) bool: the pixels that learn an object, of the level of the student's map of this pair."""
+        """(B, 1, H, W) bool: the pixels of s_map whose location learns an object."""
         gt_index = self.positives()
         levels = positive_masks(gt_index >= 0, **level_layout(self.s_output, gt_index))
         return levels[head_level(self.student, self.s_output, self.s_name)]

@@ -1,9 +1,9 @@
 """The losses a config can name: a function for each, and `LOSSES`, the table of them.
 
-A term `{loss: localization, parameters: {region: main}}` calls the function of that name with the inputs of a step
-and its parameters, the function's keyword-only arguments. It takes from the inputs what its loss needs and calls the
-loss, a pure function of tensors in another file of distill/. A loss that trains something (MGD's generator) is a
-module: built once, with the parameters, and given to the function in each step.
+A term `{loss: localization, parameters: {region: main}}` calls `localization(inputs, region="main")` in each step: its
+parameters are the function's keyword-only arguments. The function takes what it needs from the inputs and calls the
+loss, a pure function of tensors in distill/losses/. A loss that trains something (MGD's generator) is a module: it is
+built once, with the parameters, and passed to the function in each step.
 """
 
 import inspect
@@ -53,9 +53,9 @@ def masked_mse(
     inputs: TermInputs, *, mask: Literal["boxes", "anchors", "positives"] = "boxes", psi: float = 0.5,
     anchor_sizes: tuple[float, ...] | None = None, anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
 ) -> Tensor:  # fmt: skip
-    """mask: in the boxes, near them as FGFI publishes it, or where the student's assigner puts an object.
+    """mask: boxes, inside them; anchors, near them as FGFI publishes it; positives, where the student learns an object.
 
-    anchor_sizes: sides in strides of the map, for mask anchors. None: the detector's own anchors (own_anchors).
+    anchor_sizes, anchor_ratios: for mask anchors; sizes in strides of the map. None: the detector's own (own_anchors).
     """
     if mask == "boxes":
         where = box_mask(inputs.targets, **inputs.grid())
@@ -70,8 +70,10 @@ def masked_mse(
 
 
 def decoupled_mse(inputs: TermInputs, *, foreground_weight: float = 1.0, background_weight: float = 4.0) -> Tensor:
-    weights = dict(foreground_weight=foreground_weight, background_weight=background_weight)
-    return masked.decoupled_mse(**inputs.maps(), foreground=box_mask(inputs.targets, **inputs.grid()), **weights)
+    mask = box_mask(inputs.targets, **inputs.grid())
+    return masked.decoupled_mse(
+        **inputs.maps(), foreground=mask, foreground_weight=foreground_weight, background_weight=background_weight
+    )
 
 
 def fgd(inputs: TermInputs, module: FGD) -> Tensor:
@@ -87,22 +89,28 @@ def location_similarity(inputs: TermInputs, *, nodes: int = 16) -> Tensor:
 
 
 def instance_distance(inputs: TermInputs, *, size: int = 3) -> Tensor:
-    """Of size x size points in each object of the batch. With GID's 7 x 7, crowded images cost more than the models."""
-    rows = objects(inputs.targets)
-    where = dict(boxes_xyxy=rows.boxes_xyxy, image=rows.image, image_size=inputs.image_size, size=size)
-    s, t = (relations.pool_boxes(feature_map, **where) for feature_map in (inputs.s_map, inputs.t_map))
+    """size: points per side in each object. With GID's 7 x 7, crowded images cost more than the models."""
+    rows, image_size = objects(inputs.targets), inputs.image_size
+    s, t = (
+        relations.pool_boxes(m, boxes_xyxy=rows.boxes_xyxy, image=rows.image, image_size=image_size, size=size)
+        for m in inputs.maps().values()
+    )
     return relations.instance_distance(s_features=s, t_features=t, image=rows.image)
 
 
 def crosskd_classes(inputs: TermInputs, *, beta: float = 1.0, rescale: bool = True) -> Tensor:
-    given = dict(t_tail=branch_tail(inputs), normaliser=inputs.teacher_score_sum())
+    tail, total = branch_tail(inputs), inputs.teacher_score_sum()
     columns = None if inputs.classes is None else inputs.classes[1]
-    return crosskd.crosskd_classes(**inputs.maps(), **given, columns=columns, beta=beta, rescale=rescale)
+    return crosskd.crosskd_classes(
+        **inputs.maps(), t_tail=tail, normaliser=total, columns=columns, beta=beta, rescale=rescale
+    )
 
 
 def crosskd_edges(inputs: TermInputs, *, temperature: float = 1.0, rescale: bool = True) -> Tensor:
-    given = dict(t_tail=branch_tail(inputs), weight=inputs.teacher_score_map(), normaliser=inputs.teacher_score_sum())
-    return crosskd.crosskd_edges(**inputs.maps(), **given, temperature=temperature, rescale=rescale)
+    tail, weight, total = branch_tail(inputs), inputs.teacher_score_map(), inputs.teacher_score_sum()
+    return crosskd.crosskd_edges(
+        **inputs.maps(), t_tail=tail, weight=weight, normaliser=total, temperature=temperature, rescale=rescale
+    )
 
 
 def soft_class(inputs: TermInputs, *, temperature: float = 1.0, power: float = 1.0) -> Tensor:
@@ -111,7 +119,7 @@ def soft_class(inputs: TermInputs, *, temperature: float = 1.0, power: float = 1
 
 
 def quality_focal(inputs: TermInputs, *, beta: float = 1.0) -> Tensor:
-    """A head with objectness learns where the teacher sees objects: its class outputs elsewhere mean nothing."""
+    """With objectness, the teacher's scores weigh the locations: its class logits mean nothing on the background."""
     scores = inputs.teacher_scores()
     weight = scores if hasattr(inputs.t_output, "objectness_logits") else None
     return logits.quality_focal(**inputs.logits(), weight=weight, normaliser=scores.sum(), beta=beta)
@@ -121,25 +129,25 @@ def localization(
     inputs: TermInputs, *, region: Literal["scores", "main", "valuable"] = "scores", gamma: float = 0.25,
     temperature: float = 10.0,
 ) -> Tensor:  # fmt: skip
-    """region: scores weighs each location by the dense teacher's score. main is where the student learns an object.
-
-    valuable: there and in the valuable localization region around it (localization.valuable_region, with gamma).
+    """region: scores, every location by the teacher's score; main, the locations where the student learns an object;
+    valuable, main and the valuable localization region around it (localization.valuable_region, with gamma).
     """
     if region not in ("scores", "main", "valuable"):
         raise ValueError(f"region: found {region!r}, expected scores, main or valuable")
     weight = inputs.teacher_scores() if region == "scores" else inputs.positives() >= 0
     if region == "valuable":
-        boxes_xyxy = inputs.teacher.decode(inputs.t_output)[0].detach()  # they fit from the first epoch on
-        around = dict(boxes_xyxy=boxes_xyxy, gt_index=inputs.positives(), targets=inputs.targets)
-        weight = weight | valuable_region(**around, gamma=gamma)
+        t_boxes = inputs.teacher.decode(inputs.t_output)[0].detach()  # they fit from the first epoch on
+        gt_index = inputs.positives()
+        weight |= valuable_region(boxes_xyxy=t_boxes, gt_index=gt_index, targets=inputs.targets, gamma=gamma)
     return localization_kl(**inputs.logits(), weight=weight, temperature=temperature)
 
 
 def objectness_scaled(
     inputs: TermInputs, *, objectness_weight: float = 1.0, class_weight: float = 1.0, box_weight: float = 1.0
 ) -> Tensor:
-    weights = dict(objectness_weight=objectness_weight, class_weight=class_weight, box_weight=box_weight)
-    return logits.objectness_scaled(**anchor_outputs(inputs), **weights)
+    return logits.objectness_scaled(
+        **anchor_outputs(inputs), objectness_weight=objectness_weight, class_weight=class_weight, box_weight=box_weight
+    )
 
 
 def box_classes(
@@ -147,8 +155,8 @@ def box_classes(
     max_boxes: int = 100, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
     pair = box_logits(inputs, given_boxes(inputs, boxes, score_threshold, max_boxes), at)
-    heads = dict(s_head=inputs.student.class_activation, t_head=inputs.teacher.class_activation)
-    return box_class_kl(**pair, **heads, classes=inputs.classes, temperature=temperature)
+    s_head, t_head = inputs.student.class_activation, inputs.teacher.class_activation
+    return box_class_kl(**pair, s_head=s_head, t_head=t_head, classes=inputs.classes, temperature=temperature)
 
 
 def softmax_kl(
@@ -164,8 +172,10 @@ def decoupled_kl(
     target_weight: float = 1.0, other_weight: float = 0.25, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
     pair, chosen = softmax_logits(inputs, boxes, score_threshold, max_boxes)
-    options = dict(target_weight=target_weight, other_weight=other_weight, temperature=temperature)
-    return logits.decoupled_kl(**pair, labels=chosen.labels + 1, weight=~chosen.ignore, **options)  # background: 0
+    return logits.decoupled_kl(
+        **pair, labels=chosen.labels + 1, weight=~chosen.ignore,  # column 0 is the background
+        target_weight=target_weight, other_weight=other_weight, temperature=temperature,
+    )  # fmt: skip
 
 
 def prediction_correlation(
@@ -173,8 +183,9 @@ def prediction_correlation(
     class_weight: float = 1.0, sample_weight: float = 1.0, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
     pair, _ = softmax_logits(inputs, boxes, score_threshold, max_boxes)
-    options = dict(class_weight=class_weight, sample_weight=sample_weight, temperature=temperature)
-    return logits.prediction_correlation(**pair, **options)
+    return logits.prediction_correlation(
+        **pair, class_weight=class_weight, sample_weight=sample_weight, temperature=temperature
+    )
 
 
 def image_kl(inputs: TermInputs, module: logits.TaughtImageHead) -> Tensor:
@@ -185,24 +196,21 @@ def image_kl(inputs: TermInputs, module: logits.TaughtImageHead) -> Tensor:
 class Term:
     """A row of the table.
 
-    compute: the function of this name. loss: the loss that it calls, which has a section in docs/losses.
-    reads: what the loss compares. map: two maps, the student's through its adapter. logits: two outputs of equal
-    locations. boxes: classes of given boxes. image: a map with image logits. outputs: raw outputs of two YOLOv5 heads.
-    module: of a loss that trains something, built with the widths of the maps and given to `compute`.
-    same_width: the maps need equal channels. reads_scores: the dense teacher's class scores are needed, too.
-    finishes_maps: gives maps to the teacher's own layers, which expect the teacher's as it is.
+    reads: what the loss compares. map: two maps, the student's after its adapter. logits: two outputs with equal
+    locations. boxes: the classes of given boxes. image: a map of the student with the teacher's image logits. outputs:
+    the raw outputs of two YOLOv5 heads.
     """
 
-    compute: Callable[..., Tensor]
-    loss: Callable[..., Any]
+    compute: Callable[..., Tensor]  # the function of the term
+    loss: Callable[..., Any]  # the loss that it calls, which has a section in docs/losses
     reads: Literal["map", "logits", "boxes", "image", "outputs"] = "map"
-    module: type[nn.Module] | None = None
-    same_width: bool = True
-    reads_scores: bool = False
-    finishes_maps: bool = False
+    module: type[nn.Module] | None = None  # a loss that trains something, built with the widths of the maps
+    same_width: bool = True  # the maps need equal channels
+    reads_scores: bool = False  # needs the class scores of a dense teacher as well
+    finishes_maps: bool = False  # passes maps through the teacher's own layers, which expect t_map unchanged
 
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """What a term may give in `parameters`: the keyword-only arguments of the module, or else of the function."""
+        """The allowed `parameters` of a term: the keyword-only arguments of the module, or else of the function."""
         arguments = inspect.signature(self.module or self.compute).parameters
         return {name: argument for name, argument in arguments.items() if argument.kind is argument.KEYWORD_ONLY}
 

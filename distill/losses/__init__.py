@@ -1,4 +1,4 @@
-"""Distillation losses as pure functions of tensors, and the few that have something to train. No models, no configs.
+"""Distillation losses: pure functions of tensors, and modules for the few that train something. No models, no configs.
 
 features       maps: MSE, cosine, CWD, PKD, attention, score-weighted L2
 masks          where to imitate: boxes, anchors (FGFI), positives, class scores; masked and decoupled MSE in masked
@@ -7,5 +7,5 @@ relations      between locations and between objects
 logits         classes: KL, quality focal, DKD, DIST, soft targets
 localization   distributions of box edges
 crosskd        the student's maps through the rest of the teacher's head
-box_classes    what both models predict about given boxes
+box_classes    how both models classify given boxes
 """

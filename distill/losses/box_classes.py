@@ -1,15 +1,15 @@
-"""Box classification: how one detector classifies given boxes, as soft labels for any other detector.
+"""Box classification: one detector's classes of given boxes are soft labels for any other detector.
 
-Feature maps of a two-stage and a one-stage detector have little in common, and their locations nothing. But both
-classify a given box: `class_logits_at(output, boxes_per_image)` pools it in a two-stage detector and reads the
-locations near it in a dense one. `box_class_kl` compares two such predictions, whatever the heads behind them:
+A two-stage and a one-stage detector share neither maps nor locations, but both can classify a given box:
+`class_logits_at(output, boxes_per_image)` pools the box in a two-stage detector, and reads the locations near it in a
+dense one. `box_class_kl` compares two such predictions, whatever the heads:
 
 - a sigmoid head has K independent log-odds, one for each "this is a k";
-- a softmax head has one distribution, with a background column first (Faster R-CNN as torchvision has it). The log-odds
-  of class k against all else, background included, mean the same: log_odds computes them.
+- a softmax head has one distribution with the background in column 0, as torchvision's Faster R-CNN. `log_odds` turns
+  it into the log-odds of each class against all else, background included, which mean the same.
 
-`given_boxes` chooses the boxes, `box_logits` has both models classify them. A dense student may also learn at its
-assigned locations instead: `assigned_logits`. Class lists are joined by name: `datasets.class_names.join_classes`.
+`given_boxes` chooses the boxes, and `box_logits` classifies them with both models. `assigned_logits` takes a dense
+student's logits at its assigned locations instead. `datasets.class_names.join_classes` joins class lists by name.
 """
 
 from typing import Literal
@@ -45,15 +45,14 @@ def box_class_kl(
         L   = T^2 / max(sum_n w_n, 1) * sum_n w_n * sum_{(i, j)} KL(Bern(p^t_nj) || Bern(p^s_ni))
         p_n = sigmoid(z_n / T),    z_n = log_odds(logits_n)
 
-    over the pairs (i, j) of a class of the student and the same class of the teacher. Classes that only one of them
-    has take no part; in a softmax they still count among "all else".
+    (i, j) runs over the classes that both have: column i of the student and column j of the teacher. Classes that only
+    one of them has take no part; in a softmax they still count among "all else".
 
     Args:
-        s_logits: (N, K_s), with a background column in front, (N, 1 + K_s), where s_head is "softmax".
+        s_logits: (N, K_s), or (N, 1 + K_s) with the background in column 0 where s_head is "softmax".
         t_logits: (N, K_t) of the same N boxes, or (N, 1 + K_t) where t_head is "softmax".
-        classes: J pairs of columns as (student's (J,), teacher's (J,)) int64 from class_names.join_classes, background
-        not
-            counted. None: the lists are equal.
+        classes: J pairs of columns (i, j), as (student's (J,), teacher's (J,)) int64 from class_names.join_classes. The
+            background is not counted. None: the class lists are equal.
         weight: w_n >= 0, (N,). None weighs all rows 1: the mean.
         temperature: T > 0.
     Returns:
@@ -88,9 +87,9 @@ def log_odds(logits: Tensor, head: Head) -> Tensor:
 
 
 def boxes_by_image(boxes_xyxy: Tensor, image: Tensor, batch_size: int) -> tuple[list[Tensor], Tensor]:
-    """N boxes (N, 4) of images (N,), in any order, as class_logits_at takes them: one tensor (N_b, 4) per image.
+    """Split N boxes (N, 4) of images (N,), in any order, into one tensor (N_b, 4) per image for class_logits_at.
 
-    Also row (N,): where each box stands among those of all images, so that class_logits_at(...)[row] is in the order
+    Also returns row (N,), the place of each box among those of all images: class_logits_at(...)[row] is in the order
     of the input.
     """
     order = image.argsort(stable=True)
@@ -103,9 +102,9 @@ def boxes_by_image(boxes_xyxy: Tensor, image: Tensor, batch_size: int) -> tuple[
 def assigned_logits(class_logits: Tensor, gt_index: Tensor) -> tuple[Tensor, Tensor]:
     """The student's logits at the locations that learn an object, and the object of each.
 
-    class_logits (B, A, K) and gt_index (B, A) int64, row of Targets or -1 -> logits (P, K), row (P,). With the
-    teacher's logits of the boxes of Targets, t_logits (N, K), the pair to compare is logits and t_logits[row]. An
-    object with many locations counts as often.
+    class_logits (B, A, K) and gt_index (B, A) int64, row of Targets or -1 -> logits (P, K), row (P,). If t_logits
+    (N, K) are the teacher's logits of the boxes of Targets, the pair to compare is logits and t_logits[row]. An object
+    counts once for each location that learns it.
     """
     if class_logits.shape[:2] != gt_index.shape:
         raise ValueError(
@@ -118,21 +117,22 @@ def assigned_logits(class_logits: Tensor, gt_index: Tensor) -> tuple[Tensor, Ten
 def given_boxes(inputs: TermInputs, boxes: Boxes, score_threshold: float, max_boxes: int) -> Targets:
     """The boxes that both models classify, in pixels of the student's images, with the student's labels.
 
-    targets: the learnt objects of the batch. teacher: the teacher's detections with at least score_threshold, at most
-    max_boxes an image; a class that the student does not have is label -1. proposals: the first max_boxes proposals of
-    a two-stage teacher, labelled by assigned_labels.
+    targets: the learnt objects of the batch.
+    teacher: the teacher's detections that score at least score_threshold, at most max_boxes per image. A class that the
+        student lacks becomes label -1.
+    proposals: the first max_boxes proposals of a two-stage teacher, labelled by assigned_labels.
     """
     if boxes not in ("targets", "teacher", "proposals"):
         raise ValueError(f"boxes: found {boxes!r}, expected targets, teacher or proposals")
     if boxes == "targets":
         return objects(inputs.targets)
     if boxes == "teacher":
-        found = inputs.teacher.detect(
+        detections = inputs.teacher.detect(
             inputs.t_output, score_threshold=score_threshold, iou_threshold=0.6, max_detections=max_boxes
         )
-        boxes_per_image = [d.boxes_xyxy for d in found]
+        boxes_per_image = [d.boxes_xyxy for d in detections]
     elif getattr(inputs.t_output, "proposals", None) is None:
-        raise ValueError("boxes: proposals are those of a two-stage teacher, this one has none")
+        raise ValueError("boxes: found proposals, but this teacher has none: only a two-stage teacher does")
     else:
         boxes_per_image = [rows[:max_boxes] for rows in inputs.t_output.proposals]
     device = boxes_per_image[0].device
@@ -141,17 +141,17 @@ def given_boxes(inputs: TermInputs, boxes: Boxes, score_threshold: float, max_bo
     boxes_xyxy = torch.cat(boxes_per_image).float() / teacher_scale(inputs, device)
     if boxes == "proposals":
         return assigned_labels(boxes_xyxy, image, inputs.targets)
-    labels = torch.cat([d.labels for d in found])
-    labels = labels if inputs.classes is None else students_labels(labels, *inputs.classes)
+    labels = torch.cat([d.labels for d in detections])
+    labels = labels if inputs.classes is None else to_student_labels(labels, *inputs.classes)
     return Targets(boxes_xyxy, labels, image, torch.zeros_like(labels, dtype=torch.bool))
 
 
 @torch.no_grad()
 def assigned_labels(boxes_xyxy: Tensor, image: Tensor, targets: Targets) -> Targets:
-    """N boxes (N, 4) of images (N,) with the labels that the second stage of Faster R-CNN learns at proposals.
+    """Label N boxes (N, 4) of images (N,) as the second stage of Faster R-CNN labels proposals (arXiv:1506.01497).
 
-    The label of the object of the same image with the highest IoU (the first of equals), if that is at least 0.5, else
-    -1: background (arXiv:1506.01497). A background box is marked `ignore` where half of it or more lies in an ignored
+    A box takes the label of the object with the highest IoU in its image (the first of equals) if that IoU is at least
+    0.5; otherwise it is background, -1. A background box is marked `ignore` if half of it or more lies in an ignored
     object.
     """
     is_same = image[:, None] == targets.image  # (N, G)
@@ -165,17 +165,17 @@ def assigned_labels(boxes_xyxy: Tensor, image: Tensor, targets: Targets) -> Targ
 
 
 def box_logits(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dict[str, Tensor]:
-    """s_logits (N, ...) and t_logits (N, ...) of the chosen boxes: class_logits_at of both models.
+    """s_logits (N, ...) and t_logits (N, ...): both models classify the chosen boxes by class_logits_at.
 
-    at: assigned takes a dense student's logits at every location that learns an object, a row each, instead of those of
-    the box; the boxes are then the objects of the batch.
+    at: "assigned" compares the objects of the batch instead. The student's logits are then those of every location that
+    learns an object, one row per location; it has to be dense.
     """
-    for who, model in (("student", inputs.student), ("teacher", inputs.teacher)):
+    for role, model in (("student", inputs.student), ("teacher", inputs.teacher)):
         if not hasattr(model, "class_logits_at"):
-            raise ValueError(f"the {who} cannot classify given boxes: it has no class_logits_at")
-    given = inputs.targets if at == "assigned" else chosen
-    per_image, row = boxes_by_image(given.boxes_xyxy, given.image, len(any_map(inputs.s_output)))
-    scale = teacher_scale(inputs, given.boxes_xyxy.device)
+            raise ValueError(f"the {role} cannot classify given boxes: it has no class_logits_at")
+    classified = inputs.targets if at == "assigned" else chosen
+    per_image, row = boxes_by_image(classified.boxes_xyxy, classified.image, len(any_map(inputs.s_output)))
+    scale = teacher_scale(inputs, classified.boxes_xyxy.device)
     with torch.no_grad(), in_precision_of(any_map(inputs.t_output)):
         t_logits = inputs.teacher.class_logits_at(inputs.t_output, [rows * scale for rows in per_image])[row]
     if at == "boxes":
@@ -190,7 +190,7 @@ def box_logits(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dict[st
 def softmax_logits(
     inputs: TermInputs, boxes: Boxes, score_threshold: float, max_boxes: int
 ) -> tuple[dict[str, Tensor], Targets]:
-    """box_logits of two softmax heads at given_boxes, and these boxes."""
+    """box_logits of two softmax heads for given_boxes, and the boxes."""
     require_softmax(inputs)
     chosen = given_boxes(inputs, boxes, score_threshold, max_boxes)
     return box_logits(inputs, chosen), chosen
@@ -198,22 +198,22 @@ def softmax_logits(
 
 def require_softmax(inputs: TermInputs) -> None:
     """ValueError where one of the heads is not a softmax, or the columns are not the same classes."""
-    for who, model in (("student", inputs.student), ("teacher", inputs.teacher)):
-        found = getattr(model, "class_activation", "no")
-        if found != "softmax":
-            raise ValueError(f"the {who} has a {found} head, this loss is for softmax heads; see box_classes")
+    for role, model in (("student", inputs.student), ("teacher", inputs.teacher)):
+        activation = getattr(model, "class_activation", "no")
+        if activation != "softmax":
+            raise ValueError(f"the {role} has a {activation} head, this loss is for softmax heads; see box_classes")
     if inputs.classes is not None:
         raise ValueError("softmax heads of different class lists cannot be compared; see box_classes")
 
 
 def teacher_scale(inputs: TermInputs, device: torch.device) -> Tensor:
-    """(4,): pixels of the teacher's images for one of the student's, in the order of a box."""
+    """(4,): the factors that take xyxy boxes from the student's image size to the teacher's."""
     (height, width), (t_height, t_width) = inputs.image_size, inputs.t_output.image_size
     return torch.tensor([t_width / width, t_height / height] * 2, device=device)
 
 
-def students_labels(t_labels: Tensor, s_columns: Tensor, t_columns: Tensor) -> Tensor:
-    """Labels (N,) of the teacher as the student's; -1 where the student has no such class."""
+def to_student_labels(t_labels: Tensor, s_columns: Tensor, t_columns: Tensor) -> Tensor:
+    """The teacher's labels (N,) as the student's; -1 for a class that the student lacks."""
     size = max([-1, *t_labels.tolist(), *t_columns.tolist()]) + 1
     table = torch.full((size,), -1, dtype=torch.int64, device=t_labels.device)
     table[t_columns.to(t_labels.device)] = s_columns.to(t_labels.device)

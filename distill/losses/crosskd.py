@@ -1,15 +1,18 @@
-"""CrossKD: the student's half-made prediction is finished by the teacher's head, and shall come out as the teacher's.
+"""CrossKD: the teacher's head completes the student's prediction, which is then compared with the teacher's own.
 
 Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", arXiv:2306.11369.
 
-A branch of a dense head is a row of convolutions. The student's map after its i-th convolution goes through what
-follows the i-th convolution of the teacher's branch, frozen. The gradient reaches the student through the teacher's
-layers, and leaves the end of the student's own branch to the annotations, with which the teacher may disagree.
+A branch of a dense head is a row of convolutions. The student's map after its i-th convolution goes through the layers
+that follow the i-th convolution of the teacher's branch, which are frozen. The gradient reaches the student through the
+teacher's layers. It skips the end of the student's own branch: only the annotations train that, with which the teacher
+may disagree.
 
-Differs from the paper: where the widths differ, an adapter, trained with the student, comes first (there, heads are
-equally wide). Maps are taken after the activation (there, before it, and activated once more). Each function is for
-one level of one branch; with the `normaliser` of the whole head, the sum over levels is the published one. Of its
-detectors with edge distributions, those weigh the classes 1 and the edges 4, and have a third term, GIoU, not here.
+Each function handles one level of one branch; with the `normaliser` of the whole head, the sum over the levels is the
+published loss. Differs from the paper:
+
+- Where the widths differ, an adapter comes first and is trained with the student. The paper's heads are equally wide.
+- Maps are taken after the activation. The paper takes them before it, and activates them once more.
+- For detectors with edge distributions the paper weighs classes 1 and edges 4, and adds a GIoU term, which is not here.
 """
 
 import torch
@@ -33,15 +36,15 @@ def crosskd_classes(
     beta: float = 1.0,
     rescale: bool = True,
 ) -> Tensor:
-    """CrossKD of classes: the teacher's head makes of the student's class map what it makes of its own.
+    """CrossKD of classes: the teacher's head predicts from the student's class map what it predicts from its own.
 
         L = logits.quality_focal(s = tail(r(s_map)), t = tail(t_map)),    r as in cross_logits
 
     Args:
         s_map, t_map: (B, C, H, W), after the same convolution of the class branch of one level.
         t_tail: the rest of the teacher's branch, (B, C, H, W) -> (B, K, H, W), see cross_logits.
-        normaliser: the number of positives of the batch. None: what the teacher believes in on this level.
-        columns: (J,) int64, those of the K classes that are compared: the ones that the student has. None: all.
+        normaliser: the number of positives of the batch. None: the number that the teacher expects on this level.
+        columns: (J,) int64, the columns of the K classes that are compared: those that the student has. None: all.
         beta: see quality_focal.
         rescale: see cross_logits.
     Returns:
@@ -65,7 +68,7 @@ def crosskd_edges(
     temperature: float = 1.0,
     rescale: bool = True,
 ) -> Tensor:
-    """CrossKD of edge distributions: the same with the box branch of a head with bins.
+    """CrossKD of box edges: the same for the box branch of a head that predicts distributions over R bins.
 
         L = localization.localization_kl(s = tail(r(s_map)), t = tail(t_map)),    r as in cross_logits
 
@@ -94,22 +97,22 @@ def cross_logits(*, s_map: Tensor, t_map: Tensor, t_tail: nn.Module, rescale: bo
 
         out = tail(r(s)),    r(s)_c = (s_c - mean(s_c)) / std(s_c) * std(t_c) + mean(t_c)
 
-    with mean and standard deviation per channel c over the batch and the pixels together, so that the tail meets
-    values as large as those it was trained on. Invariant then to any scale above 0 and any shift of each channel of
-    the student's map. At the teacher's own map: what the teacher predicts.
+    Mean and standard deviation are those of channel c over the batch and the pixels together, so that the tail gets
+    values in the range it was trained on. The result is then invariant to any scale above 0 and any shift of each
+    channel of the student's map. For s = t it is the teacher's own prediction.
 
     Args:
         s_map, t_map: (B, C, H, W), after the same convolution of the same branch, the student's at the teacher's width.
         t_tail: (B, C, H, W) -> (B, C_out, H, W), the rest of the teacher's branch, in eval mode and without
             parameters that learn, else ValueError. It runs in the precision of its weights, autocast or not.
-        rescale: False gives it the student's map as it is: r(s) = s.
+        rescale: False leaves the student's map as it is: r(s) = s.
     Returns:
-        (B, C_out, H, W). A channel that is constant in the student arrives as mean(t_c), without gradient.
+        (B, C_out, H, W). A channel that is constant in the student enters the tail as mean(t_c), without gradient.
     """
     for name, parameter in t_tail.named_parameters():
         if parameter.requires_grad:
             raise ValueError(f"the teacher's layers must be frozen, {name} is not")
-    # Of the layers it matters to: a slice of a Sequential in eval mode, and a folded BatchNorm, say that they train.
+    # Only layers that training changes: a slice of a Sequential in eval mode and a folded BatchNorm have training=True.
     if any(module.training for module in t_tail.modules() if isinstance(module, TRAINS_OTHERWISE)):
         raise ValueError("the teacher's layers must be in eval mode, or its statistics would follow the student")
     s_map, t_map = as_map_pair(s_map, t_map)
@@ -117,7 +120,7 @@ def cross_logits(*, s_map: Tensor, t_map: Tensor, t_tail: nn.Module, rescale: bo
 
 
 def like_teacher(s_map: Tensor, t_map: Tensor) -> Tensor:
-    """(B, C, H, W): each channel of the student at the mean and the standard deviation of the teacher's."""
+    """(B, C, H, W): each channel of the student's map, at the mean and the standard deviation of the teacher's."""
     b, _, h, w = s_map.shape
     s_unit = unit_deviations(s_map.transpose(0, 1).flatten(1), joint=True)  # (C, B*H*W), length 1
     t_rows = t_map.transpose(0, 1).flatten(1)
@@ -129,7 +132,7 @@ def like_teacher(s_map: Tensor, t_map: Tensor) -> Tensor:
 
 @torch.no_grad()
 def teacher_logits(t_map: Tensor, t_tail: nn.Module) -> Tensor:
-    """What the teacher predicts, from its own map."""
+    """The teacher's prediction from its own map."""
     return run_tail(t_tail, t_map)
 
 

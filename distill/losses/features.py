@@ -1,13 +1,13 @@
 """Feature distillation: the student's maps imitate the teacher's.
 
-Every loss is a pure function of one pair of maps with equal shapes; an adapter (distill.adapters) has joined
-different widths before, and the criterion has brought the teacher's map to the student's grid. Computed in float32
-for half-precision inputs, in float64 for float64. Student gradients only: the teacher's map is detached. An empty map
-(B = 0, or no pixels) gives 0.
+Every loss is a pure function of two maps of equal shape: the criterion has passed the student's map through an adapter
+(distill.adapters) and resized the teacher's map to the student's grid. Computed in float32 for half-precision inputs,
+in float64 for float64. Student gradients only: the teacher's map is detached. An empty map (B = 0, or no pixels)
+gives 0.
 
-The grey padding beside a picture takes part like the rest of an image, as in public toolboxes. A term with
-`content_only: true` leaves it out: before and behind the adapter both maps are 0 there, so that what the models make
-of the padding has neither effect nor gradient; a mean still counts these pixels.
+The grey padding of an image takes part like the rest, as in public toolboxes. A term with `content_only: true` leaves
+it out: before and after the adapter both maps are set to 0 there, so the padding has neither effect nor gradient. A
+mean still counts these pixels.
 """
 
 import torch
@@ -41,18 +41,17 @@ def feature_mse(*, s_map: Tensor, t_map: Tensor) -> Tensor:
 def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     """One minus the cosine of the two feature vectors of each pixel, on average.
 
-    The loss by which a foundation model teaches the deepest map of a detector in Liao et al., "RT-DETRv4",
-    arXiv:2510.25257.
+    Liao et al., "RT-DETRv4", arXiv:2510.25257, where a foundation model teaches the deepest map of a detector.
 
         L = 1 / (B H W) * sum_bp (1 - cos(s_bp, t_bp)),    s_bp in R^C
 
-    Invariant to the length of every feature vector; a pixel costs 0 at the teacher, 1 where the two are orthogonal, 2
-    where they are opposite.
+    Invariant to the length of every feature vector. A pixel costs 0 for equal directions, 1 for orthogonal and 2 for
+    opposite ones.
 
     Args:
         s_map, t_map: (B, C, H, W).
     Returns:
-        scalar (). A vector of zeros is orthogonal to all others, and passes no gradient.
+        scalar (). A vector of zeros counts as orthogonal to all others, and gets no gradient.
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     cosine = (unit_vectors(s_map, dim=1) * unit_vectors(t_map, dim=1)).sum(1)  # (B, H, W)
@@ -60,7 +59,7 @@ def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
 
 
 def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -> Tensor:
-    """Channel-wise distillation (CWD): where each channel looks, the student shall look.
+    """Channel-wise distillation (CWD): match the spatial attention of each channel.
 
     Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", arXiv:2011.13256, sec. 3.2.
 
@@ -71,7 +70,7 @@ def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -
 
     Args:
         s_map, t_map: (B, C, H, W).
-        temperature: T > 0; larger looks at wider regions.
+        temperature: T > 0; a larger one spreads the attention over wider regions.
     Returns:
         scalar ().
     """
@@ -80,24 +79,24 @@ def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -
 
 
 def channel_correlation(*, s_map: Tensor, t_map: Tensor) -> Tensor:
-    """Pearson distillation (PKD): each channel of the student correlates with the teacher's.
+    """Pearson distillation (PKD): correlate each channel of the student with the teacher's.
 
     Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
     arXiv:2207.02039.
 
         L = 1 / C * sum_c (1 - r_c) = 1/2 mean_{bchw} (n(s) - n(t))^2
 
-    n(.) has zero mean and unit standard deviation per channel, over the batch and the pixels together (B H W values),
-    and r_c is the Pearson correlation of channel c. Invariant to any scale above 0 and any shift of each channel of
-    either map, so that no level and no channel outweighs the others.
+    n(.) brings each channel to zero mean and unit standard deviation over the batch and the pixels together (B H W
+    values), and r_c is the Pearson correlation of channel c. Invariant to any scale above 0 and any shift of each
+    channel of either map, so that no level and no channel outweighs the others.
 
     Args:
         s_map, t_map: (B, C, H, W).
     Returns:
         scalar (), in [0, 2].
-    Differs from the released code: the standard deviation is the biased one, which makes the second equality exact;
-    and instead of 1e-6 added to it, a channel whose spread is below 1e-5 of its root mean square (a constant, up to
-    rounding) has no correlation: it passes no gradient and costs 1/2 beside a channel that varies.
+    Differs from the released code: the standard deviation is the biased one, which makes the second equality exact.
+    The code adds 1e-6 to it. Here a channel whose spread is below 1e-5 of its root mean square (constant, up to
+    rounding) has no correlation instead: it gets no gradient, and costs 1/2 if the other model's channel varies.
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     s_unit, t_unit = (unit_deviations(m.transpose(0, 1).flatten(1), joint=True) for m in (s_map, t_map))  # (C, B*H*W)
@@ -105,7 +104,7 @@ def channel_correlation(*, s_map: Tensor, t_map: Tensor) -> Tensor:
 
 
 def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> Tensor:
-    """Attention transfer: where the student's channels together are strong, they shall be as the teacher's.
+    """Attention transfer: match the spatial attention of all channels together.
 
     Zagoruyko and Komodakis, "Paying More Attention to Attention", arXiv:1612.03928, sec. 3.1, activation-based.
 
@@ -116,7 +115,7 @@ def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> T
 
     Args:
         s_map (B, C_s, H, W), t_map (B, C_t, H, W).
-        power: at least 1; larger looks at the strongest pixels.
+        power: at least 1; a larger one emphasises the strongest pixels.
     Returns:
         scalar (), in [0, 1].
     Differs from the paper, which does not square the length: the square has gradient 0 at the teacher. The released
@@ -130,7 +129,7 @@ def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> T
 
 
 def score_weighted_l2(*, s_map: Tensor, t_map: Tensor, weight: Tensor) -> Tensor:
-    """Squared difference of two maps, where the teacher is confident: the loss of Ultralytics' own distillation.
+    """Squared difference of two maps, weighted by the teacher's confidence: the loss that Ultralytics distils with.
 
         L    = sum_bcp w_bp (s_bcp - t_bcp)^2 / (C sum_bp w_bp + 1e-9)
         w_bp = max_k sigmoid(class logit k of the teacher at pixel p)
@@ -140,7 +139,7 @@ def score_weighted_l2(*, s_map: Tensor, t_map: Tensor, weight: Tensor) -> Tensor
         weight: (B, H, W), w >= 0, see masks.score_maps. Detached.
     Returns:
         scalar (); 0 where no pixel has weight.
-    Differs from theirs: one map, unweighted, where they sum over maps, multiply by 6 and by the batch size.
+    Differs from theirs: this is one map, unweighted. They sum over maps, and multiply by 6 and by the batch size.
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     if weight.shape != (len(s_map), *s_map.shape[2:]):
@@ -178,9 +177,9 @@ def unit_vectors(values: Tensor, dim: int) -> Tensor:
 
 
 def unit_deviations(rows: Tensor, *, joint: bool = False) -> Tensor:
-    """Each row of (N, D) less its mean, at length 1; 0 for a row that is constant up to rounding.
+    """Each row of (N, D) minus its mean, scaled to length 1; 0 for a row that is constant up to rounding.
 
-    joint: the rows of all processes are parts of N longer ones, whose means and lengths count.
+    joint: each process holds a part of N longer rows; mean and length are those of the whole rows.
     """
     over_all = sum_over_processes if joint else lambda values: values
     count = joint_normaliser(rows.shape[1], rows) * process_count() if joint else max(rows.shape[1], 1)

@@ -1,4 +1,4 @@
-"""Focal and global distillation (FGD): imitate where the teacher attends, and imitate the relations of pixels.
+"""Focal and global distillation (FGD): imitate the pixels that the teacher attends to, and their relations.
 
 Yang et al., "Focal and Global Knowledge Distillation for Detectors", arXiv:2111.11837.
 
@@ -40,13 +40,15 @@ def fgd_focal(
 
         L = 1/B sum_bcp (a M_bp + b N_bp) A^S_bp A^C_bc (t_bcp - s_bcp)^2
 
-    M_bp is 1 / (area of the object's box), so that every object weighs alike; N_bp is 1 / (number of background pixels
-    of image b) at its background pixels, M_bp = 0, and 0 elsewhere. A^S and A^C are the teacher's, see attention.
+    M_bp is 1 / (area of the object's box) inside a box, so that every object weighs alike, and 0 outside all boxes.
+    N_bp is 1 / (number of background pixels of image b) where M_bp = 0, and 0 elsewhere. A^S and A^C are the teacher's
+    attention, see `attention`.
 
     Args:
         s_map, t_map: (B, C, H, W).
         foreground: M, (B, 1, H, W), masks.box_density.
-        temperature: of the attention; foreground_weight, background_weight: a, b.
+        temperature: of the attention.
+        foreground_weight, background_weight: a, b.
     Returns:
         scalar ().
     """
@@ -71,20 +73,21 @@ def fgd_attention(*, s_map: Tensor, t_map: Tensor, temperature: float = 0.5) -> 
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     pairs = zip(attention(s_map, temperature), attention(t_map, temperature))
-    return sum((t - s).abs().sum() for s, t in pairs) / joint_normaliser(len(s_map), s_map)
+    differences = torch.stack([(t - s).abs().sum() for s, t in pairs])  # (2,)
+    return differences.sum() / joint_normaliser(len(s_map), s_map)
 
 
 def fgd_global(
     *, s_map: Tensor, t_map: Tensor, s_context: Callable[[Tensor], Tensor], t_context: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The student's map agrees with the teacher's after each has been told of its whole image.
+    """Match the two maps after a context network has added a summary of the whole image to each of their pixels.
 
         L = 1/B sum_bcp (R_t(t)_bcp - R_s(s)_bcp)^2
 
     Args:
         s_map, t_map: (B, C, H, W).
         s_context, t_context: R_s, R_t, each (B, C, H, W) -> (B, C, H, W); GlobalContext. The parameters of both learn,
-            R_t's too: only the teacher's map is detached. Not 0 at the teacher's map unless R_s = R_t.
+            those of R_t too: only the teacher's map is detached. Not 0 for s = t, unless R_s = R_t.
     Returns:
         scalar (); unweighted (FGD multiplies by its global_weight).
     """
@@ -92,7 +95,7 @@ def fgd_global(
     count = joint_normaliser(len(s_map), s_map)
     if s_map.numel() == 0:
         return s_map.sum()
-    with torch.autocast(s_map.device.type, enabled=False):  # the convolutions inside, too, in float32
+    with torch.autocast(s_map.device.type, enabled=False):  # the convolutions inside run in float32, too
         t_related = t_context(t_map.clone())  # a copy: autograd may not save what comes from torch.inference_mode
         return (t_related - s_context(s_map)).square().sum() / count
 
@@ -126,6 +129,7 @@ class GlobalContext(nn.Module):
         self.transform = nn.Sequential(
             nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, channels)
         )
+        assert self.attend.bias is not None
         nn.init.kaiming_normal_(self.attend.weight, mode="fan_in", nonlinearity="relu")
         for parameter in (self.attend.bias, *self.transform[-1].parameters()):
             nn.init.zeros_(parameter)

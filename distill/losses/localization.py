@@ -2,10 +2,10 @@
 
 Zheng et al., "Localization Distillation for Dense Object Detection", arXiv:2102.12252. Needs a head that predicts each
 edge as a distribution over R bins (Generalized Focal Loss, arXiv:2006.04388: YOLOv8, YOLOv5u), with equal bins in
-student and teacher. `localization_kl` is the loss; where it acts is its weight:
+student and teacher. `localization_kl` is the loss; its weight decides where it acts:
 
-- main region: the student's positives, weighted as its own box loss weights them (the sum of the target scores of a
-  location, 0 elsewhere), or by the teacher's best class score;
+- main region: the student's positives, weighted as its own box loss weights them (by the sum of a location's target
+  scores, 0 elsewhere) or by the teacher's best class score;
 - valuable localization region: locations around the positives, `valuable_region`.
 
 Computed in float32 for half-precision inputs, in float64 for float64; teacher and weight are detached.
@@ -44,8 +44,8 @@ def localization_kl(
         temperature: T > 0. CrossKD (arXiv:2306.11369) takes T = 1, and the teacher's best class score as weight.
     Returns:
         scalar ().
-    Differs from the released code, which takes the mean of the KL terms over the R bins, where we take the sum, as KL
-    is defined: its loss weight (0.25 with 17 bins) is ours * R.
+    Differs from the released code: it takes the mean of the KL terms over the R bins, we take the sum, as KL is
+    defined. Its loss weight (0.25 with 17 bins) is ours * R.
     """
     s_logits, t_logits = as_logit_pair(s_logits, t_logits)
     if s_logits.dim() < 2 or s_logits.shape[-2] != 4:
@@ -66,27 +66,27 @@ def valuable_region(
 ) -> Tensor:
     """The valuable localization region (VLR): locations near an object that learn nothing, (B, A) bool.
 
-    As published, for an assigner that makes positive the anchors whose overlap with g is at least alpha_g:
+    As published, for an assigner whose positives are the anchors that overlap g by at least alpha_g:
 
         V = { a : gamma alpha_g <= DIoU(anchor_a, g) <= alpha_g for an object g }
 
-    The task-aligned assigner (arXiv:2108.07755) has neither anchors nor a threshold: it ranks predicted boxes, and
-    takes at most 10 of them. Here, with P_g the positives of g and b_a the box predicted at location a,
+    The task-aligned assigner (arXiv:2108.07755) has neither anchors nor a threshold: it ranks predicted boxes and takes
+    at most 10 of them. Here, with P_g the positives of g and b_a the box predicted at location a,
 
         V = { a in no P_g, not ignored : x_ga > 0 and x_ga >= gamma alpha_g for an object g of the image }
         x_ga = DIoU(b_a, g),    alpha_g = mean of x_ga over P_g
 
-    so the shell is bounded from within by the positives themselves, not by alpha_g: a location that fits the object
-    but was not among the first 10 belongs to it. An object without positives has no shell. gamma = 0 takes every
-    other location whose box meets an object closely enough for a DIoU above 0; a larger gamma takes fewer.
+    So the region of g leaves out its positives, but has no upper limit alpha_g: a location that fits the object but was
+    not among the first 10 belongs to it. An object without positives has no region. gamma = 0 takes every other
+    location whose box has a DIoU above 0 with an object; a larger gamma takes fewer.
 
     Args:
-        boxes_xyxy: (B, A, 4), pixels. The teacher's boxes: they fit from the first epoch on, and their overlap says
-            where its distributions know of the object. Or the student's, by which its assigner chose.
-        gt_index: (B, A) int64, the row of `targets` that a location learns, or -1: of the student's assigner.
-        is_ignored: (B, A) bool, locations to leave out, those inside ignored boxes.
+        boxes_xyxy: (B, A, 4), pixels. Either the teacher's boxes, which fit from the first epoch on and overlap an
+            object where the teacher's distributions describe it; or the student's, by which its assigner chose.
+        gt_index: (B, A) int64, the row of `targets` that the student's assigner gives a location, or -1.
+        is_ignored: (B, A) bool, locations to leave out: those inside ignored boxes.
         gamma: the published value is 0.25.
-    Memory: some 100 bytes for every pair of an object with positives and a location.
+    Memory: about 100 bytes for every pair of an object with positives and a location.
     """
     b, a = gt_index.shape
     if boxes_xyxy.shape != (b, a, 4):

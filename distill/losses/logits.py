@@ -33,20 +33,20 @@ def soft_class_targets(
         L    = T^2 / max(sum_n w_n, 1) * sum_n w_n * sum_k KL(Bern(p^t_nk) || Bern(p^s_nk))
         p_nk = sigmoid(logit_nk / T),    w_n = c_n^power,    c_n = o_n max_k sigmoid(t_nk)
 
-    with o_n = sigmoid(objectness logit) of a teacher that has objectness (YOLOv5), and 1 for all others.
+    with o_n = sigmoid(objectness logit) for a teacher with objectness (YOLOv5), and 1 for all others.
 
-    The KL is the binary cross-entropy with the teacher's probability as its target, less the teacher's entropy: the
-    same gradient, and 0 where the student equals the teacher. T^2 undoes the 1/T^2 shrinkage of the gradient
-    (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, sec. 2). The weight w_n gives the
-    few locations where the teacher sees an object more weight than the thousands of background, after the
+    The KL is the binary cross-entropy with the teacher's probability as its target, minus the teacher's entropy: the
+    gradient is the same, and the loss is 0 where the student equals the teacher. T^2 undoes the 1/T^2 shrinkage of the
+    gradient (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, sec. 2). The weight w_n
+    lets the few locations where the teacher predicts an object count more than the thousands of background, after the
     objectness-scaled distillation of Mehta and Ozturk, arXiv:1805.06361.
 
     Args:
         s_logits, t_logits: (..., K), before the sigmoid; every leading index is one location n.
-        score: c_n, (...,), masks.location_scores; detached. None: that of a teacher without objectness. A head with
-            objectness needs it given: its class outputs mean nothing on the background.
+        score: c_n, (...,), masks.location_scores; detached. None: computed as for a teacher without objectness. Give it
+            for a head with objectness, whose class logits mean nothing on the background.
         temperature: T > 0.
-        power: exponent of the teacher's confidence; 0 weighs all locations alike.
+        power: exponent of the teacher's confidence c_n; 0 weighs all locations alike.
     Returns:
         scalar ().
     """
@@ -78,10 +78,10 @@ def softmax_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor | None = No
         temperature: T > 0.
     Returns:
         scalar ().
-    Differs from the paper: the KL, not the cross-entropy, so 0 where the student equals the teacher.
+    Differs from the paper: the KL, not the cross-entropy, so the loss is 0 where the student equals the teacher.
     """
     require_equal_shapes(s_logits, t_logits)
-    rows = s_logits.shape[:-1].numel()
+    rows: Tensor | int = s_logits.shape[:-1].numel()
     if weight is not None:
         weight = weight.to(compute_dtype(s_logits, t_logits))
         rows = weight.sum()
@@ -94,13 +94,13 @@ def image_kl(*, s_logits: Tensor, t_logits: Tensor, temperature: float = 1.0) ->
 
         L   = T^2 / B * sum_b KL(p^t_b || p^s_b),    p_b = softmax over the K classes of logit_b / T
 
-    The classifier has one distribution per image and knows no boxes: the softmax shares 1 among the classes of a
-    picture with several, so this teaches what a picture is about. The student's logits come from an ImageHead on its
-    deepest map, trained along and thrown away after.
+    The classifier gives one distribution per image and no boxes. If an image shows several classes, they share a
+    probability of 1. The student's logits come from an ImageHead on its deepest map, which is trained with the student
+    and discarded afterwards.
 
     Args:
-        s_logits, t_logits: (B, K), columns of the same classes. The teacher's include its own scale: for an embedding
-            model, K cosines between image and class prompts times the scale it was trained with.
+        s_logits, t_logits: (B, K), columns of the same classes. The teacher's logits include its own scale: for an
+            embedding model, they are K cosines between image and class prompts, times the scale it was trained with.
         temperature: T > 0.
     Returns:
         scalar ().
@@ -111,7 +111,7 @@ def image_kl(*, s_logits: Tensor, t_logits: Tensor, temperature: float = 1.0) ->
 
 
 class ImageHead(nn.Module):
-    """Image logits from a map: the mean over the pixels, then one linear layer. (B, C, H, W) -> (B, K)."""
+    """Image logits of a map: the mean over the pixels, then one linear layer. (B, C, H, W) -> (B, K)."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class ImageHead(nn.Module):
 
 
 class TaughtImageHead(nn.Module):
-    """image_kl between an image head on the student's map, which is trained along, and the teacher."""
+    """image_kl between the teacher and an ImageHead on the student's map. The head is trained with the student."""
 
     def __init__(self, channels: int, num_classes: int, *, temperature: float = 1.0) -> None:
         super().__init__()
@@ -143,15 +143,15 @@ def decoupled_kl(
     other_weight: float = 0.25,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Decoupled distillation (DKD): how sure of the label, and how the rest divides over the other classes.
+    """Decoupled distillation (DKD): the label against the rest, and the distribution over the rest, weighted apart.
 
     Zhao et al., "Decoupled Knowledge Distillation", arXiv:2203.08679.
 
         L   = T^2 / max(sum_n w_n, 1) * sum_n w_n * [ alpha KL(b^t_n || b^s_n) + beta KL(q^t_n || q^s_n) ]
         b_n = (p_ny, 1 - p_ny),    q_n = softmax over the K - 1 classes other than y of logit_n / T
 
-    with p_n = softmax(logit_n / T) and y the label. KL(p^t || p^s) = KL(b^t || b^s) + (1 - p^t_y) KL(q^t || q^s): in
-    Hinton's loss a teacher that is sure of the label silences what it knows about the others; here beta sets its voice.
+    with p_n = softmax(logit_n / T) and y the label. Since KL(p^t || p^s) = KL(b^t || b^s) + (1 - p^t_y) KL(q^t || q^s),
+    Hinton's loss gives the other classes hardly any weight where the teacher is sure of the label; here beta sets it.
 
     Args:
         s_logits, t_logits: (N, K), before the softmax, background column included.
@@ -160,9 +160,9 @@ def decoupled_kl(
         target_weight, other_weight: alpha, beta. The published detectors take 1 and 0.25 at T = 1.
         temperature: T > 0.
     Returns:
-        scalar (). K = 1 has nothing to distil: 0.
-    Differs from the released code: no logarithm of a sum of probabilities, which is -inf for a saturated row. With
-    log-odds m = z_y - log sum_{k != y} exp z_k, b = (sigmoid(m), sigmoid(-m)).
+        scalar (); 0 for K = 1, which leaves nothing to distil.
+    Differs from the released code: it takes the logarithm of a sum of probabilities, which is -inf for a saturated row.
+    We take b = (sigmoid(m), sigmoid(-m)) from the log-odds m = z_y - log sum_{k != y} exp z_k.
     """
     s_logits, t_logits = as_logit_pair(s_logits, t_logits)
     if s_logits.dim() != 2 or labels.shape != (len(s_logits),):
@@ -188,17 +188,16 @@ def prediction_correlation(
     sample_weight: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """DIST: probabilities correlate with the teacher's, over the classes of a row and over the rows of a class.
+    """DIST: correlate the probabilities with the teacher's, over the classes of a row and over the rows of a class.
 
     Huang et al., "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536.
 
         L   = T^2 * [ beta / N * sum_n (1 - r(p^s_n:, p^t_n:)) + gamma / K * sum_k (1 - r(p^s_:k, p^t_:k)) ]
         p_n = softmax(logit_n / T),    r the Pearson correlation
 
-    The first part ranks classes for each sample, the second samples for each class. Each r is invariant to any scale
-    above 0 and any shift of its probabilities, so a student that cannot be as sure as its teacher is not pressed to
-    be: probability_correlation, on which this rests, is the loss of such vectors. In terms of logits, invariant to a
-    constant added to all logits of a row.
+    The first part compares how each sample ranks the classes, the second how each class ranks the samples. Each r is
+    invariant to any scale above 0 and any shift of its probabilities, so a small student need not be as confident as
+    its teacher. The loss is invariant to a constant added to all logits of a row.
 
     Args:
         s_logits, t_logits: (N, K), before the softmax, background column included.
@@ -220,11 +219,10 @@ def probability_correlation(*, s_prob: Tensor, t_prob: Tensor, is_split: bool = 
     """One minus the Pearson correlation of rows (N, K), on average: 1 / N * sum_n (1 - r(s_n, t_n)), a scalar ().
 
     Invariant to any scale above 0 and any shift of each row of either. Computed as half the squared distance of the
-    rows at zero mean and unit length, which has gradient exactly 0 at the teacher. A row that is constant up to
-    rounding has no correlation: it passes no gradient, and costs 1/2 beside a row that varies, 0 beside one that does
-    not.
+    rows at zero mean and unit length, whose gradient is exactly 0 at the teacher. A row that is constant up to rounding
+    has no correlation: it gets no gradient, and costs 1/2 if the other row varies and 0 if not.
 
-    is_split: every process has some columns of each of N rows; otherwise, rows of its own.
+    is_split: each process holds some columns of every row; otherwise it holds rows of its own.
     """
     s_prob, t_prob = as_logit_pair(s_prob, t_prob)
     s_unit, t_unit = (unit_deviations(p, joint=is_split) for p in (s_prob, t_prob))  # (N, K)
@@ -242,20 +240,20 @@ def quality_focal(
     weight: Tensor | None = None,
     normaliser: Tensor | float | None = None,
 ) -> Tensor:
-    """Quality-focal soft targets for sigmoid heads: the cross-entropy counts where the two disagree.
+    """Quality-focal soft targets for sigmoid heads: cross-entropy, weighted by how far student and teacher differ.
 
         L    = 1 / max(M, 1) * sum_n w_n sum_k |p^s_nk - p^t_nk|^beta * BCE(s_nk, p^t_nk),    p = sigmoid(logit)
 
     The quality focal loss (Li et al., "Generalized Focal Loss", arXiv:2006.04388) with the teacher's probability as
-    the quality, as in the class term of CrossKD (Wang et al., arXiv:2306.11369). The factor takes part in the gradient.
-    0 at the teacher, though its cross-entropy is not; at beta = 1 the loss has a kink there.
+    the quality, as in the class term of CrossKD (Wang et al., arXiv:2306.11369). The gradient flows through the factor,
+    too. The loss is 0 at the teacher, where the cross-entropy alone is not; for beta = 1 it has a kink there.
 
     Args:
         s_logits, t_logits: (..., K), before the sigmoid; every leading index is one location n.
         beta: at least 1, or 0 for the plain cross-entropy (between 0 and 1 the gradient at the teacher is infinite).
         weight: w_n >= 0, (...,), 0 where a location is ignored. None weighs all 1.
-        normaliser: M, the number of positives of the batch, as CrossKD has it. None: M = sum_n max_k p^t_nk, as many
-            as the teacher believes in, which needs no assignment.
+        normaliser: M, in CrossKD the number of positives of the batch. None: M = sum_n max_k p^t_nk, the number that
+            the teacher expects, which needs no assignment.
     Returns:
         scalar ().
     """
@@ -268,8 +266,8 @@ def quality_focal(
     cross_entropy = F.binary_cross_entropy_with_logits(s_logits, t_prob, reduction="none")  # (..., K)
     if beta:
         cross_entropy = (s_logits.sigmoid() - t_prob).abs() ** beta * cross_entropy
-    believed = t_prob.amax(-1).sum()
-    return weighted_mean(cross_entropy.sum(-1), weight, believed if normaliser is None else normaliser)
+    expected = t_prob.amax(-1).sum()
+    return weighted_mean(cross_entropy.sum(-1), weight, expected if normaliser is None else normaliser)
 
 
 def objectness_scaled(
@@ -284,7 +282,7 @@ def objectness_scaled(
     class_weight: float = 1.0,
     box_weight: float = 1.0,
 ) -> Tensor:
-    """Objectness-scaled outputs for YOLOv5: class and box count as much as the teacher believes in an object there.
+    """Objectness-scaled outputs for YOLOv5: the teacher's objectness weighs the class and box terms.
 
     Mehta and Ozturk, "Object detection at 200 Frames Per Second", arXiv:1805.06361.
 
@@ -301,8 +299,8 @@ def objectness_scaled(
         objectness_weight, class_weight, box_weight: a_o, a_c, a_b.
     Returns:
         scalar ().
-    Differs from the paper: KL where it has squared error (objectness) or cross-entropy (classes), as YOLOv5's own loss
-    is built; a mean per term where it has sums, so that a weight means the same at every image size.
+    Differs from the paper: KL replaces its squared error (objectness) and cross-entropy (classes), in line with
+    YOLOv5's own loss. Each term is a mean, not a sum, so that a weight means the same at every image size.
     """
     s_box, t_box = as_logit_pair(s_box_logits, t_box_logits)
     s_object, t_object = as_logit_pair(s_objectness_logits, t_objectness_logits)
@@ -333,7 +331,7 @@ def require_equal_shapes(s_logits: Tensor, t_logits: Tensor) -> None:
 def weighted_mean(values: Tensor, weight: Tensor | None, normaliser: Tensor | float | None = None) -> Tensor:
     """sum(w v) / max(M, 1). Without weight, w = 1; without normaliser, M = sum(w). No values give 0.
 
-    The values are those of this process, the normaliser its part of M: see layers.over_processes.
+    Values and normaliser are this process's parts of the sum and of M: see layers.over_processes.
     """
     weight = torch.ones_like(values) if weight is None else as_weight(weight, values)
     if normaliser is None:

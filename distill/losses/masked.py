@@ -3,9 +3,8 @@
 The masks come from distill.losses.masks. Computed in float32 for half-precision inputs, in float64 for float64; teacher
 and mask are detached; an empty map or mask gives 0.
 
-The combined loss that YOLOv5 projects call "masked imitation with KL" is no loss of its own: it is two terms
-of a criterion, masked_mse on the neck and soft class targets on the outputs (distill.losses.logits), each with its
-weight.
+The combination that YOLOv5 projects call "masked imitation with KL" is two terms of a config, each with its weight:
+masked_mse on the neck, and soft class targets on the outputs (distill.losses.logits).
 """
 
 from torch import Tensor
@@ -23,11 +22,11 @@ def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:
 
         L = 1 / (2 N) * sum_bp I_bp sum_c (s_bcp - t_bcp)^2,    N = max(sum_bp I_bp, 1)
 
-    Summed over channels, so a weight for C = 512 (the paper: 0.01) is not one for C = 64.
+    Summed over channels, so a weight tuned for C = 512 (the paper: 0.01) does not fit C = 64.
 
     Args:
         s_map, t_map: (B, C, H, W).
-        mask: I, (B, 1, H, W), bool or in [0, 1]. anchor_mask is the published one.
+        mask: I, (B, 1, H, W), bool or in [0, 1]. The published one is masks.anchor_mask.
     Returns:
         scalar (); 0 where nothing is marked.
     """
@@ -44,7 +43,7 @@ def decoupled_mse(
     foreground_weight: float = 1.0,
     background_weight: float = 4.0,
 ) -> Tensor:
-    """Decoupled features (DeFeat): foreground and background are imitated each with its own mean and weight.
+    """Decoupled features (DeFeat): imitate foreground and background, each with a mean and a weight of its own.
 
     Guo et al., "Distilling Object Detectors via Decoupled Features", arXiv:2103.14475.
 
@@ -55,12 +54,12 @@ def decoupled_mse(
 
     Args:
         s_map, t_map: (B, C, H, W).
-        foreground: M, (B, 1, H, W), bool or in [0, 1]; box_mask.
+        foreground: M, (B, 1, H, W), bool or in [0, 1]; masks.box_mask.
         foreground_weight, background_weight: a_f, a_b. The released configuration of Faster R-CNN on VOC has the
             ratio 1 to 4 (3 and 12).
     Returns:
         scalar ().
-    Differs from the paper: each map's mask holds all boxes, where the paper gives each level the boxes of its size.
+    Differs from the paper: the mask of every map holds all boxes; the paper gives each level the boxes of its size.
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     mask = as_mask(foreground, s_map)

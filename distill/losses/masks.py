@@ -2,12 +2,12 @@
 
 `grid_size` is (H, W) of the map, `image_size` (height, width) of the batch's images in pixels; the center of pixel
 (y, x) of the map lies at ((y + 1/2) * height / H, (x + 1/2) * width / W). Rows of Targets marked `ignore`, and boxes
-without area, take no part: their place counts as background, since imitation there claims nothing about a label.
+without area, take no part: their pixels count as background, since imitation there claims nothing about a label.
 Nothing here carries a gradient. No objects give a mask of zeros.
 
-Fine-grained feature imitation (FGFI, Wang et al., arXiv:1906.03609) is defined by anchors: `anchor_mask`. A head
-without anchors has two redefinitions, neither of which is the published method: the locations that its own
-assigner made positive (`positive_masks`), and the pixels inside the boxes (`box_mask`).
+Fine-grained feature imitation (FGFI, Wang et al., arXiv:1906.03609) is defined by anchors: `anchor_mask`. For a head
+without anchors there are two replacements, neither of them the published method: the locations that its own assigner
+made positive (`positive_masks`), and the pixels inside the boxes (`box_mask`).
 """
 
 import torch
@@ -21,8 +21,8 @@ from structures import Targets
 def box_mask(targets: Targets, *, batch_size: int, grid_size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
     """True at pixels whose center lies in a box: (B, 1, H, W) bool.
 
-    x1 <= center < x2, and the same in y. A box too small to hold a center, in x or in y, takes the row or column
-    of pixels that its own center falls into, so that no object is lost on a coarse map. Boxes are clipped to the image.
+    x1 <= center < x2, and the same in y. A box that holds no pixel center in x (or y) takes the column (or row) of
+    pixels that its own center falls into, so that no object is lost on a coarse map. Boxes are clipped to the image.
     """
     inside, image = raster_boxes(targets, grid_size, image_size)  # (N, H, W)
     return max_over_objects(inside, image, batch_size) > 0
@@ -32,10 +32,10 @@ def box_mask(targets: Targets, *, batch_size: int, grid_size: tuple[int, int], i
 def box_density(
     targets: Targets, *, batch_size: int, grid_size: tuple[int, int], image_size: tuple[int, int]
 ) -> Tensor:
-    """One over the area of the box a pixel lies in, 0 outside all boxes: (B, 1, H, W) float32.
+    """1 / area of the box that a pixel lies in, 0 outside all boxes: (B, 1, H, W) float32.
 
     The foreground scale of FGD (arXiv:2111.11837): every object weighs 1 in total, however large it is; where boxes
-    overlap, the smaller one counts. Area is counted in pixels of the map, those that box_mask gives the box.
+    overlap, the smaller one counts. The area is the number of pixels that box_mask gives the box.
     """
     inside, image = raster_boxes(targets, grid_size, image_size)  # (N, H, W)
     area = inside.sum((1, 2), keepdim=True).clamp(min=1)  # (N, 1, 1)
@@ -56,13 +56,13 @@ def anchor_mask(
 
         mask_p = OR_g [ max_a IoU(anchor_pa, g) > psi * max_{qa} IoU(anchor_qa, g) ]
 
-    Each object g sets its own threshold, the psi-th part of the best overlap that any anchor of this map has with it,
-    so that every object marks some pixels whatever its size. psi = 0 marks every pixel with an overlapping anchor, and
-    psi = 1 none.
+    Each object g sets its own threshold, psi times the best overlap that any anchor of this map has with it, so that
+    every object marks some pixels, whatever its size. psi = 0 marks every pixel with an overlapping anchor; psi = 1
+    marks none.
 
     Args:
-        anchor_sizes: (n, 2) width, height in pixels of the image; all n stand at the center of every pixel, also
-            where they cross the border. Of a detector, or from make_anchor_sizes.
+        anchor_sizes: (n, 2) width, height in pixels of the image, from a detector or from make_anchor_sizes. All n
+            stand at the center of every pixel, also where they cross the border.
     """
     boxes, image = targets.boxes_xyxy.float(), targets.image
     x, y = pixel_centers(grid_size, image_size, boxes.device)  # (W,), (H,)
@@ -79,9 +79,9 @@ def anchor_mask(
 
 
 def make_anchor_sizes(sizes: list[float], ratios: list[float]) -> Tensor:
-    """Width, height of an anchor for each side length in pixels and each ratio height / width: (n, 2).
+    """Width and height of an anchor for each size (in pixels) and each ratio height / width: (n, 2).
 
-    width * height = size^2; ratios change fastest.
+    width * height = size^2. Ratios change fastest.
     """
     return torch.tensor([(size / ratio**0.5, size * ratio**0.5) for size in sizes for ratio in ratios])
 
@@ -92,7 +92,7 @@ def positive_masks(
 ) -> list[Tensor]:
     """True at the locations that learn an object, one mask (B, 1, H, W) bool per level.
 
-    is_positive: (B, A) bool, of the student's assigner, ordered as in level_maps. A pixel is True where any of its
+    is_positive: (B, A) bool, from the student's assigner, ordered as in level_maps. A pixel is True where any of its
     anchors is positive.
     """
     return [level.any(1, keepdim=True) for level in level_maps(is_positive, grid_sizes, anchors_per_pixel)]
@@ -100,12 +100,12 @@ def positive_masks(
 
 @torch.no_grad()
 def location_scores(t_class_logits: Tensor, t_objectness_logits: Tensor | None = None) -> Tensor:
-    """How sure a dense teacher is that a location holds an object, of its best class: (B, A, K) -> (B, A) float32.
+    """A dense teacher's confidence that a location holds an object of its best class: (B, A, K) -> (B, A) float32.
 
         score_n = max_k sigmoid(class logit_nk),  times sigmoid(objectness logit_n) where the head has objectness
 
-    t_objectness_logits: (B, A), of a head that has them (YOLOv5). Its class logits are the classes of a location if it
-    holds an object, and mean nothing on the background. K = 0 gives 0.
+    t_objectness_logits: (B, A), of a head that has them (YOLOv5). The class logits of such a head assume that the
+    location holds an object, and mean nothing on the background. K = 0 gives 0.
     """
     best = t_class_logits.float().amax(-1) if t_class_logits.shape[-1] else t_class_logits.new_full((1, 1), -torch.inf)
     scores = best.sigmoid().expand(t_class_logits.shape[:2])  # (B, A)
@@ -120,7 +120,7 @@ def score_maps(
     anchors_per_pixel: int = 1,
     t_objectness_logits: Tensor | None = None,
 ) -> list[Tensor]:
-    """location_scores as one map (B, H, W) per level, of several anchors of a pixel the best one's.
+    """location_scores as one map (B, H, W) per level; of several anchors of a pixel, the best one counts.
 
     t_class_logits: (B, A, K), t_objectness_logits: (B, A) or None, both ordered as in level_maps.
     """
@@ -141,7 +141,7 @@ def level_maps(values: Tensor, grid_sizes: list[tuple[int, int]], anchors_per_pi
 
 
 def objects(targets: Targets) -> Targets:
-    """The rows that are learnt. How many they are is not known on a GPU: the host waits."""
+    """The rows that are learnt. On a GPU the host waits here, for their number."""
     return targets[is_learnt(targets)]
 
 
@@ -160,7 +160,10 @@ def pixel_centers(
 
 
 def raster_boxes(targets: Targets, grid_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The pixels of each object as box_mask defines them, (N, H, W) bool, none of one not learnt; its image (N,)."""
+    """The pixels of each object as box_mask defines them, (N, H, W) bool, and the image of each (N,).
+
+    An object that is not learnt has no pixels.
+    """
     boxes = clip_boxes(targets.boxes_xyxy.float(), *image_size)
     x, y = pixel_centers(grid_size, image_size, boxes.device)
     in_x = covered_1d(x, image_size[1] / max(grid_size[1], 1), boxes[:, 0], boxes[:, 2])  # (N, W)
@@ -170,7 +173,7 @@ def raster_boxes(targets: Targets, grid_size: tuple[int, int], image_size: tuple
 
 
 def covered_1d(centers: Tensor, step: float, low: Tensor, high: Tensor) -> Tensor:
-    """centers (M,), low and high (N,) -> (N, M): inside low..high, or else the one cell that holds the middle."""
+    """centers (M,), low and high (N,) -> (N, M): the cells with their center in low..high, or the one at its middle."""
     inside = (low[:, None] <= centers) & (centers < high[:, None])
     middle = (low + high)[:, None] / 2
     holds_middle = (centers - step / 2 <= middle) & (middle < centers + step / 2)
@@ -178,7 +181,7 @@ def covered_1d(centers: Tensor, step: float, low: Tensor, high: Tensor) -> Tenso
 
 
 def overlap_1d(centers: Tensor, size: float, low: Tensor, high: Tensor) -> Tensor:
-    """Length that the span `size` around centers (M,) shares with low..high (N,): (N, M)."""
+    """Length of the overlap between spans of length `size` around centers (M,) and low..high (N,): (N, M)."""
     right = torch.minimum(centers + size / 2, high[:, None])
     left = torch.maximum(centers - size / 2, low[:, None])
     return (right - left).clamp(min=0)

@@ -1,9 +1,9 @@
-"""Masked generative distillation (MGD): from a part of the student's map, a small network shall rebuild the teacher's.
+"""Masked generative distillation (MGD): a small network rebuilds the teacher's map from a part of the student's.
 
 Yang et al., "Masked Generative Distillation", arXiv:2205.01529.
 
 Computed in float32 for half-precision inputs, in float64 for float64; the teacher's map is detached, and an empty map
-gives 0. The network is trained with the student and thrown away with the criterion.
+gives 0. The network is trained with the student and discarded with the criterion.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from layers.over_processes import joint_normaliser
 
 
 def masked_generation(*, s_map: Tensor, t_map: Tensor, keep: Tensor, generate: Callable[[Tensor], Tensor]) -> Tensor:
-    """Squared error of the teacher's map as generated from the student's kept pixels.
+    """Squared error between the teacher's map and the one generated from the pixels that the student keeps.
 
         L = 1/B sum_bcp (t_bcp - G(M * s)_bcp)^2
 
     Summed over channels and pixels, as published, so that the published weights apply (2e-5 for one-stage detectors
-    with 256 channels, 5e-7 for two-stage ones). Not 0 at the teacher's map: G has to learn to fill the holes.
+    with 256 channels, 5e-7 for two-stage ones). Not 0 for s = t: G has to learn to fill the holes.
 
     Args:
         s_map, t_map: (B, C, H, W).
@@ -36,7 +36,7 @@ def masked_generation(*, s_map: Tensor, t_map: Tensor, keep: Tensor, generate: C
     count = joint_normaliser(len(s_map), s_map)
     if s_map.numel() == 0:
         return s_map.sum()
-    with torch.autocast(s_map.device.type, enabled=False):  # the convolutions inside, too, in float32
+    with torch.autocast(s_map.device.type, enabled=False):  # the convolutions inside run in float32, too
         return (t_map - generate(keep * s_map)).square().sum() / count
 
 
@@ -51,7 +51,7 @@ def random_mask(feature_map: Tensor, *, drop: float, generator: torch.Generator)
 
 
 class MGD(nn.Module):
-    """The loss with its generator G, 3x3 convolution - ReLU - 3x3 convolution. Its parameters join the optimizer.
+    """The loss with its generator G: 3x3 convolution, ReLU, 3x3 convolution. Its parameters join the optimizer.
 
     Args:
         channels: C of the maps (after the adapter).
@@ -68,6 +68,6 @@ class MGD(nn.Module):
         )
 
     def forward(self, *, s_map: Tensor, t_map: Tensor, generator: torch.Generator) -> Tensor:
-        """s_map, t_map (B, C, H, W) -> scalar (). The caller seeds `generator`, by (run seed, epoch, step)."""
+        """s_map, t_map (B, C, H, W) -> scalar (). generator: draws the mask; the caller seeds it for each step."""
         keep = random_mask(s_map, drop=self.drop, generator=generator)
         return masked_generation(s_map=s_map, t_map=t_map, keep=keep, generate=self.generate)

@@ -1,13 +1,12 @@
 """Relational distillation: not the features themselves, but how they relate to one another.
 
-Two relations of methods with published detector results: between the locations of a map (structured knowledge
-distillation, tested on detection beside segmentation and depth), and between the objects of an image (general instance
-distillation, which reports RetinaNet R50 from 36.2 to 39.1 AP with all its terms). Neither needs equal widths: a
-relation of C_s-vectors is compared with one of C_t-vectors. Correlation between the channels of two maps is
-features.channel_correlation.
+Two relations with published results on detectors: between the locations of a map (structured knowledge distillation,
+tested on detection, segmentation and depth), and between the objects of an image (general instance distillation, which
+takes RetinaNet R50 from 36.2 to 39.1 AP with all its terms). Neither needs equal widths: a relation of C_s-vectors is
+compared with one of C_t-vectors. The correlation between the channels of two maps is features.channel_correlation.
 
-Computed in float32 for half-precision inputs, in float64 for float64; the teacher is detached; nothing to relate
-gives 0.
+Computed in float32 for half-precision inputs, in float64 for float64. The teacher is detached. A loss is 0 where there
+is nothing to relate.
 """
 
 import torch
@@ -26,20 +25,20 @@ def location_similarity(*, s_map: Tensor, t_map: Tensor, nodes: int = 16) -> Ten
 
         L = 1 / (B P^2) * sum_b sum_{ij} (a^s_bij - a^t_bij)^2,    a_ij = cos(f_i, f_j)
 
-    f_i are the P nodes of a map: the averages of its pixels over a grid of at most nodes x nodes cells, and every node
-    is related to every other. Invariant to the length of the feature vectors, and to any rotation of the channels.
-    Costs P^2 per image: 65 536 cosines at the default.
+    f_i are the P nodes of a map: the averages of its pixels over a grid of at most nodes x nodes cells. Every node is
+    related to every other. Invariant to the length of the feature vectors, and to any rotation of the channels. Costs
+    P^2 cosines per image: 65 536 at the default.
 
     Args:
         s_map (B, C_s, H, W), t_map (B, C_t, H, W).
-        nodes: side of the grid of nodes; maps with fewer rows or columns keep theirs.
+        nodes: side of the grid; a map with fewer rows or columns keeps its own.
     Returns:
         scalar (). A node of zeros has similarity 0 with all.
     """
     s_map, t_map = as_map_pair(s_map, t_map, same_width=False)
     if s_map.numel() == 0 or t_map.numel() == 0:
         return joint_mean(s_map.sum(), 0)
-    grid = tuple(min(side, nodes) for side in s_map.shape[2:])
+    grid = (min(s_map.shape[2], nodes), min(s_map.shape[3], nodes))
     with torch.autocast(s_map.device.type, enabled=False):
         s_cosines, t_cosines = (node_cosines(F.adaptive_avg_pool2d(m, grid)) for m in (s_map, t_map))  # (B, P, P)
         return joint_mean((s_cosines - t_cosines).square().mean(), len(s_map))
@@ -57,12 +56,12 @@ def instance_distance(*, s_features: Tensor, t_features: Tensor, image: Tensor) 
     X holds the pairs of two rows of the same image. Invariant to the scale, shift and rotation of the features.
 
     Args:
-        s_features (N, ...), t_features (N, ...): what each model has at N boxes, flattened: pool_boxes.
-        image: (N,) int64, the image of the batch each row belongs to.
+        s_features (N, ...), t_features (N, ...): each model's features of N boxes, from pool_boxes. Flattened here.
+        image: (N,) int64, the image of the batch that each row belongs to.
     Returns:
         scalar (); 0 where no image has two rows.
-    Differs from the papers: the mean over pairs, not the sum; pairs of different images are not related; the rows are
-    the caller's, usually the labelled boxes (GID selects boxes where teacher and student disagree most).
+    Differs from the papers: the mean over pairs, not the sum; rows of different images are not related; the caller
+    chooses the boxes, usually the labelled ones (GID selects those where teacher and student disagree most).
     """
     if len(s_features) != len(t_features) or image.shape != (len(s_features),):
         raise ValueError(f"{len(s_features)} student rows, {len(t_features)} teacher rows, image {tuple(image.shape)}")
@@ -75,7 +74,8 @@ def instance_distance(*, s_features: Tensor, t_features: Tensor, image: Tensor) 
             distances = distance_matrix(features.to(dtype).flatten(1), image) * related  # (N, N)
             total = sum_over_processes(distances.sum())
             scaled.append(distances * (count / torch.where(total > 0, total, 1)))
-        return sum_over_processes(F.smooth_l1_loss(*scaled, reduction="sum")) / count
+        s_scaled, t_scaled = scaled
+        return sum_over_processes(F.smooth_l1_loss(s_scaled, t_scaled, reduction="sum")) / count
 
 
 def pool_boxes(
@@ -83,12 +83,13 @@ def pool_boxes(
 ) -> Tensor:
     """The features of a map inside boxes, on a grid of size x size points per box: (N, C, size, size).
 
-    RoIAlign (Mask R-CNN, arXiv:1703.06870) with one bilinear sample at the center of each cell; beyond the centers of
-    the border pixels, the border pixel counts.
+    RoIAlign (Mask R-CNN, arXiv:1703.06870) with one bilinear sample at the center of each cell. A sample beyond the
+    centers of the border pixels takes the value of the border pixel.
 
     Args:
         feature_map: (B, C, H, W). Gradient flows.
-        boxes_xyxy: (N, 4), pixels of the image; image: (N,) int64, its row of the batch.
+        boxes_xyxy: (N, 4), pixels of the image.
+        image: (N,) int64, the image of the batch that each box is in.
         image_size: (height, width) of the batch's images in pixels.
     """
     (_, c, h, w), (height, width) = feature_map.shape, image_size
@@ -107,8 +108,8 @@ def pool_boxes(
         return (image[:, None, None] * h + row[:, :, None]) * w + column[:, None, :]  # (N, size, size)
 
     index = torch.stack([at(y0, x0), at(y0, x1), at(y1, x0), at(y1, x1)], dim=-1)  # (N, size, size, 4)
-    weight = [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right]
-    weight = torch.stack(weight, dim=-1)
+    corners = [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right]
+    weight = torch.stack(corners, dim=-1)
     # One sparse weighted sum: neither it nor its gradient makes four copies of the features.
     pooled = F.embedding_bag(index.flatten(0, 2), rows, mode="sum", per_sample_weights=weight.flatten(0, 2))
     return pooled.view(len(boxes), size, size, c).permute(0, 3, 1, 2)
@@ -123,8 +124,9 @@ def node_cosines(nodes: Tensor) -> Tensor:
 def distance_matrix(rows: Tensor, image: Tensor) -> Tensor:
     """(N, D) -> Euclidean distances (N, N) of the rows of each image, 0 elsewhere, with gradient 0 between equal rows.
 
-    By products, |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which is ten times as fast as by differences; of rows less their
-    mean, so that large numbers do not cost the digits of what is near. What rounding leaves of equal rows counts as 0.
+    Computed from products, |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which is ten times as fast as from differences. The mean
+    is subtracted first, so that a large common offset does not cost digits. What rounding leaves of equal rows is set
+    to 0.
     """
     if len(rows) == 0:
         return rows @ rows.T

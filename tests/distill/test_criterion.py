@@ -399,7 +399,7 @@ def test_a_perfect_student_costs_nothing_behind_any_adapter(loss, adapter, train
 
 def test_the_teachers_layers_read_no_normalised_map():
     cross = term(loss="crosskd_classes", student_maps=("p3",), adapter="conv1x1_norm", parameters={"rescale": False})
-    with pytest.raises(UserError, match=r"terms\.0: the teacher's layers cannot read a normalised map"):
+    with pytest.raises(UserError, match=r"terms\.0: the teacher's layers cannot take a normalised map"):
         build(cross, student=TinyDetector(6), teachers={"big": TinyDetector(6).requires_grad_(False).eval()})
 
 

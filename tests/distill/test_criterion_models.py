@@ -249,7 +249,7 @@ def test_an_image_head_of_one_class_is_refused(names):
 REFUSED = {
     "softmax of sigmoid heads": ("student", "v8", "softmax_kl", {}, "the student has a sigmoid head"),
     "proposals of a dense teacher": (
-        "student", "v8", "box_classes", dict(parameters={"boxes": "proposals"}), "those of a two-stage teacher"),
+        "student", "v8", "box_classes", dict(parameters={"boxes": "proposals"}), "only a two-stage teacher does"),
     "boxes by name": ("student", "v8", "box_classes", dict(maps=("p3",)), "expected no names of maps"),
     "unknown boxes": ("student", "v8", "box_classes", dict(parameters={"boxes": "all"}), "boxes: found 'all'"),
     "no anchors": ("student", "v8", "objectness_scaled", {}, "must have objectness and anchors"),

@@ -71,29 +71,29 @@ def prediction_correlation(s_logits, t_logits, class_weight=1.0, sample_weight=1
 
 def quality_focal(s_logits, t_logits, beta=1.0, weight=None, normaliser=None):
     columns = s_logits.shape[-1]
-    total = believed = 0.0
+    total = expected = 0.0
     weights = np.ones(s_logits.shape[:-1]).ravel() if weight is None else weight.ravel()
     for s_row, t_row, w in zip(s_logits.reshape(-1, columns), t_logits.reshape(-1, columns), weights):
         for s, t in zip(s_row, t_row):
             cross_entropy = -np.sum(np.exp(log_pair(t)) * log_pair(s))
             total += w * abs(sigmoid(s) - sigmoid(t)) ** beta * cross_entropy
-        believed += sigmoid(t_row.max())
-    return total / max(believed if normaliser is None else float(normaliser), 1.0)
+        expected += sigmoid(t_row.max())
+    return total / max(expected if normaliser is None else float(normaliser), 1.0)
 
 
 def objectness_scaled(
     s_box_logits, t_box_logits, s_objectness_logits, t_objectness_logits, s_class_logits, t_class_logits,
     objectness_weight=1.0, class_weight=1.0, box_weight=1.0,
 ):  # fmt: skip
-    objectness = scaled = believed = 0.0
+    objectness = scaled = expected = 0.0
     for n in np.ndindex(*s_objectness_logits.shape):
         objectness += kl(log_pair(t_objectness_logits[n]), log_pair(s_objectness_logits[n]))
         classes = sum(kl(log_pair(t), log_pair(s)) for s, t in zip(s_class_logits[n], t_class_logits[n]))
         box = np.sum((2 * sigmoid(t_box_logits[n]) - 2 * sigmoid(s_box_logits[n])) ** 2)
         o = sigmoid(t_objectness_logits[n])
         scaled += o * (class_weight * classes + box_weight * box)
-        believed += o
-    return objectness_weight * objectness / max(s_objectness_logits.size, 1) + scaled / max(believed, 1.0)
+        expected += o
+    return objectness_weight * objectness / max(s_objectness_logits.size, 1) + scaled / max(expected, 1.0)
 
 
 def localization_kl(s_logits, t_logits, weight, normaliser=None, temperature=10.0):

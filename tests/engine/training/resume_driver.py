@@ -49,7 +49,7 @@ def write_teacher(path: Path) -> None:
 
 
 def attempt(config: Config, death: tuple[str, int | float] | None) -> int:
-    """Train or resume in a child that may die; its exit status as os.waitpid tells it."""
+    """Train or resume in a child that may die: its exit code, or minus the number of the signal that ended it."""
     child = os.fork()
     if child == 0:
         try:
@@ -70,7 +70,7 @@ def attempt(config: Config, death: tuple[str, int | float] | None) -> int:
     if death is not None and death[0] == "time":
         time.sleep(death[1])
         os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def arm(kind: str, number: int) -> None:
@@ -105,23 +105,21 @@ def main(folder: Path, workers: int, kills: int, seed: int) -> dict:
     took = time.monotonic() - began
     rng = random.Random(seed)
     kinds = ["step", "call", "time", "interrupt", "terminate"]
-    deaths, statuses = [], []
-    while len([s for s in statuses if os.WIFSIGNALED(s)]) < kills or len(deaths) < len(kinds):
-        kind = kinds[len(deaths) % len(kinds)] if len(deaths) < 2 * len(kinds) else rng.choice(kinds[:3])
+    deaths, codes = [], []
+    # An attempt that has no step left ends before a signal that waits for a step: then that signal gets another turn.
+    while codes.count(-signal.SIGKILL) < kills or not {130, 143} <= set(codes):
+        kind = kinds[len(deaths) % len(kinds)] if len(deaths) < 2 * len(kinds) else rng.choice(kinds)
         limits = {"step": (0, 4), "call": (0, 14), "time": (0, took / 3), "interrupt": (0, 2), "terminate": (0, 2)}[
             kind
         ]
         deaths.append((kind, rng.uniform(*limits) if kind == "time" else rng.randint(*limits)))
-        statuses.append(attempt(config, deaths[-1]))
-        if statuses[-1] == 0:  # it got to the end before it died; begin again
-            os.rename(folder / "runs" / "tiny", folder / "runs" / f"done_{len(statuses)}")
-    rest = 0
-    while not statuses or statuses[-1] != 0:
-        statuses.append(attempt(config, None))
-        rest += 1
-        if rest > 3:
+        codes.append(attempt(config, deaths[-1]))
+        if codes[-1] == 0:  # it got to the end before it died; begin again
+            os.rename(folder / "runs" / "tiny", folder / "runs" / f"done_{len(codes)}")
+    for _ in range(4):
+        codes.append(attempt(config, None))
+        if codes[-1] == 0:
             break
-    codes = [-os.WTERMSIG(s) if os.WIFSIGNALED(s) else os.WEXITSTATUS(s) for s in statuses]
     return {"whole": whole, "deaths": deaths, "codes": codes, "seconds": time.monotonic() - began}
 
 

@@ -103,7 +103,9 @@ CASES = [
             "channels, not locations": Edit(
                 "units.transpose(1, 2) @ units", "units @ units.transpose(1, 2)", "node_cosines"
             ),
-            "a fixed number of nodes": Edit("min(side, nodes) for", "nodes for"),
+            "a fixed number of nodes": Edit(
+                "(min(s_map.shape[2], nodes), min(s_map.shape[3], nodes))", "(nodes, nodes)"
+            ),
             "largest, not average": Edit("F.adaptive_avg_pool2d", "F.adaptive_max_pool2d"),
             "pooled after": Edit("F.adaptive_avg_pool2d(m, grid)", "m"),
             "autocast inside": Edit("enabled=False", "enabled=torch.is_autocast_enabled('cpu')"),
@@ -143,7 +145,7 @@ CASES = [
         mutants={
             "sum over pairs": Edit('reduction="sum")) / count', 'reduction="sum"))'),
             "mean over all entries": Edit('reduction="sum")) / count', 'reduction="mean"))'),
-            "squared": Edit("F.smooth_l1_loss(*scaled", "F.mse_loss(*scaled"),
+            "squared": Edit("F.smooth_l1_loss(s_scaled", "F.mse_loss(s_scaled"),
             "distances not scaled": Edit("distances * (count / torch.where(total > 0, total, 1))", "distances"),
             "scaled by the teacher's mean": Edit(
                 "scaled.append(distances *",

@@ -120,12 +120,12 @@ CASES = [
             "detached factor": Edit("(s_logits.sigmoid() - t_prob)", "(s_logits.detach().sigmoid() - t_prob)"),
             "mean over classes": Edit("cross_entropy.sum(-1)", "cross_entropy.mean(-1)"),
             "mean over locations": Edit(
-                "believed if normaliser is None else normaliser", "cross_entropy[..., 0].numel()"
+                "expected if normaliser is None else normaliser", "cross_entropy[..., 0].numel()"
             ),
             "normaliser not held above 1": Edit("joint_normaliser(total, values)", "total.detach()", "weighted_mean"),
-            "normaliser ignored": Edit("believed if normaliser is None else normaliser", "believed"),
+            "normaliser ignored": Edit("expected if normaliser is None else normaliser", "expected"),
             "normaliser learns": Edit("joint_normaliser(total, values)", "total.clamp(min=1)", "weighted_mean"),
-            "sum of the weights as normaliser": Edit("believed if normaliser is None else normaliser", "normaliser"),
+            "sum of the weights as normaliser": Edit("expected if normaliser is None else normaliser", "normaliser"),
             "student's confidence as normaliser": Edit("t_prob.amax(-1).sum()", "s_logits.sigmoid().amax(-1).sum()"),
             "unweighted": Edit("cross_entropy.sum(-1), weight", "cross_entropy.sum(-1), None"),
             "hard targets": Edit(
