@@ -114,8 +114,8 @@ def crosskd_edges(inputs: TermInputs, *, temperature: float = 1.0, rescale: bool
 
 
 def soft_class(inputs: TermInputs, *, temperature: float = 1.0, power: float = 1.0) -> Tensor:
-    given = dict(score=inputs.teacher_scores(), temperature=temperature, power=power)
-    return logits.soft_class_targets(**inputs.logits(), **given)
+    score = inputs.teacher_scores()
+    return logits.soft_class_targets(**inputs.logits(), score=score, temperature=temperature, power=power)
 
 
 def quality_focal(inputs: TermInputs, *, beta: float = 1.0) -> Tensor:
