@@ -25,8 +25,8 @@ class Annotations:
     sizes: (width, height) of each image in pixels; None where the files do not give it.
     category_ids: the classes' COCO ids; None for other formats.
     number_labels: number in detections (as text) -> label. The number is a position in a list of names, or a COCO id.
-        Two mappings where the files allow both; none where no list declares the names: the names are then the classes
-        found in the files, and a number is a name.
+        Several mappings where the files allow several; none where no list declares the names: the names are then the
+        classes found in the files, and a number is a name.
     pixels: "inclusive" where boxes hold their first and last pixel (VOC XML); "as taken" where VOC evaluators read them
         so and others do not (text in pixels); else "continuous".
     notes: what was left out, a line each.

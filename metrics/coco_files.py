@@ -11,6 +11,7 @@ import numpy as np
 from datasets.coco import match_id, read_categories, read_json, without_root
 from datasets.rows import FaultLog
 from datasets.values import read_flag, read_id, read_number, read_size
+from datasets.voc import CLASSES as VOC_CLASSES
 from errors import UserError
 from metrics.annotations import Annotations, find_labels, places, plain_number, usable_rows, with_classes
 from metrics.picture_names import PictureFinder
@@ -61,11 +62,13 @@ def read_coco(path: Path) -> Annotations:
     )
     pictures, image_ids = tuple(_text(entry, "file_name") for entry in images.values()), tuple(images)
     finder = PictureFinder(pictures, row_of_id)
-    number_labels = (places(names), {str(category): label for category, label in label_of.items()})
+    number_labels = [places(names), {str(category): label for category, label in label_of.items()}]
+    if set(names) <= set(VOC_CLASSES):
+        number_labels.append(places(names, VOC_CLASSES))  # VOC's own order, where the file has another
     sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images.values())
     notes += tuple(fault.reason for fault in log.faults)
     return Annotations(
-        ground_truth, pictures, image_ids, finder, sizes, category_ids, number_labels, "continuous", notes
+        ground_truth, pictures, image_ids, finder, sizes, category_ids, tuple(number_labels), "continuous", notes
     )
 
 

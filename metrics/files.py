@@ -23,7 +23,7 @@ The class of a JSON row is its `category_name`, else its category_id, COCO's own
 a number. A number is a position 0.. in classes.txt beside the text files, which predict.py writes; without that file,
 in the names of the ground truth. Those names are the given list, else
 
-    COCO    the categories by rising id
+    COCO    the categories by rising id; also the 20 VOC names, if they include all categories
     VOC     classes.txt; else the 20 VOC names in alphabetical order, if they include all classes; else the sorted names
     text    classes.txt in the folder; else the sorted classes in the files, where a number is a name
 

@@ -401,3 +401,19 @@ def test_boxes_that_would_be_corners_too_are_noted(tmp_path):
     assert not read_ground_truth(tmp_path / "gt", text_boxes="xyxy").notes
     write_text(tmp_path / "gt", {"b.txt": "cat 10 20 10 40"})  # no width as corners
     assert not read_ground_truth(tmp_path / "gt").notes
+
+
+def test_places_in_voc_order_against_coco_files_of_another(tmp_path):
+    names = ("person", "cat", "boat")  # by place 0, 1, 2; by VOC's order 14, 7, 3
+    annotations = read_ground_truth(write_coco(tmp_path / "gt.json", names=names))
+    for numbers, expected in (("0 2", [0, 2]), ("14 7", [0, 1])):
+        rows = "\n".join(f"{number} 0.5 1 2 3 4" for number in numbers.split())
+        found = write_text(tmp_path / "dt", {"a.txt": rows})
+        assert read_detections(found, annotations)[1].labels.tolist() == expected
+    names = ("car", "bird", "bicycle")  # bicycle is 1 in VOC's order, bird is 2
+    annotations = read_ground_truth(write_coco(tmp_path / "gt.json", names=names))
+    write_text(tmp_path / "dt", {"a.txt": "1 0.5 1 2 3 4"})
+    with pytest.raises(UserError, match=r"class '1' may be 'bird' and 'bicycle'.*--names FILE"):
+        read_detections(found, annotations)
+    annotations = read_ground_truth(tmp_path / "gt.json", names=("aeroplane", "bicycle", "bird"))
+    assert read_detections(found, annotations)[1].labels.tolist() == [2]
