@@ -61,10 +61,10 @@ Steps = dict[str, Callable[[], float]]  # by PARTS; each returns a number, so th
 
 
 def build_ours(
-    student: str, teacher: str | None, terms: tuple[TermConfig, ...], device: torch.device, memory_format=CHANNELS_LAST
+    student: str, teacher: str | None, terms: tuple[TermConfig, ...], device: torch.device
 ) -> tuple[nn.Module, Criterion, dict[str, nn.Module]]:
     """Student and criterion to train, and by its name the teacher, frozen and folded as a run folds it."""
-    build = lambda arch: models.build(arch, NUM_CLASSES).to(device, memory_format=memory_format)
+    build = lambda arch: models.build(arch, NUM_CLASSES).to(device, memory_format=CHANNELS_LAST)
     torch.manual_seed(0)
     teachers = {teacher: fuse(build(teacher).requires_grad_(False))} if teacher else {}
     model, names = build(student).train(), tuple(map(str, range(NUM_CLASSES)))
