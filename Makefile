@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ADDRESS ?= localhost
 
-.PHONY: setup demo app browser test test-fast test-gpu gpu gpu-tables lint types format bench clean
+.PHONY: setup demo app browser test test-fast notebooks test-gpu gpu gpu-tables lint types format bench clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ test: setup  ## Everything CI runs
 
 test-fast: setup  ## Without the slow tests
 	$(IN_PARALLEL) -m "not slow"
+
+notebooks: setup  ## docs/notebooks as a reader runs them, in two to three minutes
+	NOTEBOOKS=whole $(BIN)/python -m pytest tests/house/test_notebooks.py
 
 # The targets for a machine with a CUDA device use its own Python, PyTorch and Triton: no .venv, and nothing is
 # downloaded. What they measure goes to RESULTS, which git ignores: numbers that the README quotes are copied to docs/reports/.
