@@ -1,36 +1,46 @@
 """Measure a detector: a checkpoint on a dataset, or a file of detections against a file of ground truth.
 
-    python eval.py CHECKPOINT FORMAT ROOT [SPLIT]              FORMAT: voc, coco, yolo, kitti or shapes
-    python eval.py CHECKPOINT --config CONFIG [key=value ...]  the dataset and settings of an experiment
-    python eval.py MODEL.onnx ...                              the same with a file of export.py
-    python eval.py --ground-truth GT --detections DT           no model
+    python eval.py CHECKPOINT FORMAT ROOT [SPLIT]              on a dataset; SPLIT defaults to test
+    python eval.py CHECKPOINT --config CONFIG [key=value ...]  on the dataset of a training config, with its settings
+    python eval.py MODEL.onnx ...                              the same for a file that export.py wrote
+    python eval.py --ground-truth GT --detections DT           without a model
 
-Where the model's classes are not the dataset's, those that mean the same are evaluated, and what became of every class
-is printed: datasets/class_names.py has the rules, --class-map changes them, engine/evaluation/cross_dataset.py says
-what happens to the rest.
+Examples:
 
-GT is a COCO JSON file, a folder of Pascal VOC XML files or a folder of text files; DT a COCO results file or a folder
-of text files, one per image, such as predict.py's predictions.json and labels: metrics.files says how they are read.
---names FILE names the classes of files, and of a model whose own file does not. Printed are the numbers of the
-protocol, AP at each IoU threshold, and the table of classes; --json writes all of it.
+    python eval.py runs/bccd_yolov8n/weights/best.pt voc data/bccd test --json bccd.json
+    python eval.py --ground-truth instances.json --detections predictions.json --protocol coco
 
-Protocols: coco (12 numbers; crowd regions absorb detections), voc07 (11-point AP) and voc12 (area AP). Objects marked
-difficult are neither rewarded nor punished, as in training; with coco, --no-ignore-difficult counts them.
+It prints the protocol's numbers, AP at each IoU threshold and a table of the classes; --json writes all of it.
 
-A checkpoint of ours is measured as in its run: protocol, thresholds, picture size and precision are in the file. A
-released one is measured as its family was published. A flag overrides each setting; those used are printed.
+Protocols: coco (12 numbers; crowd regions absorb detections), voc07 (11-point AP), voc12 (area AP). Objects marked
+difficult count neither for nor against a detector, as in training; with coco, --no-ignore-difficult counts them.
 
-Pixels: VOC counts a box's last pixel in (width = xmax - xmin + 1). From files, coordinates are taken as written by the
-COCO protocol, and so by the VOC protocols for VOC XML and text in pixels. COCO JSON and fractions are continuous: held
-against VOC XML they are taken as they are, and the XML is converted as in training. --pixels sets it for both sides.
-A dataset evaluated with a checkpoint is continuous to begin with (see datasets.index), where both are the same.
+Settings: a checkpoint of ours is measured as in its run: the file holds protocol, thresholds, image size and precision.
+A released checkpoint is measured as its family was published. Flags override settings, and those used are printed.
+
+Classes: if the model's classes differ from the dataset's, the classes with the same meaning are evaluated, and what
+became of every class is printed. datasets/class_names.py has the rules, and --class-map changes them.
+engine/evaluation/cross_dataset.py describes what happens to the other classes.
+
+Files: GT is a COCO JSON file, a folder of Pascal VOC XML files or a folder of text files. DT is a COCO results file or
+a folder of text files, one per image; predict.py writes both kinds. metrics/files.py describes how they are read.
+--names FILE names the classes of files, and of a model whose own file has no names.
+
+Pixels: in Pascal VOC files a box includes its last pixel (width = xmax - xmin + 1); COCO JSON and fractions have
+continuous coordinates. The coco protocol uses coordinates from files as they are. The VOC protocols count the last
+pixel of VOC XML and of text in pixels; when VOC XML is compared with detections in continuous coordinates, the XML is
+converted as in training. --pixels sets one convention for both sides. A checkpoint on a dataset always uses continuous
+coordinates (see datasets/index.py), for which both conventions agree.
+
+Exit codes: 0 measured, 2 a mistake in the arguments or the data, 3 boxes that are not finite, 5 a file that could not
+be written, 130 after Ctrl-C.
 """
 
 import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -39,7 +49,7 @@ from datasets.class_names import read_class_map
 from datasets.open import READERS, open_dataset, require_objects
 from datasets.subset import keep_classes
 from engine.evaluation.cross_dataset import on_common_classes
-from engine.evaluation.measuring import EvaluationResult, evaluate_model, measure
+from engine.evaluation.measuring import EvaluationResult, Protocol, evaluate_model, measure
 from engine.onnx_files.detector import load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
@@ -51,11 +61,11 @@ from metrics.tables import inclusive_to_continuous
 from metrics.text_files import TEXT_BOXES
 from models import published_detection
 
-PROTOCOLS = ("coco", "voc07", "voc12")
+PROTOCOLS = get_args(Protocol)
 
 
 def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
-    """Ground truth and detections from files; no model."""
+    """Measure detections in files against ground truth in files, without a model."""
     names = read_names(args.names) if args.names else None
     annotations = read_ground_truth(
         args.ground_truth, names=names, text_boxes=args.ground_truth_boxes, images=args.images
@@ -76,8 +86,9 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
         detections = inclusive_to_continuous(detections)
     for note in annotations.notes:
         print(f"{args.ground_truth}: {note}")
-    left_out = ground_truth.difficult if args.ignore_difficult is not False or args.protocol != "coco" else False
-    if (ground_truth.crowd | left_out).all():
+    assert ground_truth.crowd is not None and ground_truth.difficult is not None  # GroundTruth fills them in
+    ignores_difficult = args.ignore_difficult is not False or args.protocol != "coco"
+    if (ground_truth.crowd | ground_truth.difficult if ignores_difficult else ground_truth.crowd).all():
         found = f"no object that counts among {len(ground_truth)} in {ground_truth.num_images} images"
         raise UserError(f"{args.ground_truth}: {found}, expected at least one to measure by")
     return measure(
@@ -91,9 +102,9 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
-    """A checkpoint on a dataset, named on the command line or by an experiment's config.
+    """Measure a checkpoint on a dataset given on the command line or by a training config.
 
-    Each setting is the flag's, else the experiment's, else the checkpoint's, else what its family was published with.
+    Each setting comes from its flag, else the config, else the checkpoint, else what its family was published with.
     """
     config = load_config(args.config, args.dataset) if args.config else None
     if config is not None:
@@ -106,7 +117,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     device = choose_device(args.device or ("auto" if config is None else config.device))
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision or "float32")
     if info.config.get("channels_last"):
-        model = model.to(memory_format=torch.channels_last)  # as in its run: other kernels round otherwise
+        # As in its run: other kernels round differently.
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
     evaluation = info.evaluation if config is None else config.evaluation.completed(published_detection(info.arch))
     evaluation = replace(evaluation, **given_settings(args))
     image_size = info.image_size if config is None else config.image_size
@@ -116,7 +128,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     print(describe_settings(evaluation, image_size, device), flush=True)
     index = open_dataset(*dataset)
     classes = args.classes.split(",") if args.classes else info.classes if config is None else config.data.classes
-    if classes and (args.classes or config is not None or set(classes) <= set(index.names)):  # else another dataset
+    if classes and (args.classes or config is not None or set(classes) <= set(index.names)):
+        # The classes of a checkpoint are used only if the dataset has them: it may be another dataset.
         index = keep_classes(index, tuple(classes), " ".join(dataset))
     names = name_classes(info.names, args.names) if args.names else info.names
     model, index, class_map = on_common_classes(model, index, names, read_class_map(args.class_map))
@@ -141,12 +154,12 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
 
 
 def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """The names of --names instead of the model's own; prints a line where the model had some."""
+    """The names in the file of --names, used instead of the model's own; prints a line if the model had others."""
     names = read_names(path)
     if len(names) != len(own):
         raise UserError(f"{path}: found {len(names)} names, expected one for each of the model's {len(own)} classes")
     if own != names and own != tuple(map(str, range(len(own)))):
-        print(f"{path}: names the model's classes {', '.join(names[:10])}, not {', '.join(own[:10])} as its file does")
+        print(f"{path}: names the model's classes {', '.join(names[:10])}; its file names them {', '.join(own[:10])}")
     return names
 
 
@@ -160,11 +173,13 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_settings(evaluation: EvaluationConfig, image_size: int, workers: int) -> None:
-    """UserError, which names the flag, for a setting that nothing can be measured with."""
-    fractions = {"--score-threshold": evaluation.score_threshold, "--nms-iou": evaluation.iou_threshold}
-    for flag, value in fractions.items():
-        check_fraction(flag, value)
-    at_least = {"--batch-size": (evaluation.batch_size, 1), "--max-detections": (evaluation.max_detections, 1)}
+    """UserError, naming the flag, for a setting out of range."""
+    score_threshold, iou_threshold = evaluation.score_threshold, evaluation.iou_threshold
+    max_detections = evaluation.max_detections
+    assert score_threshold is not None and iou_threshold is not None and max_detections is not None  # completed
+    check_fraction("--score-threshold", score_threshold)
+    check_fraction("--nms-iou", iou_threshold)
+    at_least = {"--batch-size": (evaluation.batch_size, 1), "--max-detections": (max_detections, 1)}
     for flag, (value, least) in (at_least | {"--workers": (workers, 0)}).items():
         if value < least:
             raise UserError(f"{flag}: found {value}, expected at least {least}")
@@ -188,56 +203,80 @@ def describe_settings(evaluation: EvaluationConfig, image_size: int, device: tor
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """The arguments. UserError for a flag that the kind of evaluation asked for would not heed."""
+    """The parsed arguments. UserError for a flag that the requested kind of evaluation does not use."""
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", help="a checkpoint of ours, a public one with --arch, or a .onnx file")
-    parser.add_argument("dataset", nargs="*", help="FORMAT ROOT [SPLIT]; with --config: key=value overrides")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: the config's or the checkpoint's, else coco")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers there, as a whole or not at all")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="a checkpoint of ours, a released one with --arch, or a .onnx file"
+    )
+    parser.add_argument(
+        "dataset",
+        nargs="*",
+        help=f"FORMAT ROOT [SPLIT], FORMAT one of {', '.join(READERS)}; with --config: key=value overrides",
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: from the config or the checkpoint, else coco")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     parser.add_argument(
         "--ignore-difficult",
         action=argparse.BooleanOptionalAction,
-        help="coco: objects marked difficult are neither found nor missed (default: yes, or as the checkpoint carries)",
+        help="coco: do not count objects marked difficult (default: as in the checkpoint's run, else yes)",
     )
-    parser.add_argument("--report-score", type=float, default=0.25, help="score threshold of the confusion matrix")
+    parser.add_argument(
+        "--report-score", type=float, default=0.25, help="score threshold of the confusion matrix (%(default)s)"
+    )
 
     model = parser.add_argument_group(
-        "with a checkpoint", "Defaults: those of --config, else what the checkpoint carries, else its family's."
+        "with a checkpoint", "Defaults: from --config, else from the checkpoint, else as its family was published."
     )
-    model.add_argument("--config", help="take dataset and settings from an experiment")
-    model.add_argument("--names", metavar="FILE", help="class names: one a line, or the names of a data.yaml")
-    model.add_argument("--device", help="auto, cpu, cuda, cuda:0")
-    model.add_argument("--batch-size", type=int)
-    model.add_argument("--workers", type=int)
+    model.add_argument("--config", metavar="FILE", help="take dataset and settings from this training config")
+    model.add_argument("--names", metavar="FILE", help="class names: one per line, or the names of a data.yaml")
+    model.add_argument("--device", help="auto, cpu, cuda or cuda:0 (the config's, else auto)")
+    model.add_argument("--batch-size", type=int, help="images per forward pass")
+    model.add_argument("--workers", type=int, help="processes that load pictures (the config's, else 0)")
     only_model = [
-        model.add_argument("--arch", help="the model a public checkpoint is of, such as yolov8n"),
-        model.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at"),
+        model.add_argument("--arch", help="architecture of a released checkpoint, such as yolov8n"),
+        model.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)"),
         model.add_argument("--precision", choices=("auto", "float32", "bfloat16")),
-        model.add_argument("--score-threshold", type=float, help="detections below are dropped"),
+        model.add_argument("--score-threshold", type=float, help="drop detections with a lower score"),
         model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression"),
-        model.add_argument("--max-detections", type=int, help="per image"),
-        model.add_argument("--classes", metavar="A,B", help="only objects of these classes of the dataset count"),
-        model.add_argument("--class-map", action="append", default=[], metavar="A=B", help="dataset's A is model's B"),
-        model.add_argument("--save-detections", metavar="FILE", help="write them as COCO results"),
+        model.add_argument("--max-detections", type=int, help="at most, in an image"),
+        model.add_argument("--classes", metavar="A,B", help="measure only these classes of the dataset"),
+        model.add_argument(
+            "--class-map", action="append", default=[], metavar="A=B", help="the dataset's class A is the model's B"
+        ),
+        model.add_argument("--save-detections", metavar="FILE", help="write the detections as COCO results"),
     ]
 
     files = parser.add_argument_group("without a model")
-    files.add_argument("--ground-truth", metavar="GT")
-    files.add_argument("--detections", metavar="DT")
+    files.add_argument("--ground-truth", metavar="GT", help="COCO JSON, a folder of VOC XML, or a folder of text files")
+    files.add_argument("--detections", metavar="DT", help="COCO results, or a folder of text files")
     only_files = [
         files.add_argument(
-            "--images", metavar="FOLDER", help="pictures of text ground truth: for sizes, and empty images"
+            "--images", metavar="FOLDER", help="pictures of text ground truth: their sizes, and those without objects"
         ),
         files.add_argument(
-            "--ground-truth-boxes", choices=TEXT_BOXES, default="xywh", help="in text files (%(default)s)"
+            "--ground-truth-boxes", choices=TEXT_BOXES, default="xywh", help="box format of text files (%(default)s)"
         ),
-        files.add_argument("--detection-boxes", choices=TEXT_BOXES, default="xyxy", help="in text files (%(default)s)"),
-        files.add_argument("--score-last", action="store_true", help="text: `class box score`, not `class score box`"),
-        files.add_argument("--pixels", choices=("auto", "inclusive", "continuous"), default="auto"),
         files.add_argument(
-            "--iou-thresholds", type=float, nargs="+", default=tuple(coco.IOU_THRESHOLDS), metavar="IOU"
+            "--detection-boxes", choices=TEXT_BOXES, default="xyxy", help="box format of text files (%(default)s)"
+        ),
+        files.add_argument(
+            "--score-last", action="store_true", help="text lines are `class box score`, not `class score box`"
+        ),
+        files.add_argument(
+            "--pixels",
+            choices=("auto", "inclusive", "continuous"),
+            default="auto",
+            help="whether a box includes its last pixel (%(default)s: see Pixels above)",
+        ),
+        files.add_argument(
+            "--iou-thresholds",
+            type=float,
+            nargs="+",
+            default=tuple(coco.IOU_THRESHOLDS),
+            metavar="IOU",
+            help="default: 0.5 to 0.95 in steps of 0.05",
         ),
     ]
     args = parser.parse_intermixed_args(argv)

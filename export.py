@@ -46,7 +46,7 @@ from engine.onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, Grap
 from engine.onnx_files.int8 import quantize
 from engine.prediction.sources import find_pictures
 from engine.runtime.run_folder import RunFolder, commit, write_bytes
-from engine.runtime.timing import rotate
+from engine.runtime.timing import rotate, wall_seconds
 from errors import UserError, require, run_script
 from kernels.nms import select_detections
 from layers.fusion import fuse
@@ -233,7 +233,7 @@ def print_comparison(
         score_threshold=0.25, iou_threshold=evaluation.iou_threshold, max_detections=evaluation.max_detections
     )
     run = lambda detector: lambda: detector.detect(detector(image), **settings)
-    seconds = rotate({name: run(detector) for name, detector in detectors.items()}, TIMED_ROUNDS)
+    seconds = rotate({name: run(detector) for name, detector in detectors.items()}, TIMED_ROUNDS, wall_seconds)
     print(f"{len(index)} pictures, {size} px, {torch.get_num_threads()} threads")
     print(f"{'':<10}{'mAP50':>8}{'mAP50-95':>10}{'ms':>8}{'MB':>8}")
     for name, result in results.items():

@@ -1,23 +1,30 @@
 """Detect objects in pictures and video: drawn copies, a JSON file, YOLO text files.
 
-    python predict.py runs/bccd/weights/best.pt photo.jpg folder 'more/*.png' --output found --json --txt
-    python predict.py runs/bccd/weights/best.pt clip.mp4 webcam --max-frames 500
+    python predict.py CHECKPOINT SOURCE ... [--output DIR] [--json] [--txt]
 
-A SOURCE is a picture, a video, a folder or a pattern of both, or a webcam: `webcam`, `webcam:1`. Ctrl-C ends a webcam,
-or anything else: what was made until then is kept, and a video can be played. Writes into --output:
+Examples:
 
-    <name>.jpg          each picture with its boxes, in the folders it had below a given folder
-    <name>.mp4          each video with its boxes, every frame at its own time, upright, without its sound
+    python predict.py runs/bccd_yolov8n/weights/best.pt photo.jpg folder 'more/*.png' --output found --json --txt
+    python predict.py runs/bccd_yolov8n/weights/best.pt clip.mp4 webcam --max-frames 500
+
+A SOURCE is a picture, a video, a folder or pattern of both, or a webcam (`webcam`, `webcam:1`). Ctrl-C stops; results
+up to then are kept, and a video written so far can be played. Below --output it writes:
+
+    <name>.jpg          each picture with its boxes; pictures of a folder keep their subfolders
+    <name>.mp4          each video with its boxes: every frame at its own time, upright, without sound
     predictions.json    with --json: a list of {"image_id", "file_name", "category_id", "category_name",
-                        "bbox": [x, y, width, height], "score"} in pixels of the upright picture, best first in each
-                        picture; image_id counts pictures and frames from 0, in the order given, and category_id the
-                        classes. Of a video's frame also "frame", its number from 0, and "seconds" since the first one
-    labels/<name>.txt   with --txt: a line `class center_x center_y width height score` for each detection, boxes as
-                        fractions of the upright picture's size; an empty file where nothing was found
-    labels/classes.txt  the names of the classes in the order of their numbers, where the model has names
-    labels/<name>.mp4/000000.txt and so on: the same of each frame of a video
-A file has its name only once it is complete. A picture or frame that cannot be read is named or counted, and left out;
-the exit code is 1 if there was one, 130 after Ctrl-C.
+                        "bbox": [x, y, width, height], "score"}, in pixels of the upright picture, best first in each
+                        picture. image_id counts pictures and frames from 0 in the order given, category_id the
+                        classes. Frames also have "frame", their number from 0, and "seconds" since the first frame
+    labels/<name>.txt   with --txt: a line `class center_x center_y width height score` for each detection, as
+                        fractions of the upright picture's size; empty if nothing was found
+    labels/<name>.mp4/000000.txt ...    the same for each frame of a video
+    labels/classes.txt  the class names in the order of their numbers, if the model has names
+
+A file gets its name only once it is complete. A picture or frame that cannot be read is reported and skipped.
+
+Exit codes: 0 all read, 1 something was skipped, 2 a mistake in the arguments or the data, 5 a file that could not be
+written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
@@ -33,7 +40,7 @@ import numpy as np
 from datasets.images import read_image
 from engine.drawing.detections import draw_detections
 from engine.onnx_files.detector import OnnxDetector, load_detector
-from engine.prediction.files import PredictionFiles, complete_file, count_words, drawn_path
+from engine.prediction.files import PredictionFiles, complete_file, drawn_path, format_counts
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import Source, find_sources
 from engine.prediction.video import VideoReader, VideoWriter, require_av
@@ -47,7 +54,7 @@ from structures import Detections
 
 @dataclass
 class Totals:
-    """What came of all sources; `seconds` are the model's, with letterbox and suppression."""
+    """Counts over all sources. seconds: of the model, with letterbox and suppression."""
 
     pictures: int = 0
     videos: int = 0
@@ -59,10 +66,10 @@ class Totals:
     def line(self, names: Sequence[str], output: Path) -> str:
         parts = [plural(self.pictures, "picture")] if self.pictures or not self.videos else []
         parts += [f"{plural(self.frames, 'frame')} of {plural(self.videos, 'video')}"] if self.videos else []
-        looked_at = self.pictures + self.frames
+        num_images = self.pictures + self.frames
         return (
-            f"{', '.join(parts)}, {plural(self.labels.total(), 'detection')} ({count_words(self.labels, names)}), "
-            f"{self.broken} skipped, {1000 * self.seconds / max(1, looked_at):.0f} ms "
+            f"{', '.join(parts)}, {plural(self.labels.total(), 'detection')} ({format_counts(self.labels, names)}), "
+            f"{self.broken} skipped, {1000 * self.seconds / max(1, num_images):.0f} ms "
             f"a {'frame' if self.frames else 'picture'}: {output}"
         )
 
@@ -72,7 +79,7 @@ def plural(count: int, noun: str) -> str:
 
 
 class Prediction:
-    """One call of predict.py: the detector, what it is to write, and what came of it until now."""
+    """One call of predict.py: the detector, the requested outputs, and the totals so far."""
 
     def __init__(
         self,
@@ -94,15 +101,15 @@ class Prediction:
         self.image_ids = itertools.count()
 
     def run(self, sources: Sequence[Source], stop: StopSignals) -> Totals:
-        """Write everything into `output` and say so. A signal noted in `stop` ends it after a batch."""
+        """Write everything into `output` and print the totals. A signal received by `stop` ends it after a batch."""
         with self.files:
             for is_video, group in itertools.groupby(sources, key=lambda source: source.is_video):
                 if not is_video:
-                    self.look_at_pictures(list(group), stop)
+                    self.predict_pictures(list(group), stop)
                     continue
                 for source in group:
                     if not stop.received:
-                        self.look_at_video(source, stop)
+                        self.predict_video(source, stop)
         print(self.totals.line(self.names, self.output))
         return self.totals
 
@@ -114,7 +121,7 @@ class Prediction:
             self.totals.labels.update(detections.labels.tolist())
         return found
 
-    def look_at_pictures(self, sources: Sequence[Source], stop: StopSignals) -> None:
+    def predict_pictures(self, sources: Sequence[Source], stop: StopSignals) -> None:
         for batch in batches(self.read_pictures(sources, stop), self.batch_size):
             found = self.detect([pixels for _, _, pixels in batch])
             self.totals.pictures += len(batch)
@@ -125,11 +132,11 @@ class Prediction:
                     with complete_file(drawn_path(self.output, source)) as path:
                         draw_detections(pixels, detections, self.names).save(path, format="JPEG", quality=92)
                 if not self.quiet:
-                    words = count_words(Counter(detections.labels.tolist()), self.names)
+                    words = format_counts(Counter(detections.labels.tolist()), self.names)
                     print(f"{source.path}: {width} x {height}, {words}", flush=True)
 
     def read_pictures(self, sources: Sequence[Source], stop: StopSignals) -> Iterator[tuple[Source, int, np.ndarray]]:
-        """Pictures with their image_id and pixels; one that cannot be read is named, counted and left out."""
+        """Yield pictures with their image_id and pixels. One that cannot be read is reported, counted and skipped."""
         for source in sources:
             if stop.received:
                 return
@@ -143,7 +150,7 @@ class Prediction:
         self.totals.broken += 1
         print(f"skipped: {error}", flush=True)
 
-    def look_at_video(self, source: Source, stop: StopSignals) -> None:
+    def predict_video(self, source: Source, stop: StopSignals) -> None:
         try:
             reader = open_video(source)
         except UserError as error:
@@ -153,7 +160,7 @@ class Prediction:
             return
         with reader:
             if not self.draw:
-                self.look_at_frames(source, reader, None, stop)
+                self.predict_frames(source, reader, None, stop)
                 return
             with VideoWriter(
                 drawn_path(self.output, source),
@@ -163,16 +170,17 @@ class Prediction:
                 time_base=reader.time_base,
                 pixel_shape=reader.pixel_shape,
             ) as writer:
-                self.look_at_frames(source, reader, writer, stop)
+                self.predict_frames(source, reader, writer, stop)
 
-    def look_at_frames(
+    def predict_frames(
         self, source: Source, reader: VideoReader, writer: VideoWriter | None, stop: StopSignals
     ) -> None:
-        labels, done, seconds, began = Counter(), 0, 0.0, time.perf_counter()
+        labels: Counter[int] = Counter()
+        done, seconds, began = 0, 0.0, time.perf_counter()
         progress = Progress(quiet=self.quiet, unit="frame")
         progress.start(reader.name, self.expected_frames(reader))
         frames = itertools.islice(reader, self.max_frames)
-        # a camera's frame is looked at as it comes
+        # frames of a camera are shown to the model one by one, as they come
         for batch in batches(frames, self.batch_size if source.camera is None else 1):
             for frame, detections in zip(batch, self.detect([frame.pixels for frame in batch])):
                 height, width = frame.pixels.shape[:2]
@@ -195,7 +203,7 @@ class Prediction:
             print(f"skipped: {reader.name}: {plural(reader.broken, 'broken frame')} ({fault})", flush=True)
 
     def expected_frames(self, reader: VideoReader) -> int | None:
-        """None where nobody can say."""
+        """None if unknown."""
         return min(reader.frame_count or self.max_frames or 0, self.max_frames or reader.frame_count) or None
 
     def video_line(self, reader: VideoReader, done: int, seconds: float, labels: Counter[int], speed: float) -> str:
@@ -203,13 +211,13 @@ class Prediction:
         return (
             f"{reader.name}: {reader.width} x {reader.height}{', turned upright' * reader.is_turned}, "
             f"{frames} in {seconds:.1f} s at {float(reader.frame_rate):.4g} a second"
-            f"{', sound dropped' * (reader.has_sound and self.draw)}, {count_words(labels, self.names)}; "
+            f"{', sound dropped' * (reader.has_sound and self.draw)}, {format_counts(labels, self.names)}; "
             f"{speed:.1f} frames per second"
         )
 
 
 def batches(items: Iterator, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last one shorter."""
+    """Lists of `size` items; the last one may be shorter."""
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
         yield batch
@@ -220,7 +228,7 @@ def open_video(source: Source) -> VideoReader:
 
 
 def check_videos(sources: Sequence[Source]) -> None:
-    """UserError, before any work starts, where videos cannot be read at all, or one that was given by name cannot."""
+    """UserError, before any work starts, if videos cannot be read at all or if one given by name cannot."""
     if any(source.is_video for source in sources):
         require_av()
     for source in sources:
@@ -229,7 +237,7 @@ def check_videos(sources: Sequence[Source]) -> None:
 
 
 def check_output(output: Path, sources: Sequence[Source]) -> None:
-    """Refuse an output folder where a drawn copy would replace one of the pictures or videos themselves."""
+    """UserError if a drawn copy would overwrite one of the pictures or videos themselves."""
     originals = {source.path.resolve() for source in sources}
     for source in sources:
         path = drawn_path(output, source).resolve()
@@ -250,24 +258,31 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="a checkpoint of ours, a public one with --arch, or a .onnx file")
+    parser.add_argument("checkpoint", help="a checkpoint of ours, a released one with --arch, or a .onnx file")
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="picture, video, folder, 'pattern' or webcam")
-    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder to write to (%(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="write predictions.json")
     parser.add_argument("--txt", action="store_true", help="write labels/*.txt")
-    parser.add_argument("--no-pictures", action="store_true", help="draw nothing")
-    parser.add_argument("--arch", help="the model a public checkpoint is of, such as yolov8n")
-    parser.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
-    parser.add_argument("--score-threshold", type=fraction, default=0.25, help="drop what scores less (%(default)s)")
+    parser.add_argument("--no-pictures", action="store_true", help="write no drawn copies")
+    parser.add_argument("--arch", help="architecture of a released checkpoint, such as yolov8n")
+    parser.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)")
     parser.add_argument(
-        "--nms-iou", type=fraction, help="IoU of suppression; default: the checkpoint's, or its family's"
+        "--score-threshold", type=fraction, default=0.25, help="drop detections with a lower score (%(default)s)"
     )
-    parser.add_argument("--max-detections", type=int, help="in a picture; default: the checkpoint's, or its family's")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-frames", type=int, metavar="N", help="look at the first N frames of a video")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="float32")
-    parser.add_argument("--quiet", action="store_true", help="only the last line and what was skipped")
+    parser.add_argument(
+        "--nms-iou",
+        type=fraction,
+        help="IoU threshold of non-maximum suppression (as evaluated in the checkpoint's run)",
+    )
+    parser.add_argument("--max-detections", type=int, help="at most, in a picture (as evaluated in its run)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass (%(default)s)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="only the first N frames of each video")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0 (%(default)s)")
+    precisions = ("auto", "float32", "bfloat16")
+    parser.add_argument("--precision", choices=precisions, default="float32", help="of the model (%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="print only the totals and what was skipped")
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_detections", "max_frames"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -289,6 +304,7 @@ def main(argv: list[str]) -> int:
         model.check_size(image_size, image_size)
     iou_threshold = info.evaluation.iou_threshold if args.nms_iou is None else args.nms_iou
     max_detections = args.max_detections or info.evaluation.max_detections
+    assert iou_threshold is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
     if not args.quiet:
         print(
             f"{image_size} px, scores from {args.score_threshold:g}, NMS IoU {iou_threshold:g}, at most "

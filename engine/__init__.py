@@ -1,8 +1,8 @@
-"""What the commands at the root are made of; nothing here is imported by the models, the losses or the datasets.
+"""The parts of the commands at the root. Models, losses and datasets import nothing from here.
 
 training      from a config to its run: data, student, teachers, steps, checkpoints, reports
-evaluation    a model on a dataset
-prediction    pictures, folders, video -> detections
+evaluation    measures a model on a dataset
+prediction    pictures, folders and video -> detections
 comparison    studies: rows, tables, plots
 condensing    synthetic sets and their files
 onnx_files    export and its checks

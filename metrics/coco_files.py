@@ -266,7 +266,7 @@ def write_coco_detections(
     path: str | Path,
     detections: DetectionTable,
     image_ids: Sequence[int | str],
-    category_ids: Sequence[int] | None = None,
+    category_ids: Sequence[int | str] | None = None,
     *,
     file_names: Sequence[str] | None = None,
     names: Sequence[str] | None = None,

@@ -1,7 +1,7 @@
-"""Pictures of what was found and learnt.
+"""Draws detections, feature maps and the plots of a run.
 
-detections  boxes on a picture, with Pillow alone
-fonts       which font has the characters of a text
-heat_maps   maps as colors
-plots       the curves and tables of a run (matplotlib), drawn predictions (Pillow)
+detections  boxes on a picture (Pillow)
+fonts       a font that has the characters of a text
+heat_maps   feature maps as colors (Pillow)
+plots       curves and tables of a run (matplotlib), predictions beside labels (Pillow)
 """

@@ -1,4 +1,4 @@
-"""Detections drawn onto a picture, with Pillow alone."""
+"""Draws detections onto a picture, with Pillow only."""
 
 import colorsys
 import math
@@ -18,11 +18,12 @@ def draw_detections(
 ) -> Image.Image:
     """A copy of the picture, in RGB, with a box and a label ("name 0.87") for each detection.
 
-    image: a Pillow picture, or (H, W, 3) uint8 RGB. detections: boxes in pixels of that picture; they are clipped to
-    it, and those outside or not finite are left out. A label without a name is drawn as its number; fonts.drawable says
-    what becomes of a name that Pillow's font has no letters for.
-    Lines and letters grow with the picture, the colour is the class's (`class_color`), the best detection is on top
-    and chooses its label's place first (`place_label`).
+    image: a Pillow image, or (H, W, 3) uint8 RGB.
+    detections: boxes in pixels of the picture. They are clipped to it; boxes outside or not finite are left out. A
+        class without a name is drawn as its number. fonts.drawable handles names that Pillow's font lacks letters for.
+
+    Lines and letters grow with the picture. Each class has its colour (`class_color`). The best detection is drawn on
+    top, and its label is placed first (`place_label`).
     """
     picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     picture = picture.copy() if picture is image else picture
@@ -40,35 +41,39 @@ def draw_detections(
     for rectangle, label, score in rows:
         name, path = drawable(names[label], label) if 0 <= label < len(names) else (str(label), OWN)
         text, font = _fit_text(f"{name} {score:.2f}" if show_scores else name, path, letters, picture.width)
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        text_left, text_top, text_right, text_bottom = draw.textbbox((0, 0), text, font=font)
         _, usual_top, _, usual_bottom = draw.textbbox((0, 0), "Ápg|", font=font)  # one height for all Latin labels
-        top, bottom = min(top, usual_top), max(bottom, usual_bottom)
+        text_top, text_bottom = min(text_top, usual_top), max(text_bottom, usual_bottom)
         margin = max(1, line // 2)
-        size = (min(picture.width, right - left + 2 * margin), min(picture.height, bottom - top + 2 * margin))
+        width = min(picture.width, text_right - text_left + 2 * margin)
+        height = min(picture.height, text_bottom - text_top + 2 * margin)
+        size = (int(width), int(height))
         place = place_label(size, rectangle, placed, picture.size)
         placed.append(place)
         color = class_color(label)
         draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
-        draw.text((place[0] + margin - left, place[1] + margin - top), text, font=font, fill=_text_color(color))
+        start = (place[0] + margin - text_left, place[1] + margin - text_top)
+        draw.text(start, text, font=font, fill=_text_color(color))
     return picture
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """RGB 0..255 of a class: hues a golden angle apart, so that neighbouring classes differ, in three brightnesses."""
+    """RGB 0..255 of a class: hues a golden angle apart, so that consecutive classes differ, at three brightnesses."""
     hue = (label * 0.618034) % 1.0
     saturation, value = ((0.85, 1.0), (0.60, 0.95), (0.95, 0.75))[label // 8 % 3]
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def place_label(
     size: tuple[int, int], box: Rectangle, placed: Sequence[Rectangle], picture_size: tuple[int, int]
 ) -> Rectangle:
-    """Where a label of size (width, height) goes: inside the picture, off the labels `placed` where that is possible.
+    """Choose where a label of size (width, height) goes, inside the picture and off the labels already placed.
 
-    Tried in this order, each moved into the picture: above the box's top left corner, inside it, below the bottom
-    left corner, inside it, the same at the right corners, beside the top corners, then down the box's left edge. The
-    first place wins that covers no label and not most of the box itself, else the one that covers the least. A label
-    larger than the picture starts at its edge.
+    Candidates, in this order, each moved into the picture: above and inside the box's top left corner, inside and below
+    its bottom left corner, the same at the right corners, beside the top corners, then down the left edge. The first
+    candidate wins that covers no label and at most half of the box, else the one that covers the fewest pixels. A label
+    larger than the picture starts at the picture's edge.
     """
     width, height = size
     left, top, right, bottom = box
@@ -80,17 +85,18 @@ def place_label(
     covered = _overlaps(rectangles, np.array(placed).reshape(-1, 4)).sum(1)  # (P,) pixels
     of_box = _overlaps(rectangles, np.array([box]))[:, 0]
     covered += np.where(2 * of_box > (right - left) * (bottom - top), of_box, 0)
-    return tuple(rectangles[covered.argmin()].tolist())
+    left, top, right, bottom = rectangles[covered.argmin()].tolist()
+    return left, top, right, bottom
 
 
 def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pixels that (P, 4) and (M, 4) rectangles share, (P, M)."""
+    """Intersections of (P, 4) and (M, 4) rectangles in pixels, (P, M)."""
     sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])  # (P, M, 2)
     return sides.clip(min=0).prod(-1)
 
 
 def _visible_rectangle(box_xyxy: list[float], picture_size: tuple[int, int]) -> Rectangle | None:
-    """Whole pixels of the part inside the picture, at least one; None where there is no such part."""
+    """The part of a box inside the picture in whole pixels, at least one; None if it is empty."""
     if not all(map(math.isfinite, box_xyxy)):
         return None
     x1, y1, x2, y2 = box_xyxy
@@ -102,7 +108,7 @@ def _visible_rectangle(box_xyxy: list[float], picture_size: tuple[int, int]) -> 
 
 
 def _fit_text(text: str, path: str, letters: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """The text and a size of a font in which it is at most `width` wide: smaller letters first, then fewer of them."""
+    """The text, and a font in which it is at most `width` wide: first try smaller letters, then shorten the text."""
     for size in range(letters, 7, -1):
         font = load_font(path, size)
         if font.getlength(text) <= width - 2:

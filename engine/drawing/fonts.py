@@ -1,7 +1,7 @@
-"""Which font draws a text. Pillow's own font has Latin letters; others come from fonts that are installed.
+"""Finds a font for a text. Pillow's own font has Latin letters; other letters need an installed font.
 
-A character that a font lacks is drawn as an empty box, and two such names look alike. So each text gets a font that has
-all of its characters; where no font has them, accents are left out, or the characters are written as \\u escapes.
+A font draws an empty box for a character it lacks, so that different names look the same. Each text therefore gets a
+font with all of its characters. If there is none, accents are left out or characters are written as \\u escapes.
 """
 
 import functools
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from PIL import ImageFont, features
 
-OWN = ""  # in the place of a path: Pillow's own scalable font, which is the same on every machine
-PROBE_SIZE = 24  # pixels: letters that differ do so at this size
-BESIDE = ".0123456789lp"  # a score stands beside a name, and matplotlib measures the height of a line with l and p
-ABSENT = "\U0010ffff"  # no character, so every font draws its sign for a missing one
-LAST_RESORTS = ("lastresort", "adobeblank", "notdef")  # fonts that have a box for everything
+OWN = ""  # used instead of a path: Pillow's own scalable font, the same on every machine
+PROBE_SIZE = 24  # pixels: different letters look different at this size
+BESIDE = ".0123456789lp"  # a score is drawn beside a name, and matplotlib measures the line height with l and p
+ABSENT = "\U0010ffff"  # not a character, so every font draws its sign for a missing one
+LAST_RESORTS = ("lastresort", "adobeblank", "notdef")  # fonts that draw a box for every character
 LIKELY = (
     "cjk",
     "notosans",
@@ -36,18 +36,18 @@ UNLIKELY = ("bold", "italic", "oblique", "light", "thin", "black", "mono", "seri
 
 
 def drawable(text: str, number: int | None = None, *, default: str = OWN) -> tuple[str, str]:
-    """The text, or what is drawn instead, and the path of the font that has it, `default` where that one does.
+    """A text that can be drawn, and the path of the font for it: `default` if it has all characters.
 
-    Where no font here has all of its characters, the text is tried without accents; then `number` (a class id) comes
-    first and each missing character is written as an escape. The first such text is reported on stderr in one line.
+    If no installed font has all characters, the text is drawn without accents. If that fails too, each missing
+    character is written as an escape, after `number` (a class id). The first such text is reported on stderr.
     """
     text = "".join(" " if c.isspace() else c for c in text if not _is_hidden(c))
     path = find_font(text, default)
     if path is not None:
         return text, path
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    if plain.strip() and has_all(default, plain):
-        return plain, default
+    unaccented = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    if unaccented.strip() and has_all(default, unaccented):
+        return unaccented, default
     _report(text)
     escaped = "".join(c if has_all(default, c) else c.encode("unicode_escape").decode() for c in text)
     return (escaped if number is None else f"{number} {escaped}"), default
@@ -55,9 +55,9 @@ def drawable(text: str, number: int | None = None, *, default: str = OWN) -> tup
 
 @functools.lru_cache(maxsize=4096)
 def find_font(text: str, default: str = OWN) -> str | None:
-    """The path of a font that has every character of the text, `default` first; None where there is no such font.
+    """The path of a font that has every character of the text, `default` if possible; None if there is none.
 
-    A font other than the default also has the characters that are drawn beside names.
+    A font other than the default must also have the characters that are drawn beside names.
     """
     if not _can_lay_out(text):
         return None
@@ -68,7 +68,7 @@ def find_font(text: str, default: str = OWN) -> str | None:
 
 
 def has_all(path: str, text: str) -> bool:
-    """Whether a font has all characters of a text. Blanks count as there."""
+    """Whether a font has all characters of a text. Blanks count as present."""
     probe = _probe(path)
     return probe is not None and all(probe(character) for character in text)
 
@@ -76,15 +76,17 @@ def has_all(path: str, text: str) -> bool:
 @functools.lru_cache(maxsize=256)
 def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     """A font at a size in pixels."""
-    return ImageFont.load_default(size) if path == OWN else ImageFont.truetype(path, size)
+    font = ImageFont.load_default(size) if path == OWN else ImageFont.truetype(path, size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # load_default without a size gives a bitmap font
+    return font
 
 
 @functools.cache
 def _probe(path: str) -> Callable[[str], bool] | None:
-    """A function that tells whether the font has a character; None where it does not load."""
+    """A function that returns whether the font has a character; None if the font cannot be loaded."""
     try:
         font = load_font(path, PROBE_SIZE)
-        absent = _picture(font, ABSENT)
+        absent = _rasterize(font, ABSENT)
     except (OSError, ValueError):  # a bitmap font of other sizes, a damaged file
         return None
 
@@ -95,31 +97,31 @@ def _probe(path: str) -> Callable[[str], bool] | None:
         if unicodedata.category(character) in ("Cc", "Cs"):  # control characters and halves of pairs
             return False
         try:
-            return _picture(font, character) != absent
+            return _rasterize(font, character) != absent
         except (OSError, ValueError):
             return False
 
     return has
 
 
-def _picture(font: ImageFont.FreeTypeFont, text: str) -> tuple[tuple[int, int], bytes]:
+def _rasterize(font: ImageFont.FreeTypeFont, text: str) -> tuple[tuple[int, int], bytes]:
     mask = font.getmask(text)
     return mask.size, bytes(mask)
 
 
 def _is_hidden(character: str) -> bool:
-    """Joiners, marks of direction and selectors of a variant: they have no picture of their own."""
+    """Joiners, direction marks and variation selectors: characters without a shape of their own."""
     return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
 
 
 def _can_lay_out(text: str) -> bool:
-    """Letters that join or run from right to left need Pillow's layout engine Raqm."""
+    """Whether Pillow can lay out the text: joined letters and right-to-left text need its layout engine Raqm."""
     needs_raqm = any(unicodedata.bidirectional(c) in ("R", "AL") or unicodedata.category(c) == "Mc" for c in text)
-    return not needs_raqm or features.check("raqm")
+    return not needs_raqm or bool(features.check("raqm"))
 
 
 def _script(character: str) -> str:
-    """The first character of its script that we met stands for all: fonts are searched once for each script."""
+    """The first character met of this script: it stands for the script, so that fonts are searched once for each."""
     return _FIRST_OF.setdefault(unicodedata.name(character, character).partition(" ")[0], character)
 
 
@@ -133,12 +135,12 @@ def _fonts_for(character: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1)
 def _installed() -> tuple[str, ...]:
-    """Font files of this machine, plain sans-serif ones first; always in the same order."""
+    """The font files of this machine in a fixed order, plain sans-serif fonts first."""
 
     def rank(path: Path) -> tuple:
         name = path.stem.lower().replace("-", "").replace("_", "").replace(" ", "")
-        unlike = sum(word in name for word in UNLIKELY)
-        return unlike, next((i for i, word in enumerate(LIKELY) if word in name), len(LIKELY)), name, str(path)
+        unlikely = sum(word in name for word in UNLIKELY)
+        return unlikely, next((i for i, word in enumerate(LIKELY) if word in name), len(LIKELY)), name, str(path)
 
     found = {path for folder in _folders() for path in _font_files(folder)}
     return tuple(str(path) for path in sorted(found, key=rank))
@@ -155,7 +157,7 @@ def _folders() -> Iterator[Path]:
         yield Path(environment["WINDIR"]) / "Fonts"
     if "LOCALAPPDATA" in environment:
         yield Path(environment["LOCALAPPDATA"]) / "Microsoft" / "Windows" / "Fonts"
-    matplotlib = importlib.util.find_spec("matplotlib")  # brings DejaVu Sans: Cyrillic, Greek, Arabic
+    matplotlib = importlib.util.find_spec("matplotlib")  # contains DejaVu Sans: Cyrillic, Greek, Arabic
     if matplotlib is not None and matplotlib.origin:
         yield Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf"
 

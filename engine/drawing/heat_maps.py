@@ -1,10 +1,10 @@
-"""Maps as pictures: principal components as colors, attention as heat, beside the picture that they are of.
+"""Draws feature maps: principal components as colors, attention as heat. Pillow and PyTorch only.
 
-Pillow and PyTorch alone. What the colors mean: the first three principal components of a map's vectors, as red, green
-and blue (teachers.dinov2.patch_pca). Equal colors are similar vectors; which color it is has no meaning.
+Colors: red, green and blue are the first three principal components of a map's vectors (teachers.dinov2.patch_pca).
+Similar vectors have similar colors; the colors themselves have no meaning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ TITLE_HEIGHT = 18  # pixels
 
 
 def attention_heat(class_attention: Tensor) -> Tensor:
-    """Where a class token looks, (B, heads, h, w) -> (B, h, w) in [0, 1]: the mean of its heads, of each picture alone.
+    """The attention of a class token (B, heads, h, w) -> (B, h, w): the mean over heads, scaled per image to [0, 1].
 
-    The largest value of a picture becomes 1, the smallest 0. Attention that is the same everywhere is 0.
+    The smallest value of an image becomes 0 and the largest 1. Constant attention becomes 0.
     """
     mean = class_attention.float().mean(1)  # (B, h, w)
     low, high = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
@@ -29,33 +29,33 @@ def attention_heat(class_attention: Tensor) -> Tensor:
 
 
 def heat_colors(heat: Tensor) -> Tensor:
-    """(B, h, w) in [0, 1] -> (B, 3, h, w): black, red, yellow, white, each a third of the way."""
+    """(B, h, w) in [0, 1] -> RGB (B, 3, h, w): black at 0, red at 1/3, yellow at 2/3, white at 1."""
     return torch.stack([(3 * heat - channel).clamp(0, 1) for channel in range(3)], dim=1)
 
 
 def common_colors(*maps: Tensor) -> list[Tensor]:
-    """Maps (B, C, h, w) of one shape in the same colors, (B, 3, h, w) each: what is similar between them looks similar.
+    """Maps (B, C, h, w) of one shape -> (B, 3, h, w) each, with common colors, so that the maps can be compared.
 
-    Each vector counts by its direction alone, so that maps of different scale can be compared.
+    Vectors are normalised, so that maps of different scale can be compared.
     """
     together = torch.cat([F.normalize(m.float(), dim=1) for m in maps])
     return list(patch_pca(together).chunk(len(maps)))
 
 
 def to_pictures(colors: Tensor, size: int, *, smooth: bool = False) -> list[Image.Image]:
-    """(B, 3, h, w) in [0, 1] -> B square pictures of `size` pixels; without `smooth` each value is a plain square."""
+    """(B, 3, h, w) in [0, 1] -> B square images of `size` pixels; without `smooth` each value is a flat square."""
     pixels = (255 * colors.clamp(0, 1)).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # (B, h, w, 3)
     how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     return [Image.fromarray(p).resize((size, size), how) for p in pixels]
 
 
 def overlay(pictures: Sequence[Image.Image], heat: Sequence[Image.Image], share: float = 0.6) -> list[Image.Image]:
-    """Each picture in grey under its heat, which has `share` of the result."""
+    """Each picture in grey, blended with its heat; `share`: the weight of the heat."""
     return [Image.blend(p.convert("L").convert("RGB"), h, share) for p, h in zip(pictures, heat)]
 
 
-def grid(columns: dict[str, Sequence[Image.Image]], heading: str = "") -> Image.Image:
-    """Columns of pictures of one size, each under its title, on white, with a line of heading above."""
+def grid(columns: Mapping[str, Sequence[Image.Image]], heading: str = "") -> Image.Image:
+    """Columns of square pictures of one size, each under its title, on white, below an optional heading."""
     size = next(iter(columns.values()))[0].width
     num_rows = max(map(len, columns.values()))
     top = TITLE_HEIGHT * (2 if heading else 1)
@@ -76,7 +76,7 @@ def grid(columns: dict[str, Sequence[Image.Image]], heading: str = "") -> Image.
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets below one another on white, as wide as the widest."""
+    """The sheets below one another on white, as wide as the widest."""
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
     top = 0
     for sheet in sheets:

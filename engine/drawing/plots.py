@@ -1,8 +1,9 @@
-"""The plots of a run: results.png, confusion_matrix.png, pr_curve.png (matplotlib), and drawn predictions (Pillow)."""
+"""The plots of a run: results.png, confusion_matrix.png, pr_curve.png (matplotlib), predictions.jpg (Pillow)."""
 
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ from engine.drawing.detections import draw_detections
 from engine.drawing.fonts import drawable
 from engine.runtime import run_folder
 from metrics.report import DetectionReport
-from structures import Detections
+from structures import Detections, Detector
 
 TILE = 320  # pixels of a picture in predictions.jpg
-LEGEND_CLASSES = 20  # more lines than this get one colour and no legend
+LEGEND_CLASSES = 20  # with more classes, lines get one colour and no legend
 
 
 def is_available() -> bool:
+    """Whether matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -31,7 +33,7 @@ def is_available() -> bool:
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a figure, each text in a font that has its characters (fonts.drawable), and no `$` read as mathematics."""
+    """Write a figure: each text in a font that has its characters (fonts.drawable), `$` without its special meaning."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.text import Text
 
@@ -46,20 +48,20 @@ def save_figure(figure, path: Path) -> None:
 
 
 def plot_names(names: Sequence[str]) -> list[str]:
-    """Names as matplotlib's texts can have them: with numbers where a name has characters that no font here has."""
+    """Names that matplotlib can draw: with numbers if a name has characters that no installed font has."""
     return [drawable(name, number, default=default_font())[0] for number, name in enumerate(names)]
 
 
 @functools.lru_cache(maxsize=1)
 def default_font() -> str:
-    """The file of the font that matplotlib draws with."""
+    """The file of matplotlib's default font."""
     from matplotlib.font_manager import FontProperties, findfont
 
     return findfont(FontProperties())
 
 
 def _figure(width: float, height: float):
-    """A figure that is drawn to files only: no window, no global state of pyplot."""
+    """A figure that is only written to files: no window, no global state of pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -69,7 +71,7 @@ def _figure(width: float, height: float):
 
 
 def draw_results(metrics_csv: Path, path: Path) -> None:
-    """One small plot for each column of metrics.csv over the epochs; AP at each IoU threshold in one plot."""
+    """Plot each column of metrics.csv over the epochs; the AP at all IoU thresholds share one plot."""
     rows = run_folder.read_metrics(metrics_csv)
     if not rows:
         return
@@ -84,7 +86,9 @@ def draw_results(metrics_csv: Path, path: Path) -> None:
     for (title, group), axis in zip(plotted.items(), figure.subplots(lines, columns, squeeze=False).flat):
         for number, name in enumerate(group):
             points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
-            shade = str(0.8 * number / len(group)) if len(group) > 1 else None  # of grey: the strictest is the palest
+            shade = (
+                str(0.8 * number / len(group)) if len(group) > 1 else None
+            )  # of grey: the strictest threshold is the palest
             axis.plot(*zip(*points), marker="." if len(points) < 30 else None, linewidth=1.2, color=shade)
         axis.set_title(f"{title} 0.50 to 0.95" if len(group) > 1 else title, fontsize=9)
         axis.tick_params(labelsize=7)
@@ -94,9 +98,9 @@ def draw_results(metrics_csv: Path, path: Path) -> None:
 
 
 def draw_confusion(report: DetectionReport, path: Path) -> None:
-    """Of the objects of each class (columns), the fractions found as each class or missed (rows).
+    """Draw the confusion matrix. A column is a true class; its rows are the fractions found as each class or missed.
 
-    The last column holds, as counts, the detections where no object is.
+    The last column counts the detections that match no object.
     """
     counts = report.confusion.astype(np.float64)  # (K + 1, K + 1)
     totals = counts.sum(axis=0, keepdims=True)
@@ -121,7 +125,7 @@ def draw_confusion(report: DetectionReport, path: Path) -> None:
 
 
 def draw_pr_curve(report: DetectionReport, path: Path) -> None:
-    """Interpolated precision over recall, one line a class that has objects, and their mean."""
+    """Draw interpolated precision over recall: a line for each class that has objects, and their mean."""
     figure = _figure(6.5, 5)
     axis = figure.subplots()
     names = plot_names(report.names)
@@ -151,17 +155,20 @@ def prediction_sheet(
     iou_threshold: float = 0.7,
     columns: int = 4,
 ) -> Image.Image:
-    """`count` pictures spread over the split, each twice: with its labels, and beside it with what the model finds."""
+    """`count` pictures spread over the split, each drawn twice: with its labels and with the model's detections."""
+    detector = cast(Detector, model)  # PyTorch types every attribute of a module as Tensor | Module
     chosen = spread(index, count)
     tiles = []
     loader = Loader(chosen, image_size=image_size, batch_size=4, seed=0, shuffle=False)
     for batch in loader.epoch(0):
         output = model(batch.images.to(device).float() / 255)
-        found = model.detect(output, score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=100)
+        found = detector.detect(
+            output, score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=100
+        )
         for row, detections in enumerate(found):
             sample = chosen.samples[int(batch.indices[row])]
             boxes = batch.unletterbox(row, detections.boxes_xyxy.float().cpu(), sample.width, sample.height)
-            scale = TILE / max(sample.width, sample.height)  # drawn at the size shown, so that labels can be read
+            scale = TILE / max(sample.width, sample.height)  # shrunk before drawing, so that labels can be read
             size = (max(1, round(scale * sample.width)), max(1, round(scale * sample.height)))
             picture = Image.fromarray(read_image(sample.image_path)).resize(size, Image.Resampling.BILINEAR)
             truth = labels_of(sample)
@@ -179,7 +186,7 @@ def spread(index: DatasetIndex, count: int) -> DatasetIndex:
 
 
 def labels_of(sample: Sample) -> Detections:
-    """The labelled objects of a picture, as if they had been found, with score 1; without those to be ignored."""
+    """The labelled objects of a picture as detections with score 1, without ignored objects."""
     counts = ~sample.ignore
     boxes_xyxy = torch.from_numpy(sample.boxes_xyxy[counts]).float()
     return Detections(boxes_xyxy, torch.ones(len(boxes_xyxy)), torch.from_numpy(sample.labels[counts]))

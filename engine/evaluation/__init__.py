@@ -1,6 +1,5 @@
-"""A detector measured on a dataset, for train.py and eval.py; the protocols themselves are in metrics/.
+"""Measures a detector on a dataset, for train.py and eval.py. The protocols themselves are in metrics/.
 
-measuring      a model on an index, detections against ground truth
-class_names    which classes of two lists mean the same
+measuring      a model on an index; detections against ground truth
 cross_dataset  a detector on a dataset of other classes
 """

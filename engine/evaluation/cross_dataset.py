@@ -1,13 +1,16 @@
-"""A detector on a dataset whose classes it was not trained for: both are brought to the classes they share.
+"""Evaluates a detector on a dataset with other classes: both are reduced to the classes they share.
 
-class_names.map_classes says which those are. Of the dataset, objects of other classes are taken out. Where such a class
-is near one that is evaluated (a Van and the class car), its objects stay as regions that absorb detections of it, as a
-COCO crowd does; KITTI's DontCare, of no class, stays one for every class evaluated. Of the model's answers, those of
-other classes are dropped. What lies on any other object that was taken out is a false alarm, as on the background.
+datasets.class_names.map_classes decides which classes these are. The others are treated as follows:
+
+    objects of another class        are removed; a detection on one is a false positive, as on the background
+    objects of a near class         (a Van for the class car) become regions that absorb detections of the evaluated
+                                    class, as COCO crowds do
+    KITTI's DontCare                is such a region for every evaluated class
+    detections of another class     are dropped
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,25 +18,24 @@ from torch import Tensor, nn
 
 from datasets.class_names import ClassMap, map_classes
 from datasets.index import ANY_CLASS, DatasetIndex, Sample
-from structures import Detections
+from structures import Detections, Detector
 
-MOST_DETECTIONS = 30_000  # of all classes in a picture, before those of the evaluated ones are chosen
+MOST_DETECTIONS = 30_000  # of all classes in an image, before the evaluated ones are selected
 
 
 def on_common_classes(
     model: nn.Module, index: DatasetIndex, names: tuple[str, ...], given: dict[str, str | None] | None = None
 ) -> tuple[nn.Module, DatasetIndex, ClassMap | None]:
-    """A model with class `names` and a dataset, brought to the classes both know, and what was done to get there.
+    """Reduce a model with class `names` and a dataset to their common classes; also return the ClassMap used.
 
-    Both come back as they are where every class keeps its place; the ClassMap is None where no names were compared:
-    equal lists, and a model whose names are not known ("0", "1", ...) with nothing `given` (as map_classes takes it),
-    whose classes go by their place. Numbers that the dataset has as names too are names. UserError as map_classes
-    raises it.
+    Model and dataset are returned unchanged if every class keeps its column. The ClassMap is None if no names were
+    compared: the lists are equal, or the model has no names ("0", "1", ... without any name of the dataset) and nothing is
+    `given`, so that its classes are matched by column. given, UserError: as in map_classes.
     """
     is_unnamed = names == tuple(map(str, range(len(names)))) and not set(names) & set(index.names)
     if not given and (is_unnamed or names == tuple(index.names)):
         if names != tuple(index.names) and len(names) == len(index.names):
-            print(f"the model's classes have no names: taken for the dataset's by place, {', '.join(index.names)}")
+            print(f"the model's classes have no names, so the dataset's are used in order: {', '.join(index.names)}")
         return model, index, None
     class_map = map_classes(index.names, names, given)
     if class_map.is_identity:
@@ -42,7 +44,7 @@ def on_common_classes(
 
 
 class CommonClasses(nn.Module):
-    """A detector that answers with the evaluated classes of a ClassMap only, in their order."""
+    """A detector that returns only the evaluated classes of a ClassMap, in their order."""
 
     def __init__(self, detector: nn.Module, class_map: ClassMap) -> None:
         super().__init__()
@@ -57,44 +59,52 @@ class CommonClasses(nn.Module):
     def detect(
         self, output: Any, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
-        """The best max_detections of the evaluated classes: other classes take no places among them."""
-        found = self.detector.detect(
+        """The best max_detections among the evaluated classes; detections of other classes do not count."""
+        detector = cast(Detector, self.detector)  # PyTorch types every submodule as Tensor | Module
+        found = detector.detect(
             output, score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=MOST_DETECTIONS
         )
         return [self._choose(detections, max_detections) for detections in found]
 
     def _choose(self, found: Detections, max_detections: int) -> Detections:
         labels = self.labels.to(found.labels.device)[found.labels]
-        keep = (labels >= 0).nonzero().squeeze(1)[:max_detections]  # they come best first
+        keep = (labels >= 0).nonzero().squeeze(1)[:max_detections]  # best first
         return Detections(found.boxes_xyxy[keep], found.scores[keep], labels[keep])
 
 
 def map_index(index: DatasetIndex, class_map: ClassMap) -> DatasetIndex:
-    """The dataset with the evaluated classes alone; pictures without any of their objects stay.
+    """The dataset with the evaluated classes only; pictures without objects of them stay.
 
-    category_ids: where several classes became one, the id of the first.
+    category_ids: the id of the first of several classes that became one.
     """
     evaluated = class_map.evaluated
     ids = index.category_ids
     if ids is not None:
         ids = tuple(ids[class_map.columns.index(column)] for column in evaluated)
     label_of = {column: label for label, column in enumerate(evaluated)}
-    new_labels = [() if column is None else (label_of[column],) for column in class_map.columns]
+    new_labels: list[tuple[int, ...]] = [() if column is None else (label_of[column],) for column in class_map.columns]
     near_labels = [tuple(label_of[column] for column in columns) for columns in class_map.near]
     samples = tuple(map_sample(sample, new_labels, near_labels) for sample in index.samples)
     return replace(index, names=class_map.names, samples=samples, category_ids=ids)
 
 
 def map_sample(sample: Sample, new_labels: list[tuple[int, ...]], near_labels: list[tuple[int, ...]]) -> Sample:
-    """One picture; new_labels and near_labels: what an object of each class becomes, and is near to."""
-    rows, labels, is_near = [], [], []
+    """One picture with mapped labels.
+
+    new_labels: for each class of the dataset, the label that its objects get; empty if they are removed.
+    near_labels: for each class of the dataset, the labels of the evaluated classes that it is near.
+    """
+    assert sample.crowd is not None  # Sample fills it in
+    kept: list[int] = []
+    labels: list[int] = []
+    absorbs: list[bool] = []
     for row, label in enumerate(sample.labels.tolist()):
         become = (ANY_CLASS,) if label == ANY_CLASS else new_labels[label]
         near = () if label == ANY_CLASS else near_labels[label]
-        rows += [row] * len((*become, *near))
+        kept += [row] * len((*become, *near))
         labels += [*become, *near]
-        is_near += [False] * len(become) + [True] * len(near)
-    rows, is_near = np.array(rows, dtype=np.int64), np.array(is_near, dtype=bool)
+        absorbs += [False] * len(become) + [True] * len(near)
+    rows, is_near = np.array(kept, dtype=np.int64), np.array(absorbs, dtype=bool)
     return replace(
         sample,
         boxes_xyxy=sample.boxes_xyxy[rows],
@@ -102,5 +112,5 @@ def map_sample(sample: Sample, new_labels: list[tuple[int, ...]], near_labels: l
         ignore=sample.ignore[rows] | is_near,
         area=sample.area[rows],
         crowd=sample.crowd[rows] | is_near,
-        class_scores=None,  # an evaluation asks for labels alone
+        class_scores=None,  # an evaluation uses labels only
     )

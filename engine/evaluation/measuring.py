@@ -1,16 +1,16 @@
-"""A detector on a dataset, and detections against ground truth: what train.py measures with and eval.py prints.
+"""Measures a detector on a dataset, and detections against ground truth, for train.py and eval.py.
 
-    evaluate_model(model, index, ...)     runs the model over the pictures of an index, in one process or in many
-    measure(ground_truth, detections)     the numbers of a protocol and the detection report, without a model
+    evaluate_model(model, index, ...)     runs the model over the pictures of an index, in one or many processes
+    measure(ground_truth, detections)     computes a protocol's numbers and the detection report, without a model
 
-Both give an EvaluationResult.
+Both return an EvaluationResult.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from engine.runtime.processes import use_bfloat16
 from errors import UserError
 from metrics import coco, report, voc
 from metrics.tables import DetectionTable, GroundTruth, ground_truth_from_samples
-from structures import Detections
+from structures import Detections, Detector
 
 Protocol = Literal["coco", "voc07", "voc12"]
 NOT_FINITE_EXIT_CODE = 3
@@ -31,12 +31,12 @@ NOT_FINITE_EXIT_CODE = 3
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
-    """All that was measured. `numbers` and `ap` are of the protocol, `report` is the same for all of them.
+    """Everything that was measured. `numbers` and `ap` depend on the protocol, `report` does not.
 
     ap_result: the CocoResult or VocResult.
     ap50, ap (K,): AP of each class at IoU 0.5 and over the IoU thresholds; -1 for a class without objects.
-    seconds: of "loading", "inference" (with NMS) and "metrics"; the first two 0 without a model.
-    class_map: where the model's classes had to be brought to the dataset's.
+    seconds: time of "loading", "inference" (with NMS) and "metrics"; the first two are 0 without a model.
+    class_map: how the model's classes were mapped to the dataset's; None if they were not.
     """
 
     protocol: Protocol
@@ -49,7 +49,7 @@ class EvaluationResult:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """precision, recall, F1 (class means at the best mean F1), mAP50, mAP50-95, and the protocol's numbers."""
+        """precision, recall and F1 (class means at the best mean F1), mAP50, mAP50-95, and the protocol's numbers."""
         best = self.report.best
         return {
             "precision": best.mean_precision,
@@ -71,13 +71,13 @@ class EvaluationResult:
         return self.ap_result.ap if isinstance(self.ap_result, coco.CocoResult) else self.ap_result.ap.mean(axis=0)
 
     def table(self) -> str:
-        """`Class Images Instances P R mAP50 mAP50-95`, an "all" row and one per class."""
+        """Columns `Class Images Instances P R mAP50 mAP50-95`; a row for all classes and one for each."""
         thresholds = 100 * self.ap_result.iou_thresholds
         span = f"mAP{thresholds[0]:.0f}" + (f"-{thresholds[-1]:.0f}" if len(thresholds) > 1 else "")
         return report.format_table(self.report, self.ap50, self.ap, columns=("mAP50", span))
 
     def text(self) -> str:
-        """What eval.py prints."""
+        """The lines that eval.py prints."""
         best, given = self.report.best, self.report.given
         lines = [] if self.class_map is None else [*self.class_map.lines(), ""]
         if isinstance(self.ap_result, coco.CocoResult):
@@ -95,27 +95,28 @@ class EvaluationResult:
         return "\n".join(lines)
 
     def to_tree(self) -> dict[str, Any]:
-        """Plain values for JSON; None where a number is nan, -1 where AP has nothing to measure."""
-        rows, measured = self.ap_result.per_class, self.report
+        """Plain values for JSON: None for nan, -1 for the AP of a class without objects."""
+        measured = self.report
+        rows: dict[str, dict[str, Any]] = {name: {**own} for name, own in self.ap_result.per_class.items()}
         points = {"best_f1": measured.best, "given": measured.given}
         for k, name in enumerate(measured.names):
             own = {"images": int(measured.images[k]), "instances": int(measured.instances[k])}
-            at_best = {p: _plain(getattr(measured.best, p)[k]) for p in ("precision", "recall", "f1")}
+            at_best = {p: _nan_to_none(getattr(measured.best, p)[k]) for p in ("precision", "recall", "f1")}
             rows[name] = own | at_best | rows[name]
         return {
             "protocol": self.protocol,
             "class_map": self.class_map and self.class_map.to_tree(),
             "images": self.ground_truth.num_images,
             "detections": len(self.detections),
-            "numbers": {name: _plain(value) for name, value in self.numbers.items()},
+            "numbers": {name: _nan_to_none(value) for name, value in self.numbers.items()},
             "AP_at_IoU": {f"{t:.2f}": value for t, value in self.ap_result.ap_per_iou.items()},
             "per_class": rows,
             "at_score": {
                 kind: {
                     "score_threshold": point.score_threshold,
-                    "precision": _plain(point.mean_precision),
-                    "recall": _plain(point.mean_recall),
-                    "f1": _plain(point.mean_f1),
+                    "precision": _nan_to_none(point.mean_precision),
+                    "recall": _nan_to_none(point.mean_recall),
+                    "f1": _nan_to_none(point.mean_f1),
                 }
                 for kind, point in points.items()
             },
@@ -131,7 +132,7 @@ class EvaluationResult:
         }
 
 
-def _plain(value: float) -> float | None:
+def _nan_to_none(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
@@ -145,13 +146,14 @@ def measure(
     report_score: float = 0.25,
     seconds: dict[str, float] | None = None,
 ) -> EvaluationResult:
-    """The numbers of a protocol and the detection report, from boxes in continuous coordinates.
+    """Compute a protocol's numbers and the detection report from boxes in continuous coordinates.
 
-    ignore_difficult: objects marked difficult, which training ignores, are neither found nor missed; the VOC protocols
-        ignore them always.
-    report_score: the score threshold of the confusion matrix and of the report's given operating point.
+    ignore_difficult: objects marked difficult, which training ignores, count neither as found nor as missed. The VOC
+        protocols always ignore them.
+    report_score: score threshold of the confusion matrix and of the report's given operating point.
     """
     began = time.perf_counter()
+    ap_result: coco.CocoResult | voc.VocResult
     if protocol == "coco":
         ap_result = coco.evaluate(
             ground_truth, detections, iou_thresholds=iou_thresholds, ignore_difficult=ignore_difficult
@@ -189,18 +191,18 @@ def evaluate_model(
     sharded: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
-    """Run a detector over every picture of an index and measure what it finds, in pixels of the original pictures.
+    """Run a detector over every picture of an index and measure its detections in pixels of the original pictures.
 
-    The model is put in eval mode, without gradients, and left in the mode it was in. Memory grows with the
-    detections and one batch. Of each class in an image the COCO numbers use the best 100 detections.
+    The model runs in eval mode, without gradients; its mode is restored afterwards. Memory grows with the number of
+    detections and with one batch. The COCO numbers use the best 100 detections of each class in an image.
 
     Args:
-        score_threshold, iou_threshold, max_detections: of model.detect, max_detections for each image.
-        loader: unshuffled, over all of `index`, or with `sharded` over this process's part of it; made from image_size,
-            batch_size, workers and cache where None.
-        sharded: every process of the torch.distributed group calls this at the same time and takes its part of
-            the pictures; all of them get the whole result. Otherwise the caller works alone.
-        on_batch: called with batches done and batches in all.
+        score_threshold, iou_threshold, max_detections: arguments of model.detect; max_detections is per image.
+        loader: unshuffled, over all of `index`, or with `sharded` over this process's part of it. None: made from
+            image_size, batch_size, workers and cache.
+        sharded: every process of the torch.distributed group calls this at the same time and takes its part of the
+            pictures; each gets the whole result. Otherwise the caller works alone.
+        on_batch: called with the number of batches done and their total.
     """
     num_classes = getattr(model, "num_classes", len(index.names))
     if num_classes != len(index.names):
@@ -232,7 +234,7 @@ def evaluate_model(
         parts: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(parts, detections)
         detections = DetectionTable.concatenate(parts)
-        # As one process would have had them: every image once, in the order of the index.
+        # The order that one process gives: the order of the index, every image once.
         detections = detections[np.argsort(detections.image, kind="stable")]
     return measure(
         ground_truth_from_samples(index.samples, index.names),
@@ -254,10 +256,11 @@ def detect_all(
     settings: dict[str, Any],
     on_batch: Callable[[int, int], None] | None,
 ) -> tuple[DetectionTable, dict[str, float]]:
-    """What a model in eval mode finds in the loader's pictures, and the seconds of "loading" and "inference".
+    """The detections of a model in eval mode on the loader's pictures, and the seconds of "loading" and "inference".
 
     settings: keyword arguments of model.detect.
     """
+    detector = cast(Detector, model)  # PyTorch types every attribute of a module as Tensor | Module
     tables, seconds = [], {"loading": 0.0, "inference": 0.0}
     began = time.perf_counter()
     for number, batch in enumerate(loader.epoch(0), 1):
@@ -266,7 +269,7 @@ def detect_all(
         images = batch.images.to(device, non_blocking=True).float() / 255  # (B, 3, S, S)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
             output = model(images)
-        tables.append(to_table(model.detect(output, **settings), batch, index))
+        tables.append(to_table(detector.detect(output, **settings), batch, index))
         seconds["inference"] += time.perf_counter() - began
         if on_batch is not None:
             on_batch(number, len(loader))
@@ -275,7 +278,7 @@ def detect_all(
 
 
 def to_table(found: list[Detections], batch: Batch, index: DatasetIndex) -> DetectionTable:
-    """The detections of a batch, in pixels of the original pictures; `image` is the row of index.samples."""
+    """The detections of a batch in pixels of the original pictures; column `image` is the row of index.samples."""
     tables = []
     for row, detections in enumerate(found):
         sample = index.samples[int(batch.indices[row])]

@@ -1,7 +1,7 @@
-"""What predict.py is made of: it reads, detects and writes.
+"""The parts of predict.py: it reads, detects and writes.
 
-predictor  a detector for pictures of any size, answers in their pixels
-sources    pictures, folders, patterns, video files and webcams, found and named
-video      frames in and out
-files      predictions.json and YOLO's text files
+predictor  a detector for pictures of any size, with boxes in their pixels
+sources    finds and names pictures, videos and webcams
+video      reads and writes video frames
+files      writes predictions.json and YOLO's text files
 """

@@ -1,4 +1,4 @@
-"""What predict.py writes beside the drawn copies: predictions.json and YOLO's text files, complete or not at all."""
+"""The files that predict.py writes besides drawn pictures: predictions.json and YOLO's text files, never in part."""
 
 import contextlib
 import json
@@ -6,6 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import TextIO
 
 import torch
 
@@ -18,10 +20,10 @@ CLASS_LIST = "classes.txt"
 
 
 class PredictionFiles:
-    """predictions.json and labels/ with the list of classes, written as the detections come; a context.
+    """A context that writes predictions.json, labels/ and the list of classes as the detections come.
 
-    predictions.json grows under another name and gets its own at the end, so that a long video needs no memory;
-    after an error there is none.
+    predictions.json grows under a temporary name, so that a long video needs no memory, and is renamed at the end.
+    After an error there is none.
     """
 
     def __init__(self, output: Path, names: Sequence[str], *, write_json: bool, write_txt: bool) -> None:
@@ -29,7 +31,8 @@ class PredictionFiles:
 
     def __enter__(self) -> "PredictionFiles":
         self._open = contextlib.ExitStack()
-        self._json, self._separator = None, "[\n"
+        self._json: TextIO | None = None
+        self._separator = "[\n"
         if self.write_txt and not is_unnamed(self.names):
             with complete_file(self.output / "labels" / CLASS_LIST) as path:
                 path.write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8")
@@ -38,15 +41,17 @@ class PredictionFiles:
             self._json = self._open.enter_context(open(path, "w", encoding="utf-8"))
         return self
 
-    def __exit__(self, kind: type | None, *error: object) -> bool | None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
         if self._json is not None and kind is None:
             self._json.write("\n]\n" if self._separator == ",\n" else "[\n\n]\n")
-        return self._open.__exit__(kind, *error)
+        return self._open.__exit__(kind, error, trace)
 
     def add(
         self, source: Source, image_id: int, found: Detections, size: tuple[int, int], frame: Frame | None = None
     ) -> None:
-        """size: (width, height). frame: of a video, or None for a picture."""
+        """Write the detections of one picture or frame. size: (width, height). frame: None for a picture."""
         if self._json is not None:
             for row in json_rows(image_id, str(source.path), found, self.names, frame):
                 self._json.write(self._separator + json.dumps(row, ensure_ascii=False))
@@ -58,7 +63,7 @@ class PredictionFiles:
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """A name to write to; the file gets its own name once the context ends well, and is removed otherwise."""
+    """A temporary name to write to; the file is renamed to `path` at the end, and removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -72,7 +77,7 @@ def complete_file(path: Path) -> Iterator[Path]:
 def json_rows(
     image_id: int, file_name: str, found: Detections, names: Sequence[str], frame: Frame | None = None
 ) -> list[dict]:
-    """One picture's or frame's part of predictions.json."""
+    """The entries of one picture or frame in predictions.json."""
     moment = {} if frame is None else {"frame": frame.number, "seconds": round(frame.seconds, 6)}
     boxes = xyxy_to_xywh(found.boxes_xyxy.double())
     return [
@@ -83,14 +88,14 @@ def json_rows(
             "category_id": label,
             "category_name": names[label],
             "bbox": [round(value, 6) for value in box],
-            "score": float(f"{score:.9g}"),  # all that float32 holds: an evaluation orders by it
+            "score": float(f"{score:.9g}"),  # all digits of a float32: an evaluation sorts by it
         }
         for box, score, label in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist())
     ]
 
 
 def yolo_text(found: Detections, width: int, height: int) -> str:
-    """One picture's label file: `class center_x center_y width height score`, fractions of the picture's size."""
+    """A label file with lines `class center_x center_y width height score`, as fractions of the picture's size."""
     size = torch.tensor([width, height, width, height], dtype=torch.float64)
     boxes = xyxy_to_cxcywh(found.boxes_xyxy.double()) / size
     rows = zip(found.labels.tolist(), boxes.tolist(), found.scores.tolist())
@@ -98,12 +103,12 @@ def yolo_text(found: Detections, width: int, height: int) -> str:
 
 
 def is_unnamed(names: Sequence[str]) -> bool:
-    """Whether a model's names are only its numbers: its file named no classes."""
+    """Whether the class names are only numbers, because the model's file has none."""
     return tuple(names) == tuple(map(str, range(len(names))))
 
 
-def count_words(labels: Counter[int], names: Sequence[str]) -> str:
-    """`3 RBC, 1 WBC`: the most frequent first."""
+def format_counts(labels: Counter[int], names: Sequence[str]) -> str:
+    """`3 RBC, 1 WBC`, the most frequent first."""
     return ", ".join(f"{count} {names[label]}" for label, count in labels.most_common()) or "nothing"
 
 
@@ -112,7 +117,7 @@ def drawn_path(output: Path, source: Source) -> Path:
 
 
 def text_path(output: Path, source: Source, frame: Frame | None = None) -> Path:
-    """Where the labels of a picture go, or of a frame: into the folder of its video."""
+    """Label file of a picture, or of a frame, in the folder of its video."""
     if frame is None:
         return output / "labels" / source.name.with_name(source.name.name + ".txt")
     return output / "labels" / source.name.with_name(source.name.name + ".mp4") / f"{frame.number:06d}.txt"

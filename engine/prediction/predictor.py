@@ -1,4 +1,4 @@
-"""A detector that takes pictures as they are and answers in their pixels: for predict.py, app.py and compare.py."""
+"""A detector for pictures of any size, with boxes in their pixels: for predict.py, app.py and compare.py."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from structures import Detections
 
 
 class Predictor:
-    """A copy of a detector, its BatchNorms folded away, for pictures of any size."""
+    """A copy of a detector with its BatchNorms folded, for pictures of any size."""
 
     def __init__(
         self,
@@ -26,7 +26,8 @@ class Predictor:
         bfloat16: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.model = fuse(model).to(self.device, memory_format=torch.channels_last)
+        fused = fuse(model).to(self.device)
+        self.model = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
         self.image_size = image_size
         self.settings = dict(
             score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=max_detections
@@ -35,7 +36,7 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        """uint8 RGB (h, w, 3) each -> Detections on the CPU, in pixels of the picture and clipped to it."""
+        """Pictures, uint8 RGB (h, w, 3) each -> Detections on the CPU, in pixels of the picture and clipped to it."""
         squares = [letterbox(picture, self.image_size) for picture in pictures]
         images = torch.from_numpy(np.stack([square for square, _, _ in squares])).to(self.device)  # (B, S, S, 3)
         images = images.permute(0, 3, 1, 2).float() / 255  # (B, 3, S, S), channels_last in memory

@@ -1,4 +1,4 @@
-"""What predict.py looks at: pictures, folders, patterns, video files and webcams, found and named."""
+"""Finds the inputs of predict.py (pictures, folders, patterns, video files, webcams) and names their outputs."""
 
 import glob
 import re
@@ -16,9 +16,11 @@ WEBCAM = re.compile(r"webcam(?::(\d+))?")
 
 @dataclass(frozen=True)
 class Source:
-    """A file or a webcam, and its name below the output folder, without a suffix.
+    """A file or a webcam.
 
-    is_named: given by its own name, not found in a folder or by a pattern. camera: the number of a webcam.
+    name: its path below the output folder, without a suffix.
+    is_named: whether it was given by its own name, not found in a folder or by a pattern.
+    camera: the number of a webcam.
     """
 
     path: Path
@@ -32,7 +34,7 @@ class Source:
 
 
 def find_pictures(sources: Sequence[str]) -> list[Source]:
-    """As find_sources, pictures alone."""
+    """The same as find_sources, for pictures only."""
     found: dict[Path, Source] = {}
     for source in sources:
         _add_files(found, source, (*SUFFIXES, *UNREAD), f"holds no picture ({', '.join(SUFFIXES)})")
@@ -40,12 +42,12 @@ def find_pictures(sources: Sequence[str]) -> list[Source]:
 
 
 def find_sources(sources: Sequence[str]) -> list[Source]:
-    """The pictures and videos of files, folders (and their subfolders) and patterns, each once, in the order given.
+    """The pictures and videos of files, folders (with subfolders) and patterns, each once, in the order given.
 
-    In a folder or a pattern only files with a picture's or a video's suffix count, those of formats that are not read
-    among them, so that reading refuses them by name; a file given by name is always taken, as a picture where it has
-    no video's suffix. `webcam` and `webcam:1` are cameras, where no file has that
-    name. Two sources that would be written under one name get different ones: `a`, `a-2`.
+    Folders and patterns yield files with the suffix of a picture or a video, including picture formats that cannot be
+    read: reading them later gives an error with their name. A file given by name is always taken, as a picture unless
+    it has a video's suffix. `webcam` and `webcam:1` are cameras unless a file has that name. Sources with the same
+    output name get different ones: `a`, `a-2`.
     """
     found: dict[Path, Source] = {}
     for source in sources:
@@ -61,7 +63,7 @@ def find_sources(sources: Sequence[str]) -> list[Source]:
 
 
 def _add_files(found: dict[Path, Source], source: str, suffixes: tuple[str, ...], fault: str) -> None:
-    """Into `found`, by the resolved path, what one argument stands for."""
+    """Add the files that one argument stands for to `found`, by resolved path."""
     path = Path(source)
     if path.is_dir():
         files = list_files(path, suffixes, follow_texts=True)

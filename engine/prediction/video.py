@@ -1,8 +1,8 @@
-"""Video in and out, through PyAV: frames upright and with their times, the sound left behind.
+"""Reads and writes video with PyAV: upright frames with their times, without sound.
 
-Reading takes containers of video alone: a playlist named *.mp4, which would have other files or addresses opened, is
-no video here. A frame that cannot be decoded, or that its decoder calls corrupt, is counted and skipped; the frames
-after it, which are predicted from it, may still show traces.
+Only video containers are read. A playlist named *.mp4 is refused: it would open other files or addresses. A frame that
+cannot be decoded, or that the decoder marks as corrupt, is counted and skipped; later frames that depend on it may
+still show traces of the damage.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,23 +23,27 @@ if TYPE_CHECKING:
     import av
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv")
-CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,m4v,h264,hevc,ivf"  # what may be opened
+CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,m4v,h264,hevc,ivf"  # the formats that FFmpeg may open
+)
 CAMERA_FORMAT, CAMERA_PATH = "v4l2", "/dev/video{}"
-ENCODERS = {"libx264": {"preset": "veryfast", "crf": "20"}, "mpeg4": {"qscale": "3"}}  # the first that exists is taken
-MPEG4_MOST_TICKS = 65535  # a second, by the standard (ISO/IEC 14496-2, vop_time_increment_resolution)
-USUAL_FRAME_RATE = Fraction(25)  # where a stream says nothing of its rate
-BT709, LIMITED_RANGE = 1, 1  # of colour matrix, primaries and transfer, and of the range (ITU-T H.273)
+ENCODERS = {"libx264": {"preset": "veryfast", "crf": "20"}, "mpeg4": {"qscale": "3"}}  # the first that exists is used
+MPEG4_MOST_TICKS = 65535  # per second (ISO/IEC 14496-2, vop_time_increment_resolution)
+USUAL_FRAME_RATE = Fraction(25)  # of a stream without a rate
+BT709, LIMITED_RANGE = 1, 1  # colour matrix, primaries and transfer; range (ITU-T H.273)
 
 
-def require_av():
+def require_av() -> Any:
+    """The module av. UserError if it is not installed."""
     return require("av", "video", "reading and writing video")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """pixels: upright uint8 (H, W, 3) RGB. number: of the frames, from 0, broken ones counted.
+    """One frame of a video.
 
-    ticks: when it is shown, in units of VideoReader.time_base since the first frame; strictly increasing.
+    pixels: upright uint8 (H, W, 3) RGB. number: from 0; broken frames count. ticks: display time since the first frame
+    in units of VideoReader.time_base, strictly increasing. seconds: the same in seconds.
     """
 
     pixels: np.ndarray
@@ -49,23 +53,28 @@ class Frame:
 
 
 class VideoReader:
-    """The frames of a video file or a camera, one after another; a context, and an iterator that runs once.
+    """The frames of a video file or a camera: a context, and an iterator that runs once.
 
-    width, height: of the first frame, upright. frame_rate: mean frames per second, a Fraction. frame_count: what the
-    header says, 0 where it says nothing (a camera). has_sound, is_turned: whether there is sound, and a rotation.
-    pixel_shape: width of a pixel by its height. broken: frames skipped until now, first_fault: the first of them.
+    width, height: of the first frame, upright. frame_rate: mean frames per second, a Fraction. frame_count: from the
+    header, 0 if unknown (a camera). has_sound, is_turned: whether there is sound, and whether frames were rotated.
+    pixel_shape: width over height of a pixel. broken: number of frames skipped so far; first_fault: why the first was.
 
-    UserError: the file is no video, a frame is too large, no frame at all can be decoded, or there is no such camera.
+    UserError: the file is no video, a frame is too large, no frame can be decoded, or there is no such camera.
     """
 
     def __init__(self, path: Path | None = None, *, camera: int | None = None) -> None:
         self.av = require_av()
         self.name = str(path) if camera is None else f"webcam:{camera}"
         self.broken, self.first_fault = 0, ""
-        self._container = self._open(path) if camera is None else self._open_camera(camera)
+        if camera is not None:
+            self._container = self._open_camera(camera)
+        else:
+            assert path is not None  # a file or a camera
+            self._container = self._open(path)
         try:
             self._stream = self._find_stream()
-            self._good, self._last, self._offset = 0, None, 0
+            self._good, self._offset = 0, 0
+            self._last: int | None = None
             self._decoded = self._decode()
             self._first = next(self._decoded, None)
         except BaseException:
@@ -74,7 +83,7 @@ class VideoReader:
         if self._first is None:
             self.close()
             fault = f" ({self.first_fault})" if self.first_fault else ""
-            raise UserError(f"{self.name}: no frame of it can be decoded{fault}, expected a video")
+            raise UserError(f"{self.name}: no frame can be decoded{fault}, expected a video")
         self.height, self.width = self._first.pixels.shape[:2]
 
     def __enter__(self) -> "VideoReader":
@@ -95,24 +104,24 @@ class VideoReader:
     def _open(self, path: Path) -> "av.container.InputContainer":
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
         try:
-            return self.av.open(f"file:{path}", options=options)  # "file:", or a name such as a:b.mp4 is a protocol
+            return self.av.open(f"file:{path}", options=options)  # without "file:", a:b.mp4 is a protocol
         except self.av.FFmpegError as error:
-            raise UserError(f"{path}: {fault_words(error)}, expected a video ({', '.join(SUFFIXES)})") from None
+            raise UserError(f"{path}: {describe_fault(error)}, expected a video ({', '.join(SUFFIXES)})") from None
 
     def _open_camera(self, number: int) -> "av.container.InputContainer":
         device = CAMERA_PATH.format(number)
         try:
             return self.av.open(device, format=CAMERA_FORMAT)
         except self.av.FFmpegError as error:
-            raise UserError(f"webcam:{number}: {device}: {fault_words(error)}, expected a camera") from None
+            raise UserError(f"webcam:{number}: {device}: {describe_fault(error)}, expected a camera") from None
         except ValueError:
-            expected = "expected one with Video4Linux (v4l2), through which webcams are read"
+            expected = "expected one with Video4Linux (v4l2), which webcams are read through"
             raise UserError(f"webcam:{number}: this system is {sys.platform}, {expected}") from None
 
     def _find_stream(self) -> "av.VideoStream":
-        stream = self._container.streams.best("video")
+        stream = cast("av.VideoStream | None", self._container.streams.best("video"))  # "video" is its type
         if stream is None:
-            raise UserError(f"{self.name}: has no pictures in it, expected a video")
+            raise UserError(f"{self.name}: has no video stream, expected a video")
         codec = stream.codec_context
         if codec is None:
             raise UserError(f"{self.name}: found a codec that PyAV cannot decode, expected a video")
@@ -133,10 +142,10 @@ class VideoReader:
             try:
                 frames = self._stream.decode(packet)
             except self.av.FFmpegError as error:
-                self._skip(fault_words(error))
+                self._skip(describe_fault(error))
                 continue
             for frame in frames:
-                # AVI holds no times of presentation; those FFmpeg makes up for frames out of order run back and forth
+                # AVI has no display times, and those that FFmpeg derives for reordered frames are not monotonic
                 ticks = self._tick(frame.dts if self._container.format.name == "avi" else frame.pts)
                 if frame.is_corrupt:
                     self._skip("corrupt data")
@@ -145,11 +154,11 @@ class VideoReader:
                 self._good += 1
 
     def _packets(self) -> Iterator["av.Packet | None"]:
-        """The stream's packets; at the end what makes the decoder give out what it still holds."""
+        """The packets of the stream; after an error None, which makes the decoder return the frames it still holds."""
         try:
             yield from self._container.demux(self._stream)
-        except self.av.FFmpegError as error:  # where the file itself cannot be followed any further
-            self._skip(fault_words(error))
+        except self.av.FFmpegError as error:  # the file cannot be read any further
+            self._skip(describe_fault(error))
             yield None
 
     def _skip(self, fault: str) -> None:
@@ -157,7 +166,7 @@ class VideoReader:
         self.first_fault = self.first_fault or fault
 
     def _tick(self, pts: int | None) -> int:
-        """Time since the first frame. A frame without a time, or one of a clock set back, follows the one before it."""
+        """Time since the first frame. A frame without a time, or with an earlier one, follows the previous frame."""
         if self._last is None:
             self._offset, self._last = -(pts or 0), 0
         elif pts is not None and pts + self._offset > self._last:
@@ -173,7 +182,8 @@ class VideoReader:
         matrix = frame.side_data.get(self.av.sidedata.sidedata.Type.DISPLAYMATRIX)
         if matrix is None:
             return pixels
-        turned = turn(pixels, np.frombuffer(matrix, dtype=np.int32).reshape(3, 3))
+        numbers = np.frombuffer(cast(memoryview, matrix), dtype=np.int32)  # PyAV's side data is a buffer
+        turned = turn(pixels, numbers.reshape(3, 3))
         if turned is not pixels and not self.is_turned:
             self.is_turned = True
             if turned.shape[:2] != pixels.shape[:2]:
@@ -182,10 +192,10 @@ class VideoReader:
 
 
 def turn(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """A stored frame (H, W, 3) as its display matrix (3, 3) wants it shown: one of the eight ways to lay it.
+    """Rotate and flip a stored frame (H, W, 3) by its display matrix (3, 3).
 
-    A stored point (x, y) is shown at (x, y) @ matrix[:2, :2], up to a shift (ISO/IEC 14496-12, 6.2.2). Angles between
-    the quarter turns become the nearest of them. The same array comes back where nothing is to be done.
+    A stored point (x, y) is shown at (x, y) @ matrix[:2, :2], up to a shift (ISO/IEC 14496-12, 6.2.2). Angles are
+    rounded to quarter turns. An upright frame is returned as it is.
     """
     (a, b), (c, d) = matrix[:2, :2].astype(np.int64).tolist()
     is_transposed = abs(b) + abs(c) > abs(a) + abs(d)
@@ -197,14 +207,14 @@ def turn(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 class VideoWriter:
-    """An MP4 file of frames at given times: H.264 where PyAV has libx264, else MPEG-4 part 2; no sound.
+    """Writes an MP4 file of frames at given times, without sound: H.264 if PyAV has libx264, else MPEG-4 part 2.
 
-    A context: the file has its name only once it is complete. After an error there is no file; after a
-    KeyboardInterrupt there is one with the frames written until then. Frames of another size than (width, height) are
-    scaled to it; odd sizes get one row or column more, a copy of the last one, for the colours of H.264 are kept for
-    2 x 2 pixels. Frames are shown at `ticks` x time_base; MPEG-4 rounds them to its 65,535 ticks a second.
+    A context. The file gets its name once it is complete; after an error there is no file, after a KeyboardInterrupt it
+    holds the frames written so far. Frames of another size are scaled to (width, height). An odd size gets one more row
+    or column, a copy of the last one, because H.264 stores colour for blocks of 2 x 2 pixels. Frames are shown at
+    `ticks` x time_base; MPEG-4 rounds these times to 65,535 ticks per second.
 
-    UserError with exit code 5 where the file cannot be written.
+    UserError with exit code 5 if the file cannot be written.
     """
 
     def __init__(
@@ -243,7 +253,7 @@ class VideoWriter:
         return self
 
     def write(self, pixels: np.ndarray, ticks: int) -> None:
-        """pixels: uint8 (H, W, 3) RGB. ticks: strictly increasing, in units of the time_base given."""
+        """Add a frame. pixels: uint8 (H, W, 3) RGB. ticks: strictly increasing, in units of the given time_base."""
         height, width = pixels.shape[:2]
         if (width + width % 2, height + height % 2) == (self.width, self.height):
             pixels = np.pad(pixels, ((0, self.height - height), (0, self.width - width), (0, 0)), mode="edge")
@@ -279,9 +289,9 @@ class VideoWriter:
             yield
         except (self.av.FFmpegError, OSError) as error:
             self._discard()
-            raise UserError(f"{self.path}: could not be written: {fault_words(error)}", DISK_EXIT_CODE) from None
+            raise UserError(f"{self.path}: could not be written: {describe_fault(error)}", DISK_EXIT_CODE) from None
 
 
-def fault_words(error: Exception) -> str:
-    """FFmpeg's words for what is wrong, without the call it happened in."""
+def describe_fault(error: Exception) -> str:
+    """FFmpeg's description of an error, without the call in which it happened."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -1,9 +1,9 @@
-"""What every command needs while it runs, and that knows no model.
+"""What every command needs while it runs, whatever the model.
 
-processes     one process or those of torchrun, the device, bfloat16
-interruption  signals, asked after each step
+processes     one process or a torchrun group, the device, bfloat16
+interruption  Ctrl-C and SIGTERM, checked after each step
 progress      a bar or lines, and TensorBoard
 run_folder    runs/<name>/ and how files are written there
-peak_memory   the highest memory of a stretch of work
-timing        fair times of things that compete
+peak_memory   peak memory of a piece of work
+timing        fair timing of competing functions
 """

@@ -1,31 +1,35 @@
-"""SIGINT and SIGTERM as a question that the training loop asks after each step."""
+"""SIGINT and SIGTERM as a flag that a loop checks after each step."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # as signal.signal takes and returns it
 
 
 class StopRequested(Exception):
-    """Raised between two points that are saved anyway; see StopSignals.may_raise."""
+    """Raised by a signal while StopSignals.may_raise is set."""
 
 
 class StopSignals:
-    """While this context is open, the first SIGINT or SIGTERM is noted in `received` and the second one kills.
+    """A context in which the first SIGINT or SIGTERM only sets `received`, and the second one kills the process.
 
-    `may_raise`: set it where nothing is lost by stopping at once (an evaluation after a save); a signal then raises
-    StopRequested there.
+    may_raise: set it while nothing would be lost by stopping at once (an evaluation after a save). The first signal
+        then also raises StopRequested.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.may_raise = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> "StopSignals":
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
         except ValueError:
-            pass  # not the main thread (a notebook, a server): whoever owns the process keeps its signals
+            pass  # not the main thread (a notebook, a server): the owner of the process keeps its signals
         return self
 
     def __exit__(self, *error: object) -> None:

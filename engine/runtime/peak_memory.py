@@ -1,4 +1,4 @@
-"""How much memory a stretch of work took at its highest, of this process or of its GPU."""
+"""Peak memory of a piece of work: of this process, or of its GPU."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ import torch
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count from here on. Only Linux can forget what a process took before; elsewhere the whole process counts."""
+    """Start counting here. Outside Linux the peak of the process cannot be reset and counts from its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
@@ -16,7 +16,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gigabytes(device: torch.device) -> float | None:
-    """10^9 bytes: allocated on a GPU, else resident in this process, libraries included; None where nobody knows."""
+    """In 10^9 bytes: allocated on a GPU, else resident in this process with its libraries; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with contextlib.suppress(OSError, StopIteration):

@@ -1,4 +1,4 @@
-"""The processes of a run: one alone, or those torchrun started. DistributedDataParallel does the work."""
+"""The processes of a run: one alone, or a group that torchrun started. DistributedDataParallel does the work."""
 
 import contextlib
 import ctypes
@@ -13,10 +13,10 @@ from errors import UserError
 
 
 class Processes:
-    """Rank and number of this run's processes, and the few things they have to agree on.
+    """Rank and number of this run's processes, and what they exchange.
 
-    Under torchrun (RANK and WORLD_SIZE are set) the group is joined on entering the context, nccl with GPUs and gloo
-    without; alone every method is a no-op on its argument.
+    Under torchrun (RANK and WORLD_SIZE are set), entering the context joins the group: nccl with GPUs, gloo without.
+    In a single process every method returns its argument.
     """
 
     def __init__(self, device: str = "auto") -> None:
@@ -37,7 +37,7 @@ class Processes:
             dist.destroy_process_group()
 
     def from_first(self, value: Any) -> Any:
-        """The first process's value, in all of them."""
+        """The value of process 0, in every process."""
         if self.count == 1:
             return value
         box = [value]
@@ -45,7 +45,7 @@ class Processes:
         return box[0]
 
     def check_same(self, what: str, value: Any) -> None:
-        """UserError where the processes differ, e.g. in the pictures they see."""
+        """UserError if the processes differ in a value, e.g. in the pictures they read."""
         if self.count > 1 and self.from_first(value) != value:
             raise UserError(f"process {self.rank} of {self.count} has another {what} than process 0")
 
@@ -58,37 +58,37 @@ class Processes:
         return bool(shared)
 
     def wrap(self, module: nn.Module, *, find_unused: bool) -> nn.Module:
-        """The module under DistributedDataParallel, which averages its gradients over the processes."""
+        """The module in DistributedDataParallel, which averages its gradients over the processes."""
         if self.count == 1:
             return module
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=find_unused)
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether an error says that another process of the group is gone.
+    """Whether an error means that another process of the group is gone.
 
-    nccl and the store raise DistError; gloo has no type for a closed connection and raises a plain RuntimeError, which
-    only its text tells from others.
+    nccl and the store raise DistError. gloo has no type for a closed connection: it raises a plain RuntimeError that
+    only its text tells apart.
     """
     return isinstance(error, dist.DistError) or "by peer" in str(error)
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free, for the next step, instead of giving it back to the system.
+    """Let the C library keep freed memory for the next step instead of returning it to the system.
 
-    A step on the CPU frees and allocates the same blocks as the one before; memory that was given back costs a page
-    fault for each 4 KiB. The most memory a process holds does not change. glibc alone has this (mallopt(3)); elsewhere
-    nothing happens. Blocks above 32 MiB are mapped and given back as before.
+    Each step on the CPU allocates the blocks that the step before has freed; memory that was returned costs a page
+    fault for each 4 KiB. The peak memory does not change. Only glibc has this setting (mallopt(3)); elsewhere nothing
+    happens. Blocks above 32 MiB are still mapped and returned.
     """
-    trim_threshold, mmap_threshold = -1, -3  # their names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
+        mallopt(mmap_threshold, 1 << 25)  # the largest value that glibc takes
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`: a CUDA device where there is one. UserError for a device this machine does not have."""
+    """`auto`: a CUDA device if there is one, else the CPU. UserError for a device that this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -96,12 +96,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     except RuntimeError:
         raise UserError(f"key 'device': found {name!r}, expected auto, cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"key 'device': found {name!r}, but PyTorch sees no CUDA device here")
+        raise UserError(f"key 'device': found {name!r}, but PyTorch finds no CUDA device here")
     return torch.device("cuda", local_rank) if device.type == "cuda" and device.index is None else device
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """`auto` is bfloat16 on CUDA, and on a CPU only where it multiplies bfloat16 itself; elsewhere it is slower."""
+    """`auto`: bfloat16 on a GPU or CPU with instructions for it. On other CPUs it is slower than float32."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":

@@ -1,9 +1,10 @@
-"""What a run says while it works: a bar on a terminal, else a line now and then; TensorBoard's scalars and pictures."""
+"""Progress of a run: a bar on a terminal, else a line now and then; scalars and images for TensorBoard."""
 
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,33 +13,33 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Progress:
-    """Progress through the steps of an epoch, or through the `unit`s of anything else.
+    """Progress through the steps of an epoch, or through other units of work.
 
-    On a terminal with tqdm installed it is a bar; otherwise a line every LINE_EVERY_SECONDS. `quiet`: nothing.
+    A bar on a terminal with tqdm installed; otherwise a line every LINE_EVERY_SECONDS; with `quiet` nothing.
     """
 
     def __init__(self, *, quiet: bool = False, unit: str = "step") -> None:
         self.quiet, self.unit = quiet, unit
-        self._bar = None
+        self._bar: Any = None
         self._tqdm = _import_tqdm() if not quiet and sys.stdout.isatty() else None
 
     def start(self, label: str, total: int | None, done: int = 0) -> None:
-        """total: None where nobody knows it."""
+        """total: None if unknown."""
         self.label, self.total, self.done = label, total, done
-        self._spoke = time.monotonic()
+        self._printed_at = time.monotonic()
         if self._tqdm is not None:
             self._bar = self._tqdm(total=total, initial=done, desc=label, unit=self.unit, leave=False, file=sys.stdout)
 
     def advance(self, terms: dict[str, float]) -> None:
-        """One step further; `terms` are the values to show."""
+        """Count one more step. terms: the values to show."""
         self.done += 1
         if self.quiet:
             return
         if self._bar is not None:
             self._bar.set_postfix_str(format_values(terms), refresh=False)
             self._bar.update()
-        elif time.monotonic() - self._spoke >= LINE_EVERY_SECONDS:
-            self._spoke = time.monotonic()
+        elif time.monotonic() - self._printed_at >= LINE_EVERY_SECONDS:
+            self._printed_at = time.monotonic()
             of_total = "" if self.total is None else f"/{self.total}"
             print(f"{self.label}  {self.unit} {self.done}{of_total}  {format_values(terms)}", flush=True)
 
@@ -48,7 +49,7 @@ class Progress:
             self._bar = None
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self.quiet:
             return
         if self._bar is not None:
@@ -58,11 +59,11 @@ class Progress:
 
 
 def format_values(values: dict[str, float]) -> str:
-    """`box 1.234  cls 0.5`; values that are None are left out."""
+    """`box 1.234  cls 0.5`, without the values that are None."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
 
 
-def _import_tqdm():
+def _import_tqdm() -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
@@ -71,7 +72,7 @@ def _import_tqdm():
 
 
 class ScalarLog:
-    """For TensorBoard: scalars under the names of metrics.csv, and pictures. Does nothing where it is missing."""
+    """Scalars (under the names of metrics.csv) and images for TensorBoard; does nothing if it is not installed."""
 
     def __init__(self, folder: Path, *, purge_step: int | None = None, enabled: bool = True) -> None:
         self._writer = None
@@ -94,7 +95,7 @@ class ScalarLog:
         self._writer.flush()
 
     def add_pictures(self, make: Callable[[], dict[str, Image.Image]], step: int) -> None:
-        """What make() returns, by name; it is not called where nothing is written."""
+        """Write the images that make() returns, by name. It is not called if nothing is written."""
         if self._writer is None:
             return
         for name, picture in make().items():

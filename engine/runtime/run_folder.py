@@ -1,7 +1,7 @@
 """The folder of a run: runs/<name>/ with config.yaml, metrics.csv, report.json and weights/.
 
-metrics.csv is plain CSV, one row an epoch, header `epoch,time,train/<term>...,metrics/...,lr`; report.json holds the
-numbers that are reported, with all that is needed to get them again.
+metrics.csv: plain CSV, one row per epoch, header `epoch,time,train/<term>...,metrics/...,lr`.
+report.json: the final numbers, with everything needed to reproduce them.
 """
 
 import csv
@@ -54,13 +54,13 @@ class RunFolder:
         return self.path / "weights" / "best.pt"
 
     def remove_stale(self) -> None:
-        """Files of a write that a killed process left unfinished."""
+        """Remove files that a killed process left half written."""
         for stale in [*self.path.glob("*.tmp"), *self.path.glob("weights/*.tmp")]:
             stale.unlink(missing_ok=True)
 
 
 def create(config: Config) -> tuple[RunFolder, Config]:
-    """A new folder runs/<name>, or <name>2, <name>3, ... where that is taken, and the config under that name."""
+    """Make a new folder runs/<name> (<name>2, <name>3, ... if taken); return it and the config with that name."""
     if config.name in ("", ".", "..") or Path(config.name).name != config.name:
         raise UserError(f"key 'name': found {config.name!r}, expected the name of a folder")
     number = 1
@@ -85,7 +85,7 @@ def write_config(folder: RunFolder, config: Config) -> None:
 
 
 def find(run: str | Path) -> RunFolder:
-    """The run that `run` names: its folder, or a file in its weights/ folder."""
+    """The run given by its folder or by a file in its weights/ folder."""
     path = Path(run)
     if path.is_file() and path.parent.name == "weights":
         path = path.parent.parent
@@ -98,7 +98,7 @@ def find(run: str | Path) -> RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole. UserError with exit code 5 where the disk refuses."""
+    """Replace a small file as a whole. UserError with exit code 5 if it cannot be written."""
     write_bytes(path, text.encode())
 
 
@@ -115,7 +115,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv as text by column; none where there is no file."""
+    """The rows of a metrics.csv, as text by column; none if there is no file."""
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
@@ -123,10 +123,10 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Add the row of an epoch. Rows of that epoch or later ones, left by a run that was killed, are replaced.
+    """Add the row of an epoch; it replaces rows of this epoch or later ones, left by a run that was killed.
 
-    The file is written anew as a whole, so that it never ends in half a row. Columns are the union of all rows',
-    in the order train/..., metrics/..., lr; a value that an epoch does not have is empty.
+    The whole file is rewritten, so that it never ends in half a row. Its columns are the union of all rows' columns,
+    in the order train/..., metrics/..., lr; a value that an epoch lacks is empty.
     """
     text = {key: _cell(value) for key, value in row.items()}
     rows = [old for old in read_metrics(path) if int(old["epoch"]) < int(row["epoch"])] + [text]
@@ -147,20 +147,20 @@ def _cell(value: Any) -> str:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """JSON; a number that is not one (precision of nothing) becomes null."""
-    write_text(path, json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")
+    """Write JSON; numbers that are not finite (the precision of no detection) become null."""
+    write_text(path, json.dumps(_without_nan(report), indent=2, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _without_nan(item) for key, item in value.items()}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on besides the config: commit, versions, processor, threads."""
+    """What the results depend on besides the config: commit, versions, processor, threads."""
     import numpy
     import PIL
 
@@ -176,8 +176,8 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with `-dirty` where files differ from it; None outside a git checkout."""
-    root = Path(__file__).resolve().parent.parent
+    """The commit of this checkout, with `-dirty` if files differ from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
     try:
         run = lambda *args: subprocess.run(
             ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True

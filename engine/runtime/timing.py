@@ -1,10 +1,11 @@
-"""Fair times of things that compete: they take turns, so that whatever else the machine does meets all of them."""
+"""Fair timing of competing functions: they take turns, so that other load on the machine affects all of them."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 Call = Callable[[], object]
+Name = TypeVar("Name")
 Time = TypeVar("Time")
 
 
@@ -15,14 +16,14 @@ def wall_seconds(call: Call) -> float:
 
 
 def cpu_seconds(call: Call) -> float:
-    """CPU seconds of all threads of this process; neighbours on the machine disturb them less than the clock."""
+    """CPU seconds of all threads of this process; other load disturbs them less than the wall clock."""
     began = time.process_time()
     call()
     return time.process_time() - began
 
 
 def wall_and_cpu(call: Call) -> tuple[float, float]:
-    """Seconds of the clock, and CPU seconds of all threads."""
+    """Wall-clock seconds, and CPU seconds of all threads."""
     wall = 0.0
 
     def timed() -> None:
@@ -34,21 +35,22 @@ def wall_and_cpu(call: Call) -> tuple[float, float]:
 
 
 def rotate(
-    contestants: dict[Hashable, Call],
+    contestants: Mapping[Name, Call],
     rounds: int,
-    time_call: Callable[[Call], Time] = wall_seconds,
+    time_call: Callable[[Call], Time],
     *,
     settle: bool = False,
-) -> dict[Hashable, list[Time]]:
-    """Times of each contestant, one call a round, each round starting with another; after one unmeasured round.
+) -> dict[Name, list[Time]]:
+    """Times of each contestant: one call per round, each round starts with the next one; a first round is not timed.
 
-    settle: a call is timed after an untimed one of the same contestant, so that memory and caches are as in a run that
-        does nothing else, not as the contestant before left them.
+    time_call: calls a contestant and returns its time, e.g. wall_seconds.
+    settle: call a contestant once untimed before each timed call, so that memory and caches are as in a run that does
+        nothing else, not as the previous contestant left them.
     """
     names = list(contestants)
     for name in names:
         contestants[name]()
-    times: dict[Hashable, list[Time]] = {name: [] for name in names}
+    times: dict[Name, list[Time]] = {name: [] for name in names}
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:

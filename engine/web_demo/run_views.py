@@ -19,7 +19,7 @@ from engine.onnx_files.detector import SUFFIX, OnnxDetector
 from engine.prediction.predictor import Predictor
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
-from engine.runtime.timing import rotate
+from engine.runtime.timing import rotate, wall_seconds
 from structures import Detections
 from yaml_files import read_yaml
 
@@ -124,7 +124,7 @@ def compare(
     def run(name: str) -> None:
         found[name] = predictors[name]([picture])[0]
 
-    seconds = rotate({name: functools.partial(run, name) for name in predictors}, ROUNDS)
+    seconds = rotate({name: functools.partial(run, name) for name in predictors}, ROUNDS, wall_seconds)
     return {name: Result(found[name], 1000 * statistics.median(seconds[name])) for name in predictors}
 
 

@@ -23,7 +23,7 @@ def test_a_time_belongs_to_its_contestant(monkeypatch):
         return call
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    seconds = rotate({"slow": taking(3.0), "quick": taking(1.0)}, 2)
+    seconds = rotate({"slow": taking(3.0), "quick": taking(1.0)}, 2, wall_seconds)
     assert seconds == {"slow": [3.0, 3.0], "quick": [1.0, 1.0]}
 
 
