@@ -1,7 +1,9 @@
-"""What compare.py is made of.
+"""The parts of compare.py.
 
 study            the rows of a file, each a config trained with several seeds
-table            what each row scored, and whether that differs
+protocol         whether two rows train alike
+table            the score of each row, and whether two scores differ
 plot             comparison.png
-condensed_table  what condensed sets are worth
+condensed_table  the value of condensed sets
+one_row          one row of a study, for train.py
 """

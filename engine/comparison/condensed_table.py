@@ -1,14 +1,15 @@
-"""What condensed sets are worth: the part of comparison.md and comparison.json about rows that train on one.
+"""The value of condensed sets: the part of comparison.md and comparison.json about rows that train on one.
 
-Beside a row with score s, the mean of its seeds, stand two rows that train alike (engine/comparison/protocol.py): one
-on all real pictures and without distillation, s_full, and one with the row's own distillation terms on as many real
-pictures at random, s_random, the mean of its draws. Rows that train otherwise are refused by name.
+A row with score s (the mean over its seeds) is compared to two rows that train alike (engine/comparison/protocol.py):
+
+    s_full      on all real pictures, without distillation
+    s_random    on as many random real pictures, with the row's distillation terms; the mean over its draws
 
     of full = s / s_full
     gap closed = (s - s_random) / (s_full - s_random)
 
-The second says something only where there is a gap: it is left out where s_full - s_random is at most 0, or within two
-standard errors of the draws' mean. Both are of mAP.
+Both use mAP. The gap closed is left out if the gap s_full - s_random is at most 0 or within two standard errors of
+s_random. Candidates that train differently are not used; they are named, with the keys that differ.
 """
 
 import math
@@ -17,25 +18,25 @@ from collections.abc import Collection
 import numpy as np
 
 from engine.comparison.protocol import describe_difference, differing_keys
-from engine.comparison.study import Row, random_rival, random_rows, trains_alike
-from engine.comparison.table import METRICS, Result, mean_and_spread, plain
+from engine.comparison.study import Row, find_random_row, random_rows, trains_alike
+from engine.comparison.table import METRICS, Result, mean_and_spread, to_json_value
 from engine.condensing.set_files import read_manifest
 
-SOURCE = ("train", "train_root", "train_format", "max_samples")  # keys that name the real pictures
+SOURCE = ("train", "train_root", "train_format", "max_samples")  # keys that define the real pictures
 HEAD = ("row", "method", "stored", "terms", "seeds", "steps", *METRICS, "of full", "gap closed", "seconds", "GB")
 
 
 def condensed_markdown(results: dict[str, Result], only: Collection[str] | None = None) -> str:
-    """A table, where any row (of those in `only`) trains on a condensed set; else nothing."""
+    """The table of the rows (of those in `only`) that train on a condensed set; empty if there are none."""
     rows = [row for row in condensed_tree(results) if row["seeds"] and (only is None or row["name"] in only)]
     if not rows:
         return ""
     lines = [
         "",
         "Condensed sets. Of full: the row's mAP over that of the same student trained as long on all real pictures. "
-        "Gap closed: the share of the way from as many real pictures at random to all of them; - where there is no "
-        "such row yet, or no gap beyond two standard errors of the draws. Seconds and GB: of making the set, the "
-        "highest memory of the process.",
+        "Gap closed: the share of the way from as many random real pictures to all of them; - if there is no such "
+        "row yet, or no gap beyond two standard errors of the draws. Seconds and GB: time and peak memory of making "
+        "the set.",
         "",
         f"| {' | '.join(HEAD)} |",
         f"|{'|'.join('---:' if name not in HEAD[:4] else '---' for name in HEAD)}|",
@@ -53,7 +54,7 @@ def condensed_markdown(results: dict[str, Result], only: Collection[str] | None 
 
 
 def condensed_tree(results: dict[str, Result]) -> list[dict]:
-    """The same numbers as plain values, for every row that trains on a condensed set."""
+    """The same numbers as plain values, for JSON."""
     planned = {name: result.row for name, result in results.items()}
     rows = []
     for result in results.values():
@@ -61,10 +62,10 @@ def condensed_tree(results: dict[str, Result]) -> list[dict]:
         if task is None:
             continue
         manifests = [read_manifest(result.row.set_folder(seed)) for seed in result.seeds]
-        costs = {id: m for id, m in zip((str(result.row.set_folder(s)) for s in result.seeds), manifests) if m}
+        costs = {str(result.row.set_folder(seed)): m for seed, m in zip(result.seeds, manifests) if m}
         full = full_row(result, results)
-        rival = result.name if task.condense.method == "random" else random_rival(result.row, planned)
-        random = results[rival] if rival is not None else None
+        random_row = result.name if task.condense.method == "random" else find_random_row(result.row, planned)
+        random = results[random_row] if random_row is not None else None
         score = result.values("mAP").mean() if result.seeds else math.nan
         top = full.values("mAP").mean() if full is not None and full.seeds else 0.0
         rows.append(
@@ -78,32 +79,34 @@ def condensed_tree(results: dict[str, Result]) -> list[dict]:
                 "seeds": result.seeds,
                 "sets": sorted({result.row.set_folder(seed).name for seed in result.seeds}),
                 "steps": max((result.reports[seed]["steps"] for seed in result.seeds), default=None),
-                "of_full": plain(score / top) if top > 0 else None,
-                "gap_closed": plain(gap_closed(score, full, random)),
+                "of_full": to_json_value(score / top) if top > 0 else None,
+                "gap_closed": to_json_value(gap_closed(score, full, random)),
                 "refused": refusals(result.row, planned),
-                "seconds": plain(np.mean([m["seconds"] for m in costs.values()])) if costs else None,
-                "peak_gigabytes": plain(max(m["peak_gigabytes"] for m in costs.values())) if costs else None,
+                "seconds": to_json_value(np.mean([m["seconds"] for m in costs.values()])) if costs else None,
+                "peak_gigabytes": to_json_value(max(m["peak_gigabytes"] for m in costs.values())) if costs else None,
             }
         )
     return rows
 
 
 def full_row(result: Result, results: dict[str, Result]) -> Result | None:
-    """The row that trains as this one does on all real pictures, without distillation."""
+    """The row that trains alike on all real pictures, without distillation."""
     candidates = full_rows(result.row, {name: other.row for name, other in results.items()})
-    alike = (other.name for other in candidates if trains_alike(other, result.row, terms=False))
-    return results.get(next(alike, None))
+    return next((results[row.name] for row in candidates if trains_alike(row, result.row, terms=False)), None)
 
 
 def full_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
-    """The rows of the same student on all pictures that the set of `row` was made of, however they train."""
+    """The rows with the same student on all pictures that the set of `row` was made from, even if not trained alike."""
+    assert row.task is not None
+    source = row.task.data
     of_real = (other for other in rows.values() if other.task is None and not other.is_teacher)
     same = (other for other in of_real if not other.config.terms and other.config.student == row.config.student)
-    return [o for o in same if all(getattr(o.config.data, k) == getattr(row.task.data, k) for k in SOURCE)]
+    return [o for o in same if all(getattr(o.config.data, k) == getattr(source, k) for k in SOURCE)]
 
 
 def refusals(row: Row, rows: dict[str, Row]) -> list[str]:
-    """Why a row is measured by no row of all pictures, or by none of as many at random, where there are some."""
+    """For each kind of reference row of which there are only rows that train differently: in which keys they differ."""
+    assert row.task is not None
     candidates = [full_rows(row, rows)]
     if row.task.condense.method != "random":
         candidates.append(random_rows(row, rows))
@@ -112,12 +115,12 @@ def refusals(row: Row, rows: dict[str, Row]) -> list[str]:
         unlike = [differing_keys(row, other) for other in others]
         if others and all(unlike):
             what = ", ".join(describe_difference(row, others[0], key) for key in unlike[0])
-            found.append(f"{row.name} is not measured by {others[0].name}, which trains otherwise: {what}")
+            found.append(f"{row.name} is not measured by {others[0].name}, which trains differently: {what}")
     return found
 
 
 def gap_closed(score: float, full: Result | None, random: Result | None) -> float:
-    """See the head of this file; nan where it is left out."""
+    """See the head of this file; nan if it is left out."""
     if full is None or random is None or not full.seeds or not random.seeds:
         return math.nan
     draws, top = random.values("mAP"), full.values("mAP").mean()

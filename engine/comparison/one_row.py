@@ -1,4 +1,4 @@
-"""One row of a study by itself, for train.py: the run that compare.py would make of it, in the same folder."""
+"""One row of a study, for train.py: the same run, in the same folder, as compare.py trains."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from errors import UserError
 
 
 def find_row(study: Study, name: str) -> Row:
-    """UserError that names all rows where this one is not among them."""
+    """The row of that name. UserError that lists all rows if there is none."""
     for row in study.rows:
         if row.name == name:
             return row
@@ -21,13 +21,13 @@ def find_row(study: Study, name: str) -> Row:
 
 
 def load_row(path: str, overrides: list[str], name: str) -> Config:
-    """The config of a row's first run. UserError for a run that is there, and for what has to be made before it."""
+    """The config of a row's first run. UserError if the run exists, or if its teachers or its set do not exist yet."""
     study = load_study(path, overrides)
     row = find_row(study, name)
     config = row.run(row.seeds[0])
     if row.folder(config.seed).exists():
-        advice = f"go on with --resume {row.folder(config.seed)}, give another seed=N, or remove it"
-        raise UserError(f"{row.folder(config.seed)}: a run of row {name!r} is there; {advice}")
+        advice = f"continue with --resume {row.folder(config.seed)}, give another seed=N, or remove it"
+        raise UserError(f"{row.folder(config.seed)}: row {name!r} has a run here; {advice}")
     for teacher, trained in untrained(config, study).items():
         raise UserError(
             f"row {name!r}: its teacher {teacher!r} is not trained yet; train it first: train.py {path} --row "
@@ -38,7 +38,7 @@ def load_row(path: str, overrides: list[str], name: str) -> Config:
 
 
 def load_row_for_dry_run(path: str, overrides: list[str], name: str) -> tuple[Config, dict[str, nn.Module]]:
-    """The same, and fresh models that stand in for teachers that are not trained yet: shapes are theirs, values not."""
+    """The same, plus untrained models of the same shapes for teachers that are not trained yet."""
     study = load_study(path, overrides)
     row = find_row(study, name)
     config = row.run(row.seeds[0])
@@ -47,19 +47,19 @@ def load_row_for_dry_run(path: str, overrides: list[str], name: str) -> tuple[Co
         return config, {}
     data = config.data
     names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
-    print(f"not trained yet, fresh models stand in: {', '.join(missing)}")
+    print(f"not trained yet, untrained models are used: {', '.join(missing)}")
     return config, {name: build_student(row.config, names) for name, row in missing.items()}
 
 
 def untrained(config: Config, study: Study) -> dict[str, Row]:
-    """The row of each teacher of a config that is trained in place and has no weights yet."""
+    """For each teacher of a config that is trained in place and has no weights yet, its row."""
     in_place = {last_weights(row): row for row in study.rows if row.is_teacher}
     taught_by = {teacher.name: in_place[teacher.weights] for teacher in config.teachers if teacher.weights in in_place}
     return {name: row for name, row in taught_by.items() if not Path(last_weights(row)).is_file()}
 
 
 def check_set(row: Row, path: str) -> None:
-    """UserError where the row trains on a synthetic set that is not there."""
+    """UserError if the row trains on a synthetic set that is not made yet."""
     if row.task is not None and read_manifest(row.set_folder(row.seeds[0])) is None:
         raise UserError(
             f"{row.set_folder(row.seeds[0])}: the set of row {row.name!r} is not made yet: condense.py {path} --row "

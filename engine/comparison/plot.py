@@ -1,6 +1,7 @@
-"""comparison.png: scores and differences with one dot per seed, learning curves, and what some models see."""
+"""comparison.png: scores and differences with a dot per seed, learning curves, and drawn detections."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,23 +17,26 @@ from engine.prediction.predictor import Predictor
 from engine.runtime import run_folder
 from errors import require
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 PICTURES = 4
 PICTURED_ROWS = 5  # columns of pictures beside the labels
-CURVES = 10  # more lines than that cannot be told apart
+CURVES = 10  # rows with a curve: more lines cannot be told apart
 SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
-COLORS = {"better": "tab:green", "worse": "tab:red"}  # of a verdict; the others are grey
+COLORS = {"better": "tab:green", "worse": "tab:red"}  # by verdict; others are grey
 
 
 def require_plots() -> None:
-    """UserError where matplotlib is missing; asked before hours of training, not after."""
+    """UserError if matplotlib is missing: call it before the training, not after."""
     require("matplotlib", "plots", "comparison.png")
 
 
 def write(path: Path, study: Study, results: dict[str, Result], *, with_pictures: bool) -> Path:
-    """Draw the rows that have finished runs; the pictures are the first of the test split that hold objects."""
+    """Draw the rows that have finished runs, and the first pictures of the test split that have objects."""
     require_plots()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
     finished = [result for result in results.values() if result.reports]
     strips = picture_strips(study.config, pictured(finished)) if with_pictures and finished else {}
@@ -41,9 +45,9 @@ def write(path: Path, study: Study, results: dict[str, Result], *, with_pictures
     below = 3.2 * PICTURES * picture_aspect(strips) if strips else 0.0
     figure = Figure(figsize=(max(13.0, 3.2 * len(strips)), height + below), layout="constrained")
     FigureCanvasAgg(figure)
-    top = figure
+    top: Figure | SubFigure = figure
     if strips:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[height, below])
+        (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, below])
         draw_pictures(bottom.subplots(PICTURES, len(strips), squeeze=False), strips)
     axes = top.subplots(1, 3 if curves else 2)
     draw_scores(axes[0], finished)
@@ -55,7 +59,7 @@ def write(path: Path, study: Study, results: dict[str, Result], *, with_pictures
     return path
 
 
-def draw_scores(axis, finished: list[Result]) -> None:
+def draw_scores(axis: "Axes", finished: list[Result]) -> None:
     """mAP50 and mAP of each row: the bar is the mean, each dot a seed."""
     for offset, (metric, color) in enumerate({"mAP50": "tab:blue", "mAP": "tab:orange"}.items()):
         positions = np.arange(len(finished)) + 0.4 * (offset - 0.5)
@@ -73,7 +77,7 @@ def draw_scores(axis, finished: list[Result]) -> None:
     axis.legend(loc="lower right", fontsize=8)
 
 
-def draw_differences(axis, results: dict[str, Result]) -> None:
+def draw_differences(axis: "Axes", results: dict[str, Result]) -> None:
     """The paired difference in mAP of each comparison: a dot per seed, and the 95 % interval of the mean."""
     drawn = [difference for difference in differences(results) if difference.seeds]
     for position, difference in enumerate(drawn):
@@ -84,7 +88,7 @@ def draw_differences(axis, results: dict[str, Result]) -> None:
         axis.errorbar(values.mean(), position, xerr=half, fmt="D", color=color, markersize=4, capsize=3)
     if drawn:
         limit = 1.15 * max(np.abs(difference.mAP).max() for difference in drawn) + 1e-3
-        axis.set_xlim(-limit, limit)  # of the seeds: the interval of two of them would fill the axis
+        axis.set_xlim(-limit, limit)  # by the dots: the interval of two seeds would fill the axis
     axis.axvline(0, color="k", linewidth=0.8)
     axis.set_yticks(range(len(drawn)), [f"{d.name} - {d.against}" for d in drawn], fontsize=8)
     axis.invert_yaxis()
@@ -92,7 +96,7 @@ def draw_differences(axis, results: dict[str, Result]) -> None:
 
 
 def read_curves(result: Result) -> list[tuple[str, list[int], list[float]]]:
-    """(row, epochs, mAP) of each run that was evaluated on the way."""
+    """(row, epochs, mAP) of each run that was evaluated during training."""
     found = []
     for seed in result.seeds:
         lines = run_folder.read_metrics(run_folder.RunFolder(result.row.folder(seed)).metrics)
@@ -103,8 +107,8 @@ def read_curves(result: Result) -> list[tuple[str, list[int], list[float]]]:
     return found
 
 
-def draw_curves(axis, curves: list[tuple[str, list[int], list[float]]]) -> None:
-    """mAP on the way, one line per run, of the first CURVES rows."""
+def draw_curves(axis: "Axes", curves: list[tuple[str, list[int], list[float]]]) -> None:
+    """mAP during training of the first CURVES rows, a line per run."""
     names = list(dict.fromkeys(name for name, _, _ in curves))[:CURVES]
     labelled = set()
     for name, epochs, values in curves:
@@ -113,19 +117,19 @@ def draw_curves(axis, curves: list[tuple[str, list[int], list[float]]]) -> None:
             axis.plot(epochs, values, color=f"C{names.index(name)}", alpha=0.8, linewidth=1, label=label)
             labelled.add(name)
     axis.set_xlabel("epoch")
-    axis.set_ylabel("mAP on the way")
+    axis.set_ylabel("mAP during training")
     axis.legend(fontsize=8)
 
 
 def pictured(finished: list[Result]) -> list[Result]:
-    """At most PICTURED_ROWS rows, in order: the first, the teachers, and of the others those with the best mAP."""
+    """At most PICTURED_ROWS rows in their order: the first row, the teachers, then the others with the best mAP."""
     ranked = sorted(finished, key=lambda r: (r is not finished[0], not r.row.is_teacher, -r.values("mAP").mean()))
     chosen = {result.name for result in ranked[:PICTURED_ROWS]}
     return [result for result in finished if result.name in chosen]
 
 
 def picture_strips(config: Config, results: list[Result]) -> dict[str, list[np.ndarray]]:
-    """Title -> PICTURES drawn pictures: the labels first, then what each row's first finished seed finds."""
+    """Title -> PICTURES drawn pictures: the labels, then the detections of each row's first finished seed."""
     index = open_dataset(config.data.format, config.data.root, config.data.test, classes=config.data.classes)
     samples = [sample for sample in index.samples if len(sample.boxes_xyxy)][:PICTURES]
     pictures = [read_image(sample.image_path) for sample in samples]
@@ -135,11 +139,13 @@ def picture_strips(config: Config, results: list[Result]) -> dict[str, list[np.n
     for result in results:
         folder = run_folder.RunFolder(result.row.folder(result.seeds[0]))
         model, info = checkpoint.load_model(folder.last)
+        iou_threshold = info.evaluation.iou_threshold
+        assert iou_threshold is not None  # CheckpointInfo.evaluation gives it
         predictor = Predictor(
             model,
             image_size=info.image_size,
             score_threshold=SCORE_THRESHOLD,
-            iou_threshold=info.evaluation.iou_threshold,
+            iou_threshold=iou_threshold,
         )
         found = predictor(pictures)
         strips[result.name] = [np.asarray(draw_detections(p, d, index.names)) for p, d in zip(pictures, found)]

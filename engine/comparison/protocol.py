@@ -1,8 +1,8 @@
-"""Do two rows train alike? Only then is their difference worth what the rows are about, and nothing else.
+"""Whether two rows train alike. Only then does their difference measure what the study compares, and nothing else.
 
-Alike means: the same student and start weights, optimizer, batch, accumulation, augmentation, image size, weight of the
-detection loss, precision, evaluation, and as many steps. Free are the pictures, the teachers and terms that a study
-compares, and the keys that no number depends on.
+The same in both: student and start weights, optimizer, batch, accumulation, augmentation, image size, weight of the
+detection loss, precision, evaluation and number of steps. Free: the pictures, the teachers and terms that a study
+compares, and keys that no result depends on.
 """
 
 from typing import TYPE_CHECKING
@@ -19,14 +19,19 @@ FREE = (
     *("data.train", "data.train_root", "data.train_format", "data.max_samples", "data.max_bad_fraction"),
     *("data.workers", "data.cache", "evaluation.every_epochs", "evaluation.batch_size"),
 )
-PICTURES = ("data.train", "data.train_root", "data.train_format", "data.max_samples")  # as many in both: equal steps
+PICTURES = (
+    "data.train",
+    "data.train_root",
+    "data.train_format",
+    "data.max_samples",
+)  # the same pictures, so the same number of steps
 
 
 def differing_keys(a: "Row", b: "Row", allowed: tuple[str, ...] = ()) -> list[str]:
-    """The keys in which the training of two rows differs, beside FREE and `allowed` (sections cover their keys).
+    """The keys in which the training of two rows differs, except FREE and `allowed` (a section covers its keys).
 
-    Epochs are those besides `plus_epochs_of`. Where an epoch is one pass over the set (data.pictures_per_epoch 0) and
-    the rows may have sets of other sizes, data.pictures_per_epoch differs: they make other numbers of steps.
+    Epochs from `plus_epochs_of` do not count. If an epoch is one pass over the set (data.pictures_per_epoch 0) and the
+    sets may differ in size, data.pictures_per_epoch counts as different, because the number of steps is.
     """
     first, second = (flat_tree(to_tree(with_published_settings(row.config))) for row in (a, b))
     first["epochs"], second["epochs"] = (row.config.epochs - row.more_epochs for row in (a, b))
@@ -37,18 +42,18 @@ def differing_keys(a: "Row", b: "Row", allowed: tuple[str, ...] = ()) -> list[st
 
 
 def _pictures(row: "Row", flat: dict[str, object]) -> object:
-    """What tells how many pictures a row trains on: their number, or the real set they are."""
+    """A value that is equal for rows with as many pictures: their number, or the keys of the real set."""
     if row.task is None:
         return tuple(flat[key] for key in PICTURES)
     return row.task.decoded if row.config.data.train == "train_decoded" else row.task.condense.pictures
 
 
 def same_teaching(a: "Row", b: "Row") -> bool:
-    """The same terms, by the same teachers, weighted alike."""
+    """Whether terms, teachers and their weighting are the same."""
     return all(getattr(a.config, key) == getattr(b.config, key) for key in ("terms", "teachers", "teacher_weighting"))
 
 
 def describe_difference(a: "Row", b: "Row", key: str) -> str:
-    """`optimizer.name sgd and adamw`; the name alone for what follows from other keys."""
+    """`optimizer.name sgd and adamw`; only the key if its values are equal and other keys cause the difference."""
     first, second = (flat_tree(to_tree(with_published_settings(row.config))).get(key) for row in (a, b))
     return key if first == second else f"{key} {first} and {second}"

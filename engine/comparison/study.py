@@ -1,9 +1,9 @@
-"""A study: rows of a table, each a config trained with several seeds, all read from one YAML file.
+"""A study: the rows of a table, each a config trained with several seeds, read from one YAML file.
 
-    name: losses                          # the keys of a config are the protocol that all rows share
+    name: losses                          # the keys of a config: the protocol that all rows share
     student: {arch: yolov8n}
     teachers:
-      - {name: big, arch: yolov8s}        # without weights: trained in place, once, as a row `teacher_big`
+      - {name: big, arch: yolov8s}        # without weights: trained once, as the row `teacher_big`
     ...
     rows:
       baseline:
@@ -12,23 +12,24 @@
         against: [baseline, longer]
       longer: {plus_epochs_of: [big]}
 
-A row with a section `condense` (engine/condensing/config.py) trains on a synthetic set, which compare.py makes before:
-once, for all rows and seeds that ask for the same one. What the sets share stands in a section at the top level.
+A row with a section `condense` (engine/condensing/config.py) trains on a synthetic set. compare.py makes each set once,
+before the first run that needs it. A section `condense` at the top level holds what the sets share.
 
-    condense: {network: {row: full}}      # the trained network of methods that need one: the first run of a row above
+    condense: {network: {row: full}}      # for methods that need a trained network: the first run of a row above
     rows:
       full:
       random_5: {condense: {method: random, pictures: 5}, seeds: 5}                      # five draws
       learnt_5: {condense: {method: gradient_matching, pictures: 5, seed: 0}, seeds: 3}  # one set
 
-A row changes any key of the config but FIXED; sections are merged into the shared ones, lists replace them. It carries
-the teachers that its terms name and no others. Its own keys are those of RowFile; what it is compared to must train as
-it does (engine/comparison/protocol.py), but for the keys that it names in `differs`. `rows.cwd.terms.0.weight=1.0`
-overrides one value of a row. A file without `rows` is the four rows of `four_rows`.
+A row may change every key of the config except FIXED: sections are merged, lists are replaced. It has the teachers that
+its terms name, and no others. RowFile lists the keys of a row itself. A row and the rows it is compared to must train
+alike (engine/comparison/protocol.py), except in the keys that it names in `differs`. `rows.cwd.terms.0.weight=1.0`
+overrides one value of a row. A file without `rows` has the rows of `four_rows`.
 """
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from engine.training.teaching import EMA
 from errors import UserError
 
 FIXED = ("name", "runs", "seed", "teachers")  # one for the whole study
-ROW_NAME = re.compile(r"[A-Za-z0-9_+-]+")  # names a folder, and may stand in --rows and before a dot
+ROW_NAME = re.compile(r"[A-Za-z0-9_+-]+")  # a folder name that is valid in --rows and before a dot
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,24 @@ class StudyFile(Config):
 
 @dataclass(frozen=True)
 class RowFile(Config):
-    """A row as its file gives it, the shared keys filled in."""
+    """A row of the file, with the shared keys filled in."""
 
-    condense: dict[str, Any] | None = None  # what differs from the section at the top level; none: real pictures
-    decoded: bool = False  # train on the pictures that the stored ones decode into
-    against: tuple[str, ...] | None = None  # rows it is compared to; none given: its baseline
-    differs: tuple[str, ...] = ()  # keys or sections in which it may train otherwise than those: what it is about
-    seeds: int | None = None  # none given: as many as --seeds
-    plus_epochs_of: tuple[str, ...] = ()  # teachers trained in place whose epochs this row trains longer
+    condense: dict[str, Any] | None = None  # merged into the section at the top level; None: real pictures
+    decoded: bool = False  # train on the decoded pictures, not the stored ones
+    against: tuple[str, ...] | None = None  # rows it is compared to; None: its baseline
+    differs: tuple[str, ...] = ()  # keys or sections in which it may train differently from those
+    seeds: int | None = None  # None: as many as --seeds
+    plus_epochs_of: tuple[str, ...] = ()  # teachers whose epochs are added to its own
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `config` is that of its runs, but for their names and seeds.
+    """One line of the table. config: the config of its runs, except their names and seeds.
 
-    baseline: the row that the cost of a step is relative to: the first one without terms that has the same student,
-    else the first of the file. A row that names none to be compared to is compared to that one, or where it trains on
-    a condensed set to the row of as many real pictures at random; to none where that one trains otherwise.
+    baseline: the row that the cost of a step is relative to: the first row with the same student and no terms, else the
+    first of the file.
+    against: the rows it is compared to. A row that names none is compared to the row on as many random real pictures
+    (if it trains on a condensed set) or to its baseline, provided that row trains alike.
     """
 
     name: str
@@ -79,12 +81,12 @@ class Row:
     baseline: str = ""
     against: tuple[str, ...] = ()
     is_teacher: bool = False
-    task: Task | None = None  # of the set it trains on
+    task: Task | None = None  # the set it trains on
     sets: Path = Path()
-    network_row: str | None = None  # whose first run its set is made with
-    more_epochs: int = 0  # of its epochs, those of plus_epochs_of
+    network_row: str | None = None  # the row whose first run its set is made with
+    more_epochs: int = 0  # the part of its epochs that comes from plus_epochs_of
     differs: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()  # in which keys it differs from rows that it is compared to, or is not for that reason
+    notes: tuple[str, ...] = ()  # keys in which it differs from rows it is, or for that reason is not, compared to
 
     def run(self, seed: int) -> Config:
         config = dataclasses.replace(self.config, name=f"{self.name}_seed{seed}", seed=seed)
@@ -94,7 +96,8 @@ class Row:
         return dataclasses.replace(config, data=data)
 
     def set_folder(self, seed: int) -> Path:
-        """Where the synthetic set of a run is."""
+        """The folder of the synthetic set of a run."""
+        assert self.task is not None
         return self.task.with_seed(seed).folder(self.sets)
 
     def folder(self, seed: int) -> Path:
@@ -103,7 +106,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """config: the shared protocol. rows: in the order of the table, each teacher before the first row it teaches."""
+    """config: the shared protocol. rows: in the order of the table; a teacher comes before the first row it teaches."""
 
     config: Config
     rows: tuple[Row, ...]
@@ -113,28 +116,28 @@ class Study:
         return Path(self.config.runs) / self.config.name
 
     def with_teachers(self, names: list[str]) -> list[Row]:
-        """The rows of these names, and the teachers that are trained for them, in the order of the table."""
-        known = [row.name for row in self.rows]
-        if unknown := [name for name in names if name not in known]:
+        """The rows of these names and the teachers trained for them, in the order of the table."""
+        all_names = [row.name for row in self.rows]
+        if unknown := [name for name in names if name not in all_names]:
             found = ", ".join(map(repr, unknown))
-            raise UserError(f"argument --rows: found {found}, expected some of {', '.join(known)}")
+            raise UserError(f"argument --rows: found {found}, expected some of {', '.join(all_names)}")
         weights = {t.weights for row in self.rows if row.name in names for t in row.config.teachers}
         needed = {row.name for row in self.rows if row.is_teacher and last_weights(row) in weights}
         needed |= {row.network_row for row in self.rows if row.name in names and row.network_row is not None}
         return [row for row in self.rows if row.name in needed.union(names)]
 
 
-def load_study(path: str | Path, overrides: list[str] = (), *, seeds: int = 1) -> Study:
-    """The study in a YAML file, after `key=value` overrides. UserError for every mistake that the file alone shows."""
-    file = from_tree(StudyFile, read_tree(path, overrides), source=str(path))
+def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int = 1) -> Study:
+    """The study in a YAML file, after `key=value` overrides. UserError for every mistake in the file."""
+    file = from_tree(StudyFile, read_tree(path, list(overrides)), source=str(path))
     config = Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
     return plan(config, file.rows or four_rows(config), seeds=seeds, source=str(path), condense=file.condense)
 
 
 def four_rows(config: Config) -> dict[str, Any]:
-    """What a config with teachers and terms asks: is the student better for them, and better than just more epochs?
+    """The rows of a config with teachers and terms: does distillation help, and more than as many epochs would?
 
-    `longer` is absent where every teacher came with weights: no time was spent on them here.
+    `longer` is left out if every teacher has weights, because no training time is spent on them.
     """
     if not config.teachers or not config.terms:
         raise UserError(
@@ -152,7 +155,7 @@ def four_rows(config: Config) -> dict[str, Any]:
 def plan(
     config: Config, rows: dict[str, Any], *, seeds: int, source: str, condense: dict[str, Any] | None = None
 ) -> Study:
-    """Every row with its config, its teachers' weights named where they will be once they are trained."""
+    """The study with the config of every row; teachers that are not trained yet get the path of their later weights."""
     teachers = {teacher.name: teacher for teacher in config.teachers}
     if len(teachers) != len(config.teachers):
         raise UserError(f"{source}: key 'teachers': two have the same name")
@@ -201,16 +204,16 @@ def plan(
                 f"{source}: key 'teachers.{index}.name': no row has a term that names {teacher.name!r}: "
                 f"it could never act"
             )
-    return Study(config, tuple(find_rivals(planned, files, source)))
+    return Study(config, tuple(with_comparisons(planned, files, source)))
 
 
 def sets_folder(config: Config) -> Path:
-    """Where the synthetic sets of a study are, or of a config by itself."""
+    """The folder of the synthetic sets of a study or of a single config."""
     return Path(config.runs) / config.name / "sets"
 
 
 def task_of(config: Config, section: dict[str, Any], source: str) -> Task:
-    """The set that a section `condense` asks of a config's training pictures."""
+    """The task of making the set that a section `condense` describes from a config's training pictures."""
     condense = read_condense(section, source)
     return Task(config.data, config.image_size, condense.arch or config.student.arch, condense)
 
@@ -218,22 +221,22 @@ def task_of(config: Config, section: dict[str, Any], source: str) -> Task:
 def condensed_row(
     row: Row, file: RowFile, config: Config, shared: dict[str, Any], planned: dict[str, Row], where: str
 ) -> Row:
-    """The row with the task of its set, and with that set in the place of the real training pictures.
+    """The row with the task of its set, which replaces the real training pictures.
 
-    The set is made of the shared training pictures and, but for `arch`, for the shared student, whoever trains on it.
+    The set is made from the shared training pictures and for the shared student (or `arch`), not for the row's own.
     """
     if file.data.train_root is not None:
         raise UserError(f"{where}: key 'data.train_root': found beside 'condense', expected one of them")
-    section = merge(shared, file.condense)
+    section = merge(shared, file.condense or {})
     task = task_of(dataclasses.replace(config, image_size=file.image_size), section, where)
     network = task.condense.network
     network_row = network.row if task.needs_network else None
     if network.row is not None:
         if network.weights is not None:
             raise UserError(f"{where}: key 'condense.network': found a row and weights, expected one of them")
-        known = [name for name, other in planned.items() if other.task is None]
-        if network.row not in known:
-            expected = ", ".join(known) or "none is above it"
+        real_rows = [name for name, other in planned.items() if other.task is None]
+        if network.row not in real_rows:
+            expected = ", ".join(real_rows) or "none is above it"
             raise UserError(
                 f"{where}: key 'condense.network.row': found {network.row!r}, expected a row of real pictures above: "
                 f"{expected}"
@@ -250,19 +253,19 @@ def condensed_row(
             f"{where}: key 'decoded': found true, expected a set of condense.formation with more than one tile"
         )
     data = dataclasses.replace(row.config.data, train_format="yolo", train="train_decoded" if file.decoded else "train")
-    # Sampling a fraction is for the real pictures; the set is small as it is.
+    # max_samples is meant for the real pictures; the set is small already.
     row_config = dataclasses.replace(row.config, data=dataclasses.replace(data, max_samples=0))
     return dataclasses.replace(row, config=row_config, task=task, sets=sets_folder(config), network_row=network_row)
 
 
 def read_row(config: Config, overrides: Any, where: str) -> RowFile:
-    """A row of the file merged into the shared config, every key known and every type checked."""
+    """A row of the file merged into the shared config. UserError for an unknown key or a value of a wrong type."""
     overrides = {} if overrides is None else overrides
     if not isinstance(overrides, dict):
         raise UserError(f"{where}: found {overrides!r}, expected keys and values")
     for key in FIXED:
         if key in overrides:
-            raise UserError(f"{where}: key {key!r} is one for all rows, expected it at the top level only")
+            raise UserError(f"{where}: key {key!r} is the same for all rows, expected it at the top level only")
     return from_tree(RowFile, merge(to_tree(config), overrides), source=where)
 
 
@@ -276,12 +279,12 @@ def merge(tree: dict, overrides: dict) -> dict:
 
 
 def is_trained_in_place(teacher: TeacherConfig) -> bool:
-    """A detector without weights. The student's own average needs none; what only teaches is not trained here."""
+    """Whether a teacher is a detector without weights; the EMA needs none, and teacher-only models are not trained."""
     return teacher.weights is None and teacher.arch != EMA and teacher.arch not in models.TEACHERS
 
 
 def teacher_row(alone: Config, teacher: TeacherConfig, source: str) -> Row:
-    """The row that trains a teacher: the shared protocol with its own model, epochs and rates, and one seed."""
+    """The row that trains a teacher: the shared protocol with its own model, epochs and optimizer, and one seed."""
     own = {"weights": teacher.start_weights, "backbone_weights": teacher.backbone_weights}
     tree = to_tree(alone) | {"student": {"arch": teacher.arch, **own}}
     tree["optimizer"] = tree["optimizer"] | teacher.optimizer
@@ -291,7 +294,7 @@ def teacher_row(alone: Config, teacher: TeacherConfig, source: str) -> Row:
 
 
 def last_weights(row: Row) -> str:
-    """Where a teacher that is trained in place leaves its weights."""
+    """The weights file of a teacher that is trained in place."""
     return str(row.folder(row.seeds[0]) / "weights" / "last.pt")
 
 
@@ -302,23 +305,23 @@ def epochs_of(teacher: str, in_place: dict[str, Row], where: str) -> int:
     return in_place[teacher].config.epochs
 
 
-def find_rivals(planned: dict[str, Row], files: dict[str, RowFile], source: str) -> list[Row]:
-    """The rows with their baselines, and with the rows they are compared to.
+def with_comparisons(planned: dict[str, Row], files: dict[str, RowFile], source: str) -> list[Row]:
+    """The rows with their baselines and the rows they are compared to.
 
-    UserError where a row of `against` trains otherwise in a key that neither of the two names in `differs`. A teacher's
-    row is another model by its nature: it is compared, and the table says in which keys it differs.
+    UserError if a row of `against` trains differently in a key that neither of the two names in `differs`. A teacher is
+    always another model: its row is compared, with a note on the keys that differ.
     """
     first = next(iter(files))
-    found = []
+    compared_rows = []
     for row in planned.values():
-        alike = (n for n, file in files.items() if not file.terms and file.student == row.config.student)
-        baseline = next(alike, first)
+        undistilled = (n for n, file in files.items() if not file.terms and file.student == row.config.student)
+        baseline = next(undistilled, first)
         against = files[row.name].against if row.name in files else None
         is_named = against is not None
         if against is None:
-            rival = random_rival(row, planned)
-            rival = baseline if rival in (None, row.name) else rival
-            against = () if rival == row.name else (rival,)
+            default = find_random_row(row, planned)
+            default = baseline if default is None or default == row.name else default
+            against = () if default == row.name else (default,)
         compared, notes = [], []
         for name in against:
             if name not in planned or name == row.name:
@@ -326,39 +329,39 @@ def find_rivals(planned: dict[str, Row], files: dict[str, RowFile], source: str)
                 raise UserError(f"{source}: row {row.name!r}: key 'against': found {name!r}, expected one of {others}")
             other = planned[name]
             is_teacher = row.is_teacher or other.is_teacher
-            if unlike := [] if is_teacher else differing_keys(row, other, (*row.differs, *other.differs)):
-                what = ", ".join(describe_difference(row, other, key) for key in unlike)
+            if refused := [] if is_teacher else differing_keys(row, other, (*row.differs, *other.differs)):
+                what = ", ".join(describe_difference(row, other, key) for key in refused)
                 if is_named:
                     raise UserError(
-                        f"{source}: row {row.name!r}: key 'against': {name!r} trains otherwise: {what}; expected a row "
-                        f"that trains alike, or `differs: [{', '.join(unlike)}]` where the row is about that"
+                        f"{source}: row {row.name!r}: key 'against': {name!r} trains differently: {what}; expected a "
+                        f"row that trains alike, or `differs: [{', '.join(refused)}]` if that is what the row compares"
                     )
-                notes.append(f"{row.name} is compared to no row: {name} trains otherwise ({what})")
+                notes.append(f"{row.name} is compared to no row: {name} trains differently ({what})")
                 continue
             compared.append(name)
-            known = differing_keys(row, other)
-            known += ["epochs"] * (row.config.epochs != other.config.epochs and "epochs" not in known)
-            if known:
-                what = ", ".join(describe_difference(row, other, key) for key in known)
+            keys = differing_keys(row, other)
+            keys += ["epochs"] * (row.config.epochs != other.config.epochs and "epochs" not in keys)
+            if keys:
+                what = ", ".join(describe_difference(row, other, key) for key in keys)
                 notes.append(f"{row.name} and {name} differ in {what}")
-        found.append(dataclasses.replace(row, baseline=baseline, against=tuple(compared), notes=tuple(notes)))
-    return found
+        compared_rows.append(dataclasses.replace(row, baseline=baseline, against=tuple(compared), notes=tuple(notes)))
+    return compared_rows
 
 
-def random_rival(row: Row, rows: dict[str, Row]) -> str | None:
-    """The row that trains as this one does, but on as many real pictures at random; None where there is none."""
+def find_random_row(row: Row, rows: dict[str, Row]) -> str | None:
+    """The name of the row that trains alike on as many random real pictures; None if there is none."""
     return next((other.name for other in random_rows(row, rows) if trains_alike(other, row)), None)
 
 
 def random_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
-    """The rows of as many real pictures at random as this one stores, with its terms, however they train."""
+    """The rows on as many random real pictures as this one stores, with its terms, also if they train differently."""
     if row.task is None:
         return []
-    of_sets = (other for other in rows.values() if other.task is not None and other.task.condense.method == "random")
-    pictures = row.task.condense.pictures
-    return [o for o in of_sets if o.task.condense.pictures == pictures and same_teaching(o, row)]
+    size = ("random", row.task.condense.pictures)
+    with_sets = ((other, other.task.condense) for other in rows.values() if other.task is not None)
+    return [other for other, c in with_sets if (c.method, c.pictures) == size and same_teaching(other, row)]
 
 
 def trains_alike(a: Row, b: Row, *, terms: bool = True) -> bool:
-    """Whether the rows differ in nothing but their pictures and, with `terms` False, in what they are taught."""
+    """Whether two rows differ only in their pictures and, with `terms` False, in their teachers and terms."""
     return not differing_keys(a, b) and (not terms or same_teaching(a, b))

@@ -1,11 +1,12 @@
-"""comparison.md and comparison.json: what each row scored, and whether that differs from the row it is compared to.
+"""comparison.md and comparison.json: the score of each row, and whether it differs from the row it is compared to.
 
-The verdict is on mAP. Runs are paired by seed, and d_i is the difference of pair i of n:
+The verdict uses mAP. Runs are paired by seed; d_i is the difference of pair i of n. The 95 % confidence interval of the
+true difference is
 
     mean(d) +- t(n - 1) * std(d) / sqrt(n)          std with n - 1, t the 97.5 % quantile of Student's distribution
 
-is the 95 % confidence interval of the true difference. A row is better or worse where 0 lies outside; one seed decides
-nothing. Where no row had any effect, one in twenty would still be called better or worse.
+A row is better or worse if 0 lies outside the interval; one seed gives no verdict. If no row had any effect, one in
+twenty would still be called better or worse.
 """
 
 import json
@@ -19,13 +20,13 @@ from config import to_tree
 from engine.comparison.study import Row, Study
 
 METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "f1"}
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last also stands for more (they go to 1.96).
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more (the limit is 1.96).
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass
 class Result:
-    """A row and what is known of it so far: the reports of finished runs by seed, and why others failed."""
+    """The results of a row so far: by seed, the reports of finished runs and why others failed."""
 
     row: Row
     reports: dict[int, dict] = field(default_factory=dict)
@@ -37,7 +38,7 @@ class Result:
 
     @property
     def seeds(self) -> list[int]:
-        """The finished ones."""
+        """The seeds of finished runs."""
         return [seed for seed in self.row.seeds if seed in self.reports]
 
     @property
@@ -45,12 +46,12 @@ class Result:
         return [seed for seed in self.row.seeds if seed not in self.reports]
 
     def values(self, metric: str, seeds: list[int] | None = None) -> np.ndarray:
-        """(seeds,) of one of METRICS, on the test split, of the last EMA weights; nan where it is not defined."""
+        """(seeds,): one of METRICS on the test split, from the last EMA weights; nan if it is not defined."""
         reports = [self.reports[seed] for seed in (self.seeds if seeds is None else seeds)]
         return np.array([report["test"][METRICS[metric]] for report in reports], dtype=np.float64)
 
     def seconds(self) -> np.ndarray:
-        """(seeds,) of training, evaluation left out."""
+        """(seeds,): training time without evaluation."""
         return np.array([self.reports[seed]["seconds"] for seed in self.seeds], dtype=np.float64)
 
     def seconds_per_step(self) -> np.ndarray:
@@ -60,7 +61,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Difference:
-    """A row minus another over the seeds both have finished: (seeds,) of each metric."""
+    """One row minus another over the seeds that both have finished; mAP50, mAP (seeds,)."""
 
     name: str
     against: str
@@ -74,7 +75,7 @@ class Difference:
 
 
 def differences(results: dict[str, Result]) -> list[Difference]:
-    """Every comparison that the rows ask for, in the order of the table."""
+    """Every comparison of the rows, in the order of the table."""
     found = []
     for result in results.values():
         for name in result.row.against:
@@ -92,7 +93,7 @@ def half_width(values: np.ndarray) -> float:
 
 
 def verdict(values: np.ndarray) -> str:
-    """What paired differences (seeds,) decide; see the head of this file."""
+    """The verdict on paired differences (seeds,); see the head of this file."""
     n = len(values)
     if n == 0:
         return "not trained yet"
@@ -104,7 +105,7 @@ def verdict(values: np.ndarray) -> str:
 
 
 def cost_per_step(result: Result, results: dict[str, Result]) -> float | None:
-    """Seconds of a training step relative to the row's baseline; None while either is missing."""
+    """Time of a training step relative to the row's baseline; None while either is missing."""
     baseline = results[result.row.baseline]
     if not result.reports or not baseline.reports:
         return None
@@ -113,7 +114,7 @@ def cost_per_step(result: Result, results: dict[str, Result]) -> float | None:
 
 
 def mean_and_spread(values: np.ndarray, *, sign: str = "") -> str:
-    """`0.612 ± 0.004`: the mean and the sample standard deviation; the mean alone for one seed."""
+    """`0.612 ± 0.004`: the mean and the sample standard deviation; only the mean for one seed."""
     if len(values) == 0 or not np.isfinite(values).all():
         return "-"
     mean = f"{values.mean():{sign}.3f}"
@@ -121,7 +122,7 @@ def mean_and_spread(values: np.ndarray, *, sign: str = "") -> str:
 
 
 def markdown(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
-    """Two tables, the scores and the comparisons, and what is still missing: of all rows, or of those in `only`."""
+    """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`."""
     config = study.config
     shown = [result for name, result in results.items() if only is None or name in only]
     lines = [
@@ -140,7 +141,7 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     lines += [
         "",
         "Differences are paired by seed. A row is better or worse where the 95 % confidence interval of its mean "
-        "difference in mAP (Student's t over the seeds) leaves out 0; of twenty rows without any effect one would "
+        "difference in mAP (Student's t over the seeds) leaves out 0; one in twenty rows without any effect would "
         "still be called so.",
         "",
         "| row | compared to | seeds | mAP50 | mAP | 95 % interval | verdict |",
@@ -192,7 +193,7 @@ def difference_cells(difference: Difference) -> list[str]:
 
 
 def machines(results: dict[str, Result]) -> str:
-    """What the runs were computed on; costs are only comparable where it is one."""
+    """The hardware and versions of the runs; costs are comparable only if there is one set of them."""
     found = dict.fromkeys(
         f"{r['device']}, {r['precision']}, {r['threads']} threads, torch {r['torch']}"
         for result in results.values()
@@ -202,7 +203,7 @@ def machines(results: dict[str, Result]) -> str:
 
 
 def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dict] = ()) -> str:
-    """Every number of the tables, by seed: what documents are made from. condensed: of condensed_table.py."""
+    """Every number of the tables, by seed. condensed: the rows of condensed_table.condensed_tree."""
     compared = differences(results)
     rows = []
     for result in results.values():
@@ -220,8 +221,8 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
                 "missing_seeds": result.missing,
                 "failures": {str(seed): why for seed, why in result.failures.items()},
                 "runs": [result.row.folder(seed).name for seed in result.seeds],
-                **{metric: plain(result.values(metric)) for metric in METRICS},
-                "seconds": plain(result.seconds()),
+                **{metric: to_json_value(result.values(metric)) for metric in METRICS},
+                "seconds": to_json_value(result.seconds()),
                 "steps": [result.reports[seed]["steps"] for seed in result.seeds],
                 "baseline": result.row.baseline,
                 "notes": list(result.row.notes),
@@ -238,19 +239,19 @@ def difference_tree(difference: Difference) -> dict:
     return {
         "against": difference.against,
         "seeds": list(difference.seeds),
-        "mAP50": plain(difference.mAP50),
-        "mAP": plain(difference.mAP),
-        "mAP50_mean": plain(difference.mAP50.mean()) if difference.seeds else None,
-        "mAP_mean": plain(difference.mAP.mean()) if difference.seeds else None,
-        "mAP50_std": plain(difference.mAP50.std(ddof=1)) if is_many else None,
-        "mAP_std": plain(difference.mAP.std(ddof=1)) if is_many else None,
+        "mAP50": to_json_value(difference.mAP50),
+        "mAP": to_json_value(difference.mAP),
+        "mAP50_mean": to_json_value(difference.mAP50.mean()) if difference.seeds else None,
+        "mAP_mean": to_json_value(difference.mAP.mean()) if difference.seeds else None,
+        "mAP50_std": to_json_value(difference.mAP50.std(ddof=1)) if is_many else None,
+        "mAP_std": to_json_value(difference.mAP.std(ddof=1)) if is_many else None,
         "mAP_half_width": half_width(difference.mAP) if is_many else None,
         "verdict": difference.verdict,
     }
 
 
-def plain(values: np.ndarray | float) -> list | float | None:
-    """Numbers as JSON has them: what is not finite becomes null."""
-    if np.ndim(values):
-        return [plain(value) for value in values]
+def to_json_value(values: np.ndarray | float) -> list | float | None:
+    """Numbers for JSON: values that are not finite become null."""
+    if isinstance(values, np.ndarray) and values.ndim:
+        return [to_json_value(value) for value in values]
     return float(values) if math.isfinite(values) else None

@@ -4,7 +4,7 @@ import pytest
 
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree, full_row
 from engine.comparison.protocol import differing_keys
-from engine.comparison.study import plan, random_rival
+from engine.comparison.study import find_random_row, plan
 from engine.comparison.table import Result, as_json, markdown
 from errors import UserError
 from tests.tiny_training import tiny_config
@@ -55,13 +55,13 @@ def by_name(study):
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_row_that_trains_otherwise_is_refused_by_name(make, key):
     rows = {"full": None, "changed": CHANGES[key] | {"against": ["full"]}}
-    with pytest.raises(UserError, match=rf"row 'changed': key 'against': 'full' trains otherwise: {key}\b"):
+    with pytest.raises(UserError, match=rf"row 'changed': key 'against': 'full' trains differently: {key}\b"):
         make(rows)
     for differs in (key, key.split(".")[0]):
         study = make({**rows, "changed": rows["changed"] | {"differs": [differs]}})
         (note,) = by_name(study)["changed"].notes
         assert by_name(study)["changed"].against == ("full",) and note.startswith(f"changed and full differ in {key}")
-    with pytest.raises(UserError, match="trains otherwise"):
+    with pytest.raises(UserError, match="trains differently"):
         make({**rows, "changed": rows["changed"] | {"differs": ["seed", "weight_decay"]}})
 
 
@@ -88,7 +88,7 @@ def test_shares_of_the_gap_need_rows_that_train_alike(make, key):
     rows = {"full": None, "random": RANDOM, "best": BEST}
     planned = by_name(make(rows))
     results = {name: Result(row) for name, row in planned.items()}
-    assert random_rival(planned["best"], planned) == "random" and full_row(results["best"], results).name == "full"
+    assert find_random_row(planned["best"], planned) == "random" and full_row(results["best"], results).name == "full"
     for changed in ("random", "full"):
         planned = by_name(make({**rows, changed: (rows[changed] or {}) | CHANGES[key]}))
         results = {
@@ -101,7 +101,7 @@ def test_shares_of_the_gap_need_rows_that_train_alike(make, key):
         assert found["gap_closed"] is None and (found["of_full"] is None) == (changed == "full")
         if not key.startswith("student") or changed == "random":
             assert any(f"is not measured by {changed}" in line and key in line for line in found["refused"])
-            assert f"best is not measured by {changed}, which trains otherwise: {key}" in condensed_markdown(results)
+            assert f"best is not measured by {changed}, which trains differently: {key}" in condensed_markdown(results)
 
 
 def test_passes_over_sets_of_other_sizes_are_other_numbers_of_steps(make):
@@ -114,8 +114,10 @@ def test_passes_over_sets_of_other_sizes_are_other_numbers_of_steps(make):
     rows["decoded"] = rows["tiles"] | {"decoded": True}
     planned = by_name(make(rows, per_epoch=0))
     results = {name: Result(row) for name, row in planned.items()}
-    assert full_row(results["best"], results) is None and random_rival(planned["best"], planned) == "random"
-    assert random_rival(planned["tiles"], planned) == "random" and random_rival(planned["decoded"], planned) is None
+    assert full_row(results["best"], results) is None and find_random_row(planned["best"], planned) == "random"
+    assert (
+        find_random_row(planned["tiles"], planned) == "random" and find_random_row(planned["decoded"], planned) is None
+    )
     assert differing_keys(planned["full"], planned["best"]) == ["data.pictures_per_epoch"]
 
 

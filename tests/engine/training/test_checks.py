@@ -225,7 +225,7 @@ def test_one_row_is_the_run_that_compare_would_make(study, tmp_path, capsys, mon
     row = next(row for row in load_study(study, ["seed=3"]).rows if row.name == "alone")
     result = compare.find_finished(row)
     assert result.seeds == [3] and result.reports[3]["name"] == "alone_seed3"
-    with pytest.raises(UserError, match="a run of row 'alone' is there; go on with --resume"):
+    with pytest.raises(UserError, match="row 'alone' has a run here; continue with --resume"):
         train.main([str(study), "--row", "alone", "seed=3"])
     with pytest.raises(UserError, match=r"--row: found 'lone', expected one of alone, teacher_t, taught, few"):
         train.main([str(study), "--row", "lone"])
@@ -237,7 +237,7 @@ def test_one_row_is_the_run_that_compare_would_make(study, tmp_path, capsys, mon
     dry = []
     monkeypatch.setattr(train, "dry_run", lambda config, teachers: dry.append((config, teachers)))
     train.main([str(study), "--row", "taught", "--dry-run"])
-    assert "not trained yet, fresh models stand in: t" in capsys.readouterr().out
+    assert "not trained yet, untrained models are used: t" in capsys.readouterr().out
     condense.main([str(study), "--row", "few"])
     train.main([str(study), "--row", "few", "--dry-run"])
     assert [(config.name, list(teachers)) for config, teachers in dry] == [("taught_seed0", ["t"]), ("few_seed0", [])]
