@@ -1,16 +1,22 @@
-"""Dataset distillation: a real training set -> a few pictures that train a detector in its place.
+"""Dataset distillation: make a few pictures from a real training set, to train a detector on instead.
 
-    python condense.py CONFIG condense.method=random condense.pictures=5 [--output FOLDER] [key=value ...]
-    python condense.py STUDY --row NAME [--seed N]        the set that a row of a study trains on
+    python condense.py CONFIG [--output FOLDER] [key=value ...]    the set of a config with a section `condense`
+    python condense.py STUDY --row NAME [--seed N]                 the set that a row of a study trains on
 
-CONFIG has the keys of a training config and a section `condense`; the methods are in engine.condensing.config.METHODS.
-What is written is an ordinary YOLO dataset (engine/condensing/set_files.py), by default where compare.py looks for it:
-<runs>/<name>/sets/<method>_<pictures>_seed<seed>_<hash of the settings>. A set that is there already is left as it is.
+Examples:
 
-A method that learns shows its pictures in <folder>.part/steps, and is stopped with Ctrl-C and given again at will: the
-same command goes on, and ends with the same bytes as one that was never stopped.
+    python condense.py configs/bccd_yolov8n.yaml condense.method=random condense.pictures=5
+    python condense.py configs/studies/bccd_condense.yaml --row random_5 --seed 1
 
-Exit codes are those of train.py.
+engine/condensing/config.py lists the methods and all keys of `condense`. The result is a YOLO dataset
+(engine/condensing/set_files.py), by default in the folder where compare.py expects it:
+<runs>/<name>/sets/<method>_<pictures>_seed<seed>_<hash of the settings>. A finished set is not made again.
+
+Gradient matching draws its pictures in <folder>.part/steps as they change. Stop it with Ctrl-C and give the same
+command again to continue; the result has the same bytes as that of a run without a stop.
+
+Exit codes: 0 made, or finished before, 2 a mistake in the arguments or the data, 4 out of memory,
+5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
@@ -59,17 +65,17 @@ from structures import Targets
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="condense.py", description="A real training set, condensed to a few pictures."
+        prog="condense.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a YAML file with a section `condense`")
+    parser.add_argument("config", help="a YAML file: a training config, or a study")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
-    parser.add_argument("--row", metavar="NAME", help="the set of this row of a study")
-    parser.add_argument("--seed", type=int, help="with --row: of which of its runs (default: the first)")
-    parser.add_argument("--output", metavar="FOLDER", help="where the set goes")
+    parser.add_argument("--row", metavar="NAME", help="make the set of this row of a study")
+    parser.add_argument("--seed", type=int, help="with --row: the set of its run with this seed (default: the first)")
+    parser.add_argument("--output", metavar="FOLDER", help="folder of the set (default: as above)")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.row is None:
         if arguments.seed is not None:
-            raise UserError("argument --seed: expected --row beside it; condense.seed=N is the seed of one set")
+            raise UserError("argument --seed: expected --row with it; condense.seed=N is the seed of one set")
         file = from_tree(StudyFile, read_tree(arguments.config, arguments.overrides), source=arguments.config)
         if "method" not in file.condense:
             advice = "condense.method=NAME"
@@ -83,10 +89,9 @@ def main(argv: list[str]) -> None:
         study = load_study(arguments.config, arguments.overrides)
         row = next((row for row in study.rows if row.name == arguments.row), None)
         if row is None or row.task is None:
-            known = (
-                ", ".join(row.name for row in study.rows if row.task is not None) or "a study with rows that condense"
-            )
-            raise UserError(f"argument --row: found {arguments.row!r}, expected {known}")
+            expected = ", ".join(row.name for row in study.rows if row.task is not None)
+            expected = expected or "a study with rows that condense"
+            raise UserError(f"argument --row: found {arguments.row!r}, expected {expected}")
         seed = row.seeds[0] if arguments.seed is None else arguments.seed
         config, task = study.config, row.task.with_seed(seed)
     folder = Path(arguments.output) if arguments.output else task.folder(sets_folder(config))
@@ -94,10 +99,10 @@ def main(argv: list[str]) -> None:
 
 
 def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
-    """Make the set of a task in `folder`, or go on making it, unless it is there; its manifest.
+    """Make the set of a task in `folder`, continue an unfinished one, or leave a finished one; return its manifest.
 
-    UserError, before any work, for settings that cannot be and for a folder that holds something else. SystemExit after
-    a signal, when all is saved.
+    UserError, before any work, for wrong settings and for a folder that holds something else. SystemExit after a
+    signal, once everything is saved.
     """
     progress = Progress(quiet=quiet)
     task.check()
@@ -120,7 +125,7 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
         try:
             return make(task, folder, real, network, where, progress, stop)
         except StopRequested:
-            print(f"stopped, saved in {part}; the same command goes on", flush=True)
+            print(f"stopped, saved in {part}; give the same command to continue", flush=True)
             raise SystemExit(stop.exit_code) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -130,7 +135,7 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
 
 
 def refuse_other(settings: dict[str, Any], task: Task, folder: Path) -> None:
-    """UserError where a folder holds a set of other settings, which is left as it is."""
+    """UserError if a folder holds a set of other settings. It is not changed."""
     ours = json.loads(json.dumps(task.settings()))
     if settings != ours:
         key = next(key for key in [*settings, *ours] if settings.get(key) != ours.get(key))
@@ -147,25 +152,25 @@ def make(
     progress: Progress,
     stop: StopSignals,
 ) -> dict[str, Any]:
-    """The pictures of the set, learnt where its method learns, then all its files and the manifest."""
+    """Make the pictures of the set, learn them if its method does, then write its files; return the manifest."""
     c, cost = task.condense, Cost(device)
     stop.may_raise = True  # nothing is lost
     layout = first_layout(task, real, network)
     stop.may_raise = False
     splits: dict[str, list[Picture]] = {}
-    if task.is_learnt or c.formation != (1, 1):
+    if task.is_learnt or task.formation != (1, 1):
         synthetic = to_synthetic(task, layout, device)
         if task.is_learnt:
             learner = build_learner(task, synthetic, real)
             learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop)
         splits[STORED] = stored_pictures(synthetic, layout)
-        if c.formation != (1, 1):
+        if task.formation != (1, 1):
             splits[DECODED] = decoded_pictures(synthetic, layout)
     else:
         splits[STORED] = as_pictures(layout.images, layout.targets, layout.content_xyxy)
     manifest = {
         "method": c.method,
-        "pictures": c.pictures,  # that are stored
+        "pictures": c.pictures,  # stored ones
         "formation": list(c.formation),
         "decoded": task.decoded,
         "objects": len(layout.targets),
@@ -187,14 +192,14 @@ def make(
 
 
 class Cost:
-    """Seconds and the highest memory of making a set, over all the times it was gone on with."""
+    """Time and peak memory of making a set, over all the runs that continued it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._began, self._before, self._highest = device, time.perf_counter(), 0.0, 0.0
         reset_peak(device)
 
     def add(self, seconds: float, gigabytes: float) -> None:
-        """What was spent before."""
+        """Add the cost of earlier runs."""
         self._before, self._highest = seconds, gigabytes
 
     @property
@@ -207,24 +212,24 @@ class Cost:
 
 
 def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticSet:
-    """The layout's pictures, or noise under their boxes, packed into the stored ones."""
-    c, targets = task.condense, layout.targets
+    """The stored pictures: the layout's images, or noise under their boxes, packed in formation."""
+    c, targets, formation = task.condense, layout.targets, task.formation
     if task.is_learnt and c.init == "noise":
         made = SyntheticSet.from_noise(
             targets,
             count=c.pictures,
             image_size=task.image_size,
-            formation=c.formation,
+            formation=formation,
             content_xyxy=layout.content_xyxy,
             generator=seeded_generator(Stream.NOISE, task.seed),
         )
     else:
-        made = SyntheticSet.from_pictures(layout.images.float() / 255, targets, c.formation, layout.content_xyxy)
-    return SyntheticSet(made.pixels.to(device), made.targets, c.formation, layout.content_xyxy)
+        made = SyntheticSet.from_pictures(layout.images.float() / 255, targets, formation, layout.content_xyxy)
+    return SyntheticSet(made.pixels.to(device), made.targets, formation, layout.content_xyxy)
 
 
 def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> GradientMatching:
-    """What moves the pixels. UserError for settings that it cannot learn by."""
+    """The optimisation of the pixels. UserError for settings that it refuses."""
     c = task.condense
 
     def draw_augmentation(generator: torch.Generator):
@@ -252,7 +257,7 @@ def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> Gr
 
 
 def refuse_one_value(task: Task, network: nn.Module) -> None:
-    """UserError where one real picture gives a BatchNorm one value per channel."""
+    """UserError if a single real picture gives a BatchNorm one value per channel."""
     norm = norm_of_one_value(network, task.image_size)
     if norm is not None:
         found = f"key 'condense.real_batch': one picture of {task.image_size} px gives BatchNorm ({norm}) one value"
@@ -269,7 +274,7 @@ def learn(
     progress: Progress,
     stop: StopSignals,
 ) -> None:
-    """All steps, or those that are left. Saves in `part`; StopRequested, when saved, where a signal asked for it."""
+    """Run all remaining steps and save the state in `part`. After a signal: save, then StopRequested."""
     c, total = task.condense, learner.settings.steps
     state_file, rows = part / "state.pt", []
     (part / "steps").mkdir(parents=True, exist_ok=True)
@@ -303,7 +308,7 @@ def learn(
         learner.run(on_step)
     except UserError:
         if learner.steps_done == 0:
-            shutil.rmtree(part)  # its networks cannot be learnt by: nothing to go on with
+            shutil.rmtree(part)  # its settings were refused: nothing to continue
         raise
     finally:
         progress.finish()
@@ -313,21 +318,21 @@ def learn(
 
 
 def draw_step(synthetic: SyntheticSet, layout: Layout, names: tuple[str, ...], part: Path, step: int) -> None:
-    """steps/000500.png: all stored pictures as they are now."""
+    """Write steps/000500.png: all stored pictures as they are now."""
     out = io.BytesIO()
     draw_set(stored_pictures(synthetic, layout), names).save(out, "PNG")
     run_folder.write_bytes(part / "steps" / f"{step:06}.png", out.getvalue())
 
 
 def stored_pictures(synthetic: SyntheticSet, layout: Layout) -> list[Picture]:
-    """What is stored; without the padding of its layout, where one picture is one picture."""
+    """The stored pictures; without padding if each holds one real picture."""
     content = layout.content_xyxy if synthetic.tiles == 1 else None
     return as_pictures(synthetic.pixels.detach().cpu(), synthetic.stored_targets().to("cpu"), content)
 
 
 def decoded_pictures(synthetic: SyntheticSet, layout: Layout) -> list[Picture]:
-    pictures, targets = synthetic.decode(torch.arange(len(synthetic)))
-    return as_pictures(pictures.detach().cpu(), targets.to("cpu"), layout.content_xyxy)
+    images, targets = synthetic.decode(torch.arange(len(synthetic)))
+    return as_pictures(images.detach().cpu(), targets.to("cpu"), layout.content_xyxy)
 
 
 def as_pictures(images: Tensor, targets: Targets, content_xyxy: Tensor | None) -> list[Picture]:

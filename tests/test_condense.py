@@ -209,7 +209,7 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
         ({"method": "gradient_matching", "formation": [65, 1]}, [], r"found \[65, 1\], expected \[rows, columns\]"),
         ({"method": "crops", "crops": 5}, [], r"condense.crops': found 5, expected a divisor of 64"),
         ({"method": "crops", "crops": 16}, [], r"condense.pictures': 768 crops need as many objects; there are"),
-        ({"method": "herding", "network": {}}, [], r"condense.network': herding measures by a trained network"),
+        ({"method": "herding", "network": {}}, [], r"condense.network': herding needs a trained network"),
         ({"method": "gradient_matching", "init": "canvas"}, [], r"condense.init': found 'canvas', expected one of"),
         (
             {"method": "gradient_matching", "layouts": "herding", "network": {}}, [],
@@ -277,7 +277,9 @@ def test_no_memory_is_one_line(make, monkeypatch, tmp_path):
 def test_a_network_of_other_classes_is_refused(make, network, tmp_path):
     state = checkpoint.load(network)
     checkpoint.save(tmp_path / "other.pt", state | {"names": ["red", "green"]})
-    with pytest.raises(UserError, match=r"other.pt: knows red, green; expected the classes of the dataset: green, red"):
+    with pytest.raises(
+        UserError, match=r"other.pt: found the classes red, green; expected those of the dataset: green, red"
+    ):
         make("k_center", network={"weights": str(tmp_path / "other.pt")})
 
 

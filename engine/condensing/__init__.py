@@ -1,6 +1,6 @@
-"""What condense.py is made of; the learning itself is distill/condense/gradient_matching.py.
+"""The parts of condense.py. Gradient matching itself is in distill/condense/gradient_matching.py.
 
 config     the section `condense` of a config, and the Task of one set
-methods    from real pictures to those that a set begins with
+methods    the pictures that a set starts from, chosen or assembled from real ones
 set_files  the set on disk
 """

@@ -1,9 +1,9 @@
-"""What a synthetic set is made of: the `condense` section of a config, and the Task that one set follows from.
+"""The `condense` section of a config, and the Task: everything that determines one synthetic set.
 
     condense: {method: random, pictures: 5}                  python condense.py CONFIG
 
-A study (engine/comparison/study.py) has the section at its top level for what its sets share, and in the rows that
-train on one.
+In a study (engine/comparison/study.py), the section at the top level holds what its sets share; a row that trains on a
+set has a section of its own.
 """
 
 import dataclasses
@@ -12,35 +12,39 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from config import AugmentConfig, DataConfig, from_tree, to_tree
 from distill.condense.gradient_distance import DISTANCES
 from distill.condense.gradient_matching import MatchingSettings
 from errors import UserError
 
-METHODS = {
-    "random": "real pictures at random",
-    "uniform": "real pictures with about as many objects of each class",
-    "herding": "real pictures whose features have the mean of all",
-    "k_center": "real pictures near to which all others are",
-    "highest_loss": "real pictures that a trained network finds hardest",
-    "most_objects": "real pictures with the most objects",
-    "crops": "mosaics of crops around real objects",
-    "mosaic": "several real pictures in each stored one",
-    "gradient_matching": "pixels learnt: their gradient is that of real pictures, early in training",
-}
-MEASURED = ("herding", "k_center", "highest_loss")  # by a trained network
-WITHOUT_DRAWS = (*MEASURED, "most_objects")  # the same pictures whatever the seed
-RULES = ("random", "uniform", *WITHOUT_DRAWS)  # by which real pictures are chosen
+Rule = Literal[  # how real pictures are chosen
+    "random",  # at random
+    "uniform",  # with about as many objects of each class
+    "herding",  # so that the mean of their features is the mean over all pictures
+    "k_center",  # so that every other picture is near one of them, by features
+    "highest_loss",  # with the highest loss of a trained network
+    "most_objects",  # with the most objects
+]
+Method = Literal[
+    Rule,
+    "crops",  # mosaics of crops around real objects
+    "mosaic",  # several real pictures in each stored one
+    "gradient_matching",  # learnt pixels, whose gradient matches that of real pictures early in training
+]
+RULES: tuple[Rule, ...] = get_args(Rule)
+METHODS: tuple[Method, ...] = get_args(Method)
+MEASURED = ("herding", "k_center", "highest_loss")  # rules that need a trained network
+WITHOUT_DRAWS = (*MEASURED, "most_objects")  # rules whose result does not depend on the seed
 SIAMESE = AugmentConfig(mosaic=0.0, flip_vertical=0.5, close_mosaic_epochs=0)
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """A trained detector of the same classes: a checkpoint of ours, or a public file and its architecture.
+    """A trained detector of the same classes: a checkpoint of ours, or a released file and its architecture.
 
-    row: in a study, the row whose first run it is; a row above, in the place of `weights`.
+    row: in a study, a row above whose first run is used instead of `weights`.
     """
 
     weights: str | None = None
@@ -50,26 +54,26 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class CondenseConfig:
-    """One synthetic set. Sections that its method has no use for change nothing."""
+    """The section `condense`: one synthetic set. Keys that its method does not use have no effect."""
 
-    method: Literal[tuple(METHODS)]  # a key of METHODS
-    pictures: int  # how many are stored
-    seed: int | None = None  # None: the config's, in a study each run's own
-    formation: tuple[int, ...] = (1, 1)  # r, c: a stored picture is r rows and c columns of real ones
-    init: Literal["noise", "real", "crops"] = "real"  # of learnt pixels; where labels come from
-    layouts: Literal[RULES] = "random"  # which real pictures: of noise, real and mosaic
-    crops: int = 2  # a mosaic of crops has this many a side
-    network: NetworkConfig = NetworkConfig()  # that measures real pictures, for methods that need one
-    arch: str | None = None  # of the networks whose gradients are looked at; None: the student's
-    real_batch: int = 16  # real pictures of a matching step
-    augment: AugmentConfig = SIAMESE  # of a learning step, the same for all its pictures
+    method: Method  # how its pictures are made
+    pictures: int  # number of stored pictures
+    seed: int | None = None  # None: the config's; in a study, the seed of each run
+    formation: tuple[int, ...] = (1, 1)  # r, c: a stored picture holds r rows and c columns of real ones
+    init: Literal["noise", "real", "crops"] = "real"  # start of learnt pixels, and source of the labels
+    layouts: Rule = "random"  # which real pictures: for init noise and real, and for mosaic
+    crops: int = 2  # crops along each side of a mosaic of crops
+    network: NetworkConfig = NetworkConfig()  # for rules that need a trained network
+    arch: str | None = None  # of the networks whose gradients are matched; None: the student's
+    real_batch: int = 16  # real pictures per matching step
+    augment: AugmentConfig = SIAMESE  # of a matching step, the same for all its pictures
     matching: MatchingSettings = field(default_factory=MatchingSettings)  # how pixels are learnt
-    save_every_steps: int = 50  # of learning: what a stop without warning may lose
-    picture_every_steps: int = 100  # of learning: a picture of the state, to look at
+    save_every_steps: int = 50  # steps between two saves: what a killed process may lose; 0: never
+    picture_every_steps: int = 100  # steps between two pictures of the state in steps/; 0: never
 
 
 def read_condense(tree: Any, source: str) -> CondenseConfig:
-    """The section as its file gives it; keys of `augment` that it leaves out are those of SIAMESE."""
+    """The section of a file; keys that it leaves out of `augment` are taken from SIAMESE."""
     if isinstance(tree, dict) and isinstance(tree.get("augment"), dict):
         tree = tree | {"augment": to_tree(SIAMESE) | tree["augment"]}
     return from_tree(CondenseConfig, tree, source=source, key="condense")
@@ -77,7 +81,7 @@ def read_condense(tree: Any, source: str) -> CondenseConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """One set: everything that its pixels follow from. `arch` is that of the networks to match."""
+    """Everything that determines the pixels of one set. arch: of the networks whose gradients are matched."""
 
     data: DataConfig
     image_size: int
@@ -85,7 +89,7 @@ class Task:
     condense: CondenseConfig
 
     def with_seed(self, seed: int) -> "Task":
-        """The task of a run with this seed; the set's own seed stays."""
+        """The task with this seed, unless the set has a seed of its own."""
         if self.condense.seed is not None:
             return self
         return dataclasses.replace(self, condense=dataclasses.replace(self.condense, seed=seed))
@@ -95,13 +99,19 @@ class Task:
         return self.condense.seed or 0
 
     @property
+    def formation(self) -> tuple[int, int]:
+        """Rows and columns of real pictures in a stored one; `check` has made sure that there are two numbers."""
+        rows, columns = self.condense.formation
+        return rows, columns
+
+    @property
     def decoded(self) -> int:
-        """Pictures that the stored ones decode into."""
+        """The number of pictures that the stored ones decode into."""
         return self.condense.pictures * math.prod(self.condense.formation)
 
     @property
     def rule(self) -> str | None:
-        """One of RULES; None for a set that is put together of crops."""
+        """How real pictures are chosen, one of RULES; None for a set of crops."""
         c = self.condense
         if c.method in RULES:
             return c.method
@@ -113,16 +123,17 @@ class Task:
 
     @property
     def is_learnt(self) -> bool:
-        """Whether the pixels are learnt, by gradient matching, and not those of real pictures."""
+        """Whether the pixels are learnt by gradient matching, not copied from real pictures."""
         return self.condense.method == "gradient_matching"
 
     @property
     def has_layouts(self) -> bool:
+        """Whether `layouts` chooses its real pictures."""
         c = self.condense
         return c.method == "mosaic" or (self.is_learnt and c.init in ("noise", "real"))
 
     def settings(self) -> dict[str, Any]:
-        """The part of the config that this set depends on, as plain values: equal settings give equal pixels."""
+        """The settings that this set depends on, as plain values: equal settings give equal pixels."""
         c, is_learnt = self.condense, self.is_learnt
         tree: dict[str, Any] = {"image_size": self.image_size, "method": c.method, "pictures": c.pictures}
         data = to_tree(self.data)
@@ -147,7 +158,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Of its folder: method, pictures, seed, and a hash of all settings."""
+        """The name of its folder: method, number of pictures, seed, and a hash of all settings."""
         settings = self.settings()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         seed = f"_seed{settings['seed']}" if "seed" in settings else ""
@@ -157,7 +168,7 @@ class Task:
         return Path(sets) / self.name
 
     def check(self) -> None:
-        """UserError for every mistake that the settings alone show."""
+        """UserError for every mistake in the settings."""
         c, key = self.condense, "key 'condense"
         if c.pictures < 1:
             raise UserError(f"{key}.pictures': found {c.pictures}, expected at least 1")
@@ -172,7 +183,7 @@ class Task:
         if c.crops < 1 or self.image_size % c.crops:
             raise UserError(f"{key}.crops': found {c.crops}, expected a divisor of {self.image_size} pixels")
         if self.needs_network and c.network.weights is None:
-            raise UserError(f"{key}.network': {c.method} measures by a trained network, expected {{weights: FILE}}")
+            raise UserError(f"{key}.network': {c.method} needs a trained network, expected {{weights: FILE}}")
         if c.real_batch < 1:
             raise UserError(f"{key}.real_batch': found {c.real_batch}, expected at least 1")
         for name in ("save_every_steps", "picture_every_steps"):
@@ -180,7 +191,7 @@ class Task:
                 raise UserError(f"{key}.{name}': found {getattr(c, name)}, expected a number, or 0 for never")
         if c.matching.seed:
             found = f"{key}.matching.seed': found {c.matching.seed}"
-            raise UserError(f"{found}, expected none: condense.seed is of the whole set")
+            raise UserError(f"{found}, expected none: condense.seed is the seed of the whole set")
         if c.matching.steps < 0:
             raise UserError(f"{key}.matching.steps': found {c.matching.steps}, expected a number, or 0 for none")
         if c.matching.distance not in DISTANCES:
@@ -188,7 +199,7 @@ class Task:
             raise UserError(f"{found}, expected one of {', '.join(DISTANCES)}")
 
     def check_source(self, count: int) -> None:
-        """UserError where the source has too few pictures: each is used once, in one stored picture."""
+        """UserError if the source has too few pictures: each is used at most once."""
         if self.decoded > count:
             found = f"found {self.condense.pictures}"
             if self.decoded > self.condense.pictures:

@@ -1,9 +1,10 @@
-"""From real pictures to those that a synthetic set begins with: chosen, or put together; learning is in condense.py."""
+"""The pictures that a synthetic set starts from: chosen or assembled from real ones. condense.py learns the pixels."""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from engine.condensing.config import NetworkConfig, Task
 from engine.training.building import DECODE_AT_MOST, take, training_set
 from errors import UserError
 from random_streams import Stream, seeded_generator
-from structures import Targets
+from structures import Detector, Targets
 
-FEATURES = ("p3", "p4", "p5")  # the maps whose means over a picture say where it lies among the others
+FEATURES = ("p3", "p4", "p5")  # maps whose means describe a picture for herding and k_center
 
 
 class RealPictures:
-    """The training pictures of a dataset, letterboxed to squares of S pixels. Objects to be ignored are left out."""
+    """The training pictures of a dataset, letterboxed to squares of S pixels. Ignored objects are left out."""
 
     def __init__(self, data: DataConfig, image_size: int) -> None:
         place = training_set(data)
@@ -46,14 +47,14 @@ class RealPictures:
         return len(self.index)
 
     def read(self, rows: list[int]) -> Batch:
-        """Boxes clipped to the squares: labels may reach past the edge of their picture by rounding."""
+        """A batch of these rows, with boxes clipped to the square: rounding may put labels past the edge."""
         batch = self.loader.read(rows)
         t = batch.targets[~batch.targets.ignore]
         boxes_xyxy = clip_boxes(t.boxes_xyxy, self.image_size, self.image_size)
         return dataclasses.replace(batch, targets=Targets(boxes_xyxy, t.labels, t.image, t.ignore))
 
     def draw(self, count: int) -> Callable[[torch.Generator], tuple[Tensor, Targets]]:
-        """generator -> `count` different pictures at random (all, where there are fewer) and their targets."""
+        """A function: generator -> at most `count` different random images and their targets."""
 
         def batch(generator: torch.Generator) -> tuple[Tensor, Targets]:
             rows = coresets.random_rows(len(self), min(count, len(self)), generator=generator)
@@ -63,13 +64,13 @@ class RealPictures:
         return batch
 
     def class_counts(self) -> Tensor:
-        """(N, K): objects of each class in each picture."""
+        """(N, K): number of objects of each class in each picture."""
         counts = torch.zeros(len(self), len(self.index.names), dtype=torch.int64)
         rows, labels, _ = self.objects()
         return counts.index_put((rows, labels), torch.ones_like(rows), accumulate=True)
 
     def objects(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every object: its picture's row, its label, both int64, and its area in pixels of the square."""
+        """For every object: row of its picture and label, both int64, and area in pixels of the square."""
         rows, labels, areas = [], [], []
         for row, sample in enumerate(self.index.samples):
             counts = ~sample.ignore
@@ -83,9 +84,10 @@ class RealPictures:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Pictures with objects: images uint8 (M, 3, S, S), targets, and what of each is picture, (M, 4), or None: all.
+    """Images with objects.
 
-    sources: names of the real pictures they are; empty where they are put together.
+    images uint8 (M, 3, S, S). content_xyxy (M, 4): the part of each image that is not padding; None: all of it.
+    sources: names of the real pictures; empty for images assembled from several.
     """
 
     images: Tensor
@@ -95,33 +97,36 @@ class Layout:
 
 
 def check_network(task: Task) -> None:
-    """UserError, before any picture is listed, where the trained network that a set is made with is no such model."""
+    """UserError, before any picture is listed, if the trained network that a set needs cannot be loaded."""
     settings = task.condense.network
     if not task.needs_network:
         return
+    assert settings.weights is not None  # Task.check refuses it
     if not Path(settings.weights).is_file():
         raise UserError(f"key 'condense.network.weights': {settings.weights}: no such file, expected a checkpoint")
     checkpoint.load_model(settings.weights, settings.arch)
 
 
 def load_network(settings: NetworkConfig, names: tuple[str, ...], device: torch.device) -> nn.Module:
-    """The trained detector, in eval mode; its classes must be the dataset's."""
+    """The trained detector in eval mode. UserError if its classes are not the dataset's."""
+    assert settings.weights is not None  # Task.check refuses it
     model, info = checkpoint.load_model(settings.weights, settings.arch, device=str(device))
     if info.names != names:
-        found = f"{settings.weights}: knows {', '.join(info.names[:20])}"
-        raise UserError(f"{found}; expected the classes of the dataset: {', '.join(names[:20])}")
+        found = f"{settings.weights}: found the classes {', '.join(info.names[:20])}"
+        raise UserError(f"{found}; expected those of the dataset: {', '.join(names[:20])}")
     return model
 
 
 def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> Layout:
-    """The pictures that a set is made of: those of the method, or of `init` where the pixels are learnt.
+    """The task.decoded pictures that a set starts from: those of the method, or of `init` for learnt pixels.
 
-    As many as are decoded from condense.pictures stored ones. UserError where the dataset has too few.
+    UserError if the dataset has too few.
     """
     c, count = task.condense, task.decoded
     task.check_source(len(real))
     if "crops" in (c.method, c.init if task.is_learnt else c.method):
         return crop_layout(task, real, count)
+    assert task.rule is not None  # only sets of crops have none
     rows = choose(task.rule, real, network, count, seeded_generator(Stream.CHOICE, task.seed)).tolist()
     batch = real.read(rows)
     sources = tuple(real.index.samples[row].image_path.name for row in rows)
@@ -136,6 +141,7 @@ def choose(rule: str, real: RealPictures, network: nn.Module | None, count: int,
         return coresets.balanced_rows(real.class_counts(), count, generator=generator)
     if rule == "most_objects":
         return coresets.top_rows(real.class_counts().sum(1), count)
+    assert network is not None  # task.needs_network
     if rule == "highest_loss":
         return coresets.top_rows(losses_of(real, network), count)
     return {"herding": coresets.herding, "k_center": coresets.k_center}[rule](features_of(real, network), count)
@@ -143,7 +149,7 @@ def choose(rule: str, real: RealPictures, network: nn.Module | None, count: int,
 
 @torch.no_grad()
 def features_of(real: RealPictures, network: nn.Module) -> Tensor:
-    """(N, D): the means over each picture of the network's maps FEATURES, side by side, on the CPU."""
+    """(N, D): the concatenated means of the network's maps FEATURES over each picture, on the CPU."""
     device, found = next(network.parameters()).device, []
     for batch in real.loader.epoch(0):
         features = network(batch.images.to(device).float() / 255).features
@@ -157,36 +163,38 @@ def features_of(real: RealPictures, network: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def losses_of(real: RealPictures, network: nn.Module) -> Tensor:
-    """(N,): the network's detection loss of each picture alone. A loss that samples is seeded by the row."""
+    """(N,): the network's detection loss on each picture. Losses that sample are seeded by the row."""
     if not hasattr(network, "losses"):
         raise UserError(f"key 'condense.network': {type(network).__name__} has no training losses here")
+    detector = cast(Detector, network)  # PyTorch types every attribute of a module as Tensor | Module
     device, found = next(network.parameters()).device, []
     for row in range(len(real)):
         batch = real.read([row]).to(device)
         torch.manual_seed(row)
-        found.append(sum(network.losses(network(batch.images.float() / 255), batch.targets).values()).item())
+        losses = detector.losses(network(batch.images.float() / 255), batch.targets)
+        found.append(float(sum(losses.values())))
     return torch.tensor(found, dtype=torch.float64)
 
 
 def crop_layout(task: Task, real: RealPictures, count: int) -> Layout:
-    """`count` mosaics of crops around objects of each class in turn."""
+    """`count` mosaics of crops around objects, with the classes in turn."""
     grid, generator = task.condense.crops, seeded_generator(Stream.CROPS, task.seed)
     cell = real.image_size // grid
     rows, labels, _ = real.objects()
-    wanted = count * grid**2
-    if wanted > len(rows):
-        raise UserError(f"key 'condense.pictures': {wanted} crops need as many objects; there are {len(rows)}")
+    num_crops = count * grid**2
+    if num_crops > len(rows):
+        raise UserError(f"key 'condense.pictures': {num_crops} crops need as many objects; there are {len(rows)}")
     tiles = []
-    for number in crops.in_turn(labels, generator=generator)[:wanted].tolist():
+    for number in crops.in_turn(labels, generator=generator)[:num_crops].tolist():
         batch = real.read([int(rows[number])])
-        within = int((rows[:number] == rows[number]).sum())  # which of its picture's objects
+        within = int((rows[:number] == rows[number]).sum())  # index among the objects of its picture
         window = crops.crop_window(batch.targets.boxes_xyxy[within], batch.content_xyxy[0], cell)
         tiles.append(crops.crop(batch.images[0], batch.targets.boxes_xyxy, batch.targets.labels, window, cell))
-    return joined([crops.pack_crops(tiles[i : i + grid**2], grid) for i in range(0, wanted, grid**2)])
+    return joined([crops.pack_crops(tiles[i : i + grid**2], grid) for i in range(0, num_crops, grid**2)])
 
 
 def joined(pictures: list[tuple[Tensor, Tensor, Tensor]]) -> Layout:
-    """(picture, boxes, labels) of each -> one Layout; the pictures have no padding."""
+    """(image, boxes, labels) of each -> one Layout without padding."""
     counts = torch.tensor([len(labels) for _, _, labels in pictures])
     labels = torch.cat([labels for _, _, labels in pictures])
     image = torch.arange(len(pictures)).repeat_interleave(counts)

@@ -1,10 +1,10 @@
-"""A synthetic set on disk: an ordinary YOLO dataset, a manifest, and a sheet that shows all of it.
+"""A synthetic set on disk: a YOLO dataset, a manifest, and a sheet of all its pictures.
 
     images/train/*.png, labels/train/*.txt        the stored pictures
-    images/train_decoded, labels/train_decoded    where one stored picture holds several: each of them, enlarged
-    data.yaml                                     the class names, as those of the source
-    manifest.json                                 what it was made of, how, and what that cost
-    set.png                                       the stored pictures with their boxes; steps/ has earlier ones
+    images/train_decoded, labels/train_decoded    if a stored picture holds several: each of them, enlarged
+    data.yaml                                     the class names of the source
+    manifest.json                                 its source, its settings, and the time and memory it took
+    set.png                                       the stored pictures with their boxes; steps/ has earlier states
 
 The folder appears whole or not at all: it is made under the name `<folder>.part`, which an unfinished set keeps.
 """
@@ -12,7 +12,7 @@ The folder appears whole or not at all: it is made under the name `<folder>.part
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,18 @@ class Picture:
 
 
 def to_picture(image: Tensor, boxes_xyxy: Tensor, labels: Tensor, content_xyxy: Tensor | None = None) -> Picture:
-    """image (3, S, S), uint8 or float in [0, 1], rounded; cut to content_xyxy (4,), whole pixels, where that is given.
+    """image (3, S, S), uint8 or float in [0, 1] -> a Picture, rounded and cut to content_xyxy (4,) if that is given.
 
-    A loader letterboxes the cut picture to the very square it was cut from.
+    A loader letterboxes the cut picture to the same square again.
     """
-    pixels = image if image.dtype == torch.uint8 else (image.detach() * 255).round().to(torch.uint8)
+    rgb = image if image.dtype == torch.uint8 else (image.detach() * 255).round().to(torch.uint8)
     boxes = boxes_xyxy.double()
     if content_xyxy is not None:
         x1, y1, x2, y2 = (int(v) for v in content_xyxy.round())
-        pixels = pixels[:, y1:y2, x1:x2]
+        rgb = rgb[:, y1:y2, x1:x2]
         corner, limit = boxes.new_tensor([x1, y1] * 2), boxes.new_tensor([x2 - x1, y2 - y1] * 2)
         boxes = (boxes - corner).clamp(min=0).minimum(limit)
-    pixels = pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = rgb.permute(1, 2, 0).contiguous().cpu().numpy()
     return Picture(pixels, boxes.cpu().numpy(), labels.cpu().numpy())
 
 
@@ -64,7 +64,7 @@ def part_folder(folder: Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where there is no finished set."""
+    """The manifest of a set; None if there is no finished set."""
     try:
         return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -74,9 +74,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_set(
-    folder: Path, splits: dict[str, Sequence[Picture]], names: Sequence[str], manifest: dict[str, Any]
+    folder: Path, splits: Mapping[str, Sequence[Picture]], names: Sequence[str], manifest: dict[str, Any]
 ) -> None:
-    """Fill `<folder>.part`, which may hold steps/, and give it its name. UserError, exit code 5: the disk refuses."""
+    """Fill `<folder>.part`, which may hold steps/, and rename it. UserError with exit code 5 if that fails."""
     part = part_folder(folder)
     try:
         part.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def write_set(
 
 
 def write_split(part: Path, split: str, pictures: Sequence[Picture]) -> None:
-    """images/<split>/000.png and labels/<split>/000.txt; what is there already is replaced."""
+    """Write images/<split>/000.png, labels/<split>/000.txt and so on, replacing these folders."""
     for kind in ("images", "labels"):
         shutil.rmtree(part / kind / split, ignore_errors=True)
         (part / kind / split).mkdir(parents=True)
@@ -109,7 +109,7 @@ def write_split(part: Path, split: str, pictures: Sequence[Picture]) -> None:
 
 
 def draw_set(pictures: Sequence[Picture], names: Sequence[str], *, columns: int = 4) -> Image.Image:
-    """The first SHEET_PICTURES pictures with their boxes, each enlarged to what a sheet shows."""
+    """The first SHEET_PICTURES pictures with their boxes, each enlarged to a tile of the sheet."""
     tiles = []
     for picture in pictures[:SHEET_PICTURES]:
         height, width = picture.pixels.shape[:2]
