@@ -29,8 +29,8 @@ def on_common_classes(
     """Reduce a model with class `names` and a dataset to their common classes; also return the ClassMap used.
 
     Model and dataset are returned unchanged if every class keeps its column. The ClassMap is None if no names were
-    compared: the lists are equal, or the model has no names ("0", "1", ... without any name of the dataset) and nothing is
-    `given`, so that its classes are matched by column. given, UserError: as in map_classes.
+    compared: the lists are equal, or the model has no names ("0", "1", ..., none of which the dataset has) and nothing
+    is `given`, so that its classes are matched by column. given, UserError: as in map_classes.
     """
     is_unnamed = names == tuple(map(str, range(len(names)))) and not set(names) & set(index.names)
     if not given and (is_unnamed or names == tuple(index.names)):

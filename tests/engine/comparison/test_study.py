@@ -130,7 +130,7 @@ def test_some_rows_with_the_teachers_they_need(write):
         ({"terms": [TERM | {"wieght": 1.0}]}, r"row 'new': unknown key 'terms.0.wieght', did you mean"),
         ({"epochs": "many"}, r"row 'new': key 'epochs': found 'many', expected an integer"),
         ({"seeds": 0}, r"row 'new': key 'seeds': found 0"),
-        ({"seed": 3}, r"row 'new': key 'seed' is one for all rows"),
+        ({"seed": 3}, r"row 'new': key 'seed' is the same for all rows"),
         ({"teachers": []}, r"row 'new': key 'teachers' is one for all rows"),
         ({"against": ["missing"]}, r"row 'new': key 'against': found 'missing', expected one of baseline, teacher_big"),
         ({"against": ["new"]}, r"row 'new': key 'against': found 'new', expected one of baseline"),
