@@ -1,30 +1,37 @@
-"""Write a detector as an ONNX file, checked against PyTorch on pictures before it is written.
+"""Write a detector as an ONNX file, after checking the graph against PyTorch on pictures.
 
-    python export.py runs/bccd/weights/best.pt                                  one picture of the trained size
-    python export.py runs/bccd/weights/best.pt --dynamic --with-nms             any batch and size, detections out
-    python export.py runs/bccd/weights/best.pt --int8 --calibrate voc data/bccd trainval
+    python export.py CHECKPOINT [--dynamic] [--with-nms] [--int8 --calibrate FORMAT ROOT [SPLIT]]
 
-The file takes `images` (B, 3, H, W), float32 RGB in [0, 1], letterboxed as datasets.letterbox does it, and gives
+Examples:
 
-    boxes_xyxy (B, A, 4) in pixels of `images` and scores (B, A, K), every location, or with --with-nms
-    boxes_xyxy (N, 4), scores (N), labels (N) and image (N), the row of the batch: the detections, best first. The
-        inputs score_threshold, iou_threshold and max_detections may be left out: they have defaults.
+    python export.py runs/bccd_yolov8n/weights/best.pt                          one image of the trained size
+    python export.py runs/bccd_yolov8n/weights/best.pt --dynamic --with-nms     any batch and size; detections out
+    python export.py runs/bccd_yolov8n/weights/best.pt --int8 --calibrate voc data/bccd trainval
 
-It is checked on --pictures; without them on pictures of a test split, that of --calibrate or of the run in whose folder
-the checkpoint is; where that is not there, on drawn ones. BatchNorm is folded away; adapters and teachers of
-distillation are not in the file. Its metadata holds architecture, class names, picture size and commit. eval.py and
-predict.py take it in place of a checkpoint.
+The input is `images` (B, 3, H, W), float32 RGB in [0, 1], letterboxed as in datasets/letterbox.py. The outputs are
 
---int8 writes a second file, <name>.int8.onnx, quantized over pictures of --calibrate, and prints the mAP of both files
-on another split of that dataset and their time for a picture.
+    boxes_xyxy (B, A, 4) in pixels of `images`, scores (B, A, K)            for every location
+    boxes_xyxy (N, 4), scores (N), labels (N), image (N) (row of the batch) with --with-nms: the detections, best first
+
+With --with-nms the inputs score_threshold, iou_threshold and max_detections are optional and have defaults.
+
+The check uses --pictures; else the test split of --calibrate or of the run that the checkpoint belongs to; else drawn
+pictures. BatchNorm is folded; adapters and teachers of distillation are not exported. The metadata holds architecture,
+class names, image size and commit. eval.py and predict.py take the file instead of a checkpoint.
+
+--int8 also writes <name>.int8.onnx, quantized on pictures of --calibrate, and prints mAP (on --test-split), time and
+size of both files.
+
+Exit codes: 0 written, 2 a mistake in the arguments or the data, or a graph that differs from PyTorch, 5 a file that
+could not be written, 130 after Ctrl-C.
 """
 
 import argparse
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -51,22 +58,24 @@ from errors import UserError, require, run_script
 from kernels.nms import select_detections
 from layers.fusion import fuse
 from predict import plural
+from structures import DenseDetector
 from teachers.rtdetr import RTDETR
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from onnxruntime import InferenceSession
 
-# Rounding in a badly conditioned network stays below these; the graph of another network does not.
+# Rounding stays below these limits even in a badly conditioned network; a wrong graph does not.
 BOX_TOLERANCE = 0.05  # pixels
 SCORE_TOLERANCE = 1e-3
 CHECK_PICTURES = 4
-CHECK_CANDIDATES = 1000  # pairs of a picture that the check of the selection looks at
+CHECK_CANDIDATES = 1000  # pairs of location and class in an image that the check of the selection uses
 TIMED_ROUNDS = 21
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of a graph from the PyTorch model, of any location: boxes in pixels, and scores."""
+    """The largest differences between a graph and the PyTorch model over all locations; boxes in pixels."""
 
     boxes: float
     scores: float
@@ -76,6 +85,7 @@ class Difference:
 
 
 def check_exportable(model: nn.Module, arch: str) -> None:
+    """UserError for a model without a fixed number of locations."""
     if not hasattr(model, "decode"):
         raise UserError(
             f"{arch} cannot be exported: its second stage pools as many regions as its first one finds; "
@@ -84,8 +94,10 @@ def check_exportable(model: nn.Module, arch: str) -> None:
 
 
 def choose_pictures(args: argparse.Namespace, test: DatasetIndex | None) -> tuple[list[Path], str]:
-    """What the graph is checked on, and whose pictures these are: of --pictures, else of `test`, the split that int8 is
-    measured on, else of the test split of the run that the checkpoint lies in; no paths where no dataset is there.
+    """The pictures to check the graph on, and a description of their source.
+
+    They come from --pictures, else from `test` (the split that int8 is measured on), else from the test split of the
+    checkpoint's run. Without a dataset there are none.
     """
     if args.pictures:
         return [picture.path for picture in find_pictures(args.pictures)[:CHECK_PICTURES]], "of --pictures"
@@ -97,7 +109,7 @@ def choose_pictures(args: argparse.Namespace, test: DatasetIndex | None) -> tupl
 
 
 def find_test_split(weights: Path) -> DatasetIndex | None:
-    """Of the run whose folder of weights it is; None where it is no run's, or its dataset is elsewhere."""
+    """The test split of the run with this weights folder; None if it belongs to no run or the dataset is missing."""
     if weights.name != "weights":
         return None
     try:
@@ -108,12 +120,12 @@ def find_test_split(weights: Path) -> DatasetIndex | None:
 
 
 def load_images(paths: Iterable[Path], image_size: int) -> Tensor:
-    """(n, 3, S, S) float32 in [0, 1]: pictures, letterboxed."""
+    """Letterboxed pictures as (n, 3, S, S) float32 in [0, 1]."""
     return to_images([read_image(path) for path in paths], image_size)
 
 
 def draw_images(image_size: int) -> Tensor:
-    """As load_images, of CHECK_PICTURES generated pictures."""
+    """CHECK_PICTURES generated pictures, in the format of load_images."""
     return to_images([draw_picture(0, "test", k, image_size)[0] for k in range(CHECK_PICTURES)], image_size)
 
 
@@ -123,7 +135,7 @@ def to_images(pictures: Sequence[np.ndarray], image_size: int) -> Tensor:
 
 
 def check_batches(images: Tensor, dynamic: bool) -> list[Tensor]:
-    """What the graph is checked on: picture by picture, or all at once, one alone, and two at half the height."""
+    """The batches to check: one by one; if dynamic: all images, one image, and two at half the height."""
     if not dynamic:
         return list(images.split(1))
     half = max(SIZE_MULTIPLE, images.shape[2] // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE)
@@ -134,9 +146,10 @@ def check_batches(images: Tensor, dynamic: bool) -> list[Tensor]:
 def compare(model: nn.Module, graph: "ModelProto", batches: Iterable[Tensor], *, suppresses: bool) -> Difference:
     """Run both on images (B, 3, H, W) and compare every box and score before selection.
 
-    Where the graph ends in detections, these must be the ones that kernels.nms chooses from the graph's own boxes and
-    scores, in the same order: else UserError.
+    If the graph ends in detections, they must be those that kernels.nms selects from the graph's own boxes and scores,
+    in the same order; otherwise UserError.
     """
+    detector = cast(DenseDetector, model)  # PyTorch types every attribute of a module as Tensor | Module
     names = list(PREDICTIONS)
     has_selection = graph.graph.output[0].name == DETECTIONS[0] and len(graph.graph.output) == len(DETECTIONS)
     if has_selection:
@@ -145,12 +158,12 @@ def compare(model: nn.Module, graph: "ModelProto", batches: Iterable[Tensor], *,
     session = open_session(graph.SerializeToString())
     largest = Difference(0.0, 0.0)
     for images in batches:
-        expected = model.decode(model(images))
+        expected = detector.decode(detector(images))
         feed = {"images": images.numpy()}
         found = tuple(map(torch.from_numpy, session.run(names, feed)))
         for rows in zip(*expected, *found):
             boxes, scores = _differences(*rows, in_order=suppresses)
-            # Written so that a nan is larger than any number.
+            # This form makes nan larger than any number.
             largest = Difference(
                 largest.boxes if boxes <= largest.boxes else boxes,
                 largest.scores if scores <= largest.scores else scores,
@@ -161,7 +174,7 @@ def compare(model: nn.Module, graph: "ModelProto", batches: Iterable[Tensor], *,
 
 
 def _with_outputs(graph: "ModelProto", names: Sequence[str]) -> "ModelProto":
-    """A copy whose values `names`, float32, are outputs as well."""
+    """A copy with the float32 values `names` as additional outputs."""
     from onnx import TensorProto, helper
 
     copy = type(graph)()
@@ -173,8 +186,9 @@ def _with_outputs(graph: "ModelProto", names: Sequence[str]) -> "ModelProto":
 def _differences(
     expected_xyxy: Tensor, expected_scores: Tensor, xyxy: Tensor, scores: Tensor, *, in_order: bool
 ) -> tuple[float, float]:
-    """Of one image. The queries of RT-DETR stand in the order of their scores, which rounding may swap: each of them is
-    then compared to the one that is nearest to it.
+    """The largest differences of boxes and scores in one image.
+
+    in_order False: RT-DETR's queries are sorted by score, and rounding may swap them. Each is compared to the nearest.
     """
     if not in_order:
         distance = torch.cdist(expected_xyxy, xyxy) + len(scores) * torch.cdist(expected_scores, scores)  # (Q, Q)
@@ -183,8 +197,10 @@ def _differences(
     return (expected_xyxy - xyxy).abs().max().item(), (expected_scores - scores).abs().max().item()
 
 
-def _check_selection(session, feed: dict[str, np.ndarray], names: list[str], suppresses: bool) -> None:
-    """At a score threshold that leaves CHECK_CANDIDATES of the first image, however sure the model is."""
+def _check_selection(
+    session: "InferenceSession", feed: dict[str, np.ndarray], names: list[str], suppresses: bool
+) -> None:
+    """UserError if the graph selects other detections, at a threshold with CHECK_CANDIDATES in the first image."""
     all_scores = torch.from_numpy(session.run(names[1:], feed)[0])
     score_threshold = all_scores[0].flatten().topk(min(CHECK_CANDIDATES, all_scores[0].numel())).values[-1].item()
     iou_threshold, max_detections = 0.7 if suppresses else 1.0, 100
@@ -209,7 +225,7 @@ def _check_selection(session, feed: dict[str, np.ndarray], names: list[str], sup
 
 
 def calibration_images(index: DatasetIndex, image_size: int, count: int) -> Iterator[np.ndarray]:
-    """(1, 3, S, S) float32 each, of `count` pictures evenly spaced in the split."""
+    """`count` pictures evenly spaced in the split, (1, 3, S, S) float32 each."""
     for sample in spread(index, count).samples:
         yield load_images([sample.image_path], image_size).numpy()
 
@@ -221,7 +237,7 @@ def print_comparison(
     image: Tensor,
     evaluation: EvaluationConfig,
 ) -> dict[str, EvaluationResult]:
-    """mAP on a dataset, milliseconds for one picture and megabytes, a row for each precision."""
+    """Print a row for each precision: mAP on a dataset, milliseconds per picture, megabytes."""
     data = {name: graph.SerializeToString() for name, graph in graphs.items()}
     detectors = {name: OnnxDetector(open_session(data[name]), infos[name], name) for name in graphs}
     size = infos["float32"].image_size
@@ -229,10 +245,14 @@ def print_comparison(
         name: evaluate_model(detector, index, image_size=size, **evaluation.arguments())
         for name, detector in detectors.items()
     }
-    settings = dict(
-        score_threshold=0.25, iou_threshold=evaluation.iou_threshold, max_detections=evaluation.max_detections
-    )
-    run = lambda detector: lambda: detector.detect(detector(image), **settings)
+    iou_threshold, max_detections = evaluation.iou_threshold, evaluation.max_detections
+    assert iou_threshold is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
+
+    def run(detector: OnnxDetector) -> Callable[[], object]:
+        return lambda: detector.detect(
+            detector(image), score_threshold=0.25, iou_threshold=iou_threshold, max_detections=max_detections
+        )
+
     seconds = rotate({name: run(detector) for name, detector in detectors.items()}, TIMED_ROUNDS, wall_seconds)
     print(f"{len(index)} pictures, {size} px, {torch.get_num_threads()} threads")
     print(f"{'':<10}{'mAP50':>8}{'mAP50-95':>10}{'ms':>8}{'MB':>8}")
@@ -243,15 +263,15 @@ def print_comparison(
 
 
 def open_splits(args: argparse.Namespace, info: CheckpointInfo) -> tuple[DatasetIndex, DatasetIndex]:
-    """The pictures to calibrate on and those to measure on; UserError where their classes are not the model's."""
+    """The splits to calibrate on and to measure on. UserError if their classes are not the model's."""
     if len(args.calibrate) not in (2, 3) or args.calibrate[0] not in READERS:
         raise UserError(f"--calibrate: found {' '.join(args.calibrate)!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
-    *place, split = args.calibrate if len(args.calibrate) == 3 else (*args.calibrate, "train")
-    calibration = open_dataset(*place, split, classes=info.classes, needs_objects=False)
-    test = open_dataset(*place, args.test_split, classes=info.classes)
-    known = info.names if info.source == "ours" else range(len(info.names))
-    found = test.names if info.source == "ours" else range(len(test.names))
-    if tuple(known) != tuple(found):
+    data_format, root, split = args.calibrate if len(args.calibrate) == 3 else (*args.calibrate, "train")
+    calibration = open_dataset(data_format, root, split, classes=info.classes, needs_objects=False)
+    test = open_dataset(data_format, root, args.test_split, classes=info.classes)
+    # A released file may name its classes differently: only their number is compared.
+    is_same = info.names == tuple(test.names) if info.source == "ours" else len(info.names) == len(test.names)
+    if not is_same:
         raise UserError(f"{args.checkpoint}: has the classes {list(info.names)}, the dataset {list(test.names)}")
     return calibration, test
 
@@ -260,24 +280,36 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours, or a public one with --arch")
-    parser.add_argument("--arch", help="the model a public checkpoint is of, such as yolov8n")
-    parser.add_argument("--output", type=Path, help="default: the checkpoint's name with .onnx")
-    parser.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
-    parser.add_argument("--dynamic", action="store_true", help="any batch, height and width, not one square picture")
-    parser.add_argument("--with-nms", action="store_true", help="end in detections, not in boxes and scores")
-    parser.add_argument("--score-threshold", type=float, default=0.25, help="default of --with-nms (%(default)s)")
-    parser.add_argument("--nms-iou", type=float, help="default of --with-nms (the checkpoint's, or its family's)")
-    parser.add_argument("--max-detections", type=int, help="default of --with-nms (the checkpoint's, or its family's)")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours, or a released one with --arch")
+    parser.add_argument("--arch", help="architecture of a released checkpoint, such as yolov8n")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with .onnx")
+    parser.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)")
     parser.add_argument(
-        "--pictures", nargs="+", default=[], metavar="SOURCE", help="to check on; default: of the test split"
+        "--dynamic", action="store_true", help="accept any batch, height and width (default: one square image)"
     )
-    parser.add_argument("--int8", action="store_true", help="write <name>.int8.onnx as well; needs --calibrate")
+    parser.add_argument("--with-nms", action="store_true", help="end in detections (default: boxes and scores)")
     parser.add_argument(
-        "--calibrate", nargs="+", metavar="PART", help="|".join(READERS) + " ROOT [SPLIT], default split: train"
+        "--score-threshold", type=float, default=0.25, help="default in the file, with --with-nms (%(default)s)"
     )
-    parser.add_argument("--calibration-pictures", type=int, default=100, help="at most (%(default)s)")
-    parser.add_argument("--test-split", default="test", help="to measure float32 and int8 on (%(default)s)")
+    parser.add_argument("--nms-iou", type=float, help="default in the file, with --with-nms (as evaluated)")
+    parser.add_argument("--max-detections", type=int, help="default in the file, with --with-nms (as evaluated)")
+    parser.add_argument(
+        "--pictures", nargs="+", default=[], metavar="SOURCE", help="check on these pictures (default: as above)"
+    )
+    parser.add_argument("--int8", action="store_true", help="also write <name>.int8.onnx; needs --calibrate")
+    parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="PART",
+        help="dataset to calibrate on: " + "|".join(READERS) + " ROOT [SPLIT], SPLIT defaults to train",
+    )
+    parser.add_argument(
+        "--calibration-pictures",
+        type=int,
+        default=100,
+        help="number of pictures to calibrate on, at most (%(default)s)",
+    )
+    parser.add_argument("--test-split", default="test", help="split to measure float32 and int8 on (%(default)s)")
     args = parser.parse_args(argv)
     args.output = args.output or args.checkpoint.with_suffix(SUFFIX)
     if args.output.suffix.lower() != SUFFIX:
@@ -298,18 +330,20 @@ def main(argv: list[str]) -> None:
         require(module, "export", "export.py")
     if not args.output.parent.is_dir():
         raise UserError(f"{args.output}: no such folder: {args.output.parent}")
-    model, said = checkpoint.load_model(args.checkpoint, args.arch)
-    check_exportable(model, said.arch)
-    splits = open_splits(args, said) if args.int8 else None
-    size, suppresses = args.image_size or said.image_size, not isinstance(model, RTDETR)
-    paths, whose = choose_pictures(args, splits and splits[1])
+    model, info = checkpoint.load_model(args.checkpoint, args.arch)
+    check_exportable(model, info.arch)
+    splits = open_splits(args, info) if args.int8 else None
+    size, suppresses = args.image_size or info.image_size, not isinstance(model, RTDETR)
+    paths, source = choose_pictures(args, splits[1] if splits else None)
     images = load_images(paths, size) if paths else draw_images(size)
     model = fuse(model)
-    evaluation = replace(said.evaluation, precision="float32")  # the file computes in its own
+    evaluation = replace(info.evaluation, precision="float32")  # the file has a precision of its own
     nms_iou = evaluation.iou_threshold if args.nms_iou is None else args.nms_iou
+    max_detections = args.max_detections or evaluation.max_detections
+    assert nms_iou is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
 
     graphs = {"float32": onnx_graph.trace(model, size, dynamic=args.dynamic)}
-    if args.int8:
+    if splits:
         graphs["int8"] = quantize(graphs["float32"], calibration_images(splits[0], size, args.calibration_pictures))
     infos, files = {}, {"float32": args.output, "int8": args.output.with_suffix(f".int8{SUFFIX}")}
     for name in graphs:
@@ -318,17 +352,17 @@ def main(argv: list[str]) -> None:
                 graphs[name],
                 score_threshold=args.score_threshold,
                 iou_threshold=nms_iou if suppresses else 1.0,
-                max_detections=args.max_detections or evaluation.max_detections,
+                max_detections=max_detections,
             )
         infos[name] = GraphInfo(
-            said.arch,
-            said.names,
+            info.arch,
+            info.names,
             size,
             suppresses,
             name,
-            said.source,
+            info.source,
             commit(),
-            to_tree(evaluation) if said.config else {},
+            to_tree(evaluation) if info.config else {},
         )
         onnx_graph.write_info(graphs[name], infos[name])
 
@@ -340,11 +374,11 @@ def main(argv: list[str]) -> None:
             f"{args.output}: differs from PyTorch in {measured}, expected at most {BOX_TOLERANCE} px and "
             f"{SCORE_TOLERANCE}; nothing was written"
         )
-    print(f"{plural(len(images), 'picture')} {whose} at {size} px: ONNX and PyTorch differ in {measured}")
+    print(f"{plural(len(images), 'picture')} {source} at {size} px: ONNX and PyTorch differ in {measured}")
     for name, graph in graphs.items():
         write_bytes(files[name], graph.SerializeToString())
-        print(f"written: {files[name]} ({said.arch}, {len(said.names)} classes, {name})")
-    if args.int8:
+        print(f"written: {files[name]} ({info.arch}, {len(info.names)} classes, {name})")
+    if splits:
         print_comparison(graphs, infos, splits[1], images[:1], evaluation)
 
 

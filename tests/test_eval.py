@@ -226,7 +226,7 @@ def test_names_of_a_file_name_the_classes_of_a_bare_state_dict(tmp_path, capsys)
     (root / "more.yaml").write_text("names: {0: green, 1: red}\n")
     assert eval.name_classes(("0", "1"), root / "more.yaml") == ("green", "red")
     assert eval.name_classes(("cat", "dog"), names) == ("red", "green")
-    assert "names the model's classes red, green, not cat, dog" in capsys.readouterr().out
+    assert "names the model's classes red, green; its file names them cat, dog" in capsys.readouterr().out
     names.write_text("green\nred\nblue\n")
     with pytest.raises(UserError, match=r"classes\.txt: found 3 names, expected one for each of the model's 2 classes"):
         eval.main([*arguments, "--names", str(names)])

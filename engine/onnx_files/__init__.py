@@ -1,8 +1,8 @@
-"""A detector as an ONNX file: what export.py writes, and what eval.py, predict.py and app.py take for a checkpoint.
+"""Detectors as ONNX files: export.py writes them; eval.py, predict.py and app.py use them as checkpoints.
 
-graph     from PyTorch to a graph, its choice of detections, and what its metadata says
+graph     a PyTorch model as a graph, with the selection of detections and metadata
 int8      post-training quantization of a graph
-detector  a file run by onnxruntime, with the interface of a detector
+detector  runs a file with onnxruntime, with the interface of a detector
 
 The folder cannot be called onnx or onnx_model: onnxruntime imports modules of these names from the top level.
 """

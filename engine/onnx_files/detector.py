@@ -1,7 +1,7 @@
-"""An ONNX file that export.py wrote, run by onnxruntime on the CPU, where eval.py and predict.py expect a detector.
+"""Runs an ONNX file of export.py with onnxruntime on the CPU, with the interface of a detector.
 
-The same letterbox before it and, for a file that ends in boxes and scores, the same suppression behind it: what differs
-from the PyTorch model is rounding.
+The letterbox before it is the same as for the PyTorch model, and so is the suppression after it, for a file that ends
+in boxes and scores. The results differ only by rounding.
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ SUFFIX = ".onnx"
 
 @dataclass(frozen=True)
 class OnnxOutput:
-    """What OnnxDetector.forward returns for images (B, 3, H, W).
+    """The result of OnnxDetector.forward for images (B, 3, H, W).
 
-    boxes_xyxy (B, A, 4) and scores (B, A, K), or None where the file selects detections itself: it needs the thresholds
-    for that, so OnnxDetector.detect runs it.
+    boxes_xyxy (B, A, 4) and scores (B, A, K), or None if the file selects detections itself: OnnxDetector.detect then
+    runs it, because it needs the thresholds.
     """
 
     images: Tensor
@@ -39,10 +39,10 @@ class OnnxOutput:
 
 
 class OnnxDetector(nn.Module):
-    """A detector without parameters of its own, for inference alone: forward, detect and num_classes.
+    """A detector without parameters, for inference only: forward, detect and num_classes.
 
-    size: (H, W) that the file takes, None for any multiples of 32. has_selection: whether it ends in detections.
-    A file of a batch of one gets the pictures of a batch one by one.
+    size: (H, W) that the file accepts; None: any multiples of 32. has_selection: whether it ends in detections. A file
+    with a fixed batch of one gets the images of a batch one by one.
     """
 
     def __init__(self, session: "InferenceSession", info: GraphInfo, path: str | Path) -> None:
@@ -55,10 +55,10 @@ class OnnxDetector(nn.Module):
         self.size = None if isinstance(size[0], str) else tuple(size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxDetector":
-        return self  # there is nothing in it that a copy could change
+        return self  # immutable
 
     def forward(self, images: Tensor) -> OnnxOutput:
-        """images (B, 3, H, W) float in [0, 1]. UserError where the file takes another size."""
+        """images (B, 3, H, W) float in [0, 1]. UserError if the file needs another size."""
         self.check_size(*images.shape[2:])
         images = images.detach().float().cpu()
         if self.has_selection:
@@ -68,10 +68,10 @@ class OnnxDetector(nn.Module):
         return OnnxOutput(images, boxes_xyxy, scores)
 
     def check_size(self, height: int, width: int) -> None:
-        """UserError where the file takes another size."""
+        """UserError if the file needs another size."""
         if self.size is not None and (height, width) != self.size:
-            wanted = f"expected {self.size[1]}, or a file exported with --dynamic"
-            raise UserError(f"{self.path}: found pictures of {width} px, {wanted}")
+            expected = f"expected {self.size[1]}, or a file exported with --dynamic"
+            raise UserError(f"{self.path}: found pictures of {width} px, {expected}")
 
     def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
         return images.contiguous().split(1 if self.is_single else max(1, len(images)))
@@ -79,10 +79,11 @@ class OnnxDetector(nn.Module):
     def detect(
         self, output: OnnxOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
-        """As the PyTorch model's: class-wise suppression, best first; none for a detector that needs none."""
+        """The same as for the PyTorch model: best first, after class-wise suppression unless it needs none."""
         if not self.info.suppresses:
             iou_threshold = 1.0  # no IoU is above it
         if not self.has_selection:
+            assert output.boxes_xyxy is not None and output.scores is not None  # forward ran the file
             return select_detections(
                 output.boxes_xyxy,
                 output.scores,
@@ -110,22 +111,24 @@ def open_session(model: str | Path | bytes) -> "InferenceSession":
     runtime = require("onnxruntime", "export", "an ONNX file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else they slow whatever runs next
-    options.log_severity_level = 3  # errors; a warning is about the graph, not about what the user did
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # spinning threads would slow whatever runs next
+    options.log_severity_level = 3  # errors only; warnings are about the graph, not about the user's input
     return runtime.InferenceSession(
         model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
     )
 
 
 def load_onnx(path: str | Path) -> OnnxDetector:
-    """The detector of a file. UserError where there is none, it is damaged, or it is not one that export.py wrote."""
+    """The detector in a file. UserError if the file is missing, damaged or not written by export.py."""
     path = Path(path)
     require("onnxruntime", "export", f"{path}: an ONNX file")
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected an ONNX file")
     try:
         session = open_session(path)
-    except Exception as error:  # onnxruntime has an exception class of its own for every status
+    except Exception as error:  # onnxruntime has a separate exception class for every status
         reason = str(error).splitlines()[0].rsplit(" : ", 1)[-1]
         raise UserError(f"{path}: damaged or not an ONNX file: {reason}") from None
     info = read_info(session.get_modelmeta().custom_metadata_map, path)
@@ -135,9 +138,9 @@ def load_onnx(path: str | Path) -> OnnxDetector:
 def load_detector(
     path: str | Path, arch: str | None = None, *, device: str = "cpu", precision: str = "float32"
 ) -> tuple[nn.Module, CheckpointInfo]:
-    """The detector in an ONNX file, known by its suffix, or in a checkpoint (checkpoint.load_model), in eval mode.
+    """The detector in an ONNX file (suffix .onnx) or in a checkpoint (checkpoint.load_model), in eval mode.
 
-    An ONNX file runs on the CPU whatever the device, and in its own precision.
+    An ONNX file always runs on the CPU and in its own precision.
     """
     if Path(path).suffix.lower() != SUFFIX:
         return checkpoint.load_model(path, arch, device=device)

@@ -1,10 +1,10 @@
-"""A detector as an ONNX graph: its network and decoding, and on demand the choice of detections behind them.
+"""A detector as an ONNX graph: network and decoding, optionally followed by the selection of detections.
 
     images (B, 3, H, W) ── network ── decoding ── boxes_xyxy (B, A, 4), scores (B, A, K)
                                                      └── selection ── boxes_xyxy (N, 4), scores, labels, image (N)
 
-torch.onnx translates what PyTorch computes; the selection is written down here, in ONNX's own text form. What a file is
-(architecture, classes, picture size, commit) stands in its metadata, so that nothing else has to travel with it.
+torch.onnx translates the PyTorch model; the selection is written here in ONNX's text form. The metadata of a file holds
+architecture, classes, image size and commit, so that it needs no other file.
 """
 
 import json
@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from errors import UserError, require
+from structures import DenseDetector
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, ValueInfoProto
@@ -29,11 +30,11 @@ PREFIX = "retort."  # of the metadata's keys
 OPSET = 20
 SIZE_MULTIPLE = 32  # of H and W
 DETECTIONS = ("boxes_xyxy", "scores", "labels", "image")  # outputs of a graph with selection
-PREDICTIONS = ("boxes_xyxy", "scores")  # and of one without
+PREDICTIONS = ("boxes_xyxy", "scores")  # outputs of a graph without selection
 
-# kernels.nms.select_detections, for B images of A locations. Suppression leaves triples (image, class, location). They
-# are sorted image by image, best first, equal scores by location and then class (TopK keeps equal values in order, so
-# each sort refines the next), and the first max_detections of each image remain. All candidates enter suppression.
+# kernels.nms.select_detections for B images of A locations. Suppression yields triples (image, class, location). They
+# are sorted by image, then best first, then by location and class: TopK is stable, so the sorts run from the last key
+# to the first. The first max_detections of each image remain. All candidates enter suppression.
 SELECTION = f"""
 <ir_version: 10, opset_import: ["" : {OPSET}]>
 selection (float[batch, locations, 4] all_boxes_xyxy, float[batch, locations, classes] all_scores,
@@ -88,12 +89,12 @@ selection (float[batch, locations, 4] all_boxes_xyxy, float[batch, locations, cl
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What a file says about itself, as text in its metadata.
+    """The metadata of a file, stored as text.
 
-    names: of the K classes. image_size: pixels, what the model was trained at, or the only size the file takes.
+    names: of the K classes. image_size: in pixels, as trained, or the only size that the file accepts.
     suppresses: whether the detector's boxes need suppression; RT-DETR's do not.
-    precision: float32 or int8. source: "ours" or "public", of the checkpoint it was made from.
-    evaluation: plain values of the EvaluationConfig that the checkpoint was measured with; none in older files.
+    precision: float32 or int8. source: "ours" or "public", from its checkpoint.
+    evaluation: plain values of the EvaluationConfig that the checkpoint was measured with; empty in older files.
     """
 
     arch: str
@@ -107,26 +108,28 @@ class GraphInfo:
 
 
 class Decoded(nn.Module):
-    """A detector whose output is what `decode` makes of it."""
+    """A detector followed by its `decode`."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.detector.decode(self.detector(images))
+        detector = cast(DenseDetector, self.detector)  # PyTorch types every submodule as Tensor | Module
+        return detector.decode(detector(images))
 
 
 def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto":
     """The graph from `images` to PREDICTIONS of a detector that has `decode`, in eval mode and on the CPU.
 
-    dynamic: B, H and W are free, H and W multiples of 32; otherwise 1, image_size and image_size. It is the model of
-    fusion.fuse that should be given. The graph names no file of the machine it was made on.
+    detector: a model from fusion.fuse, so that no BatchNorm is left.
+    dynamic: B, H and W are free, H and W multiples of 32; otherwise they are 1, image_size and image_size.
+    The graph contains no paths of the machine that made it.
     """
     require("onnxscript", "export", "exporting")
     shapes, images = None, torch.zeros(1, 3, image_size, image_size)
     if dynamic:
-        # Sizes that differ from one another and from 1, or the tracer takes them for constants.
+        # The sizes differ from one another and from 1: otherwise the tracer would treat them as constants.
         images, shapes = torch.zeros(2, 3, 10 * SIZE_MULTIPLE, 8 * SIZE_MULTIPLE), free_sizes()
     with without_warnings(), torch.no_grad():
         program = torch.onnx.export(
@@ -139,24 +142,25 @@ def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto
             dynamo=True,
             verbose=False,
         )
+    assert program is not None  # only the old exporter (dynamo=False) returns None
     graph = program.model_proto
     _forget_the_machine(graph)
     if dynamic:
         set_shape(graph.graph.input[0], ["batch", 3, "height", "width"])
-        for output, last in zip(graph.graph.output, (4, detector.num_classes)):
+        for output, last in zip(graph.graph.output, (4, cast(int, detector.num_classes))):
             set_shape(output, ["batch", "locations", last])
     return graph
 
 
 def free_sizes() -> dict[str, dict[int, Any]]:
-    """What torch.export is told of `images`: any batch, and any multiples of 32 for height and width."""
+    """The free dimensions of `images` for torch.export: any batch, any multiples of 32 for height and width."""
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
     return {"images": {0: batch, 2: SIZE_MULTIPLE * rows, 3: SIZE_MULTIPLE * columns}}
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """The libraries around ONNX warn of packages that nothing here needs, and of their own old calls."""
+    """Silence the ONNX libraries: they warn of packages that are not needed and of their own deprecated calls."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -168,7 +172,7 @@ def without_warnings() -> Iterator[None]:
 
 
 def _forget_the_machine(model: "ModelProto") -> None:
-    """Drop the stack traces of every node, which hold paths, and the names the tracer gave to sizes."""
+    """Remove the stack traces of all nodes, which contain paths, and the tracer's names of sizes."""
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -181,7 +185,7 @@ def _forget_the_machine(model: "ModelProto") -> None:
 
 
 def set_shape(value: "ValueInfoProto", sizes: list[int | str]) -> None:
-    """Fixed sizes as numbers, free ones as names."""
+    """Set the shape of a value: numbers for fixed sizes, names for free ones."""
     del value.type.tensor_type.shape.dim[:]
     for size in sizes:
         dimension = value.type.tensor_type.shape.dim.add()
@@ -194,11 +198,11 @@ def set_shape(value: "ValueInfoProto", sizes: list[int | str]) -> None:
 def append_selection(
     model: "ModelProto", *, score_threshold: float, iou_threshold: float, max_detections: int
 ) -> "ModelProto":
-    """A graph that ends in PREDICTIONS -> one that ends in DETECTIONS: flat rows, image by image, best first.
+    """A graph that ends in PREDICTIONS -> one that ends in DETECTIONS: rows sorted by image, then best first.
 
-    boxes_xyxy (N, 4) float32, scores (N,) float32, labels (N,) and image (N,) int64, the row of the batch. The three
-    arguments are inputs of the graph with these values as their defaults, scalars, so that a caller may leave them out.
-    An iou_threshold of 1 suppresses nothing.
+    boxes_xyxy (N, 4) float32, scores (N,) float32, labels (N,) int64, image (N,) int64: the row of the batch. The three
+    arguments become scalar inputs of the graph with these values as defaults, so that a caller may leave them out. An
+    iou_threshold of 1 suppresses nothing.
     """
     import onnx
     from onnx import compose, numpy_helper, parser
@@ -212,7 +216,7 @@ def append_selection(
         network.graph, selection.graph, io_map=[(f"all_{name}", f"all_{name}") for name in PREDICTIONS]
     )
     graph.name = "detector"
-    defaults = {
+    defaults: dict[str, np.ndarray] = {
         "score_threshold": np.array(score_threshold, np.float32),
         "iou_threshold": np.array(float32_at_most(iou_threshold)),
         "max_detections": np.array(max_detections, np.int64),
@@ -224,7 +228,7 @@ def append_selection(
 
 
 def _rename(graph: "GraphProto", old: str, new: str) -> None:
-    """Give an output of a graph, and the value it is, another name."""
+    """Rename an output of a graph and its value."""
     for node in graph.node:
         for names in (node.input, node.output):
             names[:] = [new if name == old else name for name in names]
@@ -233,13 +237,13 @@ def _rename(graph: "GraphProto", old: str, new: str) -> None:
 
 
 def float32_at_most(value: float) -> np.float32:
-    """The largest float32 <= value: an IoU in float32 is above `value` exactly when it is above this."""
+    """The largest float32 <= value: a float32 IoU is above `value` if and only if it is above this."""
     rounded = np.float32(value)
     return rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(-np.inf))
 
 
 def write_info(model: "ModelProto", info: GraphInfo) -> None:
-    """Add the metadata that read_info reads: one entry a field, and the format."""
+    """Add the metadata that read_info reads: the format, and an entry for each field."""
     from onnx import helper
 
     entries = {f"{PREFIX}format": FORMAT}
@@ -249,7 +253,7 @@ def write_info(model: "ModelProto", info: GraphInfo) -> None:
 
 
 def read_info(entries: dict[str, str], path: object) -> GraphInfo:
-    """The info in a file's metadata. UserError where it is not one that export.py wrote."""
+    """The info in a file's metadata. UserError if export.py did not write it."""
     found = entries.get(f"{PREFIX}format")
     if found is None:
         raise UserError(f"{path}: its metadata has no entry '{PREFIX}format', expected a file that export.py wrote")

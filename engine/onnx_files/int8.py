@@ -1,9 +1,9 @@
-"""Post-training quantization of an ONNX graph to 8-bit integers, by onnxruntime.
+"""Post-training quantization of an ONNX graph to 8-bit integers with onnxruntime.
 
-Weights become int8, per output channel; activations uint8, per tensor, over the range they took on the calibration
-pictures. The last convolutions and the decoding behind them stay float32: they are 1 to 3% of the time, a pixel of a
-640 px picture does not fit into 8 bits, and YOLOv5 has box numbers, objectness and class logits in one tensor, which no
-one scale can serve (quantized with the rest, they cost a YOLOv5s trained on BCCD 0.05 of its 0.60 mAP50-95).
+Weights become int8 with a scale per output channel; activations become uint8 with a scale per tensor, from their range
+on the calibration pictures. The last convolutions and the decoding after them stay float32. They take 1 to 3% of the
+time; 8 bits cannot hold a pixel position in a 640 px image; and YOLOv5 has boxes, objectness and class logits in one
+tensor, which no single scale fits (quantizing them costs a YOLOv5s trained on BCCD 0.05 of its 0.60 mAP50-95).
 """
 
 import tempfile
@@ -23,7 +23,7 @@ OPERATORS = ("Conv", "Mul", "Sigmoid", "Concat", "MaxPool", "Resize", "Add", "Sp
 
 
 class _Reader:
-    """What onnxruntime asks for calibration pictures."""
+    """Gives onnxruntime the calibration images."""
 
     def __init__(self, images: Iterable[np.ndarray]) -> None:
         self.images: Iterator[np.ndarray] = iter(images)
@@ -34,10 +34,9 @@ class _Reader:
 
 
 def quantize(model: "ModelProto", images: Iterable[np.ndarray]) -> "ModelProto":
-    """A graph of graph.trace and calibration images (1, 3, H, W) float32 in [0, 1] -> the graph in int8.
+    """A graph from graph.trace and calibration images (1, 3, H, W) float32 in [0, 1] -> the graph in int8.
 
-    Inputs and outputs stay float32. Everything that some convolution still needs is quantized, as far as OPERATORS
-    name it, and so are the convolutions themselves, but the last ones.
+    Inputs and outputs stay float32. Convolutions, except the last ones, and the OPERATORS before them are quantized.
     """
     import onnx
 
@@ -60,7 +59,7 @@ def quantize(model: "ModelProto", images: Iterable[np.ndarray]) -> "ModelProto":
 
 
 def float_nodes(model: "ModelProto") -> list[str]:
-    """Names of the nodes that no convolution needs: the last convolutions, and all that is no convolution's input."""
+    """The names of nodes that no later convolution depends on: the last convolutions and all nodes after them."""
     needed: set[str] = set()  # values that lead to a convolution
     names = []
     for node in reversed(model.graph.node):  # nodes are in topological order
