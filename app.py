@@ -1,11 +1,10 @@
-"""The demo in a browser: a picture, its enhanced twin, and what two models find in it.
+"""The demo in a browser: a picture, its enhanced version, and the detections of two models in it.
 
     make app                        after `make demo`; the page is at http://localhost:8501
     streamlit run app.py            the same, in an environment with the extra `app`
 
-It shows the runs below runs/ and the ONNX files there. The server listens on localhost alone and takes files of at most
-10 MB (.streamlit/config.toml; `--server.address` says otherwise); pictures may have 24 megapixels. An uploaded picture
-stays in memory and goes with the session.
+It shows the runs and ONNX files below runs/. The server listens on localhost only (`--server.address` changes that).
+Uploaded files may have 10 MB (.streamlit/config.toml) and 24 megapixels; they stay in memory until the session ends.
 """
 
 from pathlib import Path
@@ -33,14 +32,14 @@ BUILT_IN, FROM_RUN, UPLOAD = "built in", "test split", "upload"
 GREY_WORLD, WHITE_PATCH = "grey world", "white patch"
 
 EXPLANATION = """
-A small detector, the **student**, is trained on labelled pictures. With *distillation* it also has to agree with a
-larger or longer-trained **teacher**, whose weights stay as they are:
+A small detector, the **student**, is trained on labelled pictures. With *distillation* it also learns to agree with a
+larger or longer-trained **teacher**, whose weights do not change:
 
     loss = detection losses(student, labels) + sum of weight x loss(student, teacher)
 
-A teacher says more than the labels do: how sure it is, what a thing resembles, where it looked. Adapters that bring the
-student's maps to the teacher's width learn with it and are thrown away at the end: what ships is the student alone, as
-large and as fast as one that never had a teacher. Whether it was worth it is for the table to say.
+A teacher's outputs hold more than the labels: how certain each class is, which classes are similar, and where its
+feature maps are strong. Adapters that bring the student's maps to the teacher's width are trained too and dropped at the
+end, so that the student is as large and as fast as one trained without a teacher. The table shows whether it paid off.
 """
 
 
@@ -50,7 +49,7 @@ def main() -> None:
     st.title("Retort: what did distillation buy me?")
     runs = run_views.find_runs(RUNS.resolve())
     if not runs:
-        st.info(f"There is no trained model below {RUNS.resolve()} yet. This trains four, in some minutes:")
+        st.info(f"There is no trained model below {RUNS.resolve()} yet. This command trains four in some minutes:")
         st.code("make demo", language="sh")
         return
     page = st.radio("Page", (COMPARE, EXPLAIN), horizontal=True, key="page", label_visibility="collapsed")
@@ -78,13 +77,13 @@ def main() -> None:
 
 
 def keep_uploads_in_memory() -> None:
-    """Starlette, which parses uploads for Streamlit, writes what is larger than this to a temporary file."""
+    """Starlette, which parses uploads for Streamlit, writes larger files than this to disk."""
     MultiPartParser.spool_max_size = 2 * MAX_MEGABYTES * 2**20
 
 
 @st.cache_resource(max_entries=6, show_spinner="Loading a model")
 def load(path: Path, version: float) -> tuple[nn.Module, CheckpointInfo]:
-    """version: that of the file, so that a run that goes on is loaded again."""
+    """version: of the file, so that a run that continues is loaded again."""
     return load_detector(path, device=str(device()))
 
 
@@ -105,7 +104,7 @@ def choose_models(runs: dict[str, Run]) -> tuple[Run, Run]:
 
 
 def choose_picture(run: Run) -> np.ndarray | None:
-    """None: nothing is uploaded yet. UserError for a picture that is refused."""
+    """The chosen picture; None before an upload. UserError for a picture that is refused."""
     st.sidebar.header("Picture")
     source = st.sidebar.radio("Where from", (BUILT_IN, FROM_RUN, UPLOAD), horizontal=True, key="source")
     if source == BUILT_IN:
@@ -116,7 +115,7 @@ def choose_picture(run: Run) -> np.ndarray | None:
         return gallery.shrink(read_image(paths[st.sidebar.selectbox("Test picture", list(paths), key="test")]))
     st.sidebar.caption(
         f"JPEG, PNG, BMP, WebP or TIFF of at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels. It stays in this "
-        f"server's memory; what is larger than {gallery.WORKING_SIDE} pixels a side is shrunk."
+        f"server's memory; a picture of more than {gallery.WORKING_SIDE} pixels a side is shrunk."
     )
     file = st.sidebar.file_uploader(
         "Your picture", type=[s.removeprefix(".") for s in SUFFIXES], max_upload_size=MAX_MEGABYTES, key="upload"
@@ -128,7 +127,7 @@ def choose_picture(run: Run) -> np.ndarray | None:
 def find_test_pictures(folder: str, _run: Run) -> dict[str, Path]:
     config = _run.config()
     if config is None:
-        raise UserError(f"{_run.folder.config}: no such file, so the run's test split is not known")
+        raise UserError(f"{_run.folder.config}: no such file, so the run's test split is unknown")
     return gallery.find_test_pictures(config)
 
 
@@ -200,9 +199,9 @@ def show_results(
     show_divided(views)
 
 
-@st.fragment  # a move of the divider draws nothing else anew
+@st.fragment  # moving the divider redraws nothing else
 def show_divided(views: dict[str, Image.Image]) -> None:
-    """Two of the pictures laid over each other, with a divider that moves."""
+    """Two of the pictures in one, with a movable divider."""
     st.subheader("Side against side")
     names = list(views)
     first, second = st.columns(2)
@@ -221,7 +220,7 @@ def detect(
     _picture: np.ndarray,
     _models: dict[str, tuple[nn.Module, CheckpointInfo]],
 ) -> dict[str, Result]:
-    """Kept by the first three arguments: Streamlit's own digest of a large array looks at a part of it."""
+    """Cached by the first three arguments: Streamlit's own hash of a large array uses only a part of it."""
     score, iou = thresholds
     return run_views.compare(_models, _picture, score_threshold=score, iou_threshold=iou, device=device())
 
@@ -235,21 +234,21 @@ def explain(
     models: dict[str, tuple[nn.Module, CheckpointInfo]],
     enhanced: np.ndarray,
 ) -> None:
-    """runs and models: both, by their titles; right: the run whose terms are explained."""
+    """runs, models: left and right, by title. right: the run whose terms are explained."""
     st.markdown(EXPLANATION)
     config = right.config()
     terms = run_views.term_columns(config) if config else {}
     if terms:
-        st.subheader(f"What {right.name} was taught")
+        st.subheader(f"Distillation terms of {right.name}")
         for term in terms.values():
             st.text(run_views.describe_term(term))
     elif config:
         st.info(f"{right.name} was trained without a teacher: choose a distilled run as the right model.")
     else:
-        st.info(f"How {right.name} was trained is not known: there is no {right.folder.config}.")
+        st.info(f"How {right.name} was trained is unknown: there is no {right.folder.config}.")
     table = right.folder.path.parent / "comparison.md"
     if table.is_file():
-        with st.expander("The comparison that both belong to", expanded=True):
+        with st.expander("The comparison of both runs", expanded=True):
             st.markdown(table.read_text(encoding="utf-8").partition("\n")[2])
     show_curves(runs, list(terms))
     teachers = run_views.find_teachers(config) if config else {}
@@ -282,7 +281,7 @@ def show_curves(runs: dict[str, Run], terms: list[str]) -> None:
 def show_maps(
     models: dict[str, tuple[nn.Module, CheckpointInfo]], picture: np.ndarray, taught: tuple[str, ...]
 ) -> None:
-    """taught: names of maps, of which the first known one is shown first."""
+    """taught: names of maps; the first one that the models have is shown first."""
     st.subheader("Where the maps are strong")
     names = run_views.map_names([model for model, _ in models.values()])
     if not names:
@@ -302,7 +301,7 @@ def draw_heat(
     _picture: np.ndarray,
     _models: dict[str, tuple[nn.Module, CheckpointInfo]],
 ) -> Image.Image:
-    """Kept as by `detect`."""
+    """Cached as `detect`."""
     return run_views.heat_sheet(_models, _picture, map_name)
 
 

@@ -1,24 +1,30 @@
-"""What does a change buy? Rows of models trained under one protocol, over several seeds, in one table.
+"""Compare models trained under one protocol: train the rows of a study over several seeds, and write one table.
 
-    python compare.py configs/studies/demo.yaml --seeds 3 [key=value ...]          a config: the four rows below
-    python compare.py configs/studies/bccd_study.yaml --seeds 3 [--rows cwd,fgd]   a study: the rows its file lists
+    python compare.py CONFIG --seeds N [key=value ...]       a config with teachers and terms: the four rows below
+    python compare.py STUDY --seeds N [--rows NAME,...]      a study: the rows that its file lists
+
+Examples:
+
+    python compare.py configs/studies/demo.yaml --seeds 3
+    python compare.py configs/studies/bccd_study.yaml --seeds 3 --rows cwd,fgd epochs=10
 
 A config with teachers and terms is trained as
 
     baseline    the student alone
-    teacher_*   each teacher of the config that has no weights, alone (once, with the config's seed)
+    teacher_*   each teacher without weights, alone, once, with the config's seed
     distilled   the student with the config's distillation terms
-    longer      the student alone, for as many epochs as baseline and teachers together: what the time spent on the
-                teacher would have bought without it (absent where every teacher came with weights)
+    longer      the student alone, for the epochs of the baseline and the teachers together: what the time spent on the
+                teachers would have gained without them (left out if every teacher has weights)
 
-How a file lists rows of its own, also of students that train on synthetic sets, is said in engine/comparison/study.py.
-All rows are trained with the first seed, then all with the next.
+engine/comparison/study.py describes the file of a study. All rows are trained with the first seed, then with the next.
 
-comparison.md, comparison.json and comparison.png in <runs>/<name>/ are written anew after every run, and say which runs
-are missing. Numbers are those of the last EMA weights on the test split; no epoch is selected on it. A run that is
-already there with the same config is not repeated, and one that was interrupted goes on, so the command can be stopped
-and given again, also with more seeds or rows. A run whose loss stops being finite is named in the table, and the others
-go on.
+comparison.md, comparison.json and comparison.png in <runs>/<name>/ are rewritten after every run and list the missing
+runs. The numbers are those of the last EMA weights on the test split; no epoch is selected on it. A finished run with
+the same config is not repeated and an interrupted one is continued: stop the command and give it again at any time,
+also with more seeds or rows. A run with a loss that is not finite is listed as failed, and the others continue.
+
+Exit codes: 0 all trained, 2 a mistake in the arguments or the data, 3 a run failed with a loss that is not finite,
+4 out of memory, 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
@@ -55,11 +61,21 @@ from yaml_files import read_yaml
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="compare.py", description="Models trained under one protocol, compared.")
-    parser.add_argument("config", help="a YAML file with `rows`, or with a student, teachers and terms")
+    parser = argparse.ArgumentParser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a YAML file: a study with `rows`, or a config with teachers and terms")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of each student: seed, seed + 1, ... (default 1)")
-    parser.add_argument("--rows", metavar="NAME,...", help="train only these rows, and the teachers they need")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train each row with N seeds: seed, seed + 1, ... (%(default)s)",
+    )
+    parser.add_argument(
+        "--rows", metavar="NAME,...", help="train only these rows and the teachers they need (default: all)"
+    )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.seeds < 1:
         raise UserError(f"argument --seeds: found {arguments.seeds}, expected at least 1")
@@ -68,10 +84,10 @@ def main(argv: list[str]) -> None:
 
 
 def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
-    """Train what is missing of the rows `only` (all, where none are named), then print their part of the comparison.
+    """Train the missing runs of the rows `only` (None: all), then print their part of the comparison.
 
-    Returns what is known of every row of the study, in the order of the table. UserError, after everything else is
-    trained and written, where a run failed.
+    Returns the results of every row of the study, in the order of the table. UserError if a run failed, after all
+    others are trained and everything is written.
     """
     plot.require_plots()
     rows = list(study.rows) if only is None else study.with_teachers(only)
@@ -94,7 +110,7 @@ def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
 
 
 def find_finished(row: Row) -> Result:
-    """The reports of a row's runs that are there. UserError where a folder holds a run of another config."""
+    """The reports of the finished runs of a row. UserError if a folder holds a run of another config."""
     result = Result(row)
     for seed in row.seeds:
         folder = run_folder.RunFolder(row.folder(seed))
@@ -106,11 +122,11 @@ def find_finished(row: Row) -> Result:
 
 
 def refuse_other(folder: run_folder.RunFolder, config: Config) -> None:
-    """UserError where the folder holds a run of another config: its numbers do not belong in this table."""
+    """UserError if the folder holds a run of another config: its numbers do not belong in this table."""
     if not folder.config.is_file():
         return
-    there = from_tree(Config, read_yaml(folder.config), source=str(folder.config))
-    key = first_difference(*(to_tree(with_published_settings(c)) for c in (there, config)))
+    found = from_tree(Config, read_yaml(folder.config), source=str(folder.config))
+    key = first_difference(*(to_tree(with_published_settings(c)) for c in (found, config)))
     if key:
         raise UserError(
             f"{folder.config}: key {key!r} differs from this comparison; give another name=, or remove {folder.path}"
@@ -118,9 +134,9 @@ def refuse_other(folder: run_folder.RunFolder, config: Config) -> None:
 
 
 def check_rows(rows: list[Row], study: Study) -> None:
-    """Build the models and the criterion of every row, so that the last row of a long study is not refused at its end.
+    """Build the models and the criterion of every row, to find mistakes in the last row before the first is trained.
 
-    A teacher that is trained in place is stood in for by one that is not trained yet.
+    Teachers that are not trained yet are replaced by untrained models.
     """
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
     for row in rows:
@@ -142,11 +158,11 @@ def check_rows(rows: list[Row], study: Study) -> None:
             data = config.data
             names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
             fresh = {
-                t.name: build_student(in_place[t.weights], names, say=quiet)
+                t.name: build_student(in_place[t.weights], names, say=say_nothing)
                 for t in config.teachers
                 if t.weights in in_place and not Path(t.weights).is_file()
             }
-            student = build_student(config, names, say=quiet)
+            student = build_student(config, names, say=say_nothing)
             teachers = build_teachers(config, names, fresh, student)
             build_criterion(config, names, student, teachers)
             if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small
@@ -156,12 +172,12 @@ def check_rows(rows: list[Row], study: Study) -> None:
             raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
 
 
-def quiet(line: str) -> None:
-    """What a model starts from is told when it is trained."""
+def say_nothing(line: str) -> None:
+    """Print no line on the start weights: the training prints it."""
 
 
 def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
-    """Train one run of a row, or go on with it, and note its report, or why there is none."""
+    """Train or continue one run of a row, and add its report or the reason of its failure to the result."""
     config = result.row.run(seed)
     weights = {teacher.weights for teacher in config.teachers}
     for other in results.values():
@@ -171,13 +187,13 @@ def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
             return
     print(f"== {config.name}: {config.student.arch}, {config.epochs} epochs", flush=True)
     path = result.row.folder(seed)
-    is_begun = run_folder.RunFolder(path).last.is_file()
-    if path.exists() and not is_begun:
-        shutil.rmtree(path)  # stopped before its first checkpoint: nothing to go on from
+    is_started = run_folder.RunFolder(path).last.is_file()
+    if path.exists() and not is_started:
+        shutil.rmtree(path)  # stopped before its first checkpoint: nothing to continue
     try:
         if result.row.task is not None:
             condense(result.row.task.with_seed(seed), result.row.set_folder(seed), device=config.device)
-        result.reports[seed] = train.run(config, resume=is_begun)
+        result.reports[seed] = train.run(config, resume=is_started)
     except UserError as error:
         if error.exit_code != NOT_FINITE_EXIT_CODE:
             raise
@@ -186,12 +202,12 @@ def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
 
 
 def tables(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
-    """Of all rows, or of those named in `only`."""
+    """The tables of all rows, or of those in `only`."""
     return markdown(study, results, only) + condensed_markdown(results, only)
 
 
 def write(study: Study, results: dict[str, Result], *, with_pictures: bool = False) -> None:
-    """The tables and the plot, as far as the rows are trained."""
+    """Write the tables and the plot of all runs so far."""
     run_folder.write_text(study.folder / "comparison.md", tables(study, results))
     text = as_json(study, results, condensed=condensed_tree(results))
     run_folder.write_text(study.folder / "comparison.json", text)
@@ -199,7 +215,7 @@ def write(study: Study, results: dict[str, Result], *, with_pictures: bool = Fal
 
 
 def first_difference(a: dict | list | object, b: dict | list | object, key: str = "") -> str | None:
-    """The dotted key at which two trees of plain values differ first; None where they are equal."""
+    """The first dotted key at which two trees of plain values differ; None if they are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in dict.fromkeys([*a, *b]):
             inner = f"{key}.{name}" if key else str(name)

@@ -1,5 +1,5 @@
-"""What app.py shows, without Streamlit.
+"""The parts of app.py that do not need Streamlit.
 
-gallery    where its pictures come from, and how two are laid over each other
-run_views  checkpoints, curves and maps of runs, and two models on one picture
+gallery    the pictures, and how they are shown
+run_views  checkpoints, curves and maps of runs; two models on one picture
 """

@@ -1,4 +1,4 @@
-"""Where the demo's pictures come from, and how two of them are laid over each other. Without Streamlit."""
+"""The pictures of the demo and how they are shown, without Streamlit."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,17 +20,17 @@ from structures import Detections
 
 MAX_MEGABYTES = 10  # of an uploaded file; .streamlit/config.toml has the same limit for the server
 MAX_MEGAPIXELS = 24  # of an uploaded picture
-WORKING_SIDE = 1280  # pixels: larger pictures are shrunk to this before anything is done to them
+WORKING_SIDE = 1280  # pixels: larger pictures are shrunk to this first
 SHOWN_SIDE = 640  # pixels: the longer side of every picture on the page, so that labels can be read
 NUM_TEST_PICTURES = 8
 
-SHAPES_SIZE = 160  # pixels, as the demo's training pictures
+SHAPES_SIZE = 160  # pixels, like the demo's training pictures
 
 
 def read_upload(data: bytes) -> np.ndarray:
-    """An uploaded file as uint8 RGB (H, W, 3) of at most WORKING_SIDE pixels a side. UserError where it is refused.
+    """An uploaded file as uint8 RGB (H, W, 3), at most WORKING_SIDE pixels a side. UserError if it is too large or bad.
 
-    Nothing is written to disk. The size in pixels is read from the header: nothing is decoded of a picture too large.
+    Nothing is written to disk. The size in pixels is read from the header: a picture that is too large is not decoded.
     """
     if len(data) > MAX_MEGABYTES * 2**20:
         raise UserError(
@@ -46,16 +46,16 @@ def shrink(picture: np.ndarray) -> np.ndarray:
 
 
 def resize(picture: Image.Image, scale: float) -> Image.Image:
-    size = tuple(max(1, round(scale * side)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BILINEAR)
+    width, height = (max(1, round(scale * side)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BILINEAR)
 
 
 def digest(picture: np.ndarray) -> str:
-    """A name for the pixels, under which results are kept."""
+    """A hash of the pixels, the key of cached results."""
     return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()
 
 
-# ---------------------------------------------------------------- pictures that are always there
+# ---------------------------------------------------------------- built-in pictures
 
 
 def dim(picture: np.ndarray) -> np.ndarray:
@@ -75,7 +75,9 @@ def noisy(picture: np.ndarray) -> np.ndarray:
     return (picture + noise).clip(0, 255).astype(np.uint8)
 
 
-BUILT_IN: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray] | None]] = {  # which of the shapes, and its fault
+BUILT_IN: dict[
+    str, tuple[int, Callable[[np.ndarray], np.ndarray] | None]
+] = {  # number of the drawn picture, degradation
     "shapes": (0, None),
     "more shapes": (1, None),
     "shapes in the dark": (0, dim),
@@ -86,29 +88,29 @@ BUILT_IN: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray] | None]] = {  
 
 
 def built_in_picture(name: str) -> np.ndarray:
-    """uint8 RGB (SHAPES_SIZE, SHAPES_SIZE, 3), drawn anew each time; of no training set, whose seed is another."""
-    index, fault = BUILT_IN[name]
+    """uint8 RGB (SHAPES_SIZE, SHAPES_SIZE, 3); its seed differs from that of the training set."""
+    index, degrade = BUILT_IN[name]
     picture, _, _ = draw_picture(2026, "test", index, SHAPES_SIZE)
-    return picture if fault is None else fault(picture)
+    return picture if degrade is None else degrade(picture)
 
 
 def find_test_pictures(config: Config) -> dict[str, Path]:
-    """A few pictures of a run's test split, by name. UserError where the dataset is not there."""
+    """Some pictures of a run's test split, by name. UserError if the dataset is missing."""
     data = config.data
     index = open_dataset(data.format, data.root, data.test, classes=data.classes)
     return {Path(s.image_path).name: Path(s.image_path) for s in spread(index, NUM_TEST_PICTURES).samples}
 
 
-# ---------------------------------------------------------------- how they are shown
+# ---------------------------------------------------------------- showing pictures
 
 
 def shown(picture: np.ndarray) -> Image.Image:
-    """The picture with SHOWN_SIDE pixels on its longer side."""
+    """The picture, with a longer side of SHOWN_SIDE pixels."""
     return resize(Image.fromarray(picture), SHOWN_SIDE / max(picture.shape[:2]))
 
 
 def shown_with(picture: np.ndarray, found: Detections, names: tuple[str, ...]) -> Image.Image:
-    """As `shown`, with what was found, so that lines and letters do not depend on the picture's own size."""
+    """The same with detections; lines and letters do not depend on the picture's own size."""
     canvas = shown(picture)
     height, width = picture.shape[:2]
     scale = torch.tensor([canvas.width / width, canvas.height / height]).repeat(2)
@@ -116,7 +118,7 @@ def shown_with(picture: np.ndarray, found: Detections, names: tuple[str, ...]) -
 
 
 def wipe(left: Image.Image, right: Image.Image, share: float) -> Image.Image:
-    """Two pictures of one size laid over each other: the first covers `share` of the width, up to a white line."""
+    """Two pictures of one size in one: the first covers `share` of the width, up to a white line."""
     if left.size != right.size:
         raise ValueError(f"found sizes {left.size} and {right.size}, expected equal ones")
     edge = round(share * left.width)

@@ -1,4 +1,4 @@
-"""What the demo shows of runs: their checkpoints, curves and maps, and two models on one picture. Without Streamlit."""
+"""Views of the demo: checkpoints, curves and maps of runs, and two models on one picture, without Streamlit."""
 
 import functools
 import statistics
@@ -23,15 +23,15 @@ from engine.runtime.timing import rotate, wall_seconds
 from structures import Detections
 from yaml_files import read_yaml
 
-ROUNDS = 3  # of the timing, after one that is not measured
-CELL_SIDE = 260  # pixels of a heat map
+ROUNDS = 3  # of the timing, after one that is not timed
+CELL_SIDE = 260  # pixels: side of a heat map
 BASELINE, DISTILLED = "baseline", "distilled"  # parts of the names of compare.py's rows
 CURVES = {"mAP50-95": "metrics/mAP50-95", "mAP50": "metrics/mAP50"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with weights to load, or an ONNX file of it. name: its folder below runs/, and the file's name."""
+    """A run with weights, or an ONNX file of it. name: its folder below runs/, followed by the name of an ONNX file."""
 
     name: str
     folder: RunFolder
@@ -39,22 +39,22 @@ class Run:
 
     @property
     def version(self) -> float:
-        """Changes when the weights do."""
+        """A number that changes when the weights file does."""
         return self.weights.stat().st_mtime if self.weights.is_file() else 0.0
 
     def config(self) -> Config | None:
-        """None where a checkpoint was put there without its config."""
+        """The config of the run; None for a checkpoint without one."""
         if not self.folder.config.is_file():
             return None
         return from_tree(Config, read_yaml(self.folder.config), source=str(self.folder.config))
 
 
 def find_runs(root: Path) -> dict[str, Run]:
-    """Every run at any depth below `root` that has weights, by name: the held-out best, else the last.
+    """Every run below `root` that has weights, by name, with its best weights, else its last.
 
-    Every ONNX file below `root` as well, each behind the run whose folder it is in.
+    ONNX files below `root` are included, each after the run whose folder it is in.
     """
-    found = {}
+    found: dict[str, Run] = {}
     for weights in root.glob("**/weights"):
         folder = RunFolder(weights.parent)
         paths = [path for path in (folder.best, folder.last) if path.is_file() or previous_path(path).is_file()]
@@ -62,26 +62,26 @@ def find_runs(root: Path) -> dict[str, Run]:
             name = weights.parent.relative_to(root).as_posix()
             found[name] = Run(name, folder, paths[0])
     for path in root.glob(f"**/*{SUFFIX}"):
-        folder = path.parent.parent if path.parent.name == "weights" else path.parent
-        name = (folder.relative_to(root) / path.name).as_posix()
-        found[name] = Run(name, RunFolder(folder), path)
+        parent = path.parent.parent if path.parent.name == "weights" else path.parent
+        name = (parent.relative_to(root) / path.name).as_posix()
+        found[name] = Run(name, RunFolder(parent), path)
     return dict(sorted(found.items()))
 
 
 def default_pair(names: list[str]) -> tuple[str, str]:
-    """The first baseline, and the distilled run beside it; the first and the last where names do not say.
+    """The first baseline and its distilled run, by their names; without such names the first and the last run.
 
-    ONNX files are chosen where there is nothing else.
+    ONNX files are chosen only if there is nothing else.
     """
     names = [name for name in names if not name.endswith(SUFFIX)] or names
     baseline = next((name for name in names if BASELINE in name), names[0])
     distilled = [name for name in names if DISTILLED in name]
-    beside = baseline.replace(BASELINE, DISTILLED)
-    return baseline, beside if beside in distilled else next(iter(distilled), names[-1])
+    partner = baseline.replace(BASELINE, DISTILLED)
+    return baseline, partner if partner in distilled else next(iter(distilled), names[-1])
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Without the folders that all of them share: demo/a, demo/b -> a, b."""
+    """The names without their common folders: demo/a, demo/b -> a, b."""
     parts = [name.split("/") for name in names]
     shared = 0
     while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
@@ -94,7 +94,7 @@ def short_names(names: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a model found in a picture, and how long it takes: letterbox, model and suppression, a batch of one."""
+    """A model's detections in one picture, and its time with letterbox and suppression."""
 
     found: Detections
     milliseconds: float
@@ -108,7 +108,7 @@ def compare(
     iou_threshold: float,
     device: torch.device | str = "cpu",
 ) -> dict[str, Result]:
-    """Each model's detections and the median of its times; they take turns, so that none has the quieter machine."""
+    """Each model's detections and median time. The models take turns, so that other load affects all of them."""
     predictors = {
         name: Predictor(
             model,
@@ -129,39 +129,39 @@ def compare(
 
 
 def count_classes(results: dict[str, tuple[Detections, tuple[str, ...]]]) -> dict[str, list]:
-    """Columns of a table: "class", then how many each model found; classes that nobody found are left out."""
+    """Columns of a table: "class", then the number of detections of each model, without classes that none detected."""
     counts = {
         column: {name: int((found.labels == label).sum()) for label, name in enumerate(names)}
         for column, (found, names) in results.items()
     }
     every = dict.fromkeys(name for column in counts.values() for name, count in column.items() if count)
-    rows = {"class": [*every, "all"]}
+    rows: dict[str, list] = {"class": [*every, "all"]}
     for column, count in counts.items():
         rows[column] = [*(count.get(name, 0) for name in every), sum(count.values())]
     return rows
 
 
-# ---------------------------------------------------------------- what a run wrote
+# ---------------------------------------------------------------- files of a run
 
 
 def read_curves(runs: dict[str, Run], column: str) -> dict[str, list]:
-    """Columns epoch, value and run, a row for each epoch of each run that has a value, under the runs' titles.
+    """Columns epoch, value and run (its title), with a row for each epoch of each run that has a value.
 
-    Where one run has values, each other has at least a row without one: so its color is the same in every chart.
+    A run without values gets a row without one if another has values, so that each run has one color in all charts.
     """
-    found = [
+    points: list[tuple[int, float | None, str]] = [
         (int(row["epoch"]), float(row[column]), title)
         for title, run in runs.items()
         for row in run_folder.read_metrics(run.folder.metrics)
         if row.get(column)
     ]
-    known = {title for _, _, title in found}
-    found += [(found[0][0], None, title) for title in runs if found and title not in known]
-    return {name: [row[place] for row in found] for place, name in enumerate(("epoch", "value", "run"))}
+    with_values = {title for _, _, title in points}
+    points += [(points[0][0], None, title) for title in runs if points and title not in with_values]
+    return {name: [row[place] for row in points] for place, name in enumerate(("epoch", "value", "run"))}
 
 
 def term_columns(config: Config) -> dict[str, TermConfig]:
-    """The columns of metrics.csv that hold a run's distillation terms."""
+    """The distillation terms of a run, by their column in metrics.csv."""
     return {f"train/{term.name or f'{term.loss}_{term.teacher}'}": term for term in config.terms}
 
 
@@ -174,7 +174,7 @@ def describe_term(term: TermConfig) -> str:
 
 
 def find_teachers(config: Config) -> dict[str, Path]:
-    """The teachers of a run whose weights are still there and are checkpoints of ours."""
+    """The teachers of a run whose weights file still exists, by name."""
     return {
         teacher.name: Path(teacher.weights)
         for teacher in config.teachers
@@ -183,18 +183,19 @@ def find_teachers(config: Config) -> dict[str, Path]:
 
 
 def with_maps(models: dict[str, tuple[nn.Module, CheckpointInfo]]) -> dict[str, tuple[nn.Module, CheckpointInfo]]:
-    """Without those of ONNX files, which give boxes and scores alone."""
+    """The models that have maps: all except ONNX files."""
     return {name: pair for name, pair in models.items() if not isinstance(pair[0], OnnxDetector)}
 
 
 def map_names(models: list[nn.Module]) -> list[str]:
-    """The maps that all of them give, from fine to coarse as the first lists them."""
-    known = [probe_maps(model) for model in models]
-    return [name for name in known[0] if all(name in others for others in known)] if known else []
+    """The maps that all models have, in the order of the first model, from fine to coarse."""
+    names = [probe_maps(model) for model in models]
+    return [name for name in names[0] if all(name in others for others in names)] if names else []
 
 
 @torch.inference_mode()
 def probe_maps(model: nn.Module) -> list[str]:
+    """The names of a model's maps, from a forward pass on an empty image."""
     device = next(model.parameters()).device
     features = model(torch.zeros(1, 3, 64, 64, device=device)).features
     return [name for name, value in features.items() if value.dim() == 4]
@@ -202,18 +203,18 @@ def probe_maps(model: nn.Module) -> list[str]:
 
 @torch.inference_mode()
 def heat_sheet(models: dict[str, tuple[nn.Module, CheckpointInfo]], picture: np.ndarray, map_name: str) -> Image.Image:
-    """The picture as the models see it, and over it where each one's map is strong.
+    """The letterboxed picture, and for each model the picture under the heat of its map.
 
-    Heat is the mean over channels of the absolute value, from a map's least (black) to its most (white), as in
-    attention transfer (Zagoruyko & Komodakis, arXiv:1612.03928): the scale is each map's own.
+    Heat is the mean over channels of the absolute value, as in attention transfer (Zagoruyko & Komodakis,
+    arXiv:1612.03928), scaled per map from its smallest value (black) to its largest (white).
     """
-    columns = {}
+    columns: dict[str, list[Image.Image]] = {}
     for name, (model, info) in models.items():
         square, _, _ = letterbox(picture, info.image_size)
         images = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255  # (1, 3, S, S)
-        seen = to_pictures(images, CELL_SIDE, smooth=True)
-        columns.setdefault("picture", seen)
+        letterboxed = to_pictures(images, CELL_SIDE, smooth=True)
+        columns.setdefault("picture", letterboxed)
         features = model(images.to(next(model.parameters()).device)).features[map_name].cpu()  # (1, C, h, w)
         heat = to_pictures(heat_colors(attention_heat(features.abs())), CELL_SIDE, smooth=True)
-        columns[name] = overlay(seen, heat)
+        columns[name] = overlay(letterboxed, heat)
     return grid(columns)
