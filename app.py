@@ -38,8 +38,8 @@ larger or longer-trained **teacher**, whose weights do not change:
     loss = detection losses(student, labels) + sum of weight x loss(student, teacher)
 
 A teacher's outputs hold more than the labels: how certain each class is, which classes are similar, and where its
-feature maps are strong. Adapters that bring the student's maps to the teacher's width are trained too and dropped at the
-end, so that the student is as large and as fast as one trained without a teacher. The table shows whether it paid off.
+feature maps are strong. Adapters that bring the student's maps to the teacher's width are trained too and dropped at
+the end, so that the student is as large and as fast as one without a teacher. The table shows whether it paid off.
 """
 
 
