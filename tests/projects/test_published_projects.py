@@ -157,7 +157,7 @@ def test_kitti_from_baseline_to_comparison(shared_data, tmp_path):
     rows, written = run_small(
         "kitti_yolov8n_from_yolov8m", tmp_path,
         f"data.root={shared_data / 'kitti_mini'}", "data.train=frames", "data.test=frames", "data.max_samples=4",
-        "teachers.0.arch=yolov5nu", "terms.1.parameters.temperature=2.0",
+        "data.allow_overlap=true", "teachers.0.arch=yolov5nu", "terms.1.parameters.temperature=2.0",
     )  # fmt: skip
     check_rows(rows, written, "yolov8m")
     distilled = rows[2]
