@@ -97,7 +97,7 @@ def test_a_network_is_the_first_run_of_a_row_above(config, tmp_path):
     ("row", "shared", "message"),
     [
         ({"condense": {"pictures": 2}}, {}, r"row 'x': key 'condense.method' is missing"),
-        ({"condense": {"method": "herding", "pictures": 2}}, {}, r"row 'x': key 'condense.network': herding measures"),
+        ({"condense": {"method": "herding", "pictures": 2}}, {}, r"row 'x': key 'condense.network': herding needs"),
         ({"condense": {"method": "random", "pictures": 2}}, {"network": {"row": "x"}}, r"found 'x', expected a row of"),
         (
             {"condense": {"method": "random", "pictures": 2, "network": {"weights": "a.pt"}}},
