@@ -1,17 +1,22 @@
-"""The one training loop: any student, zero or more teachers, one process or many.
+"""Train a detector, alone or with teachers, in one process or many.
 
-    python train.py configs/shapes_yolov8n.yaml [key=value ...]
-    python train.py STUDY --row NAME           one row of a study (compare.py trains all of them)
-    python train.py CONFIG --dry-run           every loss term of one batch and its gradient, and nothing written
-    python train.py --resume runs/NAME         go on after a signal, a crash or a full disk
+    python train.py CONFIG [key=value ...]     train a config
+    python train.py STUDY --row NAME           train one row of a study (compare.py trains all of them)
+    python train.py CONFIG --dry-run           print every loss term of one batch with its gradient; write nothing
+    python train.py --resume runs/NAME         continue after a signal, a crash or a full disk
     torchrun --nproc-per-node 2 train.py CONFIG
 
-`batch_size` counts the pictures of one batch over all processes. Each step is a pure function of the seed, its number
-and the weights, so a run that was killed and resumed ends with the same bytes as one that was not (on the same machine,
-with the same torch and number of threads).
+Example:
 
-Exit codes: 0 done; 1 another process of the run is gone; 2 usage or data; 3 a number that is not finite; 4 out of
-memory; 5 the disk; 130, 143 stopped by SIGINT or SIGTERM after saving. The last good checkpoint always stays whole.
+    python train.py configs/shapes_yolov8n.yaml epochs=10 optimizer.learning_rate=0.02
+
+docs/configs.md lists all keys. `batch_size` is the number of images of one batch over all processes. Each step depends
+only on the seed, its number and the weights: a run that was killed and resumed ends with the same bytes as one that was
+not (on the same machine, with the same torch and number of threads).
+
+Exit codes: 0 done, 1 another process of the run is gone, 2 a mistake in the arguments or the data, 3 a number that is
+not finite, 4 out of memory, 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM. A stopped run is
+saved, and its last good checkpoint always stays whole.
 """
 
 # ruff: noqa: B023  (train_step calls its inner function before the loop goes on)
@@ -176,12 +181,16 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a detector, with or without teachers.")
-    parser.add_argument("config", nargs="?", help="a YAML file; with --resume: not needed")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="a YAML file; not needed with --resume")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the config")
-    parser.add_argument("--resume", metavar="RUN", help="the folder of a run to go on with")
-    parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help="may differ when resuming")
-    parser.add_argument("--row", metavar="NAME", help="train this row of a study, where compare.py looks for it")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument(
+        "--allow-change", metavar="KEY", action="append", default=[], help="this key may differ when resuming"
+    )
+    parser.add_argument("--row", metavar="NAME", help="train this row of a study, in the folder of compare.py")
     parser.add_argument("--dry-run", action="store_true", help="print every loss term of one batch and exit")
     arguments = parser.parse_intermixed_args(argv)
     source, overrides = arguments.config, arguments.overrides
