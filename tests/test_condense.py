@@ -213,7 +213,7 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
         ({"method": "gradient_matching", "init": "canvas"}, [], r"condense.init': found 'canvas', expected one of"),
         (
             {"method": "gradient_matching", "layouts": "herding", "network": {}}, [],
-            r"condense.network': gradient_matching measures",
+            r"condense.network': gradient_matching needs",
         ),
         ({"method": "herding", "network": {"weights": "gone.pt"}}, [], r"gone.pt: no such file"),
         ({"method": "randm"}, [], r"condense.method': found 'randm', expected one of random"),

@@ -131,7 +131,7 @@ def test_some_rows_with_the_teachers_they_need(write):
         ({"epochs": "many"}, r"row 'new': key 'epochs': found 'many', expected an integer"),
         ({"seeds": 0}, r"row 'new': key 'seeds': found 0"),
         ({"seed": 3}, r"row 'new': key 'seed' is the same for all rows"),
-        ({"teachers": []}, r"row 'new': key 'teachers' is one for all rows"),
+        ({"teachers": []}, r"row 'new': key 'teachers' is the same for all rows"),
         ({"against": ["missing"]}, r"row 'new': key 'against': found 'missing', expected one of baseline, teacher_big"),
         ({"against": ["new"]}, r"row 'new': key 'against': found 'new', expected one of baseline"),
         ({"plus_epochs_of": ["given"]}, r"row 'new': key 'plus_epochs_of': found 'given', expected .* in place: big"),
