@@ -3,11 +3,11 @@
     python benchmarks/condense.py [--arch yolov8_narrow yolov8n] [--image-size 160] [--steps 3] [--threads N]
                                   [--gigabytes 4]
 
-A step as gradient matching takes it by default, with noise for pictures, three objects in each: 16 real pictures, the
-training of the network between two matches included. `in a step` are the synthetic pictures whose pixels move in it:
+A step as gradient matching takes it by default, with noise for images, three objects in each: 16 real images, the
+training of the network between two matches included. `in a step` are the synthetic images whose pixels move in it:
 16 of the stored ones, or all. Each row is a process of its own; its seconds are the median of --steps steps after
 one that is not measured, its CPU seconds those of all threads, and its memory the largest resident size of the process,
-torch's own 0.3 GB included. Exits with 1 where a step with 16 pictures takes more than --seconds, or any row more than
+torch's own 0.3 GB included. Exits with 1 where a step with 16 images takes more than --seconds, or any row more than
 --gigabytes.
 """
 
@@ -35,7 +35,7 @@ from engine.runtime.timing import rotate, wall_and_cpu
 from errors import run_script
 
 STORED = (16, 64, 256)
-PICTURES, NUM_CLASSES = 16, 3
+IMAGES, NUM_CLASSES = 16, 3
 
 
 def measure(arch: str, stored: int, in_step: int, image_size: int, steps: int) -> dict[str, float]:
@@ -46,7 +46,7 @@ def measure(arch: str, stored: int, in_step: int, image_size: int, steps: int) -
         SyntheticSet(*batch(stored)),
         settings=MatchingSettings(pictures_per_step=in_step, pool=PoolSettings(networks=1)),
         build_network=lambda seed: models.build(arch, NUM_CLASSES),
-        draw_real=lambda generator: batch(PICTURES, generator=generator),
+        draw_real=lambda generator: batch(IMAGES, generator=generator),
         draw_augmentation=lambda generator: draw_siamese(generator=generator, settings=augmentation),
     )
     times = rotate({"step": matching.step}, steps, wall_and_cpu)["step"]  # the step that is not timed makes the network
@@ -69,18 +69,18 @@ def main(argv: list[str]) -> int:
         arch, stored, in_step = args.row
         print(json.dumps(measure(arch, int(stored), int(in_step), args.image_size, args.steps)))
         return 0
-    print(f"{args.image_size} px, {PICTURES} real pictures, {versions()}")
+    print(f"{args.image_size} px, {IMAGES} real images, {versions()}")
     print(f"{'network':<10}{'stored':>8}{'in a step':>11}{'seconds':>9}{'CPU s':>8}{'peak GB':>9}")
     is_within = True
     for arch in args.arch:
         for stored, in_step in dict.fromkeys(
-            [(n, min(n, PICTURES)) for n in args.stored] + [(n, n) for n in args.stored]
+            [(n, min(n, IMAGES)) for n in args.stored] + [(n, n) for n in args.stored]
         ):
             command = [sys.executable, __file__, "--row", arch, str(stored), str(in_step), *argv]
             row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             figures = f"{row['seconds']:>9.2f}{row['cpu']:>8.2f}{row['gigabytes']:>9.2f}"
             print(f"{arch:<10}{stored:>8}{in_step:>11}{figures}", flush=True)
-            is_within &= row["gigabytes"] <= args.gigabytes and (in_step > PICTURES or row["seconds"] <= args.seconds)
+            is_within &= row["gigabytes"] <= args.gigabytes and (in_step > IMAGES or row["seconds"] <= args.seconds)
     return 0 if is_within else 1
 
 

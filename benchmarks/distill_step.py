@@ -5,7 +5,7 @@
 
     overhead = distilled step / (student's step + teacher's forward pass)
 
-A step is forward, loss, backward and SGD on one batch: random pictures, ten objects each, 80 classes. The distilled
+A step is forward, loss, backward and SGD on one batch: random images, ten objects each, 80 classes. The distilled
 step also runs the teacher, the adapters and the terms. The target for the overhead is 1.08. Precision and memory format
 are those of a run's defaults on the device, for both sides; Ultralytics' own distillation (its model, projector and
 loss, from its package) stands beside ours where it is installed. `--terms score_weighted_l2` gives ours the loss and
@@ -66,8 +66,8 @@ def build_ours(
     """Student and criterion to train, and by its name the teacher, frozen and folded as a run folds it."""
     build = lambda arch: models.build(arch, NUM_CLASSES).to(device, memory_format=CHANNELS_LAST)
     torch.manual_seed(0)
-    teachers = {teacher: fuse(build(teacher).requires_grad_(False))} if teacher else {}
     model, names = build(student).train(), tuple(map(str, range(NUM_CLASSES)))
+    teachers = {teacher: fuse(build(teacher).requires_grad_(False))} if teacher else {}
     criterion = Criterion(terms, student=model, teachers=teachers, epochs=1, image_size=64, class_names=names)
     return model, criterion.to(device), teachers
 

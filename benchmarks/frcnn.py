@@ -3,10 +3,10 @@
     python -m benchmarks.frcnn [--image-size 480] [--batch-size 2] [--rounds 7] [--threads N] [--cpu-time] [--only ROW]
     /path/to/env/bin/python -m benchmarks.frcnn      # an environment with torch and torchvision
 
-Rows: a training step (forward, losses, backward, SGD), inference on one picture from pixels to at most 100 detections,
-and RoIAlign alone, forward and backward, 512 boxes of a picture from four levels of 256 channels. Both sides have the
+Rows: a training step (forward, losses, backward, SGD), inference on one image from pixels to at most 100 detections,
+and RoIAlign alone, forward and backward, 512 boxes of an image from four levels of 256 channels. Both sides have the
 same weights, fresh ones of torchvision's loaded by our name tables; live BatchNorm, every layer trained, 20 classes,
-ten objects a picture; torchvision's resizing is switched off. Fresh weights keep the full 2,000 (training) or 1,000
+ten objects an image; torchvision's resizing is switched off. Fresh weights keep the full 2,000 (training) or 1,000
 (inference) proposals where trained ones keep fewer: the second stage costs at its worst. Ours runs in channels_last,
 its default; `--peer-channels-last` puts torchvision in it too, which it leaves to the user.
 

@@ -29,7 +29,6 @@ losses at 0.8 of copying, 5 times eager, 1.5 times torch.compile.
 import argparse
 import dataclasses
 import gc
-import importlib
 import itertools
 import json
 import statistics
@@ -62,7 +61,6 @@ from structures import Targets
 
 TEACHER = "yolov8m"
 COMPILE = {"compile": "default", "graphs": "reduce-overhead"}  # modes of torch.compile
-KERNEL_FILES = "temperature_kl sigmoid_kl masked_mse held_gradient nms_triton roi_align_triton deformable_attention"
 TOLERANCE = 0.02  # of losses against eager's, relative: bfloat16, and operations in another order
 
 Rows = list[dict[str, Any]]
@@ -218,12 +216,15 @@ def measure_training(setting: Setting, before: Rows) -> dict[str, Any]:
 
 def resources() -> Iterator[dict[str, Any]]:
     """What the compiler made of each kernel that this process launched: registers of a thread, bytes it spills."""
-    for file in KERNEL_FILES.split():
-        for name, kernel in sorted(vars(importlib.import_module(f"kernels.{file}")).items()):
-            for cache in getattr(kernel, "device_caches", {}).values():
-                for form in cache[0].values():
-                    row = {"kernel": f"{file}.{name}", "registers": form.n_regs, "spilled bytes": form.n_spills}
-                    yield row | {"shared bytes": form.metadata.shared}
+    found = {}  # a kernel may be imported by several modules
+    for file, module in sorted(sys.modules.items()):
+        if file.startswith("kernels."):
+            found |= {id(kernel): (f"{file}.{name}", kernel) for name, kernel in vars(module).items()}
+    for name, kernel in sorted(found.values(), key=lambda row: row[0]):
+        for cache in getattr(kernel, "device_caches", {}).values():
+            for form in cache[0].values():
+                row = {"kernel": name, "registers": form.n_regs, "spilled bytes": form.n_spills}
+                yield row | {"shared bytes": form.metadata.shared}
 
 
 class Report:

@@ -1,6 +1,6 @@
 """Where the host waits for the device, by the line of this project that makes it wait.
 
-On a CUDA device PyTorch says so itself (torch.cuda.set_sync_debug_mode). On a CPU nothing waits; counted are the
+On a CUDA device PyTorch reports it itself (torch.cuda.set_sync_debug_mode). On a CPU nothing waits; counted are the
 operations that would on a device whose tensors are all there: those whose shape or Python result depends on values, and
 tensors made of lists of numbers. For torch.device("meta"), whose tensors have no values, counted are the copies to it
 that are not non_blocking: what code with tensors of both the host and a device makes wait.

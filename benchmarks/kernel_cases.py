@@ -34,7 +34,7 @@ TOLERANCE = 0.02  # of results against eager's, relative: bfloat16, and operatio
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a batch of 32 images of 640 px, and of RoIAlign's pyramid."""
+    """Those of a batch of 32 images of 640 px, and of RoIAlign's pyramid."""
 
     maps: tuple[int, int, int, int] = (32, 256, 80, 80)
     locations: int = 8400
@@ -53,7 +53,8 @@ class Case:
     make: Callable[[torch.Generator], Inputs]  # on the generator's device
     run: Callable[..., Any]
     gigabytes: float | None = None
-    specification: Callable[..., Any] | None = None  # what torch.compile gets
+    specification: Callable[..., Any] | None = None  # what torch.compile gets, and
+    around: Callable[[Callable], Callable] = lambda run: run  # what is called around it
     peer: Callable[..., Any] | None = None
     is_exact: bool = False  # equal to the last bit, or wrong; the host waits for the result
 
@@ -93,7 +94,7 @@ def loss_cases(sizes: Sizes) -> Iterator[Case]:
             passes = 1 + 2 * (share or 1.0)  # the gradient is written everywhere, maps are read where the mask marks
             gigabytes = passes * torch.Size(shape).numel() * dtype.itemsize / 1e9
             name = f"{name} {shape} {str(dtype).removeprefix('torch.')}"
-            yield Case(name, make, with_gradient(loss), gigabytes, with_gradient(specification))
+            yield Case(name, make, with_gradient(loss), gigabytes, specification, with_gradient)
 
 
 def blob_mask(shape: tuple[int, ...], share: float) -> Tensor:
@@ -217,7 +218,7 @@ def measure_kernel(case: Case, sizes: Sizes, device: torch.device, copy: float) 
     if is_gpu and HAS_TRITON:
         contestants["kernel"] = turns(case.run, "triton")
     if is_gpu and case.specification:
-        contestants["compile"] = turns(torch.compile(case.specification), "eager")
+        contestants["compile"] = turns(case.around(torch.compile(case.specification)), "eager")
     if case.peer:
         contestants["peer"] = turns(case.peer, "eager")
     row: dict[str, Any] = {"GB": case.gigabytes, "TB/s": None, "of copy": None}

@@ -1,17 +1,17 @@
-"""What a detector costs: parameters, FLOPs, and milliseconds for one picture in every form it can take.
+"""What a detector costs: parameters, FLOPs, and milliseconds for one image in every form it can take.
 
     python benchmarks/latency.py [--arch yolov8n | --checkpoint FILE] [--image-size 640] [--threads N] [--rounds 21]
     /path/to/env/bin/python benchmarks/latency.py      # an environment with torch, onnx, onnxruntime and ultralytics
 
-A call takes one picture (1, 3, S, S) to decoded boxes and scores of every location, without suppression: what both
+A call takes one image (1, 3, S, S) to decoded boxes and scores of every location, without suppression: what both
 packages compute. Beside ours stands Ultralytics' model of the same architecture, where its package is installed, in the
 same forms, in the same process; all take turns, round by round, and a time is the median of its rounds (best in
 brackets). Weights are random; a time does not depend on them. `--cpu-time` counts CPU milliseconds of all threads
 instead of the clock's; with `--threads 1` that is what to read on a machine that others use.
 
 Forms: "PyTorch" is the model as it is trained, "fused" has its BatchNorms folded into the convolutions; channels_last
-is the memory layout of pictures and weights, without it they are contiguous; bfloat16 is autocast. "ONNX" is the file
-export.py would write, for one picture of this size, run by onnxruntime on the CPU; int8 is calibrated on noise.
+is the memory layout of images and weights, without it they are contiguous; bfloat16 is autocast. "ONNX" is the file
+export.py would write, for one image of this size, run by onnxruntime on the CPU; int8 is calibrated on noise.
 
 FLOPs are those that torch.utils.flop_counter counts: of convolutions and matrix products alone, a multiplication
 and an addition being two.
@@ -64,7 +64,7 @@ def torch_call(
     channels_last: bool,
     bfloat16: bool,
 ) -> Call:
-    """One picture through one form of a model."""
+    """One image through one form of a model."""
     if channels_last:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
 
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
         f"{args.checkpoint or args.arch}: {parameters / 1e6:.3f} M parameters, "
         f"{count_flops(model, images) / 1e9:.2f} GFLOP at {args.image_size} px\n{versions('ultralytics')}{note}"
     )
-    print(header(f"{'CPU ms' if args.cpu_time else 'ms'}, one picture", "Ultralytics"))
+    print(header(f"{'CPU ms' if args.cpu_time else 'ms'}, one image", "Ultralytics"))
     print_table(take_turns(calls, args), list(ours))
 
 

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--image-size 320] [--batch-size 16] [--rounds 7] [--threads N] [--cpu-time]
     /path/to/env/bin/python benchmarks/train_step.py      # an environment with torch and ultralytics
 
-A step is forward, loss, backward and SGD with Nesterov momentum on one batch: random pictures, ten objects each, 80
+A step is forward, loss, backward and SGD with Nesterov momentum on one batch: random images, ten objects each, 80
 classes, the same for both. Both optimizers are torch's fused SGD over the same three groups, so a row compares model
 and loss alone. Under bfloat16 the network runs in autocast, and the losses wherever each trainer computes them:
 ours after it, in float32, theirs inside it. The contestants of all rows take turns, round by round, in one process;

@@ -8,7 +8,7 @@ TINY = ["--arch", "yolov8_narrow", "--image-size", "32", "--stored", "2", "--ste
 def test_prints_its_table_and_keeps_its_limits(capsys):
     assert condense.main([*TINY, "--seconds", "100"]) == 0
     title, head, *rows = capsys.readouterr().out.splitlines()
-    assert "32 px, 16 real pictures" in title and head.split()[-2:] == ["peak", "GB"] and len(rows) == 1
+    assert "32 px, 16 real images" in title and head.split()[-2:] == ["peak", "GB"] and len(rows) == 1
     arch, stored, in_step, seconds, _, gigabytes = rows[0].split()
     assert (arch, stored, in_step) == ("yolov8_narrow", "2", "2") and float(seconds) > 0 and 0.1 < float(gigabytes) < 2
 
