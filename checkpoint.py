@@ -20,6 +20,7 @@ every record in the zip container, which torch.load does not do.
 """
 
 import io
+import math
 import os
 import pickle
 import zipfile
@@ -39,6 +40,7 @@ from errors import UserError
 
 FORMAT = 1
 DISK_EXIT_CODE = 5
+FRESH_PRIOR = 1e-6  # odds of a class that starts fresh in a softmax; a YOLO's prior at stride 8 is 1e-5
 PUBLIC_IMAGE_SIZE = 640  # pixels, for a public file that does not give a size
 
 NamesFrom = Literal["the file", "the release", "nothing"]
@@ -298,8 +300,11 @@ def join_heads(model: nn.Module, released: nn.Module, columns: Sequence[int | No
     for fresh_rows, released_rows in zip(_class_rows(model), _class_rows(released)):
         pattern = weights.row_pattern(fresh_rows.layer)
         for name in [name for name in own if name in state and pattern.match(name)]:
+            fresh = own[name]
+            if fresh_rows.is_softmax:  # a class that is not found yet takes nothing of the others' probabilities
+                fresh = fresh + state[name].mean(0) + (math.log(FRESH_PRIOR) if fresh.dim() == 1 else 0)
             state[name] = weights.take_rows(
-                own[name], state[name], columns, fresh_rows=fresh_rows, released_rows=released_rows
+                fresh, state[name], columns, fresh_rows=fresh_rows, released_rows=released_rows
             )
     return state
 

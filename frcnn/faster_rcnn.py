@@ -126,7 +126,7 @@ class FasterRCNN(nn.Module):
         self.box_head = box_head(PYRAMID_WIDTH)
         self.predictor = BoxPredictor(num_classes, other_classes)
         self.class_rows = (
-            ClassRows("predictor.classify.", shared=1, others=other_classes),
+            ClassRows("predictor.classify.", shared=1, others=other_classes, is_softmax=True),
             ClassRows("predictor.regress.", shared=4, each=4),
         )
         self.num_classes = num_classes

@@ -25,6 +25,7 @@ class ClassRows:
     shared: int = 0
     each: int = 1
     others: int = 0
+    is_softmax: bool = False
 
     def split(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of an entry: shared (groups, shared, ...), classes (groups, K, each, ...), others as classes."""
