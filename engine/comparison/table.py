@@ -140,7 +140,7 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
         lines.append(f"| {' | '.join(score_cells(result, results))} |")
     lines += [
         "",
-        "Differences are paired by seed. A row is better or worse where the 95 % confidence interval of its mean "
+        "Differences are paired by seed. A row is better or worse if the 95 % confidence interval of its mean "
         "difference in mAP (Student's t over the seeds) leaves out 0; one in twenty rows without any effect would "
         "still be called so.",
         "",

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ class GraphInfo:
     image_size: int
     suppresses: bool
     precision: str
-    source: str
+    source: Literal["ours", "public"]
     commit: str | None
     evaluation: dict[str, Any] = field(default_factory=dict)
 
