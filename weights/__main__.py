@@ -33,10 +33,16 @@ def describe(path: str | Path, num_first: int = 5) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m weights", description="Describe a public weights file.")
-    parser.add_argument("command", choices=["inspect"])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--tensors", type=int, default=5, help="how many entries to list (default 5)")
+    parser = argparse.ArgumentParser(
+        prog="python -m weights",
+        description=__doc__,
+        epilog="Example: python -m weights inspect yolov8n.pt\n"
+        "Exit codes: 0 described, 2 a file that is missing, damaged or refused, 130 after Ctrl-C.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=["inspect"], help="describe a file")
+    parser.add_argument("file", type=Path, help="a .pt, .pth, .safetensors or .npz file")
+    parser.add_argument("--tensors", type=int, default=5, help="number of entries to list (%(default)s)")
     arguments = parser.parse_args(argv)
     print(describe(arguments.file, max(arguments.tensors, 0)))
 
