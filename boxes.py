@@ -1,7 +1,7 @@
 """Box formats and the IoU family, as pure functions of tensors.
 
-Every function works on the last dimension, of size 4, broadcasts over the others, keeps the dtype, and takes
-empty inputs. Coordinates are continuous: the width of a box is x2 - x1 (no "+1 pixel"; metrics.voc has its own).
+Boxes are in the last dimension, of size 4; the others broadcast. The dtype is kept, and inputs may be empty.
+Coordinates are continuous: the width of a box is x2 - x1, without "+1 pixel" (metrics.voc has its own functions).
 """
 
 import math
@@ -47,13 +47,13 @@ def xyxy_to_distances(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
 
 
 def clip_boxes(boxes_xyxy: Tensor, height: float, width: float) -> Tensor:
-    """Corners moved into the image 0..width, 0..height."""
-    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)  # not a tensor of limits: the host would wait for its copy to the device
+    """Clamp corners to the image 0..width, 0..height."""
+    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)  # a tensor of limits would make the host wait for its copy to the device
     return torch.stack((x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)), dim=-1)
 
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:
-    """(..., 4) -> (...): width times height, 0 for a box turned inside out."""
+    """(..., 4) -> (...): width times height; 0 if either is negative."""
     return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0).prod(-1)
 
 
@@ -83,9 +83,9 @@ def paired_ciou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
         CIoU = IoU - rho^2 / c^2 - alpha v
         v = 4 / pi^2 (atan(w_b / h_b) - atan(w_a / h_a))^2,    alpha = v / (1 - IoU + v)
 
-    rho is the distance of the centers, c the diagonal of the smallest box around both; alpha carries no gradient.
-    Public YOLO code adds eps to each height and to the union before dividing; so do we, and it is part of the
-    contract (a one-pixel box feels it). Widths and heights are not clamped: a and b must be ordered corners.
+    rho is the distance of the centers, c the diagonal of the smallest box around both; no gradient flows through alpha.
+    eps is added to each height and to the union, as in public YOLO code; the result for a one-pixel box depends on it.
+    Widths and heights are not clamped: the corners of a and b must be in order.
     """
     w_a, h_a = a[..., 2] - a[..., 0], a[..., 3] - a[..., 1] + eps
     w_b, h_b = b[..., 2] - b[..., 0], b[..., 3] - b[..., 1] + eps

@@ -1,6 +1,6 @@
-"""Every model by name: `build("yolov8n", num_classes=80)` a detector, `build_teacher("dinov2_vits14")` a teacher.
+"""All models by name: `build("yolov8n", num_classes=80)` is a detector, `build_teacher("dinov2_vits14")` a teacher.
 
-Two tables from names to builders, and nothing else. A detector may teach too; what is in TEACHERS is never trained.
+ARCHITECTURES and TEACHERS map names to builders. A detector may be a teacher too; a model of TEACHERS is never trained.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "yolov8m": partial(build_yolov8, "m"),
     "yolov8l": partial(build_yolov8, "l"),
     "yolov8x": partial(build_yolov8, "x"),
-    "yolov8_narrow": partial(build_yolov8, "narrow"),  # not released: a small matching network for two cores
+    "yolov8_narrow": partial(build_yolov8, "narrow"),  # not released: a small matching network for few cores
     "yolov5n": partial(build_yolov5, "n"),
     "yolov5s": partial(build_yolov5, "s"),
     "yolov5m": partial(build_yolov5, "m"),
@@ -56,7 +56,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 RENAMED = {"yolov8p": "yolov8_narrow"}  # names that older configs and checkpoints have
 
-ONLY_TEACH = ("rtdetr",)  # families of ARCHITECTURES that have no training losses here
+ONLY_TEACH = ("rtdetr",)  # families of ARCHITECTURES without training losses
 
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "clip_vit_b32": partial(build_clip, "vit_b32"),
@@ -72,15 +72,15 @@ TEACHERS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class DetectionSettings:
-    """What `detect` keeps of a detector's output."""
+    """The arguments of `detect`: which detections it keeps."""
 
     score_threshold: float
     iou_threshold: float  # of non-maximum suppression; 1 suppresses nothing
     max_detections: int  # in an image
 
 
-# How each family was evaluated by those who published it: the YOLOs as their current code does, Faster R-CNN with the
-# thresholds its reference models carry, RT-DETR without suppression: its queries do not repeat one another.
+# How the publishers of each family evaluate it: the YOLOs as in their current code, Faster R-CNN with the thresholds of
+# its reference models, RT-DETR without suppression, because its queries do not repeat each other.
 PUBLISHED_DETECTION = {
     "yolov8": DetectionSettings(0.001, 0.7, 300),
     "yolov5": DetectionSettings(0.001, 0.7, 300),
@@ -90,18 +90,18 @@ PUBLISHED_DETECTION = {
 
 
 def published_detection(arch: str) -> DetectionSettings:
-    """The settings that the family of an architecture was published with; YOLOv8's for a name of no family."""
-    found = (settings for family, settings in PUBLISHED_DETECTION.items() if arch.startswith(family))
-    return next(found, PUBLISHED_DETECTION["yolov8"])
+    """The published settings of the family of an architecture; those of YOLOv8 for a name of no family."""
+    matching = (settings for family, settings in PUBLISHED_DETECTION.items() if arch.startswith(family))
+    return next(matching, PUBLISHED_DETECTION["yolov8"])
 
 
 def build(arch: str, num_classes: int, **head: int) -> nn.Module:
     """A freshly initialised detector (structures.Detector) for K = num_classes classes, on the CPU, in train mode.
 
-    The RT-DETRs have no `losses`: they detect and teach, and cannot be trained.
-    arch is a key of ARCHITECTURES; an unknown one is a UserError that names the nearest. Initial weights are drawn
-    from torch's global generator, here and nowhere later: seed it before the call.
-    head: what of the class head is not as K alone has it, as `head_of` gives it; unknown to other heads, a TypeError.
+    The RT-DETRs have no `losses`: they detect and teach, but cannot be trained.
+    arch is a key of ARCHITECTURES; an unknown one is a UserError that names the nearest. The initial weights are drawn
+    from torch's global generator during this call: seed it before.
+    head: further arguments of the class head from `head_of`. TypeError if the architecture does not have them.
     """
     check_arch(arch)
     if num_classes < 1:
@@ -110,10 +110,10 @@ def build(arch: str, num_classes: int, **head: int) -> nn.Module:
 
 
 def head_of(arch: str, num_classes: int, state: dict[str, Tensor]) -> dict[str, int]:
-    """The keywords with which `build` makes the class head that a state dict of `arch` for K classes is of.
+    """The arguments with which `build` makes a class head that fits a state dict of `arch` for K classes.
 
-    A head that was started from a released one of other classes keeps that one's width (class_width), or the classes it
-    told apart (other_classes). Both are read off shapes: the state dict is all that a checkpoint has to carry.
+    A head that starts from a released head for other classes keeps its width (class_width) or its outputs for other
+    classes (other_classes). Both follow from shapes in the state dict, so a checkpoint need not store them.
     """
     if arch.startswith("fasterrcnn_"):
         bias = state.get("predictor.classify.bias")
@@ -126,7 +126,7 @@ def head_of(arch: str, num_classes: int, state: dict[str, Tensor]) -> dict[str, 
 
 
 def check_arch(arch: str) -> None:
-    """UserError for what is no key of ARCHITECTURES."""
+    """UserError if `arch` is not a key of ARCHITECTURES."""
     if arch in RENAMED:
         raise UserError(f"architecture {arch!r} is called {RENAMED[arch]!r} now")
     if arch not in ARCHITECTURES:
@@ -134,7 +134,7 @@ def check_arch(arch: str) -> None:
 
 
 def build_teacher(name: str) -> nn.Module:
-    """A freshly initialised model that only ever teaches, on the CPU, in eval mode; name is a key of TEACHERS.
+    """A freshly initialised teacher, on the CPU, in eval mode; name is a key of TEACHERS.
 
     Its weights are random until weights.load_public fills them. An unknown name is a UserError that names the nearest.
     """
@@ -143,9 +143,9 @@ def build_teacher(name: str) -> nn.Module:
     return TEACHERS[name]().eval()
 
 
-def _nearest(found: str, table: dict[str, Callable]) -> str:
-    """A name that is near (the first of equally near ones), and all that there are."""
-    nearness = {name: SequenceMatcher(None, name, str(found).lower()).ratio() for name in table}
-    nearest = max(nearness, key=nearness.get)
-    advice = f"did you mean {nearest!r}? There are" if nearness[nearest] >= 0.7 else "expected one of"
+def _nearest(unknown: str, table: dict[str, Callable]) -> str:
+    """The end of an error message: a similar name, if there is one, and all names of the table."""
+    similarity = {name: SequenceMatcher(None, name, str(unknown).lower()).ratio() for name in table}
+    nearest = max(similarity, key=lambda name: similarity[name])
+    advice = f"did you mean {nearest!r}? There are" if similarity[nearest] >= 0.7 else "expected one of"
     return f"{advice} {', '.join(table)}"

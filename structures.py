@@ -1,4 +1,4 @@
-"""The types that cross folder walls: Targets, Detections, and the protocol every detector satisfies.
+"""The types that all folders share: Targets, Detections, and the protocols that detectors satisfy.
 
 Images are float (B, 3, H, W), RGB, in [0, 1]. Boxes are xyxy in pixels of the tensor they belong to, in
 continuous coordinates: a box covers x1..x2, and its width is x2 - x1.
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects of one batch of B images, as flat rows; N may be 0.
+    """The N objects of one batch of B images, as flat rows in any order; N may be 0.
 
-    boxes_xyxy (N, 4) float, pixels of the batch's images; labels (N,) int64 in 0..K-1; image (N,) int64, the row
-    0..B-1 of the batch an object belongs to (any order); ignore (N,) bool: regions that are neither learnt nor
-    punished (VOC difficult, COCO crowd, KITTI DontCare).
-    class_scores (N, K) float: the share of each class in an object, 0 or more, rows that sum to 1; what a detector is
-    taught of its class. None: all of it is `labels`, the same losses as for one-hot rows. A batch has it for all
-    objects or for none. `labels` still says which object is whose: it decides who learns the object, and its box.
+    boxes_xyxy (N, 4) float: pixels of the batch's images.
+    labels (N,) int64: in 0..K-1.
+    image (N,) int64: the image of the object, a row 0..B-1 of the batch.
+    ignore (N,) bool: regions that are neither learnt as objects nor as background (VOC difficult, COCO crowd, KITTI
+        DontCare).
+    class_scores (N, K) float, or None: soft class targets, at least 0, rows that sum to 1. None gives the same losses
+        as one-hot rows of `labels`. Assignment and box losses use `labels` in both cases.
     """
 
     boxes_xyxy: Tensor
@@ -45,14 +46,14 @@ class Targets:
 
     def __getitem__(self, rows: Tensor) -> "Targets":
         """The rows chosen by an index or a mask (N,)."""
-        return self._each(lambda x: x[rows])
+        return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> "Targets":
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
-        columns = (getattr(self, f.name) for f in fields(self))
-        return Targets(*(None if column is None else change(column) for column in columns))
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        scores = None if self.class_scores is None else change(self.class_scores)
+        return Targets(change(self.boxes_xyxy), change(self.labels), change(self.image), change(self.ignore), scores)
 
     @staticmethod
     def empty(device: torch.device | str = "cpu") -> "Targets":
@@ -66,7 +67,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in one image: boxes_xyxy (M, 4), scores (M,) and labels (M,) int64, best first."""
+    """The detections of one image, best first: boxes_xyxy (M, 4), scores (M,) and labels (M,) int64."""
 
     boxes_xyxy: Tensor
     scores: Tensor
@@ -84,15 +85,15 @@ class Detections:
 
 @runtime_checkable
 class Detector(Protocol):
-    """What train.py, eval.py, predict.py and distill/ ask of a model. There is no base class.
+    """The interface of a model for train.py, eval.py, predict.py and distill/. There is no base class.
 
     num_classes: K.
-    strides, channels: for each name in `Output.features`, its stride in pixels and its channel count.
-    public_names: the rows of the table that maps the released checkpoint's names to ours (see weights.rename). A model
-        released in several layouts also has `public_layouts: tuple[weights.PublicLayout, ...]`, this table's first.
-    class_head: prefixes of our names of the class head's parameters, which `new_head` starts fresh as a whole.
-    class_rows: which outputs of its layers belong to which class (weights.ClassRows).
-    class_activation: "sigmoid" or "softmax", what turns class_logits_at into probabilities.
+    strides, channels: name in `output.features` -> stride in pixels, number of channels.
+    public_names: rows (released name, our name) of the released checkpoint; see weights.rename. A model with several
+        released layouts also has `public_layouts: tuple[weights.PublicLayout, ...]`; the first has this table.
+    class_head: prefixes of the parameters of the class head, in our names; `new_head` replaces all of them.
+    class_rows: the outputs of the head's layers that belong to each class (weights.ClassRows).
+    class_activation: "sigmoid" or "softmax"; it turns class_logits_at into probabilities.
     """
 
     num_classes: int
@@ -103,29 +104,29 @@ class Detector(Protocol):
     class_activation: str
 
     def __call__(self, images: Tensor) -> Any:
-        """images (B, 3, H, W) -> the model's own output dataclass, the same in train and eval mode.
+        """images (B, 3, H, W) -> the output dataclass of the model, the same in train and eval mode.
 
-        `output.features: dict[str, Tensor]` names the maps distillation taps, (B, channels[name], H/s, W/s) each.
-        `output.image_size` is (H, W) of the images.
-        Dense detectors also expose `output.class_logits` (B, A, K), and `output.box_logits` where they have them.
+        `output.features: dict[str, Tensor]`: the maps for distillation, (B, channels[name], H / s, W / s) each.
+        `output.image_size`: (H, W) of the images.
+        Dense detectors also have `output.class_logits` (B, A, K), and `output.box_logits` if their head has them.
         """
         ...
 
     def losses(self, output: Any, targets: Targets) -> dict[str, Tensor]:
-        """Named, weighted float32 scalars, normalised so that their size does not depend on B. Finite for N = 0."""
+        """Loss terms by name: weighted float32 scalars whose size does not depend on B. Finite for N = 0."""
         ...
 
     def detect(
         self, output: Any, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
-        """One Detections per image, in pixels of the tensor that went in."""
+        """One Detections per image, in pixels of the input tensor."""
         ...
 
     def class_logits_at(self, output: Any, boxes_per_image: list[Tensor]) -> Tensor:
-        """What the detector believes about B tensors (N_b, 4) of boxes in pixels: logits, N = sum N_b rows.
+        """Class logits of B tensors (N_b, 4) of boxes in pixels, N = sum N_b rows.
 
-        (N, K) where class_activation is "sigmoid", each the log-odds of "this is an object of class k"; (N, 1 + K)
-        with the background in column 0 where it is "softmax".
+        "sigmoid": (N, K), each the log-odds that the box holds an object of class k.
+        "softmax": (N, 1 + K), with the background in column 0.
         """
         ...
 
@@ -134,8 +135,9 @@ class Detector(Protocol):
 class DenseDetector(Detector, Protocol):
     """A detector that predicts at A fixed locations (points or anchors).
 
-    requested_outputs: names of `output.features` and of the output's logits that the caller reads, None for all. What
-    is not named may be missing or None, and the parts of the model that only it needs are not run. For frozen teachers.
+    requested_outputs: names of `output.features` and of the output's logits that the caller needs, or None for all.
+        Other features may be missing and other logits None; parts of the model that only they need are skipped. Used
+        for frozen teachers.
     """
 
     requested_outputs: frozenset[str] | None
@@ -145,7 +147,7 @@ class DenseDetector(Detector, Protocol):
         ...
 
     def location_logits(self, output: Any) -> Tensor:
-        """(B, A, K): what class_logits_at says, at each location."""
+        """(B, A, K): the quantity of class_logits_at at each location."""
         ...
 
     def positives(self, output: Any, targets: Targets) -> Tensor:
@@ -153,7 +155,7 @@ class DenseDetector(Detector, Protocol):
         ...
 
     def tail(self, name: str) -> nn.Module:
-        """The layers between a map within the head, by its name in `output.features`, and the logits of its level.
+        """The layers between a map within the head, named as in `output.features`, and the logits of its level.
 
         KeyError for a map that is not within the head.
         """

@@ -1,18 +1,18 @@
-"""Sums and normalisers of a loss over the processes of a run, so that W of them learn as one that holds every image.
+"""Sums and normalisers of a loss over W processes, so that they learn like one process with all images.
 
-DistributedDataParallel averages gradients: the loss that is minimised is 1/W sum_r L_r. Where one process with the
-joined batch has L = sum_n l_n / M, process r therefore needs
+DistributedDataParallel averages gradients, so a run minimises 1/W sum_r L_r. If one process with the joined batch has
+the loss L = sum_n l_n / M, process r must therefore compute
 
     L_r = sum_(n of r) l_n / (M / W)
 
-with M of all processes: `joint_normaliser` makes M / W of what a process counts itself. A mean over the n_r items of a
-process gets the factor n_r W / sum_q n_q: `joint_mean`. What is no sum over items, such as a spread, is made of sums
-by `sum_over_processes`, through which the gradient flows.
+with M over all processes. `joint_normaliser` computes M / W from the count of each process. `joint_mean` scales a mean
+over the n_r items of a process by n_r W / sum_q n_q. A loss that is not a sum over items, such as a spread, is computed
+from `sum_over_processes`, through which the gradient flows.
 
-Without a process group, or alone in one, each function returns what one process has and costs nothing. With one, every
-process must call each function equally often and in one order, also where it has no items: a loss that returns early
-would leave the others waiting. The numbers stay on the device and the host waits for nothing. They are those of one
-forward pass: with accumulated gradients each micro-batch has normalisers of its own.
+With a single process each function returns the values of that process, at no cost. With more, every process must call
+each function equally often and in the same order, even without items: after an early return the others would wait for
+ever. The numbers stay on the device, and the host does not wait. They belong to one forward pass: with accumulated
+gradients each micro-batch has its own normalisers.
 """
 
 from typing import overload
@@ -30,10 +30,10 @@ def process_count() -> int:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of a tensor of one shape over all processes, with its gradient; alone the tensor itself.
+    """The sum over all processes of a tensor that has one shape in all of them. Gradient flows.
 
-    Every L_r depends on what a process adds to the sum, so the backward pass sums the gradients of all processes. Where
-    all have one loss L = f(sum), the average of DistributedDataParallel is then the gradient of L.
+    Every L_r depends on the share of each process, so the backward pass sums the gradients of all processes. If all
+    processes compute the same loss L = f(sum), the average of DistributedDataParallel is then the gradient of L.
     """
     return values if process_count() == 1 else _Sum.apply(values)
 
@@ -49,9 +49,8 @@ def joint_normaliser(own: float, like: Tensor, *, at_least: float = 1) -> Tensor
 def joint_normaliser(own: Tensor | float, like: Tensor, *, at_least: float = 1) -> Tensor | float:
     """max(sum over the W processes of `own`, at_least) / W, detached.
 
-    own: () or any one shape, or a number of the host, for which `like` gives the device and the dtype (float32 for a
-    half).
-    Alone: max(own, at_least), a number for a number.
+    own: a tensor of one shape in all processes, or a number. For a number, `like` gives the device and the dtype (at
+    least float32). A single process returns max(own, at_least), as a number if `own` is one.
     """
     count = process_count()
     if count == 1:
@@ -60,16 +59,16 @@ def joint_normaliser(own: Tensor | float, like: Tensor, *, at_least: float = 1) 
 
 
 def joint_mean(mean: Tensor, own: int) -> Tensor:
-    """What a mean () over `own` items counts in the mean over the items of all W processes: mean * own W / sum own.
+    """The share of a mean () over `own` items in the mean over the items of all W processes: mean * own W / sum own.
 
-    Alone: the mean itself. It is finite also where own is 0.
+    A single process returns the mean itself. `mean` must be finite even if own is 0.
     """
     count = process_count()
     return mean if count == 1 else mean * (own * count / _total(own, mean).clamp(min=1))
 
 
 def _total(own: Tensor | float, like: Tensor) -> Tensor:
-    """Of all processes. Numbers travel in float64, which counts exactly."""
+    """The sum of `own` over all processes. Numbers are summed in float64, which counts exactly."""
     if isinstance(own, Tensor):
         total = own.detach().clone()
         dist.all_reduce(total)

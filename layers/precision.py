@@ -1,14 +1,14 @@
-"""The precision that losses and decoding compute in: float32 for half-precision inputs and under autocast, too."""
+"""The dtype that losses and decoding compute in: at least float32, also for half-precision inputs."""
 
 import torch
 from torch import Tensor
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any of the tensors is, else float32: what losses are computed in, eager or not."""
+    """float64 if any of the tensors is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 where it is."""
+    """x as float32, or unchanged if it is float64."""
     return x.to(compute_dtype(x))

@@ -1,13 +1,13 @@
-"""The plain vision transformer in parts (arXiv:2010.11929): patches to tokens, pre-norm blocks, position tables.
+"""The parts of a plain vision transformer (arXiv:2010.11929): patches to tokens, pre-norm blocks, position tables.
 
     x = x + s1 * attention(norm1(x))
     x = x + s2 * mlp(norm2(x))          s1, s2: 1, or learnt per channel (layer scale, CaiT, arXiv:2103.17239)
 
-ViT and DeiT detectors, DINOv2 and both towers of CLIP are these parts in a row; what differs between them is an
-argument here (activation, epsilon, mask, layer scale) and the rest is in their own files.
+ViT and DeiT detectors, DINOv2 and both towers of CLIP are built from these parts. Arguments cover their differences
+(activation, epsilon, mask, layer scale); everything else is in their own files.
 
-Not here: dropout and stochastic depth, relative positions, windows. Fresh weights are normal with
-standard deviation 0.02 and biases zero, as published ViT training starts.
+Not implemented: dropout, stochastic depth, relative positions, windows. Fresh weights are normal with standard
+deviation 0.02, and biases are zero, as in published ViT training.
 """
 
 import math
@@ -26,7 +26,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def causal_mask(num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
-    """is_visible (N, N) bool: token i, a row, sees the tokens 0..i."""
+    """is_visible (N, N) bool: token i (a row) attends to the tokens 0..i."""
     return torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
 
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
         out = concat_h softmax(q_h k_h^T / sqrt(D)) v_h W_o + b_o,    [q; k; v] = x W_qkv + b_qkv
 
-    `qkv.weight` (3 width, width) holds the rows of q, then k, then v, and in each the heads one after another.
+    `qkv.weight` (3 width, width) holds the rows of q, then k, then v; within each, the heads are in order.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -51,13 +51,13 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x: Tensor, is_visible: Tensor | None = None) -> Tensor:
-        """x (B, N, C) -> (B, N, C). is_visible (N, N) bool: True where the row's token may look at the column's."""
+        """x (B, N, C) -> (B, N, C). is_visible (N, N) bool: True where the row's token attends to the column's."""
         q, k, v = self._split(x)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=is_visible)  # (B, heads, N, D)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, N, C)
 
     def probabilities_of(self, x: Tensor, token: int = 0) -> Tensor:
-        """x (B, N, C) -> (B, heads, N): how one token spreads its attention over all N; each row sums to 1."""
+        """x (B, N, C) -> (B, heads, N): the attention of one token to all N; sums to 1 over them."""
         w_q, w_k, _ = self.qkv.weight.chunk(3)  # (C, C) each; v is not needed, nor the other tokens' q
         b_q, b_k, _ = self.qkv.bias.chunk(3)
         q = F.linear(x[:, token], w_q, b_q).unflatten(-1, (self.heads, -1))  # (B, heads, D)
@@ -80,9 +80,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block, the equation at the head of this file: (B, N, C) -> (B, N, C).
+    """One pre-norm block, the equation at the top of this file: (B, N, C) -> (B, N, C).
 
-    layer_scale: s1 and s2 are parameters `attention_scale` and `mlp_scale` (C,), starting at 1e-5; else there are none.
+    layer_scale: s1 and s2 are the parameters `attention_scale` and `mlp_scale` (C,), which start at 1e-5; else 1.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class Block(nn.Module):
         """x (B, N, C), is_visible as Attention.forward."""
         attended = self.attention(self.norm1(x), is_visible)
         x = x + (attended if self.attention_scale is None else self.attention_scale * attended)
-        thought = self.mlp(self.norm2(x))
-        return x + (thought if self.mlp_scale is None else self.mlp_scale * thought)
+        expanded = self.mlp(self.norm2(x))
+        return x + (expanded if self.mlp_scale is None else self.mlp_scale * expanded)
 
 
 class PatchEmbedding(nn.Module):
@@ -122,7 +122,7 @@ class PatchEmbedding(nn.Module):
         self.patch = patch
         self.project = nn.Conv2d(3, width, patch, stride=patch, bias=bias)
         nn.init.normal_(self.project.weight, std=0.02)
-        if bias:
+        if self.project.bias is not None:
             nn.init.zeros_(self.project.bias)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -135,14 +135,14 @@ class PatchEmbedding(nn.Module):
 def interpolate_positions(
     positions: Tensor, grid: tuple[int, int], *, prefix: int = 1, offset: float = 0.0, antialias: bool = False
 ) -> Tensor:
-    """A table learnt on a square of patches, resized for a grid of h x w patches by bicubic interpolation.
+    """Resize a position table that was learnt on a square of patches to a grid of h x w patches (bicubic).
 
-    positions (1, prefix + G G, C): `prefix` tokens that have no place (class token), then the patches row by row.
-    Returns (1, prefix + h w, C), in the table's dtype; the prefix, and a grid that is the table's own, are untouched.
-    The resizing is in float32. Gradient flows.
+    positions (1, prefix + G G, C): `prefix` tokens without a place (class token), then the patches row by row.
+    Returns (1, prefix + h w, C) in the dtype of the table. The prefix is copied, and a table that fits the grid is
+    returned as it is. Resized in float32. Gradient flows.
 
-    offset: sample at (h + offset) / G instead of h / G steps; 0.1 is what DINOv2 was published with, 0 is plain
-    resizing. antialias: widen the kernel where the grid shrinks (not together with an offset).
+    offset: scale by (h + offset) / G, not h / G. DINOv2 was published with 0.1; 0 is plain resizing.
+    antialias: widen the kernel if the grid shrinks; not together with an offset.
     """
     side = math.isqrt(positions.shape[1] - prefix)
     if side * side != positions.shape[1] - prefix:

@@ -1,1 +1,1 @@
-"""Models that only ever teach: DINOv2, CLIP, RT-DETR, and what remembers their answers."""
+"""Models that are only used as teachers: DINOv2, CLIP, RT-DETR; and a cache of their outputs on disk."""

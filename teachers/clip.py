@@ -1,24 +1,24 @@
-"""CLIP, a foundation model that only ever teaches: pictures and texts as vectors of one space (arXiv:2103.00020).
+"""CLIP, a foundation model used as a teacher: images and texts as vectors of one space (arXiv:2103.00020).
 
     images ── patches ── [class token | patch tokens] ── LayerNorm ── blocks ── class token ── LayerNorm ── W_image
-    texts ── ids ── tokens ── blocks, a token sees those before it ── token of the end ── LayerNorm ── W_text
+    texts ── ids ── tokens ── blocks with a causal mask ── end token ── LayerNorm ── W_text
 
     logit_bk = exp(s) cos(image_b, class_k)        s learnt, about log 100
 
-The ViT-B/32 and ViT-B/16 that OpenAI released. Three kinds of knowledge for a detector: maps of any block;
-`image_logits`, what a picture is about; `class_logits_at`, what CLIP believes of given boxes.
+Sizes: the ViT-B/32 and ViT-B/16 that OpenAI released. CLIP teaches a detector in three ways: maps of any block,
+`image_logits` (classes of the whole image) and `class_logits_at` (classes of given boxes).
 
-Not here: the ResNet towers. Weights of others that have the same names but were trained with plain GELU (OpenCLIP's of
-LAION) load and would be computed with CLIP's approximation of it: do not use them.
+Not implemented: the ResNet towers. Do not load OpenCLIP's LAION weights: their names fit, but they were trained with
+plain GELU, and this model computes CLIP's approximation of it.
 
-Differs from the released code, not in what it computes: images come in [0, 1] at any size that is a multiple of the
-patch, and are normalised here; the text tower leaves out the columns behind the longest text, which nothing can see.
+Differs from the released code in form, not in results: images are in [0, 1], at any size that is a multiple of the
+patch, and are normalised here. The text tower drops the padding behind the longest text, which no token attends to.
 """
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,16 @@ from teachers.clip_regions import average_over_boxes, crop_batches, enlarge_boxe
 from teachers.clip_tokenizer import CONTEXT_LENGTH, ClipTokenizer
 from weights import PublicLayout, fuse_entries
 
-NATIVE_SIZE = 224  # pixels, the side of the square pictures CLIP was trained on
+NATIVE_SIZE = 224  # pixels, the side of the square images that CLIP was trained on
 VOCABULARY_SIZE = 49_408
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], OpenAI's own training pictures
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], over OpenAI's training images
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_EPS = 1e-5
 TEXTS_PER_BATCH = 256
 
 
 class Size(NamedTuple):
-    """patch: side in pixels. depth: blocks of each tower, with a head for every 64 channels. Widths are channels."""
+    """patch: side in pixels. depth: blocks of each tower, with one head per 64 channels. Widths are channels."""
 
     patch: int
     image_width: int
@@ -59,7 +59,7 @@ def make_block(width: int) -> Block:
 
 
 class ImageTower(nn.Module):
-    """Normalised images (B, 3, H, W) -> their vectors (B, D), and maps of blocks on the way."""
+    """Normalised images (B, 3, H, W) -> their vectors (B, D), and maps of the blocks."""
 
     def __init__(self, *, patch: int, width: int, depth: int, embedding_width: int) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ class ImageTower(nn.Module):
         nn.init.normal_(self.projection, std=width**-0.5)
 
     def forward(self, images: Tensor, names: Collection[str]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The parts of CLIPOutput called `names`: image_embedding (B, D), else None, and maps.
+        """The parts of CLIPOutput in `names`: image_embedding (B, D) or None, and maps.
 
-        Blocks behind the last one that a name needs are not run.
+        Blocks after the last one that `names` need are skipped.
         """
         grid = (images.shape[2] // self.patch, images.shape[3] // self.patch)
         x = self.patches(images)  # (B, h w, C)
@@ -87,7 +87,7 @@ class ImageTower(nn.Module):
         num_blocks = self._blocks_for(names)
         for i, block in enumerate(self.blocks[:num_blocks]):
             if i == len(self.blocks) - 1 and "dense" in names:
-                maps["dense"] = tokens_to_map(self._dense_tokens(block, x[:, 1:]), grid)
+                maps["dense"] = tokens_to_map(self._dense_tokens(cast(Block, block), x[:, 1:]), grid)
             x = block(x)
             if f"block{i}" in names:
                 maps[f"block{i}"] = tokens_to_map(self.last_norm(x[:, 1:]), grid)
@@ -106,10 +106,10 @@ class ImageTower(nn.Module):
 
             z = x + W_o v(norm1(x)) + b_o,    out = LayerNorm(z + mlp(norm2(z))) W_image
 
-        The last block with attention replaced by its value path, as if each token attended to itself alone (MaskCLIP,
-        Zhou et al., "Extract Free Dense Labels from CLIP", arXiv:2112.01071). What CLIP trained is the class token's
-        output: a mean of values. So values are aligned with the texts; the patches' own outputs of the last block met
-        no loss, and are not. Here its residual and its MLP stay.
+        This is the last block with its attention replaced by the value path, as if each token attended to itself only
+        (MaskCLIP, Zhou et al., "Extract Free Dense Labels from CLIP", arXiv:2112.01071). CLIP's loss trained the output
+        of the class token, which is a mean of values, so values are aligned with the texts. The patches' outputs of the
+        last block had no loss and are not aligned. The residual and the MLP of the block are kept here.
         """
         values = last_block.attention.qkv(last_block.norm1(x)).chunk(3, dim=-1)[2]  # (B, N, C)
         z = x + last_block.attention.out(values)
@@ -117,7 +117,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """ids (T, 77) int64, as ClipTokenizer gives them -> vectors (T, D), not of length 1."""
+    """ids (T, 77) int64 from ClipTokenizer -> vectors (T, D), not normalised."""
 
     def __init__(self, *, width: int, depth: int, embedding_width: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.projection, std=width**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
-        end = ids.argmax(1)  # (T,): the end's id is the largest of all, and the first one counts
+        end = ids.argmax(1)  # (T,): the end has the largest id of all; the first one counts
         length = int(end.max()) + 1 if len(ids) else 1
         x = self.tokens(ids[:, :length]) + self.positions[:length]  # (T, length, C)
         is_visible = causal_mask(length, ids.device)
@@ -145,12 +145,13 @@ class TextTower(nn.Module):
 class CLIPOutput:
     """What CLIP.forward returns for images (B, 3, H, W); h = H / patch, w = W / patch.
 
-    features: maps (B, C, h, w). "block0", "block1", ...: the patch tokens behind a block, through the LayerNorm that
-    ends the tower; "patches" is the last block's. "dense" (B, D, h, w): the vector of each patch in the space of the
-    texts, not of length 1 (ImageTower._dense_tokens).
-    image_embedding (B, D): as the tower gives it, not of length 1. image_logits (B, K): exp(s) cos(image, class), in
-    float32; None before CLIP.set_classes. images: what went in, for crops. image_size: (H, W).
-    What CLIP.requested_outputs does not name may be missing from features, or None.
+    features: maps (B, C, h, w). "block0", "block1", ...: the patch tokens after a block, through the tower's final
+        LayerNorm; "patches": those of the last block. "dense" (B, D, h, w): the vector of each patch in the space of
+        the texts, not normalised (ImageTower._dense_tokens).
+    image_embedding (B, D): the output of the tower, not normalised.
+    image_logits (B, K): exp(s) cos(image, class), in float32; None before CLIP.set_classes.
+    images: the input, for crops. image_size: (H, W).
+    Parts that CLIP.requested_outputs does not name may be missing from features, or None.
     """
 
     features: dict[str, Tensor]
@@ -163,16 +164,21 @@ class CLIPOutput:
 class CLIP(nn.Module):
     """images (B, 3, H, W) in [0, 1], H and W multiples of the patch -> CLIPOutput; texts -> vectors of the same space.
 
-    Trained on 224 x 224 pixels; for other sizes the position table is resized to the grid of patches, bicubic.
+    Trained on 224 x 224 pixels; for other sizes the position table is resized to the grid of patches (bicubic).
 
-    What it believes of boxes (class_logits_at) comes about in one of two ways, `region_mode`:
-        "crop"  each box, enlarged by `context`, is cut from the picture, resized to 224 x 224 and goes through the
-                image tower: one forward pass per box, `crops_per_batch` at a time. What CLIP was trained to do.
-        "pool"  the mean over the box of the unit vectors of "dense": one pass for all boxes; as coarse as the patches.
+    region_mode is how class_logits_at computes the vector of a box:
+        "crop"  The box, enlarged by `context`, is cut from the image, resized to 224 x 224 and passed through the image
+                tower: one forward pass per box, `crops_per_batch` at a time. CLIP was trained for this.
+        "pool"  The mean over the box of the unit vectors of "dense": one pass for all boxes, as coarse as the patches.
 
-    requested_outputs: the names of features, "image_embedding" and "image_logits" that the caller reads, or None for
-    all of them, which keeps every block's map in memory.
+    requested_outputs: the names of features, "image_embedding" and "image_logits" that the caller needs, or None for
+    all, which keeps the map of every block in memory.
     """
+
+    mean: Tensor
+    std: Tensor
+    classes: Tensor
+    background: Tensor
 
     def __init__(
         self,
@@ -191,7 +197,7 @@ class CLIP(nn.Module):
             raise ValueError(f"region_mode {region_mode!r} must be crop or pool")
         self.image_tower = ImageTower(patch=patch, width=image_width, depth=depth, embedding_width=embedding_width)
         self.text_tower = TextTower(width=text_width, depth=depth, embedding_width=embedding_width)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # s, where CLIP's training began
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # s, its start in CLIP's training
         self.region_mode, self.context, self.crops_per_batch = region_mode, context, crops_per_batch
         self.class_names: tuple[str, ...] = ()
         for name, value in (
@@ -222,7 +228,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], tokenizer: ClipTokenizer) -> Tensor:
-        """T texts -> (T, D), not of length 1. A text too long for CLIP is a UserError (ClipTokenizer)."""
+        """T texts -> (T, D), not normalised. A text too long for CLIP is a UserError (ClipTokenizer)."""
         ids = tokenizer(texts).to(self.logit_scale.device)
         return torch.cat([self.text_tower(part) for part in ids.split(TEXTS_PER_BATCH)])
 
@@ -234,14 +240,15 @@ class CLIP(nn.Module):
         templates: Sequence[str] = TEMPLATES,
         background: Sequence[str] = BACKGROUND_TEXTS,
     ) -> None:
-        """Ask for these K classes from now on, by the prompts of teachers.clip_prompts, and call `background` whatever
-        looks like one of these texts. Names CLIP cannot be asked for are a UserError, with nothing changed.
+        """Set the K classes, with the prompts of teachers.clip_prompts, and the texts that describe the background.
+
+        Names that cannot be prompted for are a UserError (readable_names), and nothing changes.
         """
         classes = class_embeddings(lambda texts: self.encode_texts(texts, tokenizer), names, templates)
         self.set_class_embeddings(names, classes, self.encode_texts(background, tokenizer))
 
     def set_class_embeddings(self, names: Sequence[str], classes: Tensor, background: Tensor) -> None:
-        """As set_classes, from vectors (K, D) of the classes and (J, D), J >= 1, of the background, of any length."""
+        """set_classes from vectors: `classes` (K, D) and `background` (J, D), J >= 1, of any length."""
         shape = (len(names), self.background.shape[1])
         if tuple(classes.shape) != shape or background.shape[1:] != shape[1:] or not len(background):
             raise ValueError(
@@ -260,7 +267,7 @@ class CLIP(nn.Module):
             names.add("image_embedding")
         embedding, features = self.image_tower((images - self.mean) / self.std, names)
         logits = self._scaled_cosines(embedding, self.classes) if has_logits else None
-        return CLIPOutput(features, embedding, logits, images, tuple(images.shape[-2:]))
+        return CLIPOutput(features, embedding, logits, images, (images.shape[-2], images.shape[-1]))
 
     def _scaled_cosines(self, embedding: Tensor, directions: Tensor) -> Tensor:
         """exp(s) cos: (N, D), unit vectors (K, D) -> (N, K), in float32 also under autocast."""
@@ -272,13 +279,13 @@ class CLIP(nn.Module):
 
             z_n0 = log sum_j exp(e^s cos(r_n, background_j)),    z_nk = e^s cos(r_n, class_k)
 
-        r_n is the vector of the box: see CLIP. A zero-shot softmax has no background: it shares 1 among the classes,
-        whatever it is shown. Here the J background texts stand beside the K classes, and column 0 is their union: its
-        softmax is the sum of theirs. That a few sentences cover all that is no object is a hope, not something CLIP was
-        trained for. Boxes are clipped to the image; a side below one pixel becomes one. ValueError before set_classes.
+        r_n is the vector of the box (region_mode). A zero-shot softmax over classes has no background, so the J
+        background texts are added to the K classes. Column 0 is their union: its probability is the sum of theirs. CLIP
+        was not trained for this; a few texts may not cover everything that is not an object. Boxes are clipped to the
+        image, and a side below one pixel becomes one pixel. ValueError before set_classes.
         """
         if not self.class_names:
-            raise ValueError("CLIP has no classes to look for: call set_classes first")
+            raise ValueError("CLIP has no classes: call set_classes first")
         if len(boxes_per_image) != len(output.images):
             raise ValueError(f"boxes of {len(boxes_per_image)} images, expected {len(output.images)}")
         describe = self._crop_vectors if self.region_mode == "crop" else self._pool_vectors
@@ -302,7 +309,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def _crop_vectors(self, output: CLIPOutput, boxes_per_image: list[Tensor]) -> Tensor:
-        """(N, D): each box, with its context, through the image tower. No gradient flows."""
+        """(N, D): the image tower's vector of each box with its context. No gradient flows."""
         images = output.images.float()
         boxes = [enlarge_boxes(rows.to(images), output.image_size, self.context) for rows in boxes_per_image]
         vectors = [self.background[:0]]  # (0, D)
@@ -368,13 +375,13 @@ HUGGING_FACE_NAMES = [
 
 
 def drop_sizes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's archives hold three numbers beside the weights, which say what the shapes say; state dicts may not."""
+    """Drop the three sizes that OpenAI's archives hold beside the weights; the shapes give them too."""
     sizes = ("input_resolution", "context_length", "vocab_size")
     return {name: value for name, value in state.items() if name not in sizes}
 
 
 def join_and_transpose(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face keeps q, k and v apart, and both projections as rows of outputs; old files count positions too."""
+    """Join Hugging Face's separate q, k and v, transpose both projections, and drop the position ids of old files."""
     state = {name: value for name, value in state.items() if not name.endswith(".position_ids")}
     state = fuse_entries(state, (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."), ".self_attn.qkv.")
     for name in ("visual_projection.weight", "text_projection.weight"):

@@ -1,10 +1,10 @@
-"""Class names of a detection dataset as sentences CLIP has seen the like of, and their embeddings.
+"""Class names of a detection dataset as sentences like CLIP's training captions, and their embeddings.
 
     "traffic_light" ── clean_name ── "traffic light" ── fill_templates ── "a photo of a traffic light." and others ──
     ── class_embeddings ── (D,)
 
-CLIP was trained on captions, so a name in a sentence, and the mean over several sentences, is recognised better than
-the bare word (Radford et al., arXiv:2103.00020, sec. 3.1.4).
+CLIP was trained on captions. It recognises a class better from a sentence, and from the mean over several sentences,
+than from the bare word (Radford et al., arXiv:2103.00020, sec. 3.1.4).
 """
 
 import re
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errors import UserError
 
-TEMPLATES = (  # {name}, with {article} "a" or "an" as the name asks for
+TEMPLATES = (  # {name}, and its {article}, "a" or "an"
     "a photo of {article} {name}.",
     "a photo of the {name}.",
     "a close-up photo of {article} {name}.",
@@ -25,7 +25,7 @@ TEMPLATES = (  # {name}, with {article} "a" or "an" as the name asks for
     "a photo of a large {name}.",
     "there is {article} {name} in the picture.",
 )
-BACKGROUND_TEXTS = (  # what a box without an object may look like; each on its own
+BACKGROUND_TEXTS = (  # descriptions of a box without an object
     "a photo of the background.",
     "a photo of nothing.",
     "a photo of an empty scene.",
@@ -37,16 +37,18 @@ SPOKEN_YOU = re.compile(r"uni(?![dmn])|us[aeu]|ut[ei]|ur[ai]|ufo|eu|ew|on(?:e\b|
 
 
 def clean_name(name: str) -> str:
-    """A class name in words: underscores become spaces, and a capital after two small letters, or before two after a
-    capital, starts a word. "traffic_light" -> "traffic light", "DontCare" -> "Dont Care", "TVMonitor" -> "TV Monitor";
-    "RBCs" and "T-shirt" stay. (Case is the tokenizer's to drop.)
+    """Split a class name into words; the case stays.
+
+    "traffic_light" -> "traffic light", "DontCare" -> "Dont Care", "TVMonitor" -> "TV Monitor". "RBCs" and "T-shirt"
+    stay. Underscores become spaces. A capital starts a word if two small letters precede it, or if it follows a capital
+    and two small letters follow it.
     """
-    words = re.sub(r"(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})", " ", name.replace("_", " "))
-    return " ".join(words.split())
+    spaced = re.sub(r"(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})", " ", name.replace("_", " "))
+    return " ".join(spaced.split())
 
 
 def article_of(name: str) -> str:
-    """ "a" or "an", by the sound of the first word as its letters suggest it; a word without vowels is spelled out.
+    """ "a" or "an", guessed from the letters of the first word; a word without vowels is read letter by letter.
 
     "a dog", "an apple", "an hour", "a unicorn", "an RBC", "a TV".
     """
@@ -59,29 +61,30 @@ def article_of(name: str) -> str:
 
 
 def readable_names(names: Sequence[str]) -> list[str]:
-    """The cleaned names of K classes. UserError where CLIP cannot be asked for one, or could not tell two apart.
+    """The cleaned names of K classes.
 
-    That is: an empty list; a name without letters, or that only counts classes ("3", "class_3"); two names that are
-    the same words.
+    UserError for an empty list, for a name without letters or with nothing but a count ("3", "class_3"), and for two
+    names with the same words.
     """
     if not names:
-        raise UserError("class names: found none, expected at least one to ask CLIP for")
-    cleaned = [clean_name(name) for name in names]
+        raise UserError("class names: found none, expected at least one")
+    cleaned_names = [clean_name(name) for name in names]
     first: dict[str, str] = {}
-    for name, words in zip(names, cleaned):
-        if NO_NAME.fullmatch(words):
-            raise UserError(f"class names: found {name!r}, expected a word that says what CLIP should look for")
-        if words.casefold() in first:
+    for name, cleaned in zip(names, cleaned_names):
+        if NO_NAME.fullmatch(cleaned):
+            raise UserError(f"class names: found {name!r}, expected a word that describes the class")
+        key = cleaned.casefold()
+        if key in first:
             raise UserError(
-                f"class names: found {first[words.casefold()]!r} and {name!r}, "
-                f"expected names that differ: CLIP reads both as {words.lower()!r}"
+                f"class names: found {first[key]!r} and {name!r}, "
+                f"expected names that differ: CLIP reads both as {cleaned.lower()!r}"
             )
-        first[words.casefold()] = name
-    return cleaned
+        first[key] = name
+    return cleaned_names
 
 
 def fill_templates(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """One text per template for a cleaned name. UserError for no template, or one without {name}."""
+    """One text per template for a cleaned name. UserError if there is no template, or one without {name}."""
     if not templates or isinstance(templates, str):
         raise UserError(f"prompt templates: found {templates!r}, expected a list of at least one")
     for template in templates:
@@ -94,7 +97,7 @@ def fill_templates(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]
 def class_embeddings(
     encode_texts: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
-    """K names -> (K, D), a unit vector for each class: the mean over its prompts' unit vectors, scaled to length 1.
+    """K names -> (K, D): for each class the mean of the unit vectors of its prompts, scaled to length 1.
 
         e_k = u(sum_t u(encode(prompt_kt))),    u(x) = x / |x|
 

@@ -1,15 +1,15 @@
-"""CLIP's tokenizer: text -> ids of byte pairs.
+"""CLIP's tokenizer: text -> ids of merged bytes.
 
     text ── clean_text ── split_words ── bytes ── merge pairs ── ids, between a start and an end id
 
-Byte-pair encoding (Sennrich et al., arXiv:1508.07909) over bytes (GPT-2), with a mark on the last piece of each word,
-as CLIP has it (Radford et al., arXiv:2103.00020, sec. 2.4). The merges are in a file of 1.4 MB that is not in this
-repository: `python -m datasets.download clip_vocabulary`.
+Byte-pair encoding (Sennrich et al., arXiv:1508.07909) over bytes (GPT-2), with a mark on the last piece of each word
+(Radford et al., arXiv:2103.00020, sec. 2.4). The merges are in a file of 1.4 MB that is not in this repository:
+`python -m datasets.download clip_vocabulary`.
 
-Differs from the released tokenizer in the cleaning of text alone. That one calls a library that guesses what text was
-before it was damaged; clean_text does what has a rule, with tables of Unicode, and says what it leaves. Class names and
-prompts in ordinary writing give the same ids. Letters and numbers are those of Python's Unicode tables: characters
-newer than the interpreter count as neither. The Greek iota below (U+0345), which the released one loses, is kept.
+Differs from the released tokenizer in the cleaning of text only. The released one calls a library that guesses how to
+repair damaged text; clean_text applies fixed rules with Unicode tables and lists what it omits. Class names and prompts
+in ordinary writing get the same ids. Letters and numbers are those of Python's Unicode tables, so characters newer than
+the interpreter count as neither. The Greek iota below (U+0345), which the released one loses, is kept.
 """
 
 import gzip
@@ -26,15 +26,15 @@ from torch import Tensor
 
 from errors import UserError
 
-VOCABULARY_PATH = Path("data/clip/bpe_simple_vocab_16e6.txt.gz")  # where the download command puts it
+VOCABULARY_PATH = Path("data/clip/bpe_simple_vocab_16e6.txt.gz")  # the download command writes it there
 FETCH = "python -m datasets.download clip_vocabulary"
 MAX_VOCABULARY_BYTES = 16 << 20  # unpacked; the released file has 3.2 MB
-NUM_MERGES = 48_894  # of the file's 262,143: what CLIP was trained with; with bytes and marks 49,408 ids
-CONTEXT_LENGTH = 77  # ids the text tower reads, start and end included
+NUM_MERGES = 48_894  # CLIP was trained with the first 48,894 of the file's 262,143 merges; 49,408 ids in all
+CONTEXT_LENGTH = 77  # ids of a text, start and end included
 WORD_END = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# Left in words of their own, before letters are grouped. Written-out special ids are read as such, as published.
+# Words that are matched before letters are grouped. The written-out special ids are those ids, as in the released code.
 FIXED_WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d", re.IGNORECASE)
 RUN_OF_KIND = re.compile("L+|N|x+| +")
 QUOTES = {**dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'"), **dict.fromkeys(range(0x201C, 0x2020), '"')}
@@ -43,7 +43,7 @@ WIDTHS = [0x3000, *range(0xFF01, 0xFFF0)]  # full-width Latin, half-width kana a
 CONTROLS = [*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
 REPAIRS = {
     **dict.fromkeys(CONTROLS),
-    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),  # half a surrogate pair is no character
+    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),  # half a surrogate pair is not a character
     **QUOTES,
     **{code: unicodedata.normalize("NFKC", chr(code)) for code in LIGATURES + WIDTHS},
     0x0149: "'n",
@@ -52,14 +52,15 @@ REPAIRS = {
 
 
 def clean_text(text: str) -> str:
-    """Text as CLIP reads it: lower case, one space between words.
+    """The normalised text that is tokenized: lower case, one space between words. In this order:
 
-    In this order: HTML entities become characters (twice, as published), control characters go, curly quotes become
-    straight, Latin ligatures (fi) become letters, full- and half-width forms the usual ones, half a surrogate pair
-    U+FFFD; composed characters (NFC); white space collapses and is stripped; lower case.
+    1. HTML entities become characters (twice, as in the released code).
+    2. Control characters are removed; curly quotes become straight; Latin ligatures (fi) become letters; full- and
+       half-width forms become the usual ones; half a surrogate pair becomes U+FFFD.
+    3. Characters are composed (NFC); white space is collapsed and stripped; letters become lower case.
 
-    Not done, and in the released tokenizer: text decoded by the wrong table is not repaired (mojibake), terminal
-    colour codes are not recognised.
+    The released tokenizer also repairs text decoded with the wrong table (mojibake) and recognises the color codes of
+    terminals. This one does not.
     """
     text = html.unescape(html.unescape(text))
     text = unicodedata.normalize("NFC", text.translate(REPAIRS))
@@ -67,7 +68,7 @@ def clean_text(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Runs of letters, single numbers, runs of anything else but white space; English contractions on their own.
+    """Split into runs of letters, single digits, runs of other characters, and English contractions; drop white space.
 
     "don't run 12!" -> don 't run 1 2 !
     """
@@ -75,6 +76,7 @@ def split_words(text: str) -> list[str]:
     words, at = [], 0
     while at < len(text):
         match = FIXED_WORDS.match(text, at) or RUN_OF_KIND.match(kinds, at)
+        assert match is not None  # RUN_OF_KIND matches every kind
         if kinds[at] != " ":
             words.append(text[at : match.end()])
         at = match.end()
@@ -82,14 +84,16 @@ def split_words(text: str) -> list[str]:
 
 
 def kind_of(character: str) -> str:
-    """Letter, number, space or (x) another mark; Unicode's general categories."""
+    """The kind of a character by its Unicode category: "L" letter, "N" number, " " white space, "x" any other."""
     kind = unicodedata.category(character)[0]
     return " " if character.isspace() else kind if kind in "LN" else "x"
 
 
 def byte_letters() -> dict[int, str]:
-    """A visible character for each of the 256 bytes, in the order of their ids: Latin-1's own where they are visible,
-    then characters from 256 on for the others."""
+    """A visible character for each of the 256 bytes, in the order of their ids.
+
+    First the bytes with a visible Latin-1 character, as that; then the others, as the characters from 256 on.
+    """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(others)}
@@ -102,17 +106,17 @@ class ClipTokenizer:
     """
 
     def __init__(self, path: str | Path = VOCABULARY_PATH) -> None:
-        """path: the vocabulary file as released, gzipped. UserError where it is absent or not that."""
+        """path: the released vocabulary file, gzipped. UserError if it is missing or another file."""
         merges = read_merges(Path(path))
         self.letters = byte_letters()
         pieces = [*self.letters.values()]
         pieces += [letter + WORD_END for letter in pieces]
-        known = set(pieces)
+        earlier = set(pieces)
         for line, (left, right) in enumerate(merges, start=2):
-            if left not in known or right not in known or left + right in known:
+            if left not in earlier or right not in earlier or left + right in earlier:
                 raise UserError(f"{path}:{line}: {left!r} {right!r} does not follow from the merges before it")
             pieces.append(left + right)
-            known.add(left + right)
+            earlier.add(left + right)
         pieces += [START, END]
         self.pieces = pieces
         self.ids = {piece: number for number, piece in enumerate(pieces)}
@@ -120,7 +124,7 @@ class ClipTokenizer:
         self.start_id, self.end_id = self.ids[START], self.ids[END]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text of any length, without start and end. No letters and no marks: []."""
+        """The ids of a text of any length, without start and end; [] for a text without words."""
         return [number for word in split_words(clean_text(text)) for number in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
@@ -142,7 +146,7 @@ class ClipTokenizer:
         return [self.ids[piece] for piece in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The cleaned text of ids, a space after every word; start, end and padding after the end are left out."""
+        """The cleaned text of ids, with a space between words. Start, end and padding are left out."""
         pieces: list[str] = []
         for number in ids:
             if number == self.end_id:
@@ -156,7 +160,7 @@ class ClipTokenizer:
     def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> Tensor:
         """T texts -> (T, 77) int64: start, ids, end, then zeros.
 
-        A text of more than 75 ids is a UserError, or with `truncate` loses what is too much.
+        A text of more than 75 ids is a UserError; with `truncate` the rest is cut off.
         """
         room = CONTEXT_LENGTH - 2
         rows = torch.zeros(len(texts), CONTEXT_LENGTH, dtype=torch.int64)
@@ -174,7 +178,7 @@ def shorten(text: str, length: int = 40) -> str:
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """The pairs of pieces CLIP merges, first merged first. UserError for a file that is not the released vocabulary."""
+    """The pairs of pieces that CLIP merges, in order. UserError for a file that is not the released vocabulary."""
     try:
         with gzip.open(path) as file:
             text = file.read(MAX_VOCABULARY_BYTES + 1)
@@ -193,4 +197,4 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
         raise UserError(f"{path}:{wrong}: {shorten(lines[wrong - 1])!r}, expected two pieces of text")
     if len(merges) < NUM_MERGES:
         raise UserError(f"{path}: {len(merges)} merges, expected at least {NUM_MERGES}")
-    return merges
+    return [(left, right) for left, right in merges]

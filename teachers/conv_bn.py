@@ -1,4 +1,4 @@
-"""The convolution that both backbones and the encoder of RT-DETR are made of."""
+"""Convolution and BatchNorm, the layer of both backbones and the encoder of RT-DETR."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,10 @@ from layers.fusion import fold_batchnorm
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, BatchNorm and, where given, an activation: y = activation(bn(conv(x))).
+    """Convolution without bias, BatchNorm and, if given, an activation: y = activation(bn(conv(x))).
 
-    Padding, (kernel - 1) // 2 on every side, keeps H and W at stride 1; an even kernel loses 1, unless its caller pads.
+    Padding is (kernel - 1) // 2 on every side: an odd kernel at stride 1 keeps H and W, an even one loses a pixel
+    unless its caller pads.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class ConvBN(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(c_out)
+        self.bn: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(c_out)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ class ConvBN(nn.Module):
         return y if self.activation is None else self.activation(y)
 
     def fold(self) -> None:
-        """Replace bn(conv(x)) by one convolution with a bias, for inference alone; a second call does nothing."""
+        """Replace bn(conv(x)) by one convolution with a bias, for inference only. A second call does nothing."""
         if not isinstance(self.bn, nn.Identity):
             fold_batchnorm(self.conv, self.bn)
             self.bn = nn.Identity()

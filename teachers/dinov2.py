@@ -1,16 +1,16 @@
-"""DINOv2, a foundation model that only ever teaches: arXiv:2304.07193; with register tokens, arXiv:2309.16588.
+"""DINOv2, a foundation model used as a teacher (arXiv:2304.07193), also with register tokens (arXiv:2309.16588).
 
     images ── patches of 14 x 14 ── [class token | registers | patch tokens] ── pre-norm blocks ── LayerNorm ── output
 
-A ViT (arXiv:2010.11929) with layer scale, learnt by self-distillation without labels. Its patch tokens, as maps, are
-what a detector's features can be taught by. Sizes S, B and L; the giant one, whose MLP is gated, is not here.
+A ViT (arXiv:2010.11929) with layer scale, trained by self-distillation without labels. A detector's features can learn
+from its patch tokens, as maps. Sizes: S, B and L. Not implemented: the giant size, which has a gated MLP.
 
-Differs from the released code, not in what it computes: the mask token is dropped (only its training used it), images
-come in [0, 1] and are normalised here, and the heads of attention are not split over several kernels.
+Differs from the released code in form, not in results: the mask token, which only training uses, is dropped; images are
+in [0, 1] and are normalised here.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 
 
 class Size(NamedTuple):
-    """width: channels of a token. depth: blocks. heads: of attention in each."""
+    """width: channels of a token. depth: number of blocks. heads: attention heads of a block."""
 
     width: int
     depth: int
@@ -36,19 +36,20 @@ SIZES = {
     "vitb14": Size(width=768, depth=12, heads=12),
     "vitl14": Size(width=1024, depth=24, heads=16),
 }
-NUM_REGISTERS = 4  # of the models whose names end in _reg
+NUM_REGISTERS = 4  # in the models whose names end in _reg
 
 
 @dataclass(frozen=True)
 class DINOv2Output:
     """What DINOv2.forward returns for images (B, 3, H, W); h = H / 14, w = W / 14.
 
-    features: maps (B, C, h, w). "block0", "block1", ...: the patch tokens behind each block, through the final
-    LayerNorm, as the released model gives intermediate layers; "patches": the last block's.
-    class_token (B, C): after the final LayerNorm. class_attention (B, heads, h, w): how the class token of the last
-    block spreads its attention over the patches; what is missing to 1 rests on itself and the registers.
+    features: maps (B, C, h, w). "block0", "block1", ...: the patch tokens after each block, through the final
+        LayerNorm, as the released model returns intermediate layers; "patches": those of the last block.
+    class_token (B, C): after the final LayerNorm.
+    class_attention (B, heads, h, w): the attention of the class token to the patches in the last block. The rest of its
+        attention, up to a sum of 1, is on itself and the registers.
     image_size: (H, W).
-    What DINOv2.requested_outputs does not name may be missing from features, or None.
+    Parts that DINOv2.requested_outputs does not name may be missing from features, or None.
     """
 
     features: dict[str, Tensor]
@@ -60,13 +61,16 @@ class DINOv2Output:
 class DINOv2(nn.Module):
     """images (B, 3, H, W) in [0, 1], H and W multiples of 14 -> DINOv2Output, at any size.
 
-    The position table is resized to the grid of patches, bicubic, as each model was published: without registers by
-    sampling with an offset of 0.1 patches, with registers plainly and antialiased. (Hugging Face's code drops the
-    offset, so that its maps differ a little from the released model's at other sizes than 518 x 518.)
+    The position table is resized to the grid of patches (bicubic) as each model was published: without registers with
+    a sampling offset of 0.1 patches, with registers without offset and antialiased. Hugging Face's code drops the
+    offset, so its maps differ slightly from the released model's at sizes other than 518 x 518.
 
-    requested_outputs: the names of features, "class_token" and "class_attention" that the caller reads, or None for all
-    of them, which keeps every block's map in memory. Blocks behind the last requested one are not run.
+    requested_outputs: the names of features, "class_token" and "class_attention" that the caller needs, or None for
+    all, which keeps the map of every block in memory. Blocks after the last requested one are skipped.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, *, width: int, depth: int, heads: int, num_registers: int = 0, table_side: int = TABLE_SIDE
@@ -126,8 +130,9 @@ class DINOv2(nn.Module):
         last = self._last_needed_block()
         for i, block in enumerate(self.blocks[: last + 1]):
             if i == len(self.blocks) - 1 and self._is_requested("class_attention"):
-                attention = block.attention.probabilities_of(block.norm1(x), token=0)[:, :, first:]  # (B, heads, h w)
-                attention = attention.unflatten(2, grid)
+                last_block = cast(Block, block)
+                attention = last_block.attention.probabilities_of(last_block.norm1(x), token=0)  # (B, heads, N)
+                attention = attention[:, :, first:].unflatten(2, grid)
             x = block(x)
             if self._is_requested(f"block{i}"):
                 features[f"block{i}"] = tokens_to_map(self.norm(x[:, first:]), grid)
@@ -148,7 +153,7 @@ FACEBOOK_NAMES = [  # each {} is one integer
     # released checkpoint         ours
     ("cls_token",                 "class_token"),
     ("pos_embed",                 "positions"),
-    ("mask_token",                None),  # stands for hidden patches while DINOv2 itself is trained
+    ("mask_token",                None),  # only the training of DINOv2 used it
     ("patch_embed.proj.",         "patches.project."),
     ("blocks.{}.norm1.",          "blocks.{}.norm1."),
     ("blocks.{}.attn.qkv.",       "blocks.{}.attention.qkv."),
@@ -180,12 +185,12 @@ HUGGING_FACE_NAMES = [
 
 
 def fuse_query_key_value(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face keeps q, k and v apart: `...attention.query.weight` and so on become `...attention.qkv.weight`."""
+    """Join Hugging Face's separate q, k and v: `...attention.query.weight` and so on -> `...attention.qkv.weight`."""
     return fuse_entries(state, (".attention.query.", ".attention.key.", ".attention.value."), ".attention.qkv.")
 
 
 def build_dinov2(name: str) -> DINOv2:
-    """A freshly initialised DINOv2; name is a key of SIZES, or one with "_reg" behind it: 4 register tokens.
+    """A freshly initialised DINOv2; name is a key of SIZES, with the suffix "_reg" for 4 register tokens.
 
     Draws from torch's global generator. Released weights: weights.load_public.
     """
@@ -195,14 +200,14 @@ def build_dinov2(name: str) -> DINOv2:
 
 @torch.no_grad()
 def patch_pca(features: Tensor) -> Tensor:
-    """A picture of a map: its first three principal components, over the whole batch, as red, green and blue.
+    """A map as colors: its first three principal components over the whole batch, as red, green and blue.
 
     With rows x_n in R^C, n = 1..B h w, and u_j the unit eigenvectors of cov(x), largest eigenvalue first:
 
         y_nj = (x_n - mean(x)) . u_j,    out_nj = (y_nj - min_n y_nj) / (max_n y_nj - min_n y_nj)
 
-    An eigenvector's sign is free: the one whose largest entry (by size) is positive is taken. A component without
-    variance (less than 1e-9 of the first's; C < 3; a constant map) is 0 everywhere.
+    The sign of an eigenvector is chosen so that its entry of largest magnitude is positive. A component without
+    variance (below 1e-9 of the first one's; C < 3; a constant map) is 0 everywhere.
 
     features (B, C, h, w) -> (B, 3, h, w) float32 in [0, 1]. B = 0 gives (0, 3, h, w).
     """

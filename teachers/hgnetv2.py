@@ -1,12 +1,12 @@
-"""HGNetV2 L and X, the backbones of RT-DETR-L and -X. There is no paper of its own: RT-DETR (arXiv:2304.08069) and
-PP-HGNet name it; the architecture is the released one.
+"""HGNetV2 L and X, the backbones of RT-DETR-L and -X (arXiv:2304.08069). It has no paper of its own; the architecture
+is the released one.
 
     images ── stem (stride 4) ── stage 1 ── stage 2 (stride 8: c3) ── stage 3 (16: c4) ── stage 4 (32: c5)
 
-A block is one-shot aggregation (VoVNet, arXiv:1904.09730): layers in a row, all of their outputs joined by 1x1
-convolutions. From stage 3 on a layer is light: a 1x1 convolution and a depthwise 5x5 one.
+A block is one-shot aggregation (VoVNet, arXiv:1904.09730): layers in a row, and 1x1 convolutions that join all of their
+outputs. From stage 3 on a layer is light: a 1x1 convolution and a depthwise 5x5 one.
 
-Not implemented: the learnable affine block of the smaller HGNetV2 sizes, the classifier.
+Not implemented: the learnable affine block of the smaller sizes, and the classifier.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ LAYERS_PER_BLOCK = 6
 
 
 class StageSize(NamedTuple):
-    """width: channels of a layer. c_out: of a block. light: whether its layers are LightConv."""
+    """width: channels of a layer. c_out: channels of a block. light: whether the layers are LightConv."""
 
     width: int
     c_out: int
@@ -31,7 +31,7 @@ class StageSize(NamedTuple):
 
 
 class Size(NamedTuple):
-    """stem_width, stem_out: channels within the stem and behind it."""
+    """stem_width, stem_out: channels within the stem and of its output."""
 
     stem_width: int
     stem_out: int
@@ -59,7 +59,7 @@ SIZES = {
 class Stem(nn.Module):
     """images (B, 3, H, W) -> (B, C_out, H / 4, W / 4): two 2x2 convolutions beside a maximum over 2x2.
 
-    The 2x2 windows are padded by zeros on the right and below, so that they keep H and W.
+    Zero padding on the right and below keeps H and W under the 2x2 windows.
     """
 
     def __init__(self, width: int, c_out: int) -> None:
@@ -78,7 +78,7 @@ class Stem(nn.Module):
 
 
 class LightConv(nn.Module):
-    """A 1x1 convolution mixes channels, then a depthwise one mixes places."""
+    """A 1x1 convolution mixes channels, then a depthwise one mixes pixels."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
         super().__init__()
@@ -90,9 +90,9 @@ class LightConv(nn.Module):
 
 
 class Block(nn.Module):
-    """x and the outputs of six layers in a row, concatenated, squeezed to C_out / 2 and widened to C_out.
+    """Concatenate x and the outputs of six layers in a row, squeeze them to C_out / 2 and widen them to C_out.
 
-    Where C_in = C_out the identity goes around it.
+    If C_in = C_out, x is added to the result.
     """
 
     def __init__(self, c_in: int, width: int, c_out: int, kernel: int, light: bool) -> None:
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one stride; every stage but the first halves H and W before them, by a depthwise convolution."""
+    """Blocks at one stride. With `downsample` a depthwise convolution first halves H and W."""
 
     def __init__(
         self, c_in: int, width: int, c_out: int, kernel: int, light: bool, num_blocks: int, downsample: bool
@@ -130,7 +130,7 @@ class Stage(nn.Module):
 
 
 class HGNetV2(nn.Module):
-    """images (B, 3, H, W) in [0, 1] -> {"c3", "c4", "c5"} at strides 8, 16, 32, `channels` wide. size: of SIZES."""
+    """images (B, 3, H, W) in [0, 1] -> {"c3", "c4", "c5"} at strides 8, 16, 32. size: a key of SIZES."""
 
     def __init__(self, size: str) -> None:
         super().__init__()

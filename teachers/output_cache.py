@@ -1,18 +1,18 @@
-"""What a teacher said of an image, kept on disk, so that it is not asked twice about the same pixels.
+"""A disk cache of a teacher's outputs, so that the teacher runs only once on the same pixels.
 
-Of use where augmentation is off: then an image comes again every epoch, pixel by pixel. One file per image, with the
-tensors of that image alone; any batch can be put together from them. Floating-point tensors are kept as float16.
+It helps when augmentation is off: then each epoch has the same images, pixel by pixel. Each image has a file with its
+own tensors, so any batch can be joined from such files. Floating-point tensors are stored as float16.
 
-    row = split_output(teacher(images))[i]          a batch's output -> one dict of tensors per image
-    row = cache.put(image_key(pixels), row)         what a later `get` gives: rounded to float16
-    row = cache.get(image_key(pixels))              None where it is not there
-    output = join_output(OutputType, rows)          and back
+    row = split_output(teacher(images))[i]          the output for a batch -> one dict of tensors per image
+    row = cache.put(image_key(pixels), row)         the value of a later `get`: rounded to float16
+    row = cache.get(image_key(pixels))              None if it is not in the cache
+    output = join_output(OutputType, rows)          the inverse of split_output
 
-`ask` does all of this for a batch. An entry belongs to the teacher, input size and settings of the cache's fingerprint:
-with other ones it is not found, and grows old until it is removed.
+`cached_forward` does all of this for a batch. The fingerprint of a cache names the teacher, the input size and the
+settings. An entry with another fingerprint is never found; it is removed when it has been unused for longest.
 
-File format: MAGIC, the CRC-32 of all that follows it, the length of a JSON header, the header (what the entry is, and
-each tensor's name, dtype and shape), the tensors' bytes, all little-endian. Nothing in it is ever run.
+File format, little-endian: MAGIC, the CRC-32 of everything after it, the length of a JSON header, the header (the name
+of the entry; name, dtype and shape of each tensor), the bytes of the tensors. Reading it runs no code from the file.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 MAGIC = b"RTOC0001"
 SUFFIX = ".output"
 FLOAT16_MAX = 65504.0
-KEPT_AFTER_TRIM = 0.9  # of the cap: so that not every write has to look for what is oldest
-ABANDONED_SECONDS = 3600.0  # age from which an unfinished file is one of a process that died
+KEPT_AFTER_TRIM = 0.9  # of the cap, so that only some writes have to scan the folder
+ABANDONED_SECONDS = 3600.0  # an unfinished file of this age belongs to a process that died
 DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -43,8 +43,11 @@ DTYPES = {
 
 @dataclass
 class CacheCounts:
-    """What happened since the cache was opened: found, absent, damaged (recomputed like absent), written, removed for
-    space, and not_written (larger than the cap, or the disk refused)."""
+    """Counts since the cache was opened.
+
+    damaged: entries that cannot be read; they are recomputed like absent ones. removed: to make room.
+    not_written: larger than the cap, or the write failed.
+    """
 
     found: int = 0
     absent: int = 0
@@ -55,11 +58,12 @@ class CacheCounts:
 
 
 class OutputCache:
-    """Tensors of images by key, in files of `folder`, at most max_gigabytes (10^9 bytes) of them.
+    """The tensors of images by key, as files in `folder`, at most max_gigabytes (10^9 bytes) in all.
 
-    fingerprint: text that names all that an output depends on besides the image; see fingerprint_of. Several processes
-    may share the folder: a file appears under its name only when it is complete. The cap is then kept to about one
-    batch per process. Where an entry would exceed it, the entries unused for longest go first, whoever wrote them.
+    fingerprint: text that names everything an output depends on besides the image; see fingerprint_of.
+    If an entry would exceed the cap, the entries unused for longest are removed first, whichever process wrote them.
+    Several processes may share the folder: a file gets its name only when it is complete. They may then exceed the cap
+    by about one batch per process.
     """
 
     def __init__(self, folder: str | Path, max_gigabytes: float, fingerprint: str) -> None:
@@ -73,25 +77,25 @@ class OutputCache:
         self._num_bytes = sum(size for _, size, _ in self._scan())
 
     def _path(self, key: str) -> tuple[Path, str]:
-        """Where the entry is, and the name that it must say it has."""
+        """The file of the entry, and the name that its header must have."""
         name = hashlib.sha256(f"{self.fingerprint}\n{key}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}{SUFFIX}", name
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors put under `key`, on the CPU, in the dtypes they had; None where there are none.
+        """The tensors put under `key`, on the CPU, in their original dtypes; None if there are none.
 
-        A damaged entry is counted, removed, and None.
+        A damaged entry is counted and removed, and gives None.
         """
         path, name = self._path(key)
         try:
             data = path.read_bytes()
-            os.utime(path)  # just used
+            os.utime(path)  # the time of its last use
         except OSError:
             self.counts.absent += 1
             return None
         try:
             tensors = _decode(data, name)
-        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):  # whatever a wrong header leads to
+        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):  # errors of a wrong header
             self.counts.damaged += 1
             path.unlink(missing_ok=True)
             return None
@@ -99,11 +103,11 @@ class OutputCache:
         return tensors
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep one image's tensors; returns them as a later `get` will, rounded to float16 where they are floats.
+        """Store the tensors of one image, and return them as a later `get` does: floats rounded to float16.
 
-        A tensor that holds finite numbers beyond float16's 65504 is kept as float32, unrounded unless it was float64.
-        Use what is returned, and a run is the same whether an output was computed or found. Where the entry cannot
-        be written it is counted, and nothing else happens.
+        A tensor with finite values beyond 65504, the largest float16, is stored as float32. Use the returned tensors:
+        then a run gives the same results whether an output was computed or found. If the entry cannot be written, that
+        is counted and nothing else happens.
         """
         path, name = self._path(key)
         data = _encode(tensors, name)
@@ -125,11 +129,11 @@ class OutputCache:
             temporary.unlink(missing_ok=True)
             self.counts.not_written += 1
         else:
-            self._num_bytes += len(data)  # too much where it replaces one; _trim counts anew
+            self._num_bytes += len(data)  # too many if it replaced an entry; _trim counts again
             self.counts.written += 1
 
     def _trim(self, num_new_bytes: int) -> None:
-        """Remove entries, those unused for longest first, until the new one fits with some room to spare."""
+        """Remove entries, those unused for longest first, until the new one fits into KEPT_AFTER_TRIM of the cap."""
         entries = sorted(self._scan())
         self._num_bytes = sum(size for _, size, _ in entries)
         for _, size, path in entries:
@@ -140,7 +144,7 @@ class OutputCache:
             self.counts.removed += 1
 
     def _scan(self) -> list[tuple[int, int, Path]]:
-        """(time of last use in ns, bytes, path) of every entry. Removes what dead processes left unfinished."""
+        """(time of last use in ns, bytes, path) of every entry. Removes unfinished files of dead processes."""
         entries = []
         for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
             try:
@@ -154,13 +158,13 @@ class OutputCache:
         return entries
 
 
-def ask(
+def cached_forward(
     teacher: Callable[[Tensor], Any], images: Tensor, keys: list[str], cache: OutputCache, output_type: type
 ) -> Any:
-    """teacher(images), where only the images whose outputs are not in the cache are looked at.
+    """teacher(images), computed only for the images whose outputs are not in the cache.
 
     images (B, 3, H, W), keys: one per image. output_type: the dataclass that the teacher returns. Its tensors are on
-    the device of the images, rounded as OutputCache.put says. No gradient reaches the teacher.
+    the device of the images, and rounded as in OutputCache.put. No gradient reaches the teacher.
     """
     rows = [cache.get(key) for key in keys]
     absent = [i for i, row in enumerate(rows) if row is None]
@@ -169,15 +173,16 @@ def ask(
             output = teacher(images[absent] if len(absent) < len(rows) else images)
         for i, row in zip(absent, split_output(output), strict=True):
             rows[i] = cache.put(keys[i], row)
-    return join_output(output_type, rows, images.device)
+    return join_output(output_type, [row for row in rows if row is not None], images.device)
 
 
 def split_output(output: Any) -> list[dict[str, Tensor]]:
-    """An output of B images -> B dicts of tensors, which join_output makes an output of again.
+    """The output for B images -> B dicts of tensors. join_output is the inverse.
 
-    output: a dataclass whose fields are tensors batched along dim 0, dicts of such tensors, lists of B tensors, None,
-    or whole numbers and tuples of them that hold for the whole batch (image_size). Names: "class_token"; "features/p3"
-    for a tensor in a dict; "proposals[]" for one of a list; "image_size=" for numbers. TypeError for other fields.
+    output: a dataclass. Its fields are tensors batched along dim 0, dicts of such tensors, lists of B tensors, None,
+    or integers and tuples of integers for the whole batch (image_size). TypeError for other fields.
+    Names: "class_token"; "features/p3" for a tensor in a dict; "proposals[]" for one of a list; "image_size=" for
+    integers.
     """
     batched: dict[str, Tensor | list[Tensor]] = {}
     constant: dict[str, Tensor] = {}
@@ -198,13 +203,14 @@ def split_output(output: Any) -> list[dict[str, Tensor]]:
     if len(set(counts.values())) != 1 or None in counts.values():
         raise TypeError(f"{type(output).__name__} is not batched along dim 0: it has {counts} rows")
     count = next(iter(counts.values()))
+    assert count is not None
     return [{name: value[i].detach() for name, value in batched.items()} | constant for i in range(count)]
 
 
 def join_output(output_type: type, rows: list[dict[str, Tensor]], device: torch.device | str = "cpu") -> Any:
-    """The inverse of split_output, for at least one image; a field that no row mentions is None.
+    """The inverse of split_output, for at least one image. A field that is in no row is None.
 
-    ValueError where the images' dicts do not go together: other names, shapes or constants.
+    ValueError if the rows differ in names, shapes or constants.
     """
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"the {len(rows)} images to join have different tensors, or there are none")
@@ -238,7 +244,7 @@ def _to_numbers(tensor: Tensor) -> int | tuple[int, ...]:
 
 
 def image_key(pixels: Tensor) -> str:
-    """A digest of an image's dtype, shape and bytes: pixels of any shape, uint8 as they come from the loader."""
+    """A digest of the dtype, shape and bytes of an image of any shape; uint8 from the loader."""
     digest = hashlib.blake2b(f"{pixels.dtype} {tuple(pixels.shape)}".encode(), digest_size=16)
     digest.update(_bytes_of(pixels))
     return digest.hexdigest()
@@ -247,36 +253,36 @@ def image_key(pixels: Tensor) -> str:
 def fingerprint_of(model: nn.Module, **settings: Any) -> str:
     """A digest of a model's class, its state dict, its `requested_outputs` and the settings.
 
-    settings: plain values of whatever else its outputs depend on: input size, precision, class names.
+    settings: JSON values of everything else that the outputs depend on: input size, precision, class names.
     """
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes_of(tensor))
     requested = getattr(model, "requested_outputs", None)
-    said = {"requested_outputs": None if requested is None else sorted(requested), "settings": settings}
-    digest.update(json.dumps(said, sort_keys=True).encode())
+    described = {"requested_outputs": None if requested is None else sorted(requested), "settings": settings}
+    digest.update(json.dumps(described, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _encode(tensors: dict[str, Tensor], name: str) -> bytes:
     rows, parts = [], []
     for key, tensor in tensors.items():
-        kept = _as_kept(tensor)
-        rows.append([key, _name_of(tensor.dtype), _name_of(kept.dtype), list(tensor.shape)])
-        parts.append(_bytes_of(kept))
+        stored = _as_stored(tensor)
+        rows.append([key, _name_of(tensor.dtype), _name_of(stored.dtype), list(tensor.shape)])
+        parts.append(_bytes_of(stored))
     header = json.dumps({"entry": name, "tensors": rows}).encode()
     body = b"".join([len(header).to_bytes(4, "little"), header, *parts])
     return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def _as_kept(tensor: Tensor) -> Tensor:
-    """float16 where a floating-point tensor's finite values fit, else float32; other dtypes as they are."""
+def _as_stored(tensor: Tensor) -> Tensor:
+    """A floating-point tensor as float16 if its finite values fit, else as float32; other dtypes unchanged."""
     if not tensor.is_floating_point():
         return tensor
     is_large = tensor.isfinite() & (tensor.abs() > FLOAT16_MAX)
@@ -288,7 +294,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _decode(data: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of an entry. ValueError for whatever is not whole, or is another entry."""
+    """The tensors of an entry. ValueError for a damaged file and for another entry."""
     start = len(MAGIC) + 8
     if data[: len(MAGIC)] != MAGIC or len(data) < start:
         raise ValueError("not an entry")
@@ -299,8 +305,8 @@ def _decode(data: bytes, name: str) -> dict[str, Tensor]:
     if header["entry"] != name:
         raise ValueError("another entry")
     tensors = {}
-    for key, dtype, kept, shape in header["tensors"]:
-        flat = np.frombuffer(data, np.dtype(kept), math.prod(shape), position).copy()
+    for key, dtype, stored, shape in header["tensors"]:
+        flat = np.frombuffer(data, np.dtype(stored), math.prod(shape), position).copy()
         tensors[key] = torch.from_numpy(flat).view(shape).to(DTYPES[dtype])
         position += flat.nbytes
     return tensors

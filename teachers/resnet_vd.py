@@ -1,10 +1,10 @@
 """ResNet-18 and -50, variant D, the backbones of the authors' RT-DETR-R18 and -R50.
 
-ResNet (arXiv:1512.03385) with the changes of He et al., "Bag of Tricks", arXiv:1812.01187: the 7x7 stem is three 3x3
-convolutions, and a shortcut that halves the map takes 2x2 means before its 1x1 convolution.
+ResNet (arXiv:1512.03385) with the changes of He et al., "Bag of Tricks", arXiv:1812.01187: three 3x3 convolutions
+replace the 7x7 stem, and a shortcut that halves the map takes 2x2 means before its 1x1 convolution.
 
-The released models train with these BatchNorms frozen. A frozen BatchNorm is a BatchNorm in eval mode, which is the
-only mode a teacher is in, so there is no class of its own for it here.
+The released models were trained with frozen BatchNorms. A teacher is always in eval mode, in which a frozen BatchNorm
+is an ordinary one, so there is no class for it here.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 
 
 class Size(NamedTuple):
-    """blocks: of each stage. expansion: C_out of a block by its stage's width."""
+    """blocks: number of blocks of each stage. expansion: C_out of a block / width of its stage."""
 
     blocks: tuple[int, int, int, int]
     expansion: int
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which takes the stride) and 1x1 convolutions; relu(residual + shortcut)."""
+    """1x1, 3x3 (with the stride) and 1x1 convolutions; relu(residual + shortcut)."""
 
     def __init__(self, c_in: int, width: int, stride: int, shortcut: nn.Module) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
 
 
 class Projection(nn.Module):
-    """The shortcut of a stage's first block: 2x2 means where it halves H and W, then a 1x1 convolution."""
+    """The shortcut of a stage's first block: 2x2 means if it halves H and W, then a 1x1 convolution."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -67,14 +67,15 @@ class Projection(nn.Module):
 
 
 def make_stage(c_in: int, width: int, stride: int, *, blocks: int, expansion: int) -> nn.Sequential:
-    """Its first block always has a projection, also where the shapes would allow the identity."""
-    block, c_out = (BasicBlock if expansion == 1 else Bottleneck), width * expansion
+    """The blocks of a stage. The first one always has a projection, even if the shapes would allow the identity."""
+    block: type[BasicBlock | Bottleneck] = BasicBlock if expansion == 1 else Bottleneck
+    c_out = width * expansion
     first = block(c_in, width, stride, Projection(c_in, c_out, stride))
     return nn.Sequential(first, *(block(c_out, width, 1, nn.Identity()) for _ in range(blocks - 1)))
 
 
 class ResNetVD(nn.Module):
-    """images (B, 3, H, W) in [0, 1] -> {"c3", "c4", "c5"} at strides 8, 16, 32, `channels` wide. depth: of SIZES."""
+    """images (B, 3, H, W) in [0, 1] -> {"c3", "c4", "c5"} at strides 8, 16, 32. depth: a key of SIZES."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()

@@ -1,18 +1,19 @@
-"""RT-DETR L, X, R18 and R50: a detector without anchors to tune and without non-maximum suppression, as a teacher.
+"""RT-DETR L, X, R18 and R50, a detector without non-maximum suppression, used as a teacher.
 
 Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", arXiv:2304.08069.
 
     images ── backbone ── c3, c4, c5 ── hybrid encoder ── p3, p4, p5 ── decoder ── Q boxes and their class logits
 
 Backbones: teachers/hgnetv2.py (L, X; released by Ultralytics) and teachers/resnet_vd.py (R18, R50; the authors' PyTorch
-weights). It is for inference and for teaching: there is no `losses`, so it is no structures.Detector and cannot be a
-student, and what only training needs (denoising queries, auxiliary losses) is not implemented.
+weights). It is for inference and teaching only. It has no `losses`, so it is not a structures.Detector and cannot be a
+student; denoising queries and auxiliary losses, which only training needs, are not implemented.
 
-Differs from the released code, not in what it computes on images of at least 128x128 pixels: `forward` returns the
-same in train and eval mode, smaller images (fewer cells than queries) get as many queries as cells, and boxes are
-float32 under autocast. Any multiples of 32 will do for H and W; the released weights are trained at 640x640.
+Differs from the released code in form, not in results for images of at least 128x128 pixels: `forward` returns the same
+in train and eval mode, a smaller image (fewer cells than queries) gets as many queries as cells, and boxes are float32
+under autocast. H and W may be any multiples of 32; the released weights were trained at 640x640.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,13 +32,13 @@ from weights import ClassRows
 
 FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
 DECODER_PARTS = frozenset({"boxes_xyxy", "query_logits"})
-IOU_POWER = 6.0  # of the match in class_logits_at; see read_best_query
+IOU_POWER = 6.0  # see read_best_query
 
 
 class Size(NamedTuple):
-    """width, hidden, feedforward: of the encoder. num_layers: of the decoder.
+    """width, hidden, feedforward: of HybridEncoder. num_layers: of Decoder.
 
-    batchnorm_eps: what the released models normalise with; a state dict does not hold it.
+    batchnorm_eps: the epsilon that the released models were trained with; a state dict does not hold it.
     """
 
     width: int
@@ -59,9 +60,10 @@ SIZES = {
 class RTDETROutput:
     """What RTDETR.forward returns, in train and eval mode alike, for images (B, 3, H, W).
 
-    features: c3, c4, c5 (backbone) and p3, p4, p5 (encoder), (B, C, H / s, W / s) each. boxes_xyxy (B, Q, 4) in pixels,
-    not clipped to the image, and query_logits (B, Q, K): the last decoder layer's, queries in the order of their
-    selection; None where the decoder was skipped (RTDETR.requested_outputs). image_size is (H, W).
+    features: maps (B, C, H / s, W / s) by name: c3, c4, c5 (backbone) and p3, p4, p5 (encoder).
+    boxes_xyxy (B, Q, 4) in pixels, not clipped to the image, query_logits (B, Q, K): from the last decoder layer, with
+        the queries in the order of their selection. None if RTDETR.requested_outputs leaves out the decoder.
+    image_size: (H, W).
     """
 
     features: dict[str, Tensor]
@@ -71,17 +73,17 @@ class RTDETROutput:
 
 
 class RTDETR(nn.Module):
-    """backbone -> hybrid encoder -> decoder. It has what eval.py, predict.py and distillation ask of a model.
+    """backbone -> hybrid encoder -> decoder. It has what eval.py, predict.py and distillation need from a model.
 
-    requested_outputs: names of the output's parts that the caller reads, None for all. The decoder runs only where
-        `boxes_xyxy` or `query_logits` is among them: a frozen teacher that gives maps alone does not pay for it.
-    backbone: images -> {"c3", "c4", "c5"}, with `channels`. width, hidden, feedforward: of HybridEncoder.
+    requested_outputs: names of the output's parts that the caller needs, or None for all. The decoder runs only if
+        `boxes_xyxy` or `query_logits` is among them; a teacher used for its feature maps only skips it.
+    backbone: images -> {"c3", "c4", "c5"}. width, hidden, feedforward: of HybridEncoder.
     """
 
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        backbone: HGNetV2 | ResNetVD,
         num_classes: int,
         width: int,
         hidden: int,
@@ -110,9 +112,7 @@ class RTDETR(nn.Module):
         self.requested_outputs: frozenset[str] | None = None
 
     def forward(self, images: Tensor) -> RTDETROutput:
-        """images (B, 3, H, W) in [0, 1], which the released models do not normalise; H and W multiples of 32, else
-        ValueError.
-        """
+        """images (B, 3, H, W) in [0, 1], not normalised; H and W multiples of 32, else ValueError."""
         image_size = check_image_size(images)
         features = self.backbone(images)
         features = features | self.encoder(features)
@@ -121,15 +121,15 @@ class RTDETR(nn.Module):
         boxes, query_logits = self.decoder([features["p3"], features["p4"], features["p5"]])
         height, width = image_size
         x1, y1, x2, y2 = cxcywh_to_xyxy(boxes).unbind(-1)
-        # Not times a tensor made of the four sides, which torch.export would keep as constants.
+        # Side by side: torch.export would keep a tensor of the four sides as a constant.
         boxes_xyxy = torch.stack((x1 * width, y1 * height, x2 * width, y2 * height), dim=-1)
         return RTDETROutput(features, boxes_xyxy, query_logits, image_size)
 
     def decode(self, output: RTDETROutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, Q, 4) in pixels and scores (B, Q, K) = sigmoid(query_logits). ValueError without a decoder."""
-        if output.query_logits is None:
-            found = sorted(self.requested_outputs or ())
-            raise ValueError(f"the decoder was skipped: requested_outputs is {found}, without query_logits")
+        if output.boxes_xyxy is None or output.query_logits is None:
+            requested = sorted(self.requested_outputs or ())
+            raise ValueError(f"the decoder was skipped: requested_outputs is {requested}, without query_logits")
         return output.boxes_xyxy, at_least_float32(output.query_logits).sigmoid()
 
     @torch.no_grad()
@@ -138,21 +138,22 @@ class RTDETR(nn.Module):
     ) -> list[Detections]:
         """The best pairs (query, class) of each image, best first, ties by query and then class.
 
-        A query may report several classes. Nothing is suppressed, the queries have settled that among themselves:
-        iou_threshold is taken for the sake of the common signature, and ignored.
+        A query may give detections of several classes. Nothing is suppressed, since training gives each object one
+        query; iou_threshold is ignored and only there for the common signature.
         """
         del iou_threshold
-        found = []
+        detections = []
         for boxes_xyxy, scores in zip(*self.decode(output)):
             pairs = (scores.flatten() > score_threshold).nonzero().squeeze(1)  # query * K + class; nan is never above
             order = scores.flatten()[pairs].sort(stable=True, descending=True).indices[:max_detections]
             query, labels = pairs[order] // scores.shape[1], pairs[order] % scores.shape[1]
-            found.append(Detections(boxes_xyxy[query], scores[query, labels], labels))
-        return found
+            detections.append(Detections(boxes_xyxy[query], scores[query, labels], labels))
+        return detections
 
     def class_logits_at(self, output: RTDETROutput, boxes_per_image: list[Tensor]) -> Tensor:
-        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, by the rule of read_best_query."""
+        """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) class logits, as read_best_query defines them."""
         boxes_xyxy, _ = self.decode(output)
+        assert output.query_logits is not None  # or decode had raised
         return torch.cat(
             [
                 read_best_query(z, query_xyxy=queries, boxes_xyxy=boxes)
@@ -164,22 +165,24 @@ class RTDETR(nn.Module):
 
 
 def read_best_query(logits: Tensor, *, query_xyxy: Tensor, boxes_xyxy: Tensor) -> Tensor:
-    """What the queries of one image say about N given boxes: logits (Q, K) -> (N, K), each row that of one query.
+    """The class logits of N given boxes in one image: logits (Q, K) -> (N, K). Each row is that of one query.
 
         out_n = z_q(n),    q(n) = argmax_q  IoU(query_q, box_n)^6 * max_k sigmoid(z_qk)
 
-    The measure is task-aligned learning's (TOOD, arXiv:2108.07755, with its exponents 6 and 1): overlap
-    decides, and among queries that overlap alike the confident one, because training teaches all but one query of an
-    object to say "nothing". Boxes are matched one by one; two may read the same query. A box that no query overlaps
-    gets, class by class, the lowest logit of any query: the model saw nothing there. query_xyxy (Q, 4) and boxes_xyxy
-    (N, 4) are pixels; the gradient flows into `logits`, not through the choice. N = 0 gives (0, K).
+    This is the alignment metric of TOOD (arXiv:2108.07755) with exponents 6 and 1. Overlap decides; among queries with
+    similar overlap the most confident one wins, because training pushes the scores of all but one query of an object to
+    0. Each box chooses alone; two boxes may share a query. A box that no query overlaps gets, for each class, the
+    lowest logit of all queries.
+
+    query_xyxy (Q, 4) and boxes_xyxy (N, 4) are in pixels. The gradient flows into `logits`, not through the choice.
+    N = 0 gives (0, K).
     """
     with torch.no_grad():
         iou = box_iou(boxes_xyxy.to(query_xyxy), query_xyxy)  # (N, Q)
         match = iou**IOU_POWER * logits.sigmoid().amax(1)
         best = match.argmax(1)  # (N,)
-        is_seen = (iou > 0).any(1, keepdim=True)  # (N, 1)
-    return torch.where(is_seen, logits[best], logits.amin(0))
+        has_overlap = (iou > 0).any(1, keepdim=True)  # (N, 1)
+    return torch.where(has_overlap, logits[best], logits.amin(0))
 
 
 def check_image_size(images: Tensor) -> tuple[int, int]:
@@ -194,10 +197,11 @@ def check_image_size(images: Tensor) -> tuple[int, int]:
 
 def build_rtdetr(size: str, num_classes: int) -> RTDETR:
     """A freshly initialised RT-DETR; size is a key of SIZES. Draws from torch's global generator."""
-    backbone, public_names = {
+    parts: dict[str, Callable[[], tuple[HGNetV2 | ResNetVD, list[tuple[str, str | None]]]]] = {
         "l": lambda: (HGNetV2("l"), RTDETR_L_NAMES),
         "x": lambda: (HGNetV2("x"), RTDETR_X_NAMES),
         "r18vd": lambda: (ResNetVD(18), authors_names(convolutions_per_block=2, narrow=True)),
         "r50vd": lambda: (ResNetVD(50), authors_names(convolutions_per_block=3, narrow=False)),
-    }[size]()
+    }
+    backbone, public_names = parts[size]()
     return RTDETR(backbone=backbone, num_classes=num_classes, public_names=public_names, **SIZES[size]._asdict())

@@ -1,16 +1,15 @@
-"""The decoder of RT-DETR (arXiv:2304.08069): encoder cells become queries, queries become boxes, layer by layer.
+"""The decoder of RT-DETR (arXiv:2304.08069): it selects encoder cells as queries and refines their boxes.
 
     p3, p4, p5 ── 1x1 ── memory ── the best Q cells ── queries, boxes ── (layer ── refine) repeated ── boxes, logits
 
 Queries are selected by the class scores of the memory (section 4.3). A layer is self-attention among the queries,
-deformable attention into the memory (arXiv:2010.04159) and a network per query; after each, the boxes are refined by
-an offset in logit space (arXiv:2010.04159, "iterative bounding box refinement").
+deformable attention to the memory (arXiv:2010.04159) and a network per query. After each layer an offset in logit space
+refines the boxes (arXiv:2010.04159, "iterative bounding box refinement").
 
-Not implemented: what training alone needs (denoising queries, losses). The class heads of all layers are there because
-the released weights have them; only the last one is read.
+Not implemented: denoising queries and losses, which only training needs. Every layer has a class head, because the
+released weights do; only the last one is used.
 
-Boxes here are cxcywh_norm: center x, center y, width and height as fractions of the image. They are float32 also under
-autocast.
+Boxes are cxcywh_norm: center x, center y, width and height as fractions of the image, float32 also under autocast.
 """
 
 from itertools import pairwise
@@ -23,8 +22,8 @@ from kernels.deformable_attention import deformable_attention
 from layers.precision import at_least_float32
 from teachers.conv_bn import ConvBN
 
-ANCHOR_SIZE = 0.05  # of a cell of the finest map, as a fraction of the image; twice that on each coarser one
-ANCHOR_MARGIN = 0.01  # an anchor with a coordinate outside (margin, 1 - margin) is no candidate
+ANCHOR_SIZE = 0.05  # on the finest map, as a fraction of the image; it doubles with each coarser map
+ANCHOR_MARGIN = 0.01  # an anchor with a coordinate outside (margin, 1 - margin) is not a candidate
 
 
 class MLP(nn.Module):
@@ -42,7 +41,7 @@ class MLP(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Queries with boxes read P points of each level per head, placed relative to their box.
+    """Each query reads P points per level and head, placed relative to its box.
 
     point = center + offset / P * size / 2
     """
@@ -117,8 +116,8 @@ class Decoder(nn.Module):
         self.box_heads = nn.ModuleList(MLP(width, width, 4, 3) for _ in range(num_layers))
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """-> boxes (B, Q, 4) cxcywh_norm and class logits (B, Q, K), of the last layer, in order of selection."""
-        level_sizes = [tuple(x.shape[2:]) for x in maps]
+        """-> boxes (B, Q, 4) cxcywh_norm and class logits (B, Q, K) of the last layer, in the order of selection."""
+        level_sizes = [(x.shape[2], x.shape[3]) for x in maps]
         memory = torch.cat([f(x).flatten(2) for f, x in zip(self.enter, maps)], dim=2).transpose(1, 2)  # (B, S, D)
         queries, boxes = self.select(memory, level_sizes)
         for layer, box_head in zip(self.layers, self.box_heads):
@@ -130,8 +129,8 @@ class Decoder(nn.Module):
     def select(self, memory: Tensor, level_sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """The Q cells of the memory with the highest class logit: queries (B, Q, D) and boxes (B, Q, 4) cxcywh_norm.
 
-        A box is its cell's anchor moved in logit space. A cell whose anchor is no candidate offers zeros and the box
-        (1, 1, 1, 1), as in the released models. Q is the number of cells where the image has fewer than num_queries.
+        A box is the anchor of its cell, moved in logit space. A cell whose anchor is not a candidate has a query from
+        zeros and the box (1, 1, 1, 1), as in the released models. Q = min(num_queries, number of cells).
         """
         anchors, is_candidate = make_anchors(level_sizes, memory.device)
         cells = self.candidate(memory * is_candidate)  # (B, S, D)
@@ -144,19 +143,19 @@ class Decoder(nn.Module):
 
 
 def make_anchors(level_sizes: list[tuple[int, int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """One square box (in fractions of the image) per cell: (S, 4) cxcywh_norm float32, and (S, 1) bool: a candidate?
+    """One square anchor (in fractions of the image) per cell: (S, 4) cxcywh_norm float32, and is_candidate (S, 1).
 
     Cell (i, j) of level l has the center ((j + 1/2) / W_l, (i + 1/2) / H_l) and the side 0.05 * 2^l. It is a candidate
-    where all four numbers lie strictly within (0.01, 0.99). Level by level, row by row.
+    if all four numbers lie strictly within (0.01, 0.99). Cells are ordered level by level, row by row.
     """
-    anchors = []
+    levels = []
     for level, (height, width) in enumerate(level_sizes):
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
         x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
         y, x = torch.meshgrid(y, x, indexing="ij")  # (H, W) each
         side = torch.full_like(x, ANCHOR_SIZE * 2**level)
-        anchors.append(torch.stack((x, y, side, side), dim=-1).flatten(0, 1))
-    anchors = torch.cat(anchors)
+        levels.append(torch.stack((x, y, side, side), dim=-1).flatten(0, 1))
+    anchors = torch.cat(levels)
     is_candidate = ((anchors > ANCHOR_MARGIN) & (anchors < 1 - ANCHOR_MARGIN)).all(1, keepdim=True)
     return anchors, is_candidate
 

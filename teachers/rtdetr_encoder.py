@@ -5,8 +5,8 @@ maps.
     c4 ────────── top-down <┘── lateral ──┬── bottom-up ─┘─────────── p4
     c3 ─────────────────────── top-down <─┘───┘────────────────────── p3
 
-AIFI is one post-norm transformer layer (arXiv:1706.03762); the rest (CCFF) is a feature pyramid and a path back down
-(arXiv:1612.03144, arXiv:1803.01534) whose fusion blocks are built of RepVGG convolutions (arXiv:2101.03697).
+AIFI is one post-norm transformer layer (arXiv:1706.03762). The rest (CCFF) is a top-down and a bottom-up path
+(arXiv:1612.03144, arXiv:1803.01534); its fusion blocks consist of RepVGG convolutions (arXiv:2101.03697).
 """
 
 import torch
@@ -61,12 +61,12 @@ class EncoderLayer(nn.Module):
 
 
 class RepVGG(nn.Module):
-    """y = silu(bn3(conv3x3(x)) + bn1(conv1x1(x))), which is one 3x3 convolution once BatchNorm is affine: see fold."""
+    """y = silu(bn3(conv3x3(x)) + bn1(conv1x1(x))). In eval mode the sum is one 3x3 convolution (`fold`)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv3x3 = ConvBN(channels, channels, 3)
-        self.conv1x1 = ConvBN(channels, channels, 1)
+        self.conv1x1: ConvBN | None = ConvBN(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv3x3(x)
@@ -79,13 +79,15 @@ class RepVGG(nn.Module):
             return
         self.conv3x3.fold()
         self.conv1x1.fold()
-        self.conv3x3.conv.weight += F.pad(self.conv1x1.conv.weight, (1, 1, 1, 1))
-        self.conv3x3.conv.bias += self.conv1x1.conv.bias
+        wide, narrow = self.conv3x3.conv, self.conv1x1.conv
+        assert wide.bias is not None and narrow.bias is not None  # since they are folded
+        wide.weight += F.pad(narrow.weight, (1, 1, 1, 1))
+        wide.bias += narrow.bias
         self.conv1x1 = None
 
 
 class FusionBlock(nn.Module):
-    """Two 1x1 convolutions of x, RepVGG convolutions behind one of them; their sum, widened where `hidden` != c_out."""
+    """The sum of two 1x1 convolutions of x, one with RepVGG convolutions after it; widened if `hidden` != c_out."""
 
     def __init__(self, c_in: int, c_out: int, hidden: int) -> None:
         super().__init__()

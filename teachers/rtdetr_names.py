@@ -1,11 +1,13 @@
-"""Released names of RT-DETR's weights, and ours: one table for each of Ultralytics' models, one per backbone depth of
-the authors'. Read by weights.rename: every released name is claimed by exactly one row.
+"""The names of RT-DETR's released weights, each with our name.
+
+There is a table for each of Ultralytics' models and for each backbone depth of the authors' models. weights.rename
+applies them: exactly one row must claim each released name.
 """
 
 
 # fmt: off
 def _encoder_block(theirs: str, ours: str) -> list[tuple[str, str | None]]:
-    """A fusion block in Ultralytics' names; the last convolution of the narrow variant does not exist there."""
+    """A fusion block in Ultralytics' names; these models have no narrow blocks with a last convolution."""
     return [
         (f"{theirs}.cv1.",              f"encoder.{ours}.enter."),
         (f"{theirs}.cv2.",              f"encoder.{ours}.bypass."),
@@ -34,7 +36,7 @@ def _light_block(theirs: str, ours: str) -> list[tuple[str, str | None]]:
 
 
 def _decoder(theirs: str) -> list[tuple[str, str | None]]:
-    """What both publishers name alike; the 1x1 convolutions before it they do not."""
+    """The rows that both publishers share: the decoder without the 1x1 convolutions in front of it."""
     layer, ours = f"{theirs}.decoder.layers.{{}}", "decoder.layers.{}"
     return [
         (f"{layer}.self_attn.",                     f"{ours}.self_attention."),
@@ -58,7 +60,7 @@ def _decoder(theirs: str) -> list[tuple[str, str | None]]:
 
 
 def _ultralytics_stem_and_neck(first: int) -> list[tuple[str, str | None]]:
-    """Around the backbone's stages; `first` is the number of the layer that follows them."""
+    """The rows around the backbone's stages; `first` is the number of the layer that follows them."""
     def layer(offset: int) -> str:
         return f"model.{first + offset}"
     return [
@@ -127,7 +129,7 @@ def _conv_bn(theirs: str, ours: str) -> list[tuple[str, str | None]]:
 
 
 def _fusion_blocks(theirs: str, ours: str, *, narrow: bool) -> list[tuple[str, str | None]]:
-    """A fusion block in the authors' names; narrow blocks are widened by one more convolution."""
+    """A fusion block in the authors' names; narrow blocks have one more convolution, which widens them."""
     return [
         *_conv_bn(f"{theirs}.conv1",                        f"encoder.{ours}.enter"),
         *_conv_bn(f"{theirs}.conv2",                        f"encoder.{ours}.bypass"),

@@ -23,7 +23,7 @@ from distill.probing import probe
 from errors import UserError
 from layers.fusion import fuse
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
-from teachers.output_cache import OutputCache, ask, fingerprint_of, image_key, split_output
+from teachers.output_cache import OutputCache, cached_forward, fingerprint_of, image_key, split_output
 from weights import load_public
 
 EMA = "ema"  # as `arch` of a teacher
@@ -54,7 +54,7 @@ class Teachers:
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
                 if name in self.caches:
                     keys = [image_key(image) for image in images]
-                    outputs[name] = ask(model, seen, keys, self.caches[name], self.output_types[name])
+                    outputs[name] = cached_forward(model, seen, keys, self.caches[name], self.output_types[name])
                 else:
                     outputs[name] = model(seen)
         return outputs

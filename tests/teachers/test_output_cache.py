@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from teachers.dinov2 import DINOv2, DINOv2Output
 from teachers.output_cache import (
     OutputCache,
-    ask,
+    cached_forward,
     fingerprint_of,
     image_key,
     join_output,
@@ -365,11 +365,11 @@ def test_a_teacher_is_asked_once_about_an_image(tmp_path):
     images = pixels / 255
     cache = OutputCache(tmp_path, 1.0, fingerprint_of(model, image_size=(28, 42)))
 
-    first = ask(model, images[:3], keys[:3], cache, DINOv2Output)
-    second = ask(model, images[:3], keys[:3], cache, DINOv2Output)
-    mixed = ask(model, images[[3, 1]], [keys[3], keys[1]], cache, DINOv2Output)
+    first = cached_forward(model, images[:3], keys[:3], cache, DINOv2Output)
+    second = cached_forward(model, images[:3], keys[:3], cache, DINOv2Output)
+    mixed = cached_forward(model, images[[3, 1]], [keys[3], keys[1]], cache, DINOv2Output)
     assert asked == [3, 1]
-    again = ask(model, images, keys, OutputCache(tmp_path, 1.0, cache.fingerprint), DINOv2Output)
+    again = cached_forward(model, images, keys, OutputCache(tmp_path, 1.0, cache.fingerprint), DINOv2Output)
     assert asked == [3, 1]
     for output in (first, second, mixed, again):
         assert output.image_size == (28, 42) and list(output.features) == ["patches"]
