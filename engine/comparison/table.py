@@ -125,11 +125,13 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`."""
     config = study.config
     shown = [result for name, result in results.items() if only is None or name in only]
+    classes = f"classes {', '.join(config.data.classes)} alone, " if config.data.classes else ""
     lines = [
         f"# {config.name}",
         "",
-        f"{config.data.format} data, train `{config.data.train}`, test `{config.data.test}`, {config.image_size} px, "
-        f"batch {config.batch_size}. Last EMA weights, {config.evaluation.protocol} protocol; mean ± sample standard "
+        f"{config.data.format} data, train `{config.data.train}`, test `{config.data.test}`, {classes}"
+        f"{config.image_size} px, batch {config.batch_size}. Last EMA weights, {config.evaluation.protocol} protocol; "
+        f"mean ± sample standard "
         f"deviation over seeds. Cost per step: seconds of a training step, relative to the student alone. "
         f"{machines(results)}",
         "",

@@ -1,5 +1,6 @@
 """engine/comparison/table.py: means, spreads, costs and verdicts against numbers worked out by hand."""
 
+import dataclasses
 import json
 import math
 
@@ -46,6 +47,13 @@ def results(study):
         2: report(0.545, steps=75),
     }
     return found
+
+
+def test_a_table_of_some_classes_names_them(study, results):
+    data = dataclasses.replace(study.config.data, classes=("dog", "cat"))
+    some = dataclasses.replace(study, config=dataclasses.replace(study.config, data=data))
+    assert "test `test`, classes dog, cat alone, 64 px, batch 8. " in markdown(some, results)
+    assert "test `test`, 64 px, batch 8. " in markdown(study, results)
 
 
 def test_verdict_by_hand():
