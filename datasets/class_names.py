@@ -1,15 +1,15 @@
 """Which classes of two lists mean the same: COCO, Pascal VOC, KITTI, and lists that use their words.
 
-    map_classes(dataset_names, model_names) -> ClassMap: what becomes of every class of the dataset
+    map_classes(dataset_names, model_names) -> ClassMap: the model's class for every class of the dataset
     join_classes(student_names, teacher_names) -> columns: the classes that a teacher and its student both have
 
-A class of the dataset goes to the model's class of the same name, up to case, spaces, underscores and hyphens; else to
-one that is another word for it (SAME); else to one that it is a kind of (KIND_OF): a Person_sitting is a person. Not
-the other way round: a model that knows pedestrians does not claim to find every person.
+A class of the dataset is mapped to the model's class of the same name, up to case, spaces, underscores and hyphens;
+else to a synonym (SAME); else to a broader class (KIND_OF): a Person_sitting is a person. A broad class is never mapped
+to a narrow one: a detector of pedestrians does not find every person.
 
-What stays without an equal is left out. Where the model would be right to answer with a class that is near (NEAR), that
-answer is neither rewarded nor punished: KITTI has no rule for `person` on its Cyclist, whose box holds rider and
-bicycle. The benchmark treats Van beside Car, and Person_sitting beside Pedestrian, in this way.
+A class without such a partner is left out. If a prediction of a near class (NEAR) on its objects would be reasonable,
+that prediction is neither rewarded nor punished: KITTI has no rule for `person` on its Cyclist, whose box holds rider
+and bicycle. The benchmark treats Van beside Car, and Person_sitting beside Pedestrian, in this way.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ COCO = (
 )
 COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids in 1..90 that were never annotated
 # fmt: on
-SAME = (  # beyond case, spaces, underscores and hyphens
+SAME = (  # synonyms; case, spaces, underscores and hyphens never matter
     ("airplane", "aeroplane"),
     ("motorcycle", "motorbike"),
     ("couch", "sofa"),
@@ -43,7 +43,7 @@ SAME = (  # beyond case, spaces, underscores and hyphens
 KIND_OF = {
     "pedestrian": "person",
     "person sitting": "person",
-    "tram": "train",  # COCO has no word for trams; where they are labelled, it is as trains
+    "tram": "train",  # COCO labels trams, where it does, as trains
 }
 NEAR = {
     "van": ("car", "truck"),
@@ -55,7 +55,7 @@ NEAR = {
 def coco_by_id() -> tuple[str, ...]:
     """The 90 classes of models that predict category ids (torchvision's detectors): column k is the id k + 1.
 
-    Ids without a category are called "N/A 12" and so on: names that are in no dataset, and stand once.
+    Ids without a category are named "N/A 12" and so on. These names are unique and in no dataset.
     """
     names = iter(COCO)
     return tuple(f"N/A {number}" if number in COCO_GAPS else next(names) for number in range(1, 91))
@@ -75,10 +75,10 @@ def released_names(arch: str, num_classes: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ClassMap:
-    """What becomes of every class of a dataset when it is evaluated with a model that has other classes.
+    """The model's class for every class of a dataset, for the evaluation of a model that has other classes.
 
-    columns: of each dataset class, the model's column that answers for it; None: left out.
-    near: of each dataset class that is left out, the columns that are neither rewarded nor punished on its objects.
+    columns: for each dataset class the model's column; None: the class is left out.
+    near: for each dataset class that is left out, the columns that are neither rewarded nor punished on its objects.
     """
 
     dataset_names: tuple[str, ...]
@@ -88,12 +88,12 @@ class ClassMap:
 
     @property
     def evaluated(self) -> tuple[int, ...]:
-        """The model's columns that take part, in the order of the dataset's classes: the new label is the place."""
+        """The model's evaluated columns in the order of the dataset's classes. The new label is the position here."""
         return tuple(dict.fromkeys(column for column in self.columns if column is not None))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the classes evaluated: the dataset's own; "Pedestrian+Person_sitting" where two go to one."""
+        """The dataset's names of the evaluated classes; "Pedestrian+Person_sitting" where two share a column."""
         return tuple(
             "+".join(name for name, column in zip(self.dataset_names, self.columns) if column == evaluated)
             for evaluated in self.evaluated
@@ -104,16 +104,16 @@ class ClassMap:
         return self.columns == tuple(range(len(self.model_names)))
 
     def fates(self) -> dict[str, str]:
-        """A few words on each class of the dataset."""
-        words = {}
+        """Class of the dataset -> a few words: the model's class, or that it is left out."""
+        texts = {}
         for name, column, near in zip(self.dataset_names, self.columns, self.near):
             nearby = " and ".join(self.model_names[k] for k in near)
             left_out = f"left out ({nearby} not judged there)" if near else "left out"
-            words[name] = left_out if column is None else f"-> {self.model_names[column]}"
-        return words
+            texts[name] = left_out if column is None else f"-> {self.model_names[column]}"
+        return texts
 
     def lines(self) -> list[str]:
-        """The same for people, with how much is not looked at on the model's side."""
+        """`fates` in three lines for people, with the number of the model's classes that are left out."""
         fates = self.fates()
         kept = [name if fate == f"-> {name}" else f"{name} {fate}" for name, fate in fates.items() if "->" in fate]
         left = [name + fate.removeprefix("left out") for name, fate in fates.items() if "->" not in fate]
@@ -133,9 +133,9 @@ class ClassMap:
 def map_classes(
     dataset_names: Sequence[str], model_names: Sequence[str], given: Mapping[str, str | None] | None = None
 ) -> ClassMap:
-    """Join two class lists by meaning.
+    """Map the classes of a dataset to those of a model by their meaning.
 
-    given: the model's class for a class of the dataset, where the user says so; None leaves the class out.
+    given: the user's choices, class of the dataset -> class of the model; None leaves the class out.
     UserError for no class in common, two classes of the model that both fit, and names in `given` that do not exist.
     """
     of_model = places_by_name(model_names)
@@ -144,7 +144,8 @@ def map_classes(
     near: list[tuple[int, ...]] = []
     for row, name in enumerate(dataset_names):
         if row in chosen:
-            column = None if chosen[row] is None else find_one(chosen[row], model_names, "model")
+            choice = chosen[row]
+            column = None if choice is None else find_one(choice, model_names, "model")
         else:
             found = find_columns(name, of_model, model_names)
             if len(found) > 1:
@@ -165,9 +166,9 @@ def map_classes(
 
 
 def released_columns(names: Sequence[str], released_names: Sequence[str], source: str) -> tuple[int | None, ...]:
-    """Of each class, the column of a weights file's model that map_classes joins it to; None where there is none.
+    """For each class the column of a weights file's model, by the rules of map_classes; None where there is none.
 
-    UserError, which names the file `source`, for a class that two of the file's fit.
+    UserError, which names the file `source`, for a class that fits two of the file's.
     """
     of_file = places_by_name(released_names)
     columns: list[int | None] = []
@@ -187,8 +188,9 @@ def places_by_name(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def find_columns(name: str, of_model: dict[str, list[int]], model_names: Sequence[str]) -> tuple[int, ...]:
-    """The model's columns for a class of the dataset: of its name, else of another word for it, else of what it is a
-    kind of. () where there is none, more than one where it is unclear which.
+    """The model's columns for a class of the dataset: of the same name, else of a synonym, else of a broader class.
+
+    () where there is none; more than one where the choice is unclear.
     """
     for words in ([normalize_class_name(name)], other_words(name), broader_words(name)):
         if found := columns_of(words, of_model):
@@ -230,7 +232,7 @@ def columns_of(words: Iterable[str], of_model: dict[str, list[int]]) -> tuple[in
 
 
 def find_one(name: str, names: Sequence[str], whose: str) -> int:
-    """The place of a name that the user gave; as it is written there, or the only one up to case and spaces."""
+    """The position of a name that the user gave: of the equal name, else of the only one with the same normal form."""
     exact = [place for place, other in enumerate(names) if other == name]
     found = exact or [
         place for place, other in enumerate(names) if normalize_class_name(other) == normalize_class_name(name)
@@ -259,37 +261,38 @@ def join_classes(
 ) -> tuple[Tensor, Tensor]:
     """Columns that mean the same class: (student's (J,), teacher's (J,)) int64, in the student's order.
 
-    aliases names the teacher's class for a student's: {"pedestrian": "person"}. The other classes go to the teacher's
-    class of the same name, up to case, spaces, underscores and hyphens ("Potted Plant" is "pottedplant"), or else to
-    one that is another word for it and has no student's class of that name (SAME: "aeroplane" is "airplane"). A kind of
-    a class is not joined to it, unlike in map_classes: a teacher's score for every person is none for pedestrians.
-    Raises ValueError for a name that stands twice in a list, an alias from or to a class that is in neither, two
-    classes of the student that are one of the teacher, two of the teacher that one of the student may be, and no class
-    in common.
+    aliases: the student's class -> the teacher's, such as {"pedestrian": "person"}. The other classes are joined to the
+    teacher's class of the same name, up to case, spaces, underscores and hyphens ("Potted Plant" is "pottedplant");
+    else to a synonym (SAME: "aeroplane" is "airplane") that no other class of the student has taken. Unlike in
+    map_classes, a class is not joined to a broader one: a teacher's score for any person is no score for a pedestrian.
+    Raises ValueError for a name that stands twice in a list, an alias from or to a class that does not exist, two
+    classes of the student that are joined to one of the teacher, a class of the student that fits two of the teacher,
+    and no class in common.
     """
     s_columns, t_columns = columns_by_name("student", student_names), columns_by_name("teacher", teacher_names)
-    wanted = {normalize_class_name(s): normalize_class_name(t) for s, t in (aliases or {}).items()}
-    for s, t in wanted.items():
+    t_name_of = {normalize_class_name(s): normalize_class_name(t) for s, t in (aliases or {}).items()}
+    for s, t in t_name_of.items():
         if s not in s_columns or t not in t_columns:
             raise ValueError(f"alias {s}: {t} must lead from a class of the student to one of the teacher")
-    wanted |= {name: name for name in s_columns if name not in wanted and name in t_columns}
-    taken = set(wanted.values())
+    t_name_of |= {name: name for name in s_columns if name not in t_name_of and name in t_columns}
+    taken = set(t_name_of.values())
     for name in s_columns:
         found = [word for word in other_words(name) if word in t_columns and word not in taken]
-        if name not in wanted and len(found) > 1:
+        if name not in t_name_of and len(found) > 1:
             raise ValueError(
                 f"the student's class {name} may be the teacher's {' and '.join(found)}: expected an alias"
             )
         if found:
-            wanted.setdefault(name, found[0])
-    for name in wanted:
-        rivals = [other for other in wanted if other != name and wanted[other] == wanted[name]]
-        if rivals:
-            raise ValueError(f"the student's classes {name} and {rivals[0]} are both the teacher's {wanted[name]}")
-    pairs = [(column, t_columns[wanted[name]]) for name, column in s_columns.items() if name in wanted]
+            t_name_of.setdefault(name, found[0])
+    for name in t_name_of:
+        others = [other for other in t_name_of if other != name and t_name_of[other] == t_name_of[name]]
+        if others:
+            raise ValueError(f"the student's classes {name} and {others[0]} are both the teacher's {t_name_of[name]}")
+    pairs = [(column, t_columns[t_name_of[name]]) for name, column in s_columns.items() if name in t_name_of]
     if not pairs:
         raise ValueError(
-            f"no class in common: the student knows {', '.join(student_names)}, the teacher {', '.join(teacher_names)}"
+            f"no class in common: the student has {', '.join(student_names)}; "
+            f"the teacher has {', '.join(teacher_names)}"
         )
     s_index, t_index = torch.tensor(pairs, dtype=torch.int64).T
     return s_index, t_index
@@ -304,5 +307,5 @@ def columns_by_name(who: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def normalize_class_name(name: str) -> str:
-    """The same for names that differ in case, spaces, underscores and hyphens alone."""
+    """A form that is equal for names that differ only in case, spaces, underscores and hyphens."""
     return "".join(name.casefold().replace("_", " ").replace("-", " ").split())

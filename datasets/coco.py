@@ -1,13 +1,13 @@
 """COCO JSON: one file a split, boxes as x, y, width, height in 0-based continuous pixels.
 
-Category ids may have gaps: labels are their ranks in id order, and DatasetIndex.category_ids leads back. Ids may
-exceed 32 bits, and be texts. `iscrowd` objects are `crowd`; objects with `ignore` (written for VOC's difficult) are
-`ignore`. The area is the file's (of the mask), where it is there. Masks are skipped before parsing: they are most of a
-file's bytes. What a value means, datasets.values says.
+Category ids may have gaps: labels are their ranks in id order, and DatasetIndex.category_ids has the ids. Ids may
+exceed 32 bits, and may be texts. `iscrowd` objects are `crowd`; objects with `ignore` (some tools write VOC's difficult
+so) are `ignore`. The area is the file's value (of the mask) where there is one. Masks are skipped before parsing: they
+are most of a file's bytes. datasets.values reads the values.
 
-Two things that merging and exporting tools write are put right: a picture that is listed under several ids is one
-picture with the objects of all of them (a fault counts it), and a root category that no object has, the supercategory
-of others, is no class.
+Two habits of tools that merge and export are corrected. A picture listed under several ids is one picture with the
+objects of all of them, and counted as a fault. A root category without objects, the supercategory of others, is no
+class.
 
 Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312. Keypoints, captions and stuff are not read.
 """
@@ -21,23 +21,24 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets.folders import is_left_out
-from datasets.index import DatasetIndex
+from datasets.index import DatasetIndex, Effect
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_resized
 from datasets.values import read_flag, read_id, read_number, read_size
 from errors import UserError
 
 MAX_JSON_BYTES = 4 << 30
-TRIED = 100  # pictures of a file that are looked for in each folder
+TRIED = 100  # pictures of a file to look for in each folder
 
 
 def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
-    """A split of a folder in COCO's layout, or in that of the tools which export it.
+    """A split of a folder in COCO's layout, or in a layout of the tools that export it.
 
-    The labels: annotations/instances_<split>.json, or <split>.json or instances_<split>.json there or in root; else
-    _annotations.coco.json in the folder <split>, or the one JSON file there. The pictures: images/<split>, <split>,
-    images, root, or beside the labels, the first that holds a picture of the file.
-    `names` must be the file's own; they are only checked. UserError for files that are not there or not COCO's, and
-    for pictures that were resized after labelling.
+    labels: annotations/instances_<split>.json; or <split>.json or instances_<split>.json there or in root; else
+        _annotations.coco.json in the folder <split>, or the only JSON file there.
+    pictures: images/<split>, <split>, <split>/images, images, root, or the folder of the labels: the first that has a
+        picture of the file.
+    names: must equal the file's own; they are only checked.
+    UserError for files that are missing or not COCO's, and for pictures that were resized after labelling.
     """
     root = Path(root)
     json_path = find_json(root, split)
@@ -53,6 +54,7 @@ def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None
 
 
 def find_json(root: Path, split: str) -> Path:
+    """The labels of a split: see read_coco. UserError where there is no such file, or several."""
     choices = [base / f"{start}{split}.json" for base in (root / "annotations", root) for start in ("instances_", "")]
     choices.append(root / split / "_annotations.coco.json")
     for path in choices:
@@ -76,7 +78,7 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _find_picture(folder: Path, name: Any) -> Path | None:
-    """The picture `file_name` in a folder, with / or the \\ of Windows between its parts; None where there is none."""
+    """The picture `file_name` in a folder; its parts are separated by / or Windows' \\. None where there is none."""
     if not isinstance(name, str) or "\0" in name:
         return None
     for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
@@ -86,7 +88,7 @@ def _find_picture(folder: Path, name: Any) -> Path | None:
 
 
 def read_json(path: Path) -> Any:
-    """Plain values of a JSON file, with masks left empty. NaN, Infinity and deep nesting are UserErrors."""
+    """The plain values in a JSON file, with empty masks. UserError for NaN, Infinity and deep nesting."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: more than {MAX_JSON_BYTES} bytes, expected COCO labels")
@@ -98,8 +100,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: {constant} in the file, expected finite numbers")
 
     try:
-        # No quote or brace, so it ends with the mask; no NaN or Infinity, so they are still refused. A quote inside a
-        # string is escaped, and no match.
+        # The match has no quote or brace, so it ends with the mask. It has no letter of NaN or Infinity, so those are
+        # still refused. A quote inside a string is escaped, so a string never matches.
         data = re.sub(rb'(?<!\\)"segmentation"\s*:\s*\[[^"{}NaI]*\]', b'"segmentation":[]', data)
         return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
     except UnicodeDecodeError as error:
@@ -113,7 +115,7 @@ def read_json(path: Path) -> Any:
 
 
 def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] | None = None) -> DatasetIndex:
-    """The index of parsed COCO labels whose pictures lie in `folder`. `names`: as read_coco."""
+    """The index of parsed COCO labels whose pictures are in `folder`. names: see read_coco."""
     log = FaultLog()
     categories = read_categories(_records(tree, "categories", json_path), json_path)
     annotations = _records(tree, "annotations", json_path)
@@ -126,7 +128,7 @@ def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] 
         fault = _add_annotation(record, first_id, label_of, rows_of)
         if fault is not None:
             reason, kind = fault
-            effect = "left out" if kind == "label without picture" else "object dropped"
+            effect: Effect = "left out" if kind == "label without picture" else "object dropped"
             picture = record.get("image_id", "")
             log.add(json_path, None, f"annotation {record.get('id')!r}: {reason}", kind, effect, picture)
 
@@ -158,7 +160,7 @@ def _records(tree: Any, key: str, path: Path) -> list[dict]:
 
 
 def read_categories(records: list[dict], path: Path) -> dict[int | str, dict]:
-    """The categories by id, in id order. A class list with a fault is a fault of everything: always a UserError."""
+    """id -> category, in the order of the ids. UserError for any fault: a wrong class list makes all labels wrong."""
     if not records:
         raise UserError(f"{path}: no categories, expected at least one class")
     categories: dict[int | str, dict] = {}
@@ -174,16 +176,16 @@ def read_categories(records: list[dict], path: Path) -> dict[int | str, dict]:
         categories[category] = record
     if all(isinstance(category, int) for category in categories):
         return dict(sorted(categories.items()))
-    return categories  # texts have no order of their own: that of the file
+    return categories  # texts have no order, so the file's order stays
 
 
 def without_root(
     categories: dict, annotations: list[dict], names: tuple[str, ...] | None, path: Path, log: FaultLog
 ) -> dict[int | str, dict]:
-    """The categories without those that only group others: no object has them, and they are a supercategory of others.
+    """The categories without those that only group others: a supercategory of others, without objects of its own.
 
-    A category that has objects in another file of the set is a class of this file too. Names that a caller gives
-    decide: if they are all of the file's, all stay. UserError for two classes of one name.
+    A category with objects in another file of the set stays. If the caller's `names` are all of the file's categories,
+    all stay. UserError for two classes with the same name.
     """
     all_names = [record["name"] for record in categories.values()]
     groups = {i for i in categories if any(_is_group(categories[i], categories[k]) for k in categories if k != i)}
@@ -203,7 +205,7 @@ def without_root(
 
 
 def _is_group(category: dict, other: dict) -> bool:
-    """Whether `other` names `category` as its supercategory; two of one name are told apart by having none."""
+    """Whether `category` is the supercategory of `other`. Of two with one name it is the one without such a parent."""
     if other.get("supercategory") != category["name"]:
         return False
     return other["name"] != category["name"] or category.get("supercategory") != category["name"]
@@ -211,11 +213,11 @@ def _is_group(category: dict, other: dict) -> bool:
 
 def _used(annotations: Iterable[dict], categories: dict) -> set[int | str]:
     found = {category for record in annotations if isinstance(category := record.get("category_id"), int | float | str)}
-    return {match_id(category, categories) for category in found} - {None}
+    return {match for category in found if (match := match_id(category, categories)) is not None}
 
 
 def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]:
-    """Those of the categories (id -> name) that have objects in another split: a file beside, or of this name."""
+    """The categories (id -> name) with objects in another split: a file beside this one, or of the same name."""
     folders = sorted(folder for folder in path.parent.parent.iterdir() if (folder / path.name).is_file())
     others = [*_json_files(path.parent), *(folder / path.name for folder in folders)]
     used: set[int | str] = set()
@@ -227,7 +229,7 @@ def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]
             categories = read_categories(_records(tree, "categories", other), other)
             theirs = _used(_records(tree, "annotations", other), categories)
         except UserError:
-            continue  # no labels of this set, or a fault of the split that reads it
+            continue  # not labels of this set, or a fault that its own split reports
         used |= {category for category in theirs if name_of.get(category) == categories[category]["name"]}
     return used
 
@@ -247,10 +249,10 @@ def match_id(value: Any, table: Mapping[int | str, Any]) -> int | str | None:
 
 
 def _read_images(records: list[dict], path: Path, log: FaultLog) -> tuple[dict, dict]:
-    """(id -> record of each picture, id -> the first id of the same picture); faults to the log."""
+    """(id -> record of each picture, id -> the first id of the same picture). Faults go to the log."""
     images: dict[int | str, dict] = {}
     first_id: dict[int | str, int | str] = {}
-    id_of: dict[str, int | str] = {}  # by the path, its parts put straight
+    id_of: dict[str, int | str] = {}  # by normalised path
     place_of: dict[int | str, str] = {}
     for record in records:
         name = record.get("file_name", "")
@@ -290,7 +292,7 @@ def _image_fault(record: dict) -> str | None:
 
 
 def _add_annotation(record: dict, first_id: dict, label_of: dict, rows_of: dict) -> tuple[str, str] | None:
-    """Add a row to those of its picture, or say why not: (reason, kind)."""
+    """Add a row to those of its picture and return None, or return (reason, kind) of the fault."""
     image_id, category, box = record.get("image_id"), record.get("category_id"), record.get("bbox")
     image = match_id(image_id, first_id)
     if image is None:

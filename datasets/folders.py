@@ -1,12 +1,12 @@
-"""The files of a folder and its subfolders, found by one rule for every reader and every command.
+"""List the files of a folder and its subfolders, by one rule for every reader and every command.
 
-Links to files and to folders are followed. Each folder is visited once: by its own path where that lies below the one
-that is read, else by the first link to it. A link to a folder above is left out, so that no walk goes round in circles.
-Left out as well are files and folders that systems and programs put beside the data: hidden ones (`._x.jpg`,
-`.DS_Store`, `.ipynb_checkpoints`), `__MACOSX` of macOS's archives, `@eaDir` of network drives.
+Links to files and to folders are followed. Each folder is visited once: by its own path if that lies below the start
+folder, else by the first link to it. A link to a folder above is skipped, so no walk runs in circles. Also skipped are
+files and folders that systems and programs put beside the data: hidden ones (`._x.jpg`, `.DS_Store`,
+`.ipynb_checkpoints`), `__MACOSX` of macOS's archives, `@eaDir` of network drives.
 
-A checkout or a copy without links (git on Windows, cloud storage) turns a link into a small text file that holds where
-it led. What such a file stood for is never left out in silence.
+A checkout or a copy without links (git on Windows, cloud storage) turns a link into a small text file with the link's
+target. Such a file is followed or refused, never skipped.
 """
 
 import heapq
@@ -20,29 +20,29 @@ MAX_TARGET_BYTES = 1024
 
 
 def is_left_out(name: str) -> bool:
-    """Whether a file or folder of this name is none of the data."""
+    """Whether a file or folder of this name does not belong to the data."""
     return name.startswith(".") or name in LEFT_OUT
 
 
 def list_files(folder: str | Path, suffixes: tuple[str, ...], *, follow_texts: bool = False) -> list[Path]:
-    """The files below a folder whose names end with one of `suffixes` (lower case; upper case counts too), in the order
-    of their paths, part by part.
+    """The files below a folder whose names end with one of `suffixes`, sorted by the parts of their paths.
 
-    A link that leads nowhere is returned where its name has such a suffix, so that the caller meets the missing file.
-    follow_texts: a link that became a text file is followed, and its files come by their own paths.
-    UserError for a folder that cannot be read, a link without a suffix that leads nowhere, and, where they are not
-    followed, a link that became a text file: a reader that pairs files by their paths cannot follow it.
+    suffixes: in lower case; they match upper case too. A broken link with such a suffix is returned, so that the caller
+    reports the missing file.
+    follow_texts: follow a link that became a text file; its files have their own paths.
+    UserError for a folder that cannot be read, a broken link without a suffix, and, without follow_texts, a link that
+    became a text file: a reader that pairs files by their paths cannot follow it.
     """
     start = Path(folder).resolve()
-    seen = {_identity(above) for above in start.parents}
+    visited = {_identity(above) for above in start.parents}
     found: list[str] = []
     folders: list[str] = [str(folder)]
     links: list[tuple[list[str], str]] = []  # a heap: links wait until every folder proper has been visited
     while folders or links:
         path = folders.pop() if folders else heapq.heappop(links)[1]
-        if (identity := _identity(path)) in seen:
+        if (identity := _identity(path)) in visited:
             continue
-        seen.add(identity)
+        visited.add(identity)
         for entry in _entries(path):
             if is_left_out(entry.name):
                 continue
@@ -74,7 +74,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
 
 
 def _target_of_text(entry: os.DirEntry) -> str | None:
-    """The folder that a file leads to which was a link and became a text; None for any other file."""
+    """The target folder of a link that became a text file; None for any other file."""
     if not entry.is_file() or not 0 < entry.stat().st_size <= MAX_TARGET_BYTES:
         return None
     try:

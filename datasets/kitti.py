@@ -1,7 +1,7 @@
 """KITTI object detection: one text file a frame, one object a line, boxes as left, top, right, bottom.
 
-Boxes are 0-based floats and taken as they are. `DontCare` is no class but a region that may hold unlabelled objects:
-it becomes an ignore region of ANY_CLASS. Of the 15 columns (16 with a score) the type and the box are read; truncation,
+Boxes are 0-based floats and stay unchanged. `DontCare` is no class but a region that may hold unlabelled objects: it
+becomes an ignored region of ANY_CLASS. The type and the box are read from the 15 columns (16 with a score); truncation,
 occlusion and the 3D columns are not.
 
 Geiger et al., "Are we ready for Autonomous Driving? The KITTI Vision Benchmark Suite", CVPR 2012.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
-from datasets.index import ANY_CLASS, DatasetIndex
+from datasets.index import ANY_CLASS, DatasetIndex, Effect
 from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame
 from datasets.text_lines import read_lines, read_names
 from datasets.values import read_number
@@ -23,12 +23,13 @@ CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tr
 def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
     """A split of a folder in KITTI's layout: image_2 and label_2, in root or in root/training.
 
-    split: a list in ImageSets/<split>.txt (in root or root/training), or `all`, every label file. The labels of the
-    benchmark's own test frames are not public, and its archives bring no lists: where there are none, `val` is every
-    fifth labelled frame by name, and `train` the others. Frames were published shuffled, so both hold frames of the
-    same drives; a list made by drives is the stricter test, and takes precedence. Class names: `names`, else the lines
-    of classes.txt in root, else KITTI's 8; objects of other classes are dropped, which is a fault unless `names` asked
-    for it. UserError for a root or split that is not there.
+    split: a list ImageSets/<split>.txt (in root or root/training), or `all` for every frame. The benchmark's archives
+        have no lists, and the labels of its test frames are not public. Without lists, `val` is every fifth frame by
+        name, and `train` the others. Frames were published shuffled, so both have frames of the same drives; a list
+        made by drives is a stricter test.
+    class names: `names`, else the lines of classes.txt in root, else KITTI's 8. Objects of other classes are dropped,
+        which is a fault unless `names` is given.
+    UserError for a root or split that does not exist.
     """
     root = Path(root)
     base = next((folder for folder in (root / "training", root) if (folder / "label_2").is_dir()), None)
@@ -64,7 +65,7 @@ def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = Non
             fault = _add_line(line, number, names, rows)
             if fault is not None:
                 reason, kind = fault
-                effect = "noted" if given and kind == "unknown class" else "object dropped"
+                effect: Effect = "noted" if given and kind == "unknown class" else "object dropped"
                 log.add(label_path, number, reason, kind, effect, image_path.name)
         samples.append(make_sample(rows, frame, log, image_path=image_path, image_id=stem, label_path=label_path))
     return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "kitti", str(base / "label_2"))
@@ -74,17 +75,17 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
     choices = [folder / "ImageSets" / f"{split}.txt" for folder in dict.fromkeys((root, base))]
     source = next((path for path in choices if path.is_file()), None)
     if source is not None:
-        stems = [line for _, line in read_lines(source)]
-        for stem in stems:
+        listed = [line for _, line in read_lines(source)]
+        for stem in listed:
             if "/" in stem or "\\" in stem:
                 raise UserError(f"{source}: {stem!r}, expected the name of a frame")
-        unique = list(dict.fromkeys(stems))
-        if len(unique) < len(stems):
-            log.add(source, None, f"{len(stems) - len(unique)} frames are listed twice", "listed twice", "noted")
+        unique = list(dict.fromkeys(listed))
+        if len(unique) < len(listed):
+            log.add(source, None, f"{len(listed) - len(unique)} frames are listed twice", "listed twice", "noted")
         return unique
-    known = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
-    if split != "all" and (known or split not in ("train", "val")):
-        raise UserError(f"{choices[0]}: no such list, found {', '.join(known) or 'none'} (`all` takes every frame)")
+    lists = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
+    if split != "all" and (lists or split not in ("train", "val")):
+        raise UserError(f"{choices[0]}: no such list, found {', '.join(lists) or 'none'} (`all` takes every frame)")
     stems: set[str] = set()
     for folder, suffixes in ((base / "label_2", (".txt",)), (base / "image_2", (*SUFFIXES, *UNREAD))):
         stems |= {path.relative_to(folder).with_suffix("").as_posix() for path in list_files(folder, suffixes)}
@@ -94,7 +95,7 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
 
 
 def _add_line(line: str, number: int, names: tuple[str, ...], rows: LabelRows) -> tuple[str, str] | None:
-    """Add a row, or say why not: (reason, kind)."""
+    """Add a row and return None, or return (reason, kind) of the fault."""
     columns = line.split()
     if len(columns) not in (15, 16):
         return f"{len(columns)} columns, expected 15 (16 with a score)", "malformed row"

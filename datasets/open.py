@@ -1,4 +1,4 @@
-"""One door to every format: open_dataset."""
+"""open_dataset: read a split of a dataset in any of the formats."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,12 +32,14 @@ def open_dataset(
 ) -> DatasetIndex:
     """Read a split of a dataset on disk: labels and picture headers, no pixels.
 
-    format: voc, coco, yolo, kitti or shapes; root and split as the reader of the format says (read_voc, read_coco,
-    read_yolo, read_kitti). names: class names in the order of the labels; VOC and KITTI then leave other classes out,
-    COCO and YOLO files must agree with them. classes: those of the set's classes that count, in their order
-    (subset.keep_classes); none: all. Bad pictures and objects are left out and listed in `faults`: see scan.check.
-    UserError for a root, split or class list that cannot be used, for a split without any picture, and, where it
-    `needs_objects`, for one without any object.
+    format: voc, coco, yolo, kitti or shapes.
+    root, split: see the reader of the format: read_voc, read_coco, read_yolo, read_kitti.
+    names: class names in the order of the labels. VOC and KITTI then leave other classes out; COCO and YOLO files must
+        have the same names.
+    classes: use only these classes of the set, in this order (subset.keep_classes); none: all.
+    needs_objects: refuse a split without any object.
+    Bad pictures and objects are left out and listed in `faults`: see scan.check.
+    UserError for a root, split or class list that cannot be used, and for a split without any picture.
     """
     if format not in READERS:
         raise UserError(f"dataset format {format!r}, expected one of {', '.join(READERS)}")
@@ -57,10 +59,10 @@ def open_dataset(
 
 
 def require_objects(index: DatasetIndex, title: str, root: str | Path, *, with_difficult: bool = True) -> None:
-    """UserError for an index without one object of a class: nothing can be learnt from it, and nothing measured.
+    """UserError for an index without any object of a class: it can neither train nor measure a model.
 
-    It says where the labels were looked for, how many label files are missing, and where files of their names lie
-    below `root`. with_difficult: whether objects that are marked difficult count.
+    The message names the place of the labels, the number of missing label files, and the place below `root` of a file
+    with the right name. with_difficult: count objects that are marked difficult.
     """
     for sample in index.samples:
         if (sample.labels[~(sample.crowd if with_difficult else sample.ignore)] != ANY_CLASS).any():
@@ -84,7 +86,7 @@ def require_objects(index: DatasetIndex, title: str, root: str | Path, *, with_d
 
 
 def _found_elsewhere(path: str, root: str | Path) -> str:
-    """Where below the root a file lies that may be the missing label file: of its name, in any case."""
+    """A hint at a file below the root that has the name of the missing label file, up to case; "" for none."""
     name, root = Path(path).name.lower(), Path(root)
     try:
         files = list_files(root if root.is_dir() else root.parent, (".txt",))

@@ -1,4 +1,4 @@
-"""Some of a dataset's classes: what remains of an index when only they count."""
+"""Limit an index to some of the dataset's classes."""
 
 from dataclasses import replace
 
@@ -9,13 +9,13 @@ from errors import UserError
 
 
 def keep_classes(index: DatasetIndex, classes: tuple[str, ...], title: str) -> DatasetIndex:
-    """The index with these classes alone, in this order.
+    """The index with only these classes, in this order.
 
-    Objects of other classes are left out (Sample.left_out has their names); they are background from then on, and not
-    regions to be ignored. All pictures stay, also those without an object of these classes. Regions of no class stay.
-    Where the format has a name with each object (VOC, KITTI), a class that the set's list lacks is another class too:
-    it is no fault. The shares of soft labels are those among the classes kept.
-    UserError, which begins with `title`, for a name that the index does not have or that stands there twice.
+    Objects of other classes are removed (Sample.left_out has their names): they become background, not ignored regions.
+    All pictures stay, also those without an object of these classes. Regions of ANY_CLASS stay. The shares of soft
+    labels are normalised over the kept classes. In VOC and KITTI each object has a class name; one that the set's list
+    lacks is another class too, and no fault.
+    UserError, which begins with `title`, for a name that the index does not have and for a name given twice.
     """
     for name in classes:
         if name not in index.names:
@@ -23,7 +23,7 @@ def keep_classes(index: DatasetIndex, classes: tuple[str, ...], title: str) -> D
         if classes.count(name) > 1:
             raise UserError(f"{title}: classes: found {name!r} twice, expected each name once")
     columns = [index.names.index(name) for name in classes]
-    new_label = np.full(len(index.names) + 1, len(classes), dtype=np.int64)  # its last row is ANY_CLASS = -1's
+    new_label = np.full(len(index.names) + 1, len(classes), dtype=np.int64)  # the last row is for ANY_CLASS = -1
     new_label[columns], new_label[ANY_CLASS] = range(len(classes)), ANY_CLASS
     samples = tuple(_keep(sample, new_label, columns, index.names) for sample in index.samples)
     faults = index.faults
@@ -50,7 +50,7 @@ def _keep(sample: Sample, new_label: np.ndarray, columns: list[int], names: tupl
     if scores is not None:
         scores = scores[is_kept][:, columns]
         total = scores.sum(axis=1, keepdims=True)
-        whole = np.eye(len(columns))[labels[is_kept]]  # of a label whose own share was 0
+        whole = np.eye(len(columns))[labels[is_kept]]  # used where the kept shares are all 0
         scores = np.divide(scores, total, out=whole, where=total > 0)
     return replace(
         sample,

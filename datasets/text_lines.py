@@ -1,4 +1,4 @@
-"""Text files of one thing a line: labels, lists of pictures, class names. LF or CRLF, UTF-8 with or without BOM."""
+"""Text files with one entry a line: labels, lists of pictures, class names. LF or CRLF, UTF-8 with or without BOM."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ MAX_BYTES = 64 << 20
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The non-empty lines, stripped, with their numbers from 1. UserError for a file that is not such text."""
+    """(number from 1, stripped text) of each non-empty line. UserError for a file that is not such text."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -26,12 +26,12 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Class names, one a line, as text. UserError for a name that stands there twice."""
+    """Class names, one a line. UserError for no name, and for a name that stands there twice."""
     return check_names([name for _, name in read_lines(path)], str(path))
 
 
 def check_names(names: list[str], source: str) -> tuple[str, ...]:
-    """The names as a tuple. UserError for none at all, or one that stands there twice."""
+    """The names as a tuple. UserError for no name, and for a name that stands there twice."""
     if not names:
         raise UserError(f"{source}: no class names, expected at least one")
     twice = next((name for name in names if names.count(name) > 1), None)

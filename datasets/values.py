@@ -1,8 +1,8 @@
-"""What a value in an annotation file means: flags, numbers, ids and boxes, by one rule for every format.
+"""The values in annotation files: flags, numbers, ids and boxes, by one rule for every format.
 
-The readers of datasets/ and those of metrics/ both read by these functions, so that an object is difficult, a crowd or
-unusable for training and for evaluation alike. Every function raises ValueError for a value that has no meaning; its
-message holds what was found and what was expected, and the caller adds the file and the line.
+The readers of datasets/ and of metrics/ use these functions, so training and evaluation agree on which object is
+difficult, a crowd or unusable. Every function raises ValueError for a value without a meaning. Its message holds what
+was found and what was expected; the caller adds the file and the line.
 """
 
 import math
@@ -15,9 +15,9 @@ NO = frozenset({"", "0", "false", "no", "f", "n", "unspecified", "none", "null"}
 def read_flag(value: Any) -> bool:
     """Whether a flag (VOC difficult, COCO iscrowd or ignore) is set.
 
-    Set: true, 1, 1.0, and the texts "1", "1.0", "true", "yes", "t", "y". Not set: a missing value (None), false, 0,
-    0.0, and the texts "", "0", "0.0", "false", "no", "f", "n", "none", "null", "Unspecified" (VOC's own word). Upper
-    and lower case are one. Any other value is a ValueError.
+    Set: true, 1, 1.0, and the texts "1", "1.0", "true", "yes", "t", "y".
+    Not set: a missing value (None), false, 0, 0.0, and the texts "", "0", "0.0", "false", "no", "f", "n", "none",
+    "null", "Unspecified" (VOC's own word). Upper and lower case are equal. Any other value is a ValueError.
     """
     if value is None or isinstance(value, bool):
         return bool(value)
@@ -34,7 +34,7 @@ def read_flag(value: Any) -> bool:
 
 
 def read_number(value: Any) -> float:
-    """A finite number, as a number or as text. ValueError for nan, inf, true, None, "1_000" and "1,5"."""
+    """A finite number, given as a number or as text. ValueError for nan, inf, true, None, "1_000" and "1,5"."""
     if type(value) is float and math.isfinite(value):
         return value
     number = math.nan
@@ -43,7 +43,7 @@ def read_number(value: Any) -> float:
             number = float(value)
         except OverflowError:
             pass
-    elif isinstance(value, str) and "_" not in value:  # Python's own spelling of large numbers is nobody's file format
+    elif isinstance(value, str) and "_" not in value:  # 1_000 is Python's spelling; no file format has it
         try:
             number = float(value)
         except ValueError:
@@ -54,7 +54,7 @@ def read_number(value: Any) -> float:
 
 
 def read_id(value: Any) -> int | str:
-    """An id of an image or a category: a whole number (1 and 1.0 are one) or a text, which stays a text."""
+    """The id of an image or a category: a whole number (1.0 is 1) or a text, which stays a text."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, float) and value.is_integer():
@@ -65,7 +65,7 @@ def read_id(value: Any) -> int | str:
 
 
 def read_size(width: Any, height: Any) -> tuple[float, float] | None:
-    """The stated size of a picture, (width, height); None where it is missing, null, 0 or no number."""
+    """The stated (width, height) of a picture; None where one is missing, null, 0 or not a number."""
     try:
         size = read_number(width), read_number(height)
     except ValueError:
@@ -74,7 +74,7 @@ def read_size(width: Any, height: Any) -> tuple[float, float] | None:
 
 
 def box_fault(x1: float, y1: float, x2: float, y2: float) -> tuple[str, str] | None:
-    """(reason, kind) of corners, as the file has them, that are no box; None for a box."""
+    """(reason, kind) for corners of a file that are not a box; None for a box."""
     corners = f"{x1:g}, {y1:g}, {x2:g}, {y2:g}"
     if not all(map(math.isfinite, (x1, y1, x2, y2))):
         return f"not a number: {corners}", "not a number"

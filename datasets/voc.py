@@ -1,9 +1,9 @@
 """Pascal VOC: one XML file a picture, and a list of pictures a split.
 
-Coordinates in the files are 1-based and inclusive; the index holds (xmin - 1, ymin - 1, xmax, ymax), so a box that
+Coordinates in the files are 1-based and inclusive. The index holds (xmin - 1, ymin - 1, xmax, ymax), so a box that
 covers the whole picture is (0, 0, width, height). Objects marked difficult are `ignore`. An object with xmin = xmax or
-ymin = ymax is a point or a line that somebody clicked by mistake: it is dropped, although VOC's own "+1 pixel" rule
-would call it one pixel wide.
+ymin = ymax is a point or a line, usually a stray click: it is dropped, although it is one pixel wide by VOC's "+1
+pixel" rule.
 
 Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010. Parts of objects (head, hand, foot)
 and actions are not read.
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from datasets.folders import is_left_out, list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
-from datasets.index import DatasetIndex
+from datasets.index import DatasetIndex, Effect, Sample
 from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame, refuse_resized
 from datasets.text_lines import read_lines, read_names
 from datasets.values import box_fault, read_flag, read_number
@@ -31,28 +31,29 @@ CLASSES = (
 
 
 def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
-    """A split of a folder in VOC's layout, or in that of the tools which export it.
+    """A split of a folder in VOC's layout, or in a layout of the tools that export it.
 
-    split: a list in ImageSets/Main (`trainval`); with a year, of `VOC<year>` below root or root/VOCdevkit
-    (`2007/trainval`); several, joined by + (`2007/trainval+2012/trainval`); `all`, every annotation file.
-    Folders without ImageSets may have the split as a CSV with a column `filename` (<split>.csv or <split>_labels.csv,
-    in root or root/data), or as a folder: <split> with all that is its own, or a folder <split> among the annotations.
-    XML lies in Annotations or annotations, else in the one folder that holds some, else beside the pictures; pictures
-    lie in JPEGImages or images, else in the one folder that holds some.
-    Class names: `names`, else the lines of classes.txt, else VOC's 20 in a folder called VOC<year>, else all names in
-    all annotation files, sorted, so that every split has the same. UserError for a root or split that is not there,
-    and for pictures that were resized after labelling.
+    split: the name of a list in ImageSets/Main (`trainval`). With a year, the list is that of `VOC<year>` below root or
+        root/VOCdevkit (`2007/trainval`). A + joins several (`2007/trainval+2012/trainval`). `all` takes every
+        annotation file. Without ImageSets, the split may be a CSV with a column `filename` (<split>.csv or
+        <split>_labels.csv, in root or root/data); or a folder <split> with annotations and pictures; or a folder
+        <split> among the annotations.
+    annotations: in Annotations or annotations, else in the only folder with XML files, else beside the pictures.
+    pictures: in JPEGImages or images, else in the only folder with pictures.
+    class names: `names`, else the lines of classes.txt, else VOC's 20 in a folder called VOC<year>, else all names in
+        all annotation files, sorted, so that every split has the same.
+    UserError for a root or split that does not exist, and for pictures that were resized after labelling.
     """
     root = Path(root)
     parts = [find_part(root, part) for part in split.split("+")]
     given = names is not None
-    names = tuple(names) if given else _class_names(parts)
-    log, samples, seen = FaultLog(), [], set()
+    names = _class_names(parts) if names is None else tuple(names)
+    log, samples, stems = FaultLog(), [], set()
     label_of: dict[Path, Path] = {}
     for part in parts:
         for stem in _read_list(part, log):
-            image_id = stem if stem not in seen else f"{part.folder.name}/{stem}"
-            seen.add(stem)
+            image_id = stem if stem not in stems else f"{part.folder.name}/{stem}"
+            stems.add(stem)
             sample = _read_sample(part, stem, image_id, names, given, log)
             if sample is None:
                 continue
@@ -68,14 +69,15 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
 
 @dataclass(frozen=True)
 class _Part:
-    folder: Path  # where the class names are looked for, in the annotation files of all splits
+    folder: Path  # has the annotation files of all splits, for the class names
     annotations: Path
     pictures: Path
     source: Path  # the list, or the folder of annotations
-    has_own_pictures: bool = True  # those without an annotation file are the split's too
+    has_own_pictures: bool = True  # pictures without an annotation file belong to the split
 
 
 def find_part(root: Path, part: str) -> _Part:
+    """The files of one part of a split (between two +). UserError where there are none."""
     year, slash, name = part.rpartition("/")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder, expected a VOC dataset")
@@ -108,7 +110,7 @@ def find_part(root: Path, part: str) -> _Part:
 
 
 def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
-    """(folder of the annotations, folder of the pictures), by their names or by what is in them."""
+    """(folder of the annotations, folder of the pictures), by their names or by their files."""
     named = (folder / name for name in ("Annotations", "annotations"))
     annotations = next((path for path in named if _holds(path, (".xml",))), None)
     if annotations is None:
@@ -137,7 +139,7 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 def _holders(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The folder itself where files of such a suffix lie in it, else the folders in it that hold some."""
+    """The folder itself if it directly has files with such a suffix, else those of its folders that have some."""
     if _holds_directly(folder, suffixes):
         return [folder]
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not is_left_out(path.name))
@@ -154,7 +156,7 @@ def _holds_directly(folder: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def _read_list(part: _Part, log: FaultLog) -> list[str]:
-    """The stems a split names, in its order."""
+    """The stems in a split, in its order."""
     if part.source.is_dir():
         files = [path.relative_to(part.source) for path in list_files(part.source, (".xml",))]
         stems = sorted(path.with_suffix("").as_posix() for path in files)
@@ -175,7 +177,7 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
 
 
 def _stem(line: str, part: _Part) -> str:
-    """A picture's name in a list, without the suffix of a picture; it may not leave the dataset's folder."""
+    """A line of a list without a picture's suffix. UserError for a path that leaves the dataset's folder."""
     if not (part.annotations / f"{line}.xml").is_file():
         line = line.replace("\\", "/")
     path = PurePosixPath(line)
@@ -202,33 +204,36 @@ def _class_names(parts: list[_Part]) -> tuple[str, ...]:
                 return read_names(folder / "classes.txt")
     if all(re.fullmatch(r"VOC20\d\d", part.folder.name) for part in parts):
         return tuple(CLASSES)
-    names = set()
+    names: set[str] = set()
     for folder in dict.fromkeys(part.folder for part in parts):
         for path in list_files(folder, (".xml",)):
             try:
                 names.update(item.name for item in read_annotation(path).objects if item.name)
             except UserError:
-                pass  # a fault of the split that lists it
+                pass  # reported by the split that lists this file
     return tuple(sorted(names))
 
 
-def _read_sample(part: _Part, stem: str, image_id: str, names: tuple[str, ...], given: bool, log: FaultLog):
+def _read_sample(
+    part: _Part, stem: str, image_id: str, names: tuple[str, ...], given: bool, log: FaultLog
+) -> Sample | None:
+    """The Sample of one annotation file; None, and a fault, for a file or picture that cannot be used."""
     path = part.annotations / f"{stem}.xml"
     if not path.is_file() and path.with_name(f"{path.stem}.XML").is_file():
         path = path.with_name(f"{path.stem}.XML")
-
-    def drop(reason: str, kind: str, effect="picture dropped") -> None:
-        log.add(path, None, reason, kind, effect, stem)
-
     if not path.is_file():
-        return drop("no such file, the list names it", "picture without label file")
+        log.add(path, None, "no such file, the list names it", "picture without label file", "picture dropped", stem)
+        return None
     try:
         annotation = read_annotation(path)
     except UserError as error:
-        return drop(str(error).removeprefix(f"{path}: "), "unreadable label file")
+        reason = str(error).removeprefix(f"{path}: ")
+        log.add(path, None, reason, "unreadable label file", "picture dropped", stem)
+        return None
     image_path = _find_image(part, stem, annotation.filename)
     if image_path is None:
-        return drop(f"no picture {stem} in {part.pictures}", "label without picture", "left out")
+        log.add(path, None, f"no picture {stem} in {part.pictures}", "label without picture", "left out", stem)
+        return None
     if image_path.suffix.lower() in UNREAD:
         log_unread([image_path], log)
         return None
@@ -240,14 +245,13 @@ def _read_sample(part: _Part, stem: str, image_id: str, names: tuple[str, ...], 
         fault = _add_object(item, names, rows)
         if fault is not None:
             reason, kind = fault
-            effect = "noted" if given and kind == "unknown class" else "object dropped"
+            effect: Effect = "noted" if given and kind == "unknown class" else "object dropped"
             log.add(path, item.line, reason, kind, effect, image_path.name)
     return make_sample(rows, frame, log, image_path=image_path, image_id=image_id, label_path=path)
 
 
 def _find_image(part: _Part, stem: str, filename: str) -> Path | None:
-    """The picture of an annotation file: of its stem, in a format that is read or in another, else of the name that it
-    states."""
+    """The picture of an annotation file: with the file's stem, of any format; else with the name stated in the file."""
     stated = re.split(r"[/\\]", filename)[-1]
     folder = part.pictures / PurePosixPath(stem).parent
     choices = [place / stated for place in (folder, part.pictures) if stated]
@@ -256,7 +260,7 @@ def _find_image(part: _Part, stem: str, filename: str) -> Path | None:
 
 
 def _add_object(item: Object, names: tuple[str, ...], rows: LabelRows) -> tuple[str, str] | None:
-    """Add a row, or say why not: (reason, kind)."""
+    """Add a row and return None, or return (reason, kind) of the fault."""
     if not item.name:
         return "object without a name", "malformed object"
     corners = []

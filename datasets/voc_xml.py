@@ -1,4 +1,4 @@
-"""The XML files of Pascal VOC: what is read of one picture's annotation."""
+"""Read the XML files of Pascal VOC, one annotation a picture."""
 
 import re
 from dataclasses import dataclass, field
@@ -11,13 +11,15 @@ from errors import UserError
 MAX_XML_BYTES = 4 << 20
 MAX_XML_DEPTH = 20
 DECLARED = re.compile(rb"""^(\xef\xbb\xbf)?\s*<\?xml[^>]*?\sencoding\s*=\s*["']([A-Za-z0-9._:-]+)["']""")
-SUPERSETS = {"gb2312": "gb18030", "gb_2312-80": "gb18030", "gbk": "gb18030"}  # written for one another
-OWN_ENCODINGS = {"utf-8", "utf8", "us-ascii", "iso-8859-1"}  # that the parser reads by itself
-NO_TEXT = {"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined"}  # of Python, and no file's
+SUPERSETS = {"gb2312": "gb18030", "gb_2312-80": "gb18030", "gbk": "gb18030"}  # files declare one and use the other
+OWN_ENCODINGS = {"utf-8", "utf8", "us-ascii", "iso-8859-1"}  # encodings that the parser reads itself
+NO_TEXT = {"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined"}  # Python's own
 
 
 @dataclass
 class Object:
+    """The texts of one <object>, and its line."""
+
     line: int
     fields: dict[str, str] = field(default_factory=dict)
 
@@ -28,19 +30,19 @@ class Object:
 
 @dataclass
 class Annotation:
-    """What is read of one XML file: the stated (width, height), the file name, the objects' texts and lines."""
+    """One XML file: the stated (width, height), the stated file name, the objects."""
 
     size: tuple[float, float] | None = None
     filename: str = ""
     objects: list[Object] = field(default_factory=list)
 
 
-_FIELDS = {("object", "name"), ("object", "difficult")}
+_FIELDS: set[tuple[str, ...]] = {("object", "name"), ("object", "difficult")}
 _FIELDS |= {("object", "bndbox", key) for key in ("xmin", "ymin", "xmax", "ymax")}
 
 
 def read_annotation(path: Path) -> Annotation:
-    """Parse a VOC XML file of at most 4 MiB, 20 deep, without DOCTYPE or entities. UserError otherwise."""
+    """Parse a VOC XML file. UserError for more than 4 MiB, nesting deeper than 20, a DOCTYPE or entities."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_XML_BYTES + 1)
@@ -48,7 +50,8 @@ def read_annotation(path: Path) -> Annotation:
         raise UserError(f"{path}: {error.strerror or error}") from None
     if len(data) > MAX_XML_BYTES:
         raise UserError(f"{path}: more than {MAX_XML_BYTES} bytes, expected a VOC annotation")
-    annotation, texts = Annotation(), {}
+    annotation = Annotation()
+    texts: dict[tuple[str, ...], str] = {}
     text_or_data = _decode(data, path)
     parser = expat.ParserCreate()
     parser.buffer_text = True
@@ -90,12 +93,12 @@ def read_annotation(path: Path) -> Annotation:
 
 
 def _decode(data: bytes, path: Path) -> bytes | str:
-    """The text of a file in an encoding that the parser does not read by itself, such as GB2312; else its bytes."""
+    """The text of a file in an encoding that the parser does not read itself, such as GB2312; else the bytes."""
     declared = DECLARED.match(data)
-    encoding = declared[2].decode("ascii").lower() if declared else "utf-8"
-    if encoding in OWN_ENCODINGS:
+    if declared is None or declared[2].decode("ascii").lower() in OWN_ENCODINGS:
         return data
-    if declared[1] or encoding.startswith(("utf-16", "utf-32")):  # read byte by byte, so it cannot be the latter
+    encoding = declared[2].decode("ascii").lower()
+    if declared[1] or encoding.startswith(("utf-16", "utf-32")):  # DECLARED matched single bytes, so it is no UTF-16
         encoding = "utf-8-sig"
     try:
         if encoding.replace("-", "_") in NO_TEXT:

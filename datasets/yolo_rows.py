@@ -1,14 +1,15 @@
 """The rows of YOLO label files: a box, a polygon, or a box with keypoints; and the shares of soft labels.
 
-    class center_x center_y width height                    5 columns
-    class x1 y1 x2 y2 x3 y3 ...                             7, 9, 11, ...: three or more points; the box around them
-    class center_x center_y width height keypoints          5 + n * d, where data.yaml has `kpt_shape: [n, d]`; d = 2
-                                                            (x, y) or 3 (x, y, visibility). The keypoints are not read.
+    class center_x center_y width height              5 columns
+    class x1 y1 x2 y2 x3 y3 ...                       7, 9, 11, ... columns: three or more points; read as the box
+                                                      around them
+    class center_x center_y width height keypoints    5 + n * d columns, where data.yaml has `kpt_shape: [n, d]`; d = 2
+                                                      (x, y) or 3 (x, y, visibility). The keypoints are not read.
 
-A row of keypoints and a polygon may have as many columns, and so may a tracker's row (class, box, confidence, id: 7).
-Read as points, a box and its keypoints would give a wrong box without a word. Polygons tell themselves apart in two
-ways: their numbers of points differ, and where their first points are read as a box, it leaves the picture or the other
-points leave it. LongRows counts both, and refuses a split that nothing decides.
+A row with keypoints, a polygon and a tracker's row (class, box, confidence, id: 7 columns) may have the same number of
+columns. A box with keypoints, read as a polygon, would silently give a wrong box. Two signs reveal polygons: their
+numbers of points differ, and their first four numbers, read as a box, leave the picture or leave out the other points.
+LongRows counts both signs, and refuses a split without either.
 """
 
 import re
@@ -20,36 +21,36 @@ import numpy as np
 from datasets.rows import Frame, LabelRows
 from errors import UserError
 
-NORM_TOLERANCE = 0.01  # a fraction up to 1.01 is rounding; beyond, the row is in pixels or broken
-SUM_TOLERANCE = 0.001  # shares that miss 1 by less were rounded, and are divided by their sum
+NORM_TOLERANCE = 0.01  # fractions up to 1.01 come from rounding; larger ones are pixels or broken
+SUM_TOLERANCE = 0.001  # a sum of shares this near to 1 comes from rounding; the shares are divided by it
 EDGE_TOLERANCE = 0.02  # how far a box may leave the picture, as a fraction of it
-CERTAIN = 0.2  # the share of rows that cannot be keypoints: a quarter to nine tenths of polygons, few of keypoints
+CERTAIN = 0.2  # share of rows that cannot have keypoints: 0.25 to 0.9 for polygons, near 0 for keypoints
 BOX_TOLERANCE = 0.25  # how far keypoints may leave their box, as a fraction of its sides
 
 
 class LongRows:
-    """What the rows of a split with more than five columns are: keypoints, polygons, or nothing that can be told.
+    """Decides whether the rows of a split with more than five columns are polygons or boxes with keypoints.
 
-    kpt_shape: of data.yaml, (n, d). is_polygons: data.yaml says so (`task: segment` or `task: obb`).
+    kpt_shape: (n, d) of data.yaml. is_polygons: data.yaml has `task: segment` or `task: obb`.
     """
 
     def __init__(self, kpt_shape: tuple[int, int] | None, is_polygons: bool) -> None:
         self.columns = None if kpt_shape is None else 5 + kpt_shape[0] * kpt_shape[1]
-        self.is_told = is_polygons or kpt_shape is not None
+        self.is_declared = is_polygons or kpt_shape is not None
         self.counts: Counter[int] = Counter()
         self.doubtful = 0
         self.first = ""
 
     def add(self, values: list[float], where: str) -> None:
-        """Note a row of points: its values after the class."""
-        if self.is_told or len(self.counts) > 1:
+        """Count a row that is read as points. values: those after the class."""
+        if self.is_declared or len(self.counts) > 1:
             return
         self.first = self.first or where
         self.counts[len(values) + 1] += 1
         self.doubtful += _may_be_box_and_more(values)
 
     def decide(self) -> None:
-        """UserError where the rows may be boxes with keypoints or with a track as well as polygons."""
+        """UserError if the rows may be polygons, and as well boxes with keypoints or with a track."""
         if len(self.counts) != 1 or self.doubtful <= (1 - CERTAIN) * self.counts.total():
             return
         (columns,) = self.counts
@@ -62,7 +63,7 @@ class LongRows:
 
 
 def _may_be_box_and_more(values: list[float]) -> bool:
-    """Whether values that are points may as well be a center, a size, and keypoints or a confidence and an id."""
+    """Whether points may instead be a center and a size, followed by keypoints or by a confidence and an id."""
     x, y, width, height, *rest = values
     if not (width > 0 and height > 0):
         return False
@@ -95,7 +96,7 @@ def add_row(
     long_rows: LongRows,
     number: int,
 ) -> tuple[str, str] | None:
-    """Add a row to those of its picture, or say why not: (reason, kind)."""
+    """Add a row to those of its picture and return None, or return (reason, kind) of the fault."""
     columns = line.split()
     count = len(columns)
     is_points = long_rows.columns is None and count >= 7 and count % 2 == 1
@@ -110,7 +111,7 @@ def add_row(
         values = [float(value) for value in columns[1 : None if is_points else 5]]
     except ValueError as error:
         return f"{error}, expected a number", "malformed row"
-    if "_" in line:  # Python takes 1_0 for ten
+    if "_" in line:  # Python reads 1_0 as ten
         return f"{line!r}, expected numbers", "malformed row"
     if is_points and all(np.isfinite(values)):
         long_rows.add(values, where)
@@ -140,14 +141,14 @@ def read_kpt_shape(value: object, source: Path) -> tuple[int, int] | None:
     """(n, d) of data.yaml's `kpt_shape`, whose scalars are texts. UserError for anything but [n, 2] and [n, 3]."""
     if value in (None, "", "null", "~"):
         return None
-    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) and v.isdecimal() for v in value)
-    if not is_pair or not 1 <= int(value[0]) <= 10_000 or value[1] not in ("2", "3"):
-        raise UserError(f"{source}: key 'kpt_shape': found {value!r}, expected [n, 2] or [n, 3]")
-    return int(value[0]), int(value[1])
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) and v.isdecimal() for v in value):
+        if 1 <= int(value[0]) <= 10_000 and value[1] in ("2", "3"):
+            return int(value[0]), int(value[1])
+    raise UserError(f"{source}: key 'kpt_shape': found {value!r}, expected [n, 2] or [n, 3]")
 
 
 def read_shares(line: str, num_classes: int) -> tuple[float, ...] | str:
-    """The shares of the K classes, or why the row cannot be used."""
+    """The shares of the K classes, or the reason why the row cannot be used."""
     columns = line.split()
     if len(columns) != num_classes:
         return f"{len(columns)} values, expected {num_classes}: a share for each class"

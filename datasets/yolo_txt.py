@@ -1,17 +1,18 @@
 """YOLO text labels: a data.yaml (or names and folders or lists), and one text file of labels a picture.
 
-A row is `class center_x center_y width height`, as fractions of the UPRIGHT picture (EXIF applied), 0 at the outer edge
-of the first pixel; datasets.yolo_rows says what longer rows are. Rows equal in all are one object; nearly equal ones
-are kept. An empty label file means a picture without objects; so does a missing one, which is counted as such. Ignore
-regions do not exist in this format.
+A row is `class center_x center_y width height`, as fractions of the UPRIGHT picture (EXIF applied); 0 is the outer edge
+of the first pixel. For longer rows see datasets.yolo_rows. Equal rows are one object; nearly equal ones are kept. A
+picture with an empty label file has no objects; so has one without a label file, which is counted. The format has no
+ignored regions.
 
-The labels of .../images/a/b.jpg are .../labels/a/b.txt, or lie beside the picture: LabelFolders says which.
+The labels of .../images/a/b.jpg are .../labels/a/b.txt, or lie beside the picture: see LabelFolders.
 
-Ours beside it: where there is a folder soft_labels/a, the pictures of images/a have there, under the names of labels/a,
-a row of K numbers for each label row, in their order: the share of each class in the object, 0 or more and 1 in sum.
+Soft labels are our own extension. If there is a folder soft_labels/a beside labels/a, it has a file of the same name
+for each label file, with a row of K numbers for each label row: the share of each class in the object, 0 or more, with
+sum 1.
 
-Every path is relative to the folder of the yaml file (never to the working directory or a global folder), `path` first;
-`download` is never acted upon.
+Every path is relative to the folder of the yaml file (never to the working directory or a global folder), with its
+`path` in front. `download` is never acted upon.
 """
 
 import os
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD
-from datasets.index import NO_LABEL_FILE, DatasetIndex
+from datasets.index import NO_LABEL_FILE, DatasetIndex, Sample
 from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame
 from datasets.text_lines import check_names, read_lines, read_names
 from datasets.yolo_rows import LongRows, add_row, read_kpt_shape, read_shares
@@ -35,7 +36,11 @@ MAX_CLASSES = 100_000
 
 @dataclass(frozen=True)
 class _Set:
-    """Where a split lies. names: None where no file has them. source: the file or folder that errors name."""
+    """The files of a split.
+
+    entries: folders or list files, relative to base. names: None where no file has them.
+    source: the file or folder to name in errors.
+    """
 
     base: Path
     entries: list[str]
@@ -48,12 +53,13 @@ class _Set:
 def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
     """A split of a YOLO dataset.
 
-    root: the yaml file, or a folder with data.yaml, config.yaml or one other *.yaml. split: a key of the yaml (`train`,
-    `val`, `test`, ...): a folder, a list file, or a list of both. Or a folder without a yaml file, as tools export it:
-    the names in obj.names or classes.txt, there or beside the labels; the split a list <split>.txt, or a folder
-    images/<split>, <split>/images or <split>, and `all` for every picture. Without names the numbers stand for them.
-    `names` must be the dataset's own; they are only checked. UserError for a root or split that is not there, and for
-    rows of labels of which nothing tells what they are.
+    root: the yaml file, or a folder with data.yaml, config.yaml or one other *.yaml, or an exported folder without any.
+    split: with a yaml file one of its keys (`train`, `val`, `test`, ...), whose value is a folder, a list file, or a
+        list of both. Without, a list <split>.txt, a folder images/<split>, <split>/images or <split>, or `all` for
+        every picture; class names are then in obj.names or classes.txt, in root or beside the labels, and without such
+        a file the numbers are the names.
+    names: must equal the dataset's own; they are only checked.
+    UserError for a root or split that does not exist, and for rows of labels that are unclear (LongRows).
     """
     root = Path(root)
     yaml_path = find_yaml(root)
@@ -91,19 +97,19 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
 
 
 class Place(NamedTuple):
-    """Where the labels of a folder of pictures lie, and the soft labels, None where there are none."""
+    """The folders of labels and of soft labels (None: there are none) for a folder of pictures."""
 
     labels: Path
     soft: Path | None
 
 
 class LabelFolders:
-    """Where the labels of each folder of pictures lie.
+    """The folder of labels for each folder of pictures.
 
-    The last folder `images` of the path becomes `labels`; or they lie beside the pictures. A folder `images` above the
-    set (`base`) is tried after that: it is a place for pictures by accident, such as /data/images/project. Then the
-    same where a linked folder leads. Of these places the first that holds a label file of a picture is the folder's;
-    if none does, the first of all.
+    Candidates, in this order: the path with its last folder `images` replaced by `labels`; the folder of the pictures;
+    the path with an `images` above the set (`base`) replaced, which is usually accidental, as in /data/images/project;
+    for a linked folder, the same for its target. The first candidate with a label file of a picture counts; if there
+    is none, the first candidate.
     """
 
     def __init__(self, base: Path) -> None:
@@ -111,6 +117,7 @@ class LabelFolders:
         self.places: dict[Path, Place] = {}
 
     def choose(self, image_paths: Iterable[Path]) -> None:
+        """Set `places` for the folders of these pictures, if they are not yet set."""
         stems: dict[Path, list[str]] = {}
         for path in image_paths:
             if path.parent not in self.places:
@@ -128,7 +135,7 @@ class LabelFolders:
         twins = [self._twin(folder, n) for n in range(len(parts) - 1, -1, -1) if parts[n] == "images"]
         inside = sum(part == "images" for part in parts[above:])
         choices = [*twins[:inside], Place(folder, None), *twins[inside:]]
-        real = folder.resolve()  # of a linked folder of pictures, the labels may lie where it leads
+        real = folder.resolve()  # a linked folder may have its labels beside its target
         if real != Path(whole):
             parts = real.parts
             choices += [self._twin(real, n) for n in range(len(parts) - 1, -1, -1) if parts[n] == "images"]
@@ -158,14 +165,14 @@ def find_yaml(root: Path) -> Path | None:
         if (root / name).is_file():
             return root / name
     others = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
-    others = [path for path in others if not path.name.endswith("split.yaml")]  # of datasets.split, read by its name
+    others = [path for path in others if not path.name.endswith("split.yaml")]  # of datasets.split
     if len(others) > 1:
         raise UserError(f"{root}: {', '.join(path.name for path in others)}; expected one yaml file, or name it")
     return others[0] if others else None
 
 
 def _read_yaml(path: Path, split: str) -> _Set:
-    """Scalars stay text: a class may be called `no` or `1e3`."""
+    """The files of a split by the yaml file. Scalars stay text: a class may be called `no` or `1e3`."""
     tree = read_yaml(path, as_text=True)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, expected the keys names, train, val")
@@ -186,6 +193,7 @@ def _read_yaml(path: Path, split: str) -> _Set:
 
 
 def yaml_names(tree: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """The class names in a data.yaml: `names`, a list or 0.. -> name, or the numbers below `nc`. Else UserError."""
     names, count = tree.get("names"), tree.get("nc")
     if count is not None and not (isinstance(count, str) and count.isdecimal()):
         raise UserError(f"{path}: key 'nc': found {count!r}, expected the number of classes")
@@ -232,7 +240,7 @@ def _read_folders(root: Path, split: str) -> _Set:
 
 
 def _number_names(base: Path, log: FaultLog) -> tuple[str, ...]:
-    """The numbers up to the largest class of all label files of a set, as the names of classes that no file names."""
+    """The numbers up to the largest class in all label files of a set, as class names where no file has names."""
     image_paths = list_files(base, SUFFIXES)
     folders, largest = LabelFolders(base), -1
     folders.choose(image_paths)
@@ -249,7 +257,7 @@ def _number_names(base: Path, log: FaultLog) -> tuple[str, ...]:
 
 def _list_pictures(base: Path, entry: str, folders: LabelFolders, log: FaultLog) -> list[Path]:
     """The pictures of a folder (with its subfolders, sorted) or of a list file (in its order)."""
-    straight = entry.replace("\\", "/")  # of Windows; some exporters write it one folder too high
+    straight = entry.replace("\\", "/")  # Windows' separator; some exporters write paths one folder too high
     choices = [base / spelled for spelled in (entry, straight, straight.removeprefix("../"))]
     path = next((choice for choice in choices if choice.exists()), choices[0])
     if path.is_dir():
@@ -269,7 +277,7 @@ def _list_pictures(base: Path, entry: str, folders: LabelFolders, log: FaultLog)
 
 
 def _spellings(line: str) -> list[str]:
-    """A line of a list as it is; with / for the \\ of Windows; without darknet's first folder, `data/`."""
+    """A line of a list: unchanged; with / instead of Windows' \\; also without darknet's first folder, `data/`."""
     straight = line.replace("\\", "/")
     return list(dict.fromkeys((line, straight, straight.removeprefix("data/"))))
 
@@ -289,7 +297,7 @@ def _list_folder(path: Path, folders: LabelFolders, log: FaultLog) -> list[Path]
 
 
 def _log_orphans(path: Path, files: list[Path], folders: LabelFolders, log: FaultLog) -> None:
-    """Label files that have no picture, in the folders of labels that belong to a folder of pictures."""
+    """Log the label files without a picture in the label folders of a folder of pictures."""
     tops = set()
     for folder in {file.parent for file in files}:
         top, depth = folders.places[folder].labels, len(folder.relative_to(path).parts)
@@ -306,7 +314,7 @@ def _log_orphans(path: Path, files: list[Path], folders: LabelFolders, log: Faul
 
 
 def _log_shared_labels(image_paths: list[Path], folders: LabelFolders, log: FaultLog) -> None:
-    """Label files that two pictures have, such as a.jpg and a.png, of which it may be true of one."""
+    """Log each label file that two pictures share, such as a.jpg and a.png; it may be wrong for one of them."""
     first_of: dict[Path, Path] = {}
     for path in image_paths:
         label_path = folders.label_path(path)
@@ -317,7 +325,7 @@ def _log_shared_labels(image_paths: list[Path], folders: LabelFolders, log: Faul
 
 
 def _holds_labels(path: Path) -> bool:
-    """Whether the first row of a text file is one of labels: five numbers or more."""
+    """Whether a text file begins with a row of labels: five numbers or more."""
     try:
         lines = read_lines(path)
         return bool(lines) and len([float(word) for word in lines[0][1].split()]) >= 5
@@ -327,7 +335,8 @@ def _holds_labels(path: Path) -> bool:
 
 def _read_sample(
     image_path: Path, image_id: str, names: tuple[str, ...], folders: LabelFolders, long_rows: LongRows, log: FaultLog
-):
+) -> Sample | None:
+    """The Sample of one picture; None, and a fault, for a picture or label file that cannot be used."""
     label_path = folders.label_path(image_path)
     frame = read_frame(image_path, log)
     if frame is None:
@@ -346,10 +355,10 @@ def _read_sample(
         return None
     soft_folder = folders.places[image_path.parent].soft
     soft_path = None if soft_folder is None else soft_folder / label_path.name
-    soft_lines: list = [(0, None)] * len(lines)
+    soft_lines: list[tuple[int, str | None]] = [(0, None)] * len(lines)
     if soft_path is not None:
         try:
-            soft_lines = read_lines(soft_path) if lines or soft_path.is_file() else []
+            soft_lines = [*read_lines(soft_path)] if lines or soft_path.is_file() else []
             if len(soft_lines) != len(lines):
                 found = f"{len(soft_lines)} rows, expected {len(lines)}"
                 raise UserError(f"{soft_path}: {found}: one for each of {label_path.name} in {label_path.parent}")
@@ -361,6 +370,7 @@ def _read_sample(
     for (number, line), (soft_number, soft_line) in zip(lines, soft_lines, strict=True):
         shares = None if soft_line is None else read_shares(soft_line, len(names))
         if isinstance(shares, str):
+            assert soft_path is not None  # without it there are no soft lines
             log.add(soft_path, soft_number, shares, "malformed soft label", "object dropped", image_path.name)
             continue
         fault = add_row(line, f"{label_path}:{number}", len(names), frame, rows, shares, long_rows, number)

@@ -65,7 +65,7 @@ def test_names_are_equal_up_to_case_spaces_underscores_and_hyphens():
 @pytest.mark.parametrize(
     ("student", "teacher", "aliases", "match"),
     [
-        (["cat"], ["dog", "cow"], {}, "no class in common: the student knows cat, the teacher dog, cow"),
+        (["cat"], ["dog", "cow"], {}, "no class in common: the student has cat; the teacher has dog, cow"),
         ([], ["dog"], {}, "no class in common"),
         (["cat", "dog", "Cat"], ["dog"], {}, "student's class 'cat' stands twice"),
         (["dog"], ["tv", "t v", "dog"], {}, "teacher's class 'tv' stands twice"),
