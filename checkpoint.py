@@ -258,8 +258,9 @@ def start_model(
     synonyms). A class that is in the file keeps its rows of the class head. Other classes get fresh rows from torch's
     global generator, as in models.build. All other weights are the file's, and so is the width of the class branch.
     Before any training, the classes that were in the file therefore get the same scores as from the file's model. For
-    this a Faster R-CNN's softmax head keeps the file's other classes as background; for an RT-DETR it holds where both
-    models choose the same queries. `say` is called with one line: which rows were kept and which start fresh.
+    this a Faster R-CNN's softmax head keeps the file's other classes as background and starts fresh rows at odds of
+    FRESH_PRIOR; for an RT-DETR it holds where both models choose the same queries. `say` is called with one line:
+    which rows were kept and which start fresh.
 
     new_head: start the whole class head fresh, even if it would fit.
     UserError for a file that does not fit, or that has no class names to join by.
