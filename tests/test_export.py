@@ -244,7 +244,7 @@ def test_bad_options_are_usage_errors(arguments, said, capsys):
 
 def test_no_checkpoint(tmp_path):
     pytest.importorskip("onnxscript")
-    with pytest.raises(UserError, match=r"absent\.pt: no such file, expected a checkpoint"):
+    with pytest.raises(UserError, match=r"absent\.pt: no such file, expected a weights file"):
         export.main([str(tmp_path / "absent.pt")])
 
 
