@@ -237,7 +237,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     only_model = [
         model.add_argument("--arch", help="architecture of a released checkpoint, such as yolov8n"),
         model.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)"),
-        model.add_argument("--precision", choices=("auto", "float32", "bfloat16")),
+        model.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="of the model"),
         model.add_argument("--score-threshold", type=float, help="drop detections with a lower score"),
         model.add_argument("--nms-iou", type=float, help="IoU threshold of non-maximum suppression"),
         model.add_argument("--max-detections", type=int, help="at most, in an image"),
