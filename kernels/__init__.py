@@ -1,1 +1,1 @@
-"""Fast paths of single operations, each beside the plain PyTorch function that specifies it."""
+"""Fast kernels of single operations, each beside its specification in plain PyTorch."""

@@ -1,13 +1,13 @@
-"""Which implementation of an operation runs: its eager specification or its Triton kernel.
+"""Choose the implementation of an operation: its eager specification or its Triton kernel.
 
-The environment variable KERNELS decides, read at every call:
+The environment variable KERNELS is read at every call:
 
-    auto    (the default) the kernel for CUDA tensors where Triton is installed and the kernel takes them; else eager
-    eager   the specification, always
-    triton  the kernel, always: what it does not take, and a missing device or Triton, is a UserError
+    auto    (default) the kernel for CUDA tensors, if Triton is installed and the kernel supports them; else eager
+    eager   always the specification
+    triton  always the kernel; unsupported tensors and a missing device or Triton are a UserError
 
-With TRITON_INTERPRET=1, set before this package is imported, Triton runs kernels on CPU tensors in numpy, thousands
-of times slower: for tests. Only KERNELS=triton uses it.
+With TRITON_INTERPRET=1, set before this package is imported, Triton runs kernels on CPU tensors in numpy, thousands of
+times slower. This is for tests; only KERNELS=triton uses it.
 """
 
 import os
@@ -28,17 +28,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def use_triton(operation: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
-    """Whether `operation` runs its kernel on these tensors; None stands for one that was not given.
+    """Whether `operation` runs its kernel on these tensors; None is an optional tensor that was not given.
 
-    unsupported: why the kernel cannot take them, or None. Raises UserError where KERNELS asks for what cannot be.
+    unsupported: why the kernel does not support them, or None. UserError if KERNELS=triton and it cannot run.
     """
-    asked = os.environ.get("KERNELS", "auto")
-    if asked not in {"auto", "eager", "triton"}:
-        raise UserError(f"KERNELS={asked!r}: expected eager, triton or auto")
-    if asked == "eager":
+    setting = os.environ.get("KERNELS", "auto")
+    if setting not in {"auto", "eager", "triton"}:
+        raise UserError(f"KERNELS={setting!r}: expected eager, triton or auto")
+    if setting == "eager":
         return False
-    obstacle = unsupported or _obstacle([x for x in tensors if x is not None], interpreter_counts=asked == "triton")
-    if obstacle and asked == "triton":
+    obstacle = unsupported or _obstacle([x for x in tensors if x is not None], interpreter_counts=setting == "triton")
+    if obstacle and setting == "triton":
         raise UserError(f"KERNELS=triton: {operation}: {obstacle}")
     return not obstacle
 
@@ -56,7 +56,7 @@ def _obstacle(tensors: list[Tensor], interpreter_counts: bool) -> str | None:
 
 
 def not_floating(**tensors: Tensor) -> str | None:
-    """Names the first tensor whose type no kernel computes with, for `unsupported`; None where all are fine."""
+    """The reason for `unsupported` if the dtype of a tensor is not in FLOATS, with the tensor's name; else None."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             return f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64"
@@ -70,7 +70,7 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def refuse_second_derivative(operation: str) -> None:
-    """RuntimeError in the backward pass of a kernel where autograd is asked for a graph of it."""
+    """RuntimeError if the backward pass of a kernel runs with create_graph=True."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{operation}: the kernel has no second derivative: use KERNELS=eager with create_graph=True"
@@ -78,18 +78,18 @@ def refuse_second_derivative(operation: str) -> None:
 
 
 def is_wide(*tensors: Tensor) -> bool:
-    """Whether offsets within one slice of the first dimension of any of the tensors need 64 bits."""
+    """Whether offsets within a slice along the first dimension of one of the tensors need 64 bits."""
     span = lambda x: sum((size - 1) * abs(step) for size, step in zip(x.shape[1:], x.stride()[1:]))
-    return any(span(x) >= 2**31 - 2**16 for x in tensors if x.numel())  # a block may reach beyond the last element
+    return any(span(x) >= 2**31 - 2**16 for x in tensors if x.numel())  # a block may extend beyond the last element
 
 
 def at_temperature(values: Tensor, temperature: float) -> Tensor:
-    """values / T; the values themselves at T = 1, which saves a pass over them forwards and another backwards."""
+    """values / T, or `values` if T = 1: that saves a pass over them in forward and one in backward."""
     return values if temperature == 1 else values / temperature
 
 
 def scale_of(factor: float, normaliser: Tensor | float, like: Tensor) -> Tensor:
-    """factor / normaliser, () in the dtype and on the device of `like`, without waiting for the device."""
+    """factor / normaliser as a scalar () of the dtype and device of `like`, without waiting for the device."""
     if isinstance(normaliser, Tensor):
         return factor / normaliser.detach().to(like)
     return torch.full((), factor / normaliser, dtype=like.dtype, device=like.device)

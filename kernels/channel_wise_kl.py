@@ -1,12 +1,12 @@
-"""KL divergence between where the channels of two maps look, student's gradient included: the core of CWD.
+"""Fused KL divergence between the spatial distributions of the channels of two maps: the core of CWD.
 
     L    = T^2 / (B C) * sum_bc KL(q^t_bc || q^s_bc)
     q_bc = softmax over the H*W pixels of channel c of image b, of map / T
 
-Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", arXiv:2011.13256, sec. 3.2. It is the KL of
-kernels.temperature_kl on rows of H*W columns, and its kernel runs here: on a map in PyTorch's usual layout a row of up
-to 8,192 pixels stays in registers (three passes over a map); on a longer row and on a channels_last map, whose pixels
-are C apart, the softmax is found online (up to five passes). The gradient has the student's layout.
+Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", arXiv:2011.13256, sec. 3.2. This is the KL of
+kernels.temperature_kl on rows of H*W columns, and it runs the kernel of that file. On a contiguous map a row of up to
+8,192 pixels stays in registers: three passes over a map. A longer row, and a channels_last map, whose pixels are C
+apart, need an online softmax: up to five passes. The gradient has the memory layout of the student's map.
 """
 
 import torch
@@ -30,26 +30,26 @@ def channel_kl_eager(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor
 
 
 def log_softmax_over_pixels(logits: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H*W), in the layout the map has: reordering channels_last costs more than the rest."""
+    """(B, C, H, W) -> (B, C, H*W), in the layout of the map: copying channels_last costs more than the softmax."""
     if logits.is_contiguous(memory_format=torch.channels_last):
         return F.log_softmax(logits.permute(0, 2, 3, 1).flatten(1, 2), dim=1).transpose(1, 2)
     return F.log_softmax(logits.flatten(2), dim=-1)
 
 
 def channel_kl_triton(s_map: Tensor, t_map: Tensor, temperature: float) -> Tensor:
-    """The kernel, with its gradient: the same contract as channel_kl_eager, for at least one element."""
+    """The kernel, with its gradient: the contract of channel_kl_eager, for at least one element."""
     rows = s_map.shape[0] * s_map.shape[1]
     return temperature_kl_triton(s_map.flatten(2), t_map.flatten(2), temperature, None, rows)
 
 
 def channel_kl(s_map: Tensor, t_map: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """L of the equation above, (): the kernel or its specification, see kernels.backend.
+    """L (), the equation above, by the kernel or its specification (kernels.backend).
 
     Args:
-        s_map, t_map: (B, C, H, W), of equal shape and any strides. Gradient flows to the student's.
-        temperature: T > 0. The kernel is compiled for each T anew.
+        s_map, t_map: (B, C, H, W), of equal shape and any strides. Gradient flows to the student.
+        temperature: T > 0. The kernel is compiled once per T.
     Returns:
-        float64 where an input is, else float32. Nothing in, 0 out. ValueError for other shapes.
+        float64 if an input is float64, else float32; 0 for empty inputs. ValueError for other shapes.
     """
     require_shape("t_map", t_map, s_map.shape)
     implementation = channel_kl_eager

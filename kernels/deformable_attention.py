@@ -1,10 +1,10 @@
-"""Multi-scale deformable attention: each query reads a few points of a pyramid of maps instead of every cell.
+"""Multi-scale deformable attention: each query reads a few points of a pyramid of maps, not every cell.
 
 Zhu et al., "Deformable DETR", arXiv:2010.04159, section 4.1. `deformable_attention_eager` is the specification; the
 kernel computes the same without gradients, for a teacher. The projections around it belong to the model.
 
-Differs from the paper's formula in one respect: the points come in already added up (reference point plus offset), so
-that each model is free in how it scales its offsets.
+Differs from the paper's formula: the input is the sum of reference point and offset, so that each model can scale its
+offsets in its own way.
 """
 
 import torch
@@ -17,14 +17,14 @@ from kernels.backend import HAS_TRITON, not_floating, use_triton
 def deformable_attention_eager(
     value: Tensor, level_sizes: list[tuple[int, int]], points: Tensor, attention_prob: Tensor
 ) -> Tensor:
-    """Specification: the contract of deformable_attention, differentiable in value, points and attention_prob."""
+    """Specification of deformable_attention, differentiable in value, points and attention_prob."""
     B, _, M, D = value.shape
     Q = points.shape[1]
     cells = [height * width for height, width in level_sizes]
     dtype = torch.promote_types(value.dtype, torch.promote_types(points.dtype, attention_prob.dtype))
     out = torch.zeros(B * M, D, Q, dtype=dtype, device=value.device)
     if out.numel():
-        grid = 2 * points.to(dtype) - 1  # grid_sample counts from -1 to 1
+        grid = 2 * points.to(dtype) - 1  # grid_sample takes -1..1
         for level, (x, (height, width)) in enumerate(zip(value.to(dtype).split(cells, dim=1), level_sizes)):
             maps = x.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
             at = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B M, Q, P, 2)
@@ -44,7 +44,7 @@ if HAS_TRITON:
         HEADS: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
         QUERIES: tl.constexpr, PADDED_CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
-        # A program makes QUERIES outputs of one head of one image: each corner of a point is a row of D numbers.
+        # A program computes QUERIES outputs of one head of one image; each corner of a point is a row of D numbers.
         image = (tl.program_id(0) // HEADS).to(tl.int64)
         head = tl.program_id(0) % HEADS
         query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -61,7 +61,7 @@ if HAS_TRITON:
                 prob = tl.load(prob_ptr + at, mask=is_query, other=0.0).to(DTYPE)
                 x = tl.load(points_ptr + 2 * at, mask=is_query, other=0.0).to(DTYPE) * width - 0.5
                 y = tl.load(points_ptr + 2 * at + 1, mask=is_query, other=0.0).to(DTYPE) * height - 0.5
-                x = tl.minimum(tl.maximum(x, -2.0), width + 1.0)  # beyond, all is 0; and it fits an integer
+                x = tl.minimum(tl.maximum(x, -2.0), width + 1.0)  # beyond, all is 0; so x fits an integer
                 y = tl.minimum(tl.maximum(y, -2.0), height + 1.0)
                 left = tl.floor(x)
                 top = tl.floor(y)
@@ -86,7 +86,7 @@ if HAS_TRITON:
 def deformable_attention_triton(
     value: Tensor, level_sizes: list[tuple[int, int]], points: Tensor, attention_prob: Tensor
 ) -> Tensor:
-    """The kernel: the same contract, for at least one output, without gradients, sums at least float32."""
+    """The kernel: the same contract for at least one output, without gradients; sums are at least float32."""
     B, S, M, D = value.shape
     Q, L, P = points.shape[1], *points.shape[3:5]
     sizes = torch.tensor(level_sizes, dtype=torch.int32)
@@ -106,23 +106,22 @@ def deformable_attention_triton(
 def deformable_attention(
     value: Tensor, level_sizes: list[tuple[int, int]], points: Tensor, attention_prob: Tensor
 ) -> Tensor:
-    """Weighted means of bilinear reads, head by head.
+    """Weighted sums of bilinear samples, head by head.
 
         out[b, q, m] = sum_{l, p} attention_prob[b, q, m, l, p] * x_l[b, m](points[b, q, m, l, p])
 
     x_l[b, m](u, v) is the bilinear interpolation of level l's map (H_l, W_l, D) at the fractions u of its width and v
-    of its height: the center of cell (row i, column j) is at u = (j + 1/2) / W_l, v = (i + 1/2) / H_l, and around the
-    map there are zeros.
+    of its height. The center of cell (row i, column j) is at u = (j + 1/2) / W_l, v = (i + 1/2) / H_l. The map is
+    padded with zeros.
 
     Args:
         value: (B, S, M, D) for M heads, S = sum_l H_l W_l cells: level by level, row by row.
         level_sizes: (H_l, W_l) of the L levels.
         points: (B, Q, M, L, P, 2), x then y, as fractions of the map; any real number.
-        attention_prob: (B, Q, M, L, P); usually sums to 1 over the L * P points, which nothing here needs.
+        attention_prob: (B, Q, M, L, P); usually sums to 1 over the L * P points, but need not.
     Returns:
-        (B, Q, M, D) in the dtype of `value`, computed in the wider of the dtypes given. Differentiable in value, points
-        and attention_prob, where the specification then runs (see kernels.backend); B and Q may be 0. ValueError where
-        S does not fit level_sizes.
+        (B, Q, M, D) in the dtype of `value`, computed in the widest dtype of the inputs. If an input requires grad, the
+        specification runs (kernels.backend). B and Q may be 0. ValueError if S does not fit level_sizes.
     """
     if sum(height * width for height, width in level_sizes) != value.shape[1] or len(level_sizes) != points.shape[3]:
         levels = points.shape[3]
@@ -132,7 +131,7 @@ def deformable_attention(
     tensors = (value, points, attention_prob)
     unsupported = not_floating(value=value, points=points, attention_prob=attention_prob)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        unsupported = "a gradient is wanted, which the kernel does not compute"
+        unsupported = "the kernel computes no gradient, and an input requires one"
     implementation = deformable_attention_eager
     if use_triton("deformable_attention", *tensors, unsupported=unsupported) and value.numel() and points.numel():
         implementation = deformable_attention_triton

@@ -1,18 +1,18 @@
-"""Squared difference of two maps where a mask is, student's gradient included: the core of masked imitation.
+"""Fused squared difference of two maps under a mask: the core of masked imitation.
 
     L         = 1 / (2 M) * sum_bcp m_bp (s_bcp - t_bcp)^2
     dL/ds_bcp = m_bp / M * (s_bcp - t_bcp)
 
-The kernel writes dL/ds everywhere, but reads s and t only where the mask is: in groups of 16 bytes, the widest a thread
-can load, a group of neighbouring pixels if any of them is marked. With a fifth of the pixels marked in blobs that is
-1.4 passes over a map, where a backward pass of its own makes it five.
+The kernel writes dL/ds everywhere, but reads s and t only near marked pixels. It reads groups of neighbours of 16
+bytes, the largest load of a thread, if any pixel of the group is marked. With a fifth of the pixels marked in blobs
+this is 1.4 passes over a map; a separate backward pass would make it five.
 """
 
 import torch
 from torch import Tensor
 
 from kernels.backend import HAS_TRITON, is_wide, not_floating, require_shape, scale_of, use_triton
-from kernels.held_gradient import empty_gradient, with_gradient
+from kernels.precomputed_gradient import empty_gradient, with_gradient
 from layers.precision import compute_dtype
 
 
@@ -36,8 +36,8 @@ if HAS_TRITON:
         ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, IS_CHANNELS_LAST: tl.constexpr,
         HAS_GRADIENT: tl.constexpr, IS_WIDE: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
-        # A program takes a tile (ROWS, GROUPS, WIDTH) of one image: WIDTH neighbours in memory, all read or none, so
-        # that they are one load. They are pixels, and rows are channels; in a channels_last map the other way round.
+        # A program takes a tile (ROWS, GROUPS, WIDTH) of one image. WIDTH neighbours in memory are one load: all are
+        # read or none. They are pixels, and rows are channels; in a channels_last map it is the reverse.
         row_tiles = tl.cdiv(n_pixels if IS_CHANNELS_LAST else n_channels, ROWS)
         group_tiles = tl.cdiv(n_channels if IS_CHANNELS_LAST else n_pixels, GROUPS * WIDTH)
         tile = tl.program_id(0) // group_tiles
@@ -55,7 +55,7 @@ if HAS_TRITON:
         is_read = inside & (tl.max(marked, 2, keep_dims=True) > 0)
         s = tl.load(s_ptr + image * s_image + channel * s_channel + pixel * s_pixel, mask=is_read, other=0.0)
         t = tl.load(t_ptr + image * t_image + channel * t_channel + pixel * t_pixel, mask=is_read, other=0.0)
-        difference = tl.where(marked > 0, s.to(DTYPE) - t.to(DTYPE), 0.0)  # a neighbour may be read, unmarked
+        difference = tl.where(marked > 0, s.to(DTYPE) - t.to(DTYPE), 0.0)  # unmarked neighbours may be read
         gradient = tl.load(scale_ptr) * marked * difference
         tl.store(loss_ptr + tl.program_id(0), 0.5 * tl.sum(gradient * difference))
         if HAS_GRADIENT:
@@ -64,9 +64,9 @@ if HAS_TRITON:
 
 
 def masked_squares_triton(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
-    """The kernel, with its gradient: the same contract as masked_squares_eager, for at least one element.
+    """The kernel, with its gradient: the contract of masked_squares_eager, for at least one element.
 
-    The mask is not below 0. What s and t are where it is 0 plays no role, even nan.
+    The mask is at least 0. Where it is 0, s and t have no effect, even if they are nan.
     """
     s, t, mask = s_map.flatten(2), t_map.detach().flatten(2), mask.detach().flatten(1)  # (B, C, P) and (B, P)
     needs_gradient = torch.is_grad_enabled() and s.requires_grad
@@ -77,7 +77,7 @@ def masked_squares_triton(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser
 def _launch(
     s: Tensor, t: Tensor, mask: Tensor, normaliser: Tensor | float, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(B, C, P), (B, C, P), (B, P) -> L (), and dL/ds like s (without content where not needed)."""
+    """(B, C, P), (B, C, P), (B, P) -> L (), and dL/ds in the form of s (empty without needs_gradient)."""
     images, n_channels, n_pixels = s.shape
     dtype = compute_dtype(s, t)
     is_channels_last = s.stride(2) != 1
@@ -99,14 +99,14 @@ def _launch(
 
 
 def masked_squares(s_map: Tensor, t_map: Tensor, mask: Tensor, *, normaliser: Tensor | float = 1.0) -> Tensor:
-    """L of the equation above, (): the kernel or its specification, see kernels.backend.
+    """L (), the equation above, by the kernel or its specification (kernels.backend).
 
     Args:
-        s_map, t_map: (B, C, H, W), of equal shape and any strides. Gradient flows to the student's.
-        mask: m, (B, 1, H, W), bool or at least 0. Detached, as is the normaliser.
+        s_map, t_map: (B, C, H, W), of equal shape and any strides. Gradient flows to the student.
+        mask: m, (B, 1, H, W), bool or at least 0. Mask and normaliser are detached.
         normaliser: M > 0, () or a number.
     Returns:
-        float64 where a map is, else float32. Nothing in, 0 out. ValueError for other shapes.
+        float64 if a map is float64, else float32; 0 for empty maps. ValueError for other shapes.
     """
     require_shape("t_map", t_map, s_map.shape)
     require_shape("mask", mask, (s_map.shape[0], 1, *s_map.shape[2:]))

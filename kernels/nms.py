@@ -1,26 +1,27 @@
-"""Non-maximum suppression: class-wise, greedy, exact, and no further than `max_detections`.
+"""Non-maximum suppression: class-wise, greedy and exact; it stops at `max_detections`.
 
-Specification, over candidates in order of falling score (equal scores: lower index first):
+Specification, over candidates in order of falling score (ties: lower index first):
 
     keep(i)  iff  no kept j before i has label_j = label_i and IoU(j, i) > iou_threshold
 
-computed in pure PyTorch. Serial loops over candidates are what makes NMS slow on a CPU, so the order is walked in
-blocks: a block first loses what the survivors of earlier blocks suppress (a matrix of IoUs), then settles itself
-(`_settle`), and the walk ends once enough candidates have survived. Candidates far down the order, most of them at
-the thresholds mAP is measured at, are neither compared nor even sorted.
+A serial loop over candidates makes NMS slow on a CPU, so this implementation takes them in blocks. The survivors of
+earlier blocks suppress candidates of a block (a matrix of IoUs), then the candidates of the block suppress each other
+(`_settle`). It stops once enough candidates have survived. The candidates after that, which are most of them at the low
+thresholds of mAP, are neither compared nor sorted.
 
-IoU is float32, intersection / union without an epsilon, and the threshold is compared as the real number it is:
-the arithmetic of torchvision.ops.nms, so that pairs exactly on the threshold fall on the same side. Two boxes without
-area have the IoU 0 / 0 and do not suppress each other.
+IoU is float32, intersection / union without an epsilon, and the threshold is not rounded before the comparison. This is
+the arithmetic of torchvision.ops.nms: pairs exactly on the threshold get the same result. Two boxes without area have
+the IoU 0 / 0 and do not suppress each other.
 
-Differs from torchvision.ops.batched_nms, which for small sets moves the classes apart by an offset added to the
-boxes: that rounds their coordinates, and a pair near the threshold can fall on the other side. Here coordinates are
-never touched. Non-finite boxes and scores are dropped, there they are kept or spoil their neighbours.
+Differs from torchvision.ops.batched_nms: for small sets that function separates the classes by an offset added to the
+boxes, which rounds their coordinates and can change the result near the threshold. Coordinates are never changed here.
+Non-finite boxes and scores are dropped; torchvision keeps them, or they affect their neighbours.
 
-On a CUDA device kernels.nms_triton computes the same set, see kernels.backend.
+On a CUDA device kernels.nms_triton computes the same set (kernels.backend).
 """
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +30,21 @@ from kernels.backend import use_triton
 from kernels.nms_triton import batched_nms_triton, select_detections_triton
 from structures import Detections
 
-MAX_CANDIDATES = 30_000  # per image: the best of them enter suppression, as in the public YOLO evaluations
-BLOCK = 512  # candidates compared at once: a matrix is 1 MB of float32, and the few alive at a time stay in the cache
-MANY = 4096  # wanted survivors from which batched_nms takes one class after another
-FIRST_LOCATIONS = 1024  # where select_detections looks first, then four times as many, then everywhere
+MAX_CANDIDATES = 30_000  # per image, the best ones, as in the public YOLO evaluations
+BLOCK = 512  # candidates compared at once: a matrix is 1 MB of float32, and the few in use at a time stay in the cache
+MANY = 4096  # batched_nms takes one class after another if more survivors than this may be returned
+FIRST_LOCATIONS = 1024  # select_detections takes the best 1,024 locations first, then 4,096, then all
 
-Candidates = tuple[Tensor, Tensor, Tensor]  # row numbers (N,), boxes_xyxy (N, 4) float32, labels (N,); best first
+
+class Candidates(NamedTuple):
+    """N candidates, best first: row numbers (N,), boxes_xyxy (N, 4) float32, labels (N,)."""
+
+    rows: Tensor
+    boxes_xyxy: Tensor
+    labels: Tensor
+
+    def take(self, index: Tensor | slice) -> "Candidates":
+        return Candidates(self.rows[index], self.boxes_xyxy[index], self.labels[index])
 
 
 @torch.no_grad()
@@ -54,16 +64,16 @@ def batched_nms(
     boxes_xyxy, labels = boxes_xyxy[rows].float(), labels[rows]
 
     def walk(order: Tensor) -> Tensor:
-        blocks = ((block, boxes_xyxy[block], labels[block]) for block in order.split(BLOCK))
-        return _suppress(blocks, iou_threshold, max_detections)[0]
+        blocks = (Candidates(block, boxes_xyxy[block], labels[block]) for block in order.split(BLOCK))
+        return _suppress(blocks, iou_threshold, max_detections).rows
 
     order = torch.arange(len(rows), device=rows.device)
     if min(max_detections, len(rows)) <= MANY:
         return rows[walk(order)]
-    # So many survivors are wanted that stopping early gains less than comparing each class with itself alone.
-    labels_in_turn, order = labels.sort(stable=True)
-    class_sizes = labels_in_turn.unique_consecutive(return_counts=True)[1].tolist()
-    keep = torch.cat([walk(of_class) for of_class in order.split(class_sizes)])
+    # With this many survivors, comparing only within a class saves more than stopping early.
+    sorted_labels, order = labels.sort(stable=True)
+    class_sizes = sorted_labels.unique_consecutive(return_counts=True)[1].tolist()
+    keep = torch.cat([walk(rows_of_class) for rows_of_class in order.split(class_sizes)])
     return rows[keep.sort().values[:max_detections]]
 
 
@@ -80,10 +90,10 @@ def select_detections(
 ) -> list[Detections]:
     """Dense predictions boxes_xyxy (B, A, 4) and scores (B, A, K) -> the best detections of each of the B images.
 
-    A candidate is a pair (location, class) whose score is above `score_threshold`: every such pair with
-    `multi_label` (how mAP is measured), only the location's best class without. The best `max_candidates` of an
-    image, ties by location and then class, are suppressed as in batched_nms; detections keep the given dtypes.
-    B, A and K may be 0, max_candidates is at least 1.
+    A candidate is a pair (location, class) with a score above `score_threshold`: every such pair with `multi_label`, as
+    for mAP, or only the best class of a location without it. The best `max_candidates` of an image (ties: location,
+    then class) are suppressed as in batched_nms. Detections keep the dtypes of the inputs. B, A and K may be 0;
+    max_candidates is at least 1.
     """
     unsupported = "scores are float64, expected float32 or narrower" if scores.dtype == torch.float64 else None
     if use_triton("select_detections", boxes_xyxy, scores, unsupported=unsupported) and scores.numel():
@@ -107,7 +117,7 @@ def _select(
     """One image of select_detections: (A, 4), (A, K)."""
     if scores.numel() == 0:
         return Detections(boxes_xyxy[:0], scores.flatten(), torch.zeros(0, dtype=torch.int64, device=scores.device))
-    best = scores.amax(1)  # (A,), nan or inf where any class is
+    best = scores.amax(1)  # (A,), nan or inf if a class is
     if not (boxes_xyxy.isfinite().all() and best.isfinite().all()):
         scores = scores.masked_fill(~(boxes_xyxy.isfinite().all(1, keepdim=True) & scores.isfinite()), -torch.inf)
         best = scores.amax(1)
@@ -119,7 +129,7 @@ def _select(
             for block in pairs.split(BLOCK):
                 location = block // columns
                 labels = block % columns if multi_label else scores[location].argmax(1)
-                yield block, boxes_xyxy[location].float(), labels
+                yield Candidates(block, boxes_xyxy[location].float(), labels)
 
     pairs, _, labels = _suppress(blocks(), iou_threshold, max_detections)
     location = pairs // columns
@@ -129,8 +139,9 @@ def _select(
 def _best_first(scores: Tensor, best: Tensor, score_threshold: float, max_candidates: int) -> Iterator[Tensor]:
     """Pairs of finite scores (A, C) above the threshold, as location * C + column, best first, in a few growing pieces.
 
-    best (A,): each location's highest score. The best n pairs lie in the n best locations, so a piece takes the pairs
-    above the n-th location's best: a reader who stops early has not sorted the rest. Pieces are disjoint score ranges.
+    best (A,): the highest score of each location. The best n pairs lie in the n best locations, so a piece consists of
+    the pairs above the best score of the n-th location. Pieces are disjoint score ranges; a caller that stops early has
+    not sorted the rest.
     """
     num_locations, columns = scores.shape
     ceiling, count = torch.inf, FIRST_LOCATIONS
@@ -143,7 +154,7 @@ def _best_first(scores: Tensor, best: Tensor, score_threshold: float, max_candid
         chosen = ((in_rows > floor) & (in_rows <= ceiling)).nonzero().squeeze(1)
         values = in_rows[chosen]
         if len(chosen) > max_candidates:
-            may_enter = values >= values.topk(max_candidates).values[-1]  # with all ties of the last
+            may_enter = values >= values.topk(max_candidates).values[-1]  # includes all ties of the last one
             chosen, values = chosen[may_enter], values[may_enter]
         chosen = chosen[values.sort(stable=True, descending=True).indices][:max_candidates]
         yield rows[chosen // columns] * columns + chosen % columns
@@ -154,46 +165,46 @@ def _best_first(scores: Tensor, best: Tensor, score_threshold: float, max_candid
 
 
 def _suppress(blocks: Iterable[Candidates], iou_threshold: float, max_detections: int) -> Candidates:
-    """Greedy suppression over blocks of candidates, best first: those that survive, best first, M <= max_detections.
+    """Greedy suppression over blocks of candidates, best first -> the first M <= max_detections survivors, best first.
 
     There is at least one block, which may be empty.
     """
     threshold = _float32_at_most(iou_threshold)
-    kept: Candidates = ()
+    kept: Candidates | None = None
     for candidates in blocks:
-        kept = kept or tuple(column[:0] for column in candidates)
-        if len(kept[0]) >= max_detections:
+        kept = kept or candidates.take(slice(0))
+        if len(kept.rows) >= max_detections:
             break
-        for start in range(0, len(kept[0]), BLOCK):
-            _, boxes, labels = (column[start : start + BLOCK] for column in kept)
-            is_free = _suppression(boxes, labels, *candidates[1:], threshold).amax(0) == 0
-            candidates = tuple(column[is_free] for column in candidates)
-        _, boxes, labels = candidates
-        is_kept = _settle(_suppression(boxes, labels, boxes, labels, threshold))
-        kept = tuple(torch.cat((old, new[is_kept])) for old, new in zip(kept, candidates))
-    return tuple(column[:max_detections] for column in kept)
+        for start in range(0, len(kept.rows), BLOCK):
+            is_free = _suppression(kept.take(slice(start, start + BLOCK)), candidates, threshold).amax(0) == 0
+            candidates = candidates.take(is_free)
+        survivors = candidates.take(_settle(_suppression(candidates, candidates, threshold)))
+        kept = Candidates(*(torch.cat(columns) for columns in zip(kept, survivors)))
+    assert kept is not None
+    return kept.take(slice(max_detections))
 
 
-def _suppression(a: Tensor, a_labels: Tensor, b: Tensor, b_labels: Tensor, threshold: float) -> Tensor:
-    """(N, 4), (N,), (M, 4), (M,) -> (N, M) float32: 1 where labels are equal and IoU is above the threshold, else 0.
+def _suppression(a: Candidates, b: Candidates, threshold: float) -> Tensor:
+    """N and M candidates -> (N, M) float32: 1 if their labels are equal and their IoU is above the threshold, else 0.
 
-    Comparisons are in place, hence float: PyTorch vectorises those, and is seven times slower at making a bool.
+    The comparisons are in place, so the result is float: PyTorch vectorises them, and a bool result takes seven times
+    as long.
     """
-    ax1, ay1, ax2, ay2 = a.T.contiguous()[:, :, None]  # (N, 1) each
-    bx1, by1, bx2, by2 = b.T.contiguous()[:, None]  # (1, M) each
+    ax1, ay1, ax2, ay2 = a.boxes_xyxy.T.contiguous()[:, :, None]  # (N, 1) each
+    bx1, by1, bx2, by2 = b.boxes_xyxy.T.contiguous()[:, None]  # (1, M) each
     width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)  # (N, M)
     intersection = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0).mul_(width)
     union = torch.add((ax2 - ax1) * (ay2 - ay1), (bx2 - bx1) * (by2 - by1)).sub_(intersection)
-    is_same = torch.sub(a_labels[:, None].float(), b_labels.float()).eq_(0)
-    return intersection.div_(union).gt_(threshold).mul_(is_same)  # gt_ makes the nan of 0 / 0 a zero
+    is_same = torch.sub(a.labels[:, None].float(), b.labels.float()).eq_(0)
+    return intersection.div_(union).gt_(threshold).mul_(is_same)  # gt_ turns the nan of 0 / 0 into 0
 
 
 def _settle(suppression: Tensor) -> Tensor:
-    """Who survives among N candidates in order, given who would suppress whom (N, N): (N,) bool.
+    """The survivors (N,) bool of N candidates, best first, given which would suppress which (N, N).
 
-    keep(i) = not any_{j < i} keep(j) and suppression(j, i) has one solution. Iterating it from "all survive" makes
-    candidate i right after as many rounds as its longest chain of suppressors, usually fewer than ten; a round that
-    changes nothing has found the solution.
+    keep(i) = not any_{j < i} (keep(j) and suppression(j, i)) has one solution. Iterated from "all survive", candidate i
+    is correct after as many rounds as its longest chain of suppressors has members, usually fewer than ten. A round
+    without a change has reached the solution.
     """
     matrix = suppression.triu(diagonal=1)
     keep = matrix.new_ones(len(matrix))
@@ -205,6 +216,6 @@ def _settle(suppression: Tensor) -> Tensor:
 
 
 def _float32_at_most(value: float) -> float:
-    """The largest float32 <= value. A float32 is above `value` exactly when it is above this."""
+    """The largest float32 <= value: a float32 is above it exactly if it is above `value`."""
     rounded = torch.tensor(value, dtype=torch.float32)
     return (rounded if rounded.item() <= value else rounded.nextafter(torch.tensor(-torch.inf))).item()

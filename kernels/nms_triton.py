@@ -1,16 +1,16 @@
-"""Non-maximum suppression on a GPU: the greedy set of kernels.nms, of a batch of images, without a word to the host.
+"""Non-maximum suppression on a GPU: the result of kernels.nms for a batch of images, without waiting for the host.
 
-As the specification, the order is walked in blocks; a block is BLOCK candidates of every image at once:
+As in the specification, candidates are taken in blocks. A block is BLOCK candidates of every image:
 
-    _usable_kernel    which rows are candidates; then the device sorts their scores
-    _gather_kernel    boxes and labels in that order (both for one image only)
-    _compare_kernel   who overlaps whom in the block: for each candidate, a bit for each better one that suppresses it
-    _settle_kernel    who survives in the block: one program an image walks its bits, 64 candidates at a time
-    _spread_kernel    who is lost further down: every later candidate against the block's survivors only
+    _usable_kernel    marks the rows that are candidates; the device then sorts their scores
+    _gather_kernel    copies boxes and labels in that order (this and the first kernel: batched_nms only)
+    _compare_kernel   compares a block with itself: for each candidate, a bit for each better one that suppresses it
+    _settle_kernel    finds the survivors of the block: one program per image, 64 candidates at a time
+    _spread_kernel    compares every later candidate with the survivors of the block
 
-Nothing is as large as the square of the number of boxes, what is suppressed is never compared again, and an image that
-has `max_detections` survivors costs the rest of the walk nothing. The arithmetic is that of the specification to the
-last bit: float32 in the same order, a division that rounds correctly, no fused multiply-add. So is the kept set.
+No tensor has the square of the number of boxes, a suppressed candidate is not compared again, and an image with
+`max_detections` survivors needs no further work. The arithmetic is bit for bit that of the specification (float32 in
+the same order, a correctly rounded division, no fused multiply-add), so the kept set is the same.
 """
 
 import torch
@@ -22,8 +22,8 @@ from structures import Detections
 
 BLOCK = 2048  # candidates: enough work to hide three launches, few enough for one program to settle
 WORD = 64  # bits
-ROWS = 256  # of a program that prepares
-NO_CANDIDATE = torch.iinfo(torch.int64).min  # its key
+ROWS = 256  # of one program of _usable_kernel and _gather_kernel
+NO_CANDIDATE = torch.iinfo(torch.int64).min  # the key of a row that is not a candidate
 
 if HAS_TRITON:
     import triton
@@ -39,7 +39,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _is_suppressed(boxes_ptr, labels_ptr, i, is_i, j, is_j, count, threshold):
-        # (I, J): would i suppress j, if kept? The kernels are compiled without fused multiply-add.
+        # (I, J): whether i suppresses j if i is kept. The kernels are compiled without fused multiply-add.
         ix1, iy1, ix2, iy2 = _corners(boxes_ptr, i, count, is_i)
         jx1, jy1, jx2, jy2 = _corners(boxes_ptr, j, count, is_j)
         i_area = (ix2 - ix1) * (iy2 - iy1)
@@ -56,7 +56,7 @@ if HAS_TRITON:
     def _usable_kernel(
         boxes_ptr, scores_ptr, usable_ptr, count, box_row, box_corner, score_row, ROWS: tl.constexpr
     ):  # fmt: skip
-        # The scores; -inf where a number of the row is not finite. -0 becomes 0, which a sort by bits tells apart.
+        # The scores; -inf if a number of the row is not finite. -0 becomes 0: a sort by bits would separate them.
         i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         score = tl.load(scores_ptr + i * score_row, mask=i < count, other=0.0).to(usable_ptr.dtype.element_ty)
         is_finite = tl.abs(score) < float("inf")
@@ -71,7 +71,7 @@ if HAS_TRITON:
         boxes_ptr, labels_ptr, order_ptr, usable_ptr, gathered_ptr, gathered_labels_ptr, lost_ptr, count,
         box_row, box_corner, label_row, ROWS: tl.constexpr,
     ):  # fmt: skip
-        # Boxes corner by corner and labels, best first; lost: those that are no candidates from the start.
+        # Boxes (corner by corner) and labels, best first. lost: not a candidate, or suppressed later.
         i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         is_row = i < count
         row = tl.load(order_ptr + i, mask=is_row, other=0)
@@ -95,7 +95,7 @@ if HAS_TRITON:
         is_full = tl.load(survivors_ptr + image) >= limit
         j = block * BLOCK + column
         is_j = tl.load(lost_ptr + image * count + j, mask=j < count, other=1) == 0
-        # Bits nobody will look at are not written: of later words, of lost candidates, of images that have enough.
+        # Bits that are never read are not written: of later words, lost candidates, images with enough survivors.
         if (word * 64 < (tl.program_id(2) + 1) * COLUMNS) & (is_full == 0) & (tl.max(is_j.to(tl.int32), 0) == 1):
             member = tl.arange(0, 64)
             i = block * BLOCK + word * 64 + member
@@ -112,8 +112,8 @@ if HAS_TRITON:
         lost_ptr, bits_ptr, survivors_ptr, before_ptr, kept_ptr, block, count, limit,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # keep(j) = not lost(j) and no kept i before j suppresses it, 64 candidates at a time. Among those 64 the rule
-        # is iterated until nothing changes, as kernels.nms._settle does: at most as often as a chain is long.
+        # keep(j) = not lost(j) and no kept i before j suppresses it, 64 candidates at a time. Among those 64 this is
+        # iterated until nothing changes, as in kernels.nms._settle: at most once per member of the longest chain.
         image = tl.program_id(0).to(tl.int64)
         survivors = tl.load(survivors_ptr + image)
         tl.store(before_ptr + image, survivors)
@@ -129,12 +129,12 @@ if HAS_TRITON:
                 bits = tl.load(bits_at, mask=(words <= word)[:, None], other=0)  # (BLOCK / 64, 64)
                 is_free = tl.load(lost_ptr + image * count + j, mask=j < count, other=1) == 0
                 is_free = is_free & (tl.max(((bits & kept[:, None]) != 0).to(tl.int32), 0) == 0)
-                rivals = tl.sum(tl.where((words == word)[:, None], bits, 0), 0)  # (64,): bits among the 64
+                suppressors = tl.sum(tl.where((words == word)[:, None], bits, 0), 0)  # (64,): bits among the 64
                 keep = tl.sum(tl.where(is_free, one, 0), 0)
                 previous = ~keep
                 while keep != previous:
                     previous = keep
-                    keep = tl.sum(tl.where(is_free & ((rivals & keep) == 0), one, 0), 0)
+                    keep = tl.sum(tl.where(is_free & ((suppressors & keep) == 0), one, 0), 0)
                 kept = tl.where(words == word, keep, kept)
                 is_kept = ((keep & one) != 0).to(tl.int32)
                 rank = survivors + tl.cumsum(is_kept, 0) - 1
@@ -167,17 +167,17 @@ if HAS_TRITON:
 def suppress(
     boxes_xyxy: Tensor, labels: Tensor, is_candidate: Tensor, threshold: float, max_detections: int
 ) -> tuple[Tensor, Tensor]:
-    """The walk over B images of N candidates each, best first: places (B, M) int32 and how many of them count (B,).
+    """Suppression in B images of N candidates each, best first: indices (B, M) int32 and counts (B,) of the survivors.
 
-    boxes_xyxy (B, N, 4), labels (B, N), is_candidate (B, N), threshold a float32 number; M = min(max_detections, N).
-    Row b of the places holds the survivors of image b, best first; after the number that count it holds anything.
+    boxes_xyxy (B, N, 4), labels (B, N), is_candidate (B, N); threshold is a float32 number; M = min(max_detections, N).
+    Row b of the indices holds the survivors of image b, best first; entries after its count are undefined.
     """
     boxes = boxes_xyxy.float().transpose(1, 2).contiguous()  # (B, 4, N)
     return _walk(boxes, labels.int().contiguous(), (~is_candidate).int(), threshold, max_detections)
 
 
 def _walk(boxes: Tensor, labels: Tensor, lost: Tensor, threshold: float, max_detections: int) -> tuple[Tensor, Tensor]:
-    """suppress, of boxes (B, 4, N) float32, labels (B, N) int32 and lost (B, N) int32: not 0 where no candidate is."""
+    """`suppress` for boxes (B, 4, N) float32, labels (B, N) int32 and lost (B, N) int32, not 0 for no candidate."""
     images, count = labels.shape
     limit = min(max_detections, count)
     kept = torch.empty(images, limit, dtype=torch.int32, device=labels.device)
@@ -197,8 +197,8 @@ def _walk(boxes: Tensor, labels: Tensor, lost: Tensor, threshold: float, max_det
             _settle_kernel[(images,)](lost, bits, survivors, before, kept, block, count, limit, **exact)
             left = count - (block + 1) * block_size
             if left > 0:
-                tiles = (triton.cdiv(left, 32), images)  # only the first may exceed 65,535
-                _spread_kernel[tiles](
+                later_tiles = (triton.cdiv(left, 32), images)  # only the first may exceed 65,535
+                _spread_kernel[later_tiles](
                     boxes, labels, lost, survivors, before, kept, block, count, limit, threshold, COLUMNS=32, **exact
                 )
     return kept, survivors
@@ -207,22 +207,22 @@ def _walk(boxes: Tensor, labels: Tensor, lost: Tensor, threshold: float, max_det
 def batched_nms_triton(
     boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int
 ) -> Tensor:
-    """The contract of kernels.nms.batched_nms; the host hears once, how many survive.
+    """The contract of kernels.nms.batched_nms. The host waits once, for the number of survivors.
 
-    Two kernels beside the sort, where PyTorch's own operations would be thirty: of a thousand boxes, launching them
-    would be most of the time.
+    Two kernels beside the sort replace thirty operations of PyTorch; for a thousand boxes launching those would take
+    most of the time.
     """
-    order, *candidates = in_order(boxes_xyxy, scores, labels)
-    kept, survivors = _walk(*(x[None] for x in candidates), threshold, max_detections)
+    order, boxes, sorted_labels, lost = in_order(boxes_xyxy, scores, labels)
+    kept, survivors = _walk(boxes[None], sorted_labels[None], lost[None], threshold, max_detections)
     return order[kept[0, : survivors.item()]]
 
 
 def in_order(boxes_xyxy: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(N, 4), (N,), (N,) -> rows (N,) by falling score, and in this order boxes (4, N), labels (N,), lost (N,)."""
+    """(N, 4), (N,), (N,) -> rows (N,) by falling score; boxes (4, N), labels (N,) and lost (N,) in that order."""
     count, device = len(scores), scores.device
     usable = torch.empty(count, dtype=compute_dtype(scores), device=device)
     boxes = torch.empty(4, count, dtype=torch.float32, device=device)
-    of_class, lost = torch.empty(2, count, dtype=torch.int32, device=device)
+    sorted_labels, lost = torch.empty(2, count, dtype=torch.int32, device=device)
     grid = (triton.cdiv(count, ROWS),)
     with torch.cuda.device_of(boxes):
         if count:
@@ -230,10 +230,10 @@ def in_order(boxes_xyxy: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor
         usable, order = usable.sort(stable=True, descending=True)
         if count:
             _gather_kernel[grid](
-                boxes_xyxy, labels, order, usable, boxes, of_class, lost, count,
+                boxes_xyxy, labels, order, usable, boxes, sorted_labels, lost, count,
                 *boxes_xyxy.stride(), *labels.stride(), ROWS=ROWS,
             )  # fmt: skip
-    return order, boxes, of_class, lost
+    return order, boxes, sorted_labels, lost
 
 
 def select_detections_triton(
@@ -245,15 +245,15 @@ def select_detections_triton(
     multi_label: bool,
     max_candidates: int,
 ) -> list[Detections]:
-    """The contract of kernels.nms.select_detections, where B, A and K are above 0 and scores not float64.
+    """The contract of kernels.nms.select_detections for B, A and K above 0 and scores that are not float64.
 
-    The host hears once, how many survive in each image.
+    The host waits once, for the number of survivors of each image.
     """
     location, labels, is_candidate = _best_first(boxes_xyxy, scores, score_threshold, multi_label, max_candidates)
     boxes = boxes_xyxy.gather(1, location[:, :, None].expand(-1, -1, 4))  # (B, N, 4)
     kept, survivors = suppress(boxes, labels, is_candidate, threshold, max_detections)
     counts = survivors.tolist()
-    # All survivors of the batch in a few launches, then views of them: a launch for each image would cost more.
+    # A few launches gather the survivors of the whole batch, then views split them: launches per image would cost more.
     image = torch.arange(len(counts), device=kept.device).repeat_interleave(survivors, output_size=sum(counts))  # (S,)
     rank = torch.arange(len(image), device=kept.device) - (survivors.cumsum(0) - survivors)[image]
     row = kept[image, rank].long()
@@ -270,13 +270,13 @@ def _best_first(
     N = min(max_candidates, A K), or A in place of A K without multi_label. Scores are not float64.
     """
     usable = scores.masked_fill(~(boxes_xyxy.isfinite().all(2, keepdim=True) & scores.isfinite()), -torch.inf)
-    best_label = usable.argmax(2)  # (B, A), the first of equal ones
+    best_label = usable.argmax(2)  # (B, A), ties: the first
     columns = usable.shape[2] if multi_label else 1
     usable = (usable if multi_label else usable.amax(2)).flatten(1)  # (B, A * columns)
     is_candidate = (usable > score_threshold) & (usable > -torch.inf)
     values = usable.float() + 0.0  # -0 becomes 0
-    # A float's bits order as integers do, those of a negative one backwards. Below them, the place in the order of
-    # ties: so no two keys are equal, and the best can be taken without sorting the rest.
+    # The bits of floats are ordered like integers, those of negative ones in reverse. The low half of a key is the
+    # place among ties. So all keys differ, and topk takes the best without sorting the rest.
     bits = values.view(torch.int32)
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     place = torch.arange(values.shape[1], device=values.device)

@@ -1,11 +1,11 @@
-"""RoIAlign on a GPU, forward and backward, without the matrix of kernels.roi_align: the same sums, the same every time.
+"""RoIAlign on a GPU, forward and backward: the sums of kernels.roi_align without its matrix, deterministic.
 
     pooled[n, i, j] = sum_{y, x} v_ni(y) w_nj(x) map[y, x]
     map_bar[y, x]   = sum_{n, i, j} v_ni(y) w_nj(x) pooled_bar[n, i, j]
 
-with v and w the weights of a bin's samples along each axis. Forward, a program makes all bins of one box.
-Backward, a program owns a tile of pixels and goes through the boxes of its image and level in their order: it gathers,
-so that no two programs add to one number and nothing depends on who comes first. Places of samples round as in the
+v and w are the weights of a bin's samples along each axis. In the forward pass a program computes all bins of one box.
+In the backward pass a program owns a tile of pixels and adds the boxes of its image and level in their order. No two
+programs write to one number, so the result does not depend on their order. Positions of samples are rounded as in the
 specification.
 """
 
@@ -22,9 +22,9 @@ if HAS_TRITON:
 
     @triton.jit
     def _sample(start, bin_size, bin_index, step, size):
-        # Where a sample falls on an axis of `size` pixels, kept within, and 1 where it counts.
+        # The position of a sample on an axis of `size` pixels, clamped, and its weight: 1, or 0 if it is outside.
         place = (start + bin_index * bin_size) + step * bin_size
-        is_inside = (place >= -1) & (place <= size)  # nan is not
+        is_inside = (place >= -1) & (place <= size)  # False for nan
         place = tl.minimum(tl.maximum(tl.where(is_inside, place, 0.0), 0.0), size - 1)
         return place, is_inside.to(tl.float32)
 
@@ -56,7 +56,7 @@ if HAS_TRITON:
                 y_weight = y_counts * (y - low_y if corner // 2 else 1.0 - (y - low_y)) * (1.0 / SAMPLES)
                 x_weight = x_counts * (x - low_x if corner % 2 else 1.0 - (x - low_x)) * (1.0 / SAMPLES)
                 weight = y_weight * x_weight
-                # At the last pixel the weight of the next is 0, so what would be read there is not.
+                # Behind the last pixel the weight is 0, so nothing is read there.
                 pixel = first + (low_y.to(tl.int32) + corner // 2) * width + low_x.to(tl.int32) + corner % 2
                 value = tl.load(
                     rows_ptr + pixel[:, None] * n_channels + channel[None, :],
@@ -123,7 +123,7 @@ def roi_align_triton(
     output_size: int,
     samples: int,
 ) -> Tensor:
-    """The contract of kernels.roi_align.roi_align, for at least one box and channel and maps that are not float64."""
+    """The contract of kernels.roi_align.roi_align for at least one box and channel, and maps that are not float64."""
     rows = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])  # (P, C)
     images = maps[0].shape[0]
     levels = [(stride, *m.shape[2:]) for stride, m in zip(strides, maps)]
@@ -143,7 +143,7 @@ def roi_align_triton(
 
 
 def _tile(bins: int) -> dict[str, int]:
-    """How a program's bins and channels are cut: 16 on a side is the least a matrix product takes."""
+    """The tile of a program in bins and channels; a matrix product needs at least 16 on each side."""
     padded = max(16, triton.next_power_of_2(bins * bins))
     return {"BINS": bins, "PADDED_BINS": padded, "CHANNELS": min(max(16, 2048 // padded), 64)}
 

@@ -1,8 +1,8 @@
-"""What the fused losses over rows of logits share: tensors (..., K) as rows, and the launch of their kernels.
+"""The common part of the fused losses over rows of logits: views of (..., K) as rows, and the launch of a kernel.
 
     L = T^2 / M * sum_n w_n KL_n(s_n, t_n)
 
-with a kernel that computes a tile of rows: what the KL of a row is, and how much of it a program takes, is its own.
+Each loss has its own kernel for a tile of rows, which defines KL_n, and its own tile size.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import HAS_TRITON, is_wide, require_shape, scale_of
-from kernels.held_gradient import empty_gradient, with_gradient
+from kernels.precomputed_gradient import empty_gradient, with_gradient
 from layers.precision import compute_dtype
 
 if HAS_TRITON:
@@ -22,24 +22,24 @@ if HAS_TRITON:
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program takes: `rows` rows, and `columns` columns of them, or all columns, as many at a time."""
+    """The share of one program: `rows` rows by `columns` columns, or all columns in steps of `columns`."""
 
     rows: int
     columns: int
     all_columns: bool
-    options: dict[str, Any] = field(default_factory=dict)  # further constants of the kernel, and of its compilation
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the kernel and its compilation
 
     def programs(self, outer: int, n_rows: int, n_columns: int) -> int:
         return outer * -(-n_rows // self.rows) * (1 if self.all_columns else -(-n_columns // self.columns))
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(..., K) -> (O, N, K), a view wherever one exists."""
+    """(..., K) -> (O, N, K), a view if the strides allow one."""
     return x[(None,) * (3 - x.dim())] if x.dim() < 3 else x.flatten(0, -3)
 
 
 def require_rows(s_logits: Tensor, t_logits: Tensor, weight: Tensor | None) -> None:
-    """ValueError unless the shapes are (..., K), (..., K) and (...): a kernel reads by its student's shape alone."""
+    """ValueError unless the shapes are (..., K), (..., K) and (...): a kernel uses the shape of the student for all."""
     require_shape("t_logits", t_logits, s_logits.shape)
     if weight is not None:
         require_shape("weight", weight, s_logits.shape[:-1])
@@ -54,9 +54,9 @@ def row_loss_triton(
     weight: Tensor | None,
     normaliser: Tensor | float,
 ) -> Tensor:
-    """L (), and its gradient where s_logits wants one, for at least one element.
+    """L (), with its gradient if s_logits requires it, for at least one element.
 
-    tile_of(K, stride of the columns, dtype of the computation) -> a program's share.
+    tile_of(K, stride of the columns, dtype of the computation) -> Tile.
     """
     s, t = as_rows(s_logits), as_rows(t_logits.detach())  # (O, N, K)
     outer, n_rows, n_columns = s.shape

@@ -1,9 +1,10 @@
-"""KL divergence of independent sigmoids under a temperature, student's gradient included: for heads without a softmax.
+"""Fused KL divergence of independent sigmoids under a temperature, for heads without a softmax.
 
     L        = T^2 / M * sum_n w_n sum_k KL(Bern(p^t_nk) || Bern(p^s_nk)),    p = sigmoid(logit / T)
     dL/ds_nk = T / M * w_n (p^s_nk - p^t_nk)
 
-The twin of kernels.temperature_kl. The kernel reads s and t and writes dL/ds: three passes over a tensor.
+kernels.temperature_kl is the same with a softmax. The kernel reads s and t and writes dL/ds: three passes over
+a tensor.
 """
 
 import torch
@@ -33,13 +34,13 @@ def bernoulli_kl(s_logits: Tensor, t_logits: Tensor) -> Tensor:
         KL = p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q)),    p = sigmoid(t), q = sigmoid(s)
            = softplus(s) - softplus(t) + p (t - s)
 
-    The second form is computed: exactly 0 at s = t, its gradient exactly q - p, in a third of the time of the first.
+    The second form is computed. It is exactly 0 at s = t with the exact gradient q - p, and takes a third of the time.
     """
     return softplus(s_logits) - softplus(t_logits) + t_logits.sigmoid() * (t_logits - s_logits)
 
 
 def softplus(values: Tensor) -> Tensor:
-    """log(1 + exp(value)), exact also in float64 (the library's own form gives up beyond 20)."""
+    """log(1 + exp(value)), exact also in float64; torch's default returns `value` beyond 20."""
     return F.softplus(values, threshold=40)
 
 
@@ -49,8 +50,8 @@ if HAS_TRITON:
 
     @triton.jit
     def _sigmoid_and_softplus(x, TERMS: tl.constexpr):
-        # log(1 + e) of e = exp(-|x|) in (0, 1] is 2 artanh(z), z = e / (2 + e) <= 1/3: exact to the last digits also
-        # where e is far below 1, where the logarithm of the rounded sum 1 + e would have none left.
+        # log(1 + e) = 2 artanh(z) for e = exp(-|x|) in (0, 1] and z = e / (2 + e) <= 1/3. This is exact to the last
+        # digits even for a tiny e, for which the rounded sum 1 + e would be 1.
         e = tl.exp(-tl.abs(x))
         z = e / (2.0 + e)
         series = z * 0.0
@@ -90,7 +91,7 @@ if HAS_TRITON:
         t = t.to(DTYPE) * (1 / TEMPERATURE)
         p_s, softplus_s = _sigmoid_and_softplus(s, TERMS)
         p_t, softplus_t = _sigmoid_and_softplus(t, TERMS)
-        kl = softplus_s - softplus_t + p_t * (t - s)  # 0 outside, where both were read as 0
+        kl = softplus_s - softplus_t + p_t * (t - s)  # 0 outside, where s = t = 0
         tl.store(loss_ptr + tl.program_id(0), tl.sum(weight * kl))
         if HAS_GRADIENT:
             gradient = weight * (1 / TEMPERATURE) * (p_s - p_t)
@@ -101,12 +102,12 @@ if HAS_TRITON:
 def sigmoid_kl_triton(
     s_logits: Tensor, t_logits: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float
 ) -> Tensor:
-    """The kernel, with its gradient: the same contract as sigmoid_kl_eager, for at least one element."""
+    """The kernel, with its gradient: the contract of sigmoid_kl_eager, for at least one element."""
     return row_loss_triton(_kl_kernel, tile_of, s_logits, t_logits, temperature, weight, normaliser)
 
 
 def tile_of(n_columns: int, column_stride: int, dtype: torch.dtype) -> Tile:
-    """2,048 elements, or 1,024 of float64; the longer side where elements are neighbours in memory."""
+    """2,048 elements, or 1,024 in float64; longer along the dimension that is contiguous in memory."""
     size, terms = (1024, 18) if dtype == torch.float64 else (2048, 8)
     columns = min(max(16, 1 << (n_columns - 1).bit_length()), size if column_stride == 1 else 64)
     return Tile(size // columns, columns, False, {"TERMS": terms, "num_warps": 4})
@@ -120,15 +121,15 @@ def sigmoid_kl(
     weight: Tensor | None = None,
     normaliser: Tensor | float = 1.0,
 ) -> Tensor:
-    """L of the equation above, (): the kernel or its specification, see kernels.backend.
+    """L (), the equation above, by the kernel or its specification (kernels.backend).
 
     Args:
-        s_logits, t_logits: (..., K), of equal shape and any strides. Gradient flows to the student's.
-        temperature: T > 0. The kernel is compiled for each T anew.
-        weight: w_n, (...), or None for 1. Detached, as is the normaliser.
+        s_logits, t_logits: (..., K), of equal shape and any strides. Gradient flows to the student.
+        temperature: T > 0. The kernel is compiled once per T.
+        weight: w_n, (...), or None for 1. Weight and normaliser are detached.
         normaliser: M > 0, () or a number.
     Returns:
-        float64 where an input is, else float32. Nothing in, 0 out. ValueError for other shapes.
+        float64 if an input is float64, else float32; 0 for empty inputs. ValueError for other shapes.
     """
     require_rows(s_logits, t_logits, weight)
     implementation = sigmoid_kl_eager

@@ -1,13 +1,13 @@
-"""KL divergence of softmax rows under a temperature, student's gradient included: Hinton's loss, and CWD's over pixels.
+"""Fused KL divergence of softmax rows under a temperature: Hinton's loss, and CWD's over pixels.
 
     L        = T^2 / M * sum_n w_n KL(p^t_n || p^s_n),    p_n = softmax over the K columns of logit_n / T
     dL/ds_nk = T / M * w_n (p^s_nk - p^t_nk)
 
 Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, sec. 2. The kernel reads s and t and
-writes dL/ds: three passes over a tensor. A row of up to WHOLE_ROW columns lies in registers. A longer one is read
+writes dL/ds: three passes over a tensor. A row of up to WHOLE_ROW columns stays in registers. A longer row is read
 twice, first for its maximum and its normaliser (online softmax, Milakov and Gimelshein, arXiv:1805.02867): five passes,
-of which the cache serves what it still holds. So is one of more than STRIDED_ROW columns that are not neighbours in
-memory, as in a channels_last map.
+partly from the cache. So is a row of more than STRIDED_ROW columns that are not neighbours in memory, as in a
+channels_last map.
 """
 
 import torch
@@ -18,8 +18,8 @@ from kernels.backend import HAS_TRITON, at_temperature, not_floating, scale_of, 
 from kernels.rows import Tile, require_rows, row_loss_triton
 from layers.precision import compute_dtype
 
-WHOLE_ROW = 8192  # columns that are neighbours in memory: 32 a thread and tensor, at 8 warps
-STRIDED_ROW = 128  # columns that are not, when 32 neighbouring rows are read together
+WHOLE_ROW = 8192  # columns that are neighbours in memory: 32 per thread and tensor, with 8 warps
+STRIDED_ROW = 128  # columns that are not neighbours; 32 neighbouring rows are then read together
 
 
 def temperature_kl_eager(
@@ -39,7 +39,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    PADDING = tl.constexpr(-1e30)  # exp of it is 0, and unlike -inf its difference with itself is not nan
+    PADDING = tl.constexpr(-1e30)  # exp of it is 0; unlike -inf, it minus itself is not nan
 
     @triton.jit
     def _load(ptr, row, column, row_stride, column_stride, inside, TEMPERATURE: tl.constexpr, DTYPE: tl.constexpr):
@@ -55,7 +55,7 @@ if HAS_TRITON:
         HAS_WEIGHT: tl.constexpr, HAS_GRADIENT: tl.constexpr, IS_WIDE: tl.constexpr,
         TEMPERATURE: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
-        # A program takes ROWS rows of one outer index: tensors are (O, n_rows, n_columns) with any strides.
+        # A program takes ROWS rows of one outer index. Tensors are (O, n_rows, n_columns) with any strides.
         tiles = tl.cdiv(n_rows, ROWS)
         outer = (tl.program_id(0) // tiles).to(tl.int64)
         tile = tl.program_id(0) % tiles
@@ -120,12 +120,12 @@ if HAS_TRITON:
 def temperature_kl_triton(
     s_logits: Tensor, t_logits: Tensor, temperature: float, weight: Tensor | None, normaliser: Tensor | float
 ) -> Tensor:
-    """The kernel, with its gradient: the same contract as temperature_kl_eager, for at least one element."""
+    """The kernel, with its gradient: the contract of temperature_kl_eager, for at least one element."""
     return row_loss_triton(_kl_kernel, tile_of, s_logits, t_logits, temperature, weight, normaliser)
 
 
 def tile_of(n_columns: int, column_stride: int, dtype: torch.dtype) -> Tile:
-    """All columns of a few rows: 16 elements a thread and tensor at a time; 32 in long or strided rows."""
+    """All columns of a few rows: 16 elements per thread and tensor at a time, 32 in long or strided rows."""
     columns = max(16, 1 << (n_columns - 1).bit_length())
     if column_stride != 1:
         columns = min(columns, STRIDED_ROW)
@@ -145,15 +145,15 @@ def temperature_kl(
     weight: Tensor | None = None,
     normaliser: Tensor | float = 1.0,
 ) -> Tensor:
-    """L of the equation above, (): the kernel or its specification, see kernels.backend.
+    """L (), the equation above, by the kernel or its specification (kernels.backend).
 
     Args:
-        s_logits, t_logits: (..., K), of equal shape and any strides. Gradient flows to the student's.
-        temperature: T > 0. The kernel is compiled for each T anew.
-        weight: w_n, (...), or None for 1. Detached, as is the normaliser.
+        s_logits, t_logits: (..., K), of equal shape and any strides. Gradient flows to the student.
+        temperature: T > 0. The kernel is compiled once per T.
+        weight: w_n, (...), or None for 1. Weight and normaliser are detached.
         normaliser: M > 0, () or a number.
     Returns:
-        float64 where an input is, else float32. Nothing in, 0 out. ValueError for other shapes.
+        float64 if an input is float64, else float32; 0 for empty inputs. ValueError for other shapes.
     """
     require_rows(s_logits, t_logits, weight)
     implementation = temperature_kl_eager

@@ -18,9 +18,9 @@ import torch
 
 from kernels import (
     deformable_attention,
-    held_gradient,
     masked_mse,
     nms_triton,
+    precomputed_gradient,
     roi_align_triton,
     sigmoid_kl,
     temperature_kl,
@@ -96,8 +96,8 @@ def launches() -> list[Launch]:
         name = f"channel_wise_kl (32, 256, 80, 80), channels last, {short}"
         rows.append(Launch(name, temperature_kl, "_kl_kernel", by_row(kl, last, None)))
         held, upstream = empty(*logits, dtype=dtype), empty()
-        call = lambda held=held, upstream=upstream: held_gradient.scale_in_place(held, upstream)
-        rows.append(Launch(f"held_gradient {short}", held_gradient, "_scale_kernel", call))
+        call = lambda held=held, upstream=upstream: precomputed_gradient.scale_in_place(held, upstream)
+        rows.append(Launch(f"precomputed_gradient {short}", precomputed_gradient, "_scale_kernel", call))
     rows += pooling_launches()
     boxes, labels = empty(32, 30_000, 4), empty(32, 30_000, dtype=torch.int64)
     call = lambda: nms_triton.suppress(boxes, labels, empty(32, 30_000, dtype=torch.bool), 0.5, 300)
@@ -132,8 +132,8 @@ def rare_launches() -> list[Launch]:
         call = lambda s=s_map, mask=mask: masked_mse.masked_squares_triton(s, s.detach(), mask, 1.0)
         rows.append(Launch(f"masked_mse, {name}", masked_mse, "_mse_kernel", call, is_dense=False))
     held, upstream = empty(64, dtype=torch.float64), empty(dtype=torch.float64)
-    call = lambda: held_gradient.scale_in_place(held, upstream)
-    return [*rows, Launch("held_gradient, float64", held_gradient, "_scale_kernel", call, is_dense=False)]
+    call = lambda: precomputed_gradient.scale_in_place(held, upstream)
+    return [*rows, Launch("precomputed_gradient, float64", precomputed_gradient, "_scale_kernel", call, is_dense=False)]
 
 
 def pooling_launches() -> list[Launch]:

@@ -1,13 +1,13 @@
-"""A loss whose gradient was computed in the same pass over memory as its value.
+"""Autograd for a loss whose kernel computes the gradient in the forward pass.
 
-A fused loss reads student and teacher once and writes the student's gradient at once: three passes over a tensor, where
-a backward pass of its own would read both again and make it five. What the gradient lacks is the factor that arrives
-from above:
+A fused loss reads student and teacher once and writes the student's gradient in the same pass: three passes over a
+tensor. A separate backward pass would read both again, five in all. The backward pass only multiplies the precomputed
+gradient by the upstream factor, a number on the device:
 
     ds = upstream * gradient
 
-The factor is a number on the device. Where it is 1, `_scale_kernel` returns before it has touched the gradient, so the
-fourth and fifth pass are only made for a loss that is multiplied by something afterwards.
+If the factor is 1, `_scale_kernel` returns without touching the gradient. So a fourth and a fifth pass are needed only
+if the loss is multiplied by something afterwards.
 """
 
 import torch
@@ -33,19 +33,19 @@ SCALE_BLOCK = 4096
 
 
 def empty_gradient(s: Tensor) -> Tensor:
-    """Room for the gradient of s, in its memory layout.
+    """An uninitialised tensor for the gradient of s, in the memory layout of s.
 
-    float16 is held as float32 until the upstream factor is known: a loss scaler's factor of 2^16 has to meet numbers
-    that have not been flushed to zero yet.
+    For float16 it is float32 until the upstream factor is known: small numbers must not become 0 before a loss scaler
+    multiplies them by 2^16.
     """
     return torch.empty_like(s, dtype=torch.float32 if s.dtype == torch.float16 else s.dtype)
 
 
 def with_gradient(s: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-    """`loss` (), a number computed outside of autograd, as a function of s whose derivative is `gradient`.
+    """`loss` (), computed outside of autograd, as a function of s with the derivative `gradient`.
 
-    gradient: from empty_gradient(s); it is handed on, perhaps after scaling in place: do not use it afterwards. A graph
-    that is kept for a second backward pass gets a copy each time. Asking for a graph of the gradient is an error.
+    gradient: from empty_gradient(s). The backward pass scales it in place and passes it on, so do not use it
+    afterwards; with retain_graph=True each backward pass gets a copy. RuntimeError with create_graph=True.
     """
     return _WithGradient.apply(s, loss, gradient)
 
@@ -68,7 +68,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def scale_in_place(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient *= upstream, reading and writing nothing where upstream () is 1."""
+    """gradient *= upstream (), without reading or writing the gradient if upstream is 1."""
     count = gradient.numel()
     if count:
         with torch.cuda.device_of(gradient):
