@@ -1,21 +1,21 @@
-"""Augmentation of whole batches on the device they are on: mosaic, affine, flip, mixup, HSV. The loader only decodes.
+"""Augmentation of whole batches on their device: mosaic, affine, flip, mixup, HSV. The loader only decodes.
 
-    draw(...)            every random number, in one place, from one CPU generator: the same on every device
-    mosaic_layout(...)   which four pictures meet where: a view is cut out of an endless canvas
-    affine_matrices(...) canvas -> view: zoom, rotation, shear, shift, flips, as one matrix for each picture
-    sample_mosaic(...)   pixels: one bilinear lookup through the inverse matrix, whatever the steps were
+    draw(...)            all random numbers, from one CPU generator: the same on every device
+    mosaic_layout(...)   positions of four images on an endless canvas; a view is cut out of it
+    affine_matrices(...) canvas -> view: zoom, rotation, shear, shift, flips, as one matrix for each image
+    sample_mosaic(...)   pixels: one bilinear lookup through the inverse matrix, for any combination of steps
     mosaic_targets(...)  boxes: the same offsets, then move_boxes(...) by the same matrix, then drop_hidden(...)
     mixup(...), jitter_hsv(...)
-    transform(...)       all of the above, with what was drawn
+    transform(...)       all of the above, with drawn parameters
     augment(...)         draw and transform: a training batch, without gradient
-    draw_siamese(...)    one draw for every picture, differentiable in the pixels: dataset distillation
+    draw_siamese(...)    one draw for all images, differentiable in the pixels: dataset distillation
 
 Mosaic: Bochkovskiy et al., "YOLOv4", arXiv:2004.10934. Mixup: Zhang et al., arXiv:1710.09412. Ranges and thresholds
 follow the public YOLO recipes. Differences from them:
-- The partners of a mosaic are other pictures of the batch, so nothing is decoded twice.
-- A mosaic has no outer edge at twice the picture size, where the recipes cut it.
+- The partners of a mosaic are other images of the batch, so nothing is decoded twice.
+- A mosaic has no outer edge; the recipes cut it at twice the image size.
 - Mosaic, affine and flip resample once instead of up to three times.
-- Values mix (mixup) and move (HSV) in float, without rounding to bytes between the steps.
+- Mixup and HSV compute in float, without rounding to bytes between the steps.
 
 Coordinates are continuous: pixel column i covers i..i+1 and its center is i + 1/2.
 """
@@ -32,10 +32,10 @@ from boxes import box_area, clip_boxes
 from errors import UserError
 from structures import Targets
 
-FILL = 114 / 255  # grey beside the pictures, as in letterbox
-MIN_VISIBLE_FRACTION = 0.1  # an object is dropped when less of its moved box stays inside the view,
-MIN_SIDE_PX = 2.0  # or a side is shorter than this,
-MAX_ASPECT_RATIO = 100.0  # or the box is this thin
+FILL = 114 / 255  # grey beside the images, as in letterbox
+MIN_VISIBLE_FRACTION = 0.1  # an object is dropped if a smaller share of its moved box is inside the view,
+MIN_SIDE_PX = 2.0  # or if a side is not longer than this,
+MAX_ASPECT_RATIO = 100.0  # or if the box is at least this thin
 
 PROBABILITIES = ("mosaic", "mixup", "flip_horizontal", "flip_vertical")
 GEOMETRY = ("mosaic", "scale", "translate", "degrees", "shear", "flip_horizontal", "flip_vertical")
@@ -51,17 +51,17 @@ def augment(
     settings,
     content_xyxy: Tensor | None = None,
 ) -> tuple[Tensor, Targets]:
-    """A batch of square pictures -> the augmented batch, as many and as large, and its targets.
+    """A batch of square images -> the augmented batch of the same shape, and its targets.
 
     Args:
         images: (B, 3, S, S) RGB, uint8 or float in [0, 1]; not changed.
-        targets: boxes in pixels of the images. Ignore rows move like the others, and are kept while any of them is
-            in view. The order of rows may change. May live on another device than the images.
-        generator: on the CPU, wherever the images are. As many numbers are drawn whatever the settings, so equal
-            states give equal pictures for uint8 and float input, and switching one step off leaves the others alone.
-        settings: an object with the fields of config.AugmentConfig. All zero: images / 255 and targets as they came.
-        content_xyxy: (B, 4) the part of each image that is picture, not padding; None: all of it. Pictures of a
-            mosaic meet at the edges of their content, without grey bars between them.
+        targets: boxes in pixels of the images, on any device. Ignored rows move like the others; they are kept while
+            any part of them is in view. The order of rows may change.
+        generator: on the CPU, for images on any device. The settings do not change how many numbers are drawn, so equal
+            states give equal images for uint8 and float input, and switching one step off does not change the others.
+        settings: an object with the fields of config.AugmentConfig. All zero: images / 255 and unchanged targets.
+        content_xyxy: (B, 4) the part of each image that is not padding; None: all of it. Images of a mosaic meet at the
+            edges of their content, without grey bars between them.
     Returns:
         images float32 (B, 3, S, S) in [0, 1]; targets, clipped to the images.
     """
@@ -73,10 +73,10 @@ def augment(
 
 @torch.no_grad()
 def augment_content(content_xyxy: Tensor, *, image_size: int, generator: torch.Generator, settings) -> Tensor:
-    """Where the images that `augment` gives show a picture, and no grey: (B, 1, S, S) bool.
+    """(B, 1, S, S) bool: where the images that `augment` returns have content instead of grey.
 
-    content_xyxy (B, 4) and settings as there, and a generator in the same state: masks of the content move as the
-    images do. What mixup adds to a picture's padding does not count.
+    Call it with the content_xyxy (B, 4) and settings of `augment`, and a generator in the same state: the masks move
+    like the images. Content that mixup adds to an image's padding does not count.
     """
     x = torch.arange(image_size, device=content_xyxy.device) + 0.5
     x1, y1, x2, y2 = content_xyxy[:, :, None].unbind(1)  # (B, 1) each
@@ -89,12 +89,12 @@ def augment_content(content_xyxy: Tensor, *, image_size: int, generator: torch.G
 
 
 def draw_siamese(*, generator: torch.Generator, settings) -> Callable[[Tensor, Targets], tuple[Tensor, Targets]]:
-    """One draw for any number of pictures: Differentiable Siamese Augmentation, arXiv:2102.08259.
+    """One draw for any number of images: Differentiable Siamese Augmentation, arXiv:2102.08259.
 
-    The function it returns takes images (B, 3, S, S), float in [0, 1], and targets, and does the same to every picture:
-    the flips, zoom, shift, rotation, shear and colour that `draw` has for a batch of one. Differentiable in the images;
-    float64 stays. A pure function: real and synthetic pictures, together or in parts, get the same.
-    UserError for mosaic and mixup above 0, which join pictures of a batch.
+    Returns a pure function of images (B, 3, S, S), float in [0, 1], and targets. It applies the same flips, zoom,
+    shift, rotation, shear and colour to every image: those that `draw` gives for a batch of one. So real and synthetic
+    images get the same, together or in parts. Differentiable in the images; float64 stays.
+    UserError for mosaic and mixup above 0, which join images of a batch.
     """
     check_settings(settings)
     for name in ("mosaic", "mixup"):
@@ -111,9 +111,9 @@ def draw_siamese(*, generator: torch.Generator, settings) -> Callable[[Tensor, T
 def transform(
     images: Tensor, targets: Targets, parameters: "Parameters", *, settings, content_xyxy: Tensor | None = None
 ) -> tuple[Tensor, Targets]:
-    """What was drawn, done: images float (B, 3, S, S) in [0, 1] and targets as in `augment`. Differentiable in images.
+    """Apply drawn parameters: images float (B, 3, S, S) in [0, 1], targets as in `augment`. Differentiable in images.
 
-    Of the settings only which are 0 is read: those steps are left out.
+    settings: steps whose settings are 0 are skipped; other values are not used.
     """
     _, _, height, width = images.shape
     if height != width:
@@ -136,7 +136,7 @@ def transform(
 
 
 def check_settings(settings) -> None:
-    """UserError for a probability outside 0..1 or a range that could turn a picture inside out."""
+    """UserError for a probability outside 0..1 or a range that could turn an image inside out."""
     for name in PROBABILITIES:
         if not 0 <= getattr(settings, name) <= 1:
             raise UserError(f"augment.{name}: found {getattr(settings, name)}, expected a probability 0..1")
@@ -151,12 +151,13 @@ def check_settings(settings) -> None:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What was drawn for the B pictures of a batch; everything on the CPU.
+    """The random numbers for the B images of a batch, on the CPU.
 
-    use_mosaic (B,) bool; neighbours (B, 4) int64: the picture itself and three others (repeated where B < 4);
-    joint (B, 2) in -1/2..1/2: where they meet, in picture sizes from the middle of the unmoved view.
-    zoom (B,); shift (B, 2) in picture sizes; rotation (B,) and shear (B, 2) in radians; flip (B, 2) bool, x and y.
-    mixup_partner (B,) int64; mixup_weight (B,) of the picture itself, 1 where nothing is mixed in.
+    use_mosaic (B,) bool.
+    neighbours (B, 4) int64: the image itself and three others (repeated where B < 4).
+    joint (B, 2): the point where they meet, in image sizes from the middle of the unmoved view, in -1/2..1/2.
+    zoom (B,); shift (B, 2) in image sizes; rotation (B,) and shear (B, 2) in radians; flip (B, 2) bool, x and y.
+    mixup_partner (B,) int64; mixup_weight (B,) of the image itself, 1 where nothing is mixed in.
     hue_shift (B,) in turns; saturation_gain (B,); value_gain (B,).
     """
 
@@ -176,16 +177,16 @@ class Parameters:
 
 
 def draw(count: int, *, generator: torch.Generator, settings) -> Parameters:
-    """Parameters for `count` pictures. How many numbers are drawn depends on `count` alone.
+    """Parameters for `count` images. The number of draws depends only on `count`.
 
-    A picture that is alone has no partner: nothing is mixed in.
+    A single image has no partner: nothing is mixed in.
     """
     chance = torch.rand(count, 4, generator=generator, dtype=torch.float64)
     spread = torch.rand(count, 11, generator=generator, dtype=torch.float64) * 2 - 1  # -1..1
     keys = torch.rand(count, count, generator=generator, dtype=torch.float64)
     mixing = torch.rand(count, 63, generator=generator, dtype=torch.float64)
 
-    keys.fill_diagonal_(-1.0)  # sorted, each row starts with the picture itself; then come the others in random order
+    keys.fill_diagonal_(-1.0)  # sorted, each row is the image itself, then the others in random order
     order = keys.argsort(dim=1)  # (B, B)
     # The median of 63 uniform numbers follows Beta(32, 32), the weight the public recipes draw.
     is_mixed = (chance[:, 1] < settings.mixup) & (count > 1)
@@ -208,7 +209,7 @@ def draw(count: int, *, generator: torch.Generator, settings) -> Parameters:
 
 
 def repeat_for_each(parameters: Parameters, count: int) -> Parameters:
-    """What was drawn for one picture, for each of `count`, none of which has a partner."""
+    """The parameters of one image, repeated for `count` images without partners."""
     repeated = {
         f.name: getattr(parameters, f.name).expand(count, *[-1] * (getattr(parameters, f.name).dim() - 1))
         for f in fields(Parameters)
@@ -218,11 +219,11 @@ def repeat_for_each(parameters: Parameters, count: int) -> Parameters:
 
 
 def affine_matrices(parameters: Parameters, *, image_size: int) -> Tensor:
-    """(B, 3, 3) float64: a point of the canvas, as a column (x, y, 1) with the origin at the middle, -> view pixels.
+    """(B, 3, 3) float64 matrices: canvas point (x, y, 1) as a column, origin at the middle -> pixels of the view.
 
         M = flip . shift to S/2 (1 + 2 t) . shear . zoom . rotation
 
-    rotation by a > 0 turns x towards y (clockwise on the screen); shear is [[1, tan a_x], [tan a_y, 1]].
+    Rotation by a > 0 turns x towards y (clockwise on the screen). Shear is [[1, tan a_x], [tan a_y, 1]].
     """
     p, size = parameters, image_size
     cos, sin = torch.cos(p.rotation) * p.zoom, torch.sin(p.rotation) * p.zoom
@@ -238,17 +239,18 @@ def affine_matrices(parameters: Parameters, *, image_size: int) -> Tensor:
 
 
 def centring_matrix(image_size: int) -> Tensor:
-    """(3, 3) float64: pixels of a picture -> the canvas, with the picture's middle at the origin."""
+    """(3, 3) float64: pixels of an image -> the canvas, with the image's middle at the origin."""
     half = image_size / 2
     return torch.tensor([[1, 0, -half], [0, 1, -half], [0, 0, 1]], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class MosaicLayout:
-    """Four pictures around a joint, for each of B views: top left, top right, bottom left, bottom right.
+    """Four images around a joint, for each of B views: top left, top right, bottom left, bottom right.
 
-    joint (B, 2): on the canvas, in pixels; +inf where a view has the first picture only.
-    sources (B, 4) int64: rows of the batch. offsets (B, 4, 2): where on the canvas a picture's pixel 0, 0 lies.
+    joint (B, 2): pixels on the canvas; +inf where a view has only the first image.
+    sources (B, 4) int64: rows of the batch.
+    offsets (B, 4, 2): the position of each image's pixel 0, 0 on the canvas.
     """
 
     joint: Tensor
@@ -257,11 +259,11 @@ class MosaicLayout:
 
 
 def mosaic_layout(parameters: Parameters, content_xyxy: Tensor | None, *, image_size: int) -> MosaicLayout:
-    """Each picture touches the joint with a corner of its content; a view without mosaic centres its own picture."""
+    """Each image touches the joint with a corner of its content. A view without mosaic centres its own image."""
     size, sources = float(image_size), parameters.neighbours
     if content_xyxy is None:
         content_xyxy = torch.tensor([0.0, 0.0, size, size]).expand(len(sources), 4)
-    # The corner that touches: bottom right of the top left picture, and so on.
+    # The touching corner: bottom right of the top left image, and so on.
     corner_x, corner_y = torch.tensor([2, 0, 2, 0]), torch.tensor([3, 3, 1, 1])
     content = content_xyxy.cpu().double()[sources]  # (B, 4, 4)
     rows = torch.arange(4)
@@ -276,10 +278,10 @@ def mosaic_layout(parameters: Parameters, content_xyxy: Tensor | None, *, image_
 
 
 def sample_mosaic(images: Tensor, layout: MosaicLayout, matrices: Tensor) -> Tensor:
-    """float (B, 3, S, S) in [0, 1], matrices (B, 3, 3) canvas -> view: the views (B, 3, S, S), grey where nothing is.
+    """images float (B, 3, S, S) in [0, 1], matrices (B, 3, 3) canvas -> view: the views (B, 3, S, S), else grey.
 
-    Every view pixel looks up one picture of the batch, through one grid_sample over an atlas: all pictures below one
-    another, each in a frame of grey pixels. Differentiable in `images`.
+    Each pixel of a view looks up one image of the batch. One grid_sample reads an atlas: all images below one another,
+    each in a frame of grey pixels. Differentiable in `images`.
     """
     count, _, size, _ = images.shape
     slot = size + 2
@@ -293,7 +295,7 @@ def sample_mosaic(images: Tensor, layout: MosaicLayout, matrices: Tensor) -> Ten
     offsets = layout.offsets.to(images, non_blocking=True)[..., None, None]  # (B, 4, 2, 1, 1)
     slots = (layout.sources * slot).to(images, non_blocking=True)[..., None, None]  # (B, 4, 1, 1) in the atlas
     u = _pick(is_right, is_below, [x - offsets[:, q, 0] for q in range(4)])
-    # Clamped to the centers of the frame's pixels: farther away is grey, and no other slot is touched.
+    # Clamped to the centers of the frame's pixels: farther points are grey, and no other slot is touched.
     v = _pick(is_right, is_below, [(y - offsets[:, q, 1]).clamp(-0.5, size + 0.5) + slots[:, q] for q in range(4)])
     grid = torch.empty(count, size, size, 2, dtype=images.dtype, device=images.device)
     grid[..., 0] = (u.clamp(-0.5, size + 0.5) + 1) * (2 / slot) - 1
@@ -302,9 +304,9 @@ def sample_mosaic(images: Tensor, layout: MosaicLayout, matrices: Tensor) -> Ten
 
 
 def _view_to_source_lines(inverse: Tensor, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Canvas x and y of the view's pixel centers: (B, S, S), or (B, 1, S) and (B, S, 1) where nothing is slanted.
+    """Canvas x and y of the view's pixel centers: (B, S, S), or (B, 1, S) and (B, S, 1) without rotation and shear.
 
-    The thin shapes are why the usual case (no rotation, no shear) costs little: what follows broadcasts late.
+    The thin shapes make this usual case cheap: later operations broadcast late.
     """
     m = inverse.to(like, non_blocking=True)[:, :2, :, None, None]  # (B, 2, 3, 1, 1)
     column = (torch.arange(size, dtype=like.dtype, device=like.device) + 0.5).view(1, 1, size)
@@ -323,27 +325,27 @@ def _pick(is_right: Tensor, is_below: Tensor, choices: list[Tensor]) -> Tensor:
 
 
 def sample_affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """float (B, 3, S, S) in [0, 1] moved by matrices (B, 3, 3) from pixels to pixels; grey where nothing is.
+    """images float (B, 3, S, S) in [0, 1] moved by matrices (B, 3, 3), pixels -> pixels; grey elsewhere.
 
-    out(M p) = in(p), bilinear between pixel centers. Differentiable in `images`. The same values as sample_mosaic
-    for views without mosaic, with less memory.
+    out(M p) = in(p), bilinear between pixel centers. Differentiable in `images`. For views without mosaic the values
+    equal those of sample_mosaic, with less memory.
     """
     count, _, size, _ = images.shape
     x, y = _view_to_source_lines(torch.linalg.inv(matrices), size, images)
     grid = torch.empty(count, size, size, 2, dtype=images.dtype, device=images.device)
     grid[..., 0], grid[..., 1] = x * (2 / size) - 1, y * (2 / size) - 1
-    # Zeros are the only constant that grid_sample pads with.
+    # grid_sample can pad with zeros, but with no other constant.
     return F.grid_sample(images - FILL, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + FILL
 
 
 def shift_boxes(targets: Targets, offset_xy: Tensor | float) -> Targets:
-    """Targets moved by one number, or by (N, 2)."""
+    """The targets, moved by one number or by (N, 2)."""
     offset = offset_xy if isinstance(offset_xy, float) else offset_xy.to(targets.boxes_xyxy).repeat(1, 2)
     return replace(targets, boxes_xyxy=targets.boxes_xyxy + offset)
 
 
 def mosaic_targets(targets: Targets, layout: MosaicLayout) -> Targets:
-    """The targets of every picture in every view, on the canvas; an object may appear in several views."""
+    """The targets of all images in all views, in canvas coordinates. An object may appear in several views."""
     device = targets.image.device
     is_used = torch.ones_like(layout.sources, dtype=torch.bool)
     is_used[:, 1:] = layout.joint[:, :1].isfinite()  # (B, 4)
@@ -354,7 +356,7 @@ def mosaic_targets(targets: Targets, layout: MosaicLayout) -> Targets:
 
 
 def move_boxes(boxes_xyxy: Tensor, matrices: Tensor) -> Tensor:
-    """(N, 4) through (N, 3, 3): the smallest upright box around the four moved corners, (N, 4)."""
+    """boxes (N, 4), matrices (N, 3, 3) -> (N, 4): the smallest upright box around the four moved corners."""
     x1, y1, x2, y2 = boxes_xyxy.unbind(1)
     corners = torch.stack((x1, x2, x2, x1, y1, y1, y2, y2), dim=1).view(-1, 2, 4)  # (N, 2, 4)
     matrices = matrices.to(boxes_xyxy.dtype)
@@ -363,10 +365,10 @@ def move_boxes(boxes_xyxy: Tensor, matrices: Tensor) -> Tensor:
 
 
 def drop_hidden(targets: Targets, moved_xyxy: Tensor, *, image_size: int) -> Targets:
-    """Targets with boxes moved_xyxy (N, 4) clipped to the S x S view; those of which too little is left are gone.
+    """Targets with boxes moved_xyxy (N, 4) clipped to the S x S view, without those that are mostly outside.
 
-    Kept: at least MIN_VISIBLE_FRACTION of the moved box's area inside, both sides longer than MIN_SIDE_PX, sides'
-    ratio below MAX_ASPECT_RATIO. An ignore row is kept while any of it is inside.
+    Kept: at least MIN_VISIBLE_FRACTION of the moved box's area is inside, both sides are longer than MIN_SIDE_PX, and
+    their ratio is below MAX_ASPECT_RATIO. An ignored row is kept while any part of it is inside.
     """
     clipped = clip_boxes(moved_xyxy, image_size, image_size)
     side = clipped[:, 2:] - clipped[:, :2]  # (N, 2)
@@ -378,29 +380,33 @@ def drop_hidden(targets: Targets, moved_xyxy: Tensor, *, image_size: int) -> Tar
 
 
 def mixup(images: Tensor, targets: Targets, partner: Tensor, weight: Tensor) -> tuple[Tensor, Targets]:
-    """images[b] w_b + images[partner_b] (1 - w_b), with the objects of both. w (B,); at 1 only those of b itself.
+    """images[b] w_b + images[partner_b] (1 - w_b), with the objects of both. weight (B,): w; 1 adds no objects.
 
-    Boxes, labels and class scores are not weighted: an object half seen through is still an object.
+    Boxes, labels and class scores are not weighted: a half transparent object is still an object.
     """
     w = weight.to(images, non_blocking=True)[:, None, None, None]
     mixed = torch.lerp(images[partner.to(images.device, non_blocking=True)], images, w)
     guest = torch.where(weight < 1, partner, -1).to(targets.image.device)
     view, row = (guest[:, None] == targets.image).nonzero().unbind(1)
     guests = targets[row]
+    class_scores = targets.class_scores
+    if class_scores is not None:
+        assert guests.class_scores is not None  # rows of the same targets
+        class_scores = torch.cat((class_scores, guests.class_scores))
     joined = Targets(
         torch.cat((targets.boxes_xyxy, guests.boxes_xyxy)),
         torch.cat((targets.labels, guests.labels)),
         torch.cat((targets.image, view)),
         torch.cat((targets.ignore, guests.ignore)),
-        None if targets.class_scores is None else torch.cat((targets.class_scores, guests.class_scores)),
+        class_scores,
     )
     return mixed, joined
 
 
 def jitter_hsv(images: Tensor, hue_shift: Tensor, saturation_gain: Tensor, value_gain: Tensor) -> Tensor:
-    """float (B, 3, H, W) in [0, 1] with hue, saturation and value changed, all (B,): H + shift, S gain, V gain.
+    """images float (B, 3, H, W) in [0, 1] with H + hue_shift, S * saturation_gain, V * value_gain; (B,) each.
 
-    Hue is in turns and wraps; saturation and value stop at 1. The exact HSV of colorsys:
+    Hue is in turns and wraps; saturation and value stop at 1. This is the exact HSV of colorsys:
 
         V = max(R, G, B),  C = V - min(R, G, B),  S = C / V,  H in sixths of a turn from the largest channel
         out = V' (1 - S' (1 - w(H'))),  w_R = clamp(|H' - 3| - 1), w_G = clamp(2 - |H' - 2|), w_B = clamp(2 - |H' - 4|)
@@ -413,12 +419,11 @@ def jitter_hsv(images: Tensor, hue_shift: Tensor, saturation_gain: Tensor, value
     red, green, blue = images.unbind(1)  # (B, H, W) each
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    reach = 1 / chroma.clamp(min=1e-8)  # grey has no hue: any will do, its chroma is 0
+    reach = 1 / chroma.clamp(min=1e-8)  # grey has chroma 0, so its hue does not matter
     hue = torch.where(value == green, (blue - red).mul_(reach).add_(2), (red - green).mul_(reach).add_(4))
     hue = torch.where(value == red, (green - blue).mul_(reach), hue).add_(6 * hue_shift).remainder_(6)
     new_value = (value * value_gain).clamp_(max=1)
-    # C' = V' S'
-    # Not in place: the slope of `reach` needs the old chroma.
+    # C' = V' S'. Not in place: the gradient of `reach` needs the old chroma.
     chroma = chroma.div(value.clamp_(min=1e-8)).mul_(saturation_gain).clamp_(max=1).mul_(new_value)
     floor = new_value - chroma
     channels = (

@@ -2,18 +2,19 @@
 
     python -m datasets.convert SRC_FORMAT SRC_ROOT SRC_SPLIT[,SPLIT...] DST_FORMAT DST_ROOT [--classes A,B]
 
-What is written is read back to the same boxes (to 1e-8 pixel), classes and flags wherever the format can hold them.
-What each one cannot hold (the command counts it, but for the order):
+Reading the new set gives the same boxes (to 1e-8 pixel), classes and flags, as far as the format can hold them. The
+formats cannot hold the following; the command counts the losses, except the order:
 
-    voc     mask areas, numeric image ids, the difference of crowd and difficult, regions of no class, objects at most
-            one pixel wide or high (VOC cannot tell them from the points its readers drop)
+    voc     mask areas, numeric image ids, the difference between crowd and difficult, regions of no class, objects at
+            most one pixel wide or high (VOC's readers drop such objects as points)
     coco    nothing; a region of no class becomes one crowd region a class, a difficult object has `ignore`: 1
     yolo    ignored objects (difficult, crowd, regions of no class), mask areas, numeric image ids, the pictures' order
     kitti   mask areas, numeric image ids, the class of ignored objects (they become DontCare), spaces in class names
-    all     soft labels (yolo_txt.py): the label alone is written
+    all     soft labels (yolo_txt.py): only the label is written
 
-Labels always refer to upright pixels and state the upright size, so pictures keep their bytes, EXIF included.
-Truncation, poses, masks and 3D columns are not read, hence not written. The destination appears whole or not at all.
+Labels always refer to upright pixels and state the upright size, so pictures keep their bytes, including EXIF.
+Truncation, poses, masks and 3D columns are not read, so they are not written. The destination appears complete or not
+at all.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -37,8 +39,8 @@ from yaml_files import dump_yaml
 
 Indices = dict[str, DatasetIndex]  # by split
 Names = tuple[str, ...]
-Pictures = dict[Path, str]  # the file name a picture is written under
-UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff\ud800-\udfff]")  # as text lines or as XML 1.0
+Pictures = dict[Path, str]  # picture -> its new file name
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff\ud800-\udfff]")  # in text lines or in XML 1.0
 
 
 def convert(
@@ -53,9 +55,9 @@ def convert(
 ) -> tuple[dict[str, DatasetIndex], Counter]:
     """Convert splits of a dataset into one new dataset with the same splits.
 
-    classes: the source's classes that are written, in this order; none: all. Returns the indices that were written, by
-    the name of the new split, and what was lost: a count by description.
-    UserError for a destination that is not empty, names the format cannot write, or too many bad samples.
+    classes: write only these classes of the source, in this order; none: all.
+    Returns new split -> its index, and the losses: description -> count.
+    UserError for a destination that is not empty, names that the format cannot hold, and too many bad samples.
     """
     dst_root = Path(dst_root)
     if dst_format not in WRITERS:
@@ -81,7 +83,7 @@ def convert(
     try:
         dst_root.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{dst_root.name}.", dir=dst_root.parent))
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private
+        os.chmod(temporary, 0o755)  # mkdtemp's folder is private
         WRITERS[dst_format](temporary, indices, class_names, pictures, losses)
         os.replace(temporary, dst_root)
     except OSError as error:
@@ -93,7 +95,7 @@ def convert(
 
 
 def _class_names(names: tuple[str, ...], dst_format: str, losses: Counter) -> tuple[str, ...]:
-    """The names as the format can write them; UserError where it would change them into one another."""
+    """The names in a form that the format can hold. UserError for a name without such a form, or two with the same."""
     if dst_format == "kitti":
         written = tuple(re.sub(r"\s+", "_", name) for name in names)
         losses["class names with spaces, written with _"] += sum(a != b for a, b in zip(names, written))
@@ -110,8 +112,9 @@ def _class_names(names: tuple[str, ...], dst_format: str, losses: Counter) -> tu
 
 
 def _picture_names(indices: dict[str, DatasetIndex]) -> dict[Path, str]:
-    """A file name for every picture: its own, numbered where the stem is taken (as label files share a folder)."""
-    names, taken = {}, set()
+    """A file name for every picture: its own, with a number if the stem is taken (label files share a folder)."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
     for sample in (sample for index in indices.values() for sample in index.samples):
         path = sample.image_path
         if path in names:
@@ -190,12 +193,13 @@ def write_coco(folder: Path, indices: Indices, class_names: Names, picture_names
     (folder / "annotations").mkdir()
     for split, index in indices.items():
         category_ids = index.category_ids or ()
-        if list(category_ids) != sorted(category_ids) or not category_ids:  # readers take classes in the ids' order
+        if list(category_ids) != sorted(category_ids) or not category_ids:  # readers sort classes by id
             category_ids = tuple(range(1, len(class_names) + 1))
         ids = [sample.image_id for sample in index.samples]
         if not all(isinstance(image_id, int) for image_id in ids):
             ids = list(range(1, len(ids) + 1))
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for image_id, sample in zip(ids, index.samples):
             name = picture_names[sample.image_path]
             _copy(sample, folder / "images" / split, name)
@@ -203,7 +207,7 @@ def write_coco(folder: Path, indices: Indices, class_names: Names, picture_names
             rows = zip(sample.boxes_xyxy.tolist(), sample.labels, sample.ignore, sample.crowd, sample.area.tolist())
             for (x1, y1, x2, y2), label, ignore, crowd, area in rows:
                 for category in category_ids if label == ANY_CLASS else (category_ids[label],):
-                    row = {
+                    row: dict[str, Any] = {
                         "id": len(annotations) + 1,
                         "image_id": image_id,
                         "category_id": category,
@@ -237,9 +241,10 @@ def write_yolo(folder: Path, indices: Indices, class_names: Names, picture_names
 def data_yaml(entries: dict[str, str], class_names: Sequence[str]) -> str:
     """The text of a data.yaml: `entries` (split -> folder or list, relative to the file), and the class names.
 
-    There is no key `path`: readers take it relative to the file, to the working directory or to a folder of their own.
-    Where `entries` lacks train, val or test, which other trainers look for, the key gets the splits whose names contain
-    it (trainval is a train, valid a val); a single split of another name is train, and without a val the test split is.
+    There is no key `path`, because readers disagree on it: relative to the file, to the working directory or to their
+    own folder. Other trainers need train, val and test. If `entries` lacks one, it gets the splits whose names contain
+    it (trainval counts as train, valid as val). A single split with another name becomes train. Without any val, val is
+    the test split.
     """
     usual = {
         "train": [entry for split, entry in entries.items() if "train" in split.lower()],
@@ -258,7 +263,7 @@ def data_yaml(entries: dict[str, str], class_names: Sequence[str]) -> str:
 
 
 def yolo_labels(boxes_xyxy: np.ndarray, labels: np.ndarray, width: int, height: int) -> str:
-    """The label file of a picture of width x height pixels: boxes (N, 4) in pixels and classes (N,), a row each."""
+    """The label file of a picture of width x height pixels: a row for each box (N, 4), in pixels, and class (N,)."""
     lines = []
     for (x1, y1, x2, y2), label in zip(boxes_xyxy, labels):
         row = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
@@ -267,7 +272,7 @@ def yolo_labels(boxes_xyxy: np.ndarray, labels: np.ndarray, width: int, height: 
 
 
 def write_kitti(folder: Path, indices: Indices, class_names: Names, picture_names: Pictures, losses: Counter) -> None:
-    """training/image_2, training/label_2, ImageSets/<split>.txt, classes.txt; unknown columns as KITTI marks them."""
+    """training/image_2, training/label_2, ImageSets/<split>.txt, classes.txt; unknown columns have KITTI's marks."""
     (folder / "training" / "label_2").mkdir(parents=True)
     (folder / "ImageSets").mkdir()
     _write(folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
@@ -284,7 +289,7 @@ def write_kitti(folder: Path, indices: Indices, class_names: Names, picture_name
                 kind = "DontCare" if ignore else class_names[label]
                 corners = " ".join(map(_number, box))
                 if ignore and corners in regions:
-                    continue  # COCO files hold such a region once a class
+                    continue  # COCO files repeat such a region for each class
                 regions.update([corners] if ignore else [])
                 lines.append(f"{kind} -1 -1 -10 {corners} -1 -1 -1 -1000 -1000 -1000 -10\n")
             _write(folder / "training" / "label_2" / f"{stems[-1]}.txt", "".join(lines))
@@ -295,7 +300,7 @@ WRITERS = {"voc": write_voc, "coco": write_coco, "yolo": write_yolo, "kitti": wr
 
 
 def _number(value: float, digits: int = 9) -> str:
-    """The shortest text of a rounded number; whole numbers without a point."""
+    """The shortest text of a rounded number, without a point if it is whole."""
     value = round(value, digits)
     return str(int(value)) if value.is_integer() else repr(value)
 

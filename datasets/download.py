@@ -1,27 +1,33 @@
-"""Fetch public datasets, and the files foundation models and backbones start from, only when asked to.
+"""Fetch public datasets, and the weights of foundation models, backbones and detectors. No other command fetches any.
 
     python -m datasets.download NAME [NAME ...] --root data [--dry-run]
 
-Sizes and hashes are checked where they are publicly known: VOC's MD5 sums are those torchvision publishes, sizes and
-the SHA-256 sums of COCO and KITTI those TensorFlow Datasets publishes, the vocabulary's is of the file in the released
-code. Of the weights, CLIP's address holds the hash and the names of torchvision's and DeiT's files its first digits;
-DINOv2's is what others recorded. For BCCD, an archive made on demand, and for the weights of detectors no digest is
-known here: that of the first download is recorded, and a later one that differs is refused. The name of torchvision's
-detector holds the first digits of its own, which are checked when it is read.
+Sizes and hashes are checked where they are publicly known. Their sources:
 
-An interrupted download goes on where it stopped (HTTP Range), if its size and hash are known: without one nothing could
-notice a file of two halves, and it starts again. Archives and manifest.json (url, bytes, sha256 of each) are kept in
-<root>/downloads. A dataset is unpacked beside its place and moved there whole.
+    VOC                        MD5 sums that torchvision publishes
+    COCO, KITTI                sizes and SHA-256 sums that TensorFlow Datasets publishes
+    the vocabulary             the file in CLIP's released code
+    CLIP                       the hash in the address
+    torchvision, DeiT          the first digits in the file name
+    DINOv2                     recorded by others
 
-    name      pictures and labels then lie in            open_dataset(...)
+No digest is known for BCCD, an archive made on demand, and for the weights of detectors. The digest of the first
+download is recorded, and a later download with another one is refused. The file name of torchvision's detector has the
+first digits of its hash, which are checked when it is read.
+
+An interrupted download continues (HTTP Range) if its size and hash are known. Otherwise it starts again: a file made of
+two different halves would go unnoticed. Archives and manifest.json (url, bytes, sha256 of each) are kept in
+<root>/downloads. A dataset is unpacked beside its place and moved there when it is complete.
+
+    name      folder of pictures and labels              open_dataset(...)
     bccd      <root>/bccd                                "voc", "<root>/bccd", "trainval"
     voc2007   <root>/VOCdevkit/VOC2007                   "voc", "<root>/VOCdevkit", "2007/trainval"
     voc2012   <root>/VOCdevkit/VOC2012                   "voc", "<root>/VOCdevkit", "2012/trainval"
     coco2017  <root>/coco                                "coco", "<root>/coco", "train2017"
     kitti     <root>/kitti                               "kitti", "<root>/kitti", "train"
 
-    clip_vocabulary is one file, <root>/clip/bpe_simple_vocab_16e6.txt.gz, for teachers.clip_tokenizer. The names of
-    WEIGHTS are one file each, <root>/weights/<name>/<its released name>.
+    clip_vocabulary is one file, <root>/clip/bpe_simple_vocab_16e6.txt.gz, for teachers.clip_tokenizer. Each name of
+    WEIGHTS is one file, <root>/weights/<name>/<its released name>.
 """
 
 import argparse
@@ -43,8 +49,8 @@ from pathlib import Path, PurePosixPath
 from errors import UserError, run_script
 
 CHUNK_BYTES = 1 << 20
-SAY_BYTES = 256 << 20  # a line of progress each
-MAX_UNKNOWN_BYTES = 1 << 30  # of an archive whose size is not published
+SAY_BYTES = 256 << 20  # bytes between two lines of progress
+MAX_UNKNOWN_BYTES = 1 << 30  # limit for an archive without a published size
 MAX_EXPANSION = 20  # unpacked bytes per archive byte
 MAX_MEMBERS = 1_000_000
 TIMEOUT_SECONDS = 60
@@ -53,10 +59,10 @@ SINGLE_FILES = (".txt.gz", ".pth", ".pt")  # nothing to unpack
 
 @dataclass(frozen=True)
 class Archive:
-    """A .zip, .tar, .txt.gz or weights file: where it is, its size in bytes and its digest ("md5:..." or
-    "sha256:..."), where known.
+    """A .zip, .tar, .txt.gz or weights file to fetch.
 
-    `saved_as`: the file's name here, where the address does not end in one.
+    bytes, digest ("md5:..." or "sha256:..."): None where they are not published.
+    saved_as: the file's name, for an address that does not end in one.
     """
 
     url: str
@@ -71,7 +77,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class PublicDataset:
-    """Archives that unpack together; their folder `inside` becomes <root>/<folder>."""
+    """Archives that are unpacked into one folder. Its subfolder `inside` becomes <root>/<folder>."""
 
     archives: tuple[Archive, ...]
     folder: str
@@ -134,15 +140,15 @@ DATASETS |= {name: PublicDataset((file,), f"weights/{name}") for name, file in W
 
 
 def how_to_fetch(name: str) -> str:
-    """What to do about a missing file of the weights `name`, for the end of an error; nothing where they are not here.
+    """The end of an error about missing weights: " (python -m datasets.download resnet18 --root data)".
 
-    " (python -m datasets.download resnet18 --root data)"
+    "" for a name that is not in WEIGHTS.
     """
     return f" (python -m datasets.download {name} --root data)" if name in WEIGHTS else ""
 
 
 def download(dataset: PublicDataset, root: str | Path, *, say: Callable[[str], None] = print) -> Path:
-    """Fetch, check, unpack. Returns the folder; where it is there already, nothing happens. UserError otherwise."""
+    """Fetch, check and unpack, unless the folder exists. Returns the folder. UserError if anything fails."""
     root = Path(root)
     target = root / dataset.folder
     if target.exists():
@@ -174,7 +180,7 @@ def download(dataset: PublicDataset, root: str | Path, *, say: Callable[[str], N
 
 
 def fetch(archive: Archive, folder: Path, *, say: Callable[[str], None] = print) -> Path:
-    """The checked archive in `folder`, downloaded if need be. UserError for a cut, a wrong size or a wrong hash."""
+    """The checked archive in `folder`, downloaded if needed. UserError for a cut, a wrong size or a wrong hash."""
     path = folder / archive.filename
     if path.is_file():
         say(f"checking {path.name}")
@@ -195,14 +201,14 @@ def fetch(archive: Archive, folder: Path, *, say: Callable[[str], None] = print)
     try:
         _check(part, archive)
     except UserError:
-        part.unlink()  # nothing that follows could make it right
+        part.unlink()  # more bytes would not make it right
         raise
     os.replace(part, path)
     return path
 
 
 def _stream(archive: Archive, part: Path, start: int, say: Callable[[str], None]) -> None:
-    """Append the bytes from `start` to the part file; it may be called again after an error."""
+    """Append the bytes from `start` on to the part file. It may be called again after an error."""
     request = urllib.request.Request(archive.url, headers={"User-Agent": "retort", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -238,7 +244,7 @@ def _stream(archive: Archive, part: Path, start: int, say: Callable[[str], None]
 
 
 def _check(path: Path, archive: Archive) -> None:
-    """Compare size and digest with what is published, else with the manifest; then write the manifest."""
+    """Compare size and digest with the published ones, else with the manifest. Then write the manifest."""
     size = path.stat().st_size
     if archive.bytes is not None and size != archive.bytes:
         raise UserError(f"{path}: {size} bytes, expected {archive.bytes}; delete it to fetch it again")
@@ -268,9 +274,9 @@ def _check(path: Path, archive: Archive) -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack plain files and folders of a .zip or .tar below `folder`; a .txt.gz or weights file is put there as it is.
+    """Unpack the plain files and folders of a .zip or .tar below `folder`. A .txt.gz or weights file is only copied.
 
-    A link, a device, a path that leaves the folder, or more than 20 times the archive's bytes is a UserError.
+    UserError for a link, a device, a path that leaves the folder, and more than 20 times the archive's bytes.
     """
     limit = MAX_EXPANSION * path.stat().st_size + (1 << 20)
     try:
@@ -278,14 +284,14 @@ def unpack(path: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
         elif path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-                _check_members(path, limit, [(m.filename, m.file_size, _zip_is_plain(m)) for m in members])
+                members = [(m.filename, m.file_size, _zip_is_plain(m)) for m in archive.infolist()]
+                _check_members(path, limit, members)
                 archive.extractall(folder)  # reads no more of a member than its stated size, and checks its CRC
         else:
-            with tarfile.open(path) as archive:
-                members = archive.getmembers()
-                _check_members(path, limit, [(m.name, m.size, m.isreg() or m.isdir()) for m in members])
-                archive.extractall(folder, filter="data")
+            with tarfile.open(path) as tar:
+                members = [(m.name, m.size, m.isreg() or m.isdir()) for m in tar.getmembers()]
+                _check_members(path, limit, members)
+                tar.extractall(folder, filter="data")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be unpacked: {error}") from None
 

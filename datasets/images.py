@@ -1,12 +1,19 @@
 """Pictures from disk: JPEG, PNG, BMP, WebP and TIFF of at most 64 megapixels, as upright RGB.
 
-What becomes RGB how: grey (L, 1-bit) is repeated three times; 16-bit grey keeps its high byte; palettes are looked up;
-alpha (LA, PA, RGBA) is cut off, not blended, as OpenCV does; CMYK is converted without a colour profile; the first
-frame of an animation and the first page of a TIFF count. EXIF orientation is applied; orientation that stands only in
-XMP is not read. Pixels that are floats, and GIF, HEIC, AVIF, JPEG 2000 and JPEG XL, are refused by name.
+Conversion to RGB:
 
-Every limit is checked here rather than by turning Pillow's warnings into errors: warning filters belong to the
-whole process, and pictures are read in threads. A truncated file is an error, never filled up with grey.
+    grey (L, 1-bit)         repeated three times
+    16-bit grey             its high byte
+    palette                 looked up
+    alpha (LA, PA, RGBA)    dropped, not blended, as in OpenCV
+    CMYK                    converted without a colour profile
+    several frames, pages   the first one
+
+EXIF orientation is applied; an orientation that is only in XMP is not read. Float pixels are refused, and so are GIF,
+HEIC, AVIF, JPEG 2000 and JPEG XL, by name.
+
+Every limit is checked here and not by turning Pillow's warnings into errors: warning filters belong to the whole
+process, and pictures are read in threads. A truncated file is an error; it is never filled up with grey.
 """
 
 import io
@@ -20,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from errors import UserError
 
@@ -30,11 +38,11 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 64_000_000
 PNG_END_BYTES = 1 << 16
 HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
-INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # EXIF's types: byte, short, long, and those with a sign
+INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # EXIF's types: byte, short, long, unsigned and signed
 
 # Pillow's own limit is looser than ours, which is checked before any pixel is decoded.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", message="Palette images with Transparency")  # alpha is cut off here, on purpose
+warnings.filterwarnings("ignore", message="Palette images with Transparency")  # alpha is dropped on purpose
 warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # odd tags: either the pixels decode or they do not
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
@@ -50,19 +58,19 @@ _TRANSPOSE = {
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The upright picture, uint8 (H, W, 3) RGB, contiguous. UserError names the file and the class of its fault."""
+    """The upright picture, uint8 (H, W, 3) RGB, contiguous. UserError names the file and its fault."""
     image = _open(path)
     return _decode(image, path, _orientation(image, path))
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """As read_image, of a file in memory, which errors call `name`; no temporary file is made of it."""
+    """As read_image, for a file in memory, which is never written to disk. `name` names it in errors."""
     image = _open(name, data, max_pixels)
     return _decode(image, name, _orientation(image, data))
 
 
 def _decode(image: Image.Image, path: str | Path, orientation: int) -> np.ndarray:
-    """The pixels as read_image returns them; `image` is closed."""
+    """The pixels in the form of read_image. Closes `image`."""
     try:
         if image.mode == "F":
             raise ValueError("its pixels are floats; expected 8 or 16 bits a channel")
@@ -72,34 +80,34 @@ def _decode(image: Image.Image, path: str | Path, orientation: int) -> np.ndarra
         else:
             rgb = image.convert("RGB")
         transpose = _TRANSPOSE.get(orientation)
-        if transpose is not None and image.format != "TIFF":  # Pillow turns TIFF as it loads it
+        if transpose is not None and image.format != "TIFF":  # Pillow turns a TIFF when it loads it
             rgb = rgb.transpose(transpose)
         return np.array(rgb)
-    except Exception as error:  # whatever a decoder says of bytes that were never a picture
+    except Exception as error:  # decoders raise any exception for bytes that are no picture
         raise UserError(f"{path}: {_decode_fault(error)}") from None
     finally:
         image.close()
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of the upright picture, from the header. UserError as read_image."""
+    """(width, height) of the upright picture, from the header. UserError as in read_image."""
     width, height, orientation = read_header(path)
     return (height, width) if orientation >= 5 else (width, height)
 
 
 def read_header(path: str | Path) -> tuple[int, int, int]:
-    """(stored width, stored height, EXIF orientation 1..8), without decoding. UserError as read_image."""
+    """(stored width, stored height, EXIF orientation 1..8), without decoding. UserError as in read_image."""
     with _open(path) as image:
-        if image.format == "TIFF":  # Pillow's size is that of the upright picture, in some releases
+        if isinstance(image, TiffImageFile):  # in some releases of Pillow, its size is that of the upright picture
             return int(image.tag_v2[256]), int(image.tag_v2[257]), _orientation(image, path)
         return image.width, image.height, _orientation(image, path)
 
 
 def _orientation(image: Image.Image, source: str | Path | bytes) -> int:
-    """EXIF orientation 1..8 of an opened picture, from its path or its bytes; the pixels need not be decoded."""
+    """EXIF orientation 1..8 of an opened picture, given by its path or its bytes, without decoding pixels."""
     if image.format == "TIFF":
         try:
-            value = image.getexif().get(0x0112)  # as Pillow, which turns a TIFF by XMP too
+            value = image.getexif().get(0x0112)  # includes XMP, by which Pillow turns a TIFF too
         except Exception:  # a broken directory of tags
             return 1
         return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -112,8 +120,8 @@ def _orientation(image: Image.Image, source: str | Path | bytes) -> int:
 def _png_exif(source: str | Path | bytes) -> bytes:
     """The eXIf chunk at the end of a PNG file, after its pixels; b"" where there is none.
 
-    A chunk is its length (4 bytes, big-endian), its type (4), its data, and a checksum of the last two (4). The end is
-    searched rather than walked to: a large picture has hundreds of chunks before it.
+    A chunk is its length (4 bytes, big-endian), its type (4), its data, and a checksum of the last two (4). Only the
+    end of the file is searched: a large picture has hundreds of chunks before it.
     """
     if isinstance(source, bytes):
         end = source[-PNG_END_BYTES:]
@@ -132,9 +140,9 @@ def _png_exif(source: str | Path | bytes) -> bytes:
 
 
 def turn_boxes(boxes_xyxy: np.ndarray, orientation: int, width: int, height: int) -> np.ndarray:
-    """Boxes of the stored picture (N, 4), of size width x height -> boxes of the upright picture (N, 4).
+    """Boxes (N, 4) of the stored picture, of size width x height -> boxes (N, 4) of the upright picture.
 
-    A stored point (x, y) comes to rest at: 1 (x, y); 2 (w - x, y); 3 (w - x, h - y); 4 (x, h - y); 5 (y, x);
+    By orientation, a stored point (x, y) moves to: 1 (x, y); 2 (w - x, y); 3 (w - x, h - y); 4 (x, h - y); 5 (y, x);
     6 (h - y, x); 7 (h - y, w - x); 8 (y, w - x). (Exif 2.32, tag 0x0112.)
     """
     x, y = boxes_xyxy[:, 0::2], boxes_xyxy[:, 1::2]  # (N, 2) each
@@ -171,7 +179,7 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def find_picture(folder: Path, stem: str, suffixes: Iterable[str] = SUFFIXES) -> Path | None:
-    """The picture `stem` with any of the suffixes, as .jpg, .JPG or .Jpg, in a folder; None where there is none."""
+    """The picture `stem` in a folder, with one of the suffixes (.jpg, .JPG or .Jpg); None where there is none."""
     for suffix in suffixes:
         for spelled in (suffix, suffix.upper(), "." + suffix[1:].capitalize()):
             path = folder / (stem + spelled)
@@ -181,7 +189,7 @@ def find_picture(folder: Path, stem: str, suffixes: Iterable[str] = SUFFIXES) ->
 
 
 def _open(path: str | Path, data: bytes | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The header of a file, or of its bytes where they are given."""
+    """Open the header of a file, or of its bytes if `data` is given. UserError as in read_image."""
     try:
         image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
@@ -190,7 +198,7 @@ def _open(path: str | Path, data: bytes | None = None, max_pixels: int = MAX_PIX
         raise UserError(f"{path}: no such file, expected a picture") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder, expected a picture") from None
-    except Exception as error:  # UnidentifiedImageError, or what a header parser trips over
+    except Exception as error:  # UnidentifiedImageError, or any exception of a header parser
         raise UserError(f"{path}: {_open_fault(path, error) if data is None else _fault(data[:512], error)}") from None
     if image.width * image.height > max_pixels:
         image.close()
@@ -201,7 +209,7 @@ def _open(path: str | Path, data: bytes | None = None, max_pixels: int = MAX_PIX
 
 
 def _open_fault(path: str | Path, error: Exception) -> str:
-    """What a file is that does not open as a picture."""
+    """Describe a file that does not open as a picture."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -211,7 +219,7 @@ def _open_fault(path: str | Path, error: Exception) -> str:
 
 
 def _fault(start: bytes, error: Exception) -> str:
-    """The same, of the first bytes of a file."""
+    """As _open_fault, from the first bytes of a file."""
     expected = "expected a JPEG, PNG, BMP, WebP or TIFF picture"
     if not start:
         return f"empty file, {expected}"
@@ -228,10 +236,10 @@ def _fault(start: bytes, error: Exception) -> str:
 
 
 def _unread_format(start: bytes) -> str | None:
-    """The name of a picture format that is not read here, from a file's first bytes; None for anything else."""
+    """The name of a picture format that we do not read, from a file's first bytes; None for anything else."""
     if start[:6] in (b"GIF87a", b"GIF89a"):
         return "GIF"
-    if start[4:8] == b"ftyp":  # ISO base media: the brand says which
+    if start[4:8] == b"ftyp":  # ISO base media: the brand names the format
         return {b"avif": "AVIF", b"avis": "AVIF", b"jp2 ": "JPEG 2000", b"jxl ": "JPEG XL"}.get(
             start[8:12], "HEIC" if start[8:12] in HEIC_BRANDS else None
         )

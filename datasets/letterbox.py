@@ -1,12 +1,14 @@
-"""Fitting a picture of any size into a square, and moving boxes there and back.
+"""Fit a picture of any size into a square, and move boxes there and back.
 
-A picture of width w and height h is scaled by the one number s = S / max(w, h), centred in an S x S square and
-surrounded by grey 114 (the value of the public YOLO code). A box corner moves by x' = s x + p_x, y' = s y + p_y.
+A picture of width w and height h is scaled by s = S / max(w, h), centred in an S x S square and surrounded by grey 114
+(the value of the public YOLO code). A box corner moves by x' = s x + p_x, y' = s y + p_y.
 
-The shorter side becomes floor(s * side) whole pixels that show exactly the source region floor(s * side) / s, so
-pixels and boxes obey the same s to sub-pixel precision; less than one letterboxed pixel of the far edge is not
-shown. (Rounding the side and stretching the picture to it, as is common, misplaces the far edge by up to 1/2 pixel.)
+The shorter side becomes floor(s * side) whole pixels that show exactly the source region floor(s * side) / s. So pixels
+and boxes have the same s to sub-pixel precision, and less than one letterboxed pixel of the far edge is cut off. (The
+common way, rounding the side and stretching the picture to it, misplaces the far edge by up to 1/2 pixel.)
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,9 +19,9 @@ PADDING_VALUE = 114
 
 
 def letterbox_geometry(width: int, height: int, image_size: int) -> tuple[float, int, int, int, int]:
-    """scale s, pad_x, pad_y, and the width and height in whole pixels that the picture gets inside the square.
+    """(scale s, pad_x, pad_y, width, height), the last two in whole pixels of the picture inside the square.
 
-    A picture so thin that its short side would vanish gets one pixel there.
+    A side that would vanish becomes one pixel.
     """
     scale = image_size / max(width, height)
     # 1e-6: s * side may miss a whole number by rounding, as in 3 * (320 / 3)
@@ -31,8 +33,8 @@ def letterbox_geometry(width: int, height: int, image_size: int) -> tuple[float,
 def letterbox(picture: np.ndarray, image_size: int) -> tuple[np.ndarray, float, tuple[int, int, int, int]]:
     """uint8 RGB (h, w, 3) -> uint8 (S, S, 3), scale s, and the corners (p_x, p_y, right, bottom) of the picture in it.
 
-    Shrinking averages over the area a pixel covers (Pillow's bilinear filter widens with the step; large steps
-    first reduce by whole boxes), so that fine patterns do not alias; enlarging is bilinear.
+    Shrinking averages over the area of each new pixel, so fine patterns do not alias: Pillow's bilinear filter widens
+    with the step, and large steps first reduce by whole boxes. Enlarging is bilinear.
     """
     height, width = picture.shape[:2]
     scale, pad_x, pad_y, fitted_width, fitted_height = letterbox_geometry(width, height, image_size)
@@ -47,14 +49,14 @@ def letterbox(picture: np.ndarray, image_size: int) -> tuple[np.ndarray, float, 
     return square, scale, (pad_x, pad_y, pad_x + fitted_width, pad_y + fitted_height)
 
 
-def letterbox_boxes(boxes_xyxy: Tensor, scale: float | Tensor, pad: Tensor | tuple[int, int]) -> Tensor:
+def letterbox_boxes(boxes_xyxy: Tensor, scale: float | Tensor, pad: Tensor | Sequence[float]) -> Tensor:
     """(N, 4) pixels of the picture -> (N, 4) pixels of the square; pad is (p_x, p_y)."""
     offset = torch.as_tensor(pad, dtype=boxes_xyxy.dtype, device=boxes_xyxy.device).repeat(2)  # (4,)
     return boxes_xyxy * scale + offset
 
 
 def unletterbox(
-    boxes_xyxy: Tensor, scale: float | Tensor, pad: Tensor | tuple[int, int], width: int, height: int
+    boxes_xyxy: Tensor, scale: float | Tensor, pad: Tensor | Sequence[float], width: int, height: int
 ) -> Tensor:
     """(N, 4) pixels of the square -> (N, 4) pixels of the picture, clipped to it: the inverse of letterbox_boxes."""
     offset = torch.as_tensor(pad, dtype=boxes_xyxy.dtype, device=boxes_xyxy.device).repeat(2)  # (4,)

@@ -1,7 +1,7 @@
-"""From an index of files to batches: decode, letterbox, collate. Everything random happens elsewhere, except the order.
+"""From an index of files to batches: decode, letterbox, collate. Only the order of pictures is random here.
 
-The order of an epoch is a pure function of (seed, epoch); so a batch is the same with any number of workers, and a
-run that stopped before batch k goes on with `epoch(e, start=k)` as if it had never stopped. There is no loader state.
+The order of an epoch is a pure function of (seed, epoch). So a batch is the same with any number of workers, and a run
+that stopped before batch k continues exactly with `epoch(e, start=k)`. There is no loader state.
 """
 
 import contextlib
@@ -16,11 +16,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from datasets.images import read_image
 from datasets.letterbox import letterbox, letterbox_boxes, unletterbox
@@ -32,18 +34,18 @@ MAX_CACHE_FRACTION = 0.5  # of the machine's memory
 
 
 class LoaderProcessDied(UserError):
-    """A loader process ended or hung while it read pictures; a signal to the whole group ends them too."""
+    """A loader process ended or hung while it read pictures, or a signal ended the whole process group."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures of one step.
+    """The B images of one step.
 
     images: uint8 RGB (B, 3, S, S), letterboxed: aspect kept, centred, surrounded by grey 114.
     targets: boxes in pixels of `images`.
-    indices (B,) int64 into index.samples; scale (B,) and pad (B, 2) in x, y order, both float32: a corner of the
-    upright picture moves by x' = scale * x + pad.
-    content_xyxy (B, 4) float32: the part of each image that is picture, not padding.
+    indices (B,) int64: rows of index.samples.
+    scale (B,), pad (B, 2) in x, y order, float32: a corner of the upright picture moves by x' = scale * x + pad.
+    content_xyxy (B, 4) float32: the part of each image that is not padding.
     """
 
     images: Tensor
@@ -57,7 +59,7 @@ class Batch:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Pictures and targets on the device; the rest stays on the host, where it is read."""
+        """Images and targets on the device. The rest stays on the host, where it is used."""
         return replace(self, images=self.images.to(device, non_blocking=True), targets=self.targets.to(device))
 
     def unletterbox(self, row: int, boxes_xyxy: Tensor, width: int, height: int) -> Tensor:
@@ -69,23 +71,23 @@ class Loader:
     """Batches of an index of samples (datasets.index.DatasetIndex), by epoch.
 
     Args:
-        index: anything with `samples`, each with image_path, boxes_xyxy (N, 4), labels (N,) and ignore (N,), and
-            where objects are of several classes in part, class_scores (N, K).
-        image_size: S, of the square that pictures are letterboxed to.
+        index: any object with `samples`, each with image_path, boxes_xyxy (N, 4), labels (N,) and ignore (N,), and with
+            class_scores (N, K) for soft labels.
+        image_size: S, the side of the letterboxed square in pixels.
         batch_size: pictures per batch on this rank. The last batch of an epoch may be smaller, unless `drop_last`.
         seed: of the order.
         workers: processes that decode (0: this one). They need an operating system with fork.
-        shuffle: True for training, False for evaluation (the order of the index).
-        cache: keep every letterboxed picture in memory, 3 S^2 bytes each, shared by the workers; filled as pictures
-            are first read. Refused with a warning where it would take more than half of the memory.
+        shuffle: True for training; False for evaluation, in the order of the index.
+        cache: keep every letterboxed picture in memory, 3 S^2 bytes each, shared by the workers, from its first reading
+            on. Switched off with a warning where it would take more than half of the memory.
         rank, world_size: this process among those of a distributed run. Batch k of all ranks together holds the
-            same pictures as batch k of one process with world_size times the batch size. When shuffling, the order
-            wraps around so that every rank has equally many; otherwise no picture is read twice, and a later
-            rank may have one picture (and so one batch) fewer.
-        timeout_s: of waiting for a worker.
-        pictures_per_epoch: P, of all ranks together; 0: as many as there are. The passes over the set, each in an
-            order of its own, follow one another without end, and epoch e is their pictures e P to (e + 1) P: a set of
-            any size gives equally many steps, and no picture is seen more than once more often than another.
+            same pictures as batch k of one process with world_size times the batch size. With `shuffle`, the order
+            wraps around, so every rank has the same number. Without, no picture is read twice, and a later rank may
+            have one picture (and so one batch) fewer.
+        timeout_s: seconds to wait for a worker.
+        pictures_per_epoch: P, of all ranks together; 0: the size of the set. Passes over the set, each in its own
+            order, follow one another without end; epoch e is their pictures e P to (e + 1) P. So sets of any size give
+            the same number of steps, and how often two pictures are used differs by at most one.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Loader:
         return len(self.batches(0))
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The rows of index.samples of every batch of an epoch on this rank."""
+        """For each batch of an epoch on this rank its rows of index.samples."""
         count = len(self.index.samples)
         order = endless_order(count, self.seed, epoch, self.pictures_per_epoch) if self.shuffle else list(range(count))
         rows = shard(order, self.rank, self.world_size, wrap_around=self.shuffle)
@@ -136,14 +138,14 @@ class Loader:
         return batches[:-1] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
 
     def read(self, rows: list[int]) -> Batch:
-        """These pictures as a batch, read by this process. UserError names the file that cannot be read."""
+        """A batch of these rows, read by this process. UserError names the file that cannot be read."""
         return _checked(self._reader[rows])
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from the start-th on.
+        """The batches of an epoch from number `start` on.
 
-        UserError names the file for a picture that cannot be read, and the files being read when a worker dies or
-        takes longer than `timeout_s`. Workers end with the iterator, also when it is abandoned.
+        UserError names the picture that cannot be read, or the files being read when a worker dies or takes longer than
+        `timeout_s`. Workers end with the iterator, even if it is abandoned.
         """
         batches = self.batches(epoch)[start:]
         if not batches:
@@ -163,43 +165,47 @@ class Loader:
             raise LoaderProcessDied(found) from error
 
     def _read_by_workers(self, batches: list[list[int]]) -> Iterator[Batch]:
-        """A worker that died raises at any line from then on, out of torch's signal handler, until it is shut down.
+        """Read batches by worker processes.
 
-        So this only reads and shuts down: whatever line is hit, the error that leaves says the same.
+        After a worker has died, torch's signal handler raises at any line until the workers are shut down. So this
+        function only reads and shuts down: the error is the same at every line.
         """
         self._reader.reading[:] = 0
-        iterator = iter(
-            DataLoader(
-                self._reader,
-                sampler=batches,  # one "sample" is a batch: the reader makes it whole
-                batch_size=None,
-                collate_fn=_identity,
-                num_workers=min(self.workers, len(batches)),
-                multiprocessing_context="fork",
-                worker_init_fn=functools.partial(_start_worker, os.getpid()),
-                timeout=self.timeout_s,
-                generator=torch.Generator(),  # otherwise each epoch draws a number from the global one
-            )
+        iterator = cast(  # the class of every iterator with num_workers > 0
+            _MultiProcessingDataLoaderIter,
+            iter(
+                DataLoader(
+                    self._reader,
+                    sampler=batches,  # one "sample" is a whole batch
+                    batch_size=None,
+                    collate_fn=_identity,
+                    num_workers=min(self.workers, len(batches)),
+                    multiprocessing_context="fork",
+                    worker_init_fn=functools.partial(_start_worker, os.getpid()),
+                    timeout=self.timeout_s,
+                    generator=torch.Generator(),  # otherwise each epoch draws a number from the global one
+                )
+            ),
         )
         try:
             for _ in batches:
                 yield _checked(next(iterator))
         finally:
-            with contextlib.suppress(RuntimeError):  # raised inside this call, it still completes
+            with contextlib.suppress(RuntimeError):  # the call completes even if this is raised inside it
                 iterator._shutdown_workers()  # there is no public way
             for worker in iterator._workers:
-                worker.join(1)  # one that had to be terminated stays a zombie otherwise (torch 2.11)
+                worker.join(1)  # otherwise a terminated worker stays a zombie (torch 2.11)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(count): a pure function of its arguments."""
+    """A permutation of range(count), the same for the same arguments."""
     return torch.randperm(count, generator=seeded_generator(Stream.ORDER, seed, epoch)).tolist()
 
 
 def endless_order(count: int, seed: int, epoch: int, per_epoch: int) -> list[int]:
-    """Places epoch * per_epoch to (epoch + 1) * per_epoch of the passes epoch_order(count, seed, k), k = 0, 1, ...
+    """Rows epoch * per_epoch to (epoch + 1) * per_epoch of the concatenated epoch_order(count, seed, k), k = 0, 1, ...
 
-    With per_epoch = count that is epoch_order(count, seed, epoch).
+    With per_epoch = count this is epoch_order(count, seed, epoch).
     """
     first, last = epoch * per_epoch, (epoch + 1) * per_epoch
     passes = range(first // count, -(-last // count))
@@ -208,7 +214,7 @@ def endless_order(count: int, seed: int, epoch: int, per_epoch: int) -> list[int
 
 
 def shard(rows: list[int], rank: int, world_size: int, *, wrap_around: bool) -> list[int]:
-    """Every world_size-th row from `rank` on; with `wrap_around` first rows repeat and all ranks get equally many."""
+    """Every world_size-th row from `rank` on. `wrap_around` repeats first rows, so all ranks get the same number."""
     if not wrap_around:
         return rows[rank::world_size]
     per_rank = -(-len(rows) // world_size)
@@ -216,15 +222,16 @@ def shard(rows: list[int], rank: int, world_size: int, *, wrap_around: bool) -> 
 
 
 class _Reader(Dataset):
-    """rows of samples -> Batch, or the message of the UserError met: a worker's exception would lose its type."""
+    """rows of samples -> Batch, or the message of a UserError as text: an exception of a worker would lose its type."""
 
     def __init__(self, samples, image_size: int, cache: bool, workers: int) -> None:
         self.samples, self.image_size = samples, image_size
         self.reading = np.frombuffer(mmap.mmap(-1, 8 * max(1, workers)), np.int64)  # 1 + row, per worker; 0: nothing
-        self.pictures = self.geometry = None
+        self.pictures: np.ndarray | None = None
+        self.geometry: np.ndarray | None = None
         if cache:
-            # An anonymous shared map: forked workers fill it for everyone, it takes memory only where it is filled,
-            # and unlike /dev/shm it has no size limit of its own.
+            # An anonymous shared map: forked workers fill it for all processes, it takes memory only where it is
+            # filled, and unlike /dev/shm it has no size limit of its own.
             count, size = len(samples), image_size
             self.pictures = np.frombuffer(mmap.mmap(-1, count * size * size * 3), np.uint8).reshape(
                 count, 3, size, size
@@ -260,32 +267,33 @@ class _Reader(Dataset):
         return Batch(torch.from_numpy(images), targets, torch.tensor(rows), scale, content[:, :2].clone(), content)
 
     def _class_scores(self, rows: list[int]) -> Tensor | None:
-        """float32 (N, K) of these pictures' objects; readers give them to all samples of an index or to none."""
+        """float32 (N, K) for the objects of these rows; None without soft labels. An index has them in all or none."""
         if getattr(self.samples[rows[0]], "class_scores", None) is None:
             return None
         return torch.from_numpy(np.concatenate([self.samples[row].class_scores for row in rows]).astype(np.float32))
 
     def rows_being_read(self) -> list[int]:
-        """Of samples, by the workers of an epoch."""
+        """The rows of samples that the workers of an epoch are reading."""
         return (self.reading[self.reading > 0] - 1).tolist()
 
     def _read(self, row: int) -> tuple[np.ndarray, float, float, float, float, float]:
-        """The letterboxed picture (3, S, S), scale, and the corners of its content."""
-        if self.geometry is not None and self.geometry[row, 0] > 0:
-            return self.pictures[row], *self.geometry[row].tolist()
+        """The letterboxed image (3, S, S), scale, and the corners of its content."""
+        pictures, geometry = self.pictures, self.geometry
+        if pictures is not None and geometry is not None and geometry[row, 0] > 0:
+            return pictures[row], *geometry[row].tolist()
         square, scale, content_xyxy = letterbox(read_image(self.samples[row].image_path), self.image_size)
         planes = np.moveaxis(square, 2, 0)  # (3, S, S)
-        if self.geometry is not None:
-            self.pictures[row] = planes
-            self.geometry[row] = scale, *content_xyxy  # after the pixels: a scale above 0 says that they are there
+        if pictures is not None and geometry is not None:
+            pictures[row] = planes
+            geometry[row] = scale, *content_xyxy  # after the pixels: a scale above 0 marks that they are there
         return planes, scale, *content_xyxy
 
 
 def is_dead_worker(error: RuntimeError | OSError | EOFError) -> bool:
-    """Whether an error of torch's DataLoader is about a worker process, not about what one met while it read.
+    """Whether an error of torch's DataLoader means a dead or hung worker, and not a fault in what the worker read.
 
-    OSError and EOFError are of a worker that died while it handed a batch over. For a worker that died or hung before,
-    PyTorch has no type: it raises a RuntimeError whose text begins with its own class, as nothing else here does.
+    OSError and EOFError come from a worker that died while it passed a batch on. For a worker that died or hung before,
+    PyTorch has no type: it raises a RuntimeError whose text begins with "DataLoader ", which no other error here does.
     """
     return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader ")
 
@@ -301,20 +309,20 @@ def _identity(batch):
 
 
 def _start_worker(parent: int, worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the training process decides when the workers end."""
+    """Ignore Ctrl-C, which reaches the whole process group: the training process decides when the workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """A killed process leaves no workers behind. PyTorch's own watch misses a death right after the fork."""
+    """End this worker when its parent has died. PyTorch's own watch misses a death right after the fork."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def _fits_in_memory(count: int, image_size: int) -> bool:
-    if not hasattr(os, "sysconf"):  # Windows does not tell without further libraries
+    if not hasattr(os, "sysconf"):  # on Windows the size of the memory needs further libraries
         return True
     needed = 3 * image_size**2 * count
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
