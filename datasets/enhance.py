@@ -1,7 +1,7 @@
-"""Making a picture easier to look at before it is detected in: noise, colour of the light, contrast, sharpness.
+"""Enhance an image before detection: noise, colour of the light, contrast, sharpness.
 
-Plain functions of uint8 RGB pictures (H, W, 3), H, W >= 1, that return a new picture of the same kind. All of them work
-on the values as stored (gamma-encoded), not on linear light. `enhance` applies them in one order.
+Functions of uint8 RGB images (H, W, 3), H, W >= 1, that return a new image of the same shape and type. They work on the
+stored (gamma-encoded) values, not on linear light. `enhance` applies them in one order.
 
     denoise              bilateral filter: Tomasi & Manduchi, "Bilateral Filtering for Gray and Color Images", ICCV 1998
     balance_grey_world   Buchsbaum, "A spatial processor model for object colour perception", 1980
@@ -10,9 +10,9 @@ on the values as stored (gamma-encoded), not on linear light. `enhance` applies 
     adjust_gamma         power law
     sharpen              unsharp masking
 
-Deliberate differences: the bilateral filter measures colour distance in RGB, not in CIELAB; white patch takes a high
-percentile instead of the maximum, so that a few hot pixels do not decide; CLAHE reflects a picture only as far as it
-has to (OpenCV, where only one side does not divide into tiles, extends the other one too).
+Deliberate differences: the bilateral filter measures colour distance in RGB, not in CIELAB. White patch takes a high
+percentile instead of the maximum, so that a few hot pixels do not decide. CLAHE extends only the sides that do not
+divide into tiles (OpenCV, if one side does not divide, extends the other one too).
 """
 
 import math
@@ -29,7 +29,7 @@ NUM_LEVELS = 256
 
 @dataclass(frozen=True)
 class Enhancement:
-    """What `enhance` does; None leaves a step out. Each number is the argument of the step's function."""
+    """The steps of `enhance`. None skips a step; a number is the argument of the step's function."""
 
     denoise: float | None = None  # sigma_color
     grey_world: float | None = None  # strength
@@ -40,7 +40,7 @@ class Enhancement:
 
 
 def enhance(image: np.ndarray, steps: Enhancement) -> np.ndarray:
-    """Noise first, because each later step would amplify it; then colour, contrast, brightness; sharpening last."""
+    """Apply the steps: noise first, because later steps amplify it, then colour, contrast, brightness, sharpness."""
     if steps.denoise is not None:
         image = denoise(image, sigma_color=steps.denoise)
     if steps.grey_world is not None:
@@ -60,13 +60,13 @@ def enhance(image: np.ndarray, steps: Enhancement) -> np.ndarray:
 
 
 def denoise(image: np.ndarray, *, sigma_color: float, sigma_space: float = 1.5) -> np.ndarray:
-    """Bilateral filter: each pixel becomes a mean of its neighbours, of those that are near and alike.
+    """Bilateral filter: each pixel becomes a weighted mean of the neighbours that are near and similar in colour.
 
         y_p  = sum_q w_pq x_q / sum_q w_pq
         w_pq = exp(-|p - q|^2 / (2 sigma_space^2) - |x_p - x_q|^2 / (2 sigma_color^2))
 
-    over the pixels q of the picture with |p - q| <= ceil(2 sigma_space); x_p is the colour in levels 0..255, so an edge
-    of many sigma_color stays sharp. ValueError where a sigma is not above 0.
+    over the pixels q of the image with |p - q| <= ceil(2 sigma_space). x_p is the colour in levels 0..255, so an edge
+    of many sigma_color stays sharp. ValueError if a sigma is not above 0.
     """
     if not (sigma_color > 0 and sigma_space > 0):
         raise ValueError(f"found sigma_color {sigma_color} and sigma_space {sigma_space}, expected numbers above 0")
@@ -74,7 +74,7 @@ def denoise(image: np.ndarray, *, sigma_color: float, sigma_space: float = 1.5) 
     x = torch.from_numpy(image).permute(2, 0, 1).float()  # (3, H, W)
     height, width = image.shape[:2]
     total, weights = x.clone(), torch.ones(height, width)  # q = p has weight 1
-    # w_pq = w_qp: half of the offsets are enough, each serves both of its ends.
+    # w_pq = w_qp, so half of the offsets are enough: each is used at both of its ends.
     offsets = [(dy, dx) for dy in range(radius + 1) for dx in range(-radius, radius + 1) if (dy, dx) > (0, 0)]
     for dy, dx in offsets:
         if dy * dy + dx * dx > radius * radius or dy >= height or abs(dx) >= width:
@@ -95,27 +95,27 @@ def denoise(image: np.ndarray, *, sigma_color: float, sigma_space: float = 1.5) 
 
 
 def balance_grey_world(image: np.ndarray, *, strength: float = 1.0) -> np.ndarray:
-    """Gains that make the picture grey on average, as if the mean of all surfaces were grey.
+    """Gains that make the image grey on average: assumes that the mean of all surfaces is grey.
 
         y_c = (m / m_c)^strength x_c,    m_c = mean_p x_pc,    m = (m_R + m_G + m_B) / 3
 
-    strength 0 changes nothing. A channel that is 0 everywhere stays so.
+    strength 0 changes nothing. A channel that is 0 everywhere stays 0.
     """
     return _scale_channels(image, image.reshape(-1, 3).mean(0, dtype=np.float64), None, strength)
 
 
 def balance_white_patch(image: np.ndarray, *, strength: float = 1.0, percentile: float = 99.0) -> np.ndarray:
-    """Gains that make the brightest part of each channel white, as if the lightest surface were white.
+    """Gains that make the brightest part of each channel white: assumes that the lightest surface is white.
 
         y_c = (255 / q_c)^strength x_c,    q_c = the percentile of x_pc over p
 
-    strength 0 changes nothing. A channel whose percentile is 0 stays as it is.
+    strength 0 changes nothing. A channel whose percentile is 0 stays unchanged.
     """
     return _scale_channels(image, np.percentile(image.reshape(-1, 3), percentile, axis=0), 255.0, strength)
 
 
 def _scale_channels(image: np.ndarray, levels: np.ndarray, target: float | None, strength: float) -> np.ndarray:
-    """y_c = (target / level_c)^strength x_c; the target is the levels' mean where none is given."""
+    """y_c = (target / level_c)^strength x_c. target None: the mean of the levels."""
     target = levels.mean() if target is None else target
     gains = np.divide(target, levels, out=np.ones(3), where=levels > 0) ** strength  # (3,)
     table = np.arange(NUM_LEVELS)[:, None] * gains  # (256, 3)
@@ -127,11 +127,11 @@ def _scale_channels(image: np.ndarray, levels: np.ndarray, target: float | None,
 
 
 def equalize_locally(image: np.ndarray, *, clip_limit: float = 2.0, tiles: int = 8) -> np.ndarray:
-    """CLAHE of the luma; the colour differences stay.
+    """CLAHE of the luma. The colour differences stay.
 
         y_c = x_c + equalize_plane(Y) - Y,    Y = round(0.299 R + 0.587 G + 0.114 B)
 
-    which is replacing Y of YCbCr (ITU-R BT.601, full range) and going back, with one rounding instead of three.
+    This replaces Y of YCbCr (ITU-R BT.601, full range) and converts back, with one rounding instead of three.
     """
     luma = np.rint(image @ np.array(LUMA, dtype=np.float32)).astype(np.uint8)  # (H, W)
     change = equalize_plane(luma, clip_limit=clip_limit, tiles=tiles).astype(np.int16) - luma
@@ -139,7 +139,7 @@ def equalize_locally(image: np.ndarray, *, clip_limit: float = 2.0, tiles: int =
 
 
 def equalize_plane(plane: np.ndarray, *, clip_limit: float, tiles: int) -> np.ndarray:
-    """CLAHE of uint8 (H, W): histogram equalization in tiles x tiles tiles, of limited slope, blended between them.
+    """CLAHE of uint8 (H, W): histogram equalization with limited slope in tiles x tiles tiles, blended between them.
 
     A tile of n pixels with the histogram h_v, v = 0..255, has the limit l = max(1, floor(clip_limit n / 256)):
 
@@ -148,10 +148,10 @@ def equalize_plane(plane: np.ndarray, *, clip_limit: float, tiles: int) -> np.nd
 
     r_v spreads the remaining m = e mod 256 counts, one each, over the levels 0, s, 2 s, ... with s = floor(256 / m).
     A pixel is looked up in the T of the four tiles whose centers are around it, and the four values are interpolated
-    bilinearly; beyond the outermost centers the nearest ones count. A picture that does not divide into tiles is
-    reflected beyond its right and lower edges (without repeating the edge) for the histograms.
+    bilinearly; beyond the outermost centers the nearest tiles count. For the histograms, an image that does not divide
+    into tiles is reflected beyond its right and lower edges (without repeating the edge).
 
-    ValueError where clip_limit is not above 0 or tiles less than 1.
+    ValueError if clip_limit is not above 0 or tiles is below 1.
     """
     if not clip_limit > 0 or tiles < 1:
         raise ValueError(f"found clip_limit {clip_limit} and {tiles} tiles, expected numbers above 0")
@@ -184,7 +184,7 @@ def _tile_tables(padded: np.ndarray, clip_limit: float, tiles: int) -> np.ndarra
 
 
 def _tile_neighbours(length: int, tile: int, tiles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every pixel along an axis: the tiles whose centers are before and behind it, and the share of the second."""
+    """For every pixel of an axis: the tiles with the nearest centers before and behind it, and the second's share."""
     centers = np.float32(0.5)  # of the tiles, in tiles
     position = np.arange(length, dtype=np.float32) * np.float32(1 / tile) - centers  # 0 is the first tile's center
     before = np.floor(position).astype(np.int64)
@@ -193,9 +193,9 @@ def _tile_neighbours(length: int, tile: int, tiles: int) -> tuple[np.ndarray, np
 
 
 def adjust_gamma(image: np.ndarray, gamma: float) -> np.ndarray:
-    """y = 255 (x / 255)^(1 / gamma): above 1 brightens, below 1 darkens, black and white stay.
+    """y = 255 (x / 255)^(1 / gamma). Above 1 brightens, below 1 darkens; black and white stay.
 
-    ValueError where gamma is not above 0.
+    ValueError if gamma is not above 0.
     """
     if not gamma > 0:
         raise ValueError(f"found gamma {gamma}, expected a number above 0")
@@ -209,7 +209,7 @@ def adjust_gamma(image: np.ndarray, gamma: float) -> np.ndarray:
 def sharpen(image: np.ndarray, *, amount: float, sigma: float = 1.5) -> np.ndarray:
     """Unsharp masking: y = x + amount (x - G_sigma * x), G a Gaussian cut off at ceil(3 sigma), edges repeated.
 
-    amount 0 changes nothing. ValueError where sigma is not above 0.
+    amount 0 changes nothing. ValueError if sigma is not above 0.
     """
     if not sigma > 0:
         raise ValueError(f"found sigma {sigma}, expected a number above 0")
@@ -224,7 +224,7 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
     taps = taps / taps.sum()
     for axis, (bottom, right) in ((1, (radius, 0)), (2, (0, radius))):
         padded = F.pad(x[None], (right, right, bottom, bottom), mode="replicate")[0]
-        # A sum of shifted copies: 10 times as fast on a CPU as conv2d with one channel.
+        # a sum of shifted copies is 10 times as fast on a CPU as conv2d with one channel
         x = sum(tap * padded.narrow(axis, k, x.shape[axis]) for k, tap in enumerate(taps.tolist()))
     return x
 

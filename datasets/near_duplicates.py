@@ -1,9 +1,9 @@
-"""Groups of pictures that show nearly the same: copies, sizes and qualities of one picture, frames of one video.
+"""Group pictures that show nearly the same: copies, sizes and qualities of one picture, frames of one video.
 
-Two pictures are near-duplicates where their difference hashes differ in at most DISTANCE of 64 bits (dHash: the
-picture in grey at 9 x 8 pixels, one bit for each neighbour to the right that is darker; N. Krawetz, "Kind of Like
-That", hackerfactor.com, 2013), or where their names say so: Roboflow calls the versions that it makes of a.jpg
-a_jpg.rf.<hash>.jpg. Near-duplicates of near-duplicates are in one group, so a slow video is one group too.
+Two pictures are near-duplicates if their difference hashes differ in at most DISTANCE of 64 bits (dHash: the picture in
+grey at 9 x 8 pixels, one bit for each neighbour to the right that is darker; N. Krawetz, "Kind of Like That",
+hackerfactor.com, 2013), or by their names: Roboflow calls its versions of a.jpg a_jpg.rf.<hash>.jpg. Near-duplicates of
+near-duplicates are in the same group, so a slow video is one group.
 """
 
 import os
@@ -20,11 +20,11 @@ _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.u
 
 
 def group_near_duplicates(paths: Sequence[Path], *, pattern: str | None = None) -> np.ndarray:
-    """(N,) int64: the group of each picture, numbered from 0 by the first picture of each.
+    """(N,) int64: the group of each picture. Groups are numbered from 0 in the order of their first pictures.
 
-    pattern: a regular expression; pictures in whose names it matches the same text (its first group, where it has one)
-    are in one group too, such as the frames of a clip: `(.*)_[0-9]+`. A picture that does not decode is compared by
-    its name alone.
+    pattern: a regular expression. Pictures in whose names it matches the same text (in its first group, if it has one)
+    are in one group too: `(.*)_[0-9]+` joins the frames of a clip. A picture that does not decode is compared only by
+    its name.
     """
     parent = list(range(len(paths)))
 
@@ -55,7 +55,7 @@ def group_near_duplicates(paths: Sequence[Path], *, pattern: str | None = None) 
 
 
 def difference_hash(path: Path) -> int | None:
-    """64 bits of the upright picture; None where it does not decode."""
+    """The 64-bit hash of the upright picture; None where it does not decode."""
     try:
         with Image.open(path) as picture:
             picture.draft("L", (144, 128))  # a JPEG is decoded at a fraction of its size
@@ -67,7 +67,7 @@ def difference_hash(path: Path) -> int | None:
 
 
 def count_bits(values: np.ndarray) -> np.ndarray:
-    """The ones in each uint64 of (N,)."""
+    """uint64 (N,) -> the number of ones in each."""
     if hasattr(np, "bitwise_count"):  # NumPy 2
         return np.bitwise_count(values)
     return _BITS[np.ascontiguousarray(values).view(np.uint16).reshape(-1, 4)].sum(axis=1)

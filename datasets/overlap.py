@@ -1,7 +1,7 @@
-"""Pictures that two splits share: what a test measures on them is memory.
+"""Find pictures that two splits share: a test on training pictures measures memory.
 
-Two pictures are the same where they are one file (the same path, or links to it) or have the same bytes. Files are
-compared by inode and size; bytes are read only where sizes are equal, the first of them before all of them.
+Two pictures are the same if they are one file (the same path, or links to it) or have the same bytes. Files are
+compared by inode and size. Bytes are read only if sizes are equal: first the head of the file, then all of it.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from datasets.index import DatasetIndex
 
-HEAD = 4096  # bytes that tell most files of one size apart
+HEAD = 4096  # bytes that differ in most pairs of files of one size
 
 
 class Shared(NamedTuple):
-    """A picture of the first split, those of the second that are the same, and whether they are one file."""
+    """A picture of the first split, the same pictures in the second, and whether they are one file."""
 
     path: Path
     others: tuple[Path, ...]
@@ -27,9 +27,9 @@ class Shared(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """The pictures of one split that another has too, in the order of the first.
+    """The pictures of a first split that are also in a second one, in the order of the first.
 
-    names: of the two splits, the one that is measured on first. count: how many pictures of the first there are.
+    names: of the two splits. The first is the one to measure on. count: number of pictures in the first.
     """
 
     names: tuple[str, str]
@@ -38,11 +38,11 @@ class Overlap:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the first split has no picture of its own."""
+        """Whether all pictures of the first split are shared."""
         return len(self.shared) == self.count > 0
 
     def within(self, second: DatasetIndex) -> "Overlap":
-        """What remains of it where only these pictures of the second split are used."""
+        """The overlap if only these pictures of the second split are used."""
         used = {sample.image_path for sample in second.samples}
         return replace(self, shared=tuple(pair for pair in self.shared if not used.isdisjoint(pair.others)))
 
@@ -59,7 +59,7 @@ class Overlap:
 
 
 def find_overlap(first: DatasetIndex, second: DatasetIndex, names: tuple[str, str]) -> Overlap:
-    """What `first` shares with `second`. A picture that cannot be read is no one's."""
+    """The pictures that `first` shares with `second`. A picture that cannot be read is never shared."""
     paths = [sample.image_path for sample in first.samples]
     files, others = _Files(paths), _Files([sample.image_path for sample in second.samples])
     shared = []
@@ -72,10 +72,10 @@ def find_overlap(first: DatasetIndex, second: DatasetIndex, names: tuple[str, st
 
 
 class _Files:
-    """Paths by file, by size, and by what they hold."""
+    """Paths by file, by size, and by content."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.key: dict[Path, tuple] = {}  # what one file has in common under all its names
+        self.key: dict[Path, tuple] = {}  # equal for all names of one file
         self.size: dict[Path, int] = {}
         self.by_file: dict[tuple | None, list[Path]] = defaultdict(list)
         by_size: dict[tuple, list[Path]] = defaultdict(list)
@@ -89,11 +89,11 @@ class _Files:
             self.size[path] = found.st_size
             self.by_file[self.key[path]].append(path)
             by_size[(found.st_size,)].append(path)
-        self._groups = by_size  # (size, hash of the first bytes, hash of all) -> paths, and for its beginnings
+        self._groups = by_size  # (size,), (size, head hash) and (size, head hash, hash of all) -> paths
         self._split: set[tuple] = set()
 
     def with_bytes_of(self, path: Path, files: "_Files") -> list[Path]:
-        """Those with the bytes of a path of `files`."""
+        """The paths here with the same bytes as `path`, which is one of `files`."""
         key: tuple = (files.size.get(path, -1),)
         for limit in (HEAD, -1):
             group = self._groups.get(key, ())

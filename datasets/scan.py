@@ -1,17 +1,17 @@
-"""What a dataset holds and what is wrong with it, in one table, before anything trains on it.
+"""The contents and the faults of a dataset in one table, before anything trains on it.
 
     python -m datasets.scan FORMAT ROOT SPLIT[,SPLIT...] [--classes A,B] [--decode] [--out FOLDER]
                             [--max-bad-fraction 0.01]
 
-Opening a dataset has already checked every label row and every picture's header; `decode` also decodes every picture,
-which finds truncated ones. Box sizes are COCO's: small below 32 x 32 pixels of area, large from 96 x 96.
+Opening a dataset checks every label row and every picture's header. `decode` also decodes every picture, which finds
+truncated ones. Box sizes are COCO's: small below an area of 32 x 32 pixels, large from 96 x 96.
 """
 
 import argparse
 import csv
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,15 +26,16 @@ from errors import UserError, run_script
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
 SHOWN_NAME = 24  # characters of a class name in the table
-FEW = 3  # bad pictures or objects that a fraction needs before it counts: one of ten is no tenth of a set
+FEW = 3  # fewer bad pictures or objects never stop a run: one bad picture of ten is not a bad tenth of a set
 SUGGESTED = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class ScanReport:
-    """index: the dataset without the pictures that did not decode, with all faults, theirs included.
+    """The result of `scan`.
 
-    notes: lines of the table about the dataset beside others.
+    index: the dataset without the pictures that did not decode. Its faults include theirs.
+    notes: lines of the table that compare the dataset with others.
     """
 
     index: DatasetIndex
@@ -52,10 +53,10 @@ class ScanReport:
 
     @property
     def bad_fraction(self) -> float:
-        """The larger of: dropped pictures among all pictures, dropped objects among all objects (0 for none).
+        """The larger of two shares: dropped pictures among all pictures, dropped objects among all objects.
 
-        Dropped exact duplicates, labels without a picture and what is only noted do not count; objects of a dropped
-        picture are not known.
+        Dropped duplicates, labels without a picture and noted faults do not count. The objects of a dropped picture
+        cannot be counted.
         """
         return max(self._fractions())
 
@@ -65,27 +66,28 @@ class ScanReport:
         return of_pictures, self.dropped_objects / max(objects + self.dropped_objects, 1)
 
     def too_bad(self, max_bad_fraction: float) -> bool:
-        """Whether a fraction is above the limit, with three pictures or objects behind it (one for a limit of 0)."""
+        """Whether one of the shares is above the limit and counts at least three (one for a limit of 0)."""
         few = FEW if max_bad_fraction > 0 else 1
         counts = (self.dropped_pictures, self.dropped_objects)
         return any(c >= few and fraction > max_bad_fraction for c, fraction in zip(counts, self._fractions()))
 
     def table(self) -> str:
-        """The report as text, without a newline at its end. Ignored objects are counted in no other column."""
+        """The report as text, without a newline at its end. Ignored objects count only in their own column."""
         samples, names = self.index.samples, self.index.names
         picture = np.repeat(np.arange(len(samples)), [len(sample) for sample in samples])
         labels = _join([sample.labels for sample in samples], np.int64)
         ignore = _join([sample.ignore for sample in samples], bool)
         area = _join([sample.area for sample in samples], np.float64)
-        rows = [("class", "pictures", "objects", "ignored", "small", "medium", "large")]
+        rows: list[tuple[str, ...]] = [("class", "pictures", "objects", "ignored", "small", "medium", "large")]
         groups = [(name, labels == label) for label, name in enumerate(names)]
         if (labels == ANY_CLASS).any():
             groups.append(("(of any class)", labels == ANY_CLASS))
         for name, chosen in [*groups, ("all", np.ones(len(labels), dtype=bool))]:
             learnt = chosen & ~ignore
             small, large = area[learnt] < SMALL_AREA, area[learnt] >= LARGE_AREA
-            counts = len(np.unique(picture[chosen])), learnt.sum(), (chosen & ignore).sum()
-            counts = *counts, small.sum(), learnt.sum() - small.sum() - large.sum(), large.sum()
+            medium = learnt.sum() - small.sum() - large.sum()
+            num_pictures = len(np.unique(picture[chosen]))
+            counts = num_pictures, learnt.sum(), (chosen & ignore).sum(), small.sum(), medium, large.sum()
             shown = name if len(name) <= SHOWN_NAME else name[: SHOWN_NAME - 1] + "…"
             rows.append((shown, *(str(count) for count in counts)))
         empty = sum(len(sample) == 0 for sample in samples)
@@ -144,9 +146,9 @@ def scan(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScanReport:
-    """Count an index; with `decode`, decode every picture in threads and leave out those that fail.
+    """Report on an index. With `decode`, decode every picture in threads and leave out those that fail.
 
-    `progress(done, total)` is called from this thread after each decoded picture.
+    progress(done, total): called from this thread after each decoded picture.
     """
     title = title or f"{index.format or 'dataset'}"
     if not decode:
@@ -164,10 +166,10 @@ def scan(
 
 
 def check(report: ScanReport, max_bad_fraction: float = 0.01, *, flag: str = "") -> None:
-    """UserError where more than `max_bad_fraction` of the pictures or objects was dropped, and three at least.
+    """UserError if more than `max_bad_fraction` of the pictures or objects were dropped, and at least three.
 
-    It names the first, and ends with the setting that lets them pass: the key of a config, after the `flag` of a
-    command that has one.
+    The message names the first one, and ends with the setting that accepts them: the `flag` of a command, if given, and
+    the key of a config.
     """
     is_empty = report.dropped_pictures > 0 and not report.index.samples
     if is_empty or report.too_bad(max_bad_fraction):
@@ -201,7 +203,7 @@ def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _left_out_lines(index: DatasetIndex) -> list[str]:
-    """What `classes` took out: objects by class, and the pictures that are background now."""
+    """A line on the objects that `classes` left out, by class, and the pictures that became background."""
     counts = Counter(name for sample in index.samples for name in sample.left_out)
     if not counts:
         return []
@@ -220,8 +222,8 @@ def _sizes(index: DatasetIndex) -> str:
     return f" of {low}" if low == high else f" of {low} to {high}"
 
 
-def _align(rows: list[tuple[str, ...]], right: tuple[int, ...] | None = None) -> list[str]:
-    """Columns of equal width; those in `right` (default: all but the first) flush right."""
+def _align(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] | None = None) -> list[str]:
+    """Lines with columns of equal width. right: the columns to align right (default: all but the first)."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = tuple(range(1, len(widths))) if right is None else right
     cells = []

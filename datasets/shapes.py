@@ -2,13 +2,13 @@
 
     python -m datasets.shapes ROOT --train 1000 --test 300 --image-size 160 --seed 0
 
-Classes differ in outline only: any class has any colour, texture, size, turn and stretch. Objects overlap, some are
-small or of little contrast, and lines and blobs lie between them. Every picture is a pure function of (seed, split,
+Classes differ only in outline: every class has any colour, texture, size, rotation and stretch. Objects overlap, some
+are small or low in contrast, and lines and blobs lie between them. Every picture is a pure function of (seed, split,
 index).
 
-A box is tight to the complete outline of an object, also where other objects hide it, clipped to the picture. At
-least MIN_VISIBLE of every drawn object is to be seen: a placement that would hide more of itself or of another is
-drawn again elsewhere, so nothing half hidden is left unlabelled.
+A box is tight around the complete outline of an object, including hidden parts, and clipped to the picture. At least
+MIN_VISIBLE of every object is visible: a placement that would hide more of itself or of another object is drawn again
+elsewhere, so every drawn object has a label.
 """
 
 import argparse
@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
 def make_shapes(root: str | Path, *, train: int, test: int, image_size: int, seed: int) -> bool:
     """Write the set as YOLO text: images/<split>/*.jpg, labels/<split>/*.txt, data.yaml, and a manifest.
 
-    True if it was written; False if the folder already held exactly this set. The folder appears whole or not at
-    all. UserError where something else is there: it is never replaced.
+    True if it was written; False if the folder already had exactly this set. The folder appears complete or not at all.
+    UserError if the folder has other files; they are never replaced.
     """
     if min(train, test) < 0 or image_size < 32 or seed < 0:
         raise UserError(
@@ -127,22 +127,25 @@ def draw_picture(seed: int, split: str, index: int, image_size: int) -> tuple[np
     """RGB uint8 (S, S, 3), boxes_xyxy (N, 4) float64 in pixels, labels (N,) int64 into NAMES; 1 <= N <= 9."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     canvas = draw_ground(rng, image_size)
-    wanted = int(rng.integers(2, 10))
-    labels, boxes, shown, areas = [], [], [], []  # shown: what is to be seen of each object, (S, S) 0..1
-    for _ in range(8 * wanted):  # attempts
-        if len(labels) == wanted:
+    num_objects = int(rng.integers(2, 10))
+    labels: list[int] = []
+    boxes: list[np.ndarray] = []
+    visible: list[np.ndarray] = []  # the visible part of each object, (S, S) in 0..1
+    areas: list[float] = []
+    for _ in range(8 * num_objects):  # attempts
+        if len(labels) == num_objects:
             break
         label = int(rng.integers(len(NAMES)))
         rings = place(outline(NAMES[label]), rng, image_size)
         mask, complete = rasterize(rings, image_size)
-        remaining = [s * (1 - mask) for s in shown]
+        remaining = [v * (1 - mask) for v in visible]
         if mask.sum() < 0.6 * complete or any(r.sum() < MIN_VISIBLE * a for r, a in zip(remaining, areas)):
             continue
         canvas = paint(canvas, mask, rng)
         points = np.concatenate(rings)
         boxes.append(np.concatenate((points.min(0), points.max(0))).clip(0, image_size))
         labels.append(label)
-        shown, areas = [*remaining, mask], [*areas, complete]
+        visible, areas = [*remaining, mask], [*areas, complete]
     return develop(canvas, rng), np.array(boxes).reshape(-1, 4), np.array(labels, dtype=np.int64)
 
 
@@ -150,7 +153,7 @@ def draw_picture(seed: int, split: str, index: int, image_size: int) -> tuple[np
 
 
 def outline(name: str) -> list[np.ndarray]:
-    """Closed curves (n, 2) of a shape about as large as the unit circle; a point inside two of them is outside."""
+    """Closed curves (n, 2) of a shape about as large as the unit circle. Inside two curves is outside the shape."""
     if name == "disk":
         return [_polygon(48)]
     if name == "ring":
@@ -181,8 +184,8 @@ def _polygon(sides: int) -> np.ndarray:
 
 
 def place(rings: list[np.ndarray], rng: np.random.Generator, image_size: int) -> list[np.ndarray]:
-    """The outline stretched, turned, scaled and shifted into the picture, in pixels."""
-    radius = image_size * 0.04 * (5.5 ** rng.random())  # log-uniform: small objects are as usual as large ones
+    """The outline in pixels: stretched, turned, scaled and shifted into the picture."""
+    radius = image_size * 0.04 * (5.5 ** rng.random())  # log-uniform: small objects are as frequent as large ones
     stretch = np.exp(rng.uniform(-0.22, 0.22))
     angle = rng.uniform(0, 2 * math.pi)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -192,7 +195,7 @@ def place(rings: list[np.ndarray], rng: np.random.Generator, image_size: int) ->
 
 
 def rasterize(rings: list[np.ndarray], image_size: int) -> tuple[np.ndarray, float]:
-    """Coverage of each pixel (S, S) in 0..1, and the area in pixels including what lies outside of the picture."""
+    """Coverage of each pixel (S, S) in 0..1, and the area in pixels, including parts outside of the picture."""
     low = np.floor(np.concatenate(rings).min(0)).astype(int)
     high = np.ceil(np.concatenate(rings).max(0)).astype(int)
     width, height = (int(v) for v in high - low)
@@ -215,7 +218,7 @@ def rasterize(rings: list[np.ndarray], image_size: int) -> tuple[np.ndarray, flo
 
 
 def draw_ground(rng: np.random.Generator, image_size: int) -> np.ndarray:
-    """float (S, S, 3): a texture, noise at several frequencies, and lines and blobs that mean nothing."""
+    """float (S, S, 3): a texture, noise at several frequencies, and lines and blobs as distraction."""
     canvas = texture(rng, (image_size, image_size), image_size, draw_colour(rng), rng.uniform(0.0, 0.5))
     for cells in (3, 7, 17, 41):
         tint = rng.uniform(0, 1) * rng.normal(size=3) * 0.5 + 0.7
@@ -237,7 +240,7 @@ def draw_colour(rng: np.random.Generator) -> np.ndarray:
 def texture(
     rng: np.random.Generator, shape: tuple[int, int], image_size: int, colour: np.ndarray, strength: float
 ) -> np.ndarray:
-    """float (h, w, 3) around a colour: plain, a slope, stripes, a checkerboard, or blotches towards a second colour."""
+    """float (h, w, 3) around a colour: plain, a ramp, stripes, a checkerboard or blotches, towards a second colour."""
     y, x = np.mgrid[: shape[0], : shape[1]] / image_size
     angle = rng.uniform(0, 2 * math.pi)
     along = x * math.cos(angle) + y * math.sin(angle)
@@ -265,7 +268,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -
 
 
 def paint(canvas: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The canvas with a textured layer where the mask is; its contrast to what was there varies, but never vanishes."""
+    """The canvas with a textured layer on the mask. Its contrast to the ground varies, but never vanishes."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return canvas
@@ -274,7 +277,7 @@ def paint(canvas: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.
     behind = (ground * alpha).sum((0, 1)) / alpha.sum()  # mean colour (3,)
     colour = draw_colour(rng)
     least = rng.uniform(0.16, 0.4)
-    if np.abs(colour - behind).max() < least:  # push it away from the ground, to the side where there is room
+    if np.abs(colour - behind).max() < least:  # push it away from the ground, darker on bright and brighter on dark
         colour = behind + np.where(behind.mean() > 0.5, -1, 1) * least * rng.uniform(0.8, 1.2, 3)
     layer = texture(rng, alpha.shape[:2], len(canvas), colour, rng.uniform(0.0, 0.45))
     painted = canvas.copy()
@@ -304,7 +307,7 @@ def scribble(rng: np.random.Generator, image_size: int) -> np.ndarray:
 
 
 def develop(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """float (S, S, 3) -> uint8, as a cheap camera would: uneven light, a little blur, and noise."""
+    """float (S, S, 3) -> uint8, with the faults of a cheap camera: uneven light, a little blur, noise."""
     size = len(canvas)
     y, x = np.mgrid[:size, :size] / size - 0.5
     angle = rng.uniform(0, 2 * math.pi)

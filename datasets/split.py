@@ -1,20 +1,20 @@
-"""Make disjoint splits of one set of pictures, with near-duplicates on one side.
+"""Make disjoint splits of one set of pictures. Near-duplicates stay in the same split.
 
     python -m datasets.split FORMAT ROOT [SPLIT] --test 0.2 [--val 0.1] [--seed 0] [--prefix NAME_] [--group REGEX]
 
-SPLIT is what is divided; by default `all` of a VOC, KITTI or yaml-less YOLO set, `train` of a data.yaml, the one JSON
-file of a COCO set. What is written are lists beside the pictures, which the readers take under the names train, val
-and test (with the prefix before them); pictures and labels stay where they are, and no file is overwritten:
+SPLIT is the split to divide. Default: `all` of a VOC or KITTI set or a YOLO set without a yaml file, `train` of a
+data.yaml, the only JSON file of a COCO set. The command writes lists beside the pictures; the readers find them by the
+names train, val and test, with the prefix in front. Pictures and labels stay in place, and no file is overwritten:
 
     voc     ImageSets/Main/<name>.txt
     kitti   ImageSets/<name>.txt
     coco    annotations/instances_<name>.json, with file names relative to ROOT
-    yolo    <name>.txt and <prefix>split.yaml, which is the ROOT to give from then on
+    yolo    <name>.txt and <prefix>split.yaml, which is the ROOT of the new splits
 
-Pictures are divided in groups of near-duplicates (datasets/near_duplicates.py). Each class gets about its share of
-pictures in every split: the class with the fewest pictures left is dealt out first, each group to the split that lacks
-most of it (iterative stratification, Sechidis et al., "On the Stratification of Multi-Label Data", ECML PKDD 2011). The
-same pictures, fractions and seed give the same splits.
+Groups of near-duplicates (datasets/near_duplicates.py) are never divided. In every split each class has about its share
+of pictures: the class with the fewest remaining pictures is distributed first, and each of its groups goes to the split
+that lacks most of the class (iterative stratification, Sechidis et al., "On the Stratification of Multi-Label Data",
+ECML PKDD 2011). The same pictures, fractions and seed give the same splits.
 """
 
 import argparse
@@ -37,19 +37,22 @@ from datasets.yolo_txt import find_yaml
 from errors import UserError, run_script
 from yaml_files import dump_yaml, read_yaml
 
-KEPT_YAML_KEYS = ("kpt_shape", "flip_idx", "task")  # which say what the rows of label files are
+KEPT_YAML_KEYS = ("kpt_shape", "flip_idx", "task")  # they describe the rows of label files
 
 
 @dataclass(frozen=True, eq=False)
 class Division:
-    """The splits of an index by name: rows of its samples. groups (N,): of near-duplicates."""
+    """The splits of an index.
+
+    rows: name of a split -> rows of index.samples. groups (N,): the group of near-duplicates of each sample.
+    """
 
     index: DatasetIndex
     rows: dict[str, list[int]]
     groups: np.ndarray
 
     def table(self) -> str:
-        """Pictures of each split, and of each class the pictures and the share that went to each split."""
+        """A table of the pictures in each split, in all and with each class, as numbers and shares."""
         total = class_pictures(self.index)
         names = [name if len(name) <= 24 else name[:23] + "…" for name in self.index.names]
         lines = [["", *self.rows]]
@@ -61,12 +64,15 @@ class Division:
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
         sizes = np.bincount(self.groups)
-        alike = f"{(sizes > 1).sum()} groups of near-duplicates, {sizes[sizes > 1].sum()} pictures in all"
-        return "\n".join([*text, f"{alike}, the largest {sizes.max()}: each on one side"])
+        groups = f"{(sizes > 1).sum()} groups of near-duplicates, {sizes[sizes > 1].sum()} pictures in all"
+        return "\n".join([*text, f"{groups}, the largest {sizes.max()}: each on one side"])
 
 
 def divide(index: DatasetIndex, groups: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, list[int]]:
-    """Rows of each split, ascending. fractions: of every split, 1 in sum; groups (N,): rows that stay together."""
+    """Name of a split -> its rows, ascending.
+
+    fractions: name of a split -> its share; their sum is 1. groups (N,): rows of one group stay together.
+    """
     names = list(fractions)
     share = np.array([fractions[name] for name in names])
     numbers, inverse = np.unique(groups, return_inverse=True)
@@ -75,7 +81,7 @@ def divide(index: DatasetIndex, groups: np.ndarray, fractions: dict[str, float],
     lacking = share[:, None] * counts.sum(0)  # (S, K + 1): what each split still has to get
     chosen = np.full(len(numbers), -1)
     order = np.random.default_rng(seed).permutation(len(numbers))
-    order = order[np.argsort(-counts[order, -1], kind="stable")]  # large groups first: small ones fill the rest
+    order = order[np.argsort(-counts[order, -1], kind="stable")]  # large groups first, small ones fill the gaps
     for _ in range(counts.shape[1]):
         left = counts[chosen < 0].sum(0)
         left[-1] = left[-1] if not left[:-1].any() else np.inf  # pictures without objects come last
@@ -91,7 +97,7 @@ def divide(index: DatasetIndex, groups: np.ndarray, fractions: dict[str, float],
 
 
 def class_pictures(index: DatasetIndex) -> np.ndarray:
-    """(N, K) bool: whether a picture has objects of a class."""
+    """(N, K) bool: whether each picture has objects of each class."""
     found = np.zeros((len(index), len(index.names)), dtype=bool)
     for row, sample in enumerate(index.samples):
         found[row, sample.labels[sample.labels >= 0]] = True
@@ -108,9 +114,9 @@ def split_dataset(
     prefix: str = "",
     pattern: str | None = None,
 ) -> tuple[Division, list[Path]]:
-    """Divide a split and write the lists; what was divided, and the files. See the head of this file.
+    """Divide a split and write the lists: see the head of this file. Returns the division and the written files.
 
-    UserError for a list that is there already, and where a split would have no picture; then nothing is written.
+    UserError, with nothing written, if a list already exists or a split would have no picture.
     """
     root, format = Path(root), "yolo" if format == "shapes" else format
     split = split or default_split(format, root)
@@ -126,7 +132,7 @@ def split_dataset(
     division = Division(index, {prefix + name: found for name, found in rows.items()}, groups)
     samples = {name: [index.samples[row] for row in found] for name, found in division.rows.items()}
     texts, year = WRITERS[format](root, split, samples, index, prefix)
-    place = next((path for path in texts if path.suffix == ".yaml"), root)  # where they are read from
+    place = next((path for path in texts if path.suffix == ".yaml"), root)  # the root to read them from
     refuse_old(format, place, texts, [year + name for name in samples])
     written: list[Path] = []
     try:
@@ -147,13 +153,13 @@ def split_dataset(
 
 
 def refuse_old(format: str, root: Path, texts: Iterable[Path], names: Iterable[str]) -> None:
-    """UserError where a file is there, or where a new list would come before what a name of a split means now."""
+    """UserError if one of the files exists, or if a new list would change the meaning of an existing split's name."""
     advice = "--prefix NAME_ gives other names"
     there = [str(path) for path in texts if path.exists()]
     if there:
         raise UserError(f"{', '.join(there)}: there already, expected new files; {advice}")
     for name in names if format in ("voc", "coco") or root.suffix != ".yaml" else ():
-        if format == "kitti":  # whose train and val, without lists, are made up
+        if format == "kitti":  # without lists, read_kitti makes up train and val
             continue
         try:
             count = len(open_dataset(format, root, name, needs_objects=False))
@@ -163,7 +169,7 @@ def refuse_old(format: str, root: Path, texts: Iterable[Path], names: Iterable[s
 
 
 def read_back(format: str, root: Path, name: str, names: tuple[str, ...], expected: Sequence[Sample]) -> None:
-    """UserError where the reader does not find these classes, pictures and objects under the new name."""
+    """UserError unless the reader finds these classes, pictures and objects under the new name."""
     found = open_dataset(format, root, name, needs_objects=False)
     a, b = ({os.path.realpath(s.image_path): len(s) for s in samples} for samples in (found.samples, expected))
     if a != b or found.names != names:
@@ -181,7 +187,7 @@ def default_split(format: str, root: Path) -> str:
 
 
 Samples = dict[str, list[Sample]]
-Texts = tuple[dict[Path, str], str]  # what is written, and what stands before a split's name (VOC's year)
+Texts = tuple[dict[Path, str], str]  # file -> its text; and the prefix of the splits' names for the reader (VOC's year)
 
 
 def voc_lists(root: Path, split: str, samples: Samples, index: DatasetIndex, prefix: str) -> Texts:
@@ -196,7 +202,7 @@ def kitti_lists(root: Path, split: str, samples: Samples, index: DatasetIndex, p
 
 
 def yolo_lists(root: Path, split: str, samples: Samples, index: DatasetIndex, prefix: str) -> Texts:
-    """Lists with paths relative to their folder, which begin with ./ as other trainers want them, and the yaml file."""
+    """Lists of paths relative to their folder, and the yaml file. Other trainers need paths that begin with ./."""
     yaml_path, folder, tree = find_yaml(root), root, {}
     if yaml_path is not None:
         tree = read_yaml(yaml_path)
@@ -214,16 +220,16 @@ def yolo_lists(root: Path, split: str, samples: Samples, index: DatasetIndex, pr
 
 
 def coco_files(root: Path, split: str, samples: Samples, index: DatasetIndex, prefix: str) -> Texts:
-    """The file of labels with the images of each split and their annotations, masks included."""
+    """For each split a copy of the label file with only its images and their annotations, including masks."""
     json_path = find_json(root, split)
     tree = json.loads(json_path.read_text(encoding="utf-8-sig"))
     split_of = {sample.image_path: name for name, found in samples.items() for sample in found}
     names = [os.path.normpath(str(record.get("file_name")).replace("\\", "/")) for record in tree["images"]]
-    known = set(names)
+    listed = set(names)
     folder = next(
         folder
         for folder in next(iter(split_of)).parents
-        if all(path.is_relative_to(folder) and str(path.relative_to(folder)) in known for path in split_of)
+        if all(path.is_relative_to(folder) and str(path.relative_to(folder)) in listed for path in split_of)
     )
     texts = {}
     records: dict[str, list[dict]] = {name: [] for name in samples}
@@ -248,7 +254,7 @@ def _id_of(annotation: dict) -> int | str | None:
         return None
 
 
-def _lines(items: Iterable[str]) -> str:
+def _lines(items: Iterable[int | str]) -> str:
     return "".join(f"{item}\n" for item in items)
 
 
