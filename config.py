@@ -59,7 +59,7 @@ class TeacherConfig:
     arch: str  # a key of models.ARCHITECTURES or models.TEACHERS; or ema, the running mean of the student's own weights
     weights: str | None = None  # a released file, or a checkpoint of ours
     image_size: int | None = None  # side of its images in pixels; None: the student's, rounded to the teacher's stride
-    aliases: dict[str, Any] = field(default_factory=dict)  # the dataset's name of a class: the teacher's name
+    aliases: dict[str, Any] = field(default_factory=dict)  # class of the dataset: class of the teacher; wins over names
     vocabulary: str | None = None  # the file of CLIP's vocabulary; None: where datasets.download puts it
     epochs: int | None = None  # epochs of training in place; None: as many as the student
     start_weights: str | None = None  # training in place starts from this file, as student.weights
