@@ -1,4 +1,4 @@
-"""Streams of random numbers that have nothing to do with one another: one for each purpose, rank, epoch and step."""
+"""Independent streams of random numbers: one for each purpose, rank, epoch and step."""
 
 from enum import Enum
 
@@ -7,31 +7,31 @@ import torch
 
 
 class Stream(Enum):
-    """What is drawn: a number of its own, which a repeated run has to find unchanged, and what the stream depends on.
+    """The purpose of a stream: its own number, which must never change, and the numbers that the stream depends on.
 
-    A stream that names the rank is another one in each process of a run; the others are shared by all processes.
+    A stream that depends on the rank differs between the processes of a run; all processes share the others.
     """
 
-    ORDER = 2, ("seed", "pass")  # of the pictures
+    ORDER = 2, ("seed", "pass")  # the order of the pictures
     AUGMENTATION = 4, ("seed", "epoch", "batch", "rank")
-    STEP = 5, ("seed", "step", "rank")  # torch's global generator: what losses and layers sample
-    CHOICE = 6, ("seed",)  # of real pictures to be condensed
+    STEP = 5, ("seed", "step", "rank")  # torch's global generator, from which losses and layers draw
+    CHOICE = 6, ("seed",)  # which real pictures are condensed
     CROPS = 7, ("seed",)
-    NOISE = 8, ("seed",)  # that condensed pictures begin as
+    NOISE = 8, ("seed",)  # the first pixels of condensed pictures
     MATCHING = 9, ("seed", "step")  # real pictures and their augmentation in a step of gradient matching
-    NETWORK = 10, ("seed", "place", "life")  # the weights of a network of the pool
-    NETWORK_STEP = 11, ("seed", "place", "life", "step")  # its training
+    NETWORK = 10, ("seed", "place", "life")  # the first weights of a network of the pool
+    NETWORK_STEP = 11, ("seed", "place", "life", "step")  # the training of that network
 
 
 def seeded_generator(stream: Stream, *numbers: int) -> torch.Generator:
-    """A CPU generator for one stream. numbers: what it depends on, whole and in 0..2^64 - 1, in the stream's order.
+    """A CPU generator for one stream. numbers: those it depends on, integers in 0..2^64 - 1, in the stream's order.
 
-    Two streams, or two different lists of numbers, give generators that draw independently.
+    Different streams or different numbers give independent generators.
     """
     number, names = stream.value
     if len(numbers) != len(names):
         raise ValueError(f"{stream.name}: found {len(numbers)} numbers, expected {', '.join(names)}")
-    # Numbers of a fixed width and a fixed count: SeedSequence itself takes (0,) and (0, 0) for the same.
+    # Each number as two words of 32 bits, because SeedSequence treats (0,) and (0, 0) alike.
     entropy = [number, *(word for n in numbers for word in (n & 0xFFFFFFFF, n >> 32))]
-    words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
+    high, low = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(high) << 32 | int(low))

@@ -26,7 +26,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,18 +58,24 @@ from engine.training.steps import averaging, check_finite, in_groups
 from errors import UserError, run_script
 from layers.over_processes import sum_over_processes
 from random_streams import Stream, seeded_generator
+from structures import Detector
 
 
 def train_step(
     setup: TrainingSetup, batches: list[Batch], state: TrainingState, folder: RunFolder
 ) -> list[dict[str, float]]:
-    """One optimizer step on consecutive batches of an epoch; the value of every loss in each of them.
+    """One optimizer step on consecutive batches of an epoch. Returns the value of every loss for each batch.
 
-    The gradient is that of the sum over the batches of B L, or of the mean of L without optimizer.sum_over_batch. B and
-    the loss L of a batch are those of all processes together: several learn as one with the joined batches, but for
-    batch normalisation and what is drawn. Each L has normalisers of its own batch.
+    With L the sum of the losses of a batch and B its number of images, the step descends
+
+        sum over the batches of B L    with optimizer.sum_over_batch
+        mean over the batches of L     without
+
+    B and L are those of all processes together: W processes learn like one with the joined batches, except for batch
+    normalisation and random draws. The normalisers of L are those of its own batch.
     """
     config, optimizer, rows = setup.config, setup.optimizer, []
+    detector = cast(Detector, setup.student)  # the same module, typed by its own methods
     set_learning_rates(setup, state.step)
     stream = seeded_generator(Stream.STEP, config.seed, state.step, setup.processes.rank)
     torch.manual_seed(stream.initial_seed())
@@ -81,13 +87,13 @@ def train_step(
         def losses_of_batch() -> dict[str, Tensor]:
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
                 s_output = setup.student(images)
-            detection = setup.student.losses(s_output, targets)
+            detection = detector.losses(s_output, targets)
             detection = {name: config.detection_weight * value for name, value in detection.items()}
-            epoch = state.epoch + number / setup.batches_per_epoch  # of the schedules
+            epoch = state.epoch + number / setup.batches_per_epoch  # fractional: the schedules of the terms follow it
             return detection | setup.criterion(s_output, t_outputs, targets, epoch, content)
 
         with averaging(setup.learner, is_last=batch is batches[-1]):
-            losses = setup.learner(losses_of_batch)  # calls it, under DistributedDataParallel where there is one
+            losses = setup.learner(losses_of_batch)  # calls it, through DistributedDataParallel if there is one
             scale = len(batch) * setup.processes.count if config.optimizer.sum_over_batch else 1 / len(batches)
             (sum(losses.values()) * scale).backward()
         rows.append(torch.stack([loss.detach() for loss in losses.values()]))
@@ -105,7 +111,7 @@ def train_step(
 
 
 def train(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progress: Progress, stop: StopSignals) -> None:
-    """From `state` to the end of the last epoch. Raises StopRequested after saving where a signal asked to stop."""
+    """Train from `state` to the end of the last epoch. Raises StopRequested after a signal, when all is saved."""
     config, processes = setup.config, setup.processes
     scalars = ScalarLog(folder.path, purge_step=state.epoch + 1, enabled=processes.is_first and not progress.quiet)
     if scalars.missing:
@@ -120,7 +126,7 @@ def train(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progres
             for batch, losses in zip(batches, train_step(setup, batches, state, folder)):
                 state.count(losses, len(batch) * processes.count)
                 progress.advance(losses)
-            state.seconds += time.perf_counter() - began  # with the wait for data, without saving
+            state.seconds += time.perf_counter() - began  # includes the wait for data, but not saving
             wants_stop = processes.any(stop.received is not None)
             if wants_stop or (config.save_every_steps and state.step % config.save_every_steps == 0):
                 save(setup, state, folder)
@@ -145,11 +151,11 @@ def run(
     """Train a config to its end and return the report that is also written to runs/<name>/report.json.
 
     Args:
-        resume: go on with runs/<name>, which must be of the same config; otherwise a new folder <name>, <name>2, ...
-        teachers: modules by the names in config.teachers, in place of their weights; put in eval mode, frozen.
-        quiet: print nothing but the line about a signal.
+        resume: go on with runs/<name>, which must have the same config; otherwise use a new folder <name>, <name>2, ...
+        teachers: modules by the names in config.teachers, instead of their weights. They are frozen, in eval mode.
+        quiet: print only the line about a signal.
         allow_change: keys that a resumed run may change.
-    Raises UserError, or SystemExit after a signal, when all is saved; both with the exit codes above.
+    Raises UserError, or SystemExit after a signal, when all is saved. Both carry the exit codes above.
     """
     keep_freed_memory()
     config = with_published_settings(config)

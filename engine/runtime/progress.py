@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Progress:
             print(line, flush=True)
 
 
-def format_values(values: dict[str, float]) -> str:
+def format_values(values: Mapping[str, float | None]) -> str:
     """`box 1.234  cls 0.5`, without the values that are None."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
 
@@ -86,7 +86,7 @@ class ScalarLog:
             return
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)  # a resumed run replaces what it redoes
 
-    def add(self, row: dict[str, float], step: int) -> None:
+    def add(self, row: Mapping[str, float | None], step: int) -> None:
         if self._writer is None:
             return
         for name, value in row.items():

@@ -1,17 +1,17 @@
-"""What train.py is made of, in the order a run meets it.
+"""The parts of train.py, in the order in which a run uses them.
 
-checks        what a config and the files it names show before a picture is listed
-student       the detector that is trained, and where it starts
-building      from a config to data splits, student, teachers, criterion, optimizer, EMA
-teaching      the teachers: from the config to frozen models, and what they say of a batch
-batch_norms   batches too small for a BatchNorm, found before the run
+checks        mistakes in a config and its files that are found before any picture is listed
+student       the detector that is trained, with its start weights
+building      builds data splits, student, teachers, criterion, optimizer and EMA from a config
+teaching      builds the frozen teachers, and computes their outputs for a batch
+batch_norms   finds batches that are too small for BatchNorm
 optimization  parameter groups, optimizers, schedules, the running mean of the weights
-dry_run       what a run would do, from one batch
-balance       the distillation terms beside the detection loss
-state         where a run is, and what may differ when it is resumed
-steps         what stands around a training step
-saving        last.pt, written and read back
+dry_run       the losses and gradients of one batch, printed
+balance       the distillation terms compared with the detection loss
+state         how far a run is, and which keys may differ when it is resumed
+steps         helpers of the training step
+saving        last.pt: written and restored
 reporting     the row of an epoch, best.pt, the final test
-exits         exit codes, and the errors they stand for
-run_pictures  what the model finds, and what the maps hold
+exits         exit codes, and the errors that lead to them
+run_pictures  pictures of detections and of the compared maps
 """

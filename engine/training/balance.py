@@ -1,7 +1,7 @@
-"""How the distillation terms of a run stand to its detection loss: before it by their gradients, after it by values.
+"""The distillation terms of a run compared with its detection loss: by gradients before the run, by values after it.
 
-A term far below 1 % of the detection loss teaches nothing, one far above 200 % drowns the labels. Values say little
-about gradients, so --dry-run prints both.
+A term far below 1 % of the detection loss teaches nothing; one far above 200 % drowns the labels. A value says little
+about its gradient, so --dry-run prints both.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LOWEST, HIGHEST = 0.01, 2.0  # of the detection loss, epoch by epoch
 
 @dataclass(frozen=True)
 class TermBalance:
-    """One loss term of one batch. Ratios are gradient norms divided by that of all detection terms together."""
+    """One loss term of one batch. A ratio is its gradient norm divided by that of all detection terms together."""
 
     name: str
     value: float
@@ -24,12 +24,12 @@ class TermBalance:
 
 
 def balances(terms: dict[str, Tensor], student: nn.Module, distillation: set[str]) -> list[TermBalance]:
-    """Each term's value and gradient beside the detection loss's, for weights as they are; nothing is changed.
+    """The value and gradient of each term beside those of the detection loss; nothing is changed.
 
         ratio(term) = ||d term / d w|| / ||d sum(detection terms) / d w||,    w the parameters of the neck, or all
 
-    terms: named scalars with their graph. distillation: the names of those that are not detection terms. A student
-    without a neck has all its parameters for one. NaN where the detection loss has no gradient.
+    terms: named scalars with their graph. distillation: the names of the distillation terms. For a student without a
+    neck, w is all parameters in both ratios. NaN where the detection loss has no gradient.
     """
     neck = next((getattr(student, name) for name in ("neck", "pyramid") if hasattr(student, name)), student)
     everything = [p for p in student.parameters() if p.requires_grad]
@@ -39,8 +39,8 @@ def balances(terms: dict[str, Tensor], student: nn.Module, distillation: set[str
     def norms(loss: Tensor | int) -> tuple[float, float]:
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return 0.0, 0.0
-        found = torch.autograd.grad(loss, everything, retain_graph=True, allow_unused=True)
-        squares = [0.0 if g is None else g.double().square().sum().item() for g in found]
+        gradients = torch.autograd.grad(loss, everything, retain_graph=True, allow_unused=True)
+        squares = [0.0 if g is None else g.double().square().sum().item() for g in gradients]
         return sum(s for s, inside in zip(squares, is_neck) if inside) ** 0.5, sum(squares) ** 0.5
 
     reference = norms(sum(value for name, value in terms.items() if name not in distillation))
@@ -65,7 +65,7 @@ def balance_table(rows: list[TermBalance]) -> str:
 
 @dataclass(frozen=True)
 class TermRange:
-    """The least and the most that a distillation term was of the detection loss, over the epochs in which it acted."""
+    """The lowest and highest share of a distillation term in the detection loss, over the epochs in which it acted."""
 
     name: str
     lowest: float
@@ -76,8 +76,8 @@ class TermRange:
         return LOWEST <= self.lowest and self.highest <= HIGHEST
 
     def __str__(self) -> str:
-        found = f"{self.name}: {self.lowest:.1%} to {self.highest:.1%} of the detection loss"
-        return found if self.stayed else f"{found}; it left {LOWEST:.0%} to {HIGHEST:.0%}, reconsider its weight"
+        line = f"{self.name}: {self.lowest:.1%} to {self.highest:.1%} of the detection loss"
+        return line if self.stayed else f"{line}; it left {LOWEST:.0%} to {HIGHEST:.0%}, reconsider its weight"
 
 
 def term_ranges(epochs: list[dict[str, float]], distillation: list[str]) -> list[TermRange]:
@@ -88,4 +88,4 @@ def term_ranges(epochs: list[dict[str, float]], distillation: list[str]) -> list
         for name in distillation:
             if means[name] != 0 and detection > 0:
                 shares[name].append(means[name] / detection)
-    return [TermRange(name, min(found), max(found)) for name, found in shares.items() if found]
+    return [TermRange(name, min(values), max(values)) for name, values in shares.items() if values]

@@ -1,15 +1,15 @@
-"""BatchNorm learns from the variance over a batch: one value per channel has none, and PyTorch refuses it in mid-run.
+"""Finds batches that are too small for BatchNorm before a run starts.
 
-A batch of one image, at an image size of one coarsest stride (32 pixels), is such a batch for every detector whose
-deepest maps are normalised by BatchNorm: they are 1 x 1 there. Two images give 2 values, and 64 pixels 4. Here it
-is found before a run starts.
+BatchNorm needs a variance, so PyTorch refuses one value per channel while training. One image at an image size of the
+coarsest stride (32 pixels) is such a batch for every detector that normalises its deepest maps by BatchNorm: they are
+1 x 1. Two images give 2 values, an image of 64 pixels gives 4.
 """
 
 import copy
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from config import Config
@@ -17,7 +17,7 @@ from errors import UserError
 
 
 def smallest_batch(pictures: int, batch_size: int, processes: int = 1) -> int:
-    """The images of the smallest batch of an epoch on a process. `batch_size` is of all processes together."""
+    """The number of images in the smallest batch of a process. `batch_size` counts all processes together."""
     on_one = -(-pictures // processes)
     return on_one % (batch_size // processes) or batch_size // processes
 
@@ -25,22 +25,23 @@ def smallest_batch(pictures: int, batch_size: int, processes: int = 1) -> int:
 def norm_of_one_value(student: nn.Module, image_size: int) -> str | None:
     """The name of a BatchNorm that gets one value per channel from one image while training; None: there is none.
 
-    A copy of the student is run on two images, as in training; nothing in the student changes.
+    Runs a copy of the student on two images in train mode; the student does not change.
     """
     student = copy.deepcopy(student).train()
-    found: list[str] = []
+    starved: list[str] = []
 
-    def look(name: str, norm: nn.Module, inputs: tuple) -> None:
+    def note_starved(name: str, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, _BatchNorm)
         if inputs[0].numel() == 2 * norm.num_features:
-            found.append(name)
+            starved.append(name)
 
     for name, module in student.named_modules():
         if isinstance(module, _BatchNorm) and not _is_fixed(module):
-            module.register_forward_pre_hook(functools.partial(look, name))
+            module.register_forward_pre_hook(functools.partial(note_starved, name))
     device = next(student.parameters()).device
     with torch.no_grad(), torch.random.fork_rng():
         student(torch.zeros(2, 3, image_size, image_size, device=device))
-    return found[0] if found else None
+    return starved[0] if starved else None
 
 
 def check_batches(config: Config, pictures: int, student: nn.Module, processes: int = 1) -> None:
@@ -62,5 +63,5 @@ def check_batches(config: Config, pictures: int, student: nn.Module, processes: 
 
 
 def _is_fixed(norm: _BatchNorm) -> bool:
-    """Whether it uses its running statistics while the model trains (frcnn.norm.BatchNorm)."""
+    """Whether the norm uses its running statistics while the model trains (frcnn.norm.BatchNorm)."""
     return getattr(norm, "is_fixed", False) or not norm.training

@@ -1,11 +1,11 @@
-"""From a config to what a run is made of: data splits, student, teachers, criterion, optimizer, EMA."""
+"""Builds the parts of a run from its config: data splits, student, teachers, criterion, optimizer, EMA."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,21 +23,21 @@ from distill.criterion import Criterion
 from engine.runtime.processes import Processes, use_bfloat16
 from engine.training.batch_norms import check_batches
 from engine.training.checks import check_config, check_data
-from engine.training.optimization import Ema, build_optimizer, set_rates
+from engine.training.optimization import Ema, apply_schedule, build_optimizer
 from engine.training.state import fingerprint
 from engine.training.student import build_student
 from engine.training.teaching import Teachers, build_teachers
 from errors import UserError
 from random_streams import Stream, seeded_generator
-from structures import Targets
+from structures import DenseDetector, Targets
 
-DECODE_AT_MOST = 20_000  # pictures of a split are decoded before training; of a larger one the headers are read
+DECODE_AT_MOST = 20_000  # a split of more pictures is not decoded before training: only the headers are read
 
 
 class Learner(nn.Module):
-    """All that learns, as one module, so that DistributedDataParallel averages the gradients of all of it.
+    """Everything that learns, as one module, so that DistributedDataParallel averages all its gradients.
 
-    forward(compute) is compute(): what is computed with the parts stands in the training step.
+    forward(compute) is compute(): the training step writes down what it computes with the parts.
     """
 
     def __init__(self, student: nn.Module, criterion: Criterion) -> None:
@@ -50,19 +50,19 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Splits:
-    """The pictures of a run. `holdout` is a part of the training pictures that is never trained on, or None."""
+    """The pictures of a run. `holdout`: a part of the training pictures that is never trained on, or None."""
 
     names: tuple[str, ...]
     train: DatasetIndex
     holdout: DatasetIndex | None
     test: DatasetIndex
     reports: dict[str, ScanReport]
-    overlaps: tuple[Overlap, ...] = ()  # what the test split, and the held-out part, share with the training pictures
+    overlaps: tuple[Overlap, ...] = ()  # pictures that the test split and the held-out part share with those trained on
 
 
 @dataclass
 class TrainingSetup:
-    """What the training loop works with."""
+    """Everything that the training loop works with."""
 
     config: Config
     processes: Processes
@@ -85,7 +85,7 @@ def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -
     """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
     generator = seeded_generator(Stream.AUGMENTATION, setup.config.seed, epoch, number, setup.processes.rank)
     settings = augmentation_at(setup.config, epoch)
-    # The targets stay on the host until their number is known.
+    # Augmentation drops objects, so the targets stay on the host until their number is known.
     images = batch.images.to(setup.processes.device, non_blocking=True)
     images, targets = augment(
         images, batch.targets, generator=generator, settings=settings, content_xyxy=batch.content_xyxy
@@ -96,7 +96,7 @@ def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -
 
 
 def content_of_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> Tensor | None:
-    """Where the images of augment_batch show a picture (augment_content); None where no term leaves padding out."""
+    """(B, 1, H, W) bool, False in the padding of augment_batch's images; None where no term leaves padding out."""
     if not setup.criterion.leaves_padding_out:
         return None
     return augment_content(
@@ -108,9 +108,9 @@ def content_of_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int
 
 
 def set_learning_rates(setup: TrainingSetup, step: int) -> float:
-    """Rates of the optimizer for a step of the run; returns the scheduled learning rate."""
+    """Set the optimizer's rates for a step of the run; returns the scheduled learning rate."""
     settings = setup.config.optimizer
-    return set_rates(
+    return apply_schedule(
         setup.optimizer,
         step,
         total_steps=setup.config.epochs * setup.steps_per_epoch,
@@ -125,7 +125,7 @@ def set_learning_rates(setup: TrainingSetup, step: int) -> float:
 
 
 def evaluation_loader(setup: TrainingSetup, index: DatasetIndex) -> Loader:
-    """The pictures of a split in their order; made once, so that what is cached stays."""
+    """A loader of a split in its order; built once, so that its cached pictures stay."""
     if id(index) not in setup.evaluation_loaders:
         setup.evaluation_loaders[id(index)] = Loader(
             index,
@@ -142,7 +142,7 @@ def evaluation_loader(setup: TrainingSetup, index: DatasetIndex) -> Loader:
 
 
 def machine_facts(setup: TrainingSetup) -> dict[str, Any]:
-    """What the bytes of a run depend on besides its config."""
+    """The facts, besides the config, that the bytes of a run depend on."""
     device = setup.processes.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -165,7 +165,7 @@ def describe_setup(setup: TrainingSetup) -> str:
 
 
 def with_published_settings(config: Config) -> Config:
-    """The config with the thresholds of evaluation that it leaves to the student's family."""
+    """The config with its missing thresholds of evaluation filled in: the published ones of the student's family."""
     evaluation = config.evaluation.completed(models.published_detection(config.student.arch))
     return dataclasses.replace(config, evaluation=evaluation)
 
@@ -177,30 +177,30 @@ def build(
     say: Callable[[str], None],
     saved: dict[str, Tensor] | None = None,
 ) -> TrainingSetup:
-    """What a run is made of. Every reason not to start it is found here, before anything is written.
+    """The parts of a run. Finds every reason not to start it, before anything is written.
 
+    given: teachers by name, instead of their weights. say: prints a line.
     saved: the student's state in the checkpoint of a resumed run.
     """
     config = with_published_settings(config)
     check_config(config, given or {}, processes.count, is_resumed=saved is not None)
     indexes = open_indexes(config)
     names = indexes["train"].names
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    student = build_student(config, names, saved, say).to(processes.device, memory_format=memory_format)
-    taken = len(indexes["train"])
-    check_batches(config, taken - round(config.data.holdout_fraction * taken), student, processes.count)
+    student = place(build_student(config, names, saved, say), config, processes.device)
+    total = len(indexes["train"])
+    check_batches(config, total - round(config.data.holdout_fraction * total), student, processes.count)
     settings = config.optimizer
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
     teachers = build_teachers(config, names, given, ema.model)
     for teacher in teachers.models.values():
-        teacher.to(processes.device, memory_format=memory_format)
-    torch.manual_seed(config.seed)  # again: the adapters do not depend on what was drawn before them
+        place(teacher, config, processes.device)
+    torch.manual_seed(config.seed)  # again, so that the adapters do not depend on earlier draws
     criterion = build_criterion(config, names, student, teachers).to(processes.device)
     for name, teacher in teachers.models.items():
-        if teacher is not ema.model:  # which is evaluated too
-            teacher.requested_outputs = criterion.requested_outputs(name)
-    splits = scan_splits(config, indexes, say)  # decodes pictures: whatever is cheaper has been checked
-    check_batches(config, len(splits.train), student, processes.count)  # again: without those that did not decode
+        if teacher is not ema.model:  # evaluation needs all outputs of that one
+            cast(DenseDetector, teacher).requested_outputs = criterion.requested_outputs(name)
+    splits = scan_splits(config, indexes, say)  # decodes pictures, so it comes after all cheaper checks
+    check_batches(config, len(splits.train), student, processes.count)  # again, without those that did not decode
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)
     loader = Loader(
@@ -227,7 +227,7 @@ def build(
     bfloat16 = teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
     if config.teacher_cache_gigabytes:
         teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
-    # A term that is off for a while leaves its adapter without gradients.
+    # While a term is off, its adapter gets no gradients.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
     learner = processes.wrap(Learner(student, criterion), find_unused=find_unused)
     return TrainingSetup(
@@ -248,6 +248,12 @@ def build(
     )
 
 
+def place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """The module on the device, in the memory format of the config."""
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return module.to(device, memory_format=memory_format)  # type: ignore[call-overload]  # absent from PyTorch's stubs
+
+
 def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
     """Read and check the dataset: open_indexes, then scan_splits."""
     return scan_splits(config, open_indexes(config), say)
@@ -256,8 +262,8 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
 def open_indexes(config: Config) -> dict[str, DatasetIndex]:
     """The splits as their labels list them: "whole", "train" (at most data.max_samples of the whole), and "test".
 
-    Which pictures are taken depends on the dataset and its keys alone, not on the seed: runs of several seeds train on
-    the same pictures. No picture is decoded.
+    The choice depends on the dataset and its keys alone, not on the seed: runs of several seeds train on the same
+    pictures. No picture is decoded.
     """
     data = config.data
     check_data(data)
@@ -272,7 +278,7 @@ def open_indexes(config: Config) -> dict[str, DatasetIndex]:
 
 
 def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[[str], None] = print) -> Splits:
-    """Look at the pictures, name those that two splits share, and hold out the same part for every seed."""
+    """Check the pictures, report those that two splits share, and hold out a part, the same for every seed."""
     data = config.data
     overlap = find_overlap(indexes["test"], indexes["whole"], ("test", "train"))
     refuse_overlap(overlap, data)
@@ -320,14 +326,14 @@ def training_set(data: DataConfig) -> tuple[str, str, str]:
 
 
 def count_training_pictures(data: DataConfig) -> int:
-    """How many pictures a run trains on, told without decoding them."""
+    """The number of pictures that a run trains on, without decoding them."""
     count = len(open_dataset(*training_set(data), classes=data.classes))
     count = min(count, data.max_samples) if data.max_samples > 0 else count
     return count - round(data.holdout_fraction * count)
 
 
 def take(index: DatasetIndex, count: int) -> DatasetIndex:
-    """`count` pictures of an index in its order, at random but always the same ones, and the faults that are theirs."""
+    """`count` pictures of an index in its order, with their faults. The choice is random, but always the same."""
     rows = np.sort(np.random.default_rng(0).permutation(len(index))[:count]).tolist()
     taken = index.subset(rows)
     theirs = {"", *(sample.image_path.name for sample in taken.samples)}  # "": a fault of a whole file
@@ -335,7 +341,7 @@ def take(index: DatasetIndex, count: int) -> DatasetIndex:
 
 
 def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:
-    """The distillation terms of a config between these models; `names` are the dataset's classes."""
+    """The criterion of a config's terms between these models. names: the dataset's classes."""
     return Criterion(
         config.terms,
         student=student,
@@ -349,7 +355,7 @@ def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, 
 
 
 def augmentation_at(config: Config, epoch: int) -> AugmentConfig:
-    """The last epochs see whole pictures again: without mosaic and mixup."""
+    """The augmentation of an epoch: the last ones have neither mosaic nor mixup, so that images are whole again."""
     if epoch >= config.epochs - config.augment.close_mosaic_epochs:
         return dataclasses.replace(config.augment, mosaic=0.0, mixup=0.0)
     return config.augment

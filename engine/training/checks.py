@@ -1,4 +1,4 @@
-"""What a config alone and the weights it names show, before a picture is listed: every mistake that is cheap to find.
+"""Checks of a config and of the weights that it names: all mistakes that can be found before any picture is listed.
 
 A run that would end in an error after minutes of decoding ends in the same error at once.
 """
@@ -13,7 +13,7 @@ import checkpoint
 import models
 from config import Config, DataConfig
 from distill.criterion import check_term
-from engine.training.student import check_backbone, find_backbone_file
+from engine.training.student import backbone_of, check_backbone, find_backbone_file
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
 from errors import UserError
 from frcnn.pretrained import load_backbone
@@ -24,10 +24,10 @@ SIZE_MULTIPLE = 32  # pixels: the coarsest stride of every detector
 
 
 def check_config(config: Config, given: Collection[str] = (), processes: int = 1, *, is_resumed: bool = False) -> None:
-    """UserError, which names the key, for what cannot be trained. No dataset is opened.
+    """UserError, with the key, for a config that cannot be trained. Opens no dataset.
 
-    given: names of teachers that need no weights here: modules are at hand, or they are trained first. is_resumed: the
-    student goes on from a checkpoint; the file it once started from may be gone.
+    given: names of teachers that need no weights: their modules are given, or they are trained first.
+    is_resumed: the student goes on from a checkpoint, so the file that it started from may be gone.
     """
     check_numbers(config, processes)
     check_data(config.data)
@@ -81,7 +81,7 @@ def check_numbers(config: Config, processes: int) -> None:
 
 
 def check_data(data: DataConfig) -> None:
-    """The keys that say which pictures of a dataset are trained on."""
+    """The keys that choose the pictures to train on."""
     if data.train_format is not None and data.train_root is None:
         raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
     if data.max_samples < -1:
@@ -99,7 +99,7 @@ def check_data(data: DataConfig) -> None:
 
 
 def check_student(config: Config, *, is_resumed: bool = False) -> None:
-    """Its architecture, the files of its weights, and what of its backbone does not learn."""
+    """The student's architecture, the files of its weights, and the frozen parts of its backbone."""
     settings = config.student
     try:
         models.check_arch(settings.arch)
@@ -120,7 +120,7 @@ def check_student(config: Config, *, is_resumed: bool = False) -> None:
 
 
 def check_teachers(config: Config, given: Collection[str]) -> None:
-    """Each teacher's architecture, file, size of pictures and vocabulary; those `given` have no file."""
+    """Each teacher's architecture, file, image size and vocabulary; those in `given` have no file."""
     if config.teacher_weighting == "confidence" and len(config.teachers) < 2:
         found = len(config.teachers)
         raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {found}")
@@ -142,9 +142,9 @@ def check_teachers(config: Config, given: Collection[str]) -> None:
 
 
 def check_file(key: str, arch: str, path: str, *, is_backbone: bool = False) -> tuple[int, bool]:
-    """UserError where a file holds no weights of this architecture; a file is read once for all that ask.
+    """UserError where a file holds no weights of this architecture. An unchanged file is read once.
 
-    What its model is: what the side of its pictures is a multiple of, and whether it reads text.
+    Returns two facts about its model: the number that its image size is a multiple of, and whether it reads text.
     """
     status = Path(path).stat()
     try:
@@ -157,7 +157,7 @@ def check_file(key: str, arch: str, path: str, *, is_backbone: bool = False) -> 
 def _read_weights(arch: str, path: str, is_backbone: bool, *version: int) -> tuple[int, bool]:
     if is_backbone:
         model = models.build(arch, 1)
-        load_backbone(model.backbone, Path(path))
+        load_backbone(backbone_of(model), Path(path))
     elif arch in models.TEACHERS:
         model = models.build_teacher(arch)
         load_public(model, path)
@@ -167,7 +167,7 @@ def _read_weights(arch: str, path: str, is_backbone: bool, *version: int) -> tup
 
 
 def check_unaugmented(config: Config) -> None:
-    """UserError where images change from epoch to epoch: no kept output would ever be asked for again."""
+    """UserError where images change from epoch to epoch: a kept output would never be used again."""
     if config.teacher_cache_gigabytes < 0:
         raise UserError(f"key 'teacher_cache_gigabytes': found {config.teacher_cache_gigabytes}, expected 0 or more")
     for setting in dataclasses.fields(config.augment):

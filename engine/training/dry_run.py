@@ -1,6 +1,6 @@
-"""train.py --dry-run: what a run would do, from one batch: the maps its terms compare, its losses, their gradients."""
+"""train.py --dry-run: the maps that the terms compare, the losses and their gradients, for one batch."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from engine.training.building import (
     set_learning_rates,
 )
 from engine.training.run_pictures import in_eval_mode
-from structures import Targets
+from structures import Detector, Targets
 
 
 def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> None:
-    """One batch forward and backward, and what the loop would do with it, printed; nothing is written.
+    """Run one batch forward and backward, and print what the training loop would do with it. Writes nothing.
 
-    teachers: as train.run takes them.
+    teachers: as in train.run.
     """
     setup = build(config, Processes(config.device), teachers, print)
     batch = next(setup.loader.epoch(0))
@@ -43,7 +43,7 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
     if setup.criterion.terms:
         print(map_table(setup.criterion, s_output, t_outputs))
     print(balance_table(balances(terms, setup.student, set(setup.criterion.terms))))
-    print(f"{'sum':<24} {sum(terms.values()).item():.6g}")
+    print(f"{'sum':<24} {sum(terms.values(), torch.zeros(())).item():.6g}")
     print(f"adapters and trained parts of losses: {count_parameters(setup.criterion):,} parameters")
     for name, value in setup.criterion.named_parameters():
         print(f"  {name} {tuple(value.shape)}")
@@ -62,38 +62,39 @@ def losses_of_batch(
     epoch: float,
     content: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Every loss by name, weighted, as a training step on one process computes them."""
+    """Every loss by name, weighted, as in a training step on one process."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
         s_output = setup.student(images)
-    losses = setup.student.losses(s_output, targets)
+    losses = cast(Detector, setup.student).losses(s_output, targets)
     losses = {name: setup.config.detection_weight * value for name, value in losses.items()}
     return losses | setup.criterion(s_output, t_outputs, targets, epoch, content)
 
 
 def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) -> str:
-    """A line for each pair that a term compares: the student's map, what is trained on top of it, the teacher's map.
+    """A line for each pair that a term compares: the student's map, the layers trained on top of it, the teacher's map.
 
-    Shapes are (B, C, H, W). A teacher's map is brought to the student's grid before it is compared.
+    Shapes are (B, C, H, W), those of the teacher's maps before they are resized to the student's grid.
     """
     rows = [("term", "student", "trained on top", "teacher")]
     for name, term in criterion.terms.items():
         for number, (s_name, t_name) in enumerate(zip(term.student_maps, term.teacher_maps)):
-            trained = sum(count_parameters(part[name][number]) for part in (criterion.adapters, criterion.losses))
-            on_top = f"{what_is_trained(term)}, {trained:,} parameters" if trained else "nothing"
-            t_output = t_outputs[term.teacher]
-            rows.append((name, described(s_output, s_name), on_top, f"{term.teacher} {described(t_output, t_name)}"))
+            parts = [cast(nn.ModuleList, of_terms[name])[number] for of_terms in (criterion.adapters, criterion.losses)]
+            trained = sum(map(count_parameters, parts))
+            on_top = f"{name_trained_part(term)}, {trained:,} parameters" if trained else "nothing"
+            t_text = f"{term.teacher} {name_and_shape(t_outputs[term.teacher], t_name)}"
+            rows.append((name, name_and_shape(s_output, s_name), on_top, t_text))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def what_is_trained(term: TermConfig) -> str:
+def name_trained_part(term: TermConfig) -> str:
     if LOSSES[term.loss].reads == "image":
         return "image head"
     return term.adapter if term.adapter != "none" else f"part of {term.loss}"
 
 
-def described(output: Any, name: str) -> str:
-    """ "p5 (8, 256, 15, 15)"; the name alone where it stands for more than one tensor ("boxes")."""
+def name_and_shape(output: Any, name: str) -> str:
+    """Such as "p5 (8, 256, 15, 15)"; the name alone where it stands for more than one tensor ("boxes")."""
     try:
         return f"{name} {tuple(named_map(output, name).shape)}"
     except KeyError:

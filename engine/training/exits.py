@@ -1,4 +1,4 @@
-"""Exit codes of a run, and the errors of PyTorch that they stand for."""
+"""Exit codes of a run, and the errors of PyTorch that lead to them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ LOST_EXIT_CODE, NOT_FINITE_EXIT_CODE, MEMORY_EXIT_CODE = 1, 3, 4
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Inside, an error of the machine (a lost process, no memory left) becomes a UserError with its exit code."""
+    """Turns an error of the machine (a lost process, no memory left) into a UserError with its exit code."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -29,9 +29,10 @@ def exit_codes() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. PyTorch has a class for that on CUDA only.
+    """Whether an error means that memory ran out.
 
-    On the CPU its allocator raises a plain RuntimeError that names the allocator, and C++ one that names bad_alloc.
+    PyTorch has a class for that on CUDA only. On the CPU it raises a plain RuntimeError, which only its text tells from
+    others: it names PyTorch's allocator, or C++'s bad_alloc.
     """
     text = str(error)
     return (

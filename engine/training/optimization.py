@@ -1,7 +1,7 @@
-"""What moves the weights: parameter groups, optimizers, the schedules of their rates, and the running mean (EMA).
+"""Parameter groups, optimizers, the schedules of their rates, and the running mean of the weights (EMA).
 
-SGD with Nesterov momentum (Sutskever et al., ICML 2013) and AdamW (arXiv:1711.05101) are torch's own. The schedules
-are pure functions of the step, so a resumed run needs nothing but its step number.
+SGD with Nesterov momentum (Sutskever et al., ICML 2013) and AdamW (arXiv:1711.05101) are torch's own. The schedules are
+pure functions of the step, so a resumed run needs only its step number.
 """
 
 import copy
@@ -11,16 +11,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-TOKENS = ("class_token", "registers", "positions")  # learnt inputs of a vision transformer, as our ViTs call them
+TOKENS = ("class_token", "registers", "positions")  # names of the learnt inputs in our vision transformers
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
     """Three groups over the trainable parameters: `weights` decay; `norms` and `biases` do not.
 
-    `norms` are other vectors and a transformer's TOKENS, as ViTs are trained: decay pulls what is multiplied with an
-    input towards 0, and a token is an input itself.
-
-    The order is the modules' own, so that an optimizer state saved by one process fits the next.
+    `norms` holds all other vectors and, as usual for ViTs, a transformer's TOKENS: decay is meant for factors of an
+    input, and a token is an input itself. Parameters keep the order of the modules, so that an optimizer state saved by
+    one process fits the next.
     """
     rows: dict[str, list[Tensor]] = {"weights": [], "norms": [], "biases": []}
     for module in modules:
@@ -58,7 +57,7 @@ def schedule_factor(progress: float, *, final_fraction: float, schedule: str) ->
     raise ValueError(f"schedule {schedule!r}: expected linear or cosine")
 
 
-def set_rates(
+def apply_schedule(
     optimizer: torch.optim.Optimizer,
     step: int,
     *,
@@ -73,9 +72,9 @@ def set_rates(
 ) -> float:
     """Set the rates for optimizer step `step` of 0..total_steps-1 and return the scheduled learning rate.
 
-    During the first warmup_steps the rates rise linearly to the schedule's: learning rates from 0, SGD's momentum
-    from warmup_momentum. SGD's biases come down from warmup_bias_learning_rate, which lets a fresh detector find the
-    base rate of its classes in a few steps; AdamW does not need it, and its biases rise from 0 as the rest.
+    During the first warmup_steps the learning rates rise linearly from 0 to the schedule, and SGD's momentum from
+    warmup_momentum. The rate of SGD's biases falls from warmup_bias_learning_rate, which lets a fresh detector find the
+    base rate of its classes in a few steps. AdamW does not need that: its biases rise from 0 like the rest.
     """
     target = learning_rate * schedule_factor(step / total_steps, final_fraction=final_fraction, schedule=schedule)
     warmth = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
@@ -93,7 +92,8 @@ class Ema:
 
         d(step) = decay (1 - exp(-step / ramp_steps)),   mean <- d mean + (1 - d) model
 
-    The ramp forgets the random start quickly. Integer buffers are copied. `model` is a detached copy in eval mode.
+    The ramp makes the mean forget the random start quickly. Integer buffers are copied. `model`: the mean, a detached
+    copy in eval mode.
     """
 
     def __init__(self, model: nn.Module, *, decay: float, ramp_steps: float) -> None:
@@ -110,7 +110,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step` (the first is 1). Reads the model given at construction, in place."""
+        """Update the mean after optimizer step number `step`, from 1. Reads the model given at construction."""
         torch._foreach_lerp_(self._means, self._values, 1 - self.decay_at(step))
         if self._counts:
             torch._foreach_copy_(self._counts, self._counted)

@@ -1,8 +1,7 @@
-"""What a run reports: the row of an epoch, the choice of best.pt, the final test."""
+"""The reports of a run: the row of an epoch, the choice of best.pt, the final test."""
 
 from typing import Any
 
-import torch
 from torch import nn
 
 import checkpoint
@@ -19,6 +18,7 @@ from engine.training.building import (
     count_parameters,
     evaluation_loader,
     machine_facts,
+    place,
     set_learning_rates,
 )
 from engine.training.run_pictures import draw, evaluation_pictures
@@ -35,7 +35,7 @@ def finish_epoch(
     scalars: ScalarLog,
     stop: StopSignals,
 ) -> None:
-    """Evaluate where it is due, keep the best, write the row of the epoch, save, and move to the next one."""
+    """Evaluate if it is due, keep the best weights, write the row of the epoch, save, and go on to the next epoch."""
     config, epoch = setup.config, state.epoch + 1
     every = config.evaluation.every_epochs
     index = setup.splits.holdout or setup.splits.test
@@ -51,7 +51,8 @@ def finish_epoch(
     is_best = is_best and (state.best is None or results["mAP50-95"] > state.best)
     if is_best:
         state.best, state.best_epoch = results["mAP50-95"], epoch
-    row = {"epoch": epoch, "time": state.seconds} | {f"train/{k}": v for k, v in state.means().items()}
+    row: dict[str, float | None] = {"epoch": epoch, "time": state.seconds}
+    row |= {f"train/{name}": value for name, value in state.means().items()}
     row |= {name: results.get(name.removeprefix("metrics/")) for name in run_folder.METRIC_COLUMNS}
     row["lr"] = set_learning_rates(setup, state.step - 1)
     state.next_epoch()
@@ -72,9 +73,9 @@ def finish_epoch(
 
 
 def per_iou_line(numbers: dict[str, float]) -> str:
-    """A line of its own with AP at each IoU threshold; nothing where nothing was evaluated."""
-    found = {name: numbers.get(name) for name in (column.removeprefix("metrics/") for column in run_folder.AP_COLUMNS)}
-    return f"\n  {format_values(found)}" if numbers else ""
+    """A separate line with AP at each IoU threshold; "" where nothing was evaluated."""
+    names = [column.removeprefix("metrics/") for column in run_folder.AP_COLUMNS]
+    return f"\n  {format_values({name: numbers.get(name) for name in names})}" if numbers else ""
 
 
 def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -84,8 +85,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
     best = None
     if state.best_epoch is not None:
         model, info = checkpoint.load_model(folder.best, device=str(setup.processes.device))
-        if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # as when it was chosen: other kernels round otherwise
+        model = place(model, config, setup.processes.device)  # as when it was chosen: other kernels round differently
         scores, _ = evaluate(setup, model, setup.splits.test)
         best = {"epoch": info.epoch, "holdout mAP50-95": state.best, "test": scores}
     ranges = balance_of_run(setup, folder)
@@ -103,7 +103,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         "test": test,
         "best_on_holdout": best,
         "distillation": {
-            found.name: {"lowest": found.lowest, "highest": found.highest, "stayed": found.stayed} for found in ranges
+            term.name: {"lowest": term.lowest, "highest": term.highest, "stayed": term.stayed} for term in ranges
         },
         "seconds": state.seconds,
         "images_per_second": state.images / state.seconds if state.seconds else None,
@@ -113,8 +113,8 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
     if is_first:
         run_folder.write_report(folder.report, report)
         draw(setup, details, folder, progress)
-        for found in ranges:
-            progress.say(str(found))
+        for term in ranges:
+            progress.say(str(term))
         shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
         shared = "".join(f"\n{overlap}" for overlap in setup.splits.overlaps if overlap.shared)
         progress.say(f"{config.data.test}: {format_values(shown)}{per_iou_line(test)}{shared}\nwritten: {folder.path}")
@@ -122,7 +122,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
 
 
 def balance_of_run(setup: TrainingSetup, folder: RunFolder) -> list[TermRange]:
-    """What share of the detection loss each distillation term had, from the rows of metrics.csv."""
+    """The share of each distillation term in the detection loss, from the rows of metrics.csv."""
     if not setup.processes.is_first or not setup.criterion.terms:
         return []
     rows = [
@@ -133,10 +133,10 @@ def balance_of_run(setup: TrainingSetup, folder: RunFolder) -> list[TermRange]:
 
 
 def evaluate(setup: TrainingSetup, model: nn.Module, index: DatasetIndex) -> tuple[dict[str, float], DetectionReport]:
-    """The numbers of metrics.csv and report.json for a model on a split, and what the plots are drawn from.
+    """Evaluate a model on a split: the numbers of metrics.csv and report.json, and the data of the plots.
 
-    One way for the rows on the way, the choice of best.pt and the final test: equal weights get equal numbers. Every
-    process calls this and gets the whole result of its and the others' pictures.
+    The rows of the epochs, the choice of best.pt and the final test all use this, so equal weights get equal numbers.
+    Every process calls it and gets the result of all pictures, its own and those of the other processes.
     """
     result = measuring.evaluate_model(
         model,

@@ -1,12 +1,12 @@
-"""The pictures of a run: what the model finds beside the labels, and what the teacher's and the student's maps hold.
+"""The pictures of a run: detections beside labels, and the maps of teacher and student.
 
-Files at the end of a run: predictions.jpg; distillation.jpg where a term compares maps; matplotlib's plots. The first
+A run ends with the files predictions.jpg, distillation.jpg (if a term compares maps) and matplotlib's plots. The first
 two go to TensorBoard at every evaluation as well.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -27,13 +27,13 @@ from engine.training.teaching import resize_images
 from metrics.report import DetectionReport
 from teachers.dinov2 import DINOv2, patch_pca
 
-NUM_PICTURES = 4  # of the maps, and of the predictions at each evaluation
+NUM_PICTURES = 4  # in distillation.jpg, and in the predictions at each evaluation
 NUM_PREDICTED = 12  # in predictions.jpg
 SIDE = 200  # pixels of a cell in distillation.jpg
 
 
 def evaluation_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.Image]:
-    """By TensorBoard's name: "predictions", and "distillation/<term>" for each term that compares maps."""
+    """By their names in TensorBoard: "predictions", and "distillation/<term>" for each term that compares maps."""
     maps = {f"distillation/{name}": sheet for name, sheet in map_pictures(setup, index).items()}
     return {"predictions": prediction_picture(setup, index, NUM_PICTURES)} | maps
 
@@ -52,23 +52,25 @@ def draw(setup: TrainingSetup, details: DetectionReport, folder: RunFolder, prog
 
 
 def prediction_picture(setup: TrainingSetup, index: DatasetIndex, count: int) -> Image.Image:
+    iou_threshold = setup.config.evaluation.iou_threshold
+    assert iou_threshold is not None  # with_published_settings has filled it in
     return plots.prediction_sheet(
         setup.ema.model,
         index,
         image_size=setup.config.image_size,
         device=setup.processes.device,
-        iou_threshold=setup.config.evaluation.iou_threshold,
+        iou_threshold=iou_threshold,
         count=count,
     )
 
 
 @torch.no_grad()
 def map_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.Image]:
-    """One sheet for each term that compares maps, by its name; of its first pair of maps, in a few pictures of a split.
+    """One sheet for each term that compares maps, by its name: its first pair of maps for a few pictures of a split.
 
-    Columns: what the student sees; of DINOv2 its patch tokens and where its class token looks; the student's map before
-    and behind the adapter; the teacher's map at the same grid, in the same colors as the adapted one. The student is
-    the one that trains, not its average: the adapters are its own. Everything is left as it was.
+    Columns: the student's image; for DINOv2, its patch tokens and the attention of its class token; the student's map
+    before and after the adapter; the teacher's map at the same grid, in the same colors as the adapted one. The student
+    is the trained one, not its average, because the adapters belong to it. No model changes.
     """
     terms = {name: term for name, term in setup.criterion.terms.items() if LOSSES[term.loss].reads == "map"}
     if not terms or not len(index):
@@ -77,18 +79,18 @@ def map_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.I
     loader = Loader(chosen, image_size=setup.config.image_size, batch_size=len(chosen), seed=0, shuffle=False)
     images = next(loader.epoch(0)).images.to(setup.processes.device).float() / 255  # (B, 3, S, S)
     with in_eval_mode(setup.student), in_eval_mode(setup.criterion):
-        s_output = setup.student.forward(images)  # not through __call__: neither compiled nor counted again
+        s_output = setup.student.forward(images)  # not __call__, which may be compiled
         return {name: term_sheet(setup, name, term, images, s_output) for name, term in terms.items()}
 
 
 def term_sheet(setup: TrainingSetup, name: str, term: TermConfig, images: Tensor, s_output: Any) -> Image.Image:
     pictures = to_pictures(images, SIDE, smooth=True)
-    columns = {"picture": pictures}
+    columns: dict[str, Sequence[Image.Image]] = {"picture": pictures}
     teacher = setup.teachers.models[term.teacher]
-    seen = resize_images(images, setup.teachers.facts[term.teacher].image_size)
+    resized = resize_images(images, setup.teachers.facts[term.teacher].image_size)
     is_dino = isinstance(teacher, DINOv2)
     with requesting(teacher, {"patches", "class_attention"} if is_dino else set()):
-        t_output = teacher.forward(seen)
+        t_output = teacher.forward(resized)
     if is_dino:
         columns[f"tokens of {term.teacher}"] = to_pictures(patch_pca(t_output.features["patches"].cpu()), SIDE)
         heat = to_pictures(heat_colors(attention_heat(t_output.class_attention)), SIDE, smooth=True)
@@ -96,8 +98,9 @@ def term_sheet(setup: TrainingSetup, name: str, term: TermConfig, images: Tensor
     s_name, t_name = term.student_maps[0], term.teacher_maps[0]
     s_map, t_map = named_map(s_output, s_name).float(), named_map(t_output, t_name)
     columns[f"student's {s_name}"] = to_pictures(patch_pca(s_map.cpu()), SIDE)
-    adapted = setup.criterion.adapters[name][0](s_map)
-    t_map = like_adapted(setup.criterion.adapters[name][0], resize_like(t_map, adapted))
+    adapter = cast(nn.ModuleList, setup.criterion.adapters[name])[0]
+    adapted = adapter(s_map)
+    t_map = like_adapted(adapter, resize_like(t_map, adapted))
     titles = (f"adapted {s_name}", f"{t_name} of {term.teacher}")
     if adapted.shape == t_map.shape:
         both = common_colors(adapted.cpu(), t_map.cpu())
@@ -119,7 +122,7 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def requesting(teacher: nn.Module, names: set[str]) -> Iterator[None]:
-    """The teacher gives these parts of its output besides those its terms read."""
+    """Inside, the teacher's output has these parts as well as those that its terms read."""
     before = getattr(teacher, "requested_outputs", None)
     if before is not None and names:
         teacher.requested_outputs = before | names

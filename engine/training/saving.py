@@ -1,5 +1,6 @@
-"""The checkpoint of a run: written, read back, and what is said of it when a run stops."""
+"""The checkpoint of a run: how it is written, how a run is restored from it, and how to go on after a stop."""
 
+import dataclasses
 from typing import Any
 
 import checkpoint
@@ -8,18 +9,18 @@ from engine.runtime import run_folder
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import TrainingSetup, machine_facts
-from engine.training.state import TrainingState, describe_model, position_from, position_tree
+from engine.training.state import TrainingState, describe_model
 from errors import UserError
 
 
 def save(setup: TrainingSetup, state: TrainingState, folder: RunFolder) -> None:
-    """weights/last.pt: everything --resume needs, and no teacher."""
+    """Write weights/last.pt: everything that --resume needs; no teacher."""
     if not setup.processes.is_first:
         return
     saved = describe_model(setup.config, setup.splits.names) | {
         "epoch": state.epoch,
         "step": state.step,
-        "position": position_tree(state),
+        "position": dataclasses.asdict(state),
         "model": setup.student.state_dict(),
         "ema": setup.ema.model.state_dict(),
         "optimizer": setup.optimizer.state_dict(),
@@ -31,9 +32,9 @@ def save(setup: TrainingSetup, state: TrainingState, folder: RunFolder) -> None:
 
 
 def restore(setup: TrainingSetup, saved: dict[str, Any], folder: RunFolder, progress: Progress) -> TrainingState:
-    """Fill the models and the optimizer from a checkpoint of this run."""
+    """Load the models and the optimizer from a checkpoint of this run, and return its state."""
     if saved["data"] != setup.data:
-        raise UserError(f"{folder.path}: the training pictures or labels are not those the run was started with")
+        raise UserError(f"{folder.path}: the training pictures or labels are not those that the run started with")
     for key, value in machine_facts(setup).items():
         if saved["machine"][key] != value:
             progress.say(
@@ -43,11 +44,11 @@ def restore(setup: TrainingSetup, saved: dict[str, Any], folder: RunFolder, prog
     checkpoint.load_state(setup.ema.model, saved["ema"], folder.last)
     checkpoint.load_state(setup.criterion, saved["criterion"], folder.last)
     setup.optimizer.load_state_dict(saved["optimizer"])
-    return position_from(saved)
+    return TrainingState(**saved["position"])
 
 
 def open_folder(folder: RunFolder | None, config: Config) -> tuple[RunFolder, Config]:
-    """The folder of a resumed run, with its config as it is now; or a new folder, and the config under its name."""
+    """The folder of a resumed run with its config, written anew; or a new folder, and the config under its name."""
     if folder is None:
         return run_folder.create(config)
     folder.remove_stale()
@@ -56,6 +57,7 @@ def open_folder(folder: RunFolder | None, config: Config) -> tuple[RunFolder, Co
 
 
 def how_to_go_on(folder: RunFolder | None) -> str:
+    """The last line of a run that was stopped: what was saved, and the command that goes on."""
     if folder is None or not folder.last.is_file():
         return "stopped before the first checkpoint; nothing was saved"
     step = checkpoint.load(folder.last)["step"]

@@ -1,6 +1,5 @@
-"""Where a run is, what is saved of it, and what may differ when it is resumed."""
+"""The state of a run: how far it is, how that is saved, and which keys may differ when it is resumed."""
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,15 +8,16 @@ import torch
 
 import checkpoint
 from config import Config, from_tree, to_tree
+from datasets.index import DatasetIndex
 from errors import UserError
 
-# Nothing in the result depends on these, so a resumed run may change them without being asked.
+# The result does not depend on these keys, so a resumed run may change them freely.
 FREE_KEYS = ("name", "runs", "save_every_steps", "data.root", "data.train_root", "data.workers", "data.cache")
 
 
 @dataclass
 class TrainingState:
-    """How far a run is. `sums` are of each loss term over the batches of the epoch in progress."""
+    """How far a run is. `sums`: of each loss term, over the batches of the epoch in progress."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # in progress, from 0
@@ -29,7 +29,7 @@ class TrainingState:
     best_epoch: int | None = None  # from 1
 
     def count(self, terms: dict[str, float], images: int) -> None:
-        """One batch further."""
+        """Count one batch, its loss terms and its images."""
         self.batch += 1
         self.images += images
         for name, value in terms.items():
@@ -48,7 +48,7 @@ class TrainingState:
 
 
 def describe_model(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
-    """The part of a checkpoint that says what its model is; enough for checkpoint.load_model beside `ema`."""
+    """The part of a checkpoint that describes its model: with `ema`, enough for checkpoint.load_model."""
     return {
         "arch": config.student.arch,
         "names": list(names),
@@ -58,8 +58,8 @@ def describe_model(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def fingerprint(index) -> str:
-    """A hash of the pictures' names and sizes and of all objects, in order. Folders above the files do not matter."""
+def fingerprint(index: DatasetIndex) -> str:
+    """A hash of all picture names, picture sizes and objects, in order. The folders above the files do not count."""
     digest = hashlib.sha256("\n".join(index.names).encode())
     for sample in index.samples:
         digest.update(f"\n{sample.image_path.name} {sample.width} {sample.height} ".encode())
@@ -70,9 +70,9 @@ def fingerprint(index) -> str:
 
 
 def refuse_changes(saved: dict[str, Any], config: Config, allowed: tuple[str, ...], source: str) -> None:
-    """UserError naming the first key whose value differs from the saved config tree, FREE_KEYS and `allowed` apart.
+    """UserError with the first key that differs from the saved config tree, except for FREE_KEYS and `allowed`.
 
-    A key that the saved tree does not have yet had its default value.
+    A key that the saved tree lacks had its default value.
     """
     before, now = flat_tree(to_tree(from_tree(Config, saved, source=source))), flat_tree(to_tree(config))
     for key in dict.fromkeys([*before, *now]):
@@ -84,7 +84,7 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: tuple[str, ..
 
 
 def is_covered(allowed: tuple[str, ...], key: str) -> bool:
-    """Whether a dotted key, or a section that it is in, is among the allowed ones."""
+    """Whether a dotted key, or a section that holds it, is allowed."""
     return any(key == name or key.startswith(name + ".") for name in allowed)
 
 
@@ -97,11 +97,3 @@ def flat_tree(tree: Any, key: str = "") -> dict[str, Any]:
     for name, value in items:
         flat |= flat_tree(value, f"{key}.{name}" if key else str(name))
     return flat
-
-
-def position_tree(state: TrainingState) -> dict[str, Any]:
-    return dataclasses.asdict(state)
-
-
-def position_from(saved: dict[str, Any]) -> TrainingState:
-    return TrainingState(**saved["position"])

@@ -1,4 +1,4 @@
-"""What stands around a training step: batches in groups, gradients that wait, and numbers that are not finite."""
+"""Helpers of the training step: groups of batches, averaging of gradients, and the check for numbers not finite."""
 
 import contextlib
 import itertools
@@ -18,14 +18,16 @@ from errors import UserError
 
 
 def in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive batches, `size` at a time, as long as there are any; the last group may be smaller."""
+    """Lists of `size` consecutive batches; the last may be shorter."""
     while group := list(itertools.islice(batches, size)):
         yield group
 
 
 def averaging(learner: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager:
-    """Gradients of all batches but the last stay in this process: those of the sum are averaged over processes once."""
-    return learner.no_sync() if hasattr(learner, "no_sync") and not is_last else contextlib.nullcontext()
+    """The context of a backward pass: only after the last batch of a step are gradients averaged over the processes."""
+    if isinstance(learner, nn.parallel.DistributedDataParallel) and not is_last:
+        return learner.no_sync()
+    return contextlib.nullcontext()
 
 
 def check_finite(
@@ -36,19 +38,22 @@ def check_finite(
     state: TrainingState,
     folder: RunFolder,
 ) -> None:
-    """Stop before the weights take it in: UserError with the terms and the pictures, all of them in nonfinite.json."""
+    """UserError, before the weights change, where a value is not finite; nonfinite.json lists the batch's pictures.
+
+    values: every loss of every batch in the order of `names`, then the norm of the gradient.
+    """
     if all(map(math.isfinite, values)):
         return
     *terms, norm = values
-    found = {f"{name}": value for name, value in zip(names * len(batches), terms) if not math.isfinite(value)}
-    found = found or {"the gradient's norm": norm}
+    wrong = {name: value for name, value in zip(names * len(batches), terms) if not math.isfinite(value)}
+    wrong = wrong or {"the gradient's norm": norm}
     pictures = [str(index.samples[row].image_path) for batch in batches for row in batch.indices.tolist()]
     with contextlib.suppress(UserError):
-        details = {"step": state.step, "terms": {k: str(v) for k, v in found.items()}, "pictures": pictures}
+        details = {"step": state.step, "terms": {k: str(v) for k, v in wrong.items()}, "pictures": pictures}
         run_folder.write_text(folder.path / "nonfinite.json", json.dumps(details, indent=2) + "\n")
     shown = ", ".join(pictures[:8]) + (f" and {len(pictures) - 8} more" if len(pictures) > 8 else "")
     raise UserError(
-        f"step {state.step}: {', '.join(f'{name} is {value}' for name, value in found.items())}, expected finite "
+        f"step {state.step}: {', '.join(f'{name} is {value}' for name, value in wrong.items())}, expected finite "
         f"numbers; pictures of the batch: {shown}; the last checkpoint is untouched",
         NOT_FINITE_EXIT_CODE,
     )

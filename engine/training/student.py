@@ -1,8 +1,9 @@
-"""The detector that is trained: from its config to a model with its start weights, and what of it does not learn."""
+"""The detector that is trained: builds it from its config, loads its start weights, and freezes parts of it."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from config import Config, ModelConfig
 from datasets.download import how_to_fetch
 from errors import UserError
 from frcnn.norm import freeze_norms
-from frcnn.pretrained import freeze, load_backbone
+from frcnn.pretrained import Backbone, freeze, load_backbone
 
-# The released files' names begin with these, where they differ from the name of the backbone.
+# How the names of the released files begin, where that differs from the name of the backbone.
 RELEASED_BACKBONES = {"vit_tiny": ("deit_tiny", "vit_tiny")}
 
 
@@ -25,9 +26,9 @@ def build_student(
     saved: dict[str, Tensor] | None = None,
     say: Callable[[str], None] = lambda line: print(line),
 ) -> nn.Module:
-    """The student, fresh from config.seed, or started from the weights its config names (checkpoint.start_model).
+    """The student, fresh from config.seed or started from the weights in its config (checkpoint.start_model).
 
-    saved: the state that a resumed run will fill it with, instead of those weights, whose file may be gone by then.
+    saved: the state that a resumed run loads later. The start weights are then not read: their file may be gone.
     """
     check_backbone(config.student)
     torch.manual_seed(config.seed)
@@ -41,13 +42,14 @@ def build_student(
     if not hasattr(student, "losses"):
         raise UserError(f"key 'student.arch': {arch} can only teach: it has no training losses here")
     if config.student.backbone_weights is not None:
-        load_backbone(student.backbone, find_backbone_file(Path(config.student.backbone_weights), arch))
+        file = find_backbone_file(Path(config.student.backbone_weights), arch)
+        load_backbone(backbone_of(student), file)
     freeze_backbone(student, config.student)
     return student
 
 
 def check_backbone(settings: ModelConfig) -> None:
-    """UserError for keys about a backbone that this student does not have, or that contradict one another."""
+    """UserError for keys about a backbone that this student lacks, or that contradict one another."""
     has_backbone = settings.arch.startswith("fasterrcnn")
     if settings.backbone_weights is not None:
         path = settings.backbone_weights
@@ -69,35 +71,41 @@ def check_backbone(settings: ModelConfig) -> None:
 
 
 def freeze_backbone(student: nn.Module, settings: ModelConfig) -> None:
-    """What of a Faster R-CNN's backbone does not learn, as the config says."""
+    """Freeze the stages and the norms of a Faster R-CNN's backbone that the config names."""
     if settings.trainable_stages is not None:
         try:
-            freeze(student.backbone, settings.trainable_stages)
+            freeze(backbone_of(student), settings.trainable_stages)
         except ValueError as error:
             raise UserError(f"key 'student.trainable_stages': {error}") from None
     if settings.frozen_norms:
-        freeze_norms(student.backbone)
+        freeze_norms(backbone_of(student))
+
+
+def backbone_of(detector: nn.Module) -> Backbone:
+    """The backbone of a Faster R-CNN."""
+    return cast(Backbone, detector.backbone)
 
 
 def find_backbone_file(path: Path, arch: str) -> Path:
-    """`path`, or where it is a folder the one file in it, or in a folder of it, that is named as arch's backbone is.
+    """The file `path`, or the one file of arch's backbone in the folder `path` or in a folder of it.
 
-    "resnet18-f37072fd.pth" for "fasterrcnn_resnet18": so one config fits all students. UserError that says what to get.
+    With a folder, one config fits all students: "resnet18-f37072fd.pth" belongs to "fasterrcnn_resnet18". UserError,
+    with the file to get, where there is no such file or more than one.
     """
     if path.is_file():
         return path
-    backbone = re.match(r"fasterrcnn_(.*?)(_v2|_320)?$", arch)[1]  # forms of the detector, not of its backbone
+    backbone = re.sub(r"(_v2|_320)$", "", arch.removeprefix("fasterrcnn_"))  # forms of the detector, same backbone
     names = RELEASED_BACKBONES.get(backbone, (backbone,))
     advice = how_to_fetch(names[0])
     if not path.is_dir():
         raise UserError(f"key 'student.backbone_weights': {path}: no such file or folder{advice}")
-    found = sorted(
+    files = sorted(
         file
         for file in (*path.glob("*.*"), *path.glob("*/*.*"))
         if any(re.match(re.escape(name) + r"[_.-]", file.name) for name in names)
     )
-    if len(found) == 1:
-        return found[0]
+    if len(files) == 1:
+        return files[0]
     expected = " or ".join(f"{name}-*.pth" for name in names)
-    what = ", ".join(file.name for file in found) or "none"
-    raise UserError(f"key 'student.backbone_weights': {path}: found {what}, expected one {expected}{advice}")
+    found = ", ".join(file.name for file in files) or "none"
+    raise UserError(f"key 'student.backbone_weights': {path}: found {found}, expected one {expected}{advice}")

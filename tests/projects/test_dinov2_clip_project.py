@@ -301,8 +301,8 @@ def test_sizes_of_pictures(overrides, tmp_path, capsys):
     config = load_config(CONFIG, [*overrides, "teachers.0.image_size=140"])
     train.build(config, train.Processes("cpu"), None, print)
     printed = capsys.readouterr().out
-    assert "teacher 'dinov2' sees pictures of 64 px enlarged to 140 px, by 2.2" in printed
-    assert "teacher 'clip' sees pictures of 64 px enlarged to 224 px, by 3.5" in printed
+    assert "teacher 'dinov2' gets images of 64 px enlarged to 140 px, by a factor of 2.2" in printed
+    assert "teacher 'clip' gets images of 64 px enlarged to 224 px, by a factor of 3.5" in printed
 
 
 def test_a_term_that_could_never_act(overrides, tmp_path):

@@ -185,7 +185,7 @@ def test_a_teacher_of_much_larger_pictures_is_warned_about(tmp_path, capsys):
     teacher = {"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "t.pt")), "image_size": 160}
     config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=[teacher], terms=TERMS[:1])
     train.dry_run(config)
-    assert "enlarged to 160 px, by 2.5" in capsys.readouterr().out
+    assert "enlarged to 160 px, by a factor of 2.5" in capsys.readouterr().out
 
 
 @pytest.mark.slow

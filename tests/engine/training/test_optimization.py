@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import models
-from engine.training.optimization import Ema, build_optimizer, parameter_groups, schedule_factor, set_rates
+from engine.training.optimization import Ema, apply_schedule, build_optimizer, parameter_groups, schedule_factor
 
 
 class Small(nn.Module):
@@ -86,7 +86,7 @@ def test_warmup_and_schedule(name):
     optimizer = build_optimizer((Small(),), name=name, learning_rate=0.1, momentum=0.9, weight_decay=0.1)
     rows = []
     for step in range(100):
-        target = set_rates(optimizer, step, **RATES)
+        target = apply_schedule(optimizer, step, **RATES)
         rows.append([target, *(group["lr"] for group in optimizer.param_groups)])
     target, weights, norms, biases = np.array(rows).T
     steps = np.arange(100)
@@ -97,7 +97,7 @@ def test_warmup_and_schedule(name):
     first = 0.3 if name == "sgd" else 0.0
     np.testing.assert_allclose(biases, first + (target - first) * warmth, rtol=1e-12)
     if name == "sgd":
-        set_rates(optimizer, 4, **RATES)
+        apply_schedule(optimizer, 4, **RATES)
         assert [group["momentum"] for group in optimizer.param_groups] == [pytest.approx(0.7)] * 3
     else:
         assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
@@ -105,7 +105,7 @@ def test_warmup_and_schedule(name):
 
 def test_no_warmup():
     optimizer = build_optimizer((Small(),), name="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0)
-    set_rates(optimizer, 0, **RATES | {"warmup_steps": 0})
+    apply_schedule(optimizer, 0, **RATES | {"warmup_steps": 0})
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
 
 

@@ -208,7 +208,7 @@ def test_resume_refuses_other_pictures(make_tiny, tmp_path):
             train.run(config, quiet=True)
     label = data / "labels" / "train" / "003.txt"
     label.write_text("0 0.5 0.5 0.25 0.25\n")
-    with pytest.raises(UserError, match="not those the run was started with"):
+    with pytest.raises(UserError, match="not those that the run started with"):
         train.run(config, resume=True, quiet=True)
 
 
