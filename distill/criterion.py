@@ -2,8 +2,8 @@
 
     L_term(epoch) = weight * factor(epoch) * teacher weight * sum_maps loss(adapter(student map), teacher map)
 
-The name of a map is a key of `output.features` (p3, c4, ...) or an attribute of the output (class_logits). The
-criterion refuses a term that could never act when it is built, before any training step: see Criterion.
+The name of a map is a key of `output.features` (p3, c4, ...) or an attribute of the output (class_logits). A term that
+could never act is refused before any training step: see Criterion.
 """
 
 import dataclasses
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from config import TermConfig
 from datasets.class_names import join_classes
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
+from distill.checks import FIXED_MAPS, check_term, term_name
 from distill.outputs import content_at, in_precision_of, named_map, only_at
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from distill.term_inputs import TermInputs
-from distill.terms import LOSSES, misfit
+from distill.terms import LOSSES
 from errors import UserError
 from structures import Detector, Targets
 
@@ -283,74 +284,6 @@ class Criterion(nn.Module):
                 f"{key}: loss {term.loss!r} is 0 whatever student and teacher predict, it could never act: expected "
                 "more than one class or pixel to compare, and a weight above 0 for some part of the loss"
             )
-
-
-RENAMED = {"box_beliefs": "box_classes"}
-LOGITS = {"soft_class": "class_logits", "quality_focal": "class_logits", "localization": "box_logits"}
-OTHER_BRANCH = {"crosskd_classes": "box", "crosskd_edges": "cls"}  # prefix of the maps of the other branch
-FIXED_MAPS = {"boxes": ("boxes",), "outputs": ("outputs",)}  # by Term.reads: such a term names no maps
-
-
-def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: int) -> TermConfig:
-    """The term with its name and its maps filled in. UserError with the key and what was expected for a wrong term."""
-    if term.teacher not in teachers:
-        raise UserError(f"{key}.teacher: found {term.teacher!r}, expected one of {', '.join(teachers) or 'no teacher'}")
-    if term.loss in RENAMED:
-        raise UserError(f"{key}.loss: found {term.loss!r}, which is called {RENAMED[term.loss]!r} now")
-    if term.loss not in LOSSES:
-        raise UserError(f"{key}.loss: found {term.loss!r}, expected one of {', '.join(LOSSES)}")
-    if not term.weight > 0 or not math.isfinite(term.weight):
-        raise UserError(f"{key}.weight: found {term.weight}, expected a number above 0: the term could never act")
-    if term.stop_epoch is not None and term.stop_epoch <= 0:
-        raise UserError(f"{key}.stop_epoch: found {term.stop_epoch}, expected more than 0: the term could never act")
-    if term.content_only and (LOSSES[term.loss].reads != "map" or LOSSES[term.loss].finishes_maps):
-        raise UserError(f"{key}.content_only: loss {term.loss!r} compares more than maps, expected false")
-    student_maps, teacher_maps = check_maps(term, key)
-    parameters = LOSSES[term.loss].parameters()
-    for name in term.parameters:
-        if name not in parameters:
-            expected = ", ".join(sorted(parameters)) or "none"
-            raise UserError(f"{key}.parameters: found {name!r}, expected of loss {term.loss!r}: {expected}")
-        value = term.parameters[name]
-        if expected := misfit(name, value, parameters[name].default):
-            raise UserError(f"{key}.parameters.{name}: found {value!r}, expected {expected}")
-    name = term_name(term)
-    if not name.replace("-", "_").isidentifier():
-        raise UserError(f"{key}.name: found {name!r}, expected letters, digits, _ and - (it names a column of the log)")
-    return dataclasses.replace(term, name=name, student_maps=student_maps, teacher_maps=teacher_maps)
-
-
-def term_name(term: TermConfig) -> str:
-    """Its name in the losses and in the log."""
-    return term.name or f"{term.loss}_{term.teacher}"
-
-
-def check_maps(term: TermConfig, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the student's and the teacher's maps, pair by pair; UserError where they do not fit the loss."""
-    reads = LOSSES[term.loss].reads
-    if reads in FIXED_MAPS:
-        for side in ("student_maps", "teacher_maps"):
-            if getattr(term, side) not in ((), FIXED_MAPS[reads]):
-                raise UserError(f"{key}.{side}: loss {term.loss!r} compares {reads}, expected no names of maps")
-        return FIXED_MAPS[reads], FIXED_MAPS[reads]
-    if not term.student_maps:
-        raise UserError(f"{key}.student_maps: found none, expected at least one name")
-    default = ("image_logits",) * len(term.student_maps) if reads == "image" else term.student_maps
-    teacher_maps = term.teacher_maps or default
-    if len(teacher_maps) != len(term.student_maps):
-        raise UserError(
-            f"{key}.teacher_maps: found {len(teacher_maps)}, expected {len(term.student_maps)}, one per student map"
-        )
-    for side, names in (("student_maps", term.student_maps), ("teacher_maps", teacher_maps)):
-        logits = LOGITS.get(term.loss)
-        if logits and set(names) != {logits}:
-            raise UserError(f"{key}.{side}: found {', '.join(names)}, loss {term.loss!r} compares {logits}")
-    for name in teacher_maps:
-        if name.startswith(OTHER_BRANCH.get(term.loss, "-")):
-            raise UserError(
-                f"{key}.teacher_maps: found {name!r}, a map of the branch that loss {term.loss!r} is not for"
-            )
-    return tuple(term.student_maps), tuple(teacher_maps)
 
 
 def compares_classes(term: TermConfig) -> bool:

@@ -97,7 +97,7 @@ def content_at(content: Tensor, feature_map: Tensor) -> Tensor:
 
 
 def only_at(shown: Tensor | None, feature_map: Tensor) -> Tensor:
-    """A map (B, C, h, w), 0 where `shown` (B, 1, h, w) is False; None leaves it as it is."""
+    """A map (B, C, h, w), 0 where `shown` (B, 1, h, w) is False; None: unchanged."""
     return feature_map if shown is None else feature_map.masked_fill(~shown, 0)
 
 

@@ -7,7 +7,6 @@ built once, with the parameters, and passed to the function in each step.
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -196,9 +195,8 @@ def image_kl(inputs: TermInputs, module: logits.TaughtImageHead) -> Tensor:
 class Term:
     """A row of the table.
 
-    reads: what the loss compares. map: two maps, the student's after its adapter. logits: two outputs with equal
-    locations. boxes: the classes of given boxes. image: a map of the student with the teacher's image logits. outputs:
-    the raw outputs of two YOLOv5 heads.
+    reads: what the loss compares. map: two maps, the student's after its adapter. logits: outputs of equal locations.
+    boxes: classes of given boxes. image: a map with the teacher's image logits. outputs: raw outputs of YOLOv5 heads.
     """
 
     compute: Callable[..., Tensor]  # the function of the term
@@ -215,34 +213,6 @@ class Term:
         return {name: argument for name, argument in arguments.items() if argument.kind is argument.KEYWORD_ONLY}
 
 
-def misfit(name: str, value: Any, default: Any) -> str:
-    """What a parameter was expected to be, where `value` is not; "" where it fits. Choices among words are the loss's.
-
-    A number out of range would train in silence: a temperature below 0 turns the teacher's scores around.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if isinstance(default, bool):
-        return "" if isinstance(value, bool) else "true or false"
-    if isinstance(default, str):
-        return ""
-    if isinstance(default, tuple | None):
-        numbers = value if isinstance(value, list | tuple) else ()
-        fits = numbers and all(misfit("temperature", number, 1.0) == "" for number in numbers)
-        return "" if fits or value is default else "a list of numbers above 0"
-    if isinstance(default, int):
-        return "" if is_number and value >= 1 and value == int(value) else "a whole number, at least 1"
-    is_in_range, words = RANGES.get(name, (lambda number: number >= 0, "a number, 0 or more"))
-    return "" if is_number and is_in_range(value) else words
-
-
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda number: number > 0, "a number above 0"),
-    **dict.fromkeys(
-        ("psi", "drop", "score_threshold"), (lambda number: 0 <= number < 1, "a number of 0 up to less than 1")
-    ),
-}
-
-# fmt: off
 LOSSES = {
     "mse": Term(mse, features.feature_mse),
     "cosine": Term(cosine, features.cosine_distance),
@@ -268,4 +238,3 @@ LOSSES = {
     "prediction_correlation": Term(prediction_correlation, logits.prediction_correlation, "boxes"),
     "image_kl": Term(image_kl, logits.image_kl, "image", logits.TaughtImageHead),
 }
-# fmt: on

@@ -12,7 +12,7 @@ from pathlib import Path
 import checkpoint
 import models
 from config import Config, DataConfig
-from distill.criterion import check_term
+from distill.checks import check_term
 from engine.training.student import backbone_of, check_backbone, find_backbone_file
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
 from errors import UserError

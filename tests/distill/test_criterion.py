@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from config import TermConfig
 from distill.adapters import ChannelNorm, build_adapter, resize_like
-from distill.criterion import Criterion, TeacherFacts, check_term, schedule_factor
+from distill.checks import check_term, expected_instead
+from distill.criterion import Criterion, TeacherFacts, schedule_factor
 from distill.losses.logits import soft_class_targets
 from distill.outputs import content_at
-from distill.terms import LOSSES, misfit
+from distill.terms import LOSSES
 from errors import UserError
 from structures import Targets
 
@@ -208,8 +209,13 @@ def test_a_power_below_one_is_refused():
 def test_every_default_is_in_its_range():
     for entry in LOSSES.values():
         for name, argument in entry.parameters().items():
-            assert misfit(name, argument.default, argument.default) == ""
-    assert misfit("anchor_sizes", [2, 4.5], None) == misfit("max_boxes", 7.0, 100) == misfit("psi", 0, 0.5) == ""
+            assert expected_instead(name, argument.default, argument.default) == ""
+    assert (
+        expected_instead("anchor_sizes", [2, 4.5], None)
+        == expected_instead("max_boxes", 7.0, 100)
+        == expected_instead("psi", 0, 0.5)
+        == ""
+    )
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)

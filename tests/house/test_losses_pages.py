@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from config import TermConfig, from_tree
-from distill.criterion import check_term
+from distill.checks import check_term
 from distill.terms import LOSSES
 from tests.conftest import ROOT
 
