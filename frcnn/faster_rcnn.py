@@ -49,7 +49,7 @@ TRAIN_CANDIDATES = TRAIN_PROPOSALS = 2000  # candidates per level, before suppre
 
 @dataclass(frozen=True)
 class FasterRCNNOutput:
-    """What FasterRCNN.forward returns, in train and eval mode alike, for images (B, 3, H, W).
+    """The output of FasterRCNN.forward for images (B, 3, H, W), the same in train and eval mode.
 
     features: maps (B, C, H / s, W / s) by name, of the backbone ("c2", ...) and the pyramid ("p2", ..., "p6").
     objectness_logits (B, A), box_deltas (B, A, 4): of the region proposal network, in the order of anchors_xyxy.

@@ -143,7 +143,7 @@ class TextTower(nn.Module):
 
 @dataclass(frozen=True)
 class CLIPOutput:
-    """What CLIP.forward returns for images (B, 3, H, W); h = H / patch, w = W / patch.
+    """The output of CLIP.forward for images (B, 3, H, W); h = H / patch, w = W / patch.
 
     features: maps (B, C, h, w). "block0", "block1", ...: the patch tokens after a block, through the tower's final
         LayerNorm; "patches": those of the last block. "dense" (B, D, h, w): the vector of each patch in the space of

@@ -41,7 +41,7 @@ NUM_REGISTERS = 4  # in the models whose names end in _reg
 
 @dataclass(frozen=True)
 class DINOv2Output:
-    """What DINOv2.forward returns for images (B, 3, H, W); h = H / 14, w = W / 14.
+    """The output of DINOv2.forward for images (B, 3, H, W); h = H / 14, w = W / 14.
 
     features: maps (B, C, h, w). "block0", "block1", ...: the patch tokens after each block, through the final
         LayerNorm, as the released model returns intermediate layers; "patches": those of the last block.

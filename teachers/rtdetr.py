@@ -58,7 +58,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class RTDETROutput:
-    """What RTDETR.forward returns, in train and eval mode alike, for images (B, 3, H, W).
+    """The output of RTDETR.forward for images (B, 3, H, W), the same in train and eval mode.
 
     features: maps (B, C, H / s, W / s) by name: c3, c4, c5 (backbone) and p3, p4, p5 (encoder).
     boxes_xyxy (B, Q, 4) in pixels, not clipped to the image, query_logits (B, Q, K): from the last decoder layer, with

@@ -50,9 +50,11 @@ def branch_maps(
 
 
 def branch_tail(head: nn.Module, name: str) -> nn.Sequential:
-    """The layers of an anchor-free head between the map `name` and the logits of its level, in the head's current mode.
+    """The layers of an anchor-free head between the map `name` and the logits of its level.
 
-    KeyError for a name that is not in BRANCH_MAPS.
+    (B, C, H / s, W / s) -> (B, K, H / s, W / s) in a class branch, (B, 4 R, H / s, W / s) in a box branch, edge by
+    edge. The layers are the head's own, not copies, in its current train or eval mode. CrossKD feeds a student's map to
+    those of a teacher (distill/losses/crosskd.py). KeyError for a name that is not in BRANCH_MAPS.
     """
     if name not in BRANCH_MAPS:
         raise KeyError(f"{name!r} is not a map within the head; those are {', '.join(BRANCH_MAPS)}")

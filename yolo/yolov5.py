@@ -148,7 +148,7 @@ class AnchorHead(nn.Module):
 
 @dataclass(frozen=True)
 class YOLOv5Output:
-    """What YOLOv5.forward returns, in train and eval mode alike, for images (B, 3, H, W).
+    """The output of YOLOv5.forward for images (B, 3, H, W), the same in train and eval mode.
 
     features: maps (B, C, H / s, W / s) by name: c3, c4, c5 (backbone) and p3, p4, p5 (neck, the head's input).
     box_logits (B, A, 4) before decoding, objectness_logits (B, A), class_logits (B, A, K): in the order of AnchorHead.

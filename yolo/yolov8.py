@@ -39,9 +39,7 @@ NUM_BINS = 16  # R: an edge is at most 15 strides away from its point
 
 
 class Size(NamedTuple):
-    """Widths and depths of a YOLO.
-
-    channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks of the backbone's stages at stride 4, 8, 16,
+    """channels: of the maps at stride 2, 4, 8, 16, 32. depths: bottlenecks of the backbone's stages at stride 4, 8, 16,
     32. neck_depth: bottlenecks of each block of the neck.
     """
 
@@ -138,10 +136,8 @@ class AnchorFreeHead(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], num_classes: int, class_width: int | None = None) -> None:
         super().__init__()
-        self.widths = {
-            "box": max(16, channels[0] // 4, 4 * NUM_BINS),
-            "cls": class_width or max(channels[0], min(num_classes, 100)),
-        }
+        class_width = class_width or max(channels[0], min(num_classes, 100))
+        self.widths = {"box": max(16, channels[0] // 4, 4 * NUM_BINS), "cls": class_width}
         class_biases = [math.log(5 / num_classes / (640 / stride) ** 2) for stride in LEVEL_STRIDES]
         self.box = nn.ModuleList(branch(c, self.widths["box"], 4 * NUM_BINS, bias=1.0) for c in channels)
         self.cls = nn.ModuleList(branch(c, self.widths["cls"], num_classes, b) for c, b in zip(channels, class_biases))
@@ -180,13 +176,12 @@ def level_sizes(image_size: tuple[int, int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class AnchorFreeOutput:
-    """What AnchorFreeDetector.forward returns, in train and eval mode alike, for images (B, 3, H, W).
+    """The output of AnchorFreeDetector.forward for images (B, 3, H, W), the same in train and eval mode.
 
     features: maps (B, C, H / s, W / s) by name: c3, c4, c5 (backbone); p3, p4, p5 (neck, the head's input); and those
         within the head, box3_1 ... box5_2 and cls3_1 ... cls5_2. box4_1 is in the box branch of level 4, after the
         first of its two 3x3 convolutions (with BatchNorm and activation).
-    box_logits (B, A, 4, R), class_logits (B, A, K): in the order of AnchorFreeHead.
-    image_size: (H, W).
+    box_logits (B, A, 4, R), class_logits (B, A, K): in the order of AnchorFreeHead. image_size: (H, W).
     AnchorFreeDetector.requested_outputs may leave maps out; both logits are None if it leaves out the head.
     """
 
@@ -207,10 +202,9 @@ class AnchorFreeDetector(nn.Module):
     channels: the five of Size. class_width: of AnchorFreeHead. The gains weight the loss terms; the defaults are those
     of the released recipe.
 
-    requested_outputs: the names of the features and logits that the caller needs, or None for all. If a teacher is used
-    for its feature maps only, its head is skipped, and for maps of the backbone its neck too. Maps that are not named
-    may be missing. One requested logit or map of the head runs the whole head, which gives both logits; decode, detect,
-    losses, positives and class_logits_at need both.
+    requested_outputs: the names of the features and logits that the caller needs, or None for all. The head is
+    skipped if none of its outputs is named, the neck if none of either is. Maps that are not named may be missing. If
+    the head runs, it gives both logits; decode, detect, losses, positives and class_logits_at need them.
     """
 
     class_activation = "sigmoid"
@@ -255,13 +249,7 @@ class AnchorFreeDetector(nn.Module):
         return AnchorFreeOutput(features, box_logits, class_logits, image_size)
 
     def tail(self, name: str) -> nn.Sequential:
-        """The layers between a map within the head, such as "cls3_1", and the logits of its level. CrossKD
-        (distill/losses/crosskd.py) feeds them a student's map.
-
-        (B, C, H / s, W / s) -> (B, K, H / s, W / s) in a class branch, (B, 4 R, H / s, W / s) in a box branch, edge by
-        edge. The layers are the detector's own, not copies, in its current train or eval mode. KeyError for a name that
-        is not such a map; the message lists them.
-        """
+        """The layers between a map within the head, such as "cls3_1", and its level's logits (taps.branch_tail)."""
         return branch_tail(self.head, name)
 
     def _locations(self, output: AnchorFreeOutput) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""YOLOv8's losses as a host computes them that runs ahead of its device, forced here on a CPU: without a wait."""
+"""YOLOv8's losses on an asynchronous device, imitated on a CPU: the same values, and the host never waits."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from yolo import assigners
 
 @pytest.mark.parametrize("count", [0, 1, 20])
 @pytest.mark.parametrize("has_scores", [False, True])
-def test_a_host_that_runs_ahead_finds_the_same_losses_and_never_waits(count, has_scores, monkeypatch):
+def test_an_asynchronous_device_gives_the_same_losses_and_never_waits(count, has_scores, monkeypatch):
     targets, make = scene(21, count=count, ignored=0.2)
     targets = replace(targets, class_scores=make(count, K)) if has_scores else targets
     leaves = [*v8_logits(make), *([targets.class_scores] if has_scores else [])]
