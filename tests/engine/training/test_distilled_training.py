@@ -216,13 +216,13 @@ def test_a_teacher_is_asked_once_about_a_picture_that_does_not_change(tmp_path, 
     teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
     changes = dict(teachers=teachers, terms=TERMS, augment=STILL, teacher_cache_gigabytes=0.1)
     asked = []
-    original = teaching.ask
+    original = teaching.cached_forward
 
     def counting(model, images, keys, cache, output_type):
         look = lambda pictures: asked.append(len(pictures)) or model(pictures)
         return original(look, images, keys, cache, output_type)
 
-    monkeypatch.setattr(teaching, "ask", counting)
+    monkeypatch.setattr(teaching, "cached_forward", counting)
     rows = []
     for name in ("first", "second"):
         config = tiny_config(tmp_path / "data", tmp_path / "runs", name=name, **changes)
