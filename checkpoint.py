@@ -279,7 +279,7 @@ def start_model(
         return model
     if info.names_from == "nothing":
         raise UserError(
-            f"{path}: it does not say which classes its {len(info.names)} are, expected a file with class names; "
+            f"{path}: it does not name its {len(info.names)} classes, expected a file with class names; "
             "new_head=true starts the class head fresh"
         )
     if info.names_from == "the release":

@@ -1,4 +1,4 @@
-"""Which classes of two lists mean the same: COCO, Pascal VOC, KITTI, and lists that use their words.
+"""Which classes of two lists mean the same: COCO, Pascal VOC, KITTI, and lists with similar names.
 
     map_classes(dataset_names, model_names) -> ClassMap: the model's class for every class of the dataset
     join_classes(student_names, teacher_names) -> columns: the classes that a teacher and its student both have
@@ -150,7 +150,7 @@ def map_classes(
             found = find_columns(name, of_model, model_names)
             if len(found) > 1:
                 raise UserError(
-                    f"{unclear(name, found, model_names)}; say which by --class-map '{name}={model_names[found[0]]}', "
+                    f"{unclear(name, found, model_names)}; choose by --class-map '{name}={model_names[found[0]]}', "
                     f"or leave it out by '{name}='"
                 )
             column = found[0] if found else None

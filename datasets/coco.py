@@ -66,8 +66,8 @@ def find_json(root: Path, split: str) -> Path:
     if beside:
         raise UserError(f"{root / split}: {', '.join(path.name for path in beside)}; expected one file of labels")
     inner = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    known = [str(path.relative_to(root)) for folder in (root, *inner) for path in _json_files(folder)]
-    found = f", found {', '.join(known[:20])}" if known else ""
+    others = [str(path.relative_to(root)) for folder in (root, *inner) for path in _json_files(folder)]
+    found = f", found {', '.join(others[:20])}" if others else ""
     raise UserError(f"{choices[0]}: no such file{found}; expected the labels of split {split!r}")
 
 

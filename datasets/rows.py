@@ -116,7 +116,7 @@ def read_frame(
         if stated is None or not turned or width == height:  # else the size shows that the labels are upright
             note(f"EXIF orientation {orientation}; labels taken as of the upright picture", "EXIF orientation")
         return Frame(width, height)
-    found = f"says {stated[0]:g} x {stated[1]:g}, the picture is {width} x {height}"
+    found = f"states {stated[0]:g} x {stated[1]:g}, the picture is {width} x {height}"
     if stated == (stored_width, stored_height):
         note(f"{found} upright (EXIF orientation {orientation}); boxes turned with it", "boxes turned with EXIF")
         return Frame(width, height, orientation)

@@ -102,10 +102,10 @@ def find_part(root: Path, part: str) -> _Part:
         return _Part(folder, source, pictures, source, is_own)
     source = annotations if name == "all" else source
     if source is None:
-        known = sorted(path.stem for path in lists.glob("*.txt")) or [
+        others = sorted(path.stem for path in lists.glob("*.txt")) or [
             path.name for path in list_files(folder, (".csv",))
         ]
-        raise UserError(f"{lists}: no list {name!r}, found {', '.join(known) or 'none'} (`all` takes every picture)")
+        raise UserError(f"{lists}: no list {name!r}, found {', '.join(others) or 'none'} (`all` takes every picture)")
     return _Part(folder, annotations, pictures, source)
 
 

@@ -182,8 +182,8 @@ def _read_yaml(path: Path, split: str) -> _Set:
         raise UserError(f"{path}: path {tree.get('path')!r} leads to {base.resolve()}, which is no folder")
     reserved = {"path", "names", "nc", "download", "kpt_shape", "flip_idx", "task"}
     if split not in tree or split in reserved:
-        known = [key for key in tree if key not in reserved and isinstance(tree[key], str | list)]
-        raise UserError(f"{path}: no split {split!r}, found {', '.join(known)}")
+        others = [key for key in tree if key not in reserved and isinstance(tree[key], str | list)]
+        raise UserError(f"{path}: no split {split!r}, found {', '.join(others)}")
     entry = tree[split]
     entries = entry if isinstance(entry, list) else [entry]
     if not entries or not all(isinstance(item, str) and item for item in entries):
@@ -221,8 +221,8 @@ def _read_folders(root: Path, split: str) -> _Set:
     elif folder is not None:
         entry = str(folder.relative_to(root))
     else:
-        known = sorted({path.parent.relative_to(root).as_posix() for path in list_files(root, SUFFIXES)})
-        found = f"found pictures in {', '.join(known[:20])} (`all` takes every one)" if known else "and no pictures"
+        others = sorted({path.parent.relative_to(root).as_posix() for path in list_files(root, SUFFIXES)})
+        found = f"found pictures in {', '.join(others[:20])} (`all` takes every one)" if others else "and no pictures"
         raise UserError(
             f"{root}: no data.yaml, nor a list {split}.txt, nor a folder images/{split} or {split}, {found}; "
             "expected a YOLO dataset"

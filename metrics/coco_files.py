@@ -147,23 +147,23 @@ def _find_labels(
     """
     ground_truth = annotations.ground_truth
     names, ids = ground_truth.names, annotations.category_ids
-    words = [_text(row, "category_name") for row in rows]
+    texts = [_text(row, "category_name") for row in rows]
     keys = [
-        _id(row, "category_id", where, n) if word is None else None for n, (row, word) in enumerate(zip(rows, words))
+        _id(row, "category_id", where, n) if text is None else None for n, (row, text) in enumerate(zip(rows, texts))
     ]
     if own:
         unknown = next((n for n, key in enumerate(keys) if key is not None and key not in own), None)
         if unknown is not None:
             found = f"{where(unknown)}: category_id: found {keys[unknown]!r}"
             raise UserError(f"{found}, expected one of the file's categories")
-        words = [own[key] if word is None else word for word, key in zip(words, keys)]
+        texts = [own[key] if text is None else text for text, key in zip(texts, keys)]
         keys = [None] * len(rows)
     if not annotations.number_labels:
-        tokens = [plain_number(str(key) if word is None else word) for word, key in zip(words, keys)]
+        tokens = [plain_number(str(key) if text is None else text) for text, key in zip(texts, keys)]
         ground_truth = with_classes(ground_truth, _first(tokens, where))
         return ground_truth, [ground_truth.names.index(token) for token in tokens]
-    is_unnamed = all(word == str(row.get("category_id")) for word, row in zip(words, rows))  # as predict.py writes it
-    of_word = find_labels(_first(words, where), names, annotations.number_labels if is_unnamed else ())
+    is_unnamed = all(text == str(row.get("category_id")) for text, row in zip(texts, rows))  # as predict.py writes it
+    of_text = find_labels(_first(texts, where), names, annotations.number_labels if is_unnamed else ())
     of_id: dict[int | str | None, int] = {i: label for label, i in enumerate(ids or ())}
     used = _first(keys, where)
     if not used.keys() <= of_id.keys():
@@ -173,7 +173,7 @@ def _find_labels(
         number_labels = annotations.number_labels if ids is None else ({str(i): label for i, label in of_id.items()},)
         label_of = find_labels({str(key): place for key, place in used.items()}, names, number_labels)
         of_id = {key: label_of[str(key)] for key in used}
-    return ground_truth, [of_id[key] if word is None else of_word[word] for word, key in zip(words, keys)]
+    return ground_truth, [of_id[key] if text is None else of_text[text] for text, key in zip(texts, keys)]
 
 
 def _entries(path: Path, tree: dict, kind: str) -> tuple[list[dict], Ids]:

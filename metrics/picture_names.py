@@ -108,7 +108,7 @@ class PictureFinder:
         best = [row for row, rank in ranks.items() if rank == max(ranks.values())]
         if len(best) > 1:
             both = " and ".join(repr(self.names[row]) for row in best[:2])
-            raise UserError(f"{where}: {name!r} fits {both} of the ground truth alike, expected the folder in the name")
+            raise UserError(f"{where}: {name!r} fits {both} of the ground truth equally, expected its folder too")
         return best[0] if best else None
 
     def find_ids(self, used: Mapping[int | str, str]) -> dict[int | str, int]:

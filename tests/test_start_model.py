@@ -254,7 +254,7 @@ def test_a_public_file_is_joined_by_the_names_it_has(arch, tmp_path):
 def test_a_file_without_names_is_refused_or_its_names_are_said(tmp_path):
     path = tmp_path / "bare.pt"
     torch.save(released_state(models.build("yolov8n", 4)), path)
-    with pytest.raises(UserError, match=r"bare\.pt: it does not say which classes its 4 are, .*new_head=true"):
+    with pytest.raises(UserError, match=r"bare\.pt: it does not name its 4 classes, .*new_head=true"):
         start(path, "yolov8n")
     assert "starts fresh as a whole" in start(path, "yolov8n", new_head=True)[1][0]
     torch.save(released_state(models.build(TWO_STAGE, 90)), path)

@@ -178,7 +178,7 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
             raise Refused(f"entry {short(entry.filename)} is compressed, which torch.save never does")
     if f"{root}byteorder" in names and _read_entry(archive, f"{root}byteorder", 16) != b"little":
         raise Refused("its tensors are not little-endian")
-    known = set(names)
+    entry_names = set(names)
     reader = InertReader()
     pickle_file = io.BytesIO(_read_entry(archive, pickles[0], MAX_PICKLE_BYTES))
     value = reader.read(pickle_file)
@@ -191,7 +191,7 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
 
     def read_bytes(storage: StorageRecord) -> bytes:
         name, expected = f"{root}data/{storage.key}", storage.numel * storage.dtype.itemsize
-        if not storage.key.isdecimal() or not storage.key.isascii() or name not in known:
+        if not storage.key.isdecimal() or not storage.key.isascii() or name not in entry_names:
             raise Refused(f"storage {short(storage.key)} is not in the archive")
         if archive.getinfo(name).file_size != expected:
             raise Refused(f"storage {storage.key} has {archive.getinfo(name).file_size:,} bytes, not {expected:,}")

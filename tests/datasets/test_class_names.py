@@ -112,7 +112,7 @@ def test_what_is_said():
             ("television",),
             ("tv", "tvmonitor"),
             {},
-            "may be 'tv' and 'tvmonitor' of the model; say which",
+            "may be 'tv' and 'tvmonitor' of the model; choose by",
         ),
         (("Tram",), ("train", "Train"), {}, "class 'Tram' of the dataset may be 'train' and 'Train'"),
         (("car",), ("car",), {"bus": "car"}, "--class-map: found 'bus', expected of the dataset's classes one of car"),

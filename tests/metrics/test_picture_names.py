@@ -74,7 +74,7 @@ def test_equal_names_in_folders_are_told_apart_by_the_folders():
     ],
 )
 def test_a_name_that_two_pictures_have_is_refused(names, asked):
-    with pytest.raises(UserError, match=r"fits '.*' and '.*' of the ground truth alike"):
+    with pytest.raises(UserError, match=r"fits '.*' and '.*' of the ground truth equally"):
         find(names, [asked])
 
 
