@@ -1,7 +1,9 @@
 """Dataset distillation: a few stored images that train a detector instead of a whole set.
 
-gradient_matching  the algorithm, step by step; mean_gradient and gradient_distance are its two quantities
-network_pool       the detectors whose gradients are matched, early in their training
-synthetic          the stored images, their tiles, and how pixels move
+gradient_matching  the algorithm, step by step
+mean_gradient      the gradients that are matched
+gradient_distance  the distance between them
+network_pool       detectors early in their training, whose gradients are matched
+synthetic          the stored images, their tiles, and the optimizer of their pixels
 coresets, crops    real images chosen by a rule; mosaics of crops
 """

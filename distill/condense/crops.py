@@ -1,8 +1,8 @@
-"""Mosaics of crops: real objects, each with what is around it, side by side in one image.
+"""Mosaics of crops: real objects with their surroundings, side by side in one image.
 
-    in_turn         objects class by class, so that rare classes come as often as common ones
+    in_turn         orders objects so that rare classes come as often as common ones
     crop_window     a square around an object
-    crop            the window as a tile, with every object that can be seen in it
+    crop            the window as a tile, with all objects that are visible in it
     pack_crops      grid x grid tiles -> an image and its boxes
 
 Images are uint8 (3, H, W); boxes are xyxy in pixels of the image they are in.
@@ -16,27 +16,27 @@ from torch import Tensor
 
 from boxes import box_area, paired_intersection
 
-MIN_VISIBLE_FRACTION, MIN_SIDE_PX = 0.1, 2.0  # of an object at the edge of a crop, to keep its label; as in training
+MIN_VISIBLE_FRACTION, MIN_SIDE_PX = 0.1, 2.0  # below, an object at the edge of a crop loses its label, as in training
 
 
 def in_turn(labels: Tensor, *, generator: torch.Generator) -> Tensor:
-    """The rows of labels (N,) in an order that takes one of each class in turn, each class in a random order.
+    """The rows of labels (N,), one of each class in turn, each class in a random order: a permutation, (N,) int64.
 
-    A class that has run out is left out of the turns that follow. (N,) int64, a permutation.
+    A class that has run out is skipped in the following turns.
     """
     order = torch.randperm(len(labels), generator=generator)
-    kinds = labels[order]
+    shuffled = labels[order]
     turn = torch.zeros(len(labels), dtype=torch.int64)
-    for kind in kinds.unique():
-        turn[kinds == kind] = torch.arange(int((kinds == kind).sum()))
+    for label in shuffled.unique():
+        turn[shuffled == label] = torch.arange(int((shuffled == label).sum()))
     return order[turn.argsort(stable=True)]
 
 
 def crop_window(box_xyxy: Tensor, content_xyxy: Tensor, cell: int) -> tuple[int, int, int, int]:
-    """A square of whole pixels around the middle of a box: left, top, right, bottom.
+    """A square of whole pixels around the center of a box: left, top, right, bottom.
 
-    Its side is `cell`, or 1.2 times the longer side of the box where that is more, but never more than the content
-    holds; the square is moved into the content.
+    Its side is the larger of `cell` and 1.2 times the longer side of the box, but at most what the content holds. The
+    square is moved into the content.
     """
     low, high = content_xyxy[:2].ceil().long(), content_xyxy[2:].floor().long()
     side = max(cell, int((1.2 * (box_xyxy[2:] - box_xyxy[:2]).max()).ceil()))
@@ -47,14 +47,14 @@ def crop_window(box_xyxy: Tensor, content_xyxy: Tensor, cell: int) -> tuple[int,
 
 
 def crop(
-    picture: Tensor, boxes_xyxy: Tensor, labels: Tensor, window: tuple[int, int, int, int], cell: int
+    image: Tensor, boxes_xyxy: Tensor, labels: Tensor, window: tuple[int, int, int, int], cell: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The window as a tile of cell x cell pixels, with the objects that can be seen in it, clipped to it.
+    """The window as a tile of cell x cell pixels, with the boxes (clipped to it) and labels of its visible objects.
 
-    An object keeps its label where at least MIN_VISIBLE_FRACTION of its box is inside and no side is below MIN_SIDE_PX.
+    An object is visible if at least MIN_VISIBLE_FRACTION of its box is inside and no side is below MIN_SIDE_PX.
     """
     left, top, right, bottom = window
-    tile = picture[None, :, top:bottom, left:right].float()
+    tile = image[None, :, top:bottom, left:right].float()
     if right - left != cell:
         tile = F.interpolate(tile, size=(cell, cell), mode="bilinear", align_corners=False, antialias=True)
     frame = boxes_xyxy.new_tensor(window)
@@ -67,7 +67,7 @@ def crop(
 
 
 def pack_crops(tiles: Sequence[tuple[Tensor, Tensor, Tensor]], grid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """grid x grid crops, row by row -> one picture (3, S, S), boxes_xyxy (N, 4), labels (N,); S = grid * cell."""
+    """grid x grid crops, row by row -> one image (3, S, S), boxes_xyxy (N, 4), labels (N,); S = grid * cell."""
     if len(tiles) != grid**2:
         raise ValueError(f"{len(tiles)} crops, expected {grid} x {grid}")
     cell = tiles[0][0].shape[-1]

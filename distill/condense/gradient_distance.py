@@ -1,10 +1,10 @@
-"""How far the gradient of a synthetic set is from that of real pictures, layer by layer.
+"""The distance between the gradients of a synthetic set and of real images, layer by layer.
 
     cosine    Zhao et al., "Dataset Condensation with Gradient Matching", arXiv:2006.05929, sec. 3
     mse, l1   as in Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", arXiv:2205.14959
 
-A weight of a layer is read as a matrix, one row for each of its output channels: a convolution (out, in, k, k) is
-(out, in k k). Parameters of one dimension (biases, the scales of a normalisation) are skipped.
+The weight of a layer is a matrix with one row for each output channel: a convolution (out, in, k, k) becomes
+(out, in k k). Parameters with one dimension (biases, the scales of a normalisation) are skipped.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-SMALLEST_PRODUCT = 1e-12  # of two lengths; rows of less have no direction
+SMALLEST_PRODUCT = 1e-12  # of two lengths; below, a row has no direction
 
 
 def gradient_distance(s_gradients: Sequence[Tensor], r_gradients: Sequence[Tensor], kind: str) -> Tensor:
@@ -23,10 +23,10 @@ def gradient_distance(s_gradients: Sequence[Tensor], r_gradients: Sequence[Tenso
         l1       D = sum_l |s_l - r_l|_1
 
     s_lo is row o of layer l. Sums, not means: a layer counts by its output channels (cosine) or by its entries. The
-    gradient flows into both sides. Rows whose lengths have a product of 1e-12 or less count 1 in the cosine, without
-    gradient: next to 0 a direction would have an unbounded one.
+    gradient flows into both sides. Rows whose lengths have a product of 1e-12 or less cost 1 in the cosine and get no
+    gradient, which would be unbounded near 0.
     ValueError for an unknown kind, for shapes that differ, and where no parameter has two dimensions or more.
-    Differs from the public code of the first paper, which adds 1e-6 to the product of the lengths: a detector's rows
+    Differs from the public code of the first paper: it adds 1e-6 to the product of the lengths, but a detector's rows
     are often that short.
     """
     if kind not in DISTANCES:
@@ -36,14 +36,14 @@ def gradient_distance(s_gradients: Sequence[Tensor], r_gradients: Sequence[Tenso
     pairs = [(s.flatten(1), r.flatten(1)) for s, r in zip(s_gradients, r_gradients) if s.dim() > 1]
     if not pairs:
         raise ValueError("no parameter of two or more dimensions to compare")
-    return sum(DISTANCES[kind](s, r) for s, r in pairs)
+    return sum((DISTANCES[kind](s, r) for s, r in pairs), pairs[0][0].new_zeros(()))
 
 
 def cosine_distance(s: Tensor, r: Tensor) -> Tensor:
     """sum_o 1 - cos(s_o, r_o) of two matrices (out, n): 0 for equal directions, 2 out for opposite ones."""
     product = s.square().sum(1) * r.square().sum(1)  # (out,)
-    has_direction = ~(product <= SMALLEST_PRODUCT**2)  # nan has one, so that the distance shows it
-    lengths = torch.where(has_direction, product, 1).sqrt()  # chosen before the root, whose slope at 0 is infinite
+    has_direction = ~(product <= SMALLEST_PRODUCT**2)  # True for nan, so that the distance becomes nan
+    lengths = torch.where(has_direction, product, 1).sqrt()  # the root's gradient at 0 is infinite, so choose before it
     return (1 - torch.where(has_direction, (s * r).sum(1) / lengths, 0)).sum()
 
 

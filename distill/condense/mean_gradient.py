@@ -1,31 +1,31 @@
-"""g_theta of gradient matching: the mean over pictures of the gradient of a detector's loss of each alone.
+"""g_theta of gradient matching: the gradient of a detector's loss for each image alone, averaged over images.
 
 g_theta(A) = 1/|A| sum_(x in A) d/dtheta L(theta; x, boxes and labels of x)
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from distill.condense.network_pool import reproducible
 from errors import UserError
-from structures import Targets
+from structures import Detector, Targets
 
 
 def matched_parameters(network: nn.Module, layers: tuple[str, ...] = ()) -> list[Tensor]:
-    """The convolution weights (out, in, k, k) whose names begin with one of `layers`, or all; UserError for none.
+    """The trainable convolution weights (out, in, k, k) whose names begin with one of `layers`; all if it is empty.
 
-    Those that do not require grad are left out.
+    UserError where there are none.
     """
     convolutions = {name: p for name, p in network.named_parameters() if p.dim() == 4 and p.requires_grad}
     for prefix in layers:
         if not any(name.startswith(prefix) for name in convolutions):
             parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in convolutions))
             raise UserError(f"layers: {prefix!r} begins no convolution's name; they begin with {parts}")
-    chosen = [p for name, p in convolutions.items() if not layers or name.startswith(layers)]
+    chosen: list[Tensor] = [p for name, p in convolutions.items() if not layers or name.startswith(layers)]
     if not chosen:
         raise UserError(f"gradient matching: {type(network).__name__} has no trainable convolution")
     return chosen
@@ -33,34 +33,35 @@ def matched_parameters(network: nn.Module, layers: tuple[str, ...] = ()) -> list
 
 def summed_gradient(
     network: nn.Module,
-    pictures: Tensor,
+    images: Tensor,
     targets: Targets,
     parameters: list[Tensor],
-    sampling: int,
+    sampling_seed: int,
     *,
     create_graph: bool,
 ) -> tuple[tuple[Tensor, ...], float]:
-    """sum_i d L(x_i) / d parameters over the pictures (n, 3, S, S), each a batch of its own in L, and the sum of L.
+    """sum_i d L(x_i) / d parameters over the images (n, 3, S, S), and the sum of L. For L each image is a batch.
 
-    sampling: the seed of losses that sample, the same for every picture.
+    sampling_seed: of losses that draw samples, the same for every image. A parameter that no loss reaches has
+    gradient 0.
     """
+    detector = cast(Detector, network)
     with torch.enable_grad():
-        loss = 0
-        for index, output in enumerate(split_output(network(pictures), len(pictures))):
+        loss = torch.zeros(())
+        for index, output in enumerate(split_output(network(images), len(images))):
             objects = targets[targets.image == index]
             objects = replace(objects, image=torch.zeros_like(objects.image))
-            with reproducible(sampling):
-                loss = loss + sum(network.losses(output, objects).values())
-        # Gradients of 0 for what no loss reaches.
+            with reproducible(sampling_seed):
+                loss = loss + sum(detector.losses(output, objects).values())
         gradient = torch.autograd.grad(loss, parameters, create_graph=create_graph, materialize_grads=True)
     return gradient, loss.item()
 
 
 def split_output(output: Any, count: int) -> list[Any]:
-    """A detector's output dataclass for `count` pictures -> one for each picture alone, with the graph.
+    """Split a detector's output dataclass for `count` images into one for each image, with its graph.
 
-    A tensor whose first dimension is `count`, also within a dict, belongs to the pictures; all else is shared. (What
-    is shared is longer than any batch: the anchors of Faster R-CNN.)
+    Tensors whose first dimension is `count`, also those in a dict, are split; everything else is shared. (A shared
+    tensor, such as the anchors of Faster R-CNN, is longer than any batch.)
     """
     if count == 1:
         return [output]
@@ -78,21 +79,21 @@ def split_output(output: Any, count: int) -> list[Any]:
 
 
 def mean_gradient(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Targets]], parameters: list[Tensor], sampling: int
+    network: nn.Module, batches: Iterable[tuple[Tensor, Targets]], parameters: list[Tensor], sampling_seed: int
 ) -> tuple[list[Tensor], float]:
-    """g_theta: the mean of d L / d parameters over the pictures of all batches, and the mean of L. Without a graph."""
+    """g_theta: the mean of d L / d parameters over the images of all batches, and the mean of L. Without a graph."""
     total, total_loss, count = [torch.zeros_like(p) for p in parameters], 0.0, 0
-    for pictures, targets in batches:
-        gradient, loss = summed_gradient(network, pictures, targets, parameters, sampling, create_graph=False)
+    for images, targets in batches:
+        gradient, loss = summed_gradient(network, images, targets, parameters, sampling_seed, create_graph=False)
         torch._foreach_add_(total, gradient)
-        total_loss, count = total_loss + loss, count + len(pictures)
+        total_loss, count = total_loss + loss, count + len(images)
     torch._foreach_div_(total, count)
     return total, total_loss / count
 
 
-def chunks(pictures: Tensor, targets: Targets, size: int) -> Iterator[tuple[Tensor, Targets]]:
-    """A batch in batches of at most `size` pictures, each with its targets."""
-    for start in range(0, len(pictures), size):
-        part = pictures[start : start + size]
+def chunks(images: Tensor, targets: Targets, size: int) -> Iterator[tuple[Tensor, Targets]]:
+    """A batch, split into batches of at most `size` images, each with its targets."""
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
         objects = targets[(targets.image >= start) & (targets.image < start + len(part))]
         yield part, replace(objects, image=objects.image - start)

@@ -1,7 +1,7 @@
-"""Detectors early in their training on real pictures: what the gradients of gradient matching are taken of.
+"""Detectors early in their training on real images, whose gradients gradient matching compares.
 
-Gradients of a network that was trained long say little (Kim et al., arXiv:2205.14959, sec. 4.2), so a network lives for
-a few steps and a fresh one takes its place. Everything follows from (seed, step).
+The gradients of a well-trained network carry little information (Kim et al., arXiv:2205.14959, sec. 4.2). So a network
+lives for a few steps, and a fresh one replaces it. Everything depends on (seed, step) alone.
 """
 
 import contextlib
@@ -9,20 +9,19 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
 from random_streams import Stream, seeded_generator
-from structures import Targets
+from structures import Detector, Targets
 
 RealBatch = Callable[[torch.Generator], tuple[Tensor, Targets]]
-"""Real pictures (B, 3, S, S), uint8 or float in [0, 1], and their targets: a pure function of the generator (a CPU
-generator, from which it may draw as much as it likes)."""
+"""CPU generator -> real images (B, 3, S, S), uint8 or float in [0, 1], and targets. It draws from nothing else."""
 Augmentation = Callable[[Tensor, Targets], tuple[Tensor, Targets]]
-"""Pictures float (B, 3, S, S) and targets -> as many, differentiable in the pictures, the same for every picture."""
+"""Float images (B, 3, S, S) and targets -> the same number, differentiable in the images, the same for every image."""
 DrawAugmentation = Callable[[torch.Generator], Augmentation]
 
 GROUP_CHANNELS = 8
@@ -30,18 +29,18 @@ GROUP_CHANNELS = 8
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """How many networks live side by side, and how they learn.
+    """The number of networks in the pool, and how they learn.
 
-    The steps visit them in turn. One is trained for first_steps when it is made and for steps_between at each further
-    visit, until it has made last_steps or more; then a fresh one takes its place, not all of them at the same time.
-    The slope of a cosine distance falls as a network learns (on YOLOv8p at 96 px to 1/12 in 10 steps, 1/33 in 40), so
-    networks of all ages do not share one learning rate of the pixels well: hence first_steps.
-    Training is SGD with momentum on real batches, in train mode, the gradient cut to a length of gradient_clip.
+    The steps of gradient matching visit the networks in turn. A network is trained for first_steps when it is built and
+    for steps_between at each further visit. When it has made last_steps or more, a fresh one replaces it; the networks
+    are replaced at different times. The pixel gradient of a cosine distance falls as a network learns (on YOLOv8p at
+    96 px to 1/12 in 10 steps, 1/33 in 40), so one learning rate of the pixels does not suit networks of all ages: hence
+    first_steps. Training is SGD with momentum on real batches in train mode, with gradients clipped to gradient_clip.
 
-    normalization: "batch": the detector's own BatchNorms, which a match finds in eval mode with the statistics of its
-    real pictures. "group": each of them replaced by a GroupNorm (replace_batchnorms). A young network with frozen
-    statistics multiplies whatever real pictures have little of, in every layer: on a fresh YOLOv8p at 96 px twenty
-    steps of Adam at 0.002 made the gradient of five pictures a thousand times longer, and the distance grew.
+    normalization: "batch": the detector's own BatchNorms, in eval mode with the statistics of the step's real images.
+    "group": GroupNorms replace them (replace_batchnorms). With frozen statistics, a young network amplifies in every
+    layer whatever is rare in real images: on a fresh YOLOv8p at 96 px, twenty steps of Adam at 0.002 made the gradient
+    of five images a thousand times longer, and the distance grew.
     """
 
     networks: int = 2
@@ -56,7 +55,7 @@ class PoolSettings:
 
 @dataclass
 class Member:
-    """A network, its optimizer, which life of its place in the pool it is, and the training steps it has made."""
+    """A network and its optimizer. life: how many networks had this place before. trained: its training steps."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -67,8 +66,8 @@ class Member:
 class NetworkPool:
     """The networks of PoolSettings on one device.
 
-    build_network: seed -> a fresh detector (structures.Detector) in whatever mode. Torch's global generator is seeded
-    with the same number around the call, so a call of models.build that ignores its argument will do.
+    build_network: seed -> a fresh detector (structures.Detector) in any mode. Torch's global generator is seeded with
+    the same number around the call, so a call of models.build may ignore its argument.
     """
 
     def __init__(
@@ -89,17 +88,17 @@ class NetworkPool:
         self.settings, self.seed, self.device = s, seed, device
         self._build, self._draw_real, self._draw_augmentation = build_network, draw_real, draw_augmentation
         self._members: list[Member | None] = [None] * s.networks
-        # Visits of a life. Without training in between all would be the same.
+        # Visits in a life; one without training in between, since all would be the same.
         self._visits = 1 + max(s.last_steps - s.first_steps, 0) // s.steps_between if s.steps_between else 1
 
     def visit(self, step: int) -> tuple[nn.Module, int, int]:
-        """The network of `step` in eval mode, its number in 0..networks - 1, and the training steps it has made.
+        """The network of `step` in eval mode, its number in 0..networks - 1, and the training steps that it has made.
 
-        Steps are visited one after the other, from 0 or from where load_state_dict left off.
+        Call it for one step after the other, from step 0 or from the step of load_state_dict.
         """
         s = self.settings
         number, visit = step % s.networks, step // s.networks
-        # The first life of all places but one is shorter, so that they start anew at different times.
+        # The first life is shorter in all places but one, so that networks are replaced at different times.
         life = (visit + number * self._visits // s.networks) // self._visits
         member = self._members[number]
         if member is None or member.life != life:
@@ -125,11 +124,12 @@ class NetworkPool:
 
     def _train(self, member: Member, number: int, steps: int) -> None:
         network = member.network.train()
+        detector = cast(Detector, network)
         for _ in range(steps):
             generator = seeded_generator(Stream.NETWORK_STEP, self.seed, number, member.life, member.trained)
             images, targets = real_batch(self._draw_real, self._draw_augmentation, generator, self.device)
             with reproducible(generator.initial_seed()):
-                loss = sum(network.losses(network(images), targets).values())
+                loss = sum(detector.losses(network(images), targets).values(), torch.zeros(()))
             if not loss.isfinite():
                 raise UserError(
                     f"network {number} of the pool: its loss is {loss.item()} after {member.trained} steps on real"
@@ -143,7 +143,7 @@ class NetworkPool:
         member.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy, of tensors, numbers, lists and dicts."""
+        """A copy, made of tensors, numbers, lists and dicts."""
         members = [
             member
             and {
@@ -157,7 +157,7 @@ class NetworkPool:
         return copy.deepcopy({"members": members})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where state_dict was written. ValueError for a pool of another size."""
+        """Go on from a state_dict. ValueError for a pool of another size."""
         if len(state["members"]) != len(self._members):
             raise ValueError(f"a pool of {len(state['members'])} networks, expected {len(self._members)}")
         for number, saved in enumerate(state["members"]):
@@ -171,9 +171,8 @@ class NetworkPool:
 def replace_batchnorms(network: nn.Module) -> None:
     """Every nn.BatchNorm2d becomes a GroupNorm (Wu and He, arXiv:1803.08494) of its epsilon, scale and shift, in place.
 
-    A group has 8 channels, or as many as both 8 and the layer's channels are multiples of. A picture is normalised by
-    what is in it alone, in train and eval mode alike. UserError where a BatchNorm is of another class, which its layer
-    may ask for more than to be called (Faster R-CNN).
+    A group has gcd(8, channels) channels. The statistics are those of one image, in train and eval mode. UserError for
+    a BatchNorm of another class, since its layer may use more of it than the call (Faster R-CNN).
     """
     for module in list(network.modules()):
         for name, norm in module.named_children():
@@ -190,9 +189,9 @@ def replace_batchnorms(network: nn.Module) -> None:
 
 
 def set_statistics(network: nn.Module, images: Tensor) -> None:
-    """Every live BatchNorm takes the mean and (unbiased) variance of these images as its running ones.
+    """Set the running statistics of every BatchNorm to the mean and (unbiased) variance of these images.
 
-    Leaves the network in eval mode, in which they stay. Frozen BatchNorms keep theirs.
+    Leaves the network in eval mode. Frozen BatchNorms keep their statistics.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
@@ -212,7 +211,7 @@ def set_statistics(network: nn.Module, images: Tensor) -> None:
 def real_batch(
     draw_real: RealBatch, draw_augmentation: DrawAugmentation | None, generator: torch.Generator, device: Any
 ) -> tuple[Tensor, Targets]:
-    """A batch on the device as float in [0, 1], with an augmentation of its own where there is one."""
+    """A batch on the device, float in [0, 1], with an augmentation of its own unless draw_augmentation is None."""
     images, targets = draw_real(generator)
     images, targets = as_float(images.to(device)), targets.to(device)
     if draw_augmentation is not None:
@@ -222,13 +221,13 @@ def real_batch(
 
 
 def as_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]; float stays."""
+    """uint8 -> float32 in [0, 1]; float images are unchanged."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 @contextlib.contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Draws from torch's global CPU generator in this context follow from the seed; outside of it nothing changes."""
+    """Seeds torch's global CPU generator inside the context, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -184,9 +184,9 @@ def test_what_does_not_fit_is_refused():
     pixels = torch.rand(1, 3, 24, 24)
     with pytest.raises(ValueError, match="24 x 24 pixels in 25 x 1 tiles"):
         SyntheticSet(pixels, Targets.empty(), (25, 1))
-    with pytest.raises(ValueError, match=r"picture 4, expected 0\.\.3"):
+    with pytest.raises(ValueError, match=r"image 4, expected 0\.\.3"):
         SyntheticSet(pixels, targets_of([[1, 1, 5, 5]], [4]), (2, 2))
-    with pytest.raises(ValueError, match="3 pictures in 2 x 2 tiles"):
+    with pytest.raises(ValueError, match="3 images in 2 x 2 tiles"):
         SyntheticSet.from_pictures(torch.rand(3, 3, 24, 24), Targets.empty(), (2, 2))
     for content in ([[0, 0, 24, 25]], [[3, 0, 3, 24]], [[0, 0, 24, 24]] * 2):
         with pytest.raises(ValueError, match="expected 1 areas within 24 pixels"):
