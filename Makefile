@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ADDRESS ?= localhost
 
-.PHONY: setup demo app browser test test-fast notebooks test-gpu gpu gpu-tables lint types format bench clean
+.PHONY: setup demo app browser test test-fast notebooks test-gpu gpu gpu-tables lint format bench clean
 
 setup: $(STAMP)
 
@@ -30,9 +30,7 @@ browser: setup  ## The demo's test in headless Chromium, which has to be install
 # The tests of a file stay together, for the fixtures that they share.
 IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-test: setup  ## Everything CI runs
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
+test: lint  ## Everything CI runs
 	$(IN_PARALLEL)
 
 test-fast: setup  ## Without the slow tests
@@ -60,11 +58,9 @@ gpu: gpu-tables test-gpu  ## The same, then all tests; with data/bccd at last BC
 	if test -d data/bccd; then \
 		$(PYTHON) compare.py configs/studies/bccd_yolov8n_from_yolov8s.yaml --seeds 3 name=bccd_640 image_size=640; fi
 
-lint: setup
+lint: setup  ## Style, and the types of the product
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-
-types: setup  ## The types of the product
 	$(BIN)/python -m mypy .
 
 format: setup
