@@ -83,11 +83,10 @@ class TermInputs:
 
         If the teacher gets another image size, all its grids differ from the student's by one factor, this pair's.
         """
-        assert self.s_map is not None
         logits, objectness = self._score_logits()
         compute = lambda: score_maps(logits, **level_layout(self.t_output, logits), t_objectness_logits=objectness)
         levels = self.computed_once(("score_maps", self.classes is None), compute)
-        (h, w), (t_h, t_w) = self.s_map.shape[2:], named_map(self.t_output, self.t_name).shape[2:]
+        (h, w), (t_h, t_w) = self.maps()["s_map"].shape[2:], named_map(self.t_output, self.t_name).shape[2:]
         sizes = [(max(round(m.shape[1] * h / t_h), 1), max(round(m.shape[2] * w / t_w), 1)) for m in levels]
         return [resize_to(level[:, None], size) for level, size in zip(levels, sizes)]
 

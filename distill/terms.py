@@ -136,8 +136,7 @@ def localization(
     weight = inputs.teacher_scores() if region == "scores" else inputs.positives() >= 0
     if region == "valuable":
         t_boxes = inputs.teacher.decode(inputs.t_output)[0].detach()  # they fit from the first epoch on
-        gt_index = inputs.positives()
-        weight |= valuable_region(boxes_xyxy=t_boxes, gt_index=gt_index, targets=inputs.targets, gamma=gamma)
+        weight |= valuable_region(boxes_xyxy=t_boxes, gt_index=inputs.positives(), targets=inputs.targets, gamma=gamma)
     return localization_kl(**inputs.logits(), weight=weight, temperature=temperature)
 
 
