@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distill.losses.box_classes import Head, boxes_by_image, log_odds
+from distill.losses.box_classes import Head, boxes_by_image, log_odds, teacher_scale
 from distill.losses.masks import objects
 from distill.outputs import any_map, in_precision_of
 from layers.over_processes import sum_over_processes
@@ -59,8 +59,7 @@ def teacher_cross_entropy(
         is_same = labels[:, None] == s_columns  # (N, J)
         labelled, is_same = labelled[is_same.any(1)], is_same[is_same.any(1)]
         labels = t_columns[is_same.int().argmax(1)]
-    (height, width), (t_height, t_width) = image_size, t_output.image_size
-    scale = labelled.boxes_xyxy.new_tensor([t_width / width, t_height / height] * 2)
+    scale = teacher_scale(image_size, t_output.image_size, like=labelled.boxes_xyxy)
     per_image, row = boxes_by_image(labelled.boxes_xyxy * scale, labelled.image, len(any_map(t_output)))
     with in_precision_of(any_map(t_output)):
         logits = detector.class_logits_at(t_output, per_image)[row]

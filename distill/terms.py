@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from distill.given_boxes import At, Boxes, box_logits, given_boxes, softmax_logits
 from distill.losses import crosskd, features, logits, masked, relations
-from distill.losses.box_classes import At, Boxes, box_class_kl, box_logits, given_boxes, softmax_logits
+from distill.losses.box_classes import box_class_kl
 from distill.losses.fgd import FGD
 from distill.losses.localization import localization_kl, valuable_region
 from distill.losses.masks import anchor_mask, box_density, box_mask, objects

@@ -7,5 +7,5 @@ relations      between locations and between objects
 logits         classes: KL, quality focal, DKD, DIST, soft targets
 localization   distributions of box edges
 crosskd        the student's maps through the rest of the teacher's head
-box_classes    how both models classify given boxes
+box_classes    classes of given boxes, sigmoid or softmax on either side
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 import models
 from config import TermConfig
 from distill.criterion import Criterion, TeacherFacts
-from distill.losses.box_classes import assigned_labels
+from distill.given_boxes import assigned_labels
 from distill.losses.masked import masked_mse
 from distill.losses.masks import anchor_mask
 from distill.outputs import own_anchors
