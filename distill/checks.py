@@ -24,8 +24,21 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all 
 }
 
 
-def check_term(term: TermConfig, key: str, teachers: tuple[str, ...], epochs: int) -> TermConfig:
-    """The term with its name and its maps filled in. teachers: their names. epochs: of the run."""
+def check_terms(terms: tuple[TermConfig, ...], teachers: tuple[str, ...]) -> dict[str, TermConfig]:
+    """The terms of a config by their names, with names and maps filled in. teachers: their names."""
+    by_name: dict[str, TermConfig] = {}
+    for index, term in enumerate(terms):
+        key = f"terms.{index}"
+        term = check_term(term, key, teachers)
+        name = term_name(term)
+        if name in by_name:
+            raise UserError(f"{key}: the name {name!r} is used twice; give one of the terms another `name`")
+        by_name[name] = term
+    return by_name
+
+
+def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermConfig:
+    """One term, as check_terms returns it."""
     if term.teacher not in teachers:
         raise UserError(f"{key}.teacher: found {term.teacher!r}, expected one of {', '.join(teachers) or 'no teacher'}")
     if term.loss in RENAMED:

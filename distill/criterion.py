@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from config import TermConfig
 from datasets.class_names import join_classes
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
-from distill.checks import FIXED_MAPS, check_term, term_name
+from distill.checks import FIXED_MAPS, check_terms, term_name
 from distill.outputs import content_at, in_precision_of, named_map, only_at
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
@@ -108,11 +108,8 @@ class Criterion(nn.Module):
         joined: dict[str, ClassColumns | None] = {}  # by teacher, so that each prints its line once
         s_probe = probe(student, image_size)
         t_probes = {name: probe(teacher, facts[name].image_size or image_size) for name, teacher in teachers.items()}
-        for index, term in enumerate(terms):
+        for index, (name, term) in enumerate(check_terms(terms, tuple(teachers)).items()):
             key = f"terms.{index}"
-            term, name = check_term(term, key, tuple(teachers), epochs), term_name(term)
-            if name in self.terms:
-                raise UserError(f"{key}: the name {name!r} is used twice; give one of the terms another `name`")
             t_probe, classes = t_probes[term.teacher], None
             if compares_classes(term):
                 if term.teacher not in joined:

@@ -12,7 +12,7 @@ from pathlib import Path
 import checkpoint
 import models
 from config import Config, DataConfig
-from distill.checks import check_term
+from distill.checks import check_terms
 from engine.training.student import backbone_of, check_backbone, find_backbone_file
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
 from errors import UserError
@@ -33,13 +33,7 @@ def check_config(config: Config, given: Collection[str] = (), processes: int = 1
     check_data(config.data)
     check_student(config, is_resumed=is_resumed)
     check_names(config, given)
-    for index, term in enumerate(terms := config.terms):
-        check_term(term, f"terms.{index}", tuple(teacher.name for teacher in config.teachers), config.epochs)
-        names = [other.name or f"{other.loss}_{other.teacher}" for other in terms[: index + 1]]
-        if names.count(names[-1]) > 1:
-            raise UserError(
-                f"terms.{index}: the name {names[-1]!r} is used twice; give one of the terms another `name`"
-            )
+    check_terms(config.terms, tuple(teacher.name for teacher in config.teachers))
     check_teachers(config, given)
     if config.teacher_cache_gigabytes:
         check_unaugmented(config)

@@ -72,7 +72,7 @@ def test_the_config_line_is_a_term(name):
     (line,) = blocks(name, "yaml")
     term = from_tree(TermConfig, yaml.safe_load(line), source="the page")
     assert term.loss == name
-    check_term(term, "terms.0", (term.teacher,), epochs=1)
+    check_term(term, "terms.0", (term.teacher,))
 
 
 @pytest.mark.parametrize("name", LOSSES)
