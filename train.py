@@ -19,22 +19,20 @@ not finite, 4 out of memory, 5 a file that could not be written, 130 after Ctrl-
 saved, and its last good checkpoint always stays whole.
 """
 
-# ruff: noqa: B023  (train_step calls its inner function before the loop goes on)
-
 import argparse
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import checkpoint
 from config import Config, load_config
 from datasets.loader import Batch, LoaderProcessDied
-from engine.comparison.one_row import load_row, load_row_for_dry_run
 from engine.runtime import run_folder
 from engine.runtime.interruption import StopRequested, StopSignals
 from engine.runtime.processes import Processes, keep_freed_memory
@@ -54,11 +52,10 @@ from engine.training.exits import exit_codes
 from engine.training.reporting import finish, finish_epoch
 from engine.training.saving import how_to_go_on, open_folder, restore, save
 from engine.training.state import TrainingState, refuse_changes
-from engine.training.steps import averaging, check_finite, in_groups
+from engine.training.steps import averaging, check_finite, in_groups, losses_of_batch
 from errors import UserError, run_script
 from layers.over_processes import sum_over_processes
 from random_streams import Stream, seeded_generator
-from structures import Detector
 
 
 def train_step(
@@ -75,25 +72,16 @@ def train_step(
     normalisation and random draws. The normalisers of L are those of its own batch.
     """
     config, optimizer, rows = setup.config, setup.optimizer, []
-    detector = cast(Detector, setup.student)  # the same module, typed by its own methods
     set_learning_rates(setup, state.step)
     stream = seeded_generator(Stream.STEP, config.seed, state.step, setup.processes.rank)
     torch.manual_seed(stream.initial_seed())
     for number, batch in enumerate(batches, state.batch):
         images, targets = augment_batch(setup, batch, state.epoch, number)
         content = content_of_batch(setup, batch, state.epoch, number)
-        t_outputs = setup.teachers(images)
-
-        def losses_of_batch() -> dict[str, Tensor]:
-            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
-                s_output = setup.student(images)
-            detection = detector.losses(s_output, targets)
-            detection = {name: config.detection_weight * value for name, value in detection.items()}
-            epoch = state.epoch + number / setup.batches_per_epoch  # fractional: the schedules of the terms follow it
-            return detection | setup.criterion(s_output, t_outputs, targets, epoch, content)
-
+        epoch = state.epoch + number / setup.batches_per_epoch
+        compute = partial(losses_of_batch, setup, images, targets, setup.teachers(images), epoch, content)
         with averaging(setup.learner, is_last=batch is batches[-1]):
-            losses = setup.learner(losses_of_batch)  # calls it, through DistributedDataParallel if there is one
+            losses = setup.learner(compute)  # calls it, through DistributedDataParallel if there is one
             scale = len(batch) * setup.processes.count if config.optimizer.sum_over_batch else 1 / len(batches)
             (sum(losses.values()) * scale).backward()
         rows.append(torch.stack([loss.detach() for loss in losses.values()]))
@@ -205,6 +193,8 @@ def main(argv: list[str]) -> None:
     if arguments.row is not None:
         if not source or arguments.resume:
             raise UserError("argument --row: expected a study's file before it, without --resume")
+        from engine.comparison.one_row import load_row, load_row_for_dry_run  # the parts of compare.py, for --row alone
+
         if arguments.dry_run:
             dry_run(*load_row_for_dry_run(source, overrides, arguments.row))
         else:
