@@ -28,12 +28,6 @@ def xyxy_to_xywh(boxes: Tensor) -> Tensor:
     return torch.stack((x1, y1, x2 - x1, y2 - y1), dim=-1)
 
 
-def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) left, top, width, height -> (..., 4) corners. Inverse of xyxy_to_xywh."""
-    x, y, w, h = boxes.unbind(-1)
-    return torch.stack((x, y, x + w, y + h), dim=-1)
-
-
 def distances_to_xyxy(points: Tensor, ltrb: Tensor) -> Tensor:
     """points (..., 2) and distances left, top, right, bottom (..., 4), in one unit -> corners (..., 4)."""
     left_top, right_bottom = ltrb.chunk(2, dim=-1)  # (..., 2) each

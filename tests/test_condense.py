@@ -5,6 +5,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import train
 from config import DataConfig, from_tree, to_tree
 from datasets.open import open_dataset
 from distill.condense import coresets
-from engine.condensing.config import METHODS, WITHOUT_DRAWS
+from engine.condensing.config import WITHOUT_DRAWS, Method
 from engine.condensing.methods import RealPictures
 from engine.training import reporting
 from errors import UserError
@@ -105,7 +106,7 @@ EXTRA = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_a_set_is_an_ordinary_dataset_with_a_manifest(method, make, real, capsys):
     folder = make(method, **EXTRA.get(method, {}))
     facts = manifest(folder)

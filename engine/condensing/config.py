@@ -34,7 +34,6 @@ Method = Literal[
     "gradient_matching",  # learnt pixels, whose gradient matches that of real pictures early in training
 ]
 RULES: tuple[Rule, ...] = get_args(Rule)
-METHODS: tuple[Method, ...] = get_args(Method)
 MEASURED = ("herding", "k_center", "highest_loss")  # rules that need a trained network
 WITHOUT_DRAWS = (*MEASURED, "most_objects")  # rules whose result does not depend on the seed
 SIAMESE = AugmentConfig(mosaic=0.0, flip_vertical=0.5, close_mosaic_epochs=0)
