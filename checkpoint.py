@@ -4,15 +4,17 @@ torch.save writes one dict, so torch.load(path, weights_only=True) reads a check
 
     format                   FORMAT, a whole number
     arch, names, image_size  the model: a name of models.build, the class names, pixels
-    model, ema               state dicts: the weights being trained, and their running mean, which is evaluated
-    optimizer, criterion     state dicts; the criterion's holds the adapters of distillation, never a teacher
-    step, epoch, batch       optimizer steps done; the epoch in progress; batches of it that are done
-    best, sums, seconds      early-stop state; running means of the epoch in progress; training time so far
     config                   config.to_tree of the run
+    versions                 of torch and of this format
+    epoch, step              epochs done; optimizer steps done
+    ema                      state dict: the running mean of the trained weights, which is evaluated
+    model                    state dict: the weights being trained
+    optimizer, criterion     state dicts; the criterion's holds the adapters of distillation, never a teacher
+    position                 engine.training.state.TrainingState as a dict
     data                     fingerprint of the training samples
-    versions                 of Python, of torch, and of the program that wrote the file
+    machine                  device, precision, processes, threads, torch
 
-A file made to be shared (`best.pt`) has no `model`, `optimizer`, `criterion` or loop state.
+A file made to be shared (`best.pt`) has none of the keys below `ema`.
 
 Differences from plain torch.save: the file appears under its name only when it is complete and on the disk (temporary
 file, fsync, rename, fsync of the folder); the previous file stays as `<name>.prev.pt`; reading checks the CRC-32 of

@@ -1,0 +1,14 @@
+"""Distillation: from the terms of a config to named losses. Models are passed in, and none is imported.
+
+terms            a config's `loss` -> its function
+criterion        all terms of a run, weighted and scheduled; refuses a term that could never act
+checks           what a term's keys alone show to be wrong
+probing          the outputs that the criterion tries a term with
+term_inputs      what a term computes from
+outputs          parts of a model's output by name
+given_boxes      the boxes that both models classify, and their class logits
+adapters         layers that bring a student's map to the teacher's width
+teacher_weights  weights of several teachers, batch by batch
+losses/          pure functions of tensors
+condense/        dataset distillation
+"""

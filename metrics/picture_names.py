@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from datasets.images import SUFFIXES
 from errors import UserError
 
-PICTURE_SUFFIXES = tuple(
-    {*SUFFIXES, ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".ppm"}
-)  # of picture names, also of formats that we do not read
+# Of picture names, also of formats that we do not read.
+PICTURE_SUFFIXES = tuple({*SUFFIXES, ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".ppm"})
 
 SplitName = tuple[tuple[str, ...], str]  # (folders and the bare name, the suffix of a picture in lower case or "")
 

@@ -19,12 +19,8 @@ FREE = (
     *("data.train", "data.train_root", "data.train_format", "data.max_samples", "data.max_bad_fraction"),
     *("data.workers", "data.cache", "evaluation.every_epochs", "evaluation.batch_size"),
 )
-PICTURES = (
-    "data.train",
-    "data.train_root",
-    "data.train_format",
-    "data.max_samples",
-)  # the same pictures, so the same number of steps
+# Equal in two rows: the same pictures, so the same number of steps.
+PICTURES = ("data.train", "data.train_root", "data.train_format", "data.max_samples")
 
 
 def differing_keys(a: "Row", b: "Row", allowed: tuple[str, ...] = ()) -> list[str]:
