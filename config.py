@@ -1,7 +1,7 @@
 """YAML <-> frozen dataclasses. An experiment is one YAML file; `key=value` arguments override it.
 
-Every value is checked against the type of its field. An unknown key is an error that names the nearest key. No module
-takes a config: train.py turns it into plain keyword arguments.
+Every value is checked against the type of its field. An unknown key is an error that names the nearest key. Models,
+losses, readers and metrics take plain arguments; the criterion takes the terms, and engine/ the whole config.
 """
 
 import dataclasses
