@@ -29,7 +29,7 @@ def read_flag(value: Any) -> bool:
     except ValueError:
         as_number = math.nan
     if as_number not in (0.0, 1.0):
-        raise ValueError(f"found {_short(value)}, expected 0 or 1")
+        raise ValueError(f"found {short(value)}, expected 0 or 1")
     return as_number == 1.0
 
 
@@ -49,7 +49,7 @@ def read_number(value: Any) -> float:
         except ValueError:
             pass
     if not math.isfinite(number):
-        raise ValueError(f"found {_short(value)}, expected a finite number")
+        raise ValueError(f"found {short(value)}, expected a finite number")
     return number
 
 
@@ -60,7 +60,7 @@ def read_id(value: Any) -> int | str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 63) <= value < 1 << 63:
-        raise ValueError(f"found {_short(value)}, expected a whole number or a text")
+        raise ValueError(f"found {short(value)}, expected a whole number or a text")
     return value
 
 
@@ -85,6 +85,7 @@ def box_fault(x1: float, y1: float, x2: float, y2: float) -> tuple[str, str] | N
     return None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as an error message shows it: at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -10,7 +10,7 @@ import numpy as np
 
 from datasets.coco import match_id, read_categories, read_json, without_root
 from datasets.rows import FaultLog
-from datasets.values import read_flag, read_id, read_number, read_size
+from datasets.values import read_flag, read_id, read_number, read_size, short
 from datasets.voc import CLASSES as VOC_CLASSES
 from errors import UserError
 from metrics.annotations import Annotations, find_labels, places, plain_number, usable_rows, with_classes
@@ -27,7 +27,7 @@ def read_coco(path: Path) -> Annotations:
         raise UserError(f"{path}: found no lists 'images' and 'categories', expected COCO ground truth")
     rows = tree.get("annotations", [])
     if not isinstance(rows, list):
-        raise UserError(f"{path}: annotations: found {_short(rows)}, expected a list")
+        raise UserError(f"{path}: annotations: found {short(rows)}, expected a list")
     where = _places(path, "annotations")
     for entries, place in ((rows, where), *((tree[k], _places(path, k)) for k in ("images", "categories"))):
         _check_objects(entries, place)
@@ -105,7 +105,7 @@ def read_coco_detections(path: Path, annotations: Annotations) -> tuple[GroundTr
             own_pictures = {i: _text(entry, "file_name") for i, entry in zip(image_ids, images)}
             own_names = {i: entry["name"] for i, entry in read_categories(tree["categories"], path).items()}
     if not isinstance(rows, list):
-        raise UserError(f"{path}: found {_short(tree)}, expected a list of COCO results")
+        raise UserError(f"{path}: found {short(tree)}, expected a list of COCO results")
     where = _places(path, kind)
     _check_objects(rows, where)
     image = _find_images(rows, own_pictures, annotations, where)
@@ -198,7 +198,7 @@ def _places(path: Path, kind: str) -> Callable[[int], str]:
 def _check_objects(rows: list, where: Callable[[int], str]) -> None:
     bad = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
-        raise UserError(f"{where(bad)}: found {_short(rows[bad])}, expected an object")
+        raise UserError(f"{where(bad)}: found {short(rows[bad])}, expected an object")
 
 
 def _first(values: Sequence, where: Callable[[int], str]) -> dict[Any, str]:
@@ -221,7 +221,7 @@ def _id(row: dict, key: str, where: Callable[[int], str], n: int) -> int | str:
 def _look_up(row: dict, key: str, table: Mapping[int | str, int], where: Callable[[int], str], n: int) -> int:
     value = match_id(row.get(key), table)
     if value is None:
-        raise UserError(f"{where(n)}: {key}: found {_short(row.get(key))}, expected one of the ids in the file")
+        raise UserError(f"{where(n)}: {key}: found {short(row.get(key))}, expected one of the ids in the file")
     return table[value]
 
 
@@ -237,12 +237,12 @@ def _read_boxes(rows: list[dict], where: Callable[[int], str]) -> np.ndarray:
     boxes: list[Any] = [row.get("bbox") for row in rows]
     wrong = next((n for n, box in enumerate(boxes) if not isinstance(box, list) or len(box) != 4), None)
     if wrong is not None:
-        raise UserError(f"{where(wrong)}: bbox: found {_short(boxes[wrong])}, expected 4 numbers")
+        raise UserError(f"{where(wrong)}: bbox: found {short(boxes[wrong])}, expected 4 numbers")
     for n, box in enumerate(boxes):
         try:
             boxes[n] = [read_number(value) for value in box]
         except ValueError:
-            raise UserError(f"{where(n)}: bbox: found {_short(box)}, expected 4 numbers") from None
+            raise UserError(f"{where(n)}: bbox: found {short(box)}, expected 4 numbers") from None
     xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     is_inverted = (xywh[:, 2:] < 0).any(axis=1)
     if is_inverted.any():
@@ -255,11 +255,6 @@ def _read_boxes(rows: list[dict], where: Callable[[int], str]) -> np.ndarray:
 def _corners(xywh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N, 4) left, top, width, height -> corners (N, 4) and area (N,), by pycocotools' order of operations."""
     return np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1), xywh[:, 2] * xywh[:, 3]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_coco_detections(

@@ -9,7 +9,7 @@ optimization  parameter groups, optimizers, schedules, the running mean of the w
 dry_run       the losses and gradients of one batch, printed
 balance       the distillation terms compared with the detection loss
 state         how far a run is, and which keys may differ when it is resumed
-steps         helpers of the training step
+steps         parts of the training step: the losses of a batch, averaging over processes, values not finite
 saving        last.pt: written and restored
 reporting     the row of an epoch, best.pt, the final test
 exits         exit codes, and the errors that lead to them
