@@ -1,7 +1,5 @@
 """The folders that tools export, read as they lie; and sets without one object, refused by every reader."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,42 +16,7 @@ from datasets.voc import read_voc
 from datasets.yolo_txt import read_yolo
 from engine.condensing.methods import RealPictures
 from errors import UserError
-
-ROW = "0 0.5 0.5 0.2 0.4\n"  # 40..60 x 24..56 of 100 x 80
-BOX = [[40, 24, 60, 56]]
-
-
-def picture(path, size=(100, 80)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size).save(path)
-
-
-def text(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-
-
-def xml(name="cell", size=(100, 80), filename="x.png", box=(41, 25, 60, 56), start=""):
-    corners = "".join(f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
-    sizes = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
-    item = f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>" if name else ""
-    return f"{start}<annotation><filename>{filename}</filename>{sizes}{item}</annotation>"
-
-
-def coco(names=("cell",), objects=((1, 1),), images=None, **changes):
-    """objects: (image id, category id)."""
-    images = [{"id": 1, "file_name": "x.png", "width": 100, "height": 80}] if images is None else images
-    rows = [
-        {"id": n, "image_id": image, "category_id": category, "bbox": [40, 24, 20, 32]}
-        for n, (image, category) in enumerate(objects)
-    ]
-    categories = [{"id": n, "name": name} for n, name in enumerate(names, 1)]
-    return json.dumps({"images": images, "annotations": rows, "categories": categories} | changes)
-
-
-def boxes(index):
-    return [sample.boxes_xyxy.round(6).tolist() for sample in index.samples]
-
+from tests.datasets.small_sets import BOX, ROW, boxes, coco, picture, text, xml
 
 # -------------------------------------------------------------------------------------------- layouts, COCO and VOC
 
@@ -361,82 +324,7 @@ def test_sizes_of_null_and_as_floats(tmp_path):
     assert not states(tmp_path, "coco", [(None, None), (100.0, 80.0), (None, 80), ("100", 80)]).faults
 
 
-# ------------------------------------------------------------------------------------------- COCO's ids and categories
-
-
-def test_one_picture_under_two_ids_is_one(tmp_path):
-    names = ("x.png", "./x.png")
-    images = [{"id": n, "file_name": name, "width": 100, "height": 80} for n, name in enumerate(names, 1)]
-    picture(tmp_path / "images" / "x.png")
-    other = {"id": 8, "image_id": 2, "category_id": 1, "bbox": [1, 2, 3, 4]}
-    rows = [other | {"image_id": 1, "bbox": [40, 24, 20, 32]}, other, other | {"bbox": [40, 24, 20, 32]}]
-    text(tmp_path / "train.json", coco(images=images, annotations=rows))
-    index = read_coco(tmp_path, "train")
-    assert boxes(index) == [[*BOX, [1, 2, 4, 6]]]  # both halves, and what stands in both once
-    assert [fault.kind for fault in index.faults] == ["listed twice", "duplicate box"]
-    images[1]["width"] = 50
-    text(tmp_path / "train.json", coco(images=images, annotations=rows))
-    with pytest.raises(UserError, match=r"has the ids 1 and 2 and two sizes"):
-        read_coco(tmp_path, "train")
-
-
-@pytest.mark.parametrize("image, category", [(1.0, 1), ("1", 1), (1, "1"), (1, 1.0), ("1", "1")])
-@pytest.mark.parametrize("own", [int, float, str])
-def test_ids_as_numbers_and_texts(tmp_path, image, category, own):
-    picture(tmp_path / "images" / "x.png")
-    tree = json.loads(coco(objects=((image, category),)))
-    tree["images"][0]["id"] = own(1)
-    tree["categories"][0]["id"] = own(1)
-    text(tmp_path / "train.json", json.dumps(tree))
-    if own is float or image != 1.0 or not isinstance(image, float) or own is int:
-        assert boxes(read_coco(tmp_path, "train")) == [BOX]
-
-
-def test_text_ids_of_categories(tmp_path):
-    picture(tmp_path / "images" / "x.png")
-    categories = [{"id": "zebra", "name": "Zebra"}, {"id": "ant", "name": "Ant"}]
-    text(tmp_path / "train.json", coco(objects=((1, "ant"),), categories=categories))
-    index = read_coco(tmp_path, "train")
-    assert index.names == ("Zebra", "Ant") and index.category_ids == ("zebra", "ant")  # the file's own order
-    assert index.samples[0].labels.tolist() == [1]
-
-
-def categories_of(*rows):
-    return [{"id": n, "name": name, "supercategory": above} for n, (name, above) in enumerate(rows)]
-
-
-@pytest.mark.parametrize(
-    "rows, used, expected",
-    [
-        ((("cells", "none"), ("RBC", "cells"), ("WBC", "cells")), {1}, ("RBC", "WBC")),
-        ((("raccoon", "none"), ("raccoon", "raccoon")), {1}, ("raccoon",)),
-        ((("cells", "none"), ("RBC", "cells"), ("WBC", "cells")), {0, 1}, ("cells", "RBC", "WBC")),
-        ((("person", "person"), ("car", "vehicle")), {1}, ("person", "car")),
-        ((("cells", None), ("RBC", "other")), {1}, ("cells", "RBC")),
-        ((("a", "none"), ("b", "a"), ("c", "b")), {2}, ("c",)),
-    ],
-)
-def test_root_categories_are_no_classes(tmp_path, rows, used, expected):
-    picture(tmp_path / "train" / "x.png")
-    content = coco(objects=[(1, category) for category in sorted(used)], categories=categories_of(*rows))
-    text(tmp_path / "train" / "_annotations.coco.json", content)
-    index = read_coco(tmp_path, "train")
-    assert index.names == expected
-    noted = sum(fault.kind == "root category" for fault in index.faults)
-    assert noted == len(rows) - len(expected)
-    assert {index.names[label] for label in index.samples[0].labels} <= {rows[k][0] for k in used}
-
-
-def test_a_category_with_objects_in_another_split_is_a_class_of_all(tmp_path):
-    categories = categories_of(("vehicle", "none"), ("car", "vehicle"))
-    for split, category in (("train", 0), ("test", 1)):
-        picture(tmp_path / split / "x.png")
-        text(tmp_path / split / "_annotations.coco.json", coco(objects=((1, category),), categories=categories))
-        text(tmp_path / "annotations" / f"{split}.json", coco(objects=((1, category),), categories=categories))
-    assert read_coco(tmp_path, "train").names == read_coco(tmp_path, "test").names == ("vehicle", "car")
-    for split in ("train", "test"):
-        (tmp_path / "annotations" / f"{split}.json").unlink()
-    assert read_coco(tmp_path, "train").names == read_coco(tmp_path, "test").names == ("vehicle", "car")
+# ------------------------------------------------------------------------------------------------- rules of all readers
 
 
 def test_exact_duplicates_are_one_object_for_every_reader(tmp_path):
