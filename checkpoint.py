@@ -317,7 +317,7 @@ def _class_head(model: nn.Module) -> tuple[str, ...]:
 
 
 def _class_rows(model: nn.Module) -> tuple[weights.ClassRows, ...]:
-    return cast(tuple[weights.ClassRows, ...], model.class_rows)  # as _class_head
+    return cast(tuple[weights.ClassRows, ...], model.class_rows)  # structures.Detector describes it
 
 
 def describe_join(names: Sequence[str], released_names: Sequence[str], columns: Sequence[int | None]) -> str:

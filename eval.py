@@ -225,7 +225,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--report-score", type=float, default=0.25, help="score threshold of the confusion matrix (%(default)s)"
     )
+    only_model, only_files = add_model_flags(parser), add_file_flags(parser)
+    args = parser.parse_intermixed_args(argv)
+    is_files = bool(args.ground_truth or args.detections)
+    for action in only_model if is_files else only_files:
+        if getattr(args, action.dest) != action.default:
+            beside = "--ground-truth and --detections" if is_files else "a checkpoint"
+            raise UserError(f"{action.option_strings[0]}: has no meaning with {beside}, expected it left out")
+    check_fraction("--report-score", args.report_score)
+    return args
 
+
+def add_model_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add the flags of an evaluation with a model. Returns those without a meaning for files."""
     model = parser.add_argument_group(
         "with a checkpoint", "Defaults: from --config, else from the checkpoint, else as its family was published."
     )
@@ -234,7 +246,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--device", help="auto, cpu, cuda or cuda:0 (the config's, else auto)")
     model.add_argument("--batch-size", type=int, help="images per forward pass")
     model.add_argument("--workers", type=int, help="processes that load pictures (the config's, else 0)")
-    only_model = [
+    return [
         model.add_argument("--arch", help="architecture of a released checkpoint, such as yolov8n"),
         model.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)"),
         model.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="of the model"),
@@ -248,10 +260,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         model.add_argument("--save-detections", metavar="FILE", help="write the detections as COCO results"),
     ]
 
+
+def add_file_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add the flags of an evaluation without a model. Returns those without a meaning for a model."""
     files = parser.add_argument_group("without a model")
     files.add_argument("--ground-truth", metavar="GT", help="COCO JSON, a folder of VOC XML, or a folder of text files")
     files.add_argument("--detections", metavar="DT", help="COCO results, or a folder of text files")
-    only_files = [
+    return [
         files.add_argument(
             "--images", metavar="FOLDER", help="pictures of text ground truth: their sizes, and those without objects"
         ),
@@ -279,14 +294,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             help="default: 0.5 to 0.95 in steps of 0.05",
         ),
     ]
-    args = parser.parse_intermixed_args(argv)
-    is_files = bool(args.ground_truth or args.detections)
-    for action in only_model if is_files else only_files:
-        if getattr(args, action.dest) != action.default:
-            beside = "--ground-truth and --detections" if is_files else "a checkpoint"
-            raise UserError(f"{action.option_strings[0]}: has no meaning with {beside}, expected it left out")
-    check_fraction("--report-score", args.report_score)
-    return args
 
 
 def main(argv: list[str]) -> None:
