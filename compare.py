@@ -6,7 +6,7 @@
 Examples:
 
     python compare.py configs/studies/demo.yaml --seeds 3
-    python compare.py configs/studies/bccd_study.yaml --seeds 3 --rows cwd,fgd epochs=10
+    python compare.py configs/studies/bccd_study.yaml --seeds 3 --rows baseline,cwd,fgd epochs=10
 
 A config with teachers and terms is trained as
 

@@ -7,7 +7,7 @@
 
 Examples:
 
-    python eval.py runs/bccd_yolov8n/weights/best.pt voc data/bccd test --json bccd.json
+    python eval.py runs/bccd_yolov8n/weights/last.pt voc data/bccd test --json bccd.json
     python eval.py --ground-truth instances.json --detections predictions.json --protocol coco
 
 It prints the protocol's numbers, AP at each IoU threshold and a table of the classes; --json writes all of it.
@@ -23,7 +23,8 @@ became of every class is printed. datasets/class_names.py has the rules, and --c
 engine/evaluation/cross_dataset.py describes what happens to the other classes.
 
 Files: GT is a COCO JSON file, a folder of Pascal VOC XML files or a folder of text files. DT is a COCO results file or
-a folder of text files, one per image; predict.py writes both kinds. metrics/files.py describes how they are read.
+a folder of text files, one per image. metrics/files.py describes how they are read. predict.py writes both kinds;
+its text files need --detection-boxes cxcywhn --score-last.
 --names FILE names the classes of files, and of a model whose own file has no names.
 
 Pixels: in Pascal VOC files a box includes its last pixel (width = xmax - xmin + 1); COCO JSON and fractions have
@@ -311,6 +312,8 @@ def main(argv: list[str]) -> None:
     else:
         raise UserError("found no input, expected a checkpoint and a dataset, or --ground-truth and --detections")
     print(result.text())
+    if args.save_detections:
+        print(f"written: {args.save_detections}")
     if args.json:
         write_text(Path(args.json), json.dumps(result.to_tree(), indent=2, allow_nan=False) + "\n")
         print(f"written: {args.json}")

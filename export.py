@@ -4,9 +4,9 @@
 
 Examples:
 
-    python export.py runs/bccd_yolov8n/weights/best.pt                          one image of the trained size
-    python export.py runs/bccd_yolov8n/weights/best.pt --dynamic --with-nms     any batch and size; detections out
-    python export.py runs/bccd_yolov8n/weights/best.pt --int8 --calibrate voc data/bccd trainval
+    python export.py runs/bccd_yolov8n/weights/last.pt                          one image of the trained size
+    python export.py runs/bccd_yolov8n/weights/last.pt --dynamic --with-nms     any batch and size; detections out
+    python export.py runs/bccd_yolov8n/weights/last.pt --int8 --calibrate voc data/bccd trainval
 
 The input is `images` (B, 3, H, W), float32 RGB in [0, 1], letterboxed as in datasets/letterbox.py. The outputs are
 
@@ -104,7 +104,7 @@ def choose_pictures(args: argparse.Namespace, test: DatasetIndex | None) -> tupl
     if test is None:
         test = find_test_split(args.checkpoint.resolve().parent)
     if test is None:
-        return [], "drawn for it"
+        return [], "drawn for the check"
     return [sample.image_path for sample in spread(test, CHECK_PICTURES).samples], "of the test split"
 
 

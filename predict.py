@@ -4,8 +4,8 @@
 
 Examples:
 
-    python predict.py runs/bccd_yolov8n/weights/best.pt photo.jpg folder 'more/*.png' --output found --json --txt
-    python predict.py runs/bccd_yolov8n/weights/best.pt clip.mp4 webcam --max-frames 500
+    python predict.py runs/bccd_yolov8n/weights/last.pt photo.jpg folder 'more/*.png' --output found --json --txt
+    python predict.py runs/bccd_yolov8n/weights/last.pt clip.mp4 webcam --max-frames 500
 
 A SOURCE is a picture, a video, a folder or pattern of both, or a webcam (`webcam`, `webcam:1`). Ctrl-C stops; results
 up to then are kept, and a video written so far can be played. Below --output it writes:

@@ -64,8 +64,11 @@ class Division:
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
         sizes = np.bincount(self.groups)
-        groups = f"{(sizes > 1).sum()} groups of near-duplicates, {sizes[sizes > 1].sum()} pictures in all"
-        return "\n".join([*text, f"{groups}, the largest {sizes.max()}: each on one side"])
+        shared = sizes[sizes > 1]
+        groups = f"{len(shared)} groups of near-duplicates with {shared.sum()} pictures, the largest with {sizes.max()}"
+        return "\n".join(
+            [*text, f"{groups}; each group is in one split" if len(shared) else "no near-duplicates found"]
+        )
 
 
 def divide(index: DatasetIndex, groups: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, list[int]]:
@@ -310,7 +313,8 @@ def main(argv: list[str]) -> int:
     dropped = sum(fault.effect in ("picture dropped", "left out") for fault in division.index.faults)
     if dropped:
         print(f"{dropped} pictures or labels cannot be used and are in no split: python -m datasets.scan names them")
-    print(f"near-duplicates: difference hashes of 64 bits, at most {DISTANCE} of them different; names of Roboflow")
+    rule = f"difference hashes with at most {DISTANCE} of 64 bits different, or one picture's names by Roboflow"
+    print(f"near-duplicates: {rule}")
     print("written: " + ", ".join(map(str, written)))
     return 0
 

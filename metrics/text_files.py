@@ -228,14 +228,17 @@ def check_score(score: float, where: str, hint: str = "") -> float:
 
 
 def check_boxes(rows: Rows, text_boxes: TextBoxes, option: str) -> None:
-    """UserError for a box turned inside out, and for fractions in a format of pixels."""
+    """UserError for fractions in a format of pixels, and for a box turned inside out."""
+    values = np.array([columns[-4:] for columns in rows.columns]).reshape(-1, 4)
+    if text_boxes != "cxcywhn" and len(values) and (abs(values) <= 1 + NORM_TOLERANCE).all() and (values % 1 > 0).any():
+        also = ", for text of predict.py also --score-last" if option == "--detection-boxes" else ""
+        raise UserError(
+            f"{rows.where[0]}: all boxes lie in 0..1, expected pixels (for fractions: {option} cxcywhn{also})"
+        )
     for box, where in zip(rows.box, rows.where):
         fault = box_fault(*box)
         if fault is not None and fault[1] != "zero-size box":
             raise UserError(f"{where}: {fault[0]}, expected left <= right and top <= bottom ({option} is {text_boxes})")
-    values = np.array([columns[-4:] for columns in rows.columns]).reshape(-1, 4)
-    if text_boxes != "cxcywhn" and len(values) and (abs(values) <= 1 + NORM_TOLERANCE).all() and (values % 1 > 0).any():
-        raise UserError(f"{rows.where[0]}: all boxes lie in 0..1, expected pixels (for fractions: {option} cxcywhn)")
 
 
 def check_order(rows: Rows, text_boxes: TextBoxes, score_last: bool) -> None:

@@ -175,7 +175,7 @@ def test_real_pictures_come_first(exported, traced, tmp_path, capsys):
     moved = tmp_path / "moved.pt"
     moved.write_bytes(exported.checkpoint.read_bytes())
     export.main([str(moved), *output])
-    assert capsys.readouterr().out.startswith("4 pictures drawn for it at 64 px: ")
+    assert capsys.readouterr().out.startswith("4 pictures drawn for the check at 64 px: ")
     calibrate = ["--int8", "--calibrate", "yolo", str(exported.data), "--test-split", "train"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "quantize", lambda graph, images: graph)
@@ -312,7 +312,7 @@ def test_rtdetr(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "load_model", lambda *args: (model, info))
     path = tmp_path / "rtdetr.onnx"
     export.main(["rtdetr.pt", "--output", str(path), "--with-nms"])
-    assert "4 pictures drawn for it at 64 px" in capsys.readouterr().out
+    assert "4 pictures drawn for the check at 64 px" in capsys.readouterr().out
     detector, images = load_onnx(path), export.draw_images(SIZE)
     assert not detector.info.suppresses
     settings = dict(score_threshold=0.0, iou_threshold=0.1, max_detections=30)

@@ -13,13 +13,14 @@ def describe(path: str | Path, num_first: int = 5) -> str:
     classes = f"{len(info.names)}: {', '.join(info.names[:10])}{', ...' if len(info.names) > 10 else ''}"
     checks = ["CRC-32 of every entry" if info.has_checksum else "the container has no checksum"]
     checks += ["SHA-256 as promised"] if info.is_hash_checked else []
+    family = info.family or (f"{info.arch}, a checkpoint of train.py" if info.arch else "not recognised")
     rows = {
         "file": f"{path} ({Path(path).stat().st_size:,} bytes)",
         "sha256": info.sha256,
         "checked": "; ".join(checks),
         "container": info.container,
         "layout": info.layout,
-        "family": info.family or "not recognised",
+        "family": family,
         "classes": classes if info.names else "not in the file",
         "image size": info.image_size or "not in the file",
         "tensors": f"{info.num_tensors} ({', '.join(f'{count} {dtype}' for dtype, count in info.dtypes.items())})",

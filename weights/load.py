@@ -37,6 +37,7 @@ class WeightsInfo:
     container: torch zip, TorchScript zip, legacy torch, safetensors or npz.
     layout: where the weights were in it.
     family: guess_family of the names and shapes.
+    arch: the architecture that a checkpoint of train.py names; None for other files.
     names: class names; () where the file has none.
     image_size: pixels in training; None where the file does not give it.
     num_parameters: elements of all tensors except BatchNorm's running statistics and counters.
@@ -52,6 +53,7 @@ class WeightsInfo:
     container: str
     layout: str
     family: str | None
+    arch: str | None
     names: tuple[str, ...]
     image_size: int | None
     num_tensors: int
@@ -100,6 +102,7 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
         container=content.container,
         layout=layout,
         family=guess_family({name: tuple(tensor.shape) for name, tensor in state.items()}),
+        arch=next((arch for carrier in carriers if "format" in carrier and (arch := _arch(carrier.get("arch")))), None),
         names=next((names for carrier in carriers if (names := _class_names(carrier.get("names")))), ()),
         image_size=_image_size(carriers),
         num_tensors=len(state),
@@ -149,6 +152,10 @@ def _class_names(value: Any) -> tuple[str, ...]:
         value = [value.get(k) for k in range(len(value))]
     is_list = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
     return tuple(name if name.isprintable() else short(name) for name in value) if is_list else ()
+
+
+def _arch(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.isidentifier() else None
 
 
 def _train_args(carriers: list[dict]) -> dict[str, Any]:

@@ -28,10 +28,11 @@ def load_row(path: str, overrides: list[str], name: str) -> Config:
     if row.folder(config.seed).exists():
         advice = f"continue with --resume {row.folder(config.seed)}, give another seed=N, or remove it"
         raise UserError(f"{row.folder(config.seed)}: row {name!r} has a run here; {advice}")
+    same = ", with the same key=value" if overrides else ""
     for teacher, trained in untrained(config, study).items():
         raise UserError(
             f"row {name!r}: its teacher {teacher!r} is not trained yet; train it first: train.py {path} --row "
-            f"{trained.name}, or all of it: compare.py {path} --rows {name}"
+            f"{trained.name}, or all of it: compare.py {path} --rows {name}{same}"
         )
     check_set(row, path)
     return config

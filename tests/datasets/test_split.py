@@ -58,7 +58,7 @@ def test_every_reader_takes_the_lists(sources, tmp_path, capsys, format):
     arguments = [format, str(root), "all", "--test", "0.2", "--val", "0.1", "--prefix", "my_"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "1 groups of near-duplicates, 4 pictures in all, the largest 4" in printed
+    assert "1 groups of near-duplicates with 4 pictures, the largest with 4; each group is in one split" in printed
     names = ("my_train", "my_val", "my_test")
     place = root / "my_split.yaml" if format == "yolo" else root
     written = {path for path in root.rglob("*") if path.is_file()} - before

@@ -96,6 +96,15 @@ def test_boxes_turned_inside_out_are_refused(tmp_path, box):
         read_detections(found, annotations, text_boxes="xywh")
 
 
+def test_fractions_read_as_corners_are_named_even_if_they_are_inside_out(tmp_path):
+    annotations = read_ground_truth(write_coco(tmp_path / "gt.json"))
+    found = write_text(tmp_path / "dt", {"a.txt": "cat 0.5 0.5 0.3 0.2 0.9"})  # a row of predict.py --txt
+    with pytest.raises(
+        UserError, match=r"a\.txt:1: all boxes lie in 0\.\.1, .*--detection-boxes cxcywhn, .*--score-last"
+    ):
+        read_detections(found, annotations)
+
+
 def test_boxes_without_a_side_are_left_out_as_in_training_and_noted(tmp_path):
     write_xml(tmp_path / "voc" / "a.xml", (1, 2, 1, 4), (1, 2, 3, 4), (5, 5, 9, 5))
     write_text(tmp_path / "gt", {"a.txt": "a 1 2 0 2\na 1 2 2 2\na 5 5 4 0"})

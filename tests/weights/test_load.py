@@ -334,6 +334,13 @@ def test_describe_hides_escapes(tmp_path):
     assert "\x1b" not in text and "dog" in text and "not recognised" in text
 
 
+def test_describe_names_the_architecture_of_our_checkpoints(tmp_path):
+    torch.save({"format": 1, "arch": "yolov8n", "names": ["a"], "ema": {"w": torch.ones(2)}}, tmp_path / "a.pt")
+    assert "family     yolov8n, a checkpoint of train.py" in describe(tmp_path / "a.pt")
+    torch.save({"format": 1, "arch": "\x1b[2J", "ema": {"w": torch.ones(2)}}, tmp_path / "a.pt")
+    assert "family     not recognised" in describe(tmp_path / "a.pt")
+
+
 def test_fake_modules_leave_nothing():
     with fake_modules("ultralytics.nn.tasks"):
         assert isinstance(sys.modules["ultralytics.nn"], types.ModuleType)
