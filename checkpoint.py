@@ -194,7 +194,8 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
 def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo]:
     """The model in a file, ours or public. A checkpoint of ours may hold another architecture than `arch`."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a weights file")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {found}, expected a weights file, such as runs/NAME/weights/last.pt")
     state = _load_ours(path) if arch is None else _load_if_ours(path)
     if state is None:
         assert arch is not None  # _load_ours returns a state dict or raises

@@ -65,6 +65,8 @@ def find_json(root: Path, split: str) -> Path:
         return beside[0]
     if beside:
         raise UserError(f"{root / split}: {', '.join(path.name for path in beside)}; expected one file of labels")
+    if root.is_file():
+        raise UserError(f"{root}: a file, expected the folder with annotations/instances_{split}.json and the pictures")
     inner = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     others = [str(path.relative_to(root)) for folder in (root, *inner) for path in _json_files(folder)]
     found = f", found {', '.join(others[:20])}" if others else ""
