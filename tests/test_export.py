@@ -246,6 +246,8 @@ def test_no_checkpoint(tmp_path):
     pytest.importorskip("onnxscript")
     with pytest.raises(UserError, match=r"absent\.pt: no such file, expected a weights file"):
         export.main([str(tmp_path / "absent.pt")])
+    with pytest.raises(UserError, match=r": a folder, expected a weights file, such as runs/NAME/weights/last\.pt"):
+        export.main([str(tmp_path)])
 
 
 def test_a_dataset_of_other_classes_is_refused_before_any_work(exported, tmp_path, monkeypatch):

@@ -273,3 +273,9 @@ def test_missing_root_and_other_names(make, tmp_path, shared_data):
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(UserError, match=r"no usable picture; .*1 x label without picture; first fault: .*no such file"):
         open_dataset("coco", tmp_path, "val")
+
+
+def test_a_file_as_root_is_refused(tmp_path):
+    (tmp_path / "instances_train.json").write_text("{}")
+    with pytest.raises(UserError, match=r"instances_train\.json: a file, expected the folder with annotations/"):
+        read_coco(tmp_path / "instances_train.json", "train")
