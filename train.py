@@ -19,16 +19,17 @@ not finite, 4 out of memory, 5 a file that could not be written, 130 after Ctrl-
 saved, and its last good checkpoint always stays whole.
 """
 
+# ruff: noqa: B023  (train_step calls its inner function before the loop goes on)
+
 import argparse
 import dataclasses
 import math
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
 from config import Config, load_config
@@ -52,10 +53,11 @@ from engine.training.exits import exit_codes
 from engine.training.reporting import finish, finish_epoch
 from engine.training.saving import how_to_go_on, open_folder, restore, save
 from engine.training.state import TrainingState, refuse_changes
-from engine.training.steps import averaging, check_finite, in_groups, losses_of_batch
+from engine.training.steps import averaging, check_finite, in_groups
 from errors import UserError, run_script
 from layers.over_processes import sum_over_processes
 from random_streams import Stream, seeded_generator
+from structures import Detector
 
 
 def train_step(
@@ -72,16 +74,25 @@ def train_step(
     normalisation and random draws. The normalisers of L are those of its own batch.
     """
     config, optimizer, rows = setup.config, setup.optimizer, []
+    detector = cast(Detector, setup.student)  # the same module, typed by its own methods
     set_learning_rates(setup, state.step)
     stream = seeded_generator(Stream.STEP, config.seed, state.step, setup.processes.rank)
     torch.manual_seed(stream.initial_seed())
     for number, batch in enumerate(batches, state.batch):
         images, targets = augment_batch(setup, batch, state.epoch, number)
         content = content_of_batch(setup, batch, state.epoch, number)
-        epoch = state.epoch + number / setup.batches_per_epoch
-        compute = partial(losses_of_batch, setup, images, targets, setup.teachers(images), epoch, content)
+        t_outputs = setup.teachers(images)
+
+        def losses_of_batch() -> dict[str, Tensor]:
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
+                s_output = setup.student(images)
+            detection = detector.losses(s_output, targets)
+            detection = {name: config.detection_weight * value for name, value in detection.items()}
+            epoch = state.epoch + number / setup.batches_per_epoch  # fractional: the schedules of the terms follow it
+            return detection | setup.criterion(s_output, t_outputs, targets, epoch, content)
+
         with averaging(setup.learner, is_last=batch is batches[-1]):
-            losses = setup.learner(compute)  # calls it, through DistributedDataParallel if there is one
+            losses = setup.learner(losses_of_batch)  # calls it, through DistributedDataParallel if there is one
             scale = len(batch) * setup.processes.count if config.optimizer.sum_over_batch else 1 / len(batches)
             (sum(losses.values()) * scale).backward()
         rows.append(torch.stack([loss.detach() for loss in losses.values()]))

@@ -15,9 +15,9 @@ from config import load_config
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes, choose_device, use_bfloat16
 from engine.training import building, reporting
+from engine.training.dry_run import losses_of_batch
 from engine.training.optimization import Ema
 from engine.training.state import TrainingState
-from engine.training.steps import losses_of_batch
 from errors import UserError
 from layers.fusion import fuse
 from tests.tiny_training import tiny_config

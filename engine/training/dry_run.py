@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import Config, TermConfig
 from distill.criterion import Criterion
@@ -12,6 +12,7 @@ from distill.terms import LOSSES
 from engine.runtime.processes import Processes
 from engine.training.balance import balance_table, balances
 from engine.training.building import (
+    TrainingSetup,
     augment_batch,
     build,
     content_of_batch,
@@ -20,7 +21,7 @@ from engine.training.building import (
     set_learning_rates,
 )
 from engine.training.run_pictures import in_eval_mode
-from engine.training.steps import losses_of_batch
+from structures import Detector, Targets
 
 
 def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> None:
@@ -51,6 +52,22 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
         set_learning_rates(setup, step)
         rates = ", ".join(f"{g['name']} ({len(g['params'])}) {g['lr']:.3g}" for g in setup.optimizer.param_groups)
         print(f"learning rates at step {step} of {total}: {rates}")
+
+
+def losses_of_batch(
+    setup: TrainingSetup,
+    images: Tensor,
+    targets: Targets,
+    t_outputs: dict[str, Any],
+    epoch: float,
+    content: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Every loss by name, weighted, as in a training step on one process."""
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
+        s_output = setup.student(images)
+    losses = cast(Detector, setup.student).losses(s_output, targets)
+    losses = {name: setup.config.detection_weight * value for name, value in losses.items()}
+    return losses | setup.criterion(s_output, t_outputs, targets, epoch, content)
 
 
 def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from engine.runtime import run_folder
 from engine.runtime.processes import Processes
 from engine.training import reporting
 from engine.training.building import augment_batch, set_learning_rates
-from engine.training.steps import losses_of_batch
+from engine.training.dry_run import losses_of_batch
 from errors import UserError
 from tests.conftest import ROOT
 from tests.reference import golden_models

@@ -20,7 +20,7 @@ from engine.comparison.study import load_study
 from engine.runtime import run_folder
 from engine.training import reporting
 from engine.training.building import augment_batch
-from engine.training.steps import losses_of_batch
+from engine.training.dry_run import losses_of_batch
 from errors import UserError
 from teachers.clip import CLIP
 from teachers.dinov2 import DINOv2

@@ -13,7 +13,7 @@ import train
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes
 from engine.training import building, teaching
-from engine.training.steps import losses_of_batch
+from engine.training.dry_run import losses_of_batch
 from errors import UserError
 from tests.tiny_training import SIZE, tiny_config, write_dataset
 
