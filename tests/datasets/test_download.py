@@ -40,7 +40,7 @@ def tar_bytes(members) -> bytes:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; `cut` closes the connection after so many bytes, once; `ranges` False ignores Range."""
+    """Serves `files`. `cut`: bytes after which the connection closes, once. `ranges` False: Range is ignored."""
 
     daemon_threads = True
 

@@ -24,7 +24,7 @@ def recipe() -> list[str]:
 
 
 def changed(module: types.ModuleType, source: str, monkeypatch) -> types.ModuleType:
-    """The module as it would be with this source, in the place of the module itself."""
+    """The module as it would be with this source, used instead of the module itself."""
     new = types.ModuleType(module.__name__)
     monkeypatch.setitem(sys.modules, module.__name__, new)
     exec(compile(source, module.__file__, "exec"), vars(new))

@@ -26,7 +26,7 @@ from tests.two_processes import in_two_processes
 SIZE, CLASSES = 32, ("a", "b", "c")
 IMAGE = [0, 0, 0, 0, 1, 1, 2, 2, 2]
 UNEQUAL, ONE_EMPTY = ([0, 1], [2]), ([0, 2], [3])  # images of each process
-SMALL = 2000  # gradients of parameters with at most so many numbers are compared: some of every layer
+SMALL = 2000  # gradients of parameters with at most this many numbers are compared: some of every layer
 BARE = dict(student_maps=("p3", "p4"))
 MAPS = BARE | dict(adapter="conv1x1")
 
@@ -155,7 +155,7 @@ def small_gradients(losses: dict[str, Tensor], parameters: list[nn.Parameter]) -
 
 
 def with_fixed_draws(function: Callable[[], Any]) -> Any:
-    """Of a two-stage detector: the first rows are taken, and not so many."""
+    """Sampling for a two-stage detector: the first rows are taken, and fewer of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching, "choose", lambda rows, count: rows[:count])
         patch.setattr(faster_rcnn, "ROI_SAMPLES", 8)
