@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.images import UNREAD, read_header, turn_boxes
+from datasets.folders import list_files
+from datasets.images import SUFFIXES, UNREAD, read_header, turn_boxes
 from datasets.index import Effect, Fault, Sample
 from errors import UserError
 
@@ -87,6 +88,16 @@ class FaultLog:
         self, path: str | Path, line: int | None, reason: str, kind: str, effect: Effect, picture: str = ""
     ) -> None:
         self.faults.append(Fault(str(path), line, reason, kind, effect, str(picture)))
+
+
+def log_passed_over(folder: Path, samples: Sequence[Sample], log: FaultLog) -> None:
+    """Log each picture, such as a.bmp beside a.jpg, that is not read because another with its label file is."""
+    read = {sample.image_path.with_suffix(""): sample.image_path for sample in samples}
+    for path in list_files(folder, SUFFIXES):
+        other = read.get(path.with_suffix(""))
+        if other is not None and path != other and not path.samefile(other):
+            reason = f"{other.name} is read with the label file of both"
+            log.add(path, None, reason, "one label file for two pictures", "left out", path.name)
 
 
 def read_frame(

@@ -100,6 +100,13 @@ def test_missing_partners_and_lists(make, tmp_path):
         read_kitti(tmp_path, "train")
 
 
+def test_a_second_picture_of_one_frame_is_named(make, tmp_path):
+    make(line())
+    Image.new("RGB", (20, 10)).save(tmp_path / "training/image_2/000000.bmp")
+    index = read_kitti(tmp_path, "all")
+    assert len(index) == 1 and kinds(index) == [("left out", "one label file for two pictures")]
+
+
 def test_train_and_val_where_there_are_no_lists(make, tmp_path):
     make(line())
     for number in range(1, 12):

@@ -314,6 +314,14 @@ def test_missing_partners(make, tmp_path):
     assert ("picture dropped", "picture without label file") in kinds(read_voc(tmp_path, "all"))
 
 
+def test_a_second_picture_of_one_annotation_is_named(make, tmp_path):
+    make(annotation_xml(object_xml((1, 1, 10, 10))))
+    Image.new("RGB", (100, 80)).save(tmp_path / "JPEGImages" / "x.bmp")
+    Image.new("RGB", (100, 80)).save(tmp_path / "JPEGImages" / "unlisted.bmp")
+    index = read_voc(tmp_path, "train", ("cell",))
+    assert len(index) == 2 and kinds(index) == [("left out", "one label file for two pictures")]
+
+
 def test_broken_picture(make, tmp_path):
     make(annotation_xml(""))
     (tmp_path / "JPEGImages" / "x.jpg").write_bytes(b"")
