@@ -36,7 +36,7 @@ test: lint  ## Everything CI runs
 test-fast: setup  ## Without the slow tests
 	$(IN_PARALLEL) -m "not slow"
 
-notebooks: setup  ## docs/notebooks as a reader runs them, in two to three minutes
+notebooks: setup  ## docs/notebooks as a reader runs them, in about 80 seconds
 	NOTEBOOKS=whole $(BIN)/python -m pytest tests/house/test_notebooks.py
 
 # The targets for a machine with a CUDA device use its own Python, PyTorch and Triton: no .venv, and nothing is
