@@ -162,7 +162,7 @@ def check_rows(rows: list[Row], study: Study) -> None:
                 for t in config.teachers
                 if t.weights in in_place and not Path(t.weights).is_file()
             }
-            student = build_student(config, names, say=say_nothing)
+            student = build_student(config, names, say=say_nothing, given=fresh)
             teachers = build_teachers(config, names, fresh, student)
             build_criterion(config, names, student, teachers)
             if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small

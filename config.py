@@ -40,6 +40,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class InheritConfig:
+    """A student that begins as a selection of the channels of a wider model of its family and depth."""
+
+    teacher: str | None = None  # the wider model: the name of one of `teachers`; or `weights` says which
+    weights: str | None = None  # a released file, or a checkpoint of ours
+    arch: str | None = None  # the architecture in a released file; a checkpoint of ours names its own
+    by: Literal["bn_gamma", "l2", "random"] = "bn_gamma"  # keep channels with large gammas, large weights, or any
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A detector: its architecture and where its weights come from."""
 
@@ -49,6 +59,7 @@ class ModelConfig:
     trainable_stages: int | None = None  # number of last stages of a Faster R-CNN's backbone to train; None: all
     frozen_norms: bool = False  # freeze the BatchNorms of a Faster R-CNN's backbone, for small batches
     new_head: bool = False  # start the whole class head fresh; otherwise classes with the same name keep their rows
+    inherit: InheritConfig | None = None  # begin as a part of a wider model; instead of `weights`
 
 
 @dataclass(frozen=True)

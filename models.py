@@ -30,6 +30,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "yolov8l": partial(build_yolov8, "l"),
     "yolov8x": partial(build_yolov8, "x"),
     "yolov8_narrow": partial(build_yolov8, "narrow"),  # not released: a small matching network for few cores
+    "yolov8_half": partial(build_yolov8, "half"),  # not released: as deep as n, to inherit from its weights
     "yolov5n": partial(build_yolov5, "n"),
     "yolov5s": partial(build_yolov5, "s"),
     "yolov5m": partial(build_yolov5, "m"),

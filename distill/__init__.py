@@ -11,4 +11,5 @@ adapters         layers that bring a student's map to the teacher's width
 teacher_weights  weights of several teachers, batch by batch
 losses/          pure functions of tensors
 condense/        dataset distillation
+pruning/         narrower models out of wide ones
 """

@@ -24,6 +24,7 @@ SECTIONS: list[tuple[str, str, type]] = [  # title, what stands before a key on 
     ("The top level", "", config.Config),
     ("data", "data.", config.DataConfig),
     ("student", "student.", config.ModelConfig),
+    ("student.inherit", "student.inherit.", config.InheritConfig),
     ("teachers, a list", "teachers.0.", config.TeacherConfig),
     ("terms, a list", "terms.0.", config.TermConfig),
     ("optimizer", "optimizer.", config.OptimizerConfig),

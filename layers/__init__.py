@@ -2,6 +2,7 @@
 
 transformer     the parts of a plain vision transformer
 fusion          fold BatchNorm into the convolution before it
+channel_groups  the channels that a narrower model loses together
 over_processes  sums and normalisers of a loss over the processes of a run
 precision       the dtype of losses and decoding: at least float32
 """

@@ -6,8 +6,9 @@ Its parts: cross-stage partial blocks (CSPNet, arXiv:1911.11929), SPP (arXiv:140
 path (FPN, arXiv:1612.03144; PANet, arXiv:1803.01534), one decoupled head per level (YOLOX, arXiv:2107.08430), box edges
 as distributions (Generalized Focal Loss, arXiv:2006.04388). Losses and assigner: yolo/losses.py.
 
-The size "narrow" was not released and has no weights to load. It is half as wide as n and less deep; dataset
-distillation uses it as a matching network on machines with few cores.
+The sizes "narrow" and "half" were not released and have no weights to load. Both are half as wide as n. "narrow" is
+less deep: dataset distillation uses it as a matching network on machines with few cores. "half" is as deep as n, so
+that it can begin as half of the channels of n's weights (student.inherit).
 
 Differs from the released code in form, not in results: the bins 0..R-1 are not a parameter (losses.decode_distances
 makes them), `forward` returns the same in train and eval mode, and SIZES lists every width and depth in place of
@@ -50,6 +51,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "narrow": Size(channels=(8, 16, 32, 64, 128), depths=(1, 1, 1, 1), neck_depth=1),
+    "half": Size(channels=(8, 16, 32, 64, 128), depths=(1, 2, 2, 1), neck_depth=1),
     "n": Size(channels=(16, 32, 64, 128, 256), depths=(1, 2, 2, 1), neck_depth=1),
     "s": Size(channels=(32, 64, 128, 256, 512), depths=(1, 2, 2, 1), neck_depth=1),
     "m": Size(channels=(48, 96, 192, 384, 576), depths=(2, 4, 4, 2), neck_depth=2),

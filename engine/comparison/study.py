@@ -22,9 +22,9 @@ before the first run that needs it. A section `condense` at the top level holds 
       learnt_5: {condense: {method: gradient_matching, pictures: 5, seed: 0}, seeds: 3}  # one set
 
 A row may change every key of the config except FIXED: sections are merged, lists are replaced. It has the teachers that
-its terms name, and no others. RowFile lists the keys of a row itself. A row and the rows it is compared to must train
-alike (engine/comparison/protocol.py), except in the keys that it names in `differs`. `rows.cwd.terms.0.weight=1.0`
-overrides one value of a row. A file without `rows` has the rows of `four_rows`.
+its terms and its student.inherit name, and no others. RowFile lists the keys of a row itself. A row and the rows it is
+compared to must train alike (engine/comparison/protocol.py), except in the keys that it names in `differs`.
+`rows.cwd.terms.0.weight=1.0` overrides one value of a row. A file without `rows` has the rows of `four_rows`.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ import models
 from config import Config, TeacherConfig, from_tree, read_tree, to_tree
 from engine.comparison.protocol import describe_difference, differing_keys, same_teaching
 from engine.condensing.config import Task, read_condense
-from engine.training.teaching import EMA
+from engine.training.teaching import EMA, used_teachers
 from errors import UserError
 
 FIXED = ("name", "runs", "seed", "teachers")  # one for the whole study
@@ -180,7 +180,7 @@ def plan(
                 expected = ", ".join(teachers) or "no teacher: there are none"
                 raise UserError(f"{where}: key 'terms.{index}.teacher': found {term.teacher!r}, expected {expected}")
         for teacher in config.teachers:
-            if teacher.name not in {term.teacher for term in file.terms}:
+            if teacher.name not in used_teachers(file):
                 continue
             if teacher.name in in_place:
                 row = in_place[teacher.name]

@@ -186,7 +186,7 @@ def build(
     check_config(config, given or {}, processes.count, is_resumed=saved is not None)
     indexes = open_indexes(config)
     names = indexes["train"].names
-    student = place(build_student(config, names, saved, say), config, processes.device)
+    student = place(build_student(config, names, saved, say, given), config, processes.device)
     total = len(indexes["train"])
     check_batches(config, total - round(config.data.holdout_fraction * total), student, processes.count)
     settings = config.optimizer

@@ -13,7 +13,7 @@ import checkpoint
 import models
 from config import Config, DataConfig
 from distill.checks import check_terms
-from engine.training.student import backbone_of, check_backbone, find_backbone_file
+from engine.training.student import backbone_of, check_backbone, check_inherit, find_backbone_file, inherit_source
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
 from errors import UserError
 from frcnn.pretrained import load_backbone
@@ -31,7 +31,7 @@ def check_config(config: Config, given: Collection[str] = (), processes: int = 1
     """
     check_numbers(config, processes)
     check_data(config.data)
-    check_student(config, is_resumed=is_resumed)
+    check_student(config, given, is_resumed=is_resumed)
     check_names(config, given)
     check_terms(config.terms, tuple(teacher.name for teacher in config.teachers))
     check_teachers(config, given)
@@ -92,7 +92,7 @@ def check_data(data: DataConfig) -> None:
         raise UserError(f"key 'data.workers': found {data.workers}, expected a number, or 0 for none")
 
 
-def check_student(config: Config, *, is_resumed: bool = False) -> None:
+def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bool = False) -> None:
     """The student's architecture, the files of its weights, and the frozen parts of its backbone."""
     settings = config.student
     try:
@@ -102,8 +102,11 @@ def check_student(config: Config, *, is_resumed: bool = False) -> None:
     if settings.arch.startswith(models.ONLY_TEACH):
         raise UserError(f"key 'student.arch': {settings.arch} can only teach: it has no training losses here")
     check_backbone(settings)
+    check_inherit(config)
     if is_resumed:
         return
+    if settings.inherit is not None and settings.inherit.teacher not in given:
+        inherit_source(config)
     if settings.weights is not None:
         if not Path(settings.weights).is_file():
             raise UserError(f"key 'student.weights': {settings.weights}: no such file, expected a weights file")

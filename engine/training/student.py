@@ -1,7 +1,7 @@
 """The detector that is trained: builds it from its config, loads its start weights, and freezes parts of it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -12,9 +12,13 @@ import checkpoint
 import models
 from config import Config, ModelConfig
 from datasets.download import how_to_fetch
+from distill.pruning import scores
+from distill.pruning.inherit import inherited_state
 from errors import UserError
 from frcnn.norm import freeze_norms
 from frcnn.pretrained import Backbone, freeze, load_backbone
+from layers.channel_groups import find_groups
+from random_streams import Stream, seeded_generator
 
 # How the names of the released files begin, where that differs from the name of the backbone.
 RELEASED_BACKBONES = {"vit_tiny": ("deit_tiny", "vit_tiny")}
@@ -25,16 +29,20 @@ def build_student(
     names: tuple[str, ...],
     saved: dict[str, Tensor] | None = None,
     say: Callable[[str], None] = lambda line: print(line),
+    given: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """The student, fresh from config.seed or started from the weights in its config (checkpoint.start_model).
+    """The student, fresh from config.seed or started from the weights in its config (checkpoint.start_model, inherit).
 
     saved: the state that a resumed run loads later. The start weights are then not read: their file may be gone.
+    given: teachers by name, instead of their weights.
     """
     check_backbone(config.student)
     torch.manual_seed(config.seed)
     arch, path = config.student.arch, config.student.weights
     if saved is not None:
         student = models.build(arch, len(names), **models.head_of(arch, len(names), saved))
+    elif config.student.inherit is not None:
+        student = inherit(config, names, say, given or {})
     elif path is not None:
         student = checkpoint.start_model(arch, names, path, new_head=config.student.new_head, say=say)
     else:
@@ -46,6 +54,101 @@ def build_student(
         load_backbone(backbone_of(student), file)
     freeze_backbone(student, config.student)
     return student
+
+
+def inherit(
+    config: Config, names: tuple[str, ...], say: Callable[[str], None], given: Mapping[str, nn.Module]
+) -> nn.Module:
+    """The student as a selection of the channels of a wider model; what each of its keys means: config.InheritConfig.
+
+    The wider model first becomes one for the classes `names` (checkpoint.start_model), then it is cut.
+    """
+    settings, choice = config.student, config.student.inherit
+    assert choice is not None
+    if choice.teacher is not None and choice.teacher in given:
+        source, wide = f"teacher {choice.teacher!r}", given[choice.teacher]
+    else:
+        arch, source = inherit_source(config)
+        wide = checkpoint.start_model(arch, names, source, new_head=settings.new_head, say=say)
+    head = models.head_of(settings.arch, len(names), wide.state_dict())
+    head.pop("class_width", None)  # the student's own
+    student = models.build(settings.arch, len(names), **head)
+    groups = find_groups(wide)
+    if choice.by == "random":
+        values = scores.random(groups, seeded_generator(Stream.CHANNELS, config.seed))
+    else:
+        values = {"bn_gamma": scores.bn_gamma, "l2": scores.l2}[choice.by](wide.state_dict(), groups)
+    try:
+        state = inherited_state(student, wide, groups, values)
+    except ValueError as error:
+        raise UserError(f"key 'student.inherit': {source}: {error}") from None
+    if settings.new_head:
+        class_head = cast(tuple[str, ...], student.class_head)
+        state |= {name: value for name, value in student.state_dict().items() if name.startswith(class_head)}
+    student.load_state_dict(state)
+    say(f"{source}: {settings.arch} begins with a part of its channels, chosen by {choice.by}")
+    return student
+
+
+def inherit_source(config: Config) -> tuple[str, str]:
+    """The architecture and the file that the student inherits from; UserError where it cannot."""
+    choice, key = config.student.inherit, "key 'student.inherit"
+    assert choice is not None
+    arch, path = choice.arch, choice.weights
+    if choice.teacher is not None:
+        teacher = next(teacher for teacher in config.teachers if teacher.name == choice.teacher)
+        arch, path = teacher.arch, teacher.weights
+        if path is None:
+            raise UserError(f"{key}.teacher': {choice.teacher!r} has no weights; compare.py trains it in place first")
+    assert path is not None
+    if not Path(path).is_file():
+        raise UserError(f"{key}': {path}: no such file, expected a weights file")
+    if arch is None:
+        try:
+            arch = checkpoint.load(path)["arch"]
+            arch = models.RENAMED.get(arch, arch)
+        except UserError as error:
+            raise UserError(f"{error}; released weights need student.inherit.arch", error.exit_code) from None
+        check_same_family(config.student.arch, arch)
+    return arch, path
+
+
+def check_inherit(config: Config) -> None:
+    """UserError for keys of student.inherit that contradict others, or that name a model of another family or depth."""
+    settings, choice, key = config.student, config.student.inherit, "key 'student.inherit"
+    if choice is None:
+        return
+    for other in ("weights", "backbone_weights"):
+        if (found := getattr(settings, other)) is not None:
+            raise UserError(f"key 'student.{other}': found {found} beside student.inherit, expected one of them")
+    if (choice.teacher is None) == (choice.weights is None):
+        raise UserError(
+            f"{key}': found teacher {choice.teacher!r} and weights {choice.weights!r}, expected one of them"
+        )
+    arch = choice.arch
+    if choice.teacher is not None:
+        arches = {teacher.name: teacher.arch for teacher in config.teachers}
+        if choice.teacher not in arches:
+            expected = ", ".join(arches) or "a teacher: there are none"
+            raise UserError(f"{key}.teacher': found {choice.teacher!r}, expected {expected}")
+        if arch is not None:
+            raise UserError(f"{key}.arch': found {arch} beside a teacher, which has its own, expected none")
+        arch = arches[choice.teacher]
+    if arch is not None:
+        check_same_family(settings.arch, arch)
+
+
+def check_same_family(arch: str, other: str) -> None:
+    """UserError unless the first architecture has the layers of the other one, and no wider ones."""
+    if other not in models.ARCHITECTURES:
+        raise UserError(f"key 'student.inherit': found {other}, expected a wider model of the family of {arch}")
+    with torch.device("meta"):
+        own, theirs = (models.build(name, 1).state_dict() for name in (arch, other))
+    if differing := own.keys() ^ theirs.keys():
+        found = f"{arch} and {other} are of different families or depths: only one of them has {min(differing)}"
+        raise UserError(f"key 'student.inherit': {found}")
+    if any(own[name].numel() > theirs[name].numel() for name in own):
+        raise UserError(f"key 'student.inherit': {arch} is wider than {other}, expected a wider model to inherit from")
 
 
 def check_backbone(settings: ModelConfig) -> None:
@@ -63,7 +166,7 @@ def check_backbone(settings: ModelConfig) -> None:
     ):
         if is_given and not has_backbone:
             raise UserError(f"key 'student.{key}': {settings.arch} learns as a whole, expected none")
-    if settings.frozen_norms and settings.weights is None and settings.backbone_weights is None:
+    if settings.frozen_norms and settings.weights is settings.backbone_weights is settings.inherit is None:
         raise UserError(
             "key 'student.frozen_norms': found true without weights, expected backbone_weights or weights; in a "
             "fresh backbone the gammas of residual branches are 0, and would stay so"

@@ -110,8 +110,11 @@ def build_teachers(
     given = given or {}
     check_names(config, given)
     frozen, facts = {}, {}
+    teaching = {term.teacher for term in config.terms}  # one that the student only inherits from does not teach
     for index, teacher in enumerate(config.teachers):
         key = f"key 'teachers.{index}"
+        if teacher.name not in teaching:
+            continue
         if teacher.name in given:
             model = given[teacher.name]
             t_names = set_class_prompts(model, teacher, key, names)
@@ -133,8 +136,14 @@ def check_names(config: Config, given: Collection[str]) -> None:
     for index, name in enumerate(names):
         if name in names[:index]:
             raise UserError(f"key 'teachers.{index}.name': {name!r} is used twice")
-        if name not in {term.teacher for term in config.terms}:
+        if name not in used_teachers(config):
             raise UserError(f"key 'teachers.{index}.name': no term names the teacher {name!r}, it could never act")
+
+
+def used_teachers(config: Config) -> set[str]:
+    """The names of the teachers that a term names, or that the student inherits its channels from."""
+    inherit = config.student.inherit
+    return {term.teacher for term in config.terms} | ({inherit.teacher} if inherit and inherit.teacher else set())
 
 
 def find_file(teacher: TeacherConfig, key: str) -> str | None:

@@ -26,6 +26,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "weights.inert_pickle": BASE,
     "layers.transformer": set(),
     "layers.fusion": set(),
+    "layers.channel_groups": set(),
     "layers.precision": set(),
     "layers.over_processes": {"layers.precision"},
     "kernels": BASE | {"layers.precision"},
