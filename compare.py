@@ -46,15 +46,10 @@ from engine.comparison.table import Result, as_json, markdown
 from engine.condensing.methods import check_network
 from engine.runtime import run_folder
 from engine.training.batch_norms import check_batches
-from engine.training.building import (
-    build_criterion,
-    build_student,
-    count_training_pictures,
-    training_set,
-    with_published_settings,
-)
+from engine.training.building import build_criterion, build_student, with_published_settings
 from engine.training.checks import SIZE_MULTIPLE, check_config
 from engine.training.exits import NOT_FINITE_EXIT_CODE
+from engine.training.splits import count_training_pictures, training_set
 from engine.training.teaching import build_teachers
 from errors import UserError, run_script
 from yaml_files import read_yaml
@@ -166,7 +161,7 @@ def check_rows(rows: list[Row], study: Study) -> None:
             teachers = build_teachers(config, names, fresh, student)
             build_criterion(config, names, student, teachers)
             if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small
-                pictures = row.task.decoded if row.task is not None else count_training_pictures(config.data)
+                pictures = row.task.decoded if row.task is not None else count_training_pictures(row.run(row.seeds[0]))
                 check_batches(config, pictures, student)
         except UserError as error:
             raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None

@@ -20,6 +20,32 @@ NEAR = 0.7  # difflib's ratio from which an error offers a key for an unknown on
 
 
 @dataclass(frozen=True)
+class PseudoBoxConfig:
+    """A teacher's detections, made once before training, as the boxes of pictures without labels."""
+
+    teacher: str  # the name of one of `teachers`, a detector; it needs no term
+    threshold: float = 0.4  # a detection with at least this score is an object
+    class_thresholds: dict[str, Any] = field(default_factory=dict)  # class of the dataset: its own threshold
+    boxes_per_object: float | None = None  # choose each class's threshold by the labelled pictures: see docs/use.md
+    ignore_above: float = 0.1  # a detection from this score up to the threshold is ignored: not learnt, not punished
+    image_size: int | None = None  # side of the teacher's images in pixels; None: what it was trained with
+    iou_threshold: float | None = None  # of non-maximum suppression; None: the published one of its family
+
+
+@dataclass(frozen=True)
+class UnlabelledConfig:
+    """Pictures of which nothing but the pixels is read, beside the labelled ones. Both sources may be given."""
+
+    rest: bool = False  # the pictures of data.train that per_class or max_samples leaves out
+    split: str | None = None  # a split of `root` in `format`; None: every picture below `root`, if that is given
+    root: str | None = None  # a folder of pictures, or of a set; None: data.root
+    format: Literal["voc", "coco", "yolo", "kitti", "shapes"] | None = None  # of the set; None: data.format
+    max_samples: int = 0  # at most this many, the same random choice each time; 0: all
+    labelled_share: float | None = None  # share of labelled pictures in every batch; None: both are one list
+    pseudo: PseudoBoxConfig | None = None  # boxes for them; None: only terms act on them
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the pictures are. `root` and the splits are arguments of datasets.open_dataset."""
 
@@ -31,6 +57,9 @@ class DataConfig:
     train_format: Literal["voc", "coco", "yolo", "kitti", "shapes"] | None = None  # of train_root; None: `format`
     pictures_per_epoch: int = 0  # pictures of an epoch, cut from passes over the split; 0: one pass
     max_samples: int = 0  # train on at most this many pictures, the same random choice each time; -1, 0: all
+    per_class: int = 0  # train on this many pictures drawn for each class, others for each seed; 0: all
+    draw_seed: int | None = None  # of the draw of per_class; None: `seed`
+    unlabelled: UnlabelledConfig | None = None  # train on pictures without labels as well
     classes: tuple[str, ...] = ()  # use only these classes of the set, in this order; none: all of them
     allow_overlap: bool = False  # allow a test split whose pictures are all trained on
     holdout_fraction: float = 0.0  # share of the training pictures kept aside to choose `best.pt` on
@@ -76,6 +105,7 @@ class TeacherConfig:
     start_weights: str | None = None  # training in place starts from this file, as student.weights
     backbone_weights: str | None = None  # its backbone starts from this file, as student.backbone_weights
     optimizer: dict[str, Any] = field(default_factory=dict)  # keys of `optimizer` that differ for training in place
+    data: dict[str, Any] = field(default_factory=dict)  # keys of `data` that differ for training in place
 
 
 @dataclass(frozen=True)
@@ -93,6 +123,7 @@ class TermConfig:
     stop_epoch: float | None = None  # the term is off from here on
     decay: Literal["none", "linear", "cosine"] = "none"  # how the weight falls to final_fraction at the last epoch
     final_fraction: float = 0.0  # the share of the weight that remains at the end
+    on: Literal["all", "labelled", "unlabelled"] = "all"  # the images of a batch that it acts on
     content_only: bool = False  # for losses on maps: set both maps to 0 in the padding of an image
     parameters: dict[str, Any] = field(default_factory=dict)  # of the loss: see docs/losses
 
@@ -177,7 +208,7 @@ class Config:
     student: ModelConfig  # what is trained
     teachers: tuple[TeacherConfig, ...] = ()  # frozen models
     terms: tuple[TermConfig, ...] = ()  # the distillation losses
-    detection_weight: float = 1.0  # weight of the student's own losses beside the terms
+    detection_weight: float = 1.0  # weight of the student's own losses beside the terms; 0: it learns from terms alone
     teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by each teacher's fit to the labels
     teacher_cache_gigabytes: float = 0.0  # keep the teachers' outputs on disk; only without augmentation; 0: no
     epochs: int = 100  # passes over the training pictures

@@ -20,8 +20,10 @@ class Stream(Enum):
     NOISE = 8, ("seed",)  # the first pixels of condensed pictures
     MATCHING = 9, ("seed", "step")  # real pictures and their augmentation in a step of gradient matching
     NETWORK = 10, ("seed", "place", "life")  # the first weights of a network of the pool
-    CHANNELS = 15, ("seed",)  # the channels that a student inherits at random
     NETWORK_STEP = 11, ("seed", "place", "life", "step")  # the training of that network
+    LABELLED = 12, ("seed",)  # which pictures keep their labels
+    UNLABELLED_ORDER = 13, ("seed", "pass")  # the order of the pictures without labels
+    CHANNELS = 15, ("seed",)  # the channels that a student inherits at random
 
 
 def seeded_generator(stream: Stream, *numbers: int) -> torch.Generator:

@@ -5,7 +5,7 @@ continuous coordinates: a box covers x1..x2, and its width is x2 - x1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -48,6 +48,14 @@ class Targets:
         """The rows chosen by an index or a mask (N,)."""
         return self._map(lambda x: x[rows])
 
+    def of_images(self, chosen: Tensor) -> "Targets":
+        """The objects of the images where chosen (B,) bool is True; the first of these images becomes image 0."""
+        if bool(chosen.all()):
+            return self
+        chosen = chosen.to(self.image.device)
+        rows = self[chosen[self.image]]
+        return replace(rows, image=(chosen.cumsum(0) - 1)[rows.image])
+
     def to(self, device: torch.device | str) -> "Targets":
         return self._map(lambda x: x.to(device, non_blocking=True))
 
@@ -81,6 +89,42 @@ class Detections:
 
     def to(self, device: torch.device | str) -> "Detections":
         return Detections(self.boxes_xyxy.to(device), self.scores.to(device), self.labels.to(device))
+
+
+OF_BATCH = {"rows": "whole batch"}  # metadata of a field of an output: a tensor that has no row for each image
+
+
+def select_images(output: Any, chosen: Tensor) -> Any:
+    """A model's output for the chosen images of a batch, as if it had been computed for them alone, in their order.
+
+    output: a frozen dataclass. Its tensors, and tensors in its dicts, have a row for each image, except those marked
+        OF_BATCH; a list of tensors has one for each image. Other fields are facts about the whole batch (image_size).
+    chosen: (B,) bool, on any device; on the host, no device is waited for. With all True it is `output` itself.
+    """
+    if bool(chosen.all()):
+        return output
+    rows = chosen.nonzero().squeeze(1)
+    index: dict[torch.device, Tensor] = {}
+
+    def pick(value: Tensor) -> Tensor:
+        if value.device not in index:
+            index[value.device] = rows.to(value.device, non_blocking=True)
+        return value[index[value.device]]
+
+    picked: dict[str, Any] = {}
+    for f in fields(output):
+        value = getattr(output, f.name)
+        if f.metadata == OF_BATCH:
+            continue
+        if isinstance(value, Tensor):
+            picked[f.name] = pick(value)
+        elif isinstance(value, dict) and all(isinstance(x, Tensor) for x in value.values()):
+            picked[f.name] = {name: pick(x) for name, x in value.items()}
+        elif isinstance(value, list) and len(value) == len(chosen) and all(isinstance(x, Tensor) for x in value):
+            picked[f.name] = [value[row] for row in rows.tolist()]
+        elif isinstance(value, list | tuple) and any(isinstance(x, Tensor) for x in value):
+            raise TypeError(f"{type(output).__name__}.{f.name}: {len(value)} tensors for {len(chosen)} images")
+    return replace(output, **picked)
 
 
 @runtime_checkable

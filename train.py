@@ -45,6 +45,7 @@ from engine.training.building import (
     build,
     content_of_batch,
     describe_setup,
+    images_with_boxes,
     set_learning_rates,
     with_published_settings,
 )
@@ -57,7 +58,7 @@ from engine.training.steps import averaging, check_finite, in_groups
 from errors import UserError, run_script
 from layers.over_processes import sum_over_processes
 from random_streams import Stream, seeded_generator
-from structures import Detector
+from structures import Detector, select_images
 
 
 def train_step(
@@ -71,7 +72,8 @@ def train_step(
         mean over the batches of L     without
 
     B and L are those of all processes together: W processes learn like one with the joined batches, except for batch
-    normalisation and random draws. The normalisers of L are those of its own batch.
+    normalisation and random draws. The normalisers of L are those of its own batch. The detection losses are those of
+    the images with boxes alone (images_with_boxes), so their size does not depend on how many others are among them.
     """
     config, optimizer, rows = setup.config, setup.optimizer, []
     detector = cast(Detector, setup.student)  # the same module, typed by its own methods
@@ -86,10 +88,12 @@ def train_step(
         def losses_of_batch() -> dict[str, Tensor]:
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
                 s_output = setup.student(images)
-            detection = detector.losses(s_output, targets)
-            detection = {name: config.detection_weight * value for name, value in detection.items()}
+            boxed, weight = images_with_boxes(setup, batch.is_labelled)  # the labelled ones, or all
+            boxed_output, boxed_targets = select_images(s_output, boxed), targets.of_images(boxed)
+            detection = detector.losses(boxed_output, boxed_targets) if config.detection_weight else {}
+            detection = {name: weight * value for name, value in detection.items()}
             epoch = state.epoch + number / setup.batches_per_epoch  # fractional: the schedules of the terms follow it
-            return detection | setup.criterion(s_output, t_outputs, targets, epoch, content)
+            return detection | setup.criterion(s_output, t_outputs, targets, epoch, content, batch.is_labelled)
 
         with averaging(setup.learner, is_last=batch is batches[-1]):
             losses = setup.learner(losses_of_batch)  # calls it, through DistributedDataParallel if there is one

@@ -41,7 +41,7 @@ from datasets.open import open_dataset
 from engine.evaluation.cross_dataset import on_common_classes
 from engine.evaluation.measuring import evaluate_model
 from engine.runtime import run_folder
-from engine.training.building import take
+from engine.training.splits import take
 from errors import UserError, run_script
 
 ARCH, IMAGE_SIZE, NUM_PICTURES, EPOCHS, BATCH_SIZE = "yolov8n", 192, 1000, 10, 16

@@ -50,6 +50,7 @@ def augment(
     generator: torch.Generator,
     settings,
     content_xyxy: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Targets]:
     """A batch of square images -> the augmented batch of the same shape, and its targets.
 
@@ -62,21 +63,25 @@ def augment(
         settings: an object with the fields of config.AugmentConfig. All zero: images / 255 and unchanged targets.
         content_xyxy: (B, 4) the part of each image that is not padding; None: all of it. Images of a mosaic meet at the
             edges of their content, without grey bars between them.
+        groups: (B,) on the CPU: mosaic and mixup join images of one group only; None: any images. Labelled images are
+            one group and unlabelled ones another, so each view is of one kind.
     Returns:
         images float32 (B, 3, S, S) in [0, 1]; targets, clipped to the images.
     """
     check_settings(settings)
-    parameters = draw(len(images), generator=generator, settings=settings)
+    parameters = draw(len(images), generator=generator, settings=settings, groups=groups)
     images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
     return transform(images, targets, parameters, settings=settings, content_xyxy=content_xyxy)
 
 
 @torch.no_grad()
-def augment_content(content_xyxy: Tensor, *, image_size: int, generator: torch.Generator, settings) -> Tensor:
+def augment_content(
+    content_xyxy: Tensor, *, image_size: int, generator: torch.Generator, settings, groups: Tensor | None = None
+) -> Tensor:
     """(B, 1, S, S) bool: where the images that `augment` returns have content instead of grey.
 
-    Call it with the content_xyxy (B, 4) and settings of `augment`, and a generator in the same state: the masks move
-    like the images. Content that mixup adds to an image's padding does not count.
+    Call it with the content_xyxy (B, 4), settings and groups of `augment`, and a generator in the same state: the masks
+    move like the images. Content that mixup adds to an image's padding does not count.
     """
     x = torch.arange(image_size, device=content_xyxy.device) + 0.5
     x1, y1, x2, y2 = content_xyxy[:, :, None].unbind(1)  # (B, 1) each
@@ -84,7 +89,7 @@ def augment_content(content_xyxy: Tensor, *, image_size: int, generator: torch.G
     masks = inside[:, None].float().expand(-1, 3, -1, -1)
     geometry = replace(settings, mixup=0.0, **dict.fromkeys(COLOUR, 0.0))
     none = Targets.empty(content_xyxy.device)
-    moved, _ = augment(masks, none, generator=generator, settings=geometry, content_xyxy=content_xyxy)
+    moved, _ = augment(masks, none, generator=generator, settings=geometry, content_xyxy=content_xyxy, groups=groups)
     return moved[:, :1] > (1 + FILL) / 2
 
 
@@ -154,7 +159,7 @@ class Parameters:
     """The random numbers for the B images of a batch, on the CPU.
 
     use_mosaic (B,) bool.
-    neighbours (B, 4) int64: the image itself and three others (repeated where B < 4).
+    neighbours (B, 4) int64: the image itself and three others of its group (repeated where it has fewer than 4).
     joint (B, 2): the point where they meet, in image sizes from the middle of the unmoved view, in -1/2..1/2.
     zoom (B,); shift (B, 2) in image sizes; rotation (B,) and shear (B, 2) in radians; flip (B, 2) bool, x and y.
     mixup_partner (B,) int64; mixup_weight (B,) of the image itself, 1 where nothing is mixed in.
@@ -176,31 +181,34 @@ class Parameters:
     value_gain: Tensor
 
 
-def draw(count: int, *, generator: torch.Generator, settings) -> Parameters:
+def draw(count: int, *, generator: torch.Generator, settings, groups: Tensor | None = None) -> Parameters:
     """Parameters for `count` images. The number of draws depends only on `count`.
 
-    A single image has no partner: nothing is mixed in.
+    groups: see augment. An image that is alone in its group has no partner: nothing is mixed in, and its mosaic shows
+    it four times.
     """
     chance = torch.rand(count, 4, generator=generator, dtype=torch.float64)
     spread = torch.rand(count, 11, generator=generator, dtype=torch.float64) * 2 - 1  # -1..1
     keys = torch.rand(count, count, generator=generator, dtype=torch.float64)
     mixing = torch.rand(count, 63, generator=generator, dtype=torch.float64)
 
-    keys.fill_diagonal_(-1.0)  # sorted, each row is the image itself, then the others in random order
-    order = keys.argsort(dim=1)  # (B, B)
+    # Sorted, each row is the image itself, then those of its group in random order, then the others.
+    is_partner = torch.ones(count, count, dtype=torch.bool) if groups is None else groups[:, None] == groups
+    partners = is_partner.sum(1, keepdim=True)  # (B, 1), itself included
+    order = torch.where(is_partner, keys, 1 + keys).fill_diagonal_(-1.0).argsort(dim=1)  # (B, B)
     # The median of 63 uniform numbers follows Beta(32, 32), the weight the public recipes draw.
-    is_mixed = (chance[:, 1] < settings.mixup) & (count > 1)
+    is_mixed = (chance[:, 1] < settings.mixup) & (partners[:, 0] > 1)
     weight = torch.where(is_mixed, mixing.median(dim=1).values, 1.0)
     return Parameters(
         use_mosaic=chance[:, 0] < settings.mosaic,
-        neighbours=order[:, torch.arange(4) % count],
+        neighbours=order.gather(1, torch.arange(4) % partners),
         joint=spread[:, 0:2] / 2,
         zoom=1 + spread[:, 2] * settings.scale,
         shift=spread[:, 3:5] * settings.translate,
         rotation=torch.deg2rad(spread[:, 5] * settings.degrees),
         shear=torch.deg2rad(spread[:, 6:8] * settings.shear),
         flip=torch.stack((chance[:, 2] < settings.flip_horizontal, chance[:, 3] < settings.flip_vertical), dim=1),
-        mixup_partner=order[:, -1],
+        mixup_partner=order.gather(1, partners - 1)[:, 0],
         mixup_weight=weight,
         hue_shift=spread[:, 8] * settings.hue,
         saturation_gain=1 + spread[:, 9] * settings.saturation,

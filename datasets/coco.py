@@ -43,10 +43,7 @@ def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None
     root = Path(root)
     json_path = find_json(root, split)
     tree = read_json(json_path)
-    folders = [root / "images" / split, root / split, root / split / "images", root / "images", root, json_path.parent]
-    records = list(islice(_records(tree, "images", json_path), TRIED))
-    held = (folder for record in records for folder in folders if _find_picture(folder, record.get("file_name")))
-    folder = next(held, None) or next(path for path in folders if path.is_dir() or path == root)
+    folder = find_folder(root, split, json_path, read_records(tree, "images", json_path))
     index = index_coco(tree, json_path, folder, names)
     if names is not None and tuple(names) != index.names:
         raise UserError(f"{json_path}: classes {', '.join(index.names)}; expected {', '.join(names)}")
@@ -73,13 +70,21 @@ def find_json(root: Path, split: str) -> Path:
     raise UserError(f"{choices[0]}: no such file{found}; expected the labels of split {split!r}")
 
 
+def find_folder(root: Path, split: str, json_path: Path, records: list[dict]) -> Path:
+    """The folder of a split's pictures, which `records` name: see read_coco."""
+    folders = [root / "images" / split, root / split, root / split / "images", root / "images", root, json_path.parent]
+    tried = islice(records, TRIED)
+    held = (folder for record in tried for folder in folders if find_image(folder, record.get("file_name")))
+    return next(held, None) or next(path for path in folders if path.is_dir() or path == root)
+
+
 def _json_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.suffix.lower() == ".json" and not is_left_out(p.name))
 
 
-def _find_picture(folder: Path, name: Any) -> Path | None:
+def find_image(folder: Path, name: Any) -> Path | None:
     """The picture `file_name` in a folder; its parts are separated by / or Windows' \\. None where there is none."""
     if not isinstance(name, str) or "\0" in name:
         return None
@@ -119,11 +124,11 @@ def read_json(path: Path) -> Any:
 def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] | None = None) -> DatasetIndex:
     """The index of parsed COCO labels whose pictures are in `folder`. names: see read_coco."""
     log = FaultLog()
-    categories = read_categories(_records(tree, "categories", json_path), json_path)
-    annotations = _records(tree, "annotations", json_path)
+    categories = read_categories(read_records(tree, "categories", json_path), json_path)
+    annotations = read_records(tree, "annotations", json_path)
     categories = without_root(categories, annotations, names, json_path, log)
     label_of = {category: label for label, category in enumerate(categories)}
-    images, first_id = _read_images(_records(tree, "images", json_path), json_path, log)
+    images, first_id = _read_images(read_records(tree, "images", json_path), json_path, log)
 
     rows_of: dict[int | str, LabelRows] = {}
     for record in annotations:
@@ -137,7 +142,7 @@ def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] 
     samples = []
     for image_id, record in images.items():
         name = record["file_name"]
-        image_path = _find_picture(folder, name)
+        image_path = find_image(folder, name)
         if image_path is None:
             log.add(folder / name, None, "no such file", "label without picture", "left out", name)
             continue
@@ -154,7 +159,7 @@ def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] 
     return DatasetIndex(names, tuple(samples), tuple(log.faults), ids, "coco", source)
 
 
-def _records(tree: Any, key: str, path: Path) -> list[dict]:
+def read_records(tree: Any, key: str, path: Path) -> list[dict]:
     records = tree.get(key) if isinstance(tree, dict) else None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{path}: no list of objects under {key!r}, expected COCO labels")
@@ -228,8 +233,8 @@ def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]
             continue
         try:
             tree = read_json(other)
-            categories = read_categories(_records(tree, "categories", other), other)
-            theirs = _used(_records(tree, "annotations", other), categories)
+            categories = read_categories(read_records(tree, "categories", other), other)
+            theirs = _used(read_records(tree, "annotations", other), categories)
         except UserError:
             continue  # not labels of this set, or a fault that its own split reports
         used |= {category for category in theirs if name_of.get(category) == categories[category]["name"]}

@@ -44,6 +44,8 @@ class Sample:
     class_scores (N, K) float64: the share of each class in an object, rows that sum to 1 (structures.Targets). None:
         the whole object is of its label's class. All samples of an index have it, or none has.
     left_out: the class names of objects that were removed because only some classes count (datasets.subset).
+    is_labelled: False for a picture of which only the pixels are known (datasets.unlabelled); it has no objects, or
+        those that a teacher found.
     """
 
     image_path: Path
@@ -57,6 +59,7 @@ class Sample:
     crowd: np.ndarray = NO_CROWD
     class_scores: np.ndarray | None = None
     left_out: tuple[str, ...] = ()
+    is_labelled: bool = True
 
     def __post_init__(self) -> None:
         if self.crowd is None:

@@ -6,6 +6,7 @@ that stopped before batch k continues exactly with `epoch(e, start=k)`. There is
 
 import contextlib
 import functools
+import math
 import mmap
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
@@ -46,6 +48,7 @@ class Batch:
     indices (B,) int64: rows of index.samples.
     scale (B,), pad (B, 2) in x, y order, float32: a corner of the upright picture moves by x' = scale * x + pad.
     content_xyxy (B, 4) float32: the part of each image that is not padding.
+    is_labelled (B,) bool: Sample.is_labelled.
     """
 
     images: Tensor
@@ -54,6 +57,7 @@ class Batch:
     scale: Tensor
     pad: Tensor
     content_xyxy: Tensor
+    is_labelled: Tensor
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -88,6 +92,7 @@ class Loader:
         pictures_per_epoch: P, of all ranks together; 0: the size of the set. Passes over the set, each in its own
             order, follow one another without end; epoch e is their pictures e P to (e + 1) P. So sets of any size give
             the same number of steps, and how often two pictures are used differs by at most one.
+        labelled_share: mix labelled and other pictures in this ratio (mixed_order); None: as they come in one order.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class Loader:
         drop_last: bool = False,
         timeout_s: float = 300.0,
         pictures_per_epoch: int = 0,
+        labelled_share: float | None = None,
     ) -> None:
         if not index.samples:
             raise UserError("the dataset has no pictures, expected at least one")
@@ -117,6 +123,8 @@ class Loader:
         self.shuffle, self.rank, self.world_size, self.drop_last = shuffle, rank, world_size, drop_last
         self.timeout_s = timeout_s
         self.pictures_per_epoch = pictures_per_epoch or len(index.samples)
+        self.labelled_share = labelled_share
+        self.is_labelled = [getattr(sample, "is_labelled", True) for sample in index.samples]
         self._reader = _Reader(
             index.samples, image_size, cache and _fits_in_memory(len(index.samples), image_size), workers
         )
@@ -131,11 +139,25 @@ class Loader:
 
     def batches(self, epoch: int) -> list[list[int]]:
         """For each batch of an epoch on this rank its rows of index.samples."""
-        count = len(self.index.samples)
-        order = endless_order(count, self.seed, epoch, self.pictures_per_epoch) if self.shuffle else list(range(count))
+        order = self._order(epoch) if self.shuffle else list(range(len(self.index.samples)))
         rows = shard(order, self.rank, self.world_size, wrap_around=self.shuffle)
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return batches[:-1] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
+
+    def _order(self, epoch: int) -> list[int]:
+        """The rows of a shuffled epoch, of all processes together."""
+        if self.labelled_share is None:
+            return endless_order(len(self.index.samples), self.seed, epoch, self.pictures_per_epoch)
+        labelled = [row for row, is_labelled in enumerate(self.is_labelled) if is_labelled]
+        others = [row for row, is_labelled in enumerate(self.is_labelled) if not is_labelled]
+        return mixed_order(
+            (labelled, others),
+            self.labelled_share,
+            seed=self.seed,
+            epoch=epoch,
+            per_epoch=self.pictures_per_epoch,
+            batch_size=self.batch_size * self.world_size,
+        )
 
     def read(self, rows: list[int]) -> Batch:
         """A batch of these rows, read by this process. UserError names the file that cannot be read."""
@@ -197,20 +219,51 @@ class Loader:
                 worker.join(1)  # otherwise a terminated worker stays a zombie (torch 2.11)
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+def epoch_order(count: int, seed: int, epoch: int, stream: Stream = Stream.ORDER) -> list[int]:
     """A permutation of range(count), the same for the same arguments."""
-    return torch.randperm(count, generator=seeded_generator(Stream.ORDER, seed, epoch)).tolist()
+    return torch.randperm(count, generator=seeded_generator(stream, seed, epoch)).tolist()
 
 
 def endless_order(count: int, seed: int, epoch: int, per_epoch: int) -> list[int]:
-    """Rows epoch * per_epoch to (epoch + 1) * per_epoch of the concatenated epoch_order(count, seed, k), k = 0, 1, ...
+    """Places epoch * per_epoch to (epoch + 1) * per_epoch of endless passes over `count` rows: places_of_passes.
 
     With per_epoch = count this is epoch_order(count, seed, epoch).
     """
-    first, last = epoch * per_epoch, (epoch + 1) * per_epoch
+    return places_of_passes(count, seed, epoch * per_epoch, (epoch + 1) * per_epoch)
+
+
+def places_of_passes(count: int, seed: int, first: int, last: int, stream: Stream = Stream.ORDER) -> list[int]:
+    """Places first..last - 1 of the concatenated epoch_order(count, seed, k, stream), k = 0, 1, ..."""
     passes = range(first // count, -(-last // count))
-    rows = [row for number in passes for row in epoch_order(count, seed, number)]
-    return rows[first % count :][:per_epoch]
+    rows = [row for number in passes for row in epoch_order(count, seed, number, stream)]
+    return rows[first % count :][: last - first]
+
+
+def mixed_order(
+    kinds: tuple[list[int], list[int]], share: float, *, seed: int, epoch: int, per_epoch: int, batch_size: int
+) -> list[int]:
+    """Rows of an epoch that mixes two endless streams, of labelled and of other rows, in a fixed ratio.
+
+    Before place i of the mixed stream, floor(i share) places hold labelled rows, in the order of endless passes over
+    them; the others hold the other rows, in an order of their own. An epoch is `per_epoch` places. So of any `n`
+    consecutive places n share hold labelled rows, rounded down or up: the same number in every batch if
+    batch_size * share is whole. Within each batch_size places the labelled rows come first, so that processes which
+    take turns get equally many.
+    """
+    exact = Fraction(share).limit_denominator(1_000_000)  # 0.1 as 1 / 10
+    first, last = epoch * per_epoch, (epoch + 1) * per_epoch
+    before = [math.floor(place * exact) for place in range(first, last + 1)]  # labelled places before each
+    streams = [
+        places_of_passes(len(kinds[0]), seed, before[0], before[-1]),
+        places_of_passes(len(kinds[1]), seed, first - before[0], last - before[-1], Stream.UNLABELLED_ORDER),
+    ]
+    labelled, others = ([rows[place] for place in places] for rows, places in zip(kinds, streams))
+    order = []
+    for start in range(0, per_epoch, batch_size):
+        end = min(start + batch_size, per_epoch)
+        a, b = before[start] - before[0], before[end] - before[0]
+        order += labelled[a:b] + others[start - a : end - b]
+    return order
 
 
 def shard(rows: list[int], rank: int, world_size: int, *, wrap_around: bool) -> list[int]:
@@ -264,7 +317,9 @@ class _Reader(Dataset):
             torch.from_numpy(np.concatenate([np.asarray(self.samples[row].ignore, bool) for row in rows])),
             self._class_scores(rows),
         )
-        return Batch(torch.from_numpy(images), targets, torch.tensor(rows), scale, content[:, :2].clone(), content)
+        is_labelled = torch.tensor([getattr(self.samples[row], "is_labelled", True) for row in rows])
+        pad = content[:, :2].clone()
+        return Batch(torch.from_numpy(images), targets, torch.tensor(rows), scale, pad, content, is_labelled)
 
     def _class_scores(self, rows: list[int]) -> Tensor | None:
         """float32 (N, K) for the objects of these rows; None without soft labels. An index has them in all or none."""

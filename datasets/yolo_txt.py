@@ -96,6 +96,13 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
     return DatasetIndex(own_names, tuple(samples), tuple(log.faults), None, "yolo", folders.in_words())
 
 
+def list_pictures(root: Path, split: str) -> tuple[list[Path], FaultLog]:
+    """The pictures of a split, as read_yolo lists them, without a look at any label; and the pictures not found."""
+    yaml_path, log = find_yaml(root), FaultLog()
+    found = _read_yaml(yaml_path, split) if yaml_path is not None else _read_folders(root, split)
+    return [path for entry in found.entries for path in _list_pictures(found.base, entry, None, log)], log
+
+
 class Place(NamedTuple):
     """The folders of labels and of soft labels (None: there are none) for a folder of pictures."""
 
@@ -255,8 +262,11 @@ def _number_names(base: Path, log: FaultLog) -> tuple[str, ...]:
     return tuple(map(str, range(largest + 1)))
 
 
-def _list_pictures(base: Path, entry: str, folders: LabelFolders, log: FaultLog) -> list[Path]:
-    """The pictures of a folder (with its subfolders, sorted) or of a list file (in its order)."""
+def _list_pictures(base: Path, entry: str, folders: LabelFolders | None, log: FaultLog) -> list[Path]:
+    """The pictures of a folder (with its subfolders, sorted) or of a list file (in its order).
+
+    folders: gets the place of their labels; None: labels do not matter.
+    """
     straight = entry.replace("\\", "/")  # Windows' separator; some exporters write paths one folder too high
     choices = [base / spelled for spelled in (entry, straight, straight.removeprefix("../"))]
     path = next((choice for choice in choices if choice.exists()), choices[0])
@@ -282,7 +292,7 @@ def _spellings(line: str) -> list[str]:
     return list(dict.fromkeys((line, straight, straight.removeprefix("data/"))))
 
 
-def _list_folder(path: Path, folders: LabelFolders, log: FaultLog) -> list[Path]:
+def _list_folder(path: Path, folders: LabelFolders | None, log: FaultLog) -> list[Path]:
     files = list_files(path, (*SUFFIXES, *UNREAD))
     found = [file for file in files if file.suffix.lower() not in UNREAD]
     unread = [file for file in files if file.suffix.lower() in UNREAD]
@@ -290,9 +300,10 @@ def _list_folder(path: Path, folders: LabelFolders, log: FaultLog) -> list[Path]
     if not found:
         also = f"; {len(unread)} in formats that are not read, the first {unread[0].name}" if unread else ""
         raise UserError(f"{path.resolve()}: no pictures in this folder, expected {', '.join(SUFFIXES)}{also}")
-    folders.choose(found)
-    folders.choose(unread)
-    _log_orphans(path, files, folders, log)
+    if folders is not None:
+        folders.choose(found)
+        folders.choose(unread)
+        _log_orphans(path, files, folders, log)
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from config import TermConfig
 from datasets.class_names import join_classes
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
+from distill.batch import BatchOutputs
 from distill.checks import FIXED_MAPS, check_terms, term_name
 from distill.outputs import content_at, in_precision_of, named_map, only_at
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
@@ -133,25 +134,40 @@ class Criterion(nn.Module):
         targets: Targets,
         epoch: float,
         content: Tensor | None = None,
+        is_labelled: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Named, weighted float32 scalars, one per term, in the order of the config; 0 where its schedule is 0.
 
         t_outputs: each teacher's output for the same images. targets: the objects of the batch.
         epoch: fractional, step / steps per epoch.
         content: (B, 1, H, W) bool, False in the padding of the images; None: no padding.
+        is_labelled: (B,) bool, for terms that act on labelled or unlabelled images: the loss of such a term is that of
+            a batch of these images alone, 0 without any; None: all are labelled.
         """
         losses: dict[str, Tensor] = {}
-        shared: dict[str, dict[Hashable, Any]] = {name: {} for name in t_outputs}
+        whole = BatchOutputs(s_output, t_outputs, targets, content)
+        parts: dict[str, BatchOutputs | None] = {"all": whole}  # by TermConfig.on
         trust = self._teacher_weights(s_output, t_outputs, targets)
         for name, term in self.terms.items():
             factor = term.weight * schedule_factor(term, epoch, self.epochs)
-            if factor == 0:
+            if term.on not in parts:
+                parts[term.on] = self._images_of(term.on, whole, is_labelled)
+            part = parts[term.on]
+            if factor == 0 or part is None:
                 losses[name] = torch.zeros((), device=targets.boxes_xyxy.device)
                 continue
-            teacher = term.teacher
-            value = self._term_loss(term, s_output, t_outputs[teacher], targets, shared[teacher], content)
+            t_output, shared = part.t_outputs[term.teacher], part.shared.setdefault(term.teacher, {})
+            value = self._term_loss(term, part.s_output, t_output, part.targets, shared, part.content)
             losses[name] = factor * trust[term.teacher] * value if term.teacher in trust else factor * value
         return losses
+
+    @staticmethod
+    def _images_of(kind: str, batch: BatchOutputs, is_labelled: Tensor | None) -> BatchOutputs | None:
+        """The labelled or the unlabelled images of a batch; None where it has none."""
+        if is_labelled is None:
+            return batch if kind == "labelled" else None
+        chosen = is_labelled if kind == "labelled" else ~is_labelled
+        return batch.of_images(chosen) if chosen.any() else None
 
     def requested_outputs(self, teacher: str) -> frozenset[str] | None:
         """The parts of a teacher's output that its terms read, so that it need not compute the rest; None: all."""

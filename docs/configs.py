@@ -23,6 +23,8 @@ PAGE = Path(__file__).with_suffix(".md")
 SECTIONS: list[tuple[str, str, type]] = [  # title, what stands before a key on the command line, the dataclass
     ("The top level", "", config.Config),
     ("data", "data.", config.DataConfig),
+    ("data.unlabelled", "data.unlabelled.", config.UnlabelledConfig),
+    ("data.unlabelled.pseudo", "data.unlabelled.pseudo.", config.PseudoBoxConfig),
     ("student", "student.", config.ModelConfig),
     ("student.inherit", "student.inherit.", config.InheritConfig),
     ("teachers, a list", "teachers.0.", config.TeacherConfig),

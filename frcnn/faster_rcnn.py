@@ -15,7 +15,7 @@ Two deliberate differences: ignored objects are left out of the losses (matching
 at the sampled anchors only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Unpack
 
@@ -34,7 +34,7 @@ from frcnn.resnet import ResNet
 from frcnn.rpn import RPNHead, Selection, select_proposals
 from frcnn.vit import SimpleFeaturePyramid, VisionTransformer
 from kernels.roi_align import assign_levels, roi_align
-from structures import Detections, Targets
+from structures import OF_BATCH, Detections, Targets
 from weights import ClassRows, PublicLayout
 
 SIZE_MULTIPLE = 32
@@ -64,7 +64,7 @@ class FasterRCNNOutput:
     features: dict[str, Tensor]
     objectness_logits: Tensor
     box_deltas: Tensor
-    anchors_xyxy: Tensor
+    anchors_xyxy: Tensor = field(metadata=OF_BATCH)
     level_counts: list[int]
     image_size: tuple[int, int]
     selection: Selection

@@ -17,6 +17,7 @@ from engine.runtime.processes import Processes, choose_device, use_bfloat16
 from engine.training import building, reporting
 from engine.training.dry_run import losses_of_batch
 from engine.training.optimization import Ema
+from engine.training.splits import open_splits
 from engine.training.state import TrainingState
 from errors import UserError
 from layers.fusion import fuse
@@ -272,15 +273,15 @@ def test_position_is_over():
 def test_holdout_is_a_partition_and_the_same_for_every_seed(make_tiny):
     quiet = lambda line: None
     config = make_tiny(data={"holdout_fraction": 0.25})
-    splits = building.open_splits(config, quiet)
+    splits = open_splits(config, quiet)
     names = lambda index: [sample.image_path.name for sample in index.samples]
     kept, held = names(splits.train), names(splits.holdout)
     assert len(held) == 6 and len(kept) == 18 and not set(kept) & set(held) and kept == sorted(kept)
-    other = building.open_splits(dataclasses.replace(config, seed=5), quiet)
+    other = open_splits(dataclasses.replace(config, seed=5), quiet)
     assert names(other.holdout) == held
     for fraction in (0.001, 1.0, -0.1):
         with pytest.raises(UserError, match="holdout_fraction"):
-            building.open_splits(make_tiny(data={"holdout_fraction": fraction}), quiet)
+            open_splits(make_tiny(data={"holdout_fraction": fraction}), quiet)
 
 
 def test_mosaic_closes(make_tiny):
@@ -330,7 +331,7 @@ def test_given_teacher(make_tiny):
 
 def test_starts_from_weights(make_tiny, distilled):
     config = make_tiny(student={"arch": "yolov8n", "weights": str(distilled[0] / "weights" / "best.pt")})
-    splits = building.open_splits(config, lambda line: None)
+    splits = open_splits(config, lambda line: None)
     student = building.build_student(config, splits.names)
     ema = checkpoint.load(distilled[0] / "weights" / "best.pt")["ema"]
     assert all(torch.equal(value, ema[name]) for name, value in student.state_dict().items())

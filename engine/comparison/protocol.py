@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 FREE = (
     *("name", "runs", "seed", "teachers", "terms", "teacher_weighting", "teacher_cache_gigabytes", "save_every_steps"),
     *("data.train", "data.train_root", "data.train_format", "data.max_samples", "data.max_bad_fraction"),
+    *("data.per_class", "data.draw_seed", "data.unlabelled"),
     *("data.workers", "data.cache", "evaluation.every_epochs", "evaluation.batch_size"),
 )
 # Equal in two rows: the same pictures, so the same number of steps.
-PICTURES = ("data.train", "data.train_root", "data.train_format", "data.max_samples")
+PICTURES = ("data.train", "data.train_root", "data.train_format", "data.max_samples", "data.per_class")
 
 
 def differing_keys(a: "Row", b: "Row", allowed: tuple[str, ...] = ()) -> list[str]:
@@ -40,7 +41,9 @@ def differing_keys(a: "Row", b: "Row", allowed: tuple[str, ...] = ()) -> list[st
 def _pictures(row: "Row", flat: dict[str, object]) -> object:
     """A value that is equal for rows with as many pictures: their number, or the keys of the real set."""
     if row.task is None:
-        return tuple(flat[key] for key in PICTURES)
+        unlabelled = row.config.data.unlabelled
+        sources = unlabelled and (unlabelled.rest, unlabelled.split, unlabelled.root, unlabelled.max_samples)
+        return *(flat[key] for key in PICTURES), sources
     return row.task.decoded if row.config.data.train == "train_decoded" else row.task.condense.pictures
 
 

@@ -22,9 +22,10 @@ before the first run that needs it. A section `condense` at the top level holds 
       learnt_5: {condense: {method: gradient_matching, pictures: 5, seed: 0}, seeds: 3}  # one set
 
 A row may change every key of the config except FIXED: sections are merged, lists are replaced. It has the teachers that
-its terms and its student.inherit name, and no others. RowFile lists the keys of a row itself. A row and the rows it is
-compared to must train alike (engine/comparison/protocol.py), except in the keys that it names in `differs`.
-`rows.cwd.terms.0.weight=1.0` overrides one value of a row. A file without `rows` has the rows of `four_rows`.
+its terms, its pseudo boxes and its student.inherit name, and no others. RowFile lists the keys of a row itself. A row
+and the rows it is compared to must train alike (engine/comparison/protocol.py), except in the keys that it names in
+`differs`. `rows.cwd.terms.0.weight=1.0` overrides one value of a row. A file without `rows` has the rows of
+`four_rows`.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ import models
 from config import Config, TeacherConfig, from_tree, read_tree, to_tree
 from engine.comparison.protocol import describe_difference, differing_keys, same_teaching
 from engine.condensing.config import Task, read_condense
-from engine.training.teaching import EMA, used_teachers
+from engine.training.teaching import EMA, pseudo_of, used_teachers
 from errors import UserError
 
 FIXED = ("name", "runs", "seed", "teachers")  # one for the whole study
@@ -139,16 +140,19 @@ def four_rows(config: Config) -> dict[str, Any]:
 
     `longer` is left out if every teacher has weights, because no training time is spent on them.
     """
-    if not config.teachers or not config.terms:
+    if not config.teachers or not (config.terms or pseudo_of(config)):
         raise UserError(
             "keys 'teachers' and 'terms': found none, expected a teacher and a term to compare, or 'rows'; train.py "
             "trains a config without them, and condense.py takes one with a section 'condense'"
         )
     in_place = [teacher.name for teacher in config.teachers if is_trained_in_place(teacher)]
-    rows: dict[str, Any] = {"baseline": {"terms": []}, "distilled": {}}
+    alone: dict[str, Any] = {"terms": []}
+    if config.data.unlabelled is not None:
+        alone["data"] = {"unlabelled": None}
+    rows: dict[str, Any] = {"baseline": alone, "distilled": {}}
     if in_place:
         rows["distilled"] = {"against": ["baseline", "longer"]}
-        rows["longer"] = {"terms": [], "plus_epochs_of": in_place}
+        rows["longer"] = alone | {"plus_epochs_of": in_place}
     return rows
 
 
@@ -179,6 +183,10 @@ def plan(
             if term.teacher not in teachers:
                 expected = ", ".join(teachers) or "no teacher: there are none"
                 raise UserError(f"{where}: key 'terms.{index}.teacher': found {term.teacher!r}, expected {expected}")
+        if (pseudo := pseudo_of(file)) is not None and pseudo.teacher not in teachers:
+            expected = ", ".join(teachers) or "no teacher: there are none"
+            found = f"key 'data.unlabelled.pseudo.teacher': found {pseudo.teacher!r}"
+            raise UserError(f"{where}: {found}, expected {expected}")
         for teacher in config.teachers:
             if teacher.name not in used_teachers(file):
                 continue
@@ -201,8 +209,8 @@ def plan(
     for index, teacher in enumerate(config.teachers):
         if teacher.name not in used:
             raise UserError(
-                f"{source}: key 'teachers.{index}.name': no row has a term that names {teacher.name!r}: "
-                f"it could never act"
+                f"{source}: key 'teachers.{index}.name': no row has a term or pseudo boxes of "
+                f"{teacher.name!r}: it could never act"
             )
     return Study(config, tuple(with_comparisons(planned, files, source)))
 
@@ -284,10 +292,14 @@ def is_trained_in_place(teacher: TeacherConfig) -> bool:
 
 
 def teacher_row(alone: Config, teacher: TeacherConfig, source: str) -> Row:
-    """The row that trains a teacher: the shared protocol with its own model, epochs and optimizer, and one seed."""
+    """The row that trains a teacher: the shared protocol with its own model, epochs and optimizer, and one seed.
+
+    It learns from the labelled pictures alone; those of its key `data` may be others.
+    """
     own = {"weights": teacher.start_weights, "backbone_weights": teacher.backbone_weights}
     tree = to_tree(alone) | {"student": {"arch": teacher.arch, **own}}
     tree["optimizer"] = tree["optimizer"] | teacher.optimizer
+    tree["data"] = tree["data"] | {"unlabelled": None} | teacher.data
     tree["epochs"] = alone.epochs if teacher.epochs is None else teacher.epochs
     config = from_tree(Config, tree, source=f"{source}: teacher {teacher.name!r}")
     return Row(f"teacher_{teacher.name}", config, (alone.seed,), is_teacher=True)

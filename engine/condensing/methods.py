@@ -18,7 +18,7 @@ from datasets.open import open_dataset, require_objects
 from datasets.scan import check, scan
 from distill.condense import coresets, crops
 from engine.condensing.config import NetworkConfig, Task
-from engine.training.building import DECODE_AT_MOST, take, training_set
+from engine.training.splits import DECODE_AT_MOST, take, training_set
 from errors import UserError
 from random_streams import Stream, seeded_generator
 from structures import Detector, Targets

@@ -2,7 +2,9 @@
 
 checks        mistakes in a config and its files that are found before any picture is listed
 student       the detector that is trained, with its start weights
-building      builds data splits, student, teachers, criterion, optimizer and EMA from a config
+splits        the pictures to train on, with and without labels, and those to measure on
+pseudo_boxes  a teacher's detections as boxes of pictures without labels
+building      builds student, teachers, criterion, optimizer and EMA from a config and its pictures
 teaching      builds the frozen teachers, and computes their outputs for a batch
 batch_norms   finds batches that are too small for BatchNorm
 optimization  parameter groups, optimizers, schedules, the running mean of the weights

@@ -7,31 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import models
-from config import AugmentConfig, Config, DataConfig
+from config import AugmentConfig, Config
 from datasets.augment import augment, augment_content
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
-from datasets.open import open_dataset, require_objects
-from datasets.overlap import Overlap, find_overlap
-from datasets.scan import ScanReport, check, scan
 from distill.criterion import Criterion
 from engine.runtime.processes import Processes, use_bfloat16
 from engine.training.batch_norms import check_batches
-from engine.training.checks import check_config, check_data
+from engine.training.checks import check_config
 from engine.training.optimization import Ema, apply_schedule, build_optimizer
+from engine.training.splits import Splits, check_mixture, count_pictures, open_indexes, scan_splits, with_unlabelled
 from engine.training.state import fingerprint
 from engine.training.student import build_student
 from engine.training.teaching import Teachers, build_teachers
-from errors import UserError
 from random_streams import Stream, seeded_generator
 from structures import DenseDetector, Targets
-
-DECODE_AT_MOST = 20_000  # a split of more pictures is not decoded before training: only the headers are read
 
 
 class Learner(nn.Module):
@@ -46,18 +40,6 @@ class Learner(nn.Module):
 
     def forward(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         return compute()
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The pictures of a run. `holdout`: a part of the training pictures that is never trained on, or None."""
-
-    names: tuple[str, ...]
-    train: DatasetIndex
-    holdout: DatasetIndex | None
-    test: DatasetIndex
-    reports: dict[str, ScanReport]
-    overlaps: tuple[Overlap, ...] = ()  # pictures that the test split and the held-out part share with those trained on
 
 
 @dataclass
@@ -88,7 +70,12 @@ def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -
     # Augmentation drops objects, so the targets stay on the host until their number is known.
     images = batch.images.to(setup.processes.device, non_blocking=True)
     images, targets = augment(
-        images, batch.targets, generator=generator, settings=settings, content_xyxy=batch.content_xyxy
+        images,
+        batch.targets,
+        generator=generator,
+        settings=settings,
+        content_xyxy=batch.content_xyxy,
+        groups=batch.is_labelled,
     )
     if setup.config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -104,7 +91,20 @@ def content_of_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int
         image_size=setup.config.image_size,
         generator=seeded_generator(Stream.AUGMENTATION, setup.config.seed, epoch, number, setup.processes.rank),
         settings=augmentation_at(setup.config, epoch),
+        groups=batch.is_labelled,
     )
+
+
+def images_with_boxes(setup: TrainingSetup, is_labelled: Tensor) -> tuple[Tensor, float]:
+    """(B,) bool, the images that the detection losses learn from, and the weight of these losses.
+
+    They are the labelled ones, and all with pseudo boxes. In a batch without any, the losses of all images count 0, so
+    that every batch has the same losses.
+    """
+    weight = setup.config.detection_weight
+    if setup.splits.pseudo is not None:
+        return torch.ones_like(is_labelled), weight
+    return (is_labelled, weight) if is_labelled.any() else (torch.ones_like(is_labelled), 0.0)
 
 
 def set_learning_rates(setup: TrainingSetup, step: int) -> float:
@@ -159,7 +159,7 @@ def describe_setup(setup: TrainingSetup) -> str:
     teachers = "".join(f", teacher {name} ({count_parameters(t):,})" for name, t in setup.teachers.models.items())
     return (
         f"{setup.config.student.arch} ({count_parameters(setup.student):,} parameters){teachers}, "
-        f"{len(setup.splits.train)} pictures, {setup.config.epochs} epochs of {setup.steps_per_epoch} steps, "
+        f"{setup.splits.describe()}, {setup.config.epochs} epochs of {setup.steps_per_epoch} steps, "
         f"{facts['device']}, {facts['precision']}, {facts['processes']} x {facts['threads']} threads"
     )
 
@@ -187,8 +187,7 @@ def build(
     indexes = open_indexes(config)
     names = indexes["train"].names
     student = place(build_student(config, names, saved, say, given), config, processes.device)
-    total = len(indexes["train"])
-    check_batches(config, total - round(config.data.holdout_fraction * total), student, processes.count)
+    check_batches(config, count_pictures(indexes, config.data), student, processes.count)
     settings = config.optimizer
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
     teachers = build_teachers(config, names, given, ema.model)
@@ -200,6 +199,8 @@ def build(
         if teacher is not ema.model:  # evaluation needs all outputs of that one
             cast(DenseDetector, teacher).requested_outputs = criterion.requested_outputs(name)
     splits = scan_splits(config, indexes, say)  # decodes pictures, so it comes after all cheaper checks
+    splits = with_unlabelled(config, splits, processes, given or {}, say)
+    check_mixture(config.data, config.batch_size, splits, processes.count)
     check_batches(config, len(splits.train), student, processes.count)  # again, without those that did not decode
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)
@@ -213,6 +214,7 @@ def build(
         rank=processes.rank,
         world_size=processes.count,
         pictures_per_epoch=config.data.pictures_per_epoch,
+        labelled_share=None if config.data.unlabelled is None else config.data.unlabelled.labelled_share,
     )
     optimizer = build_optimizer(
         (student, criterion),
@@ -227,8 +229,9 @@ def build(
     bfloat16 = teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
     if config.teacher_cache_gigabytes:
         teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
-    # While a term is off, its adapter gets no gradients.
+    # While a term is off, its adapter gets no gradients. Without detection losses, the student's head may get none.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
+    find_unused |= config.detection_weight == 0
     learner = processes.wrap(Learner(student, criterion), find_unused=find_unused)
     return TrainingSetup(
         config,
@@ -252,92 +255,6 @@ def place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """The module on the device, in the memory format of the config."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return module.to(device, memory_format=memory_format)  # type: ignore[call-overload]  # absent from PyTorch's stubs
-
-
-def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
-    """Read and check the dataset: open_indexes, then scan_splits."""
-    return scan_splits(config, open_indexes(config), say)
-
-
-def open_indexes(config: Config) -> dict[str, DatasetIndex]:
-    """The splits as their labels list them: "whole", "train" (at most data.max_samples of the whole), and "test".
-
-    The choice depends on the dataset and its keys alone, not on the seed: runs of several seeds train on the same
-    pictures. No picture is decoded.
-    """
-    data = config.data
-    check_data(data)
-    whole = open_dataset(*training_set(data), classes=data.classes)
-    train = take(whole, data.max_samples) if 0 < data.max_samples < len(whole) else whole
-    test = open_dataset(data.format, data.root, data.test, classes=data.classes)
-    if train.names != test.names:
-        root = data.train_root or data.root
-        found = f"{root}: the classes of {data.train!r} are {', '.join(train.names)}"
-        raise UserError(f"{found}; expected those of {data.test!r} in {data.root}: {', '.join(test.names)}")
-    return {"whole": whole, "train": train, "test": test}
-
-
-def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[[str], None] = print) -> Splits:
-    """Check the pictures, report those that two splits share, and hold out a part, the same for every seed."""
-    data = config.data
-    overlap = find_overlap(indexes["test"], indexes["whole"], ("test", "train"))
-    refuse_overlap(overlap, data)
-    reports: dict[str, ScanReport] = {}
-    overlaps: list[Overlap] = []
-    for role, place in (("train", training_set(data)), ("test", (data.format, data.root, data.test))):
-        index = indexes[role]
-        report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
-        if role == "test":
-            overlaps.append(overlap.within(reports["train"].index))
-            report = dataclasses.replace(report, notes=(str(overlaps[0]),))
-        reports[role] = report
-        say(report.table() + "\n")
-        check(report, data.max_bad_fraction)
-        with_difficult = role == "test" and config.evaluation.counts_difficult
-        require_objects(report.index, report.title, place[1], with_difficult=with_difficult)
-    train, test = reports["train"].index, reports["test"].index
-    fraction = data.holdout_fraction
-    if fraction == 0:
-        return Splits(train.names, train, None, test, reports, tuple(overlaps))
-    held = round(fraction * len(train))
-    if not 0 < held < len(train):
-        raise UserError(f"key 'data.holdout_fraction': {fraction} of {len(train)} pictures is {held}, expected some")
-    order = np.random.default_rng(0).permutation(len(train))
-    kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
-    train, holdout = train.subset(kept), train.subset(held_out)
-    overlaps.append(find_overlap(holdout, train, ("the held-out part", "train")))
-    if overlaps[-1].shared:
-        say(f"{overlaps[-1]}\n")
-    return Splits(train.names, train, holdout, test, reports, tuple(overlaps))
-
-
-def refuse_overlap(overlap: Overlap, data: DataConfig) -> None:
-    """UserError where every test picture is one of the training split, unless the config allows it."""
-    if overlap.is_whole and not data.allow_overlap:
-        raise UserError(
-            f"data.test {data.test!r} has no picture of its own: {overlap}; expected others, which `python -m "
-            f"datasets.split` makes of one split, or data.allow_overlap=true to measure what is remembered"
-        )
-
-
-def training_set(data: DataConfig) -> tuple[str, str, str]:
-    """Format, root and split of the training pictures."""
-    return data.train_format or data.format, data.train_root or data.root, data.train
-
-
-def count_training_pictures(data: DataConfig) -> int:
-    """The number of pictures that a run trains on, without decoding them."""
-    count = len(open_dataset(*training_set(data), classes=data.classes))
-    count = min(count, data.max_samples) if data.max_samples > 0 else count
-    return count - round(data.holdout_fraction * count)
-
-
-def take(index: DatasetIndex, count: int) -> DatasetIndex:
-    """`count` pictures of an index in its order, with their faults. The choice is random, but always the same."""
-    rows = np.sort(np.random.default_rng(0).permutation(len(index))[:count]).tolist()
-    taken = index.subset(rows)
-    theirs = {"", *(sample.image_path.name for sample in taken.samples)}  # "": a fault of a whole file
-    return dataclasses.replace(taken, faults=tuple(fault for fault in index.faults if fault.picture in theirs))
 
 
 def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import checkpoint
 import models
-from config import Config, DataConfig
+from config import Config, DataConfig, UnlabelledConfig
 from distill.checks import check_terms
 from engine.training.student import backbone_of, check_backbone, check_inherit, find_backbone_file, inherit_source
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
@@ -34,6 +34,7 @@ def check_config(config: Config, given: Collection[str] = (), processes: int = 1
     check_student(config, given, is_resumed=is_resumed)
     check_names(config, given)
     check_terms(config.terms, tuple(teacher.name for teacher in config.teachers))
+    check_use_of_unlabelled(config)
     check_teachers(config, given)
     if config.teacher_cache_gigabytes:
         check_unaugmented(config)
@@ -80,6 +81,13 @@ def check_data(data: DataConfig) -> None:
         raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
     if data.max_samples < -1:
         raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or -1 for all")
+    if data.per_class < 0 or (data.per_class and data.max_samples > 0):
+        found = f"key 'data.per_class': found {data.per_class}"
+        raise UserError(f"{found}, expected a number of pictures without data.max_samples, or 0 for all")
+    if data.draw_seed is not None and (data.draw_seed < 0 or not data.per_class):
+        raise UserError(f"key 'data.draw_seed': found {data.draw_seed}, expected 0 or more beside data.per_class")
+    if data.unlabelled is not None:
+        check_unlabelled(data.unlabelled)
     if data.pictures_per_epoch < 0:
         found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
         raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
@@ -90,6 +98,58 @@ def check_data(data: DataConfig) -> None:
         raise UserError(f"key 'data.max_bad_fraction': found {data.max_bad_fraction}, expected a number in 0..1")
     if data.workers < 0:
         raise UserError(f"key 'data.workers': found {data.workers}, expected a number, or 0 for none")
+
+
+def check_unlabelled(settings: UnlabelledConfig) -> None:
+    """The keys of the pictures without labels, and of their pseudo boxes."""
+    key = "key 'data.unlabelled"
+    if not settings.rest and settings.split is None and settings.root is None:
+        raise UserError(f"{key}': found no pictures, expected rest: true, a split, or the root of a folder")
+    if settings.format is not None and settings.split is None:
+        raise UserError(f"{key}.format': found {settings.format} without a split, expected both")
+    if settings.max_samples < 0:
+        raise UserError(f"{key}.max_samples': found {settings.max_samples}, expected a number, or 0 for all")
+    if settings.labelled_share is not None and not 0 < settings.labelled_share < 1:
+        raise UserError(f"{key}.labelled_share': found {settings.labelled_share}, expected a number between 0 and 1")
+    if (pseudo := settings.pseudo) is None:
+        return
+    for name, value in {"threshold": pseudo.threshold, **pseudo.class_thresholds}.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= 1:
+            where = "threshold" if name == "threshold" else f"class_thresholds.{name}"
+            raise UserError(f"{key}.pseudo.{where}': found {value!r}, expected a score above 0 and at most 1")
+    if not 0 < pseudo.ignore_above <= 1:
+        raise UserError(f"{key}.pseudo.ignore_above': found {pseudo.ignore_above}, expected above 0 and at most 1")
+    if pseudo.boxes_per_object is not None and not (
+        math.isfinite(pseudo.boxes_per_object) and pseudo.boxes_per_object > 0
+    ):
+        raise UserError(f"{key}.pseudo.boxes_per_object': found {pseudo.boxes_per_object}, expected a number above 0")
+    if pseudo.iou_threshold is not None and not 0 < pseudo.iou_threshold <= 1:
+        raise UserError(f"{key}.pseudo.iou_threshold': found {pseudo.iou_threshold}, expected above 0 and at most 1")
+    if pseudo.image_size is not None and (pseudo.image_size < SIZE_MULTIPLE or pseudo.image_size % SIZE_MULTIPLE):
+        found = f"{key}.pseudo.image_size': found {pseudo.image_size}"
+        raise UserError(f"{found}, expected a multiple of {SIZE_MULTIPLE}")
+
+
+def check_use_of_unlabelled(config: Config) -> None:
+    """UserError for pictures without labels from which nothing learns, and for terms on kinds that are not there."""
+    is_there = config.data.unlabelled is not None
+    for index, term in enumerate(config.terms):
+        if term.on != "all" and not is_there:
+            raise UserError(f"key 'terms.{index}.on': found {term.on} without data.unlabelled, expected all")
+    if config.data.unlabelled is None:
+        return
+    pseudo = config.data.unlabelled.pseudo
+    if pseudo is None and all(term.on == "labelled" for term in config.terms):
+        raise UserError("key 'data.unlabelled': no term acts on these pictures, and they have no pseudo boxes")
+    if pseudo is None:
+        return
+    if not config.detection_weight:
+        raise UserError("key 'data.unlabelled.pseudo': nothing learns from boxes, expected detection_weight above 0")
+    teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
+    if teacher.arch == EMA or teacher.arch in models.TEACHERS:
+        found = f"key 'data.unlabelled.pseudo.teacher': {teacher.name!r} is {teacher.arch}"
+        raise UserError(f"{found}, expected a detector that learns nothing during the run")
 
 
 def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bool = False) -> None:

@@ -18,10 +18,11 @@ from engine.training.building import (
     content_of_batch,
     count_parameters,
     describe_setup,
+    images_with_boxes,
     set_learning_rates,
 )
 from engine.training.run_pictures import in_eval_mode
-from structures import Detector, Targets
+from structures import Detector, Targets, select_images
 
 
 def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> None:
@@ -37,9 +38,11 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
         s_output = setup.student(images)
     setup.learner.train()
     epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
-    terms = losses_of_batch(setup, images, targets, t_outputs, epoch, content_of_batch(setup, batch, 0, 0))
+    content = content_of_batch(setup, batch, 0, 0)
+    terms = losses_of_batch(setup, images, targets, t_outputs, epoch, content, batch.is_labelled)
     print(describe_setup(setup))
-    print(f"batch: {len(batch)} pictures, {len(targets)} objects after augmentation")
+    kinds = "" if batch.is_labelled.all() else f", {int(batch.is_labelled.sum())} of them labelled"
+    print(f"batch: {len(batch)} pictures{kinds}, {len(targets)} objects after augmentation")
     if setup.criterion.terms:
         print(map_table(setup.criterion, s_output, t_outputs))
     print(balance_table(balances(terms, setup.student, set(setup.criterion.terms))))
@@ -61,13 +64,18 @@ def losses_of_batch(
     t_outputs: dict[str, Any],
     epoch: float,
     content: Tensor | None = None,
+    is_labelled: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Every loss by name, weighted, as in a training step on one process."""
+    """Every loss by name, weighted, as in a training step on one process. is_labelled: Batch's; None: all are."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
         s_output = setup.student(images)
-    losses = cast(Detector, setup.student).losses(s_output, targets)
-    losses = {name: setup.config.detection_weight * value for name, value in losses.items()}
-    return losses | setup.criterion(s_output, t_outputs, targets, epoch, content)
+    is_labelled = torch.ones(len(images), dtype=torch.bool) if is_labelled is None else is_labelled
+    boxed, weight = images_with_boxes(setup, is_labelled)
+    losses = {}
+    if setup.config.detection_weight:
+        losses = cast(Detector, setup.student).losses(select_images(s_output, boxed), targets.of_images(boxed))
+    losses = {name: weight * value for name, value in losses.items()}
+    return losses | setup.criterion(s_output, t_outputs, targets, epoch, content, is_labelled)
 
 
 def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) -> str:

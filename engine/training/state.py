@@ -12,7 +12,10 @@ from datasets.index import DatasetIndex
 from errors import UserError
 
 # The result does not depend on these keys, so a resumed run may change them freely.
-FREE_KEYS = ("name", "runs", "save_every_steps", "data.root", "data.train_root", "data.workers", "data.cache")
+FREE_KEYS = (
+    *("name", "runs", "save_every_steps", "data.root", "data.train_root", "data.unlabelled.root", "data.workers"),
+    "data.cache",
+)
 
 
 @dataclass
@@ -64,6 +67,8 @@ def fingerprint(index: DatasetIndex) -> str:
     for sample in index.samples:
         digest.update(f"\n{sample.image_path.name} {sample.width} {sample.height} ".encode())
         digest.update(sample.boxes_xyxy.tobytes() + sample.labels.tobytes() + sample.ignore.tobytes())
+        if not sample.is_labelled:
+            digest.update(b"unlabelled")
         if sample.class_scores is not None:
             digest.update(sample.class_scores.tobytes())
     return digest.hexdigest()

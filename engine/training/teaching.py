@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-from config import Config, TeacherConfig
+from config import Config, PseudoBoxConfig, TeacherConfig
 from datasets.download import how_to_fetch
 from distill.criterion import TeacherFacts
 from distill.probing import probe
@@ -105,31 +105,44 @@ def build_teachers(
     given: modules by name, instead of weights, with the dataset's classes. One that reads text gets these classes as
     prompts, unless it has classes already.
     ema: the running average of the student.
-    UserError for a teacher that no term names: its forward pass would cost time and teach nothing.
+    A teacher that no term names is not among them: it makes pseudo boxes before the training (pseudo_boxes.py).
     """
     given = given or {}
     check_names(config, given)
     frozen, facts = {}, {}
-    teaching = {term.teacher for term in config.terms}  # one that the student only inherits from does not teach
+    teaching = {term.teacher for term in config.terms}  # others make pseudo boxes or lend the student its channels
     for index, teacher in enumerate(config.teachers):
-        key = f"key 'teachers.{index}"
         if teacher.name not in teaching:
             continue
-        if teacher.name in given:
-            model = given[teacher.name]
-            t_names = set_class_prompts(model, teacher, key, names)
-        else:
-            model, t_names = load(teacher, key, names, ema)
-        model.eval().requires_grad_(False)
-        frozen[teacher.name] = model if teacher.arch == EMA else fuse(model)
+        key = f"key 'teachers.{index}"
+        model, t_names = load_frozen(teacher, key, names, given, ema)
+        frozen[teacher.name] = model
         size = input_size(teacher, key, model, config.image_size)
         facts[teacher.name] = TeacherFacts(t_names, size, {str(s): str(t) for s, t in teacher.aliases.items()})
     return Teachers(frozen, facts, changing=frozenset(t.name for t in config.teachers if t.arch == EMA))
 
 
+def load_frozen(
+    teacher: TeacherConfig, key: str, names: tuple[str, ...], given: dict[str, nn.Module], ema: nn.Module | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The frozen model of a teacher, given or from its file, and the names of its classes."""
+    if teacher.name in given:
+        model = given[teacher.name]
+        t_names = set_class_prompts(model, teacher, key, names)
+    else:
+        model, t_names = load(teacher, key, names, ema)
+    model.eval().requires_grad_(False)
+    return (model if teacher.arch == EMA else fuse(model)), t_names
+
+
 def check_names(config: Config, given: Collection[str]) -> None:
-    """UserError for a name used twice, a teacher that no term names, and a given module that the config lacks."""
-    names = [teacher.name for teacher in config.teachers]
+    """UserError for a name used twice, a teacher that neither a term nor data.unlabelled.pseudo names, a teacher of
+    pseudo boxes that is not there, and a given module that the config lacks.
+    """
+    names, pseudo = [teacher.name for teacher in config.teachers], pseudo_of(config)
+    if pseudo is not None and pseudo.teacher not in names:
+        expected = ", ".join(names) or "a teacher: there is none"
+        raise UserError(f"key 'data.unlabelled.pseudo.teacher': found {pseudo.teacher!r}, expected {expected}")
     for name in given:
         if name not in names:
             raise UserError(f"teacher {name!r} is not among the teachers of the config")
@@ -141,9 +154,15 @@ def check_names(config: Config, given: Collection[str]) -> None:
 
 
 def used_teachers(config: Config) -> set[str]:
-    """The names of the teachers that a term names, or that the student inherits its channels from."""
-    inherit = config.student.inherit
-    return {term.teacher for term in config.terms} | ({inherit.teacher} if inherit and inherit.teacher else set())
+    """The names of the teachers of terms, of pseudo boxes, and of the channels that the student inherits."""
+    inherit, pseudo = config.student.inherit, pseudo_of(config)
+    used = {term.teacher for term in config.terms} | ({inherit.teacher} if inherit and inherit.teacher else set())
+    return used | ({pseudo.teacher} if pseudo is not None else set())
+
+
+def pseudo_of(config: Config) -> PseudoBoxConfig | None:
+    """The pseudo boxes that a run trains on; None without."""
+    return None if config.data.unlabelled is None else config.data.unlabelled.pseudo
 
 
 def find_file(teacher: TeacherConfig, key: str) -> str | None:

@@ -111,7 +111,7 @@ def test_a_dataset_format(monkeypatch, tmp_path):
     for name, read in row_of(row, run_block(code)).items():
         monkeypatch.setitem(READERS, name, read)
     source = Path(config.__file__).read_text(encoding="utf-8")
-    assert source.count('["voc", "coco", "yolo", "kitti", "shapes"]') == 2  # the two lists of formats
+    assert source.count('["voc", "coco", "yolo", "kitti", "shapes"]') == 3  # the lists of formats
     assert set(typing.get_args(typing.get_type_hints(config.DataConfig)["format"])) == set(READERS) - {"csv"}
     for name in ("a.png", "b.png"):
         Image.new("RGB", (40, 30)).save(tmp_path / name)
@@ -134,7 +134,7 @@ def test_an_augmentation():
         augment,
         ('"flip_horizontal", "flip_vertical")\nGEOMETRY', '"flip_horizontal", "flip_vertical", "grayscale")\nGEOMETRY'),
         ("    value_gain: Tensor\n\n", f"    value_gain: Tensor\n{field}\n"),
-        ("\n    keys.fill_diagonal_", drawn + "\n    keys.fill_diagonal_"),
+        ("\n    # Sorted, each row", drawn + "\n    # Sorted, each row"),
         ("        value_gain=1 +", f"        {value},\n        value_gain=1 +"),
         (
             "    return images, targets\n\n\ndef check_settings",

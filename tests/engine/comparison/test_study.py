@@ -153,7 +153,7 @@ def test_names_no_row_may_have(write, name):
 def test_mistakes_at_the_top_level(write):
     with pytest.raises(UserError, match="unknown key 'epoch', did you mean 'epochs'"):
         load_study(write(epoch=3))
-    with pytest.raises(UserError, match=r"'teachers.1.name': no row has a term that names 'given'"):
+    with pytest.raises(UserError, match=r"'teachers.1.name': no row has a term or pseudo boxes of 'given'"):
         load_study(write({"baseline": {}, "taught": ROWS["taught"]}))
     with pytest.raises(UserError, match="'teachers': two have the same name"):
         load_study(write(teachers=[TEACHERS[0], TEACHERS[0]]))

@@ -48,9 +48,9 @@ def no_data(monkeypatch):
         raise AssertionError("a dataset was opened")
 
     import engine.condensing.methods
-    from engine.training import building
+    from engine.training import splits
 
-    for module in (opening, building, compare, engine.condensing.methods):
+    for module in (opening, splits, compare, engine.condensing.methods):
         monkeypatch.setattr(module, "open_dataset", fail)
 
 

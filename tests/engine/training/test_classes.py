@@ -8,7 +8,7 @@ import pytest
 import checkpoint
 import eval
 import models
-from engine.training.building import count_training_pictures, open_splits
+from engine.training.splits import count_training_pictures, open_splits
 from engine.training.state import describe_model
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
@@ -35,7 +35,7 @@ def test_a_run_trains_and_tests_on_the_classes(tmp_path):
 def test_all_pictures_or_some(tmp_path, max_samples, expected):
     root = write_dataset(tmp_path / "data", train=6, test=4)
     config = tiny_config(root, tmp_path, data={"max_samples": max_samples})
-    assert len(open_splits(config, lambda table: None).train) == expected == count_training_pictures(config.data)
+    assert len(open_splits(config, lambda table: None).train) == expected == count_training_pictures(config)
 
 
 def test_an_evaluation_takes_the_classes_of_the_checkpoint_of_the_config_or_of_the_flag(tmp_path):

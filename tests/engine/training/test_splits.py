@@ -7,7 +7,7 @@ import pytest
 
 from datasets.convert import convert
 from datasets.open import open_dataset
-from engine.training import building
+from engine.training.splits import open_splits, take
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
 
@@ -19,7 +19,7 @@ def make(tmp_path):
 
     def splits(seed=0, **data):
         config = tiny_config(tmp_path / "set", tmp_path / "runs", data=data, seed=seed)
-        return building.open_splits(config, lambda text: None)
+        return open_splits(config, lambda text: None)
 
     return splits
 
@@ -56,12 +56,12 @@ def test_only_the_faults_of_taken_pictures_count(make, tmp_path):
     assert [fault.picture for fault in index.faults] == ["000.png"]
     counts = []
     for count in range(1, 13):
-        taken = building.take(index, count)
+        taken = take(index, count)
         counts.append(len(taken.faults))
         assert counts[-1] == ("000.png" in names(taken)), count
     assert set(counts) == {0, 1}
     of_the_file = dataclasses.replace(index.faults[0], picture="")
-    assert building.take(dataclasses.replace(index, faults=(of_the_file,)), 1).faults == (of_the_file,)
+    assert take(dataclasses.replace(index, faults=(of_the_file,)), 1).faults == (of_the_file,)
 
 
 def test_training_pictures_of_another_root_and_format_with_the_test_split_of_the_first(make, tmp_path):
@@ -142,6 +142,6 @@ def test_a_test_split_of_difficult_objects_alone_is_refused_where_they_do_not_co
     for evaluation in ({}, {"protocol": "voc12", "ignore_difficult": False}):
         config = tiny_config(tmp_path / "voc", tmp_path / "runs", data=data, evaluation=evaluation)
         with pytest.raises(UserError, match=r"voc test: 3 pictures and not one object.* to be ignored, and no others"):
-            building.open_splits(config, lambda text: None)
+            open_splits(config, lambda text: None)
     config = tiny_config(tmp_path / "voc", tmp_path / "runs", data=data, evaluation={"ignore_difficult": False})
-    assert len(building.open_splits(config, lambda text: None).test) == 3
+    assert len(open_splits(config, lambda text: None).test) == 3

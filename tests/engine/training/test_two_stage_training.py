@@ -8,6 +8,7 @@ import torch
 import checkpoint
 import models
 import train
+from datasets.open import open_dataset
 from engine.evaluation import measuring
 from engine.runtime import run_folder
 from engine.training import building
@@ -153,7 +154,7 @@ def public_state(backbone: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_two_stage_models_are_evaluated(data, tmp_path):
     path = save_teacher(tmp_path / "model.pt", arch="fasterrcnn_mobilenet_v3_small")
     model, _ = checkpoint.load_model(path)
-    index = building.open_dataset("yolo", data, "test")
+    index = open_dataset("yolo", data, "test")
     result = measuring.evaluate_model(model, index, image_size=SIZE, batch_size=2, device="cpu")
     assert 0 <= result.numbers["mAP50-95"] <= 1
 

@@ -1,0 +1,251 @@
+"""Pseudo boxes: a teacher's detections on pictures without labels, from which the student learns as from labels.
+
+The teacher sees each picture once, before the training: letterboxed at the teacher's own size, without augmentation.
+Its detections become objects, ignored regions or nothing:
+
+    score >= threshold of the class                 an object
+    ignore_above <= score < threshold               ignored: neither learnt as an object nor as background
+    below, and classes that the dataset lacks       nothing
+
+The thresholds are one number, numbers for some classes, or chosen for each class so that its pseudo boxes are as many
+for a picture as its objects in the labelled pictures (class_thresholds_by_count). Chen et al., "Label Matching
+Semi-Supervised Object Detection", arXiv:2206.06608, choose them by that idea, anew during the training.
+
+The detections are kept in <runs>/pseudo_boxes/<fingerprint>.npz, so all rows and seeds of a study share them. Other
+thresholds need no other file.
+"""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoint
+import models
+from config import Config, PseudoBoxConfig
+from datasets.class_names import join_classes
+from datasets.index import DatasetIndex
+from datasets.loader import Loader
+from engine.evaluation.measuring import detect_all
+from engine.training.teaching import load_frozen
+from errors import UserError
+from metrics.tables import DetectionTable
+from structures import DenseDetector
+from teachers.output_cache import fingerprint_of
+
+LOWEST_SCORE = 0.01  # detections are kept from here on, for every choice of thresholds
+BATCH = 32  # pictures of one forward pass
+COLUMNS = ("image", "boxes_xyxy", "scores", "labels")
+
+
+@dataclass(frozen=True, eq=False)
+class PseudoBoxes:
+    """The pseudo boxes of M detections. names: the dataset's classes.
+
+    detections: image is a row of the pictures without labels, labels are the dataset's classes.
+    thresholds (K,): from this score on a detection is an object. ignore_above: from this one on it is ignored.
+    """
+
+    teacher: str
+    image_size: int
+    iou_threshold: float
+    names: tuple[str, ...]
+    detections: DetectionTable
+    thresholds: np.ndarray
+    ignore_above: float
+    pictures: int
+
+    @property
+    def is_object(self) -> np.ndarray:
+        """(M,) bool."""
+        return self.detections.scores >= self.thresholds[self.detections.labels]
+
+    @property
+    def is_ignored(self) -> np.ndarray:
+        """(M,) bool."""
+        return (self.detections.scores >= self.ignore_above) & ~self.is_object
+
+    def index(self, pictures: DatasetIndex) -> DatasetIndex:
+        """The pictures without labels, with these boxes."""
+        found = self.detections[self.is_object | self.is_ignored]
+        ignore = found.scores < self.thresholds[found.labels]
+        samples = []
+        for row, sample in enumerate(pictures.samples):
+            own = found.image == row
+            boxes, labels = found.boxes_xyxy[own], found.labels[own]
+            samples.append(
+                replace(
+                    sample,
+                    boxes_xyxy=boxes,
+                    labels=labels,
+                    ignore=ignore[own],
+                    area=found.box_area[own],
+                    crowd=np.zeros(len(labels), bool),
+                )
+            )
+        return replace(pictures, samples=tuple(samples))
+
+    def to_tree(self) -> dict:
+        """Plain values for report.json."""
+        counts = {
+            name: {
+                "threshold": float(self.thresholds[label]),
+                "objects": int((self.is_object & (self.detections.labels == label)).sum()),
+                "ignored": int((self.is_ignored & (self.detections.labels == label)).sum()),
+            }
+            for label, name in enumerate(self.names)
+        }
+        return {
+            "teacher": self.teacher,
+            "image_size": self.image_size,
+            "iou_threshold": self.iou_threshold,
+            "ignore_above": self.ignore_above,
+            "pictures": self.pictures,
+            "classes": counts,
+        }
+
+    def __str__(self) -> str:
+        tree = self.to_tree()
+        rows = [("class", "threshold", "objects", "ignored")]
+        rows += [(n, f"{c['threshold']:.3f}", str(c["objects"]), str(c["ignored"])) for n, c in tree["classes"].items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
+            for row in rows
+        ]
+        head = f"pseudo boxes of teacher {self.teacher!r} at {self.image_size} px in {self.pictures} pictures, "
+        head += f"suppressed above IoU {self.iou_threshold:g}, ignored from score {self.ignore_above:g}"
+        return "\n".join([head, *lines])
+
+
+def make_pseudo_boxes(
+    config: Config,
+    pictures: DatasetIndex,
+    labelled: DatasetIndex,
+    given: dict[str, nn.Module],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> PseudoBoxes:
+    """The pseudo boxes that config.data.unlabelled.pseudo asks for, from the cache or made now.
+
+    pictures: those without labels. labelled: those that the run trains on, for thresholds chosen by their number of
+    objects. given: teachers by name, instead of their weights. UserError for a teacher that detects no boxes.
+    """
+    assert config.data.unlabelled is not None and config.data.unlabelled.pseudo is not None
+    settings, names = config.data.unlabelled.pseudo, labelled.names
+    number = [teacher.name for teacher in config.teachers].index(settings.teacher)
+    teacher, key = config.teachers[number], f"key 'teachers.{number}"
+    model, t_names = load_frozen(teacher, key, names, given, None)
+    try:
+        columns, t_columns = join_classes(names, t_names, aliases={str(s): str(t) for s, t in teacher.aliases.items()})
+    except ValueError as error:
+        raise UserError(f"key 'data.unlabelled.pseudo': teacher {teacher.name!r}: {error}") from None
+    missing = [name for label, name in enumerate(names) if label not in columns.tolist()]
+    if missing:
+        say(f"pseudo boxes: teacher {teacher.name!r} knows no {', '.join(missing)}")
+    published = models.published_detection(teacher.arch)
+    iou_threshold = settings.iou_threshold if settings.iou_threshold is not None else published.iou_threshold
+    size = settings.image_size or teacher.image_size
+    if size is None and (teacher.name in given or teacher.weights is None):
+        size = config.image_size
+    elif size is None:
+        size = checkpoint.load_model(str(teacher.weights), teacher.arch)[1].image_size
+    chosen = {
+        "score_threshold": LOWEST_SCORE,
+        "iou_threshold": iou_threshold,
+        "max_detections": published.max_detections,
+    }
+    requested = getattr(model, "requested_outputs", None)  # of a given teacher that also teaches by terms
+    try:
+        if requested is not None:
+            cast(DenseDetector, model).requested_outputs = None
+        memory = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = model.to(device, memory_format=memory)  # type: ignore[call-overload]  # absent from PyTorch's stubs
+        found = detect_once(model, pictures, size, chosen, Path(config.runs) / "pseudo_boxes", device, say)
+    finally:
+        if requested is not None:
+            cast(DenseDetector, model).requested_outputs = requested
+    label_of = np.full(len(t_names), -1)
+    label_of[t_columns.numpy()] = columns.numpy()
+    labels = label_of[found.labels]
+    found = replace(found[labels >= 0], labels=labels[labels >= 0])
+    thresholds = choose_thresholds(settings, found, len(pictures), labelled)
+    return PseudoBoxes(
+        teacher.name, size, iou_threshold, names, found, thresholds, settings.ignore_above, len(pictures)
+    )
+
+
+def choose_thresholds(
+    settings: PseudoBoxConfig, found: DetectionTable, pictures: int, labelled: DatasetIndex
+) -> np.ndarray:
+    """(K,): the score from which a detection of each class is an object."""
+    names = labelled.names
+    thresholds = np.full(len(names), settings.threshold)
+    if settings.boxes_per_object is not None:
+        rows = [sample.labels[~sample.ignore] for sample in labelled.samples]
+        objects = np.bincount(np.concatenate(rows), minlength=len(names))
+        wanted = settings.boxes_per_object * objects / len(labelled) * pictures
+        thresholds = thresholds_by_count(found.scores, found.labels, np.round(wanted).astype(int))
+    for name, value in settings.class_thresholds.items():
+        thresholds[names.index(name)] = value
+    return thresholds
+
+
+def thresholds_by_count(scores: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """(K,): for each class the score of its wanted[k]-th best detection, so that as many are at least that good.
+
+    LOWEST_SCORE for a class with fewer detections, and above 1 for one of which none are wanted.
+    """
+    thresholds = np.full(len(wanted), LOWEST_SCORE)
+    for label, count in enumerate(wanted.tolist()):
+        own = np.sort(scores[labels == label])[::-1]
+        if count == 0:
+            thresholds[label] = 2.0
+        elif count <= len(own):
+            thresholds[label] = own[count - 1]
+    return thresholds
+
+
+def detect_once(
+    model: nn.Module,
+    pictures: DatasetIndex,
+    image_size: int,
+    settings: dict[str, float],
+    folder: Path,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> DetectionTable:
+    """The detections of a frozen teacher in pictures, in its classes: from the file in `folder`, or computed now.
+
+    The file is named by the weights, the size, `settings` (arguments of detect) and the pictures' names and bytes. One
+    that cannot be read is made again, and `say` says so.
+    """
+    digest = hashlib.sha256(fingerprint_of(model, image_size=image_size, **settings).encode())
+    for sample in pictures.samples:
+        digest.update(f"\n{sample.image_path.name} {os.path.getsize(sample.image_path)}".encode())
+    path = folder / f"{digest.hexdigest()[:32]}.npz"
+    if path.is_file():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return DetectionTable(*(file[name] for name in COLUMNS))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            say(f"{path}: damaged, made again ({error})")
+    loader = Loader(pictures, image_size=image_size, batch_size=BATCH, seed=0, shuffle=False)
+    found, _ = detect_all(model, pictures, loader, device, False, settings, None)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, **{name: getattr(found, name) for name in COLUMNS})
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: {error.strerror or error}", exit_code=5) from None
+    return found

@@ -1,0 +1,242 @@
+"""The pictures of a run: opened, checked, divided into those to train on, to choose by and to measure on.
+
+open_indexes(config)        the splits as their labels list them; no picture is decoded
+scan_splits(config, ...)    checks the pictures, reports those that two splits share, holds out a part
+with_unlabelled(...)        adds the pictures without labels, with their pseudo boxes
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from config import Config, DataConfig
+from datasets.index import DatasetIndex
+from datasets.open import open_dataset, require_objects
+from datasets.overlap import Overlap, find_overlap
+from datasets.scan import ScanReport, check, scan
+from datasets.unlabelled import draw_per_class, join, open_pictures, without_labels
+from engine.runtime.processes import Processes
+from engine.training.checks import check_data
+from engine.training.pseudo_boxes import PseudoBoxes, make_pseudo_boxes
+from errors import UserError
+
+DECODE_AT_MOST = 20_000  # a split of more pictures is not decoded before training: only the headers are read
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The pictures of a run.
+
+    train: the labelled ones, then those without labels. holdout: a part of the labelled training pictures that is
+    never trained on, or None. pseudo: the boxes that a teacher made for those without labels.
+    """
+
+    names: tuple[str, ...]
+    train: DatasetIndex
+    holdout: DatasetIndex | None
+    test: DatasetIndex
+    reports: dict[str, ScanReport]
+    overlaps: tuple[Overlap, ...] = ()  # pictures that the test split and the held-out part share with those trained on
+    unlabelled: int = 0  # pictures without labels in `train`
+    pseudo: PseudoBoxes | None = None
+
+    @property
+    def labelled(self) -> int:
+        """The number of labelled pictures in `train`."""
+        return len(self.train) - self.unlabelled
+
+    def describe(self) -> str:
+        """ "360 pictures", or "60 labelled and 300 unlabelled pictures"."""
+        if not self.unlabelled:
+            return f"{len(self.train)} pictures"
+        return f"{self.labelled} labelled and {self.unlabelled} unlabelled pictures"
+
+
+def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
+    """Read and check the dataset: open_indexes, then scan_splits."""
+    return scan_splits(config, open_indexes(config), say)
+
+
+def open_indexes(config: Config) -> dict[str, DatasetIndex]:
+    """The splits as their labels list them: "whole", "train" (the labelled pictures of the whole), "test", and
+    "unlabelled" where there are pictures without labels.
+
+    data.max_samples chooses by the dataset and its keys alone: runs of several seeds train on the same pictures.
+    data.per_class draws others for each seed, unless data.draw_seed is given. No picture is decoded.
+    """
+    data = config.data
+    check_data(data)
+    whole, train = open_labelled(config)
+    test = open_dataset(data.format, data.root, data.test, classes=data.classes)
+    if train.names != test.names:
+        root = data.train_root or data.root
+        found = f"{root}: the classes of {data.train!r} are {', '.join(train.names)}"
+        raise UserError(f"{found}; expected those of {data.test!r} in {data.root}: {', '.join(test.names)}")
+    indexes = {"whole": whole, "train": train, "test": test}
+    return indexes if data.unlabelled is None else indexes | {"unlabelled": open_unlabelled(data, whole, train)}
+
+
+def open_labelled(config: Config) -> tuple[DatasetIndex, DatasetIndex]:
+    """The training split, and the pictures of it whose labels are used."""
+    data = config.data
+    whole = open_dataset(*training_set(data), classes=data.classes)
+    if data.per_class:
+        seed = config.seed if data.draw_seed is None else data.draw_seed
+        return whole, choose(whole, draw_per_class(whole, data.per_class, seed))
+    return whole, take(whole, data.max_samples) if 0 < data.max_samples < len(whole) else whole
+
+
+def open_unlabelled(data: DataConfig, whole: DatasetIndex, train: DatasetIndex) -> DatasetIndex:
+    """The pictures without labels: the rest of the training split, and those of data.unlabelled's own split or folder.
+
+    A picture in both, or among the labelled ones, counts once (by its path).
+    """
+    settings = data.unlabelled
+    assert settings is not None
+    parts = []
+    labelled = {sample.image_path for sample in train.samples}
+    if settings.rest:
+        rest = [row for row, sample in enumerate(whole.samples) if sample.image_path not in labelled]
+        if not rest:
+            raise UserError("key 'data.unlabelled.rest': every picture of data.train is labelled, expected fewer")
+        parts.append(without_labels(whole.subset(rest)))
+    if settings.split is not None or settings.root is not None:
+        format = None if settings.split is None else settings.format or data.format
+        parts.append(open_pictures(format, settings.root or data.root, settings.split, whole.names))
+    samples = {sample.image_path: sample for part in parts for sample in part.samples}
+    kept = tuple(sample for path, sample in samples.items() if path not in labelled)
+    if not kept:
+        raise UserError("key 'data.unlabelled': all of its pictures are labelled, expected others")
+    faults = tuple(fault for part in parts for fault in part.faults)
+    index = dataclasses.replace(parts[-1], samples=kept, faults=faults)
+    return take(index, settings.max_samples) if 0 < settings.max_samples < len(index) else index
+
+
+def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[[str], None] = print) -> Splits:
+    """Check the pictures, report those that two splits share, and hold out a part, the same for every seed."""
+    data = config.data
+    overlap = find_overlap(indexes["test"], indexes["whole"], ("test", "train"))
+    refuse_overlap(overlap, data)
+    reports: dict[str, ScanReport] = {}
+    overlaps: list[Overlap] = []
+    places = {"train": training_set(data), "test": (data.format, data.root, data.test)}
+    if "unlabelled" in indexes:
+        places = {"unlabelled": ("pictures", "without", "labels")} | places
+    for role, place in places.items():
+        index = indexes[role]
+        report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
+        if role == "test":
+            overlaps.append(overlap.within(reports["train"].index))
+            if "unlabelled" in indexes:
+                overlaps.append(find_overlap(index, reports["unlabelled"].index, ("test", "unlabelled")))
+                refuse_overlap(overlaps[-1], data)
+            report = dataclasses.replace(report, notes=tuple(map(str, overlaps)))
+        reports[role] = report
+        say(report.table() + "\n")
+        check(report, data.max_bad_fraction)
+        if role == "unlabelled":
+            continue
+        with_difficult = role == "test" and config.evaluation.counts_difficult
+        require_objects(report.index, report.title, place[1], with_difficult=with_difficult)
+    train, test = reports["train"].index, reports["test"].index
+    fraction = data.holdout_fraction
+    if fraction == 0:
+        return Splits(train.names, train, None, test, reports, tuple(overlaps))
+    held = round(fraction * len(train))
+    if not 0 < held < len(train):
+        raise UserError(f"key 'data.holdout_fraction': {fraction} of {len(train)} pictures is {held}, expected some")
+    order = np.random.default_rng(0).permutation(len(train))
+    kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
+    train, holdout = train.subset(kept), train.subset(held_out)
+    overlaps.append(find_overlap(holdout, train, ("the held-out part", "train")))
+    if overlaps[-1].shared:
+        say(f"{overlaps[-1]}\n")
+    return Splits(train.names, train, holdout, test, reports, tuple(overlaps))
+
+
+def with_unlabelled(
+    config: Config,
+    splits: Splits,
+    processes: Processes,
+    given: dict[str, nn.Module],
+    say: Callable[[str], None],
+) -> Splits:
+    """The splits with the pictures without labels among those to train on, and their pseudo boxes."""
+    if "unlabelled" not in splits.reports:
+        return splits
+    index, pseudo = splits.reports["unlabelled"].index, None
+    if config.data.unlabelled is not None and config.data.unlabelled.pseudo is not None:
+        made = None
+        if processes.is_first:
+            made = make_pseudo_boxes(config, index, splits.train, given, processes.device, say)
+        pseudo = processes.from_first(made)
+        index = pseudo.index(index)
+        say(f"{pseudo}\n")
+    return dataclasses.replace(splits, train=join(splits.train, index), unlabelled=len(index), pseudo=pseudo)
+
+
+def check_mixture(data: DataConfig, batch_size: int, splits: Splits, processes: int) -> None:
+    """UserError where a batch could not mix labelled and unlabelled pictures as the losses need it.
+
+    Several processes count their normalisers together, so each needs equally many labelled images in every batch.
+    """
+    if data.unlabelled is None:
+        return
+    share = data.unlabelled.labelled_share
+    labelled = batch_size * share if share is not None else 0.0
+    if share is not None and (labelled != round(labelled) or not 0 < labelled < batch_size):
+        raise UserError(
+            f"key 'data.unlabelled.labelled_share': found {share}, {labelled:g} of {batch_size} images, expected "
+            "a whole number of them, at least one of each kind"
+        )
+    if processes > 1 and data.unlabelled.pseudo is None:
+        pictures = data.pictures_per_epoch or len(splits.train)
+        if share is None or labelled % processes or pictures % batch_size:
+            raise UserError(
+                f"key 'data.unlabelled.labelled_share': found {share}, expected a share that gives each of {processes} "
+                f"processes equally many labelled images, and data.pictures_per_epoch a multiple of {batch_size}"
+            )
+
+
+def refuse_overlap(overlap: Overlap, data: DataConfig) -> None:
+    """UserError where every test picture is one of the training split, unless the config allows it."""
+    if overlap.is_whole and not data.allow_overlap:
+        raise UserError(
+            f"data.test {data.test!r} has no picture of its own: {overlap}; expected others, which `python -m "
+            f"datasets.split` makes of one split, or data.allow_overlap=true to measure what is remembered"
+        )
+
+
+def training_set(data: DataConfig) -> tuple[str, str, str]:
+    """Format, root and split of the training pictures."""
+    return data.train_format or data.format, data.train_root or data.root, data.train
+
+
+def count_training_pictures(config: Config) -> int:
+    """The number of pictures that a run trains on, without decoding them."""
+    whole, train = open_labelled(config)
+    indexes = {"train": train}
+    if config.data.unlabelled is not None:
+        indexes["unlabelled"] = open_unlabelled(config.data, whole, train)
+    return count_pictures(indexes, config.data)
+
+
+def count_pictures(indexes: dict[str, DatasetIndex], data: DataConfig) -> int:
+    """The same, of open_indexes."""
+    labelled = len(indexes["train"])
+    return labelled - round(data.holdout_fraction * labelled) + len(indexes.get("unlabelled", ()))
+
+
+def take(index: DatasetIndex, count: int) -> DatasetIndex:
+    """`count` pictures of an index in its order, with their faults. The choice is random, but always the same."""
+    return choose(index, np.sort(np.random.default_rng(0).permutation(len(index))[:count]).tolist())
+
+
+def choose(index: DatasetIndex, rows: list[int]) -> DatasetIndex:
+    """The pictures in these rows of an index, with their faults."""
+    taken = index.subset(rows)
+    theirs = {"", *(sample.image_path.name for sample in taken.samples)}  # "": a fault of a whole file
+    return dataclasses.replace(taken, faults=tuple(fault for fault in index.faults if fault.picture in theirs))
