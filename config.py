@@ -109,12 +109,19 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class GradientShare:
+    """A term's weight, measured after the warm-up and then fixed; distill/gradient_shares.py has the definition."""
+
+    share: float  # the term's gradient on the student's pyramid, as a share of the detection loss's there
+
+
+@dataclass(frozen=True)
 class TermConfig:
     """One distillation term: weight * schedule(epoch) * loss(adapter(student map), teacher map), summed over maps."""
 
     teacher: str  # the name of one of `teachers`
     loss: str  # a name in distill.terms.LOSSES
-    weight: float  # factor of the loss in the total
+    weight: float | GradientShare  # factor of the loss in the total; {share: 0.1}: measured, see terms.0.weight
     student_maps: tuple[str, ...] = ()  # maps or logits of the student; none: the loss compares boxes or whole outputs
     teacher_maps: tuple[str, ...] = ()  # maps or logits of the teacher; none: the same names as student_maps
     name: str | None = None  # its column in metrics.csv; None: loss_teacher
@@ -317,7 +324,11 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, source, key)
+        choices = [a for a in args if a is not type(None)]
+        section = next((a for a in choices if dataclasses.is_dataclass(a)), None)
+        if section is not None and len(choices) > 1 and isinstance(value, dict | section):
+            return _convert(section, to_tree(value), source, key)
+        return _convert(next(a for a in choices if a is not section or len(choices) == 1), value, source, key)
     if origin is Literal:
         if value not in args:
             raise fail("one of " + ", ".join(map(str, args)))

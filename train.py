@@ -80,6 +80,9 @@ def train_step(
     set_learning_rates(setup, state.step)
     stream = seeded_generator(Stream.STEP, config.seed, state.step, setup.processes.rank)
     torch.manual_seed(stream.initial_seed())
+    is_warm = state.step >= setup.warmup_steps
+    # While a term's weight is measured, the gradient on the student's maps is needed, which a compiled graph hides.
+    student = setup.student.forward if setup.criterion.shares.is_measuring else setup.student
     for number, batch in enumerate(batches, state.batch):
         images, targets = augment_batch(setup, batch, state.epoch, number)
         content = content_of_batch(setup, batch, state.epoch, number)
@@ -87,13 +90,16 @@ def train_step(
 
         def losses_of_batch() -> dict[str, Tensor]:
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
-                s_output = setup.student(images)
+                s_output = student(images)
             boxed, weight = images_with_boxes(setup, batch.is_labelled)  # the labelled ones, or all
             boxed_output, boxed_targets = select_images(s_output, boxed), targets.of_images(boxed)
             detection = detector.losses(boxed_output, boxed_targets) if config.detection_weight else {}
             detection = {name: weight * value for name, value in detection.items()}
             epoch = state.epoch + number / setup.batches_per_epoch  # fractional: the schedules of the terms follow it
-            return detection | setup.criterion(s_output, t_outputs, targets, epoch, content, batch.is_labelled)
+            terms = setup.criterion(
+                s_output, t_outputs, targets, epoch, content, batch.is_labelled, detection=detection, is_warm=is_warm
+            )
+            return detection | terms
 
         with averaging(setup.learner, is_last=batch is batches[-1]):
             losses = setup.learner(losses_of_batch)  # calls it, through DistributedDataParallel if there is one

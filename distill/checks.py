@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from config import TermConfig
+from config import GradientShare, TermConfig
 from distill.terms import LOSSES
 from errors import UserError
 
@@ -45,8 +45,11 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermCon
         raise UserError(f"{key}.loss: found {term.loss!r}, which is called {RENAMED[term.loss]!r} now")
     if term.loss not in LOSSES:
         raise UserError(f"{key}.loss: found {term.loss!r}, expected one of {', '.join(LOSSES)}")
-    if not term.weight > 0 or not math.isfinite(term.weight):
-        raise UserError(f"{key}.weight: found {term.weight}, expected a number above 0: the term could never act")
+    place, weight = f"{key}.weight", term.weight
+    if isinstance(weight, GradientShare):
+        place, weight = f"{place}.share", weight.share
+    if not weight > 0 or not math.isfinite(weight):
+        raise UserError(f"{place}: found {weight}, expected a number above 0: the term could never act")
     if term.stop_epoch is not None and term.stop_epoch <= 0:
         raise UserError(f"{key}.stop_epoch: found {term.stop_epoch}, expected more than 0: the term could never act")
     if term.content_only and (LOSSES[term.loss].reads != "map" or LOSSES[term.loss].finishes_maps):

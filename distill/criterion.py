@@ -2,6 +2,8 @@
 
     L_term(epoch) = weight * factor(epoch) * teacher weight * sum_maps loss(adapter(student map), teacher map)
 
+A weight is a number, or measured as a share of the detection loss's gradient (distill/gradient_shares.py).
+
 The name of a map is a key of `output.features` (p3, c4, ...) or an attribute of the output (class_logits). A term that
 could never act is refused before any training step: see Criterion.
 """
@@ -14,11 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from config import TermConfig
+from config import GradientShare, TermConfig
 from datasets.class_names import join_classes
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
 from distill.batch import BatchOutputs
 from distill.checks import FIXED_MAPS, check_terms, term_name
+from distill.gradient_shares import GradientShares
 from distill.outputs import content_at, in_precision_of, named_map, only_at
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
@@ -103,6 +106,7 @@ class Criterion(nn.Module):
         self.teacher_classes: dict[str, ClassColumns | None] = {}  # by teacher: the same, for its weight
         self.adapters = nn.ModuleDict()
         self.losses = nn.ModuleDict()
+        self.shares = GradientShares({}, {}, ())
         if not terms:
             return
         facts = {name: (facts or {}).get(name, TeacherFacts()) for name in teachers}
@@ -120,6 +124,9 @@ class Criterion(nn.Module):
             self.losses[name] = build_losses(term, key, s_probe, t_probe, classes)
             self.terms[name], self.classes[name] = term, classes
             self._try_term(term, key, s_probe, t_probe)
+        shares = {n: t.weight.share for n, t in self.terms.items() if isinstance(t.weight, GradientShare)}
+        maps = {name: term.student_maps for name, term in self.terms.items()}
+        self.shares = GradientShares(shares, maps, tuple(s_probe.features))
         self._check_weighting(class_names, facts, joined)
 
     @property
@@ -135,6 +142,9 @@ class Criterion(nn.Module):
         epoch: float,
         content: Tensor | None = None,
         is_labelled: Tensor | None = None,
+        *,
+        detection: dict[str, Tensor] | None = None,
+        is_warm: bool = True,
     ) -> dict[str, Tensor]:
         """Named, weighted float32 scalars, one per term, in the order of the config; 0 where its schedule is 0.
 
@@ -143,21 +153,31 @@ class Criterion(nn.Module):
         content: (B, 1, H, W) bool, False in the padding of the images; None: no padding.
         is_labelled: (B,) bool, for terms that act on labelled or unlabelled images: the loss of such a term is that of
             a batch of these images alone, 0 without any; None: all are labelled.
+        detection: the student's own losses with their graph, needed where a weight is a share of their gradient.
+        is_warm: whether the optimizer's warm-up is over, so that such weights are measured.
         """
-        losses: dict[str, Tensor] = {}
+        zero = torch.zeros((), device=targets.boxes_xyxy.device)
         whole = BatchOutputs(s_output, t_outputs, targets, content)
         parts: dict[str, BatchOutputs | None] = {"all": whole}  # by TermConfig.on
+        factors = {name: schedule_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
+        values: dict[str, Tensor] = {}  # of the terms that their schedules let act
         trust = self._teacher_weights(s_output, t_outputs, targets)
         for name, term in self.terms.items():
-            factor = term.weight * schedule_factor(term, epoch, self.epochs)
             if term.on not in parts:
                 parts[term.on] = self._images_of(term.on, whole, is_labelled)
             part = parts[term.on]
-            if factor == 0 or part is None:
-                losses[name] = torch.zeros((), device=targets.boxes_xyxy.device)
+            if factors[name] == 0:
+                continue
+            if part is None:
+                values[name] = zero
                 continue
             t_output, shared = part.t_outputs[term.teacher], part.shared.setdefault(term.teacher, {})
-            value = self._term_loss(term, part.s_output, t_output, part.targets, shared, part.content)
+            values[name] = self._term_loss(term, part.s_output, t_output, part.targets, shared, part.content)
+        weights = self.shares(values, detection, s_output.features if values else {}, counts=is_warm)
+        losses = dict.fromkeys(self.terms, zero)
+        for name, value in values.items():
+            term = self.terms[name]
+            factor = weights.get(name, term.weight) * factors[name]
             losses[name] = factor * trust[term.teacher] * value if term.teacher in trust else factor * value
         return losses
 

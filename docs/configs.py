@@ -29,6 +29,7 @@ SECTIONS: list[tuple[str, str, type]] = [  # title, what stands before a key on 
     ("student.inherit", "student.inherit.", config.InheritConfig),
     ("teachers, a list", "teachers.0.", config.TeacherConfig),
     ("terms, a list", "terms.0.", config.TermConfig),
+    ("terms.0.weight, if it is measured", "terms.0.weight.", config.GradientShare),
     ("optimizer", "optimizer.", config.OptimizerConfig),
     ("augment", "augment.", config.AugmentConfig),
     ("evaluation", "evaluation.", config.EvaluationConfig),

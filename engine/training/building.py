@@ -62,6 +62,10 @@ class TrainingSetup:
     data: str  # engine.training.state.fingerprint of the training pictures
     evaluation_loaders: dict[int, Loader] = field(default_factory=dict)
 
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.config.optimizer.warmup_epochs * self.steps_per_epoch)
+
 
 def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
     """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
@@ -114,7 +118,7 @@ def set_learning_rates(setup: TrainingSetup, step: int) -> float:
         setup.optimizer,
         step,
         total_steps=setup.config.epochs * setup.steps_per_epoch,
-        warmup_steps=round(settings.warmup_epochs * setup.steps_per_epoch),
+        warmup_steps=setup.warmup_steps,
         learning_rate=settings.learning_rate,
         final_fraction=settings.final_fraction,
         schedule=settings.schedule,

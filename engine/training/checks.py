@@ -11,7 +11,7 @@ from pathlib import Path
 
 import checkpoint
 import models
-from config import Config, DataConfig, UnlabelledConfig
+from config import Config, DataConfig, GradientShare, UnlabelledConfig
 from distill.checks import check_terms
 from engine.training.student import backbone_of, check_backbone, check_inherit, find_backbone_file, inherit_source
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
@@ -46,6 +46,10 @@ def check_numbers(config: Config, processes: int) -> None:
         raise UserError(f"key 'batch_size': found {config.batch_size}, expected {expected}")
     if not config.detection_weight >= 0 or (config.detection_weight == 0 and not config.terms):
         raise UserError(f"key 'detection_weight': found {config.detection_weight}, expected a number above 0")
+    for index, term in enumerate(config.terms):
+        if isinstance(term.weight, GradientShare) and config.detection_weight == 0:
+            found = f"key 'terms.{index}.weight.share': a share of the detection loss's gradient, whose weight is 0"
+            raise UserError(f"{found}; expected a number as weight, or detection_weight above 0")
     if config.image_size < SIZE_MULTIPLE or config.image_size % SIZE_MULTIPLE:
         raise UserError(f"key 'image_size': found {config.image_size}, expected a multiple of {SIZE_MULTIPLE}")
     if config.patience and not config.data.holdout_fraction:

@@ -46,6 +46,8 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
     if setup.criterion.terms:
         print(map_table(setup.criterion, s_output, t_outputs))
     print(balance_table(balances(terms, setup.student, set(setup.criterion.terms))))
+    for name, (_, weight) in setup.criterion.shares.so_far().items():
+        print(f"{setup.criterion.shares.describe(name, weight)}, on this batch")
     print(f"{'sum':<24} {sum(terms.values(), torch.zeros(())).item():.6g}")
     print(f"adapters and trained parts of losses: {count_parameters(setup.criterion):,} parameters")
     for name, value in setup.criterion.named_parameters():
@@ -75,7 +77,7 @@ def losses_of_batch(
     if setup.config.detection_weight:
         losses = cast(Detector, setup.student).losses(select_images(s_output, boxed), targets.of_images(boxed))
     losses = {name: weight * value for name, value in losses.items()}
-    return losses | setup.criterion(s_output, t_outputs, targets, epoch, content, is_labelled)
+    return losses | setup.criterion(s_output, t_outputs, targets, epoch, content, is_labelled, detection=losses)
 
 
 def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) -> str:

@@ -70,6 +70,8 @@ def finish_epoch(
     if results:
         where = f"  on {len(index)} {'held-out' if setup.splits.holdout is not None else config.data.test} pictures"
     progress.say(f"epoch {epoch}/{config.epochs}  {format_values(shown)}{where}" + per_iou_line(results))
+    for line in setup.criterion.shares.news():
+        progress.say(line)
 
 
 def per_iou_line(numbers: dict[str, float]) -> str:
@@ -108,6 +110,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         "distillation": {
             term.name: {"lowest": term.lowest, "highest": term.highest, "stayed": term.stayed} for term in ranges
         },
+        "gradient_shares": setup.criterion.shares.report(),
         "seconds": state.seconds,
         "images_per_second": state.images / state.seconds if state.seconds else None,
         **run_folder.environment(),

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from checkpoint import CheckpointInfo, previous_path
-from config import Config, TermConfig, from_tree
+from config import Config, GradientShare, TermConfig, from_tree
 from datasets.letterbox import letterbox
 from distill.terms import LOSSES
 from engine.drawing.heat_maps import attention_heat, grid, heat_colors, overlay, to_pictures
@@ -170,7 +170,10 @@ def describe_term(term: TermConfig) -> str:
     maps = f" on {', '.join(term.student_maps)}" if term.student_maps else ""
     adapter = "" if term.adapter == "none" else f", through an adapter {term.adapter}"
     summary = (LOSSES[term.loss].loss.__doc__ or "").strip().split("\n")[0]
-    return f"{term.weight:g} x {term.loss}{maps}, from the teacher {term.teacher}{adapter}: {summary}"
+    weight = (
+        f"{term.weight.share:.0%} of the gradient" if isinstance(term.weight, GradientShare) else f"{term.weight:g}"
+    )
+    return f"{weight} x {term.loss}{maps}, from the teacher {term.teacher}{adapter}: {summary}"
 
 
 def find_teachers(config: Config) -> dict[str, Path]:

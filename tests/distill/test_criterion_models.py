@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from config import TermConfig
+from config import GradientShare, TermConfig
 from distill.criterion import Criterion, TeacherFacts
 from distill.losses.crosskd import crosskd_classes
 from distill.losses.logits import softmax_kl
@@ -304,3 +304,34 @@ def test_a_teacher_that_knows_the_labels_counts_more(yolos, pictures):
     assert trusted.requested_outputs("a") is None
     with pytest.raises(UserError, match="compares teachers, found 1"):
         build(student, yolos["v8"], "cwd", ("p3",), teacher_weighting="confidence")
+
+
+@pytest.mark.parametrize("arch", ["yolov8n", "fasterrcnn_mobilenet_v3_small"])
+def test_a_measured_weight_gives_the_gradient_its_share(arch, pictures, yolos):
+    """Of real models: for two maps of the backbone, for classes of boxes, and for a term at half of its schedule."""
+    student = model(arch, 1, frozen=False)
+    terms = (
+        TermConfig("t", "pkd", GradientShare(0.3), ("c4", "c5"), ("p4", "p5"), adapter="conv1x1"),
+        TermConfig("t", "box_classes", GradientShare(0.05)),
+        TermConfig("t", "cwd", GradientShare(0.2), ("p5",), adapter="conv1x1", warmup_epochs=1.0),
+    )
+    criterion = Criterion(
+        terms, student=student, teachers={"t": yolos["v8"]}, epochs=2, image_size=SIZE, class_names=("a", "b", "c")
+    )
+    with torch.no_grad():
+        t_output = yolos["v8"](pictures)
+    torch.manual_seed(0)
+    s_output = student(pictures)
+    detection = student.losses(s_output, TARGETS)
+    losses = criterion(s_output, {"t": t_output}, TARGETS, 0.5, detection=detection)
+    pyramid = {"yolov8n": ("p3", "p4", "p5")}.get(arch, ("p5_first", "p5", "p6"))
+
+    def norm(loss: Tensor, names: tuple[str, ...]) -> float:
+        maps = [s_output.features[name] for name in names]
+        gradients = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in gradients if g is not None]).norm().item()
+
+    on = (("c4", "c5"), pyramid, pyramid)
+    ratios = [norm(loss, names) / norm(sum(detection.values()), names) for loss, names in zip(losses.values(), on)]
+    assert ratios == pytest.approx([0.3, 0.05, 0.5 * 0.2], rel=1e-4)
+    assert criterion.shares.measured[:, 0].tolist() == [1, 1, 1]

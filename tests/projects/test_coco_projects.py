@@ -164,9 +164,8 @@ def test_confidence_makes_the_difference(study_of):
         parts = train.build(row_of(study, name).config, Processes("cpu"), None, lambda line: None)
         images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         parts.learner.eval()
-        with torch.no_grad():
-            output, outputs = parts.student(images), parts.teachers(images)
-            found[name] = parts.criterion(output, outputs, targets, 0.5)
+        losses = losses_of_batch(parts, images, targets, parts.teachers(images), 0.5)
+        found[name] = {term: losses[term] for term in parts.criterion.terms}
     factors = {name: float(found["confidence"][name] / found["fixed"][name]) for name in found["fixed"]}
     assert factors["pkd_rtdetr_x"] == pytest.approx(factors["box_classes_rtdetr_x"], rel=1e-4)
     assert factors["pkd_fasterrcnn"] == pytest.approx(factors["box_classes_fasterrcnn"], rel=1e-4)
@@ -223,7 +222,7 @@ def test_from_files_to_the_comparison(path, rows, study_of):
         assert tuple(state["names"]) == COCO
         own = models.build("yolov8s", 80).state_dict().keys()
         assert set(state["model"]) == set(state["ema"]) == set(own)
-        assert all(key.startswith(("adapters.", "losses.")) for key in state["criterion"])
+        assert all(key.startswith(("adapters.", "losses.", "shares.")) for key in state["criterion"])
     assert "| baseline |" in (study.folder / "comparison.md").read_text()
 
 

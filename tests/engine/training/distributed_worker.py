@@ -23,7 +23,7 @@ from tests.tiny_training import tiny_config
 PLAIN = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
 TERMS = [
     {"teacher": "t", "loss": "pkd", "weight": 1, "student_maps": ["p4"], "adapter": "conv1x1"},
-    {"teacher": "t", "loss": "cwd", "weight": 1, "student_maps": ["p3"], "adapter": "conv1x1_norm"},
+    {"teacher": "t", "loss": "cwd", "weight": {"share": 0.5}, "student_maps": ["p3"], "adapter": "conv1x1_norm"},
     {"teacher": "t", "loss": "masked_mse", "weight": 0.1, "student_maps": ["p3", "p4"], "adapter": "mlp"},
 ]
 KINDS = {"sum": True, "mean": False}  # optimizer.sum_over_batch
@@ -34,7 +34,7 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
 
     Batch normalisation is in eval mode, because each process normalises its own images.
     """
-    optimizer = {"sum_over_batch": KINDS[kind], "accumulate": 2, "clip_norm": 0.0}
+    optimizer = {"sum_over_batch": KINDS[kind], "accumulate": 2, "clip_norm": 0.0, "warmup_epochs": 0.0}
     teachers = [{"name": "t", "arch": "yolov8n", "weights": str(folder / "teacher.pt")}]
     config = tiny_config(data, folder / "runs", augment=PLAIN, teachers=teachers, terms=TERMS, optimizer=optimizer)
     parts = building.build(config, processes, None, lambda line: None)
@@ -46,7 +46,8 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
     parts.optimizer.step = lambda: found.update({name: parameter.grad.clone() for name, parameter in named})
     rows = train.train_step(parts, batches, TrainingState(), run_folder.RunFolder(folder))
     written = {f"batch {i}: {name}": torch.tensor(loss) for i, row in enumerate(rows) for name, loss in row.items()}
-    return written | found
+    measured = dict(zip(("batches", "detection", "cwd"), parts.criterion.shares.measured[0]))
+    return written | {f"batch: measured {name}": value for name, value in measured.items()} | found
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ from tests.tiny_training import tiny_config, write_dataset
 
 
 def make_config(folder: Path, workers: int) -> Config:
-    """Four epochs of six steps with a teacher, momentum, an adapter, mosaic that closes, held-out pictures."""
+    """Four epochs of six steps with a teacher, momentum, an adapter, mosaic that closes, held-out pictures.
+
+    The term's weight is measured in ten batches after the first three steps.
+    """
     return tiny_config(
         folder / "data",
         folder / "runs",
@@ -38,7 +41,15 @@ def make_config(folder: Path, workers: int) -> Config:
         evaluation={"every_epochs": 2},
         optimizer={"accumulate": 2 if workers else 1, "name": "sgd" if workers else "adamw", "learning_rate": 1e-3},
         teachers=[{"name": "teacher", "arch": "yolov5nu", "weights": str(folder / "teacher.pt")}],
-        terms=[{"teacher": "teacher", "loss": "mse", "weight": 1, "student_maps": ["p4"], "adapter": "conv1x1"}],
+        terms=[
+            {
+                "teacher": "teacher",
+                "loss": "mse",
+                "weight": {"share": 0.5},
+                "student_maps": ["p4"],
+                "adapter": "conv1x1",
+            }
+        ],
     )
 
 

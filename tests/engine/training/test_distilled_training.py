@@ -1,6 +1,7 @@
 """A distilled run proves that it distils: terms act and are logged, adapters learn, the teacher stays what it is."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,30 @@ def test_keeping_outputs_needs_pictures_that_stay(tmp_path):
             tiny_config(tmp_path / "data", tmp_path / "runs", augment=STILL | {"flip_horizontal": 0.5}, **changes)
         )
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_measured_weight_is_fixed_after_the_warm_up(tmp_path, capsys):
+    """Measured in the ten steps after the warm-up of one; then the run tells it, saves it, and goes on with it."""
+    write_dataset(tmp_path / "data", train=24, test=2)
+    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    terms = [TERMS[1] | {"weight": {"share": 0.25}}]
+    changes = {"teachers": teachers, "terms": terms, "batch_size": 4, "optimizer": {"warmup_epochs": 0.2}}
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", **changes)
+    train.dry_run(config)
+    assert re.search(
+        r"cwd_big: weight [\d.e-]+, 0.25 of the .* gradient on p3, p4, p5, on this", capsys.readouterr().out
+    )
+    report = train.run(config)
+    found = report["gradient_shares"]["cwd_big"]
+    assert found["measured_batches"] == 10 and found["share"] == 0.25 and found["weight"] > 0
+    line = f"cwd_big: weight {found['weight']:.4g}, 0.25 of the detection loss's gradient on p3, p4, p5, from here on"
+    assert capsys.readouterr().out.count(line) == 1
+    state = checkpoint.load(tmp_path / "runs" / "tiny" / "weights" / "last.pt")
+    count, detection, term = state["criterion"]["shares.measured"][0].tolist()
+    assert count == 10 and found["weight"] == 0.25 * detection / term
+
+    with pytest.raises(UserError, match=r"terms\.0\.weight\.share': a share of the detection loss's gradient, whose"):
+        train.run(tiny_config(tmp_path / "data", tmp_path / "runs", **changes, detection_weight=0.0), quiet=True)
+    terms[0]["weight"] = {"share": 0.0}
+    with pytest.raises(UserError, match=r"terms\.0\.weight\.share: found 0\.0, expected a number above 0"):
+        train.run(tiny_config(tmp_path / "data", tmp_path / "runs", **changes), quiet=True)

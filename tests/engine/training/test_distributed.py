@@ -54,6 +54,7 @@ def test_gradients_equal_one_process_with_the_double_batch(data, tmp_path):
         alone = gradients(data, tmp_path, Processes("cpu"), kind)
         assert set(alone) == set(ranks[0][kind])
         assert {"batch 0: cls", "batch 1: pkd_t", "adapters.pkd_t.0.weight"} <= set(alone)
+        assert alone["batch: measured batches"] == 2
         largest = max(gradient.abs().max().item() for name, gradient in alone.items() if not name.startswith("batch"))
         assert largest > 0
         for name, expected in alone.items():
