@@ -26,8 +26,9 @@ class PseudoBoxConfig:
     teacher: str  # the name of one of `teachers`, a detector; it needs no term
     threshold: float = 0.4  # a detection with at least this score is an object
     class_thresholds: dict[str, Any] = field(default_factory=dict)  # class of the dataset: its own threshold
-    boxes_per_object: float | None = None  # choose each class's threshold by the labelled pictures: see docs/use.md
-    ignore_above: float = 0.1  # a detection from this score up to the threshold is ignored: not learnt, not punished
+    boxes_per_object: float | None = None  # choose each class's threshold: this many boxes per labelled object of it
+    ignored_per_object: float | None = None  # and this many ignored ones, in place of ignore_above
+    ignore_above: float = 0.1  # a detection from this score to the threshold is ignored: neither learnt nor punished
     image_size: int | None = None  # side of the teacher's images in pixels; None: what it was trained with
     iou_threshold: float | None = None  # of non-maximum suppression; None: the published one of its family
 
@@ -51,7 +52,7 @@ class DataConfig:
 
     format: Literal["voc", "coco", "yolo", "kitti", "shapes"]  # how the labels are stored
     root: str  # the folder of the set; for a YOLO set its yaml file works too
-    train: str = "train"  # the split to train on; "a+b" joins two of a VOC set
+    train: str | None = "train"  # the split to train on; "a+b" joins two of a VOC set; None: no labelled pictures
     test: str = "test"  # the split to measure on
     train_root: str | None = None  # another root for the training split, such as a synthetic set; None: `root`
     train_format: Literal["voc", "coco", "yolo", "kitti", "shapes"] | None = None  # of train_root; None: `format`

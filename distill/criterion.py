@@ -8,9 +8,10 @@ The name of a map is a key of `output.features` (p3, c4, ...) or an attribute of
 could never act is refused before any training step: see Criterion.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any, cast
 
 import torch
@@ -79,10 +80,12 @@ class Criterion(nn.Module):
         image_size: the side of the student's images. class_names: of the dataset. facts: of each teacher.
         teacher_weighting: fixed, teachers count by the weights of their terms; confidence, all terms of a teacher get a
             factor as well, from how well it predicts the labels of the batch (distill.teacher_weights).
+        unlabelled_has_boxes: False where the run has unlabelled images without pseudo boxes.
     Raises:
         UserError where a term could never act: an unknown teacher, loss, map or parameter; a weight of 0; a schedule
         that is always 0; widths that no adapter joins; logits of different shapes; no class in common; a name used
-        twice; models that lack what the loss reads; a loss that is 0 for any outputs, such as image_kl of one class.
+        twice; models that lack what the loss reads; a loss that is 0 for any outputs, such as image_kl of one class; a
+        loss that compares at the objects of images without any.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Criterion(nn.Module):
         class_names: tuple[str, ...] = (),
         facts: dict[str, TeacherFacts] | None = None,
         teacher_weighting: str = "fixed",
+        unlabelled_has_boxes: bool = True,
     ) -> None:
         super().__init__()
         self.terms: dict[str, TermConfig] = {}
@@ -124,6 +128,11 @@ class Criterion(nn.Module):
             self.losses[name] = build_losses(term, key, s_probe, t_probe, classes)
             self.terms[name], self.classes[name] = term, classes
             self._try_term(term, key, s_probe, t_probe)
+            if not unlabelled_has_boxes and term.on != "labelled" and self._reads_objects(term, s_probe, t_probe):
+                raise UserError(
+                    f"{key}.on: found {term.on}, but loss {term.loss!r} reads the objects of an image, and unlabelled "
+                    "ones have none: expected on: labelled, or data.unlabelled.pseudo"
+                )
         shares = {n: t.weight.share for n, t in self.terms.items() if isinstance(t.weight, GradientShare)}
         maps = {name: term.student_maps for name, term in self.terms.items()}
         self.shares = GradientShares(shares, maps, tuple(s_probe.features))
@@ -294,12 +303,9 @@ class Criterion(nn.Module):
         generator = torch.Generator().manual_seed(0)
         anywhere = {"boxes": "targets"} if "boxes" in LOSSES[term.loss].parameters() else {}
         at_targets = dataclasses.replace(term, parameters={**term.parameters, **anywhere})
-        was_training = student.training
-        self.to(device).eval()
-        student.eval()
         values = []
         try:
-            with torch.random.fork_rng(devices=[]):  # the weights of later terms do not depend on these draws
+            with self._trying():
                 self._term_loss(term, s_probe, t_probe, targets, {})
                 for _ in range(2):
                     s, t = random_output(s_probe, generator), random_output(t_probe, generator)
@@ -309,14 +315,39 @@ class Criterion(nn.Module):
                     values.append(self._term_loss(at_targets, s, t, targets, shared).item())
         except (ValueError, TypeError) as error:
             raise UserError(f"{key}: {error}") from None
-        finally:
-            self.train()
-            student.train(was_training)
         if max(values) <= NO_LOSS:
             raise UserError(
                 f"{key}: loss {term.loss!r} is 0 whatever student and teacher predict, it could never act: expected "
                 "more than one class or pixel to compare, and a weight above 0 for some part of the loss"
             )
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Student and criterion in eval mode. The weights of later terms do not depend on draws in here."""
+        student, _ = self.models
+        was_training = student.training
+        self.to(next(student.parameters()).device).eval()
+        student.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            self.train()
+            student.train(was_training)
+
+    @torch.no_grad()
+    def _reads_objects(self, term: TermConfig, s_probe: Any, t_probe: Any) -> bool:
+        """Whether the loss of random outputs depends on the objects of the images."""
+        student, _ = self.models
+        device = next(student.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        s, t = random_output(s_probe, generator), random_output(t_probe, generator)
+        values = []
+        with self._trying():
+            for targets in (probe_targets(s_probe.image_size, device), Targets.empty(device)):
+                torch.manual_seed(0)  # a loss that draws draws the same
+                values.append(self._term_loss(term, s, t, targets, {}).item())
+        return values[0] != values[1]
 
 
 def compares_classes(term: TermConfig) -> bool:

@@ -183,6 +183,11 @@ class Task:
             raise UserError(f"{key}.crops': found {c.crops}, expected a divisor of {self.image_size} pixels")
         if self.needs_network and c.network.weights is None:
             raise UserError(f"{key}.network': {c.method} needs a trained network, expected {{weights: FILE}}")
+        if self.data.train is None or self.data.per_class or self.data.unlabelled is not None:
+            raise UserError(
+                "keys 'data.train', 'data.per_class', 'data.unlabelled': a set is condensed from labelled "
+                "pictures, expected a split alone (data.max_samples takes some of them)"
+            )
         if c.real_batch < 1:
             raise UserError(f"{key}.real_batch': found {c.real_batch}, expected at least 1")
         for name in ("save_every_steps", "picture_every_steps"):

@@ -20,7 +20,7 @@ from engine.runtime.processes import Processes, use_bfloat16
 from engine.training.batch_norms import check_batches
 from engine.training.checks import check_config
 from engine.training.optimization import Ema, apply_schedule, build_optimizer
-from engine.training.splits import Splits, check_mixture, count_pictures, open_indexes, scan_splits, with_unlabelled
+from engine.training.splits import Splits, count_pictures, open_indexes, scan_splits, with_unlabelled
 from engine.training.state import fingerprint
 from engine.training.student import build_student
 from engine.training.teaching import Teachers, build_teachers
@@ -204,7 +204,6 @@ def build(
             cast(DenseDetector, teacher).requested_outputs = criterion.requested_outputs(name)
     splits = scan_splits(config, indexes, say)  # decodes pictures, so it comes after all cheaper checks
     splits = with_unlabelled(config, splits, processes, given or {}, say)
-    check_mixture(config.data, config.batch_size, splits, processes.count)
     check_batches(config, len(splits.train), student, processes.count)  # again, without those that did not decode
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)
@@ -272,6 +271,7 @@ def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, 
         class_names=names,
         facts=teachers.facts,
         teacher_weighting=config.teacher_weighting,
+        unlabelled_has_boxes=config.data.unlabelled is None or config.data.unlabelled.pseudo is not None,
     )
 
 

@@ -35,6 +35,7 @@ def check_config(config: Config, given: Collection[str] = (), processes: int = 1
     check_names(config, given)
     check_terms(config.terms, tuple(teacher.name for teacher in config.teachers))
     check_use_of_unlabelled(config)
+    check_mixture(config, processes)
     check_teachers(config, given)
     if config.teacher_cache_gigabytes:
         check_unaugmented(config)
@@ -85,13 +86,17 @@ def check_data(data: DataConfig) -> None:
         raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
     if data.max_samples < -1:
         raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or -1 for all")
+    if data.train is None and (data.unlabelled is None or data.train_root or data.per_class or data.max_samples > 0):
+        raise UserError("key 'data.train': found null, expected a split; or data.unlabelled, and no other training key")
+    if data.train is None and data.holdout_fraction:
+        raise UserError("key 'data.holdout_fraction': there are no labelled pictures (data.train is null), expected 0")
     if data.per_class < 0 or (data.per_class and data.max_samples > 0):
         found = f"key 'data.per_class': found {data.per_class}"
         raise UserError(f"{found}, expected a number of pictures without data.max_samples, or 0 for all")
     if data.draw_seed is not None and (data.draw_seed < 0 or not data.per_class):
         raise UserError(f"key 'data.draw_seed': found {data.draw_seed}, expected 0 or more beside data.per_class")
     if data.unlabelled is not None:
-        check_unlabelled(data.unlabelled)
+        check_unlabelled(data.unlabelled, has_labelled=data.train is not None)
     if data.pictures_per_epoch < 0:
         found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
         raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
@@ -104,9 +109,15 @@ def check_data(data: DataConfig) -> None:
         raise UserError(f"key 'data.workers': found {data.workers}, expected a number, or 0 for none")
 
 
-def check_unlabelled(settings: UnlabelledConfig) -> None:
+def check_unlabelled(settings: UnlabelledConfig, *, has_labelled: bool) -> None:
     """The keys of the pictures without labels, and of their pseudo boxes."""
     key = "key 'data.unlabelled"
+    pseudo = settings.pseudo
+    needs_labelled = {"rest": settings.rest, "labelled_share": settings.labelled_share is not None}
+    needs_labelled["pseudo.boxes_per_object"] = pseudo is not None and pseudo.boxes_per_object is not None
+    for name, is_given in needs_labelled.items():
+        if is_given and not has_labelled:
+            raise UserError(f"{key}.{name}': there are no labelled pictures (data.train is null), expected none")
     if not settings.rest and settings.split is None and settings.root is None:
         raise UserError(f"{key}': found no pictures, expected rest: true, a split, or the root of a folder")
     if settings.format is not None and settings.split is None:
@@ -115,19 +126,21 @@ def check_unlabelled(settings: UnlabelledConfig) -> None:
         raise UserError(f"{key}.max_samples': found {settings.max_samples}, expected a number, or 0 for all")
     if settings.labelled_share is not None and not 0 < settings.labelled_share < 1:
         raise UserError(f"{key}.labelled_share': found {settings.labelled_share}, expected a number between 0 and 1")
-    if (pseudo := settings.pseudo) is None:
+    if pseudo is None:
         return
-    for name, value in {"threshold": pseudo.threshold, **pseudo.class_thresholds}.items():
+    of_classes = {f"class_thresholds.{name}": value for name, value in pseudo.class_thresholds.items()}
+    for where, value in {"threshold": pseudo.threshold, **of_classes}.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 < value <= 1:
-            where = "threshold" if name == "threshold" else f"class_thresholds.{name}"
             raise UserError(f"{key}.pseudo.{where}': found {value!r}, expected a score above 0 and at most 1")
     if not 0 < pseudo.ignore_above <= 1:
         raise UserError(f"{key}.pseudo.ignore_above': found {pseudo.ignore_above}, expected above 0 and at most 1")
-    if pseudo.boxes_per_object is not None and not (
-        math.isfinite(pseudo.boxes_per_object) and pseudo.boxes_per_object > 0
-    ):
-        raise UserError(f"{key}.pseudo.boxes_per_object': found {pseudo.boxes_per_object}, expected a number above 0")
+    for name in ("boxes_per_object", "ignored_per_object"):
+        value = getattr(pseudo, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{key}.pseudo.{name}': found {value}, expected a number of 0 or more")
+    if pseudo.ignored_per_object is not None and pseudo.boxes_per_object is None:
+        raise UserError(f"{key}.pseudo.ignored_per_object': found it alone, expected boxes_per_object beside it")
     if pseudo.iou_threshold is not None and not 0 < pseudo.iou_threshold <= 1:
         raise UserError(f"{key}.pseudo.iou_threshold': found {pseudo.iou_threshold}, expected above 0 and at most 1")
     if pseudo.image_size is not None and (pseudo.image_size < SIZE_MULTIPLE or pseudo.image_size % SIZE_MULTIPLE):
@@ -144,6 +157,9 @@ def check_use_of_unlabelled(config: Config) -> None:
     if config.data.unlabelled is None:
         return
     pseudo = config.data.unlabelled.pseudo
+    if config.data.train is None and pseudo is None and config.detection_weight:
+        found = f"key 'detection_weight': found {config.detection_weight} without labelled pictures"
+        raise UserError(f"{found} (data.train is null), expected 0, or data.unlabelled.pseudo")
     if pseudo is None and all(term.on == "labelled" for term in config.terms):
         raise UserError("key 'data.unlabelled': no term acts on these pictures, and they have no pseudo boxes")
     if pseudo is None:
@@ -154,6 +170,27 @@ def check_use_of_unlabelled(config: Config) -> None:
     if teacher.arch == EMA or teacher.arch in models.TEACHERS:
         found = f"key 'data.unlabelled.pseudo.teacher': {teacher.name!r} is {teacher.arch}"
         raise UserError(f"{found}, expected a detector that learns nothing during the run")
+
+
+def check_mixture(config: Config, processes: int) -> None:
+    """UserError where batches could not mix labelled and unlabelled pictures as the losses need it.
+
+    Several processes count their normalisers together, so each needs equally many labelled images in every batch.
+    """
+    settings, batch_size = config.data.unlabelled, config.batch_size
+    if settings is None:
+        return
+    key, share = "key 'data.unlabelled.labelled_share'", settings.labelled_share
+    labelled = round(batch_size * (share or 0))
+    if share is not None and (abs(labelled - batch_size * share) > 1e-6 or not 0 < labelled < batch_size):
+        found = f"{key}: found {share}, {batch_size * share:g} of {batch_size} images"
+        raise UserError(f"{found}, expected a whole number of them, at least one of each kind")
+    is_even = share is not None and labelled % processes == 0 and config.data.pictures_per_epoch % batch_size == 0
+    if processes > 1 and not (is_even and config.data.pictures_per_epoch):
+        raise UserError(
+            f"{key}: found {share}, expected a share that gives each of {processes} processes equally many labelled "
+            f"images, and data.pictures_per_epoch a multiple of {batch_size}"
+        )
 
 
 def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bool = False) -> None:

@@ -3,13 +3,16 @@
 The teacher sees each picture once, before the training: letterboxed at the teacher's own size, without augmentation.
 Its detections become objects, ignored regions or nothing:
 
-    score >= threshold of the class                 an object
-    ignore_above <= score < threshold               ignored: neither learnt as an object nor as background
-    below, and classes that the dataset lacks       nothing
+    score >= threshold of the class            an object
+    ignore_above <= score < threshold          ignored: neither learnt as an object nor as background
+    below, and classes that the dataset lacks  nothing
 
-The thresholds are one number, numbers for some classes, or chosen for each class so that its pseudo boxes are as many
-for a picture as its objects in the labelled pictures (class_thresholds_by_count). Chen et al., "Label Matching
-Semi-Supervised Object Detection", arXiv:2206.06608, choose them by that idea, anew during the training.
+The thresholds are one number, numbers for some classes, or chosen for each class by how many of its objects a labelled
+picture has (score_of_rank): boxes_per_object times as many detections for a picture become objects, and
+ignored_per_object times as many of the next best are ignored. So a class that the teacher finds with low scores is not
+lost. Chen et al., "Label Matching Semi-Supervised Object Detection", arXiv:2206.06608, choose thresholds by this idea;
+they do so anew during the training, and divide what is above the threshold. It takes the labelled pictures for a fair
+sample: with data.per_class rare classes are more frequent among them than they are.
 
 The detections are kept in <runs>/pseudo_boxes/<fingerprint>.npz, so all rows and seeds of a study share them. Other
 thresholds need no other file.
@@ -50,7 +53,8 @@ class PseudoBoxes:
     """The pseudo boxes of M detections. names: the dataset's classes.
 
     detections: image is a row of the pictures without labels, labels are the dataset's classes.
-    thresholds (K,): from this score on a detection is an object. ignore_above: from this one on it is ignored.
+    thresholds (K,): from this score on a detection of the class is an object. ignore_above (K,): from this one on it is
+        ignored.
     """
 
     teacher: str
@@ -59,7 +63,7 @@ class PseudoBoxes:
     names: tuple[str, ...]
     detections: DetectionTable
     thresholds: np.ndarray
-    ignore_above: float
+    ignore_above: np.ndarray
     pictures: int
 
     @property
@@ -70,33 +74,28 @@ class PseudoBoxes:
     @property
     def is_ignored(self) -> np.ndarray:
         """(M,) bool."""
-        return (self.detections.scores >= self.ignore_above) & ~self.is_object
+        return (self.detections.scores >= self.ignore_above[self.detections.labels]) & ~self.is_object
 
     def index(self, pictures: DatasetIndex) -> DatasetIndex:
         """The pictures without labels, with these boxes."""
-        found = self.detections[self.is_object | self.is_ignored]
-        ignore = found.scores < self.thresholds[found.labels]
+        kept = np.flatnonzero(self.is_object | self.is_ignored)
+        kept = kept[np.argsort(self.detections.image[kept], kind="stable")]
+        found, is_object = self.detections[kept], self.is_object[kept]
+        first = np.searchsorted(found.image, np.arange(len(pictures) + 1))
         samples = []
-        for row, sample in enumerate(pictures.samples):
-            own = found.image == row
-            boxes, labels = found.boxes_xyxy[own], found.labels[own]
-            samples.append(
-                replace(
-                    sample,
-                    boxes_xyxy=boxes,
-                    labels=labels,
-                    ignore=ignore[own],
-                    area=found.box_area[own],
-                    crowd=np.zeros(len(labels), bool),
-                )
-            )
+        for sample, start, end in zip(pictures.samples, first[:-1], first[1:]):
+            boxes, labels, area = found.boxes_xyxy[start:end], found.labels[start:end], found.box_area[start:end]
+            none = np.zeros(end - start, dtype=bool)
+            ignore = ~is_object[start:end]
+            samples.append(replace(sample, boxes_xyxy=boxes, labels=labels, ignore=ignore, area=area, crowd=none))
         return replace(pictures, samples=tuple(samples))
 
     def to_tree(self) -> dict:
         """Plain values for report.json."""
         counts = {
             name: {
-                "threshold": float(self.thresholds[label]),
+                "threshold": finite_or_none(self.thresholds[label]),
+                "ignore_above": finite_or_none(self.ignore_above[label]),
                 "objects": int((self.is_object & (self.detections.labels == label)).sum()),
                 "ignored": int((self.is_ignored & (self.detections.labels == label)).sum()),
             }
@@ -106,23 +105,29 @@ class PseudoBoxes:
             "teacher": self.teacher,
             "image_size": self.image_size,
             "iou_threshold": self.iou_threshold,
-            "ignore_above": self.ignore_above,
             "pictures": self.pictures,
             "classes": counts,
         }
 
     def __str__(self) -> str:
         tree = self.to_tree()
-        rows = [("class", "threshold", "objects", "ignored")]
-        rows += [(n, f"{c['threshold']:.3f}", str(c["objects"]), str(c["ignored"])) for n, c in tree["classes"].items()]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        rows = [("class", "threshold", "ignored from", "objects", "ignored")]
+        for name, c in tree["classes"].items():
+            scores = ["-" if c[key] is None else f"{c[key]:.3f}" for key in ("threshold", "ignore_above")]
+            rows.append((name, *scores, str(c["objects"]), str(c["ignored"])))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
             "  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
             for row in rows
         ]
         head = f"pseudo boxes of teacher {self.teacher!r} at {self.image_size} px in {self.pictures} pictures, "
-        head += f"suppressed above IoU {self.iou_threshold:g}, ignored from score {self.ignore_above:g}"
+        head += f"suppressed above IoU {self.iou_threshold:g}"
         return "\n".join([head, *lines])
+
+
+def finite_or_none(score: float) -> float | None:
+    """A score as JSON has it; None for infinity: no detection is that good."""
+    return float(score) if np.isfinite(score) else None
 
 
 def make_pseudo_boxes(
@@ -176,41 +181,48 @@ def make_pseudo_boxes(
     label_of[t_columns.numpy()] = columns.numpy()
     labels = label_of[found.labels]
     found = replace(found[labels >= 0], labels=labels[labels >= 0])
-    thresholds = choose_thresholds(settings, found, len(pictures), labelled)
-    return PseudoBoxes(
-        teacher.name, size, iou_threshold, names, found, thresholds, settings.ignore_above, len(pictures)
-    )
+    thresholds, ignore_above = choose_thresholds(settings, found, len(pictures), labelled)
+    return PseudoBoxes(teacher.name, size, iou_threshold, names, found, thresholds, ignore_above, len(pictures))
 
 
 def choose_thresholds(
     settings: PseudoBoxConfig, found: DetectionTable, pictures: int, labelled: DatasetIndex
-) -> np.ndarray:
-    """(K,): the score from which a detection of each class is an object."""
-    names = labelled.names
-    thresholds = np.full(len(names), settings.threshold)
-    if settings.boxes_per_object is not None:
-        rows = [sample.labels[~sample.ignore] for sample in labelled.samples]
-        objects = np.bincount(np.concatenate(rows), minlength=len(names))
-        wanted = settings.boxes_per_object * objects / len(labelled) * pictures
-        thresholds = thresholds_by_count(found.scores, found.labels, np.round(wanted).astype(int))
-    for name, value in settings.class_thresholds.items():
-        thresholds[names.index(name)] = value
-    return thresholds
+) -> tuple[np.ndarray, np.ndarray]:
+    """(K,), (K,): the scores from which a detection of each class is an object, and from which it is ignored.
 
-
-def thresholds_by_count(scores: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(K,): for each class the score of its wanted[k]-th best detection, so that as many are at least that good.
-
-    LOWEST_SCORE for a class with fewer detections, and above 1 for one of which none are wanted.
+    found: the detections in `pictures` pictures. labelled: gives the number of objects in a picture.
     """
-    thresholds = np.full(len(wanted), LOWEST_SCORE)
-    for label, count in enumerate(wanted.tolist()):
-        own = np.sort(scores[labels == label])[::-1]
-        if count == 0:
-            thresholds[label] = 2.0
-        elif count <= len(own):
-            thresholds[label] = own[count - 1]
-    return thresholds
+    names = labelled.names
+    thresholds, ignore_above = np.full(len(names), settings.threshold), np.full(len(names), settings.ignore_above)
+    if settings.boxes_per_object is not None:
+        labels = np.concatenate([sample.labels[~sample.ignore] for sample in labelled.samples])
+        expected = np.bincount(labels, minlength=len(names)) / len(labelled) * pictures  # objects of each class
+        thresholds = score_of_rank(found, settings.boxes_per_object * expected)
+        if settings.ignored_per_object is not None:
+            ignore_above = score_of_rank(found, (settings.boxes_per_object + settings.ignored_per_object) * expected)
+    for name, value in settings.class_thresholds.items():
+        if name not in names:
+            expected_names = ", ".join(names)
+            key = "key 'data.unlabelled.pseudo.class_thresholds'"
+            raise UserError(f"{key}: found {name!r}, expected some of {expected_names}")
+        thresholds[names.index(name)] = value
+    return thresholds, ignore_above
+
+
+def score_of_rank(found: DetectionTable, ranks: np.ndarray) -> np.ndarray:
+    """(K,): for each class the score of its n-th best detection, with n = ranks[k] rounded.
+
+    So n detections have at least that score (more only with equal scores). LOWEST_SCORE where there are fewer than n,
+    and infinity, which no score reaches, for n = 0.
+    """
+    scores = np.full(len(ranks), LOWEST_SCORE)
+    for label, rank in enumerate(np.round(ranks).astype(int)):
+        own = np.sort(found.scores[found.labels == label])[::-1]
+        if rank == 0:
+            scores[label] = np.inf
+        elif rank <= len(own):
+            scores[label] = own[rank - 1]
+    return scores
 
 
 def detect_once(

@@ -69,8 +69,8 @@ def open_indexes(config: Config) -> dict[str, DatasetIndex]:
     """
     data = config.data
     check_data(data)
-    whole, train = open_labelled(config)
     test = open_dataset(data.format, data.root, data.test, classes=data.classes)
+    whole, train = open_labelled(config, test.names)
     if train.names != test.names:
         root = data.train_root or data.root
         found = f"{root}: the classes of {data.train!r} are {', '.join(train.names)}"
@@ -79,9 +79,12 @@ def open_indexes(config: Config) -> dict[str, DatasetIndex]:
     return indexes if data.unlabelled is None else indexes | {"unlabelled": open_unlabelled(data, whole, train)}
 
 
-def open_labelled(config: Config) -> tuple[DatasetIndex, DatasetIndex]:
-    """The training split, and the pictures of it whose labels are used."""
+def open_labelled(config: Config, names: tuple[str, ...] = ()) -> tuple[DatasetIndex, DatasetIndex]:
+    """The training split, and the pictures of it whose labels are used. names: the classes where data.train is None."""
     data = config.data
+    if data.train is None:
+        none = DatasetIndex(names, (), format=data.format)
+        return none, none
     whole = open_dataset(*training_set(data), classes=data.classes)
     if data.per_class:
         seed = config.seed if data.draw_seed is None else data.draw_seed
@@ -123,13 +126,16 @@ def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[
     reports: dict[str, ScanReport] = {}
     overlaps: list[Overlap] = []
     places = {"train": training_set(data), "test": (data.format, data.root, data.test)}
+    if data.train is None:
+        del places["train"]
     if "unlabelled" in indexes:
         places = {"unlabelled": ("pictures", "without", "labels")} | places
     for role, place in places.items():
         index = indexes[role]
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         if role == "test":
-            overlaps.append(overlap.within(reports["train"].index))
+            if "train" in reports:
+                overlaps.append(overlap.within(reports["train"].index))
             if "unlabelled" in indexes:
                 overlaps.append(find_overlap(index, reports["unlabelled"].index, ("test", "unlabelled")))
                 refuse_overlap(overlaps[-1], data)
@@ -141,7 +147,8 @@ def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[
             continue
         with_difficult = role == "test" and config.evaluation.counts_difficult
         require_objects(report.index, report.title, place[1], with_difficult=with_difficult)
-    train, test = reports["train"].index, reports["test"].index
+    train = reports["train"].index if "train" in reports else indexes["train"]
+    test = reports["test"].index
     fraction = data.holdout_fraction
     if fraction == 0:
         return Splits(train.names, train, None, test, reports, tuple(overlaps))
@@ -178,29 +185,6 @@ def with_unlabelled(
     return dataclasses.replace(splits, train=join(splits.train, index), unlabelled=len(index), pseudo=pseudo)
 
 
-def check_mixture(data: DataConfig, batch_size: int, splits: Splits, processes: int) -> None:
-    """UserError where a batch could not mix labelled and unlabelled pictures as the losses need it.
-
-    Several processes count their normalisers together, so each needs equally many labelled images in every batch.
-    """
-    if data.unlabelled is None:
-        return
-    share = data.unlabelled.labelled_share
-    labelled = batch_size * share if share is not None else 0.0
-    if share is not None and (labelled != round(labelled) or not 0 < labelled < batch_size):
-        raise UserError(
-            f"key 'data.unlabelled.labelled_share': found {share}, {labelled:g} of {batch_size} images, expected "
-            "a whole number of them, at least one of each kind"
-        )
-    if processes > 1 and data.unlabelled.pseudo is None:
-        pictures = data.pictures_per_epoch or len(splits.train)
-        if share is None or labelled % processes or pictures % batch_size:
-            raise UserError(
-                f"key 'data.unlabelled.labelled_share': found {share}, expected a share that gives each of {processes} "
-                f"processes equally many labelled images, and data.pictures_per_epoch a multiple of {batch_size}"
-            )
-
-
 def refuse_overlap(overlap: Overlap, data: DataConfig) -> None:
     """UserError where every test picture is one of the training split, unless the config allows it."""
     if overlap.is_whole and not data.allow_overlap:
@@ -212,7 +196,7 @@ def refuse_overlap(overlap: Overlap, data: DataConfig) -> None:
 
 def training_set(data: DataConfig) -> tuple[str, str, str]:
     """Format, root and split of the training pictures."""
-    return data.train_format or data.format, data.train_root or data.root, data.train
+    return data.train_format or data.format, data.train_root or data.root, data.train or ""
 
 
 def count_training_pictures(config: Config) -> int:
