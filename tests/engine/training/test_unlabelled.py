@@ -1,0 +1,398 @@
+"""Runs on labelled and unlabelled pictures: the choice of pictures, pseudo boxes, and what a step learns from."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import models
+import train
+from config import PseudoBoxConfig
+from datasets.index import DatasetIndex
+from datasets.loader import Loader
+from datasets.unlabelled import unlabelled_sample
+from engine.runtime.processes import Processes
+from engine.training import building, pseudo_boxes
+from engine.training.checks import check_config
+from engine.training.pseudo_boxes import PseudoBoxes, choose_thresholds, detect_once, score_of_rank
+from engine.training.splits import count_training_pictures, open_indexes, open_splits
+from errors import UserError
+from metrics.tables import DetectionTable
+from structures import Detections
+from tests.datasets.test_unlabelled import index_of
+from tests.tiny_training import SIZE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ARCH = "yolov8_narrow"
+PSEUDO = {"teacher": "t", "threshold": 0.52, "ignore_above": 0.2}
+TERM = {"teacher": "t", "loss": "cwd", "weight": 1.0, "student_maps": ["p3"], "on": "unlabelled"}
+NO_AUGMENTATION = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
+
+
+def few(**unlabelled):
+    return {"per_class": 3, "unlabelled": {"rest": True, "labelled_share": 0.25} | unlabelled}
+
+
+@pytest.fixture(scope="module")
+def teacher_path(tmp_path_factory):
+    """A YOLOv8n that finds something everywhere, with the dataset's classes in another order and one more."""
+    torch.manual_seed(1)
+    model = models.build(ARCH, 3)
+    with torch.no_grad():
+        for branch in model.head.cls:
+            branch[-1].bias.fill_(0.0)
+            branch[-1].weight.normal_(0, 0.4)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    state = {"arch": ARCH, "names": ["red", "blue", "green"], "image_size": 96}
+    checkpoint.save(path, state | {"ema": model.state_dict()})
+    return path
+
+
+@pytest.fixture
+def make(make_tiny, teacher_path):
+    """A tiny config with that teacher."""
+    teacher = {"name": "t", "arch": ARCH, "weights": str(teacher_path)}
+    return lambda **changes: make_tiny(**{"teachers": [teacher], "student": {"arch": ARCH}} | changes)
+
+
+def quiet(line):
+    pass
+
+
+def ids(index, labelled):
+    return [sample.image_id for sample in index.samples if sample.is_labelled == labelled]
+
+
+# ---------------------------------------------------------------- the choice of pictures
+
+
+def test_the_rest_of_the_training_split(make_tiny):
+    indexes = {seed: open_indexes(make_tiny(seed=seed, data=few())) for seed in (0, 1)}
+    for found in indexes.values():
+        train, rest = ids(found["train"], True), ids(found["unlabelled"], False)
+        assert len(train) == 6 and sorted(train + rest) == sorted(ids(found["whole"], True))
+        assert all(len(sample) == 0 for sample in found["unlabelled"].samples)
+    assert ids(indexes[0]["train"], True) != ids(indexes[1]["train"], True)
+    fixed = [open_indexes(make_tiny(seed=seed, data=few() | {"draw_seed": 1})) for seed in (0, 1)]
+    assert {tuple(ids(i["train"], True)) for i in fixed} == {tuple(ids(indexes[1]["train"], True))}
+    assert count_training_pictures(make_tiny(data=few())) == 24
+    capped = open_indexes(make_tiny(data={"max_samples": 4} | {"unlabelled": {"rest": True, "max_samples": 5}}))
+    assert len(capped["train"]) == 4 and len(capped["unlabelled"]) == 5
+
+
+def test_another_source_and_its_overlap(make_tiny, tiny_data, tmp_path):
+    more = tmp_path / "more"
+    more.mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.full((40, 50, 3), ord(name), np.uint8)).save(more / f"{name}.png")
+    config = make_tiny(data=few(root=str(more)))
+    assert len(open_indexes(config)["unlabelled"]) == 20
+    again = make_tiny(data=few(split="train"))  # the labelled ones among them stay labelled
+    assert (
+        sorted(ids(open_indexes(again)["unlabelled"], False))
+        == sorted(ids(open_indexes(config)["unlabelled"], False))[:18]
+    )
+    picture = tiny_data / "images" / "test" / "000.png"
+    (more / "copy.png").write_bytes(picture.read_bytes())
+    lines = []
+    splits = open_splits(config, lines.append)
+    assert [len(overlap.shared) for overlap in splits.overlaps] == [0, 1]
+    assert "1 of 8 pictures of test are also in unlabelled (1 the same bytes)" in lines[-1]
+    with pytest.raises(UserError, match="no picture of its own: 8 of 8 pictures of test are also in unlabelled"):
+        open_splits(make_tiny(data=few(split="test")), quiet)
+    with pytest.raises(UserError, match=r"every picture of data.train is labelled"):
+        open_indexes(make_tiny(data={"unlabelled": {"rest": True}}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": {"per_class": -1}}, "'data.per_class': found -1"),
+        ({"data": {"per_class": 1, "max_samples": 2}}, "'data.per_class': found 1, .* without data.max_samples"),
+        ({"data": {"draw_seed": 1}}, "'data.draw_seed': found 1, expected 0 or more beside data.per_class"),
+        ({"data": {"unlabelled": {}}}, "'data.unlabelled': found no pictures"),
+        ({"data": few(format="voc")}, "'data.unlabelled.format': found voc without a split"),
+        ({"data": few(labelled_share=1.0)}, "labelled_share': found 1.0, expected a number between 0 and 1"),
+        (
+            {"data": few(labelled_share=0.3), "terms": [TERM]},
+            "labelled_share': found 0.3, 2.4 of 8 images, expected",
+        ),
+        ({"data": few(pseudo=PSEUDO | {"threshold": 0})}, "pseudo.threshold': found 0"),
+        ({"data": few(pseudo=PSEUDO | {"class_thresholds": {"red": "x"}})}, "class_thresholds.red': found 'x'"),
+        ({"data": few(pseudo=PSEUDO | {"ignored_per_object": 1.0})}, "expected boxes_per_object beside it"),
+        ({"data": few(pseudo=PSEUDO | {"boxes_per_object": -1.0})}, "boxes_per_object': found -1.0"),
+        ({"data": few(pseudo=PSEUDO | {"image_size": 50})}, "image_size': found 50, expected a multiple of 32"),
+        ({"data": few(pseudo=PSEUDO | {"teacher": "x"})}, "pseudo.teacher': found 'x', expected t"),
+        ({"data": few()}, "no term names the teacher 't'"),
+        ({"data": few(), "terms": [TERM | {"on": "labelled"}]}, "no term acts on these pictures"),
+        ({"terms": [TERM]}, "'terms.0.on': found unlabelled without data.unlabelled"),
+        ({"data": few(pseudo=PSEUDO), "detection_weight": 0.0, "terms": [TERM]}, "nothing learns from boxes"),
+        ({"data": {"train": None}}, "'data.train': found null"),
+        ({"data": {"train": None, "unlabelled": {"rest": True, "pseudo": PSEUDO}}}, "unlabelled.rest': there are no"),
+        (
+            {"data": {"train": None, "unlabelled": {"split": "train"}}, "terms": [TERM]},
+            "'detection_weight': found 1.0 without labelled pictures",
+        ),
+    ],
+)
+def test_refused_before_any_picture_is_listed(make, monkeypatch, changes, message):
+    monkeypatch.setattr("engine.training.splits.open_dataset", None)
+    with pytest.raises(UserError, match=message):
+        check_config(make(**changes))
+
+
+def test_several_processes_need_equally_many_labelled_images(make):
+    def check(processes, **changes):
+        check_config(make(data=few(**changes) | {"pictures_per_epoch": 16}, terms=[TERM]), processes=processes)
+
+    check(2)
+    for processes, share in ((4, 0.25), (2, None)):
+        with pytest.raises(UserError, match=f"gives each of {processes} processes equally many"):
+            check(processes, labelled_share=share)
+
+
+# ---------------------------------------------------------------- pseudo boxes
+
+
+def table(*rows):
+    """Detections as (image, score, label), each with a box of its own."""
+    image, scores, labels = zip(*rows)
+    boxes = np.array([[n, n, n + 10.0, n + 5.0] for n in range(len(rows))])
+    return DetectionTable(np.array(image), boxes, np.array(scores, float), np.array(labels))
+
+
+FOUND = table((0, 0.9, 0), (0, 0.3, 0), (2, 0.1, 0), (1, 0.6, 1), (1, 0.5, 1), (2, 0.25, 1), (2, 0.7, 1))
+
+
+def test_scores_of_rank():
+    assert score_of_rank(FOUND, np.array([1, 3])).tolist() == [0.9, 0.5]
+    assert score_of_rank(FOUND, np.array([2.6, 0.4])).tolist() == [0.1, np.inf]
+    assert score_of_rank(FOUND, np.array([4, 5])).tolist() == [pseudo_boxes.LOWEST_SCORE] * 2
+    for ranks in ([1, 2], [3, 4]):  # as many detections reach the score
+        reached = FOUND.scores >= score_of_rank(FOUND, np.array(ranks))[FOUND.labels]
+        assert np.bincount(FOUND.labels[reached]).tolist() == ranks
+
+
+def test_thresholds_by_the_labelled_pictures():
+    labelled = dataclasses.replace(index_of([[0, 1, 1], [1], [1], [0]], ignored=(3,)), names=("a", "b"))
+    settings = PseudoBoxConfig("t", boxes_per_object=1.0, ignore_above=0.2)
+    # 1/4 and 1 objects a picture: of 4 pictures without labels, 1 and 4.
+    thresholds, floors = choose_thresholds(settings, FOUND, 4, labelled)
+    assert thresholds.tolist() == [0.9, 0.25] and floors.tolist() == [0.2, 0.2]
+    settings = dataclasses.replace(settings, boxes_per_object=0.5, ignored_per_object=0.25, class_thresholds={"a": 0.3})
+    thresholds, floors = choose_thresholds(settings, FOUND, 4, labelled)
+    assert thresholds.tolist() == [0.3, 0.6] and floors.tolist() == [0.9, 0.5]
+    with pytest.raises(UserError, match="class_thresholds': found 'z', expected some of a, b"):
+        choose_thresholds(PseudoBoxConfig("t", class_thresholds={"z": 0.5}), FOUND, 4, labelled)
+
+
+def pictures(*sizes):
+    samples = [unlabelled_sample(f"{n}.png", n, width, height) for n, (width, height) in enumerate(sizes)]
+    return DatasetIndex(("a", "b"), tuple(samples))
+
+
+def test_detections_become_objects_ignored_regions_or_nothing():
+    made = PseudoBoxes("t", 64, 0.7, ("a", "b"), FOUND, np.array([0.4, 0.55]), np.array([0.2, 0.3]), 4)
+    index = made.index(pictures(*[(30, 20)] * 4))
+    assert [sample.labels.tolist() for sample in index.samples] == [[0, 0], [1, 1], [1], []]
+    assert [sample.ignore.tolist() for sample in index.samples] == [[False, True], [False, True], [False], []]
+    assert index.samples[1].boxes_xyxy.tolist() == FOUND.boxes_xyxy[[3, 4]].tolist()
+    assert index.samples[2].boxes_xyxy.tolist() == FOUND.boxes_xyxy[[6]].tolist()
+    assert index.samples[0].area.tolist() == [50, 50] and not any(s.is_labelled for s in index.samples)
+    tree = json.loads(json.dumps(made.to_tree(), allow_nan=False))
+    assert tree["classes"]["a"] == {"threshold": 0.4, "ignore_above": 0.2, "objects": 1, "ignored": 1}
+    assert tree["classes"]["b"] == {"threshold": 0.55, "ignore_above": 0.3, "objects": 2, "ignored": 1}
+    nothing = dataclasses.replace(made, thresholds=np.array([np.inf, 0.55]))
+    assert json.loads(json.dumps(nothing.to_tree(), allow_nan=False))["classes"]["a"]["threshold"] is None
+    assert str(nothing).splitlines()[2].split() == ["a", "-", "0.200", "0", "2"]
+
+
+class Corner(torch.nn.Module):
+    """Finds one object in every image: the upper left quarter of its content, which it takes to be black."""
+
+    def __init__(self, score: float = 0.5) -> None:
+        super().__init__()
+        self.score = torch.nn.Parameter(torch.tensor(score))
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape))
+        return images
+
+    def detect(self, output, *, score_threshold, iou_threshold, max_detections):
+        found = []
+        for image in output:
+            y, x = (image.amax(0) == 0).nonzero().unbind(1)
+            x1, y1, x2, y2 = x.min(), y.min(), x.max() + 1, y.max() + 1
+            box = torch.stack((x1, y1, (x1 + x2) / 2, (y1 + y2) / 2)).float()[None]
+            found.append(Detections(box, self.score.detach()[None], torch.tensor([1])))
+        return found
+
+
+@pytest.fixture
+def black(tmp_path):
+    """Three black pictures of several sizes."""
+    samples = []
+    for number, (width, height) in enumerate(((80, 40), (32, 32), (20, 60))):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(path)
+        samples.append(unlabelled_sample(path, number, width, height))
+    return DatasetIndex(("a", "b"), tuple(samples))
+
+
+def test_the_teacher_sees_whole_files_once(black, tmp_path):
+    """Boxes are in pixels of the files. A second call reads them, until model, size, settings or pictures differ."""
+    settings = {"score_threshold": 0.01, "iou_threshold": 0.7, "max_detections": 300}
+    said, folder = [], tmp_path / "kept"
+
+    def detect(model, index=black, image_size=64, **changes):
+        return detect_once(model, index, image_size, settings | changes, folder, torch.device("cpu"), said.append)
+
+    model = Corner()
+    found = detect(model)
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    assert model.seen == [(3, 3, 64, 64)] and found.image.tolist() == [0, 1, 2] and found.scores.tolist() == [0.5] * 3
+    np.testing.assert_allclose(found.boxes_xyxy, [[0, 0, 40, 20], [0, 0, 16, 16], [0, 0, 10, 30]], atol=1)
+    again = detect(model)
+    assert len(model.seen) == 1 and len(list(folder.iterdir())) == 1
+    for name in pseudo_boxes.COLUMNS:
+        assert np.array_equal(getattr(found, name), getattr(again, name))
+    for other in (Corner(0.6), {"image_size": 32}, {"iou_threshold": 0.5}, {"index": black.subset([0])}):
+        count = len(list(folder.iterdir()))
+        detect(**{"model": model} | other) if isinstance(other, dict) else detect(other)
+        assert len(list(folder.iterdir())) == count + 1
+    for damaged in (b"", whole[:200], whole[: len(whole) // 2] + bytes(40) + whole[len(whole) // 2 + 40 :]):
+        path.write_bytes(damaged)
+        assert np.array_equal(detect(model).boxes_xyxy, found.boxes_xyxy) and "damaged, made again" in said.pop()
+    assert path.read_bytes() == whole and not said
+
+
+def test_classes_of_the_teacher_are_joined_by_name(make):
+    """The teacher's list is red, blue, green at 96 px; the dataset's is green, red."""
+    config = make(data=few(pseudo=PSEUDO))
+    indexes = open_indexes(config)
+
+    def pseudo_of(config):
+        labelled, rest = indexes["train"], indexes["unlabelled"]
+        return pseudo_boxes.make_pseudo_boxes(config, rest, labelled, {}, torch.device("cpu"), quiet)
+
+    made = pseudo_of(config)
+    assert (made.image_size, made.iou_threshold, made.pictures) == (96, 0.7, 18)
+    model, _ = checkpoint.load_model(config.teachers[0].weights)
+    loader = Loader(indexes["unlabelled"], image_size=96, batch_size=18, seed=0, shuffle=False)
+    with torch.no_grad():
+        output = model.eval()(next(loader.epoch(0)).images / 255)
+    found = model.detect(output, score_threshold=0.01, iou_threshold=0.7, max_detections=300)
+    for name, column in (("red", 0), ("green", 2)):
+        expected = torch.cat([detections.scores[detections.labels == column] for detections in found])
+        scores = made.detections.scores[made.detections.labels == made.names.index(name)]
+        np.testing.assert_allclose(sorted(scores), expected.sort().values, rtol=1e-3, atol=1e-4)
+    assert pseudo_of(make(data=few(pseudo=PSEUDO | {"image_size": 32}))).image_size == 32
+    teacher = dataclasses.replace(config.teachers[0], image_size=64)
+    assert pseudo_of(dataclasses.replace(config, teachers=(teacher,))).image_size == 64
+    aliased = dataclasses.replace(config.teachers[0], aliases={"green": "blue", "red": "red"})
+    blue = torch.cat([detections.scores[detections.labels == 1] for detections in found])
+    scores = pseudo_of(dataclasses.replace(config, teachers=(aliased,))).detections
+    np.testing.assert_allclose(sorted(scores.scores[scores.labels == 0]), blue.sort().values, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------- steps and runs
+
+
+def test_a_step_learns_from_labelled_images_alone(make, monkeypatch):
+    """The detection losses of a mixed batch are those of its labelled images; without any they count 0."""
+    config = make(data=few(), terms=[TERM], augment=NO_AUGMENTATION)
+    setup = building.build(config, Processes("cpu"), None, quiet)
+    batch = next(setup.loader.epoch(0))
+    assert batch.is_labelled.tolist() == [True] * 2 + [False] * 6 and set(batch.targets.image.tolist()) == {0, 1}
+    seen = []
+    losses = setup.student.losses
+    monkeypatch.setattr(
+        setup.student, "losses", lambda output, targets: seen.append((output, targets)) or losses(output, targets)
+    )
+    (row,) = train.train_step(setup, [batch], train.TrainingState(), train.RunFolder(setup.config.runs))
+    ((output, targets),) = seen
+    assert len(output.class_logits) == 2 and len(targets) == len(batch.targets)
+    assert all(row[name] > 0 for name in ("box", "cls", "dfl", "cwd_t"))
+    unlabelled = dataclasses.replace(batch, is_labelled=torch.zeros(8, dtype=torch.bool))
+    (row,) = train.train_step(setup, [unlabelled], train.TrainingState(), train.RunFolder(setup.config.runs))
+    assert [row[name] for name in ("box", "cls", "dfl")] == [0, 0, 0] and row["cwd_t"] > 0
+
+
+def test_pseudo_boxes_are_learnt_on_all_images(make):
+    config = make(data=few(pseudo=PSEUDO | {"boxes_per_object": 1.0}))
+    setup = building.build(config, Processes("cpu"), None, quiet)
+    batch = next(setup.loader.epoch(0))
+    boxed, weight = building.images_with_boxes(setup, batch.is_labelled)
+    assert boxed.all() and weight == 1 and set(batch.targets.image.tolist()) == set(range(8))
+    tree = setup.splits.pseudo.to_tree()["classes"]
+    ignored = sum(int(sample.ignore.sum()) for sample in setup.splits.train.samples)
+    assert ignored == sum(counts["ignored"] for counts in tree.values()) > 0
+    objects = sum(int((~sample.ignore).sum()) for sample in setup.splits.train.samples if not sample.is_labelled)
+    assert objects == sum(counts["objects"] for counts in tree.values()) > 0
+
+
+def test_without_any_label(make):
+    """Terms alone, and pseudo boxes alone; test pictures give the classes."""
+    term = TERM | {"on": "all"}
+    data = {"train": None, "unlabelled": {"split": "train"}}
+    report = train.run(make(data=data, terms=[term], detection_weight=0.0, epochs=1), quiet=True)
+    assert report["labelled_pictures"] == 0 and report["unlabelled_pictures"] == 24 and report["steps"] == 3
+    header = (train.Path(make().runs) / "tiny" / "metrics.csv").read_text().splitlines()[0]
+    assert [name for name in header.split(",") if name.startswith("train/")] == ["train/cwd_t"]
+    data["unlabelled"]["pseudo"] = PSEUDO
+    setup = building.build(make(data=data), Processes("cpu"), None, quiet)
+    assert setup.splits.labelled == 0 and len(next(setup.loader.epoch(0)).targets) > 0
+    with pytest.raises(UserError, match="boxes_per_object': there are no labelled pictures"):
+        data["unlabelled"]["pseudo"] = PSEUDO | {"boxes_per_object": 1.0}
+        check_config(make(data=data))
+
+
+def test_mosaics_are_of_one_kind(make):
+    """Of eight images the labelled two are mixed with one another only, so no box comes into an unlabelled one."""
+    everything = {"mosaic": 1.0, "mixup": 1.0, "close_mosaic_epochs": 0}
+    setup = building.build(make(data=few(), terms=[TERM], augment=everything), Processes("cpu"), None, quiet)
+    for number, batch in enumerate(setup.loader.epoch(0)):
+        images, targets = building.augment_batch(setup, batch, 0, number)
+        assert len(targets) and batch.is_labelled[targets.image].all() and images.shape == (8, 3, SIZE, SIZE)
+
+
+def test_a_run_is_reported_and_resumed_with_the_same_bytes(make, monkeypatch, capsys):
+    """Stopped after one of three steps. Its boxes come from the file that the first part wrote; others are refused."""
+    config = make(data=few(pseudo=PSEUDO), terms=[TERM], save_every_steps=1, epochs=1)
+    report = train.run(config)
+    out = capsys.readouterr().out
+    assert report["labelled_pictures"] == 6 and report["unlabelled_pictures"] == 18
+    assert report["pseudo_boxes"]["teacher"] == "t" and set(report["pseudo_boxes"]["classes"]) == {"green", "red"}
+    assert "6 labelled and 18 unlabelled pictures" in out and "of teacher 't' at 96 px in 18 pictures" in out
+    whole = checkpoint.load(f"{config.runs}/tiny/weights/last.pt")
+    other = dataclasses.replace(config, name="stopped")
+    step = train.train_step
+
+    def stop_after_one(setup, batches, state, folder):
+        if state.step == 1:
+            raise KeyError("stop")
+        return step(setup, batches, state, folder)
+
+    monkeypatch.setattr(train, "train_step", stop_after_one)
+    with pytest.raises(KeyError):
+        train.run(other, quiet=True)
+    monkeypatch.setattr(train, "train_step", step)
+    changed = make(data=few(pseudo=PSEUDO | {"threshold": 0.5}), terms=[TERM], name="stopped", epochs=1)
+    with pytest.raises(UserError, match=r"'data.unlabelled.pseudo.threshold': the run was started with 0.52"):
+        train.run(changed, resume=True, quiet=True)
+    with pytest.raises(UserError, match="not those that the run started with"):
+        train.run(changed, resume=True, quiet=True, allow_change=("data.unlabelled",))
+    made = []
+    monkeypatch.setattr(pseudo_boxes, "detect_all", lambda *args: made.append(args))
+    train.run(other, resume=True, quiet=True)
+    resumed = checkpoint.load(f"{config.runs}/stopped/weights/last.pt")
+    assert not made and resumed["step"] == whole["step"] == 3
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
