@@ -64,15 +64,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--seeds",
         type=int,
-        default=1,
         metavar="N",
-        help="train each row with N seeds: seed, seed + 1, ... (%(default)s)",
+        help="train each row with N seeds: seed, seed + 1, ... (those of `decide` in the file, or 1)",
     )
     parser.add_argument(
         "--rows", metavar="NAME,...", help="train only these rows and the teachers they need (default: all)"
     )
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.seeds < 1:
+    if arguments.seeds is not None and arguments.seeds < 1:
         raise UserError(f"argument --seeds: found {arguments.seeds}, expected at least 1")
     study = load_study(arguments.config, arguments.overrides, seeds=arguments.seeds)
     compare(study, only=arguments.rows.split(",") if arguments.rows is not None else None)

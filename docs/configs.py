@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
 from distill.condense.gradient_matching import MatchingSettings
+from engine.comparison.decision import DecisionRule
 from engine.comparison.study import RowFile
 from engine.condensing.config import CondenseConfig
 
@@ -34,6 +35,7 @@ SECTIONS: list[tuple[str, str, type]] = [  # title, what stands before a key on 
     ("augment", "augment.", config.AugmentConfig),
     ("evaluation", "evaluation.", config.EvaluationConfig),
     ("rows of a study", "rows.NAME.", RowFile),
+    ("decide, of a study", "decide.", DecisionRule),
     ("condense, of condense.py and of studies", "condense.", CondenseConfig),
     ("condense.matching", "condense.matching.", MatchingSettings),
 ]

@@ -129,7 +129,7 @@ def test_some_rows_leave_the_others_as_they_are(config, trained):
     assert names(trained) == ["teacher_big_seed5", "taught_seed5"]
     assert [len(result.reports) for result in results] == [1, 1, 1, 0]
     text = (Path(config.runs) / "study" / "comparison.md").read_text()
-    assert "| taught | baseline | 1 | +0.100 | +0.100 | - | one seed: not decided |" in text
+    assert "| taught | baseline | 1 | +0.100 | +0.100 | - | not decided: 1 of 2 seeds |" in text
     assert "Not trained yet, row (seeds): longer (5)." in text
 
 

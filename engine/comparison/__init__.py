@@ -2,6 +2,7 @@
 
 study            the rows of a file, each a config trained with several seeds
 protocol         whether two rows train alike
+decision         the rule of the verdicts
 table            the score of each row, and whether two scores differ
 plot             comparison.png
 condensed_table  the value of condensed sets

@@ -9,8 +9,9 @@ import checkpoint
 from config import Config
 from datasets import open_dataset
 from datasets.images import read_image
+from engine.comparison.decision import DecisionRule
 from engine.comparison.study import Study
-from engine.comparison.table import Result, differences, half_width
+from engine.comparison.table import Result, differences
 from engine.drawing.detections import draw_detections
 from engine.drawing.plots import labels_of, save_figure
 from engine.prediction.predictor import Predictor
@@ -51,7 +52,7 @@ def write(path: Path, study: Study, results: dict[str, Result], *, with_pictures
         draw_pictures(bottom.subplots(PICTURES, len(strips), squeeze=False), strips)
     axes = top.subplots(1, 3 if curves else 2)
     draw_scores(axes[0], finished)
-    draw_differences(axes[1], results)
+    draw_differences(axes[1], results, study.rule)
     if curves:
         draw_curves(axes[2], curves)
     figure.suptitle(study.config.name)
@@ -77,22 +78,22 @@ def draw_scores(axis: "Axes", finished: list[Result]) -> None:
     axis.legend(loc="lower right", fontsize=8)
 
 
-def draw_differences(axis: "Axes", results: dict[str, Result]) -> None:
-    """The paired difference in mAP of each comparison: a dot per seed, and the 95 % interval of the mean."""
-    drawn = [difference for difference in differences(results) if difference.seeds]
+def draw_differences(axis: "Axes", results: dict[str, Result], rule: DecisionRule) -> None:
+    """The paired difference of each comparison in the rule's metric: a dot per seed, and the interval of the mean."""
+    drawn = [difference for difference in differences(results, rule) if difference.seeds]
     for position, difference in enumerate(drawn):
         color = COLORS.get(difference.verdict, "0.4")
-        values = difference.mAP
+        values = difference.decisive
         axis.plot(values, np.full(len(values), position), ".", color=color, markersize=4, alpha=0.7)
-        half = half_width(values) if len(values) > 1 else 0.0
+        half = rule.half_width(values) if len(values) > 1 else 0.0
         axis.errorbar(values.mean(), position, xerr=half, fmt="D", color=color, markersize=4, capsize=3)
     if drawn:
-        limit = 1.15 * max(np.abs(difference.mAP).max() for difference in drawn) + 1e-3
+        limit = 1.15 * max(np.abs(difference.decisive).max() for difference in drawn) + 1e-3
         axis.set_xlim(-limit, limit)  # by the dots: the interval of two seeds would fill the axis
     axis.axvline(0, color="k", linewidth=0.8)
     axis.set_yticks(range(len(drawn)), [f"{d.name} - {d.against}" for d in drawn], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel("paired difference in mAP, 95 % interval")
+    axis.set_xlabel(f"paired difference in {rule.metric}, {100 * rule.level:g} % interval")
 
 
 def read_curves(result: Result) -> list[tuple[str, list[int], list[float]]]:

@@ -25,7 +25,7 @@ A row may change every key of the config except FIXED: sections are merged, list
 its terms, its pseudo boxes and its student.inherit name, and no others. RowFile lists the keys of a row itself. A row
 and the rows it is compared to must train alike (engine/comparison/protocol.py), except in the keys that it names in
 `differs`. `rows.cwd.terms.0.weight=1.0` overrides one value of a row. A file without `rows` has the rows of
-`four_rows`.
+`four_rows`. A section `decide` holds the rule of the verdicts (engine/comparison/decision.py).
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ from typing import Any
 
 import models
 from config import Config, TeacherConfig, from_tree, read_tree, to_tree
+from engine.comparison.decision import DEFAULT_RULE, DecisionRule, when_committed
 from engine.comparison.protocol import describe_difference, differing_keys, same_teaching
 from engine.condensing.config import Task, read_condense
 from engine.training.teaching import EMA, pseudo_of, used_teachers
@@ -52,6 +53,7 @@ class StudyFile(Config):
 
     rows: dict[str, Any] = field(default_factory=dict)
     condense: dict[str, Any] = field(default_factory=dict)
+    decide: DecisionRule | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """config: the shared protocol. rows: in the order of the table; a teacher comes before the first row it teaches."""
+    """config: the shared protocol. rows: in the order of the table; a teacher comes before the first row it teaches.
+
+    rule: of the verdicts. rule_origin: where it stands, and since when.
+    """
 
     config: Config
     rows: tuple[Row, ...]
+    rule: DecisionRule = DEFAULT_RULE
+    rule_origin: str = "the default"
 
     @property
     def folder(self) -> Path:
@@ -128,11 +135,22 @@ class Study:
         return [row for row in self.rows if row.name in needed.union(names)]
 
 
-def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int = 1) -> Study:
-    """The study in a YAML file, after `key=value` overrides. UserError for every mistake in the file."""
+def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int | None = None) -> Study:
+    """The study in a YAML file, after `key=value` overrides. UserError for every mistake in the file.
+
+    seeds: of the rows that have no number of their own; None: those of the rule in the file, or one.
+    """
     file = from_tree(StudyFile, read_tree(path, list(overrides)), source=str(path))
     config = Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
-    return plan(config, file.rows or four_rows(config), seeds=seeds, source=str(path), condense=file.condense)
+    if seeds is None:
+        seeds = file.decide.seeds if file.decide is not None else 1
+    study = plan(config, file.rows or four_rows(config), seeds=seeds, source=str(path), condense=file.condense)
+    if file.decide is None:
+        return study
+    file.decide.check(str(path))
+    is_given = any(override.startswith("decide") for override in overrides)
+    origin = "the command line" if is_given else when_committed(path)
+    return dataclasses.replace(study, rule=file.decide, rule_origin=origin)
 
 
 def four_rows(config: Config) -> dict[str, Any]:

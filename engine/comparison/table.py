@@ -1,12 +1,6 @@
 """comparison.md and comparison.json: the score of each row, and whether it differs from the row it is compared to.
 
-The verdict uses mAP. Runs are paired by seed; d_i is the difference of pair i of n. The 95 % confidence interval of the
-true difference is
-
-    mean(d) +- t(n - 1) * std(d) / sqrt(n)          std with n - 1, t the 97.5 % quantile of Student's distribution
-
-A row is better or worse if 0 lies outside the interval; one seed gives no verdict. If no row had any effect, one in
-twenty would still be called better or worse.
+engine/comparison/decision.py has the rule of the verdicts.
 """
 
 import json
@@ -17,11 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from config import to_tree
+from engine.comparison.decision import DEFAULT_RULE, DecisionRule
 from engine.comparison.study import Row, Study
 
 METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "f1"}
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more (the limit is 1.96).
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass
@@ -61,47 +54,44 @@ class Result:
 
 @dataclass(frozen=True)
 class Difference:
-    """One row minus another over the seeds that both have finished; mAP50, mAP (seeds,)."""
+    """One row minus another over the seeds that both have finished; mAP50, mAP, decisive (seeds,).
+
+    decisive: the difference in the metric of the rule.
+    """
 
     name: str
     against: str
     seeds: tuple[int, ...]
     mAP50: np.ndarray
     mAP: np.ndarray
+    decisive: np.ndarray
+    rule: DecisionRule
 
     @property
     def verdict(self) -> str:
-        return verdict(self.mAP)
+        return self.rule.verdict(self.decisive)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the mean difference in the rule's metric; None for less than two seeds."""
+        if len(self.seeds) < 2:
+            return None
+        mean, half = float(self.decisive.mean()), self.rule.half_width(self.decisive)
+        return mean - half, mean + half
 
 
-def differences(results: dict[str, Result]) -> list[Difference]:
+def differences(results: dict[str, Result], rule: DecisionRule = DEFAULT_RULE) -> list[Difference]:
     """Every comparison of the rows, in the order of the table."""
     found = []
     for result in results.values():
         for name in result.row.against:
             other = results[name]
             seeds = [seed for seed in result.seeds if seed in other.reports]
-            pairs = {m: result.values(m, seeds) - other.values(m, seeds) for m in ("mAP50", "mAP")}
-            found.append(Difference(result.name, name, tuple(seeds), **pairs))
+            mAP50, mAP, decisive = (
+                result.values(m, seeds) - other.values(m, seeds) for m in ("mAP50", "mAP", rule.metric)
+            )
+            found.append(Difference(result.name, name, tuple(seeds), mAP50, mAP, decisive, rule))
     return found
-
-
-def half_width(values: np.ndarray) -> float:
-    """Half the 95 % confidence interval of the mean of n >= 2 values."""
-    n = len(values)
-    return T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * float(values.std(ddof=1)) / math.sqrt(n)
-
-
-def verdict(values: np.ndarray) -> str:
-    """The verdict on paired differences (seeds,); see the head of this file."""
-    n = len(values)
-    if n == 0:
-        return "not trained yet"
-    if n == 1:
-        return "one seed: not decided"
-    if abs(values.mean()) > half_width(values):
-        return "better" if values.mean() > 0 else "worse"
-    return f"no difference that {n} seeds can tell"
 
 
 def cost_per_step(result: Result, results: dict[str, Result]) -> float | None:
@@ -125,6 +115,7 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`."""
     config = study.config
     shown = [result for name, result in results.items() if only is None or name in only]
+    of_metric = "" if study.rule.metric == "mAP" else f" of {study.rule.metric}"
     classes = f"classes {', '.join(config.data.classes)} alone, " if config.data.classes else ""
     lines = [
         f"# {config.name}",
@@ -142,15 +133,14 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
         lines.append(f"| {' | '.join(score_cells(result, results))} |")
     lines += [
         "",
-        "Differences are paired by seed. A row is better or worse if the 95 % confidence interval of its mean "
-        "difference in mAP (Student's t over the seeds) leaves out 0; one in twenty rows without any effect would "
-        "still be called so.",
+        f"Differences are paired by seed. The rule ({study.rule_origin}): {study.rule.describe()}. Of rows without any "
+        f"effect, {1 - study.rule.level:.2g} would still be called better or worse.",
         "",
-        "| row | compared to | seeds | mAP50 | mAP | 95 % interval | verdict |",
+        f"| row | compared to | seeds | mAP50 | mAP | {100 * study.rule.level:g} % interval{of_metric} | verdict |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
     names = {result.name for result in shown}
-    for difference in (difference for difference in differences(results) if difference.name in names):
+    for difference in (d for d in differences(results, study.rule) if d.name in names):
         lines.append(f"| {' | '.join(difference_cells(difference))} |")
     lines += [""] * any(result.row.notes for result in shown)
     lines += [f"{note}." for result in shown for note in result.row.notes]
@@ -179,17 +169,14 @@ def score_cells(result: Result, results: dict[str, Result]) -> list[str]:
 
 
 def difference_cells(difference: Difference) -> list[str]:
-    interval = "-"
-    if len(difference.seeds) > 1:
-        mean, half = difference.mAP.mean(), half_width(difference.mAP)
-        interval = f"{mean - half:+.3f} .. {mean + half:+.3f}"
+    ends = difference.interval
     return [
         difference.name,
         difference.against,
         str(len(difference.seeds)),
         mean_and_spread(difference.mAP50, sign="+"),
         mean_and_spread(difference.mAP, sign="+"),
-        interval,
+        "-" if ends is None else f"{ends[0]:+.3f} .. {ends[1]:+.3f}",
         difference.verdict,
     ]
 
@@ -206,7 +193,7 @@ def machines(results: dict[str, Result]) -> str:
 
 def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dict] = ()) -> str:
     """Every number of the tables, by seed. condensed: the rows of condensed_table.condensed_tree."""
-    compared = differences(results)
+    compared = differences(results, study.rule)
     rows = []
     for result in results.values():
         config = result.row.config
@@ -232,7 +219,13 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
                 "differences": [difference_tree(d) for d in compared if d.name == result.name],
             }
         )
-    tree = {"config": to_tree(study.config), "machines": machines(results), "rows": rows, "condensed": list(condensed)}
+    tree = {
+        "config": to_tree(study.config),
+        "rule": {"origin": study.rule_origin, **to_tree(study.rule)},
+        "machines": machines(results),
+        "rows": rows,
+        "condensed": list(condensed),
+    }
     return json.dumps(tree, indent=2, allow_nan=False) + "\n"
 
 
@@ -247,7 +240,7 @@ def difference_tree(difference: Difference) -> dict:
         "mAP_mean": to_json_value(difference.mAP.mean()) if difference.seeds else None,
         "mAP50_std": to_json_value(difference.mAP50.std(ddof=1)) if is_many else None,
         "mAP_std": to_json_value(difference.mAP.std(ddof=1)) if is_many else None,
-        "mAP_half_width": half_width(difference.mAP) if is_many else None,
+        "interval": difference.interval,
         "verdict": difference.verdict,
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from config import to_tree
+from engine.comparison.decision import DEFAULT_RULE, DecisionRule
 from engine.comparison.study import four_rows, load_study, merge, plan
 from errors import UserError
 from tests.tiny_training import tiny_config
@@ -177,3 +178,17 @@ def test_merge():
     tree = {"a": {"b": 1, "c": [1, 2]}, "d": 3}
     assert merge(tree, {"a": {"c": [3]}, "e": None}) == {"a": {"b": 1, "c": [3]}, "d": 3, "e": None}
     assert tree == {"a": {"b": 1, "c": [1, 2]}, "d": 3}
+
+
+def test_the_rule_of_a_file_and_its_number_of_seeds(write):
+    """The rule gives the number of seeds, unless the command does; on the command line it is no rule of the file."""
+    rule = {"metric": "mAP50", "smallest": 0.01, "level": 0.9, "seeds": 4}
+    study = load_study(write(decide=rule))
+    assert study.rule == DecisionRule(**rule) and study.rule_origin.startswith("study.yaml, ")
+    assert len(study.rows[0].seeds) == 4 and len(load_study(write(decide=rule), seeds=2).rows[0].seeds) == 2
+    assert load_study(write(decide=rule), ["decide.seeds=3"]).rule_origin == "the command line"
+    assert load_study(write()).rule == DEFAULT_RULE and len(load_study(write()).rows[0].seeds) == 1
+    with pytest.raises(UserError, match=r"unknown key 'decide.smalest', did you mean 'decide.smallest'"):
+        load_study(write(decide={"smalest": 0.1}))
+    with pytest.raises(UserError, match=r"study.yaml: key 'decide.level': found 95.0, expected a number between"):
+        load_study(write(decide={"level": 95}))

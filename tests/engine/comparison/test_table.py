@@ -2,22 +2,12 @@
 
 import dataclasses
 import json
-import math
 
-import numpy as np
 import pytest
 
+from engine.comparison.decision import DecisionRule
 from engine.comparison.study import plan
-from engine.comparison.table import (
-    T_QUANTILES,
-    Result,
-    as_json,
-    cost_per_step,
-    differences,
-    half_width,
-    markdown,
-    verdict,
-)
+from engine.comparison.table import Result, as_json, cost_per_step, differences, markdown
 from tests.tiny_training import tiny_config
 
 TERM = {"teacher": "given", "loss": "mse", "weight": 1.0, "student_maps": ["p3"]}
@@ -56,47 +46,13 @@ def test_a_table_of_some_classes_names_them(study, results):
     assert "test `test`, 64 px, batch 8. " in markdown(study, results)
 
 
-def test_verdict_by_hand():
-    # mean 0.02, standard deviation 0.01, standard error 0.01 / sqrt(3) = 0.00577; times 4.303: 0.0248
-    assert half_width(np.array([0.01, 0.02, 0.03])) == pytest.approx(0.02484, abs=1e-5)
-    assert verdict(np.array([0.01, 0.02, 0.03])) == "no difference that 3 seeds can tell"
-    # the same spread around 0.03
-    assert verdict(np.array([0.02, 0.03, 0.04])) == "better"
-    assert verdict(np.array([-0.02, -0.03, -0.04])) == "worse"
-    # two seeds, standard deviation 0.0014, standard error 0.001, times 12.706: 0.0127
-    assert verdict(np.array([0.011, 0.013])) == "no difference that 2 seeds can tell"
-    assert verdict(np.array([0.012, 0.014])) == "better"
-    assert verdict(np.array([0.5])) == "one seed: not decided"
-    assert verdict(np.array([])) == "not trained yet"
-    assert verdict(np.array([0.0, 0.0])) == "no difference that 2 seeds can tell"
-
-
-@pytest.mark.parametrize("degrees", range(1, len(T_QUANTILES) + 1))
-def test_quantiles_of_student(degrees):
-    """The density integrated up to the quantile is 0.975."""
-    x = np.linspace(0, T_QUANTILES[degrees - 1], 200_001)
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    assert 0.5 + np.trapezoid(scale * (1 + x**2 / degrees) ** (-(degrees + 1) / 2), x) == pytest.approx(0.975, abs=2e-5)
-
-
-def test_many_seeds_are_judged_by_the_last_quantile():
-    values = np.arange(40.0)
-    assert half_width(values) == pytest.approx(2.228 * values.std(ddof=1) / math.sqrt(40))
-
-
-def test_where_nothing_has_an_effect_one_verdict_in_twenty_says_so():
-    rng = np.random.default_rng(0)
-    decided = np.mean([verdict(row) in ("better", "worse") for row in rng.normal(size=(4000, 3))])
-    assert 0.04 < decided < 0.06
-
-
 def test_differences_are_paired_by_seed(results):
     results["slow"].reports |= {2: report(0.5)}
     first, second = differences(results)
     assert (first.name, first.against, first.seeds) == ("taught", "baseline", (0, 1, 2))
     assert first.mAP == pytest.approx([0.03, 0.04, 0.035]) and first.verdict == "better"
     assert (second.name, second.against, second.seeds) == ("slow", "taught", (2,))
-    assert second.mAP == pytest.approx([-0.045]) and second.verdict == "one seed: not decided"
+    assert second.mAP == pytest.approx([-0.045]) and second.verdict == "not decided: 1 of 2 seeds"
 
 
 def test_cost_of_a_step_is_relative_to_the_student_alone(results):
@@ -128,7 +84,7 @@ def test_one_seed_has_no_spread(study, results):
         result.reports = {0: report(0.5)}
     text = markdown(study, results)
     assert "| taught | yolov8n | 3.00 M | 2 | 1 of 3 | 0.700 | 0.500 | 0.800 |" in text
-    assert "| taught | baseline | 1 | +0.000 | +0.000 | - | one seed: not decided |" in text
+    assert "| taught | baseline | 1 | +0.000 | +0.000 | - | not decided: 1 of 2 seeds |" in text
 
 
 def test_what_is_not_defined_is_a_dash_and_null(study, results):
@@ -148,8 +104,30 @@ def test_the_numbers_as_json(study, results):
     (difference,) = taught["differences"]
     assert (difference["against"], difference["verdict"]) == ("baseline", "better")
     assert difference["mAP_mean"] == pytest.approx(0.035) and difference["mAP_std"] == pytest.approx(0.005)
-    assert difference["mAP50_mean"] == pytest.approx(0.035) and difference["mAP_half_width"] == pytest.approx(
-        0.0124, abs=1e-4
-    )
+    assert difference["mAP50_mean"] == pytest.approx(0.035)
+    assert difference["interval"] == pytest.approx([0.0226, 0.0474], abs=1e-4)
+    rule = {"origin": "the default", "metric": "mAP", "smallest": 0.0, "level": 0.95, "seeds": 2}
+    assert tree["rule"] == rule
     assert slow["missing_seeds"] == [0, 1, 2] and slow["cost_per_step"] is None and slow["parameters"] is None
     assert tree["config"]["name"] == "study"
+
+
+def test_the_rule_of_the_file_decides_and_stands_in_the_table(study, results):
+    """By its metric, at its level, and with its date. mAP50 has other differences than mAP here."""
+    for seed in (0, 1, 2):
+        results["taught"].reports[seed]["test"]["mAP50"] = results["baseline"].reports[seed]["test"]["mAP50"] - 0.001
+    rule = DecisionRule("mAP50", 0.01, 0.9, 3)
+    study = dataclasses.replace(study, rule=rule, rule_origin="study.yaml, committed 2026-12-01")
+    text = markdown(study, results)
+    assert "| 90 % interval of mAP50 | verdict |" in text
+    assert (
+        "The rule (study.yaml, committed 2026-12-01): the 90 % confidence interval of the mean difference in mAP50"
+        in (text)
+    )
+    assert "from 3 seeds on: inside -0.01 .. 0.01 there is no difference larger than 0.01; else above 0 a row" in text
+    assert "| -0.001 ± 0.000 | +0.035 ± 0.005 | -0.001 .. -0.001 | no difference larger than 0.01 |" in text
+    tree = json.loads(as_json(study, results))
+    assert tree["rule"]["origin"] == "study.yaml, committed 2026-12-01" and tree["rule"]["metric"] == "mAP50"
+    assert tree["rows"][1]["differences"][0]["verdict"] == "no difference larger than 0.01"
+    one = dataclasses.replace(rule, seeds=4)
+    assert "| not decided: 3 of 4 seeds |" in markdown(dataclasses.replace(study, rule=one), results)
