@@ -13,8 +13,8 @@ A config with teachers and terms is trained as
     baseline    the student alone
     teacher_*   each teacher without weights, alone, once, with the config's seed
     distilled   the student with the config's distillation terms
-    longer      the student alone, for the epochs of the baseline and the teachers together: what the time spent on the
-                teachers would have gained without them (left out if every teacher has weights)
+    longer      the student alone, for as much compute (FLOPs) as the distilled row has with its teachers: their passes,
+                and their training unless their weights are given
 
 engine/comparison/study.py describes the file of a study. All rows are trained with the first seed, then with the next.
 

@@ -18,7 +18,7 @@ from yaml_files import dump_yaml
 
 TEACHER = {"name": "big", "arch": "yolov5nu", "epochs": 3, "optimizer": {"learning_rate": 0.005}}
 TERM = {"teacher": "big", "loss": "mse", "weight": 1.0, "student_maps": ["p3"], "adapter": "conv1x1"}
-ROWS = {"baseline": None, "taught": {"terms": [TERM]}, "longer": {"plus_epochs_of": ["big"]}}
+ROWS = {"baseline": None, "taught": {"terms": [TERM]}, "longer": {"epochs": 5, "differs": ["epochs"]}}
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_runs_of_another_config_are_refused_before_anything_is_trained(config, t
     with pytest.raises(UserError, match=r"longer_seed5.config.yaml: key 'optimizer.momentum' differs"):
         compare.compare(make(changed))
     with pytest.raises(UserError, match=r"longer_seed5.config.yaml: key 'epochs' differs"):
-        compare.compare(make(config, ROWS | {"longer": {"plus_epochs_of": ["big"], "epochs": 4}}))
+        compare.compare(make(config, ROWS | {"longer": ROWS["longer"] | {"epochs": 7}}))
     assert not trained
 
 

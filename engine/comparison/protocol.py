@@ -27,20 +27,23 @@ PICTURES = ("data.train", "data.train_root", "data.train_format", "data.max_samp
 def differing_keys(a: "Row", b: "Row", allowed: tuple[str, ...] = ()) -> list[str]:
     """The keys in which the training of two rows differs, except FREE and `allowed` (a section covers its keys).
 
-    Epochs from `plus_epochs_of` do not count. If an epoch is one pass over the set (data.pictures_per_epoch 0) and the
+    Epochs from `compute_of` do not count. If an epoch is one pass over the set (data.pictures_per_epoch 0) and the
     sets may differ in size, data.pictures_per_epoch counts as different, because the number of steps is.
     """
     first, second = (flat_tree(to_tree(with_published_settings(row.config))) for row in (a, b))
-    first["epochs"], second["epochs"] = (row.config.epochs - row.more_epochs for row in (a, b))
     keys = [key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key)]
-    if not first["data.pictures_per_epoch"] and _pictures(a, first) != _pictures(b, second):
+    keys = [key for key in keys if key != "epochs" or not (a.compute_of or b.compute_of)]
+    if not first["data.pictures_per_epoch"] and pictures_key(a) != pictures_key(b):
         keys.append("data.pictures_per_epoch")
     return [key for key in dict.fromkeys(keys) if not is_covered((*FREE, *allowed), key)]
 
 
-def _pictures(row: "Row", flat: dict[str, object]) -> object:
-    """A value that is equal for rows with as many pictures: their number, or the keys of the real set."""
+def pictures_key(row: "Row") -> object:
+    """A value that is equal for rows whose epochs have as many pictures: their number, or the keys of the real set."""
+    if row.config.data.pictures_per_epoch:
+        return row.config.data.pictures_per_epoch
     if row.task is None:
+        flat = flat_tree(to_tree(row.config))
         unlabelled = row.config.data.unlabelled
         sources = unlabelled and (unlabelled.rest, unlabelled.split, unlabelled.root, unlabelled.max_samples)
         return *(flat[key] for key in PICTURES), sources

@@ -10,7 +10,7 @@
       cwd:
         terms: [{teacher: big, loss: cwd, weight: 2.0, student_maps: [p3], adapter: conv1x1}]
         against: [baseline, longer]
-      longer: {plus_epochs_of: [big]}
+      longer: {compute_of: cwd}           # alone, for as much compute as cwd has with its teacher
 
 A row with a section `condense` (engine/condensing/config.py) trains on a synthetic set. compare.py makes each set once,
 before the first run that needs it. A section `condense` at the top level holds what the sets share.
@@ -37,6 +37,7 @@ from typing import Any
 
 import models
 from config import Config, TeacherConfig, from_tree, read_tree, to_tree
+from engine.comparison.compute import equal_compute_epochs
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule, when_committed
 from engine.comparison.protocol import describe_difference, differing_keys, same_teaching
 from engine.condensing.config import Task, read_condense
@@ -65,7 +66,7 @@ class RowFile(Config):
     against: tuple[str, ...] | None = None  # rows it is compared to; None: its baseline
     differs: tuple[str, ...] = ()  # keys or sections in which it may train differently from those
     seeds: int | None = None  # None: as many as --seeds
-    plus_epochs_of: tuple[str, ...] = ()  # teachers whose epochs are added to its own
+    compute_of: str | None = None  # a row above: train for as many FLOPs as it and its teachers (replaces epochs)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Row:
     task: Task | None = None  # the set it trains on
     sets: Path = Path()
     network_row: str | None = None  # the row whose first run its set is made with
-    more_epochs: int = 0  # the part of its epochs that comes from plus_epochs_of
+    compute_of: str | None = None  # the row that its number of epochs comes from
     differs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # keys in which it differs from rows it is, or for that reason is not, compared to
 
@@ -154,24 +155,17 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int | 
 
 
 def four_rows(config: Config) -> dict[str, Any]:
-    """The rows of a config with teachers and terms: does distillation help, and more than as many epochs would?
-
-    `longer` is left out if every teacher has weights, because no training time is spent on them.
-    """
+    """The rows of a config with teachers and terms: does distillation help, and more than as much compute would?"""
     if not config.teachers or not (config.terms or pseudo_of(config)):
         raise UserError(
             "keys 'teachers' and 'terms': found none, expected a teacher and a term to compare, or 'rows'; train.py "
             "trains a config without them, and condense.py takes one with a section 'condense'"
         )
-    in_place = [teacher.name for teacher in config.teachers if is_trained_in_place(teacher)]
     alone: dict[str, Any] = {"terms": []}
     if config.data.unlabelled is not None:
         alone["data"] = {"unlabelled": None}
-    rows: dict[str, Any] = {"baseline": alone, "distilled": {}}
-    if in_place:
-        rows["distilled"] = {"against": ["baseline", "longer"]}
-        rows["longer"] = alone | {"plus_epochs_of": in_place}
-    return rows
+    distilled = {"against": ["baseline", "longer"]}
+    return {"baseline": alone, "distilled": distilled, "longer": alone | {"compute_of": "distilled"}}
 
 
 def plan(
@@ -213,16 +207,17 @@ def plan(
                 planned.setdefault(row.name, row)
                 teacher = dataclasses.replace(teacher, weights=last_weights(row))
             taught.append(teacher)
-        more = sum(epochs_of(teacher, in_place, where) for teacher in file.plus_epochs_of)
-        row_config = dataclasses.replace(row_config, runs=alone.runs, teachers=tuple(taught), epochs=file.epochs + more)
+        row_config = dataclasses.replace(row_config, runs=alone.runs, teachers=tuple(taught))
         count = seeds if file.seeds is None else file.seeds
         if count < 1:
             raise UserError(f"{where}: key 'seeds': found {count}, expected at least 1")
         seeds_of_row = tuple(range(config.seed, config.seed + count))
-        row = Row(name, row_config, seeds_of_row, more_epochs=more, differs=file.differs)
-        planned[name] = (
-            row if file.condense is None else condensed_row(row, file, config, condense or {}, planned, where)
-        )
+        row = Row(name, row_config, seeds_of_row, differs=file.differs, compute_of=file.compute_of)
+        if file.compute_of is not None and "epochs" in overrides:
+            raise UserError(f"{where}: key 'epochs': found beside 'compute_of', which sets it, expected one of them")
+        if file.condense is not None:
+            row = condensed_row(row, file, config, condense or {}, planned, where)
+        planned[name] = row if file.compute_of is None else with_equal_compute(row, planned, where)
     used = {teacher.name for row in planned.values() for teacher in row.config.teachers}
     for index, teacher in enumerate(config.teachers):
         if teacher.name not in used:
@@ -328,11 +323,17 @@ def last_weights(row: Row) -> str:
     return str(row.folder(row.seeds[0]) / "weights" / "last.pt")
 
 
-def epochs_of(teacher: str, in_place: dict[str, Row], where: str) -> int:
-    if teacher not in in_place:
-        expected = "a teacher trained in place: " + (", ".join(in_place) or "there is none")
-        raise UserError(f"{where}: key 'plus_epochs_of': found {teacher!r}, expected {expected}")
-    return in_place[teacher].config.epochs
+def with_equal_compute(row: Row, planned: dict[str, Row], where: str) -> Row:
+    """The row with the epochs that cost as much as those of the row `compute_of` with its teachers."""
+    others = [name for name, other in planned.items() if not other.is_teacher and other.compute_of is None]
+    if row.compute_of not in others:
+        expected = "a row above: " + (", ".join(others) or "there is none")
+        raise UserError(f"{where}: key 'compute_of': found {row.compute_of!r}, expected {expected}")
+    other = planned[row.compute_of]
+    weights = {teacher.weights for teacher in other.config.teachers}
+    teachers = [r for r in planned.values() if r.is_teacher and last_weights(r) in weights]
+    epochs = equal_compute_epochs(row, other, teachers)
+    return dataclasses.replace(row, config=dataclasses.replace(row.config, epochs=epochs))
 
 
 def with_comparisons(planned: dict[str, Row], files: dict[str, RowFile], source: str) -> list[Row]:

@@ -9,6 +9,7 @@ teaching      builds the frozen teachers, and computes their outputs for a batch
 batch_norms   finds batches that are too small for BatchNorm
 optimization  parameter groups, optimizers, schedules, the running mean of the weights
 dry_run       the losses and gradients of one batch, printed
+flops         what a training step costs, counted from a config
 balance       the distillation terms compared with the detection loss
 state         how far a run is, and which keys may differ when it is resumed
 steps         parts of the training step: the losses of a batch, averaging over processes, values not finite

@@ -21,7 +21,7 @@ thresholds need no other file.
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -37,7 +37,7 @@ from datasets.class_names import join_classes
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
 from engine.evaluation.measuring import detect_all
-from engine.training.teaching import load_frozen
+from engine.training.teaching import load_frozen, pseudo_of
 from errors import UserError
 from metrics.tables import DetectionTable
 from structures import DenseDetector
@@ -157,11 +157,7 @@ def make_pseudo_boxes(
         say(f"pseudo boxes: teacher {teacher.name!r} knows no {', '.join(missing)}")
     published = models.published_detection(teacher.arch)
     iou_threshold = settings.iou_threshold if settings.iou_threshold is not None else published.iou_threshold
-    size = settings.image_size or teacher.image_size
-    if size is None and (teacher.name in given or teacher.weights is None):
-        size = config.image_size
-    elif size is None:
-        size = checkpoint.load_model(str(teacher.weights), teacher.arch)[1].image_size
+    size = pseudo_image_size(config, given)
     chosen = {
         "score_threshold": LOWEST_SCORE,
         "iou_threshold": iou_threshold,
@@ -183,6 +179,21 @@ def make_pseudo_boxes(
     found = replace(found[labels >= 0], labels=labels[labels >= 0])
     thresholds, ignore_above = choose_thresholds(settings, found, len(pictures), labelled)
     return PseudoBoxes(teacher.name, size, iou_threshold, names, found, thresholds, ignore_above, len(pictures))
+
+
+def pseudo_image_size(config: Config, given: Collection[str] = ()) -> int:
+    """The side in pixels of the images that the pseudo boxes are made at.
+
+    given: names of teachers whose modules are given. One that is trained in place sees the student's size.
+    """
+    pseudo = pseudo_of(config)
+    assert pseudo is not None
+    teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
+    if size := pseudo.image_size or teacher.image_size:
+        return size
+    if teacher.name in given or teacher.weights is None or not Path(teacher.weights).is_file():
+        return config.image_size
+    return checkpoint.load_model(teacher.weights, teacher.arch)[1].image_size
 
 
 def choose_thresholds(

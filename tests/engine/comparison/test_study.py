@@ -8,6 +8,7 @@ import pytest
 from config import to_tree
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule
 from engine.comparison.study import four_rows, load_study, merge, plan
+from engine.training.flops import forward_flops
 from errors import UserError
 from tests.tiny_training import tiny_config
 from yaml_files import dump_yaml
@@ -22,10 +23,16 @@ ROWS = {
     "baseline": None,
     "taught": {"terms": [TERM], "data": {"max_samples": 8}},
     "both": {"terms": [TERM, OTHER], "against": ["taught", "baseline"], "seeds": 1},
-    "longer": {"plus_epochs_of": ["big"]},
+    "longer": {"compute_of": "taught"},
     "other": {"student": {"arch": "yolov5nu"}, "epochs": 7},
     "other_taught": {"student": {"arch": "yolov5nu"}, "terms": [OTHER], "epochs": 7},
 }
+
+
+def epochs_for_taught(epochs: int) -> int:
+    """Of YOLOv8n for the compute of as many epochs with YOLOv5nu as a teacher, and of the teacher's own three."""
+    student, teacher = forward_flops("yolov8n", 64, 80), forward_flops("yolov5nu", 64, 80)
+    return round((epochs * (3 * student + teacher) + 3 * 3 * teacher) / (3 * student))
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def test_rows_are_the_shared_config_with_their_changes(write):
     assert rows["taught"].config.data.max_samples == 8 and rows["taught"].config.data.format == "yolo"
     assert [teacher.name for teacher in rows["both"].config.teachers] == ["big", "given"]
     assert [teacher.name for teacher in rows["taught"].config.teachers] == ["big"]
-    assert rows["longer"].config.epochs == study.config.epochs + 3 and rows["other"].config.epochs == 7
+    assert rows["longer"].config.epochs == epochs_for_taught(study.config.epochs) and rows["other"].config.epochs == 7
     assert [len(row.seeds) for row in study.rows] == [2, 1, 2, 1, 2, 2, 2]
     assert rows["taught"].seeds == (5, 6)
 
@@ -135,7 +142,11 @@ def test_some_rows_with_the_teachers_they_need(write):
         ({"teachers": []}, r"row 'new': key 'teachers' is the same for all rows"),
         ({"against": ["missing"]}, r"row 'new': key 'against': found 'missing', expected one of baseline, teacher_big"),
         ({"against": ["new"]}, r"row 'new': key 'against': found 'new', expected one of baseline"),
-        ({"plus_epochs_of": ["given"]}, r"row 'new': key 'plus_epochs_of': found 'given', expected .* in place: big"),
+        (
+            {"compute_of": "longer"},
+            r"row 'new': key 'compute_of': found 'longer', expected a row above: baseline, taught",
+        ),
+        ({"compute_of": "taught", "epochs": 3}, r"row 'new': key 'epochs': found beside 'compute_of', which sets it"),
         ({"terms": [TERM | {"teacher": "bug"}]}, r"'terms.0.teacher': found 'bug', expected big, given"),
         ([TERM], r"row 'new': found \[.*\], expected keys and values"),
     ],
@@ -167,9 +178,9 @@ def test_a_config_without_rows_is_four_of_them(tmp_path):
     rows = plan(config, four_rows(config), seeds=1, source="x").rows
     assert [row.name for row in rows] == ["baseline", "teacher_big", "distilled", "longer"]
     assert rows[2].against == ("baseline", "longer") and rows[2].config.terms == config.terms
-    assert rows[3].config.epochs == config.epochs + 3 and rows[3].config.terms == ()
+    assert rows[3].config.epochs == epochs_for_taught(config.epochs) > config.epochs and rows[3].config.terms == ()
     given = tiny_config(tmp_path, Path("runs"), name="x", teachers=[TEACHERS[1]], terms=[OTHER])
-    assert list(four_rows(given)) == ["baseline", "distilled"]
+    assert list(four_rows(given)) == ["baseline", "distilled", "longer"]  # the teacher's passes cost compute as well
     with pytest.raises(UserError, match="'teachers' and 'terms': found none"):
         four_rows(tiny_config(tmp_path, Path("runs"), name="x"))
 

@@ -1,0 +1,53 @@
+"""The row of equal compute: epochs by hand, for equal and for different numbers of pictures."""
+
+import pytest
+
+from engine.comparison.study import plan
+from engine.training.flops import forward_flops
+from errors import UserError
+from tests.tiny_training import tiny_config, write_dataset
+
+GIVEN = {"name": "given", "arch": "yolov8s", "weights": "s.pt"}
+TERM = {"teacher": "given", "loss": "mse", "weight": 1.0, "student_maps": ["p3"], "adapter": "conv1x1"}
+
+
+def epochs(tmp_path, rows, *, teachers=(GIVEN,), epochs=30, data=None):
+    config = tiny_config(tmp_path / "set", tmp_path / "runs", teachers=list(teachers), epochs=epochs, data=data or {})
+    return {row.name: row.config.epochs for row in plan(config, rows, seeds=1, source="x").rows}
+
+
+def test_a_teacher_with_weights_costs_its_passes_alone(tmp_path):
+    """Without opening a dataset: there is none here."""
+    n, s = forward_flops("yolov8n", 64, 80), forward_flops("yolov8s", 64, 80)
+    found = epochs(tmp_path, {"taught": {"terms": [TERM]}, "alone": {"compute_of": "taught"}})
+    assert found == {"taught": 30, "alone": round(30 * (3 * n + s) / (3 * n))} and found["alone"] == 63
+    larger = {"compute_of": "taught", "student": {"arch": "yolov8s"}}
+    assert epochs(tmp_path, {"taught": {"terms": [TERM]}, "alone": larger})["alone"] == round(
+        30 * (3 * n + s) / (3 * s)
+    )
+
+
+def test_pictures_without_labels_count_with_the_boxes_made_for_them(tmp_path):
+    """2 labelled pictures alone, and with 4 more that have pseudo boxes at 96 px: three times the pictures an epoch."""
+    write_dataset(tmp_path / "set", train=6, test=3)
+    data = {"max_samples": 2}
+    unlabelled = {"rest": True, "pseudo": {"teacher": "given", "image_size": 96}}
+    rows = {
+        "all": {"data": {"unlabelled": unlabelled}, "terms": [TERM]},
+        "labelled": {"data": {"unlabelled": None}, "compute_of": "all", "against": []},
+    }
+    n, s, large = forward_flops("yolov8n", 64, 80), forward_flops("yolov8s", 64, 80), forward_flops("yolov8s", 96, 80)
+    found = epochs(tmp_path, rows, data=data, epochs=4)
+    assert found["labelled"] == round((4 * 6 * (3 * n + s) + 4 * large) / (2 * 3 * n))
+    found = epochs(tmp_path, rows, data=data | {"pictures_per_epoch": 8}, epochs=4)
+    assert found["labelled"] == round((4 * 8 * (3 * n + s) + 4 * large) / (8 * 3 * n))
+
+
+def test_equal_compute_is_no_other_protocol(tmp_path):
+    """The rows may be compared though their epochs differ; the table says so."""
+    config = tiny_config(tmp_path, tmp_path / "runs", teachers=[GIVEN])
+    rows = {"taught": {"terms": [TERM], "against": ["alone"]}, "alone": {"compute_of": "taught"}}
+    taught, _ = plan(config, rows, seeds=1, source="x").rows
+    assert taught.against == ("alone",) and taught.notes == ("taught and alone differ in epochs 2 and 4",)
+    with pytest.raises(UserError, match="'alone' trains differently: epochs 2 and 4"):
+        plan(config, rows | {"alone": {"epochs": 4}}, seeds=1, source="x")
