@@ -180,9 +180,10 @@ def load_newest(path: str | Path, say: Callable[[str], None] = print) -> dict[st
 def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
     """The model in a weights file, in eval mode, float32, with the averaged (EMA) weights.
 
-    A checkpoint of ours names its architecture. A public one (weights.read_state_dict) needs `arch`; the shape of its
-    class head gives its class count. The width of the class head also follows from the weights (models.head_of): a
-    head started from other classes may be wider.
+    A checkpoint of ours names its architecture, and so does a safetensors file of ours (weights.shared_file). That of a
+    public one (weights.read_state_dict) follows from its names and shapes; where they leave it open, `arch` is needed.
+    The shape of its class head gives its class count. The width of the class head also follows from the weights
+    (models.head_of): a head started from other classes may be wider.
     UserError for a file that cannot be read, does not fit, or holds another architecture than `arch`.
     """
     model, info = _read_model(Path(path), arch)
@@ -196,41 +197,40 @@ def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {found}, expected a weights file, such as runs/NAME/weights/last.pt")
-    state = _load_ours(path) if arch is None else _load_if_ours(path)
-    if state is None:
-        assert arch is not None  # _load_ours returns a state dict or raises
-        return _read_public_model(path, arch)
-    info = CheckpointInfo(
-        models.RENAMED.get(state["arch"], state["arch"]),
-        tuple(state["names"]),
-        state["image_size"],
-        state.get("epoch"),
-        state.get("step"),
-        config=state.get("config") or {},
-    )
-    model = models.build(info.arch, len(info.names), **models.head_of(info.arch, len(info.names), state["ema"]))
-    load_state(model, state["ema"], path)
-    return model, info
-
-
-def _load_ours(path: str | Path) -> dict[str, Any]:
-    """As `load`. For a public file the error names its family and the missing option."""
     try:
-        return load(path)
+        saved = load(path)
     except UserError as error:
-        try:
-            family = weights.read_state_dict(path)[1].family
-        except UserError:
-            raise error from None
-        hint = f"; it looks like released weights of {family}, which need --arch" if family else ""
-        raise UserError(f"{error}{hint}", error.exit_code) from None
+        return _read_other(path, arch, error)
+    return _build_ours(saved, path)
 
 
-def _load_if_ours(path: str | Path) -> dict[str, Any] | None:
+def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Module, CheckpointInfo]:
+    """The model in a public file or a safetensors file of ours. `error` says why it is no checkpoint of ours."""
     try:
-        return load(path)
-    except UserError:
-        return None  # a public file, or a damaged one: weights.read_state_dict tells which
+        state, info = weights.read_state_dict(path)
+    except UserError as refusal:
+        raise (error if arch is None else refusal) from None
+    if info.ours and info.container == "safetensors":
+        return _build_ours({**info.ours, "ema": state}, path)
+    if arch is None and info.arch not in models.ARCHITECTURES:
+        needed = "which need --arch" if info.arch is None else "which are not those of a detector"
+        hint = f"; it looks like released weights of {info.family}, {needed}" if info.family else ""
+        raise UserError(f"{error}{hint}", error.exit_code) from None
+    return _build_public(state, info, arch or str(info.arch), path)
+
+
+def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, CheckpointInfo]:
+    info = CheckpointInfo(
+        models.RENAMED.get(saved["arch"], saved["arch"]),
+        tuple(saved["names"]),
+        saved["image_size"],
+        saved.get("epoch"),
+        saved.get("step"),
+        config=saved.get("config") or {},
+    )
+    model = models.build(info.arch, len(info.names), **models.head_of(info.arch, len(info.names), saved["ema"]))
+    load_state(model, saved["ema"], path)
+    return model, info
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -333,8 +333,9 @@ def describe_join(names: Sequence[str], released_names: Sequence[str], columns: 
     )
 
 
-def _read_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
-    state, info = weights.read_state_dict(path)
+def _build_public(
+    state: dict[str, Tensor], info: weights.WeightsInfo, arch: str, path: Path
+) -> tuple[nn.Module, CheckpointInfo]:
     count, renamed = _count_and_rename(state, arch, path)
     if info.names and len(info.names) != count:
         raise UserError(f"{path}: it names {len(info.names)} classes, and its class head has {count}")
