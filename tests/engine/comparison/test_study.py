@@ -127,10 +127,10 @@ def test_a_teacher_of_pseudo_boxes_needs_no_term(write):
     assert notes == ["soft is compared to no row: labels trains differently (data.pictures_per_epoch)"]
 
 
-def test_the_four_rows_of_a_config_with_unlabelled_pictures(tmp_path):
+def test_the_four_rows_of_a_config_with_unlabelled_pictures(tiny_data, tmp_path):
     """The student alone learns from the labelled pictures; a config with pseudo boxes needs no term."""
     data = {"per_class": 2, "unlabelled": {"rest": True, "pseudo": {"teacher": "big"}}, "pictures_per_epoch": 12}
-    config = tiny_config(tmp_path, tmp_path / "runs", name="study", teachers=TEACHERS[:1], data=data)
+    config = tiny_config(tiny_data, tmp_path / "runs", name="study", teachers=TEACHERS[:1], data=data)
     rows = {row.name: row.config for row in plan(config, four_rows(config), seeds=1, source="study.yaml").rows}
     assert list(rows) == ["baseline", "teacher_big", "distilled", "longer"]
     assert {name for name, row in rows.items() if row.data.unlabelled is not None} == {"distilled"}
