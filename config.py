@@ -183,6 +183,7 @@ class EvaluationConfig:
     """
 
     every_epochs: int = 1  # epochs between two evaluations; 0: only at the end
+    of_start: bool = True  # measure a student that begins at weights (or inherits) on the test split before it learns
     protocol: Literal["coco", "voc07", "voc12"] = "coco"  # the metric; its mAP chooses best.pt
     ignore_difficult: bool = True  # leave objects that training ignores (VOC's difficult) out of the numbers
     score_threshold: float | None = None  # detections with a lower score are dropped
@@ -203,8 +204,9 @@ class EvaluationConfig:
         return dataclasses.replace(self, **missing)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of engine.evaluation.measuring.evaluate_model: all fields except every_epochs."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "every_epochs"}
+        """Keyword arguments of engine.evaluation.measuring.evaluate_model: the fields about how, not when."""
+        when = ("every_epochs", "of_start")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in when}
 
 
 @dataclass(frozen=True)
