@@ -180,6 +180,7 @@ def load_newest(path: str | Path, say: Callable[[str], None] = print) -> dict[st
 def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
     """The model in a weights file, in eval mode, float32, with the averaged (EMA) weights.
 
+    path: a file, or the folder of a run, which stands for its weights/last.pt.
     A checkpoint of ours names its architecture, and so does a safetensors file of ours (weights.shared_file). That of a
     public one (weights.read_state_dict) follows from its names and shapes; where they leave it open, `arch` is needed.
     The shape of its class head gives its class count. The width of the class head also follows from the weights
@@ -194,6 +195,8 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
 
 def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo]:
     """The model in a file, ours or public. A checkpoint of ours may hold another architecture than `arch`."""
+    if (path / "weights" / "last.pt").is_file():
+        path = path / "weights" / "last.pt"  # of the run in this folder
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {found}, expected a weights file, such as runs/NAME/weights/last.pt")

@@ -7,6 +7,8 @@ comparison    studies: rows, tables, plots
 condensing    synthetic sets and their files
 onnx_files    export and its checks
 web_demo      the views of app.py
+command_line  what train.py says before it trains: lists, a first config
+from_python   what retort.py is made of
 runtime       processes, signals, progress, the folder of a run
 drawing       boxes, maps, plots
 """

@@ -286,3 +286,13 @@ def test_a_public_file_without_arch_and_with_another_one(tmp_path):
     torch.save({"something": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"released\.pt: not a checkpoint of ours: no key 'format'$"):
         checkpoint.load_model(path)
+
+
+def test_the_folder_of_a_run_stands_for_its_last_weights(tmp_path):
+    model = models.build("yolov8_narrow", 2)
+    state = {"arch": "yolov8_narrow", "names": ["a", "b"], "image_size": 64, "ema": model.state_dict()}
+    checkpoint.save(tmp_path / "run" / "weights" / "last.pt", state)
+    found, info = checkpoint.load_model(tmp_path / "run")
+    assert info.names == ("a", "b") and torch.equal(found.head.cls[0][2].bias, model.head.cls[0][2].bias)
+    with pytest.raises(UserError, match=f"{tmp_path}: a folder, expected a weights file"):
+        checkpoint.load_model(tmp_path)

@@ -53,8 +53,12 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "engine.condensing": RUN | {"distill", "engine.training"},
     "engine.comparison": RUN | {"models", "engine.training", "engine.condensing", "engine.prediction"},
     "engine.web_demo": RUN | {"distill", "engine.onnx_files", "engine.prediction"},
+    "engine.command_line": RUN | {"models", "distill", "engine.training", "engine.condensing", "engine.comparison"},
+    "engine.from_python": RUN | {"models", "engine.evaluation", "engine.onnx_files", "engine.prediction"},
 }
-COMMANDS = set("train eval predict export compare condense app".split())  # they have no row, and import everything
+COMMANDS = set(
+    "train eval predict export compare condense app retort".split()
+)  # they have no row, and import everything
 CORE = {"torch", "numpy", "PIL", "yaml", "triton"} | set(sys.stdlib_module_names)
 EXTRAS = {"matplotlib", "tqdm", "tensorboard", "onnx", "onnxruntime", "onnxscript", "av"}  # never at the top level
 SCRIPTS = {"app.py": {"streamlit", "starlette"}}  # that nothing imports, and that are nothing without these
