@@ -231,9 +231,15 @@ def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, Checkpoin
         saved.get("step"),
         config=saved.get("config") or {},
     )
-    model = models.build(info.arch, len(info.names), **models.head_of(info.arch, len(info.names), saved["ema"]))
+    model = build_for(info.arch, len(info.names), saved["ema"])
     load_state(model, saved["ema"], path)
     return model, info
+
+
+def build_for(arch: str, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
+    """A fresh model with the head and the widths of a state dict of the same architecture and as many classes."""
+    widths = models.widths_of(arch, num_classes, state)
+    return models.build(arch, num_classes, widths=widths, **models.head_of(arch, num_classes, state))
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -268,6 +274,8 @@ def start_model(
     FRESH_PRIOR; for an RT-DETR it holds where both models choose the same queries. `say` is called with one line:
     which rows were kept and which start fresh.
 
+    A pruned model stays as narrow as it is.
+
     new_head: start the whole class head fresh, even if it would fit.
     UserError for a file that does not fit, or that has no class names to join by.
     """
@@ -275,8 +283,9 @@ def start_model(
     with torch.random.fork_rng(devices=[]):  # the fresh rows do not depend on how the file is read
         released, info = _read_model(path, arch)
     theirs = released.state_dict()
+    widths = models.widths_of(arch, len(info.names), theirs) if info.arch == arch else None
     if new_head:
-        model = models.build(arch, len(names))
+        model = models.build(arch, len(names), widths=widths)
         own, class_head = model.state_dict(), _class_head(model)
         fresh = {name: own[name] for name in own if name.startswith(class_head)}
         kept = {name: value for name, value in theirs.items() if not name.startswith(class_head)}
@@ -295,7 +304,7 @@ def start_model(
     if arch.startswith("fasterrcnn_"):
         num_left = len(info.names) - len({column for column in columns if column is not None})
         head = {"other_classes": num_left + head.get("other_classes", 0)}
-    model = models.build(arch, len(names), **head)
+    model = models.build(arch, len(names), widths=widths, **head)
     load_state(model, join_heads(model, released, columns), path)
     say(f"{path}: {describe_join(names, info.names, columns)}")
     return model
@@ -344,7 +353,7 @@ def _build_public(
         raise UserError(f"{path}: it names {len(info.names)} classes, and its class head has {count}")
     published = released_names(arch, count)
     names = info.names or published or tuple(map(str, range(count)))
-    model = models.build(arch, count, **models.head_of(arch, count, renamed))
+    model = models.build(arch, count, widths=None, **models.head_of(arch, count, renamed))
     weights.load_public(model, state, source=str(path))
     names_from: NamesFrom = "the file" if info.names else "the release" if published else "nothing"
     image_size = info.image_size or PUBLIC_IMAGE_SIZE

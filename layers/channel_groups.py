@@ -47,11 +47,14 @@ class ChannelGroups:
     groups: name -> (n,) int64, the channels of the group in the order in which its layers have them. The name is that
         of the first layer that writes them; where this layer's rows are of several groups, /1, /2, ... follow.
     norms: the names of the BatchNorms.
+    cells: the weight of each convolution and linear layer -> how often it is applied, per pixel of the image, and per
+        region in the second stage of a detector.
     """
 
     axes: dict[tuple[str, int], Tensor]
     groups: dict[str, Tensor]
     norms: tuple[str, ...]
+    cells: dict[str, tuple[float, float]]
 
     @property
     def count(self) -> int:
@@ -88,6 +91,7 @@ def find_groups(model: nn.Module) -> ChannelGroups:
             output = model(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), PIXEL, dtype=torch.float64))
             predict_at: Callable[..., Any] | None = getattr(model, "predict_at", None)  # a second stage
             if predict_at is not None:
+                trace.stage = 1
                 predict_at(output, [torch.tensor([BOX_XYXY], dtype=torch.float64)])
     finally:
         for module, mode in modes:
@@ -111,6 +115,8 @@ class _Trace(TorchFunctionMode):
         self.used = 1
         self.axes: dict[tuple[str, int], Tensor] = {}
         self.norms: list[str] = []
+        self.stage = 0  # 1 in the second stage
+        self.cells: dict[str, list[float]] = {}  # of each stage
         self.parents = list(range(1 + most))  # of a label: another one of the same channel, or itself
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -132,6 +138,7 @@ class _Trace(TorchFunctionMode):
         entry = self._name(weight)
         meta = [value.to("meta", weight.dtype) for value in (x, weight)]
         empty = func(*meta, None, *settings)  # only its shape counts
+        self.cells.setdefault(entry, [0.0, 0.0])[self.stage] += empty.numel() / len(weight)
         read = self._read(x, entry)
         is_depthwise = func is torch.conv2d and weight.shape[1] == 1 and len(weight) == len(read) > 1
         if not is_depthwise:
@@ -219,4 +226,6 @@ class _Trace(TorchFunctionMode):
                 channel_of[members] = channels
                 groups[name if len(groups_of_layer) == 1 else f"{name}/{part}"] = channels
                 count += len(members)
-        return ChannelGroups({place: channel_of[own] for place, own in axes.items()}, groups, tuple(self.norms))
+        channel_axes = {place: channel_of[own] for place, own in axes.items()}
+        cells = {entry: (first / IMAGE_SIZE**2, second) for entry, (first, second) in self.cells.items()}
+        return ChannelGroups(channel_axes, groups, tuple(self.norms), cells)

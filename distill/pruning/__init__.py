@@ -2,4 +2,5 @@
 
 scores   how much a channel matters: BatchNorm's gamma, the size of its weights, at random
 inherit  a student that begins as a selection of its teacher's channels
+files    the file of widths
 """

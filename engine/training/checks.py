@@ -13,7 +13,14 @@ import checkpoint
 import models
 from config import Config, DataConfig, GradientShare, UnlabelledConfig
 from distill.checks import check_terms
-from engine.training.student import backbone_of, check_backbone, check_inherit, find_backbone_file, inherit_source
+from engine.training.student import (
+    backbone_of,
+    check_backbone,
+    check_inherit,
+    check_widths,
+    find_backbone_file,
+    inherit_source,
+)
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
 from errors import UserError
 from frcnn.pretrained import load_backbone
@@ -207,6 +214,7 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
     check_inherit(config)
     if is_resumed:
         return
+    check_widths(settings)
     if settings.inherit is not None and settings.inherit.teacher not in given:
         inherit_source(config)
     if settings.weights is not None:
