@@ -90,7 +90,7 @@ class ModelConfig:
     frozen_norms: bool = False  # freeze the BatchNorms of a Faster R-CNN's backbone, for small batches
     new_head: bool = False  # start the whole class head fresh; otherwise classes with the same name keep their rows
     inherit: InheritConfig | None = None  # begin as a part of a wider model; instead of `weights`
-    widths: str | None = None  # a file of prune.py with other widths than arch has
+    widths: str | None = None  # a file of engine.pruning with other widths than arch has
 
 
 @dataclass(frozen=True)

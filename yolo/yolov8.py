@@ -74,7 +74,7 @@ class C2f(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.split(x)
-        passing = cast(Bottleneck, self.blocks[0]).conv1.conv.in_channels
+        passing = cast(Bottleneck, self.blocks[0]).conv1.conv.weight.shape[1]
         parts = list(x.split((x.shape[1] - passing, passing), dim=1))  # 2 of (B, C_out / 2, H, W)
         for block in self.blocks:
             parts.append(block(parts[-1]))
@@ -152,8 +152,9 @@ class AnchorFreeHead(nn.Module):
 
     def reset_parameters(self) -> None:
         for box, cls, class_bias in zip(self.box, self.cls, self.class_biases):
-            for branch, bias in ((box, 1.0), (cls, class_bias)):
-                nn.init.constant_(cast(nn.Sequential, branch)[-1].bias, bias)
+            for layers, bias in ((box, 1.0), (cls, class_bias)):
+                predict = cast(nn.Conv2d, cast(nn.Sequential, layers)[-1])
+                nn.init.constant_(cast(Tensor, predict.bias), bias)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, tuple[list[list[Tensor]], list[list[Tensor]]]]:
         """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4, R), class_logits (B, A, K), A = sum_l H_l W_l.

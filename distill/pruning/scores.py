@@ -37,14 +37,16 @@ def l2(state: dict[str, Tensor], groups: ChannelGroups) -> Tensor:
 
 
 def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Targets]], groups: ChannelGroups) -> Tensor:
-    """How much the detection loss would change without the channel, to first order (arXiv:1906.10771, eq. 8).
+    """How much the detection loss would change without the channel, to first order (arXiv:1611.06440, sec. 2.2).
 
-        s_c = mean over batches of (sum over layers that read c, and their columns w of c, of w dL/dw)^2
+        s_c = mean over batches of |sum over layers that read c, and over their columns w of c, of w dL/dw|
 
     Scaling the columns of a channel is scaling the channel, so the inner sum is the derivative of the loss by a gate on
-    it. L is the sum of model.losses in eval mode, as a pruned model is measured before it is trained.
+    it; the paper writes the same as z dL/dz with the channel's map z. L is the sum of model.losses in eval mode, in
+    which a pruned model is used.
 
-    batches: images (B, 3, H, W) and targets, at least one. The model's gradients are left as they were.
+    batches: images (B, 3, H, W) and targets, at least one; small ones, because effects of opposite sign cancel within a
+    batch. The model stays as it was.
     """
     weights = {name: value for name, value in model.named_parameters() if value.dim() >= 2}
     places = [place for place in groups.axes if place[1] == 1 and place[0] in weights]
@@ -59,7 +61,7 @@ def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Targets]], groups: 
         loss = torch.stack(list(detector.losses(detector(images), targets).values())).sum()
         gradients = torch.autograd.grad(loss, [weights[entry] for entry in entries])
         products = {entry: weights[entry].detach() * gradient for entry, gradient in zip(entries, gradients)}
-        total += sum_over_places(groups, places, products).square()
+        total += sum_over_places(groups, places, products).abs()
         count += 1
     for value in frozen:
         value.requires_grad_(False)
