@@ -68,12 +68,14 @@ class ChannelGroups:
     def select(self, state: dict[str, Tensor], is_kept: Tensor) -> dict[str, Tensor]:
         """The state dict of the narrower model: without the rows and columns of the channels that are not kept.
 
-        is_kept: (C,) bool. Entries without channels are the same objects.
+        is_kept: (C,) bool. Entries that lose nothing are the same objects.
         """
         selected = dict(state)
         for (entry, dim), channels in self.axes.items():
-            index = ((channels == STAYS) | is_kept[channels]).nonzero().squeeze(1)
-            selected[entry] = selected[entry].index_select(dim, index.to(selected[entry].device))
+            stays = (channels == STAYS) | is_kept[channels]
+            if not stays.all():
+                index = stays.nonzero().squeeze(1).to(selected[entry].device)
+                selected[entry] = selected[entry].index_select(dim, index)
         return selected
 
 
@@ -131,13 +133,16 @@ class _Trace(TorchFunctionMode):
             return args[0]
         if name in ADDITIONS and all(isinstance(x, Tensor) and x.dim() == 4 for x in args[:2]):
             return self._add(*args[:2])
-        return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:  # it does not take labels, which are float64
+            raise ValueError(f"{name}, an operation that channel groups do not know") from error
 
-    def _mix(self, func, x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any) -> Tensor:
+    def _mix(self, func, x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **more: Any) -> Tensor:
         """A convolution or a linear layer: joins what it reads with what it read before, and writes new labels."""
         entry = self._name(weight)
         meta = [value.to("meta", weight.dtype) for value in (x, weight)]
-        empty = func(*meta, None, *settings)  # only its shape counts
+        empty = func(*meta, None, *settings, **more)  # only its shape counts
         self.cells.setdefault(entry, [0.0, 0.0])[self.stage] += empty.numel() / len(weight)
         read = self._read(x, entry)
         is_depthwise = func is torch.conv2d and weight.shape[1] == 1 and len(weight) == len(read) > 1

@@ -41,7 +41,8 @@ from distill.pruning.cost import count_regions, flops_of_widths
 from distill.pruning.cut import channels_to_keep
 from distill.pruning.files import widths_text
 from engine.runtime.run_folder import write_text
-from engine.training.building import count_parameters, take, training_set
+from engine.training.building import count_parameters
+from engine.training.splits import take, training_set
 from errors import UserError, run_script
 from layers.channel_groups import ChannelGroups, find_groups
 from structures import Targets
