@@ -75,7 +75,7 @@ class InheritConfig:
 
     teacher: str | None = None  # the wider model: the name of one of `teachers`; or `weights` says which
     weights: str | None = None  # a released file, or a checkpoint of ours
-    arch: str | None = None  # the architecture in a released file; a checkpoint of ours names its own
+    arch: str | None = None  # the architecture in a released file that does not name it
     by: Literal["bn_gamma", "l2", "random"] = "bn_gamma"  # keep channels with large gammas, large weights, or any
 
 

@@ -116,8 +116,7 @@ def inherit_source(config: Config) -> tuple[str, str]:
         raise UserError(f"{key}': {path}: no such file, expected a weights file")
     if arch is None:
         try:
-            arch = checkpoint.load(path)["arch"]
-            arch = models.RENAMED.get(arch, arch)
+            arch = checkpoint.load_model(path)[1].arch
         except UserError as error:
             raise UserError(f"{error}; released weights need student.inherit.arch", error.exit_code) from None
         check_same_family(config.student.arch, arch)
