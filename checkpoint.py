@@ -180,9 +180,11 @@ def load_newest(path: str | Path, say: Callable[[str], None] = print) -> dict[st
 def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
     """The model in a weights file, in eval mode, float32, with the averaged (EMA) weights.
 
-    A checkpoint of ours names its architecture. A public one (weights.read_state_dict) needs `arch`; the shape of its
-    class head gives its class count. The width of the class head also follows from the weights (models.head_of): a
-    head started from other classes may be wider.
+    path: a file, or the folder of a run, which stands for its weights/last.pt.
+    A checkpoint of ours names its architecture, and so does a safetensors file of ours (weights.shared_file). That of a
+    public one (weights.read_state_dict) follows from its names and shapes; where they leave it open, `arch` is needed.
+    The shape of its class head gives its class count. The width of the class head also follows from the weights
+    (models.head_of): a head started from other classes may be wider.
     UserError for a file that cannot be read, does not fit, or holds another architecture than `arch`.
     """
     model, info = _read_model(Path(path), arch)
@@ -193,44 +195,51 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
 
 def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo]:
     """The model in a file, ours or public. A checkpoint of ours may hold another architecture than `arch`."""
+    if (path / "weights" / "last.pt").is_file():
+        path = path / "weights" / "last.pt"  # of the run in this folder
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {found}, expected a weights file, such as runs/NAME/weights/last.pt")
-    state = _load_ours(path) if arch is None else _load_if_ours(path)
-    if state is None:
-        assert arch is not None  # _load_ours returns a state dict or raises
-        return _read_public_model(path, arch)
+    try:
+        saved = load(path)
+    except UserError as error:
+        return _read_other(path, arch, error)
+    return _build_ours(saved, path)
+
+
+def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Module, CheckpointInfo]:
+    """The model in a public file or a safetensors file of ours. `error` says why it is no checkpoint of ours."""
+    try:
+        state, info = weights.read_state_dict(path)
+    except UserError as refusal:
+        raise (error if arch is None else refusal) from None
+    if info.ours and info.container == "safetensors":
+        return _build_ours({**info.ours, "ema": state}, path)
+    if arch is None and info.arch not in models.ARCHITECTURES:
+        needed = "which need --arch" if info.arch is None else "which are not those of a detector"
+        hint = f"; it looks like released weights of {info.family}, {needed}" if info.family else ""
+        raise UserError(f"{error}{hint}", error.exit_code) from None
+    return _build_public(state, info, arch or str(info.arch), path)
+
+
+def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, CheckpointInfo]:
     info = CheckpointInfo(
-        models.RENAMED.get(state["arch"], state["arch"]),
-        tuple(state["names"]),
-        state["image_size"],
-        state.get("epoch"),
-        state.get("step"),
-        config=state.get("config") or {},
+        models.RENAMED.get(saved["arch"], saved["arch"]),
+        tuple(saved["names"]),
+        saved["image_size"],
+        saved.get("epoch"),
+        saved.get("step"),
+        config=saved.get("config") or {},
     )
-    model = models.build(info.arch, len(info.names), **models.head_of(info.arch, len(info.names), state["ema"]))
-    load_state(model, state["ema"], path)
+    model = build_for(info.arch, len(info.names), saved["ema"])
+    load_state(model, saved["ema"], path)
     return model, info
 
 
-def _load_ours(path: str | Path) -> dict[str, Any]:
-    """As `load`. For a public file the error names its family and the missing option."""
-    try:
-        return load(path)
-    except UserError as error:
-        try:
-            family = weights.read_state_dict(path)[1].family
-        except UserError:
-            raise error from None
-        hint = f"; it looks like released weights of {family}, which need --arch" if family else ""
-        raise UserError(f"{error}{hint}", error.exit_code) from None
-
-
-def _load_if_ours(path: str | Path) -> dict[str, Any] | None:
-    try:
-        return load(path)
-    except UserError:
-        return None  # a public file, or a damaged one: weights.read_state_dict tells which
+def build_for(arch: str, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
+    """A fresh model with the head and the widths of a state dict of the same architecture and as many classes."""
+    widths = models.widths_of(arch, num_classes, state)
+    return models.build(arch, num_classes, widths=widths, **models.head_of(arch, num_classes, state))
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -265,6 +274,8 @@ def start_model(
     FRESH_PRIOR; for an RT-DETR it holds where both models choose the same queries. `say` is called with one line:
     which rows were kept and which start fresh.
 
+    A pruned model stays as narrow as it is.
+
     new_head: start the whole class head fresh, even if it would fit.
     UserError for a file that does not fit, or that has no class names to join by.
     """
@@ -272,8 +283,9 @@ def start_model(
     with torch.random.fork_rng(devices=[]):  # the fresh rows do not depend on how the file is read
         released, info = _read_model(path, arch)
     theirs = released.state_dict()
+    widths = models.widths_of(arch, len(info.names), theirs) if info.arch == arch else None
     if new_head:
-        model = models.build(arch, len(names))
+        model = models.build(arch, len(names), widths=widths)
         own, class_head = model.state_dict(), _class_head(model)
         fresh = {name: own[name] for name in own if name.startswith(class_head)}
         kept = {name: value for name, value in theirs.items() if not name.startswith(class_head)}
@@ -292,7 +304,7 @@ def start_model(
     if arch.startswith("fasterrcnn_"):
         num_left = len(info.names) - len({column for column in columns if column is not None})
         head = {"other_classes": num_left + head.get("other_classes", 0)}
-    model = models.build(arch, len(names), **head)
+    model = models.build(arch, len(names), widths=widths, **head)
     load_state(model, join_heads(model, released, columns), path)
     say(f"{path}: {describe_join(names, info.names, columns)}")
     return model
@@ -333,14 +345,15 @@ def describe_join(names: Sequence[str], released_names: Sequence[str], columns: 
     )
 
 
-def _read_public_model(path: Path, arch: str) -> tuple[nn.Module, CheckpointInfo]:
-    state, info = weights.read_state_dict(path)
+def _build_public(
+    state: dict[str, Tensor], info: weights.WeightsInfo, arch: str, path: Path
+) -> tuple[nn.Module, CheckpointInfo]:
     count, renamed = _count_and_rename(state, arch, path)
     if info.names and len(info.names) != count:
         raise UserError(f"{path}: it names {len(info.names)} classes, and its class head has {count}")
     published = released_names(arch, count)
     names = info.names or published or tuple(map(str, range(count)))
-    model = models.build(arch, count, **models.head_of(arch, count, renamed))
+    model = models.build(arch, count, widths=None, **models.head_of(arch, count, renamed))
     weights.load_public(model, state, source=str(path))
     names_from: NamesFrom = "the file" if info.names else "the release" if published else "nothing"
     image_size = info.image_size or PUBLIC_IMAGE_SIZE

@@ -49,6 +49,7 @@ from engine.training.batch_norms import check_batches
 from engine.training.building import build_criterion, build_student, with_published_settings
 from engine.training.checks import SIZE_MULTIPLE, check_config
 from engine.training.exits import NOT_FINITE_EXIT_CODE
+from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures, training_set
 from engine.training.teaching import build_teachers
 from errors import UserError, run_script
@@ -159,6 +160,7 @@ def check_rows(rows: list[Row], study: Study) -> None:
             student = build_student(config, names, say=say_nothing, given=fresh)
             teachers = build_teachers(config, names, fresh, student)
             build_criterion(config, names, student, teachers)
+            open_pseudo_teacher(config, names, fresh, say_nothing)
             if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small
                 pictures = row.task.decoded if row.task is not None else count_training_pictures(row.run(row.seeds[0]))
                 check_batches(config, pictures, student)

@@ -75,7 +75,7 @@ class InheritConfig:
 
     teacher: str | None = None  # the wider model: the name of one of `teachers`; or `weights` says which
     weights: str | None = None  # a released file, or a checkpoint of ours
-    arch: str | None = None  # the architecture in a released file; a checkpoint of ours names its own
+    arch: str | None = None  # the architecture in a released file that does not name it
     by: Literal["bn_gamma", "l2", "random"] = "bn_gamma"  # keep channels with large gammas, large weights, or any
 
 
@@ -90,6 +90,7 @@ class ModelConfig:
     frozen_norms: bool = False  # freeze the BatchNorms of a Faster R-CNN's backbone, for small batches
     new_head: bool = False  # start the whole class head fresh; otherwise classes with the same name keep their rows
     inherit: InheritConfig | None = None  # begin as a part of a wider model; instead of `weights`
+    widths: str | None = None  # a file of engine.pruning with other widths than arch has
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class EvaluationConfig:
     """
 
     every_epochs: int = 1  # epochs between two evaluations; 0: only at the end
+    of_start: bool = True  # measure a student that begins at weights (or inherits) on the test split before it learns
     protocol: Literal["coco", "voc07", "voc12"] = "coco"  # the metric; its mAP chooses best.pt
     ignore_difficult: bool = True  # leave objects that training ignores (VOC's difficult) out of the numbers
     score_threshold: float | None = None  # detections with a lower score are dropped
@@ -203,8 +205,9 @@ class EvaluationConfig:
         return dataclasses.replace(self, **missing)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of engine.evaluation.measuring.evaluate_model: all fields except every_epochs."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "every_epochs"}
+        """Keyword arguments of engine.evaluation.measuring.evaluate_model: the fields about how, not when."""
+        when = ("every_epochs", "of_start")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in when}
 
 
 @dataclass(frozen=True)

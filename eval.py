@@ -47,10 +47,10 @@ import torch
 
 from config import EvaluationConfig, load_config
 from datasets.class_names import read_class_map
-from datasets.open import READERS, open_dataset, require_objects
+from datasets.open import READERS, open_dataset
 from datasets.subset import keep_classes
-from engine.evaluation.cross_dataset import on_common_classes
-from engine.evaluation.measuring import EvaluationResult, Protocol, evaluate_model, measure
+from engine.evaluation.cross_dataset import evaluate_on_common_classes
+from engine.evaluation.measuring import EvaluationResult, Protocol, measure
 from engine.onnx_files.detector import load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
@@ -133,25 +133,26 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         # The classes of a checkpoint are used only if the dataset has them: it may be another dataset.
         index = keep_classes(index, tuple(classes), " ".join(dataset))
     names = name_classes(info.names, args.names) if args.names else info.names
-    model, index, class_map = on_common_classes(model, index, names, read_class_map(args.class_map))
-    require_objects(index, " ".join(dataset), dataset[1], with_difficult=evaluation.counts_difficult)
-    result = evaluate_model(
+    result, index = evaluate_on_common_classes(
         model,
         index,
+        names,
+        read_class_map(args.class_map),
+        title=" ".join(dataset),
+        root=dataset[1],
+        with_difficult=evaluation.counts_difficult,
         image_size=image_size,
         device=device,
         workers=workers,
         report_score=args.report_score,
         **evaluation.arguments(),
     )
-    if index.faults:
-        print(f"{len(index.faults)} faults in the labels or pictures, the first: {index.faults[0]}")
     if args.save_detections:
         ids = [sample.image_id for sample in index.samples]
         pictures = [str(sample.image_path) for sample in index.samples]
         columns = {"file_names": pictures, "names": index.names}
         write_coco_detections(args.save_detections, result.detections, ids, index.category_ids, **columns)
-    return replace(result, class_map=class_map)
+    return result
 
 
 def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:

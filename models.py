@@ -3,11 +3,12 @@
 ARCHITECTURES and TEACHERS map names to builders. A detector may be a teacher too; a model of TEACHERS is never trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from errors import UserError
@@ -17,6 +18,8 @@ from frcnn.faster_rcnn import (
     build_fasterrcnn_resnet50_v2,
     build_fasterrcnn_vit_tiny,
 )
+from layers.channel_groups import find_groups
+from layers.widths import set_widths, widths_of_shapes
 from teachers.clip import build_clip
 from teachers.dinov2 import build_dinov2
 from teachers.rtdetr import build_rtdetr
@@ -96,18 +99,45 @@ def published_detection(arch: str) -> DetectionSettings:
     return next(matching, PUBLISHED_DETECTION["yolov8"])
 
 
-def build(arch: str, num_classes: int, **head: int) -> nn.Module:
+def build(arch: str, num_classes: int, *, widths: Mapping[str, int] | None = None, **head: int) -> nn.Module:
     """A freshly initialised detector (structures.Detector) for K = num_classes classes, on the CPU, in train mode.
 
     The RT-DETRs have no `losses`: they detect and teach, but cannot be trained.
     arch is a key of ARCHITECTURES; an unknown one is a UserError that names the nearest. The initial weights are drawn
     from torch's global generator during this call: seed it before.
+    widths: other widths than those of the architecture, for each group of channels (layers/widths.py). UserError for a
+    group that it does not have.
     head: further arguments of the class head from `head_of`. TypeError if the architecture does not have them.
     """
     check_arch(arch)
     if num_classes < 1:
         raise UserError(f"architecture {arch!r}: found {num_classes} classes, expected at least 1")
-    return ARCHITECTURES[arch](num_classes, **head)
+    model = ARCHITECTURES[arch](num_classes, **head)
+    if widths is not None:
+        try:
+            set_widths(model, widths)
+        except ValueError as error:
+            raise UserError(f"architecture {arch!r}: {error}") from None
+    return model
+
+
+def widths_of(arch: str, num_classes: int, state: Mapping[str, Tensor]) -> dict[str, int] | None:
+    """The widths with which `build` makes a model that fits a state dict of `arch` for K classes.
+
+    None where these are the architecture's own, or where no widths fit. Like the arguments of `head_of` they follow
+    from the shapes, so that the checkpoint of a pruned model is one like any other.
+    """
+    with torch.device("meta"):
+        own = build(arch, num_classes, widths=None, **head_of(arch, num_classes, dict(state))).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if own.keys() != shapes.keys() or all(own[name].shape == shape for name, shape in shapes.items()):
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            groups = find_groups(build(arch, num_classes))
+    except ValueError:  # a family without channel groups
+        return None
+    return widths_of_shapes(groups, shapes)
 
 
 def head_of(arch: str, num_classes: int, state: dict[str, Tensor]) -> dict[str, int]:

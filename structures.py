@@ -152,6 +152,7 @@ class Detector(Protocol):
 
         `output.features: dict[str, Tensor]`: the maps for distillation, (B, channels[name], H / s, W / s) each.
         `output.image_size`: (H, W) of the images.
+        Every tensor has a row for each image; a field that has none, such as anchors, is marked OF_BATCH.
         Dense detectors also have `output.class_logits` (B, A, K), and `output.box_logits` if their head has them.
         """
         ...

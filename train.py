@@ -51,7 +51,7 @@ from engine.training.building import (
 )
 from engine.training.dry_run import dry_run
 from engine.training.exits import exit_codes
-from engine.training.reporting import finish, finish_epoch
+from engine.training.reporting import finish, finish_epoch, measure_start
 from engine.training.saving import how_to_go_on, open_folder, restore, save
 from engine.training.state import TrainingState, refuse_changes
 from engine.training.steps import averaging, check_finite, in_groups
@@ -185,6 +185,8 @@ def run(
             if saved is not None:
                 state = restore(setup, saved, folder, progress)
             progress.say(f"{folder.path}: {describe_setup(setup)}")
+            if saved is None:
+                measure_start(setup, state, progress)
             train(setup, state, folder, progress, stop)
             return finish(setup, state, folder, progress)
         except (StopRequested, LoaderProcessDied) as error:

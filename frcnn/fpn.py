@@ -55,6 +55,11 @@ class FPN(Pyramid):
         self.output = nn.ModuleDict({p: convolution(width, width, 3, norm) for p in self.levels.values()})
         self.channels = dict.fromkeys([*self.levels.values(), *(["p6"] if extra else [])], width)
 
+    def reset_parameters(self) -> None:
+        for layer in (*self.lateral.values(), *self.output.values()):
+            if isinstance(layer, nn.Conv2d):  # ConvNorm resets its own
+                initialise(layer)
+
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
         merged = None
@@ -80,10 +85,14 @@ def convolution(c_in: int, c_out: int, kernel: int, norm: bool) -> nn.Module:
     if norm:
         return ConvNorm(c_in, c_out, kernel)
     layer = nn.Conv2d(c_in, c_out, kernel, padding=(kernel - 1) // 2)
-    nn.init.kaiming_uniform_(layer.weight, a=1)  # a = 1: no activation follows
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
+    initialise(layer)
     return layer
+
+
+def initialise(layer: nn.Conv2d) -> None:
+    assert layer.bias is not None
+    nn.init.kaiming_uniform_(layer.weight, a=1)  # a = 1: no activation follows
+    nn.init.zeros_(layer.bias)
 
 
 def fpn_names(in_channels: dict[str, int], *, norm: bool, version: int = 2) -> list[tuple[str, str]]:

@@ -66,6 +66,9 @@ class BoxPredictor(nn.Module):
         self.num_classes, self.other_classes = num_classes, other_classes
         self.classify = nn.Linear(HIDDEN, 1 + num_classes + other_classes)
         self.regress = nn.Linear(HIDDEN, 4 * (1 + num_classes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.classify.weight, std=0.01)  # arXiv:1504.08083, sec. 2.3
         nn.init.normal_(self.regress.weight, std=0.001)
         nn.init.zeros_(self.classify.bias)

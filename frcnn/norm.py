@@ -105,8 +105,11 @@ class ConvNorm(nn.Module):
         super().__init__()
         padding = (kernel - 1) // 2
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")  # arXiv:1502.01852
         self.norm: BatchNorm | nn.Identity = BatchNorm(c_out, **norm)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")  # arXiv:1502.01852
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self.conv, self.norm

@@ -40,7 +40,11 @@ class RPNHead(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth))
         self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
         self.deltas = nn.Conv2d(channels, 4 * anchors_per_cell, 1)
-        for layer in (*self.convs, self.objectness, self.deltas):  # sec. 3.1.3
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in cast(Iterable[nn.Conv2d], (*self.convs, self.objectness, self.deltas)):  # sec. 3.1.3
+            assert layer.bias is not None
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 

@@ -47,11 +47,14 @@ class ChannelGroups:
     groups: name -> (n,) int64, the channels of the group in the order in which its layers have them. The name is that
         of the first layer that writes them; where this layer's rows are of several groups, /1, /2, ... follow.
     norms: the names of the BatchNorms.
+    cells: the weight of each convolution and linear layer -> how often it is applied, per pixel of the image, and per
+        region in the second stage of a detector.
     """
 
     axes: dict[tuple[str, int], Tensor]
     groups: dict[str, Tensor]
     norms: tuple[str, ...]
+    cells: dict[str, tuple[float, float]]
 
     @property
     def count(self) -> int:
@@ -65,12 +68,14 @@ class ChannelGroups:
     def select(self, state: dict[str, Tensor], is_kept: Tensor) -> dict[str, Tensor]:
         """The state dict of the narrower model: without the rows and columns of the channels that are not kept.
 
-        is_kept: (C,) bool. Entries without channels are the same objects.
+        is_kept: (C,) bool. Entries that lose nothing are the same objects.
         """
         selected = dict(state)
         for (entry, dim), channels in self.axes.items():
-            index = ((channels == STAYS) | is_kept[channels]).nonzero().squeeze(1)
-            selected[entry] = selected[entry].index_select(dim, index.to(selected[entry].device))
+            stays = (channels == STAYS) | is_kept[channels]
+            if not stays.all():
+                index = stays.nonzero().squeeze(1).to(selected[entry].device)
+                selected[entry] = selected[entry].index_select(dim, index)
         return selected
 
 
@@ -88,6 +93,7 @@ def find_groups(model: nn.Module) -> ChannelGroups:
             output = model(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), PIXEL, dtype=torch.float64))
             predict_at: Callable[..., Any] | None = getattr(model, "predict_at", None)  # a second stage
             if predict_at is not None:
+                trace.stage = 1
                 predict_at(output, [torch.tensor([BOX_XYXY], dtype=torch.float64)])
     finally:
         for module, mode in modes:
@@ -111,6 +117,8 @@ class _Trace(TorchFunctionMode):
         self.used = 1
         self.axes: dict[tuple[str, int], Tensor] = {}
         self.norms: list[str] = []
+        self.stage = 0  # 1 in the second stage
+        self.cells: dict[str, list[float]] = {}  # of each stage
         self.parents = list(range(1 + most))  # of a label: another one of the same channel, or itself
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -125,13 +133,17 @@ class _Trace(TorchFunctionMode):
             return args[0]
         if name in ADDITIONS and all(isinstance(x, Tensor) and x.dim() == 4 for x in args[:2]):
             return self._add(*args[:2])
-        return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:  # it does not take labels, which are float64
+            raise ValueError(f"{name}, an operation that channel groups do not know") from error
 
-    def _mix(self, func, x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any) -> Tensor:
+    def _mix(self, func, x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **more: Any) -> Tensor:
         """A convolution or a linear layer: joins what it reads with what it read before, and writes new labels."""
         entry = self._name(weight)
         meta = [value.to("meta", weight.dtype) for value in (x, weight)]
-        empty = func(*meta, None, *settings)  # only its shape counts
+        empty = func(*meta, None, *settings, **more)  # only its shape counts
+        self.cells.setdefault(entry, [0.0, 0.0])[self.stage] += empty.numel() / len(weight)
         read = self._read(x, entry)
         is_depthwise = func is torch.conv2d and weight.shape[1] == 1 and len(weight) == len(read) > 1
         if not is_depthwise:
@@ -219,4 +231,6 @@ class _Trace(TorchFunctionMode):
                 channel_of[members] = channels
                 groups[name if len(groups_of_layer) == 1 else f"{name}/{part}"] = channels
                 count += len(members)
-        return ChannelGroups({place: channel_of[own] for place, own in axes.items()}, groups, tuple(self.norms))
+        channel_axes = {place: channel_of[own] for place, own in axes.items()}
+        cells = {entry: (first / IMAGE_SIZE**2, second) for entry, (first, second) in self.cells.items()}
+        return ChannelGroups(channel_axes, groups, tuple(self.norms), cells)

@@ -272,11 +272,27 @@ def test_a_public_file_without_arch_and_with_another_one(tmp_path):
     state |= {f"{public}x": torch.zeros(1) for public, ours in model.public_names if ours is None}
     path = tmp_path / "released.pt"
     torch.save(state, path)
-    with pytest.raises(UserError, match=r"released\.pt: not a checkpoint of ours: .*yolov8n.*--arch"):
-        checkpoint.load_model(path)
-    assert checkpoint.load_model(path, "yolov8n")[1].arch == "yolov8n"
+    for arch in (None, "yolov8n"):  # its names and shapes tell
+        assert checkpoint.load_model(path, arch)[1].arch == "yolov8n"
     with pytest.raises(UserError, match=r"released\.pt: .*these are yolov8n weights, the model is yolov8s"):
         checkpoint.load_model(path, "yolov8s")
+    shapes = {"roi_heads.box_predictor.cls_score.weight": (3, 4), "backbone.body.0.0.weight": (16, 3, 3, 3)}
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    with pytest.raises(UserError, match=r"released\.pt: not a checkpoint of ours: .*mobilenet.*which need --arch"):
+        checkpoint.load_model(path)
+    torch.save({"conv1.weight": torch.zeros(2), "layer4.1.conv2.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"of resnet18, which are not those of a detector"):
+        checkpoint.load_model(path)
     torch.save({"something": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"released\.pt: not a checkpoint of ours: no key 'format'$"):
         checkpoint.load_model(path)
+
+
+def test_the_folder_of_a_run_stands_for_its_last_weights(tmp_path):
+    model = models.build("yolov8_narrow", 2)
+    state = {"arch": "yolov8_narrow", "names": ["a", "b"], "image_size": 64, "ema": model.state_dict()}
+    checkpoint.save(tmp_path / "run" / "weights" / "last.pt", state)
+    found, info = checkpoint.load_model(tmp_path / "run")
+    assert info.names == ("a", "b") and torch.equal(found.head.cls[0][2].bias, model.head.cls[0][2].bias)
+    with pytest.raises(UserError, match=f"{tmp_path}: a folder, expected a weights file"):
+        checkpoint.load_model(tmp_path)

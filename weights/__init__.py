@@ -6,12 +6,14 @@ containers    torch zip, TorchScript, legacy torch, safetensors and npz, read as
 inert_pickle  pickles, read as data
 places        where the weights are in an opened container
 families      guess a released model by its names and shapes
+shared_file   the safetensors file a model is handed on in, with its description and a checksum
+convert       any of these files -> such a file
 
-`python -m weights inspect FILE` describes a file.
+`python -m weights inspect FILE` describes a file, `python -m weights convert FILE OUT.safetensors` converts it.
 """
 
 from weights.class_rows import ClassRows, take_rows
-from weights.families import guess_family
+from weights.families import arch_of_family, guess_family
 from weights.load import (
     LoadReport,
     PublicLayout,
@@ -31,6 +33,7 @@ __all__ = [
     "LoadReport",
     "PublicLayout",
     "WeightsInfo",
+    "arch_of_family",
     "check_file",
     "fuse_entries",
     "guess_family",

@@ -30,6 +30,7 @@ from weights.inert_pickle import (
     TensorRecord,
     short,
 )
+from weights.shared_file import SAFETENSORS_DTYPES, digest_of
 
 MAX_FILE_BYTES = 4 << 30
 MAX_PICKLE_BYTES = 64 << 20
@@ -38,18 +39,6 @@ MAX_ZIP_ENTRIES = 20_000
 MAX_COPIES = 4  # tensors may share storage; all together they may have this many times the size of the file
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 NUMPY_DTYPES = {
     kind: getattr(torch, name)
     for kind, name in {
@@ -84,6 +73,7 @@ class Content:
     globals_seen: every name that the pickle mentions.
     attributes: for TorchScript, class name -> its parameters and buffers.
     metadata: safetensors' free text.
+    has_checksum: the container has a checksum of every tensor, and all were right.
     """
 
     container: str
@@ -92,6 +82,7 @@ class Content:
     globals_seen: frozenset[str] = frozenset()
     attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    has_checksum: bool = False
 
 
 def open_weights(file: BinaryIO, size: int) -> Content:
@@ -200,7 +191,7 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
     attributes = _script_attributes(archive, f"{root}code/") if is_script else {}
     container = "TorchScript zip" if is_script else "torch zip"
     load = _Storages(read_bytes, size).load
-    return Content(container, value, load, frozenset(reader.globals_seen), attributes)
+    return Content(container, value, load, frozenset(reader.globals_seen), attributes, has_checksum=True)
 
 
 def _check_local_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
@@ -259,7 +250,7 @@ def _open_npz(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], size: in
         tensors[entry.filename.removesuffix(".npy")] = _read_npy(
             io.BytesIO(_read_entry(archive, entry.filename, entry.file_size)), entry.filename
         )
-    return Content("npz", tensors)
+    return Content("npz", tensors, has_checksum=True)
 
 
 def _read_npy(file: io.BytesIO, name: str) -> Tensor:
@@ -336,7 +327,10 @@ def _open_legacy(file: BinaryIO, size: int) -> Content:
 
 
 def _open_safetensors(file: BinaryIO, size: int) -> Content:
-    """The length of a JSON header as u64, the header, the tensors' bytes. Each byte belongs to exactly one tensor."""
+    """The length of a JSON header as u64, the header, the tensors' bytes. Each byte belongs to exactly one tensor.
+
+    The format has no checksum; files of ours have one in their metadata (shared_file.digest_of).
+    """
     length = int.from_bytes(file.read(8), "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise Refused(f"a safetensors header of {length:,} bytes in a file of {size:,}")
@@ -359,7 +353,13 @@ def _open_safetensors(file: BinaryIO, size: int) -> Content:
         position = end
     if position != size - 8 - length:
         raise Refused(f"{size - 8 - length - position:,} bytes that belong to no tensor")
-    return Content("safetensors", {name: tensors[name] for name in header}, metadata=metadata)
+    is_ours = "retort" in metadata
+    if is_ours:
+        file.seek(8 + length)
+        blocks = iter(lambda: file.read(1 << 20), b"")
+        if digest_of(header, metadata, blocks) != metadata.get("sha256"):
+            raise Refused("the checksum in its metadata does not match: damaged, or changed since it was written")
+    return Content("safetensors", {name: tensors[name] for name in header}, metadata=metadata, has_checksum=is_ours)
 
 
 def _safetensors_row(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:

@@ -39,6 +39,20 @@ FAMILIES = [  # names that must all be there -> the model; the first row that fi
 ]
 # fmt: on
 
+ARCHITECTURES = {  # families whose architecture has another name here; a released file fits the architecture alone
+    "fasterrcnn_resnet50_fpn": "fasterrcnn_resnet50",
+    "fasterrcnn_resnet50_fpn_v2": "fasterrcnn_resnet50_v2",
+    "rtdetr-l (Ultralytics)": "rtdetr_l",
+    "rtdetr-x (Ultralytics)": "rtdetr_x",
+}
+AMBIGUOUS = ("fasterrcnn_mobilenet_v3_large_fpn",)  # with the 320 px model, which differs in its proposals alone
+
+
+def arch_of_family(family: str | None) -> str | None:
+    """The name in models.ARCHITECTURES or TEACHERS of what guess_family returned; None where it is open."""
+    name = ARCHITECTURES.get(str(family), str(family).removesuffix(" (Hugging Face layout)"))
+    return name if family and name.isidentifier() and name not in (*AMBIGUOUS, "rtdetr") else None
+
 
 def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
     """The model that released names and shapes look like, such as "yolov8n"; None where nothing is recognised."""

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from errors import UserError
 from weights.containers import MAX_FILE_BYTES, open_weights
-from weights.families import guess_family
+from weights.families import arch_of_family, guess_family
 from weights.inert_pickle import Inert, Refused, short
 from weights.places import find_weights, load_entry
+from weights.shared_file import read_description
 
+OUR_KEYS = ("arch", "names", "image_size", "versions", "epoch", "step", "config")  # of checkpoint.py, beside `ema`
 # Released files of torch.hub end in the first digits of their SHA-256: resnet18-f37072fd.pth
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)$")
 
@@ -37,17 +39,19 @@ class WeightsInfo:
     container: torch zip, TorchScript zip, legacy torch, safetensors or npz.
     layout: where the weights were in it.
     family: guess_family of the names and shapes.
-    arch: the architecture that a checkpoint of train.py names; None for other files.
+    arch: the architecture that the file names (a checkpoint of train.py, a file of `python -m weights convert`), else
+        what names and shapes tell; None where they leave it open.
     names: class names; () where the file has none.
     image_size: pixels in training; None where the file does not give it.
     num_parameters: elements of all tensors except BatchNorm's running statistics and counters.
     dtypes: name of a dtype -> number of tensors.
     is_hash_checked: the file's name or the caller gave a SHA-256, and it was right.
-    has_checksum: the container has a CRC-32 of every tensor, and all were right.
+    has_checksum: the container has a checksum of every tensor, and all were right.
     uses_ema: the weights are the running mean.
     train_args: the plain values among the training arguments.
     globals_seen: every name that the pickle mentions; none was looked up.
     metadata: safetensors' free text.
+    ours: arch, names, image_size, versions, epoch, step and config of a checkpoint of train.py; empty for other files.
     """
 
     container: str
@@ -66,14 +70,15 @@ class WeightsInfo:
     train_args: dict[str, Any] = field(default_factory=dict)
     globals_seen: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
 
 
 def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The named tensors of a public weights file, in the file's order and dtypes, each in memory of its own.
 
     Nothing that the file names is imported or called. If a checkpoint has a running mean (`ema`), that is read.
-    Checksums of the container (zip, npz) reveal a flipped bit. Legacy torch files and safetensors have none: give
-    `sha256`, or keep a released file name that ends in its first digits; both are checked.
+    Checksums of the container (zip, npz, safetensors of ours) reveal a flipped bit. Legacy torch files and other
+    safetensors have none: give `sha256`, or keep a released file name that ends in its first digits; both are checked.
 
     Raises UserError, in one line, for a file that is incomplete, not weights, not finite or not harmless. Infinities
     are allowed only in an entry named attn_mask.
@@ -90,6 +95,8 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
             digest, is_checked = _check_hash(path, file, sha256)
             content = open_weights(file, status.st_size)
             layout, records, carriers = find_weights(content)
+            if described := read_description(content.metadata):
+                carriers.append(described)
             state = {name: load_entry(name, record, content) for name, record in records.items()}
     except Refused as refusal:
         raise UserError(f"{path}: {refusal}") from None
@@ -98,11 +105,13 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
     except MemoryError:
         raise UserError(f"{path}: its tensors do not fit in memory", exit_code=4) from None
     statistics = ("running_mean", "running_var", "num_batches_tracked")
+    family = guess_family({name: tuple(tensor.shape) for name, tensor in state.items()})
+    ours = next((carrier for carrier in carriers if _is_ours(carrier)), {})
     info = WeightsInfo(
         container=content.container,
         layout=layout,
-        family=guess_family({name: tuple(tensor.shape) for name, tensor in state.items()}),
-        arch=next((arch for carrier in carriers if "format" in carrier and (arch := _arch(carrier.get("arch")))), None),
+        family=family,
+        arch=_arch(ours.get("arch") or described.get("arch")) or arch_of_family(family),
         names=next((names for carrier in carriers if (names := _class_names(carrier.get("names")))), ()),
         image_size=_image_size(carriers),
         num_tensors=len(state),
@@ -110,11 +119,12 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())),
         sha256=digest,
         is_hash_checked=is_checked,
-        has_checksum=content.container in {"torch zip", "TorchScript zip", "npz"},
-        uses_ema="'ema" in layout,
+        has_checksum=content.has_checksum,
+        uses_ema="'ema" in layout or described.get("tensor_names") == "ours",
         train_args=_train_args(carriers),
         globals_seen=tuple(sorted(content.globals_seen)),
         metadata=content.metadata,
+        ours={key: ours[key] for key in OUR_KEYS if key in ours},
     )
     return state, info
 
@@ -152,6 +162,11 @@ def _class_names(value: Any) -> tuple[str, ...]:
         value = [value.get(k) for k in range(len(value))]
     is_list = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
     return tuple(name if name.isprintable() else short(name) for name in value) if is_list else ()
+
+
+def _is_ours(carrier: dict) -> bool:
+    is_checkpoint = "format" in carrier and _arch(carrier.get("arch")) is not None
+    return is_checkpoint or carrier.get("tensor_names") == "ours"
 
 
 def _arch(value: Any) -> str | None:

@@ -13,6 +13,7 @@ lists every width and depth in place of multipliers. Decoding and losses are flo
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -123,15 +124,16 @@ class AnchorHead(nn.Module):
     def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        convs = [nn.Conv2d(c, NUM_ANCHORS * (5 + num_classes), 1) for c in channels]
-        self.predict = nn.ModuleList(convs)
+        self.predict = nn.ModuleList(nn.Conv2d(c, NUM_ANCHORS * (5 + num_classes), 1) for c in channels)
         strides = torch.tensor(LEVEL_STRIDES, dtype=torch.float32)[:, None, None]
         self.register_buffer("anchors", torch.tensor(ANCHORS_PIXELS, dtype=torch.float32) / strides)
-        for conv, stride in zip(convs, LEVEL_STRIDES):
-            assert conv.bias is not None
-            bias = conv.bias.detach().view(NUM_ANCHORS, 5 + num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for conv, stride in zip(self.predict, LEVEL_STRIDES):
+            bias = cast(Tensor, conv.bias).detach().view(NUM_ANCHORS, 5 + self.num_classes)
             bias[:, 4] = math.log(8 / (640 / stride) ** 2)
-            bias[:, 5:] = math.log(0.6 / (num_classes - 0.99999))
+            bias[:, 5:] = math.log(0.6 / (self.num_classes - 0.99999))
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4), objectness_logits (B, A), class_logits (B, A, K).

@@ -17,7 +17,7 @@ multipliers. Decoding and losses are float32 under autocast.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,10 @@ SIZES = {
 
 
 class C2f(nn.Module):
-    """Half of the channels pass `depth` bottlenecks in a row; a 1x1 convolution merges both halves and every result."""
+    """Half of the channels pass `depth` bottlenecks in a row; a 1x1 convolution merges both halves and every result.
+
+    In a pruned block (distill/pruning) the two parts may have different widths.
+    """
 
     def __init__(self, c_in: int, c_out: int, depth: int, shortcut: bool) -> None:
         super().__init__()
@@ -70,7 +73,9 @@ class C2f(nn.Module):
         self.merge = ConvBNAct((2 + depth) * (c_out // 2), c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = list(self.split(x).chunk(2, dim=1))  # 2 of (B, C_out / 2, H, W)
+        x = self.split(x)
+        passing = cast(Bottleneck, self.blocks[0]).conv1.conv.weight.shape[1]
+        parts = list(x.split((x.shape[1] - passing, passing), dim=1))  # 2 of (B, C_out / 2, H, W)
         for block in self.blocks:
             parts.append(block(parts[-1]))
         return self.merge(torch.cat(parts, 1))  # (B, C_out, H, W)
@@ -140,9 +145,16 @@ class AnchorFreeHead(nn.Module):
         super().__init__()
         class_width = class_width or max(channels[0], min(num_classes, 100))
         self.widths = {"box": max(16, channels[0] // 4, 4 * NUM_BINS), "cls": class_width}
-        class_biases = [math.log(5 / num_classes / (640 / stride) ** 2) for stride in LEVEL_STRIDES]
-        self.box = nn.ModuleList(branch(c, self.widths["box"], 4 * NUM_BINS, bias=1.0) for c in channels)
-        self.cls = nn.ModuleList(branch(c, self.widths["cls"], num_classes, b) for c, b in zip(channels, class_biases))
+        self.class_biases = [math.log(5 / num_classes / (640 / stride) ** 2) for stride in LEVEL_STRIDES]
+        self.box = nn.ModuleList(branch(c, self.widths["box"], 4 * NUM_BINS) for c in channels)
+        self.cls = nn.ModuleList(branch(c, self.widths["cls"], num_classes) for c in channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for box, cls, class_bias in zip(self.box, self.cls, self.class_biases):
+            for layers, bias in ((box, 1.0), (cls, class_bias)):
+                predict = cast(nn.Conv2d, cast(nn.Sequential, layers)[-1])
+                nn.init.constant_(cast(Tensor, predict.bias), bias)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, tuple[list[list[Tensor]], list[list[Tensor]]]]:
         """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4, R), class_logits (B, A, K), A = sum_l H_l W_l.
@@ -157,12 +169,9 @@ class AnchorFreeHead(nn.Module):
         return box_logits.unflatten(2, (4, NUM_BINS)), class_logits, (box, cls)
 
 
-def branch(c_in: int, width: int, c_out: int, bias: float) -> nn.Sequential:
-    """Two 3x3 convolutions and a 1x1 convolution to the logits, whose biases all start as `bias`."""
-    first, second, predict = ConvBNAct(c_in, width, 3), ConvBNAct(width, width, 3), nn.Conv2d(width, c_out, 1)
-    assert predict.bias is not None
-    nn.init.constant_(predict.bias, bias)
-    return nn.Sequential(first, second, predict)
+def branch(c_in: int, width: int, c_out: int) -> nn.Sequential:
+    """Two 3x3 convolutions and a 1x1 convolution to the logits."""
+    return nn.Sequential(ConvBNAct(c_in, width, 3), ConvBNAct(width, width, 3), nn.Conv2d(width, c_out, 1))
 
 
 def flatten_cells(x: Tensor) -> Tensor:

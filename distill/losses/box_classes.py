@@ -17,12 +17,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distill.losses.keywords import by_keyword
 from distill.losses.logits import as_logit_pair, bernoulli_kl, weighted_mean
 from layers.precision import at_least_float32
 
 Head = Literal["sigmoid", "softmax"]
 
 
+@by_keyword
 def box_class_kl(
     *,
     s_logits: Tensor,

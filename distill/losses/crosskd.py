@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.features import as_map_pair, unit_deviations
+from distill.losses.keywords import by_keyword
 from distill.losses.localization import localization_kl
 from distill.losses.logits import quality_focal
 from layers.over_processes import joint_normaliser, process_count, sum_over_processes
@@ -26,6 +27,7 @@ from layers.over_processes import joint_normaliser, process_count, sum_over_proc
 TRAINS_OTHERWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
+@by_keyword
 def crosskd_classes(
     *,
     s_map: Tensor,
@@ -58,6 +60,7 @@ def crosskd_classes(
     return quality_focal(s_logits=s_logits, t_logits=t_logits, beta=beta, normaliser=normaliser)
 
 
+@by_keyword
 def crosskd_edges(
     *,
     s_map: Tensor,
@@ -92,6 +95,7 @@ def crosskd_edges(
     )
 
 
+@by_keyword
 def cross_logits(*, s_map: Tensor, t_map: Tensor, t_tail: nn.Module, rescale: bool = True) -> Tensor:
     """The teacher's remaining layers, applied to the student's map.
 

@@ -13,6 +13,7 @@ mean still counts these pixels.
 import torch
 from torch import Tensor
 
+from distill.losses.keywords import by_keyword
 from kernels.channel_wise_kl import channel_kl
 from layers.over_processes import joint_mean, joint_normaliser, process_count, sum_over_processes
 from layers.precision import compute_dtype
@@ -21,6 +22,7 @@ TINY = 1e-24  # a vector no longer than 1e-12 has no direction
 CONSTANT = 1e-10  # a row whose variance is below this share of its mean square is constant, up to float32 rounding
 
 
+@by_keyword
 def feature_mse(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     """Mean squared difference of two maps.
 
@@ -38,6 +40,7 @@ def feature_mse(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     return (s_map - t_map).square().sum() / joint_normaliser(s_map.numel(), s_map)
 
 
+@by_keyword
 def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     """One minus the cosine of the two feature vectors of each pixel, on average.
 
@@ -58,6 +61,7 @@ def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     return (1 - cosine).sum() / joint_normaliser(cosine.numel(), cosine)
 
 
+@by_keyword
 def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -> Tensor:
     """Channel-wise distillation (CWD): match the spatial attention of each channel.
 
@@ -78,6 +82,7 @@ def channel_wise_kl(*, s_map: Tensor, t_map: Tensor, temperature: float = 1.0) -
     return joint_mean(channel_kl(s_map, t_map, temperature=temperature), len(s_map))
 
 
+@by_keyword
 def channel_correlation(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     """Pearson distillation (PKD): correlate each channel of the student with the teacher's.
 
@@ -103,6 +108,7 @@ def channel_correlation(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     return sum_over_processes((s_unit - t_unit).square().sum()) / max(2 * len(s_unit), 1)
 
 
+@by_keyword
 def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> Tensor:
     """Attention transfer: match the spatial attention of all channels together.
 
@@ -128,6 +134,7 @@ def attention_transfer(*, s_map: Tensor, t_map: Tensor, power: float = 2.0) -> T
     return (s_unit - t_unit).square().sum() / joint_normaliser(2 * len(s_unit), s_unit)
 
 
+@by_keyword
 def score_weighted_l2(*, s_map: Tensor, t_map: Tensor, weight: Tensor) -> Tensor:
     """Squared difference of two maps, weighted by the teacher's confidence: the loss that Ultralytics distils with.
 

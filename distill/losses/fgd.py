@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.features import as_map_pair
+from distill.losses.keywords import by_keyword
 from distill.losses.masked import as_mask
 from layers.over_processes import joint_normaliser
 
 
+@by_keyword
 def fgd_focal(
     *,
     s_map: Tensor,
@@ -61,6 +63,7 @@ def fgd_focal(
     return (weight * channel * (t_map - s_map).square()).sum() / joint_normaliser(len(s_map), s_map)
 
 
+@by_keyword
 def fgd_attention(*, s_map: Tensor, t_map: Tensor, temperature: float = 0.5) -> Tensor:
     """The student attends where, and in which channels, the teacher does.
 
@@ -77,6 +80,7 @@ def fgd_attention(*, s_map: Tensor, t_map: Tensor, temperature: float = 0.5) -> 
     return differences.sum() / joint_normaliser(len(s_map), s_map)
 
 
+@by_keyword
 def fgd_global(
     *, s_map: Tensor, t_map: Tensor, s_context: Callable[[Tensor], Tensor], t_context: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -165,6 +169,7 @@ class FGD(nn.Module):
         self.foreground_weight, self.background_weight = foreground_weight, background_weight
         self.attention_weight, self.global_weight = attention_weight, global_weight
 
+    @by_keyword
     def forward(self, *, s_map: Tensor, t_map: Tensor, foreground: Tensor) -> Tensor:
         """s_map, t_map (B, C, H, W), foreground (B, 1, H, W) from masks.box_density -> scalar ()."""
         focal = fgd_focal(

@@ -16,16 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from boxes import paired_iou
+from distill.losses.keywords import by_keyword
 from distill.losses.logits import as_logit_pair, weighted_mean
 from layers.precision import at_least_float32
 from structures import Targets
 
 
+@by_keyword
 def localization_kl(
     *,
     s_logits: Tensor,
     t_logits: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     normaliser: Tensor | float | None = None,
     temperature: float = 10.0,
 ) -> Tensor:
@@ -39,7 +41,7 @@ def localization_kl(
 
     Args:
         s_logits, t_logits: (..., 4, R), before the softmax; every leading index is one location n.
-        weight: w_n >= 0, (...,), bool or float. All zeros gives 0.
+        weight: w_n >= 0, (...,), bool or float. All zeros gives 0. None: 1 for each location.
         normaliser: M. None: sum_n w_n.
         temperature: T > 0. CrossKD (arXiv:2306.11369) takes T = 1, and the teacher's best class score as weight.
     Returns:

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.losses.features import unit_deviations
+from distill.losses.keywords import by_keyword
 from kernels.sigmoid_kl import bernoulli_kl, sigmoid_kl
 from kernels.temperature_kl import temperature_kl
 from layers.over_processes import joint_normaliser, sum_over_processes
 from layers.precision import at_least_float32, compute_dtype
 
 
+@by_keyword
 def soft_class_targets(
     *,
     s_logits: Tensor,
@@ -62,6 +64,7 @@ def soft_class_targets(
     return sigmoid_kl(s_logits, t_logits, temperature=temperature, weight=weight, normaliser=normaliser)
 
 
+@by_keyword
 def softmax_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """Hinton's distillation for softmax heads: KL of the softened class distributions, with T^2.
 
@@ -89,6 +92,7 @@ def softmax_kl(*, s_logits: Tensor, t_logits: Tensor, weight: Tensor | None = No
     return temperature_kl(s_logits, t_logits, temperature=temperature, weight=weight, normaliser=normaliser)
 
 
+@by_keyword
 def image_kl(*, s_logits: Tensor, t_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """A classifier of whole images, such as a zero-shot one, teaches a detector's auxiliary image logits.
 
@@ -129,10 +133,12 @@ class TaughtImageHead(nn.Module):
         self.head = ImageHead(channels, num_classes)
         self.temperature = temperature
 
+    @by_keyword
     def forward(self, *, s_map: Tensor, t_logits: Tensor) -> Tensor:
         return image_kl(s_logits=self.head(at_least_float32(s_map)), t_logits=t_logits, temperature=self.temperature)
 
 
+@by_keyword
 def decoupled_kl(
     *,
     s_logits: Tensor,
@@ -180,6 +186,7 @@ def decoupled_kl(
     return temperature**2 * weighted_mean(target_weight * target + other_weight * other, weight)
 
 
+@by_keyword
 def prediction_correlation(
     *,
     s_logits: Tensor,
@@ -215,6 +222,7 @@ def prediction_correlation(
     return temperature**2 * (class_weight * over_classes + sample_weight * over_samples)
 
 
+@by_keyword
 def probability_correlation(*, s_prob: Tensor, t_prob: Tensor, is_split: bool = False) -> Tensor:
     """One minus the Pearson correlation of rows (N, K), on average: 1 / N * sum_n (1 - r(s_n, t_n)), a scalar ().
 
@@ -232,6 +240,7 @@ def probability_correlation(*, s_prob: Tensor, t_prob: Tensor, is_split: bool = 
     return distance / joint_normaliser(2 * len(s_unit), distance)
 
 
+@by_keyword
 def quality_focal(
     *,
     s_logits: Tensor,
@@ -270,6 +279,7 @@ def quality_focal(
     return weighted_mean(cross_entropy.sum(-1), weight, expected if normaliser is None else normaliser)
 
 
+@by_keyword
 def objectness_scaled(
     *,
     s_box_logits: Tensor,

@@ -10,11 +10,13 @@ masked_mse on the neck, and soft class targets on the outputs (distill.losses.lo
 from torch import Tensor
 
 from distill.losses.features import as_map_pair, require_map_pair
+from distill.losses.keywords import by_keyword
 from kernels.masked_mse import masked_squares
 from layers.over_processes import joint_normaliser
 from layers.precision import compute_dtype
 
 
+@by_keyword
 def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:
     """Fine-grained feature imitation (FGFI): half the squared difference per marked pixel.
 
@@ -35,6 +37,7 @@ def masked_mse(*, s_map: Tensor, t_map: Tensor, mask: Tensor) -> Tensor:
     return masked_squares(s_map, t_map, mask, normaliser=joint_normaliser(mask.sum(), mask))
 
 
+@by_keyword
 def decoupled_mse(
     *,
     s_map: Tensor,

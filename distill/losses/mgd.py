@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.features import as_map_pair
+from distill.losses.keywords import by_keyword
 from distill.losses.masked import as_mask
 from layers.over_processes import joint_normaliser
 
 
+@by_keyword
 def masked_generation(*, s_map: Tensor, t_map: Tensor, keep: Tensor, generate: Callable[[Tensor], Tensor]) -> Tensor:
     """Squared error between the teacher's map and the one generated from the pixels that the student keeps.
 
@@ -67,6 +69,7 @@ class MGD(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
         )
 
+    @by_keyword
     def forward(self, *, s_map: Tensor, t_map: Tensor, generator: torch.Generator) -> Tensor:
         """s_map, t_map (B, C, H, W) -> scalar (). generator: draws the mask; the caller seeds it for each step."""
         keep = random_mask(s_map, drop=self.drop, generator=generator)

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.losses.features import as_map_pair, unit_vectors
+from distill.losses.keywords import by_keyword
 from layers.over_processes import joint_mean, sum_over_processes
 from layers.precision import compute_dtype
 
 
+@by_keyword
 def location_similarity(*, s_map: Tensor, t_map: Tensor, nodes: int = 16) -> Tensor:
     """Pairwise similarity of the locations of each image (SKD).
 
@@ -44,6 +46,7 @@ def location_similarity(*, s_map: Tensor, t_map: Tensor, nodes: int = 16) -> Ten
         return joint_mean((s_cosines - t_cosines).square().mean(), len(s_map))
 
 
+@by_keyword
 def instance_distance(*, s_features: Tensor, t_features: Tensor, image: Tensor) -> Tensor:
     """Pairwise distances between the objects of an image, each in units of the mean distance (GID).
 

@@ -18,7 +18,7 @@ FREE = (
     *("name", "runs", "seed", "teachers", "terms", "teacher_weighting", "teacher_cache_gigabytes", "save_every_steps"),
     *("data.train", "data.train_root", "data.train_format", "data.max_samples", "data.max_bad_fraction"),
     *("data.per_class", "data.draw_seed", "data.unlabelled"),
-    *("data.workers", "data.cache", "evaluation.every_epochs", "evaluation.batch_size"),
+    *("data.workers", "data.cache", "evaluation.every_epochs", "evaluation.of_start", "evaluation.batch_size"),
 )
 # Equal in two rows: the same pictures, so the same number of steps.
 PICTURES = ("data.train", "data.train_root", "data.train_format", "data.max_samples", "data.per_class")

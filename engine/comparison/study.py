@@ -73,8 +73,8 @@ class RowFile(Config):
 class Row:
     """One line of the table. config: the config of its runs, except their names and seeds.
 
-    baseline: the row that the cost of a step is relative to: the first row with the same student and no terms, else the
-    first of the file.
+    baseline: the row that the cost of a step is relative to: the first row with the same student that no teacher
+    teaches, else the first of the file.
     against: the rows it is compared to. A row that names none is compared to the row on as many random real pictures
     (if it trains on a condensed set) or to its baseline, provided that row trains alike.
     """
@@ -299,6 +299,11 @@ def merge(tree: dict, overrides: dict) -> dict:
     return merged
 
 
+def is_taught(config: Config) -> bool:
+    """Whether a teacher teaches by terms or by pseudo boxes."""
+    return bool(config.terms) or pseudo_of(config) is not None
+
+
 def is_trained_in_place(teacher: TeacherConfig) -> bool:
     """Whether a teacher is a detector without weights; the EMA needs none, and teacher-only models are not trained."""
     return teacher.weights is None and teacher.arch != EMA and teacher.arch not in models.TEACHERS
@@ -345,8 +350,8 @@ def with_comparisons(planned: dict[str, Row], files: dict[str, RowFile], source:
     first = next(iter(files))
     compared_rows = []
     for row in planned.values():
-        undistilled = (n for n, file in files.items() if not file.terms and file.student == row.config.student)
-        baseline = next(undistilled, first)
+        untaught = (n for n, f in files.items() if not is_taught(f) and f.student == row.config.student)
+        baseline = next(untaught, first)
         against = files[row.name].against if row.name in files else None
         is_named = against is not None
         if against is None:

@@ -43,6 +43,11 @@ class Result:
         reports = [self.reports[seed] for seed in (self.seeds if seeds is None else seeds)]
         return np.array([report["test"][METRICS[metric]] for report in reports], dtype=np.float64)
 
+    def start_values(self, metric: str) -> np.ndarray:
+        """The same before the first step, of the seeds that have been measured then."""
+        starts = [self.reports[seed].get("start") for seed in self.seeds]
+        return np.array([start[METRICS[metric]] for start in starts if start is not None], dtype=np.float64)
+
     def seconds(self) -> np.ndarray:
         """(seeds,): training time without evaluation."""
         return np.array([self.reports[seed]["seconds"] for seed in self.seeds], dtype=np.float64)
@@ -129,7 +134,10 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
         "| row | model | parameters | epochs | seeds | " + " | ".join(METRICS) + " | cost per step | minutes |",
         "|---|---|---:|---:|---:|" + "---:|" * (len(METRICS) + 2),
     ]
+    starts = distinct_starts(shown)
     for result in shown:
+        if result.name in starts:
+            lines.append(f"| {' | '.join(start_cells(result, is_only=len(starts) == 1))} |")
         lines.append(f"| {' | '.join(score_cells(result, results))} |")
     lines += [
         "",
@@ -150,6 +158,32 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     for result in shown:
         lines += [f"Failed: {result.name} with seed {seed}: {why}" for seed, why in result.failures.items()]
     return "\n".join(lines) + "\n"
+
+
+def distinct_starts(results: list[Result]) -> list[str]:
+    """The first row of each start that was measured: the same weights, test split and image size have one."""
+    first: dict[str, str] = {}
+    for result in results:
+        if len(result.start_values("mAP")):
+            config = result.row.config
+            start = [to_tree(config.student), config.image_size, config.data.test, config.evaluation.protocol]
+            first.setdefault(json.dumps(start), result.name)
+    return list(first.values())
+
+
+def start_cells(result: Result, *, is_only: bool) -> list[str]:
+    """The line of a start; its seeds differ in what of the class head begins fresh."""
+    config = result.row.config
+    return [
+        "untrained start" if is_only else f"untrained start of {result.name}",
+        config.student.arch,
+        f"{next(iter(result.reports.values()))['parameters'] / 1e6:.2f} M",
+        "0",
+        str(len(result.start_values("mAP"))),
+        *(mean_and_spread(result.start_values(metric)) for metric in METRICS),
+        "-",
+        "-",
+    ]
 
 
 def score_cells(result: Result, results: dict[str, Result]) -> list[str]:
@@ -211,6 +245,7 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
                 "failures": {str(seed): why for seed, why in result.failures.items()},
                 "runs": [result.row.folder(seed).name for seed in result.seeds],
                 **{metric: to_json_value(result.values(metric)) for metric in METRICS},
+                "start": {metric: to_json_value(result.start_values(metric)) for metric in METRICS},
                 "seconds": to_json_value(result.seconds()),
                 "steps": [result.reports[seed]["steps"] for seed in result.seeds],
                 "baseline": result.row.baseline,

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from datasets.class_names import ClassMap, map_classes
 from datasets.index import ANY_CLASS, DatasetIndex, Sample
+from datasets.open import require_objects
+from engine.evaluation.measuring import EvaluationResult, evaluate_model
 from structures import Detections, Detector
 
 MOST_DETECTIONS = 30_000  # of all classes in an image, before the evaluated ones are selected
@@ -41,6 +43,30 @@ def on_common_classes(
     if class_map.is_identity:
         return model, index, class_map
     return CommonClasses(model, class_map), map_index(index, class_map), class_map
+
+
+def evaluate_on_common_classes(
+    model: nn.Module,
+    index: DatasetIndex,
+    names: tuple[str, ...],
+    given: dict[str, str | None] | None = None,
+    *,
+    title: str,
+    root: str,
+    with_difficult: bool,
+    **settings: Any,
+) -> tuple[EvaluationResult, DatasetIndex]:
+    """evaluate_model on the classes that a model (class `names`) shares with a dataset; also the dataset with these.
+
+    title, root, with_difficult: as in datasets.open.require_objects, which raises UserError where no object is left.
+    settings: arguments of evaluate_model.
+    """
+    model, index, class_map = on_common_classes(model, index, names, given)
+    require_objects(index, title, root, with_difficult=with_difficult)
+    result = evaluate_model(model, index, **settings)
+    if index.faults:
+        print(f"{len(index.faults)} faults in the labels or pictures, the first: {index.faults[0]}")
+    return replace(result, class_map=class_map), index
 
 
 class CommonClasses(nn.Module):

@@ -20,6 +20,7 @@ from engine.runtime.processes import Processes, use_bfloat16
 from engine.training.batch_norms import check_batches
 from engine.training.checks import check_config
 from engine.training.optimization import Ema, apply_schedule, build_optimizer
+from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import Splits, count_pictures, open_indexes, scan_splits, with_unlabelled
 from engine.training.state import fingerprint
 from engine.training.student import build_student
@@ -180,11 +181,14 @@ def build(
     given: dict[str, nn.Module] | None,
     say: Callable[[str], None],
     saved: dict[str, Tensor] | None = None,
+    *,
+    keep: bool = True,
 ) -> TrainingSetup:
     """The parts of a run. Finds every reason not to start it, before anything is written.
 
     given: teachers by name, instead of their weights. say: prints a line.
     saved: the student's state in the checkpoint of a resumed run.
+    keep: whether pseudo boxes that are made here are kept for other runs.
     """
     config = with_published_settings(config)
     check_config(config, given or {}, processes.count, is_resumed=saved is not None)
@@ -195,6 +199,7 @@ def build(
     settings = config.optimizer
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
     teachers = build_teachers(config, names, given, ema.model)
+    pseudo_teacher = open_pseudo_teacher(config, names, given or {}, say)
     for teacher in teachers.models.values():
         place(teacher, config, processes.device)
     torch.manual_seed(config.seed)  # again, so that the adapters do not depend on earlier draws
@@ -203,7 +208,7 @@ def build(
         if teacher is not ema.model:  # evaluation needs all outputs of that one
             cast(DenseDetector, teacher).requested_outputs = criterion.requested_outputs(name)
     splits = scan_splits(config, indexes, say)  # decodes pictures, so it comes after all cheaper checks
-    splits = with_unlabelled(config, splits, processes, given or {}, say)
+    splits = with_unlabelled(config, splits, pseudo_teacher, processes, say, keep=keep)
     check_batches(config, len(splits.train), student, processes.count)  # again, without those that did not decode
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)

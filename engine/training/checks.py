@@ -13,7 +13,14 @@ import checkpoint
 import models
 from config import Config, DataConfig, GradientShare, UnlabelledConfig
 from distill.checks import check_terms
-from engine.training.student import backbone_of, check_backbone, check_inherit, find_backbone_file, inherit_source
+from engine.training.student import (
+    backbone_of,
+    check_backbone,
+    check_inherit,
+    check_widths,
+    find_backbone_file,
+    inherit_source,
+)
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
 from errors import UserError
 from frcnn.pretrained import load_backbone
@@ -185,8 +192,9 @@ def check_mixture(config: Config, processes: int) -> None:
     if share is not None and (abs(labelled - batch_size * share) > 1e-6 or not 0 < labelled < batch_size):
         found = f"{key}: found {share}, {batch_size * share:g} of {batch_size} images"
         raise UserError(f"{found}, expected a whole number of them, at least one of each kind")
+    needs_equal = settings.pseudo is None or any(term.on != "all" for term in config.terms)
     is_even = share is not None and labelled % processes == 0 and config.data.pictures_per_epoch % batch_size == 0
-    if processes > 1 and not (is_even and config.data.pictures_per_epoch):
+    if processes > 1 and needs_equal and not (is_even and config.data.pictures_per_epoch):
         raise UserError(
             f"{key}: found {share}, expected a share that gives each of {processes} processes equally many labelled "
             f"images, and data.pictures_per_epoch a multiple of {batch_size}"
@@ -206,6 +214,7 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
     check_inherit(config)
     if is_resumed:
         return
+    check_widths(settings)
     if settings.inherit is not None and settings.inherit.teacher not in given:
         inherit_source(config)
     if settings.weights is not None:

@@ -30,7 +30,7 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
 
     teachers: as in train.run.
     """
-    setup = build(config, Processes(config.device), teachers, print)
+    setup = build(config, Processes(config.device), teachers, print, keep=False)
     batch = next(setup.loader.epoch(0))
     images, targets = augment_batch(setup, batch, 0, 0)
     t_outputs = setup.teachers(images)

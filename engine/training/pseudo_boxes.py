@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -130,55 +130,75 @@ def finite_or_none(score: float) -> float | None:
     return float(score) if np.isfinite(score) else None
 
 
-def make_pseudo_boxes(
-    config: Config,
-    pictures: DatasetIndex,
-    labelled: DatasetIndex,
-    given: dict[str, nn.Module],
-    device: torch.device,
-    say: Callable[[str], None],
-) -> PseudoBoxes:
-    """The pseudo boxes that config.data.unlabelled.pseudo asks for, from the cache or made now.
+@dataclass(frozen=True)
+class PseudoTeacher:
+    """The frozen teacher of pseudo boxes.
 
-    pictures: those without labels. labelled: those that the run trains on, for thresholds chosen by their number of
-    objects. given: teachers by name, instead of their weights. UserError for a teacher that detects no boxes.
+    label_of: for each of its classes the dataset's, or -1. image_size: in pixels. detection: the arguments of `detect`.
     """
-    assert config.data.unlabelled is not None and config.data.unlabelled.pseudo is not None
-    settings, names = config.data.unlabelled.pseudo, labelled.names
+
+    name: str
+    model: nn.Module
+    label_of: np.ndarray
+    image_size: int
+    detection: dict[str, float]
+
+
+def open_pseudo_teacher(
+    config: Config, names: tuple[str, ...], given: dict[str, nn.Module], say: Callable[[str], None]
+) -> PseudoTeacher | None:
+    """The teacher that config.data.unlabelled.pseudo names; None where it names none.
+
+    names: the dataset's classes. given: teachers by name, instead of their weights. The teacher's classes are joined to
+    the dataset's as those of the terms are (join_classes). UserError without a class in common.
+    """
+    if (settings := pseudo_of(config)) is None:
+        return None
+    key = "key 'data.unlabelled.pseudo"
+    for name in settings.class_thresholds:
+        if name not in names:
+            raise UserError(f"{key}.class_thresholds': found {name!r}, expected some of {', '.join(names)}")
     number = [teacher.name for teacher in config.teachers].index(settings.teacher)
-    teacher, key = config.teachers[number], f"key 'teachers.{number}"
-    model, t_names = load_frozen(teacher, key, names, given, None)
+    teacher = config.teachers[number]
+    model, t_names = load_frozen(teacher, f"key 'teachers.{number}", names, given, None)
+    if hasattr(model, "requested_outputs"):
+        cast(DenseDetector, model).requested_outputs = None  # it is a copy
+    aliases = {str(s_name): str(t_name) for s_name, t_name in teacher.aliases.items()}
     try:
-        columns, t_columns = join_classes(names, t_names, aliases={str(s): str(t) for s, t in teacher.aliases.items()})
+        columns, t_columns = join_classes(names, t_names, aliases=aliases)
     except ValueError as error:
-        raise UserError(f"key 'data.unlabelled.pseudo': teacher {teacher.name!r}: {error}") from None
-    missing = [name for label, name in enumerate(names) if label not in columns.tolist()]
+        raise UserError(f"{key}.teacher': teacher {teacher.name!r}: {error}") from None
+    label_of = np.full(len(t_names), -1)
+    label_of[t_columns.numpy()] = columns.numpy()
+    missing = [name for label, name in enumerate(names) if label not in label_of]
     if missing:
         say(f"pseudo boxes: teacher {teacher.name!r} knows no {', '.join(missing)}")
     published = models.published_detection(teacher.arch)
-    iou_threshold = settings.iou_threshold if settings.iou_threshold is not None else published.iou_threshold
-    size = pseudo_image_size(config, given)
-    chosen = {
+    detection = {
         "score_threshold": LOWEST_SCORE,
-        "iou_threshold": iou_threshold,
+        "iou_threshold": published.iou_threshold if settings.iou_threshold is None else settings.iou_threshold,
         "max_detections": published.max_detections,
     }
-    requested = getattr(model, "requested_outputs", None)  # of a given teacher that also teaches by terms
-    try:
-        if requested is not None:
-            cast(DenseDetector, model).requested_outputs = None
-        memory = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = model.to(device, memory_format=memory)  # type: ignore[call-overload]  # absent from PyTorch's stubs
-        found = detect_once(model, pictures, size, chosen, Path(config.runs) / "pseudo_boxes", device, say)
-    finally:
-        if requested is not None:
-            cast(DenseDetector, model).requested_outputs = requested
-    label_of = np.full(len(t_names), -1)
-    label_of[t_columns.numpy()] = columns.numpy()
-    labels = label_of[found.labels]
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from PyTorch's stubs
+    return PseudoTeacher(teacher.name, model, label_of, pseudo_image_size(config, given), detection)
+
+
+def make_pseudo_boxes(
+    teacher: PseudoTeacher, settings: PseudoBoxConfig, pictures: DatasetIndex, labelled: DatasetIndex, **options: Any
+) -> PseudoBoxes:
+    """The pseudo boxes of pictures without labels.
+
+    labelled: the pictures that the run trains on with their labels; their objects may choose the thresholds.
+    options: of detect_once.
+    """
+    found = detect_once(teacher.model, pictures, teacher.image_size, teacher.detection, **options)
+    labels = teacher.label_of[found.labels]
     found = replace(found[labels >= 0], labels=labels[labels >= 0])
     thresholds, ignore_above = choose_thresholds(settings, found, len(pictures), labelled)
-    return PseudoBoxes(teacher.name, size, iou_threshold, names, found, thresholds, ignore_above, len(pictures))
+    size, iou_threshold = teacher.image_size, teacher.detection["iou_threshold"]
+    names, count = labelled.names, len(pictures)
+    return PseudoBoxes(teacher.name, size, iou_threshold, names, found, thresholds, ignore_above, count)
 
 
 def pseudo_image_size(config: Config, given: Collection[str] = ()) -> int:
@@ -212,10 +232,6 @@ def choose_thresholds(
         if settings.ignored_per_object is not None:
             ignore_above = score_of_rank(found, (settings.boxes_per_object + settings.ignored_per_object) * expected)
     for name, value in settings.class_thresholds.items():
-        if name not in names:
-            expected_names = ", ".join(names)
-            key = "key 'data.unlabelled.pseudo.class_thresholds'"
-            raise UserError(f"{key}: found {name!r}, expected some of {expected_names}")
         thresholds[names.index(name)] = value
     return thresholds, ignore_above
 
@@ -241,14 +257,17 @@ def detect_once(
     pictures: DatasetIndex,
     image_size: int,
     settings: dict[str, float],
+    *,
     folder: Path,
     device: torch.device,
     say: Callable[[str], None],
+    workers: int = 0,
+    keep: bool = True,
 ) -> DetectionTable:
     """The detections of a frozen teacher in pictures, in its classes: from the file in `folder`, or computed now.
 
     The file is named by the weights, the size, `settings` (arguments of detect) and the pictures' names and bytes. One
-    that cannot be read is made again, and `say` says so.
+    that cannot be read is made again, and `say` says so. keep: whether to write it. workers: processes that decode.
     """
     digest = hashlib.sha256(fingerprint_of(model, image_size=image_size, **settings).encode())
     for sample in pictures.samples:
@@ -260,8 +279,11 @@ def detect_once(
                 return DetectionTable(*(file[name] for name in COLUMNS))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             say(f"{path}: damaged, made again ({error})")
-    loader = Loader(pictures, image_size=image_size, batch_size=BATCH, seed=0, shuffle=False)
-    found, _ = detect_all(model, pictures, loader, device, False, settings, None)
+    say(f"pseudo boxes: a teacher looks at {len(pictures)} pictures, at {image_size} px")
+    loader = Loader(pictures, image_size=image_size, batch_size=BATCH, seed=0, shuffle=False, workers=workers)
+    found, _ = detect_all(model.to(device), pictures, loader, device, False, settings, None)
+    if not keep:
+        return found
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,18 @@ from engine.training.state import TrainingState, describe_model
 from metrics.report import DetectionReport
 
 
+def measure_start(setup: TrainingSetup, state: TrainingState, progress: Progress) -> None:
+    """Measure a student that begins at weights on the test split, before the first step: what training adds to.
+
+    A start without a class head of its own (fresh weights, an ImageNet backbone) detects nothing, and is not measured.
+    """
+    student = setup.config.student
+    if setup.config.evaluation.of_start and (student.weights is not None or student.inherit is not None):
+        state.start, _ = evaluate(setup, setup.ema.model, setup.splits.test)
+        shown = {name: state.start[name] for name in ("precision", "recall", "mAP50", "mAP50-95")}
+        progress.say(f"untrained, on {setup.config.data.test}: {format_values(shown)}")
+
+
 def finish_epoch(
     setup: TrainingSetup,
     state: TrainingState,
@@ -105,6 +117,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         "pseudo_boxes": None if setup.splits.pseudo is None else setup.splits.pseudo.to_tree(),
         "shared_pictures": {" and ".join(o.names): len(o.shared) for o in setup.splits.overlaps},
         "evaluation": to_tree(config.evaluation),
+        "start": state.start,
         "test": test,
         "best_on_holdout": best,
         "distillation": {

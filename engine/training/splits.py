@@ -8,9 +8,9 @@ with_unlabelled(...)        adds the pictures without labels, with their pseudo 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from config import Config, DataConfig
 from datasets.index import DatasetIndex
@@ -20,7 +20,8 @@ from datasets.scan import ScanReport, check, scan
 from datasets.unlabelled import draw_per_class, join, open_pictures, without_labels
 from engine.runtime.processes import Processes
 from engine.training.checks import check_data
-from engine.training.pseudo_boxes import PseudoBoxes, make_pseudo_boxes
+from engine.training.pseudo_boxes import PseudoBoxes, PseudoTeacher, make_pseudo_boxes
+from engine.training.teaching import pseudo_of
 from errors import UserError
 
 DECODE_AT_MOST = 20_000  # a split of more pictures is not decoded before training: only the headers are read
@@ -167,18 +168,26 @@ def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[
 def with_unlabelled(
     config: Config,
     splits: Splits,
+    teacher: PseudoTeacher | None,
     processes: Processes,
-    given: dict[str, nn.Module],
     say: Callable[[str], None],
+    *,
+    keep: bool = True,
 ) -> Splits:
-    """The splits with the pictures without labels among those to train on, and their pseudo boxes."""
+    """The splits with the pictures without labels among those to train on, and their pseudo boxes by the teacher.
+
+    keep: whether the teacher's detections are written to <runs>/pseudo_boxes.
+    """
     if "unlabelled" not in splits.reports:
         return splits
     index, pseudo = splits.reports["unlabelled"].index, None
-    if config.data.unlabelled is not None and config.data.unlabelled.pseudo is not None:
+    settings = pseudo_of(config)
+    if teacher is not None and settings is not None:
         made = None
         if processes.is_first:
-            made = make_pseudo_boxes(config, index, splits.train, given, processes.device, say)
+            options = {"device": processes.device, "say": say, "workers": config.data.workers, "keep": keep}
+            folder = Path(config.runs) / "pseudo_boxes"
+            made = make_pseudo_boxes(teacher, settings, index, splits.train, folder=folder, **options)
         pseudo = processes.from_first(made)
         index = pseudo.index(index)
         say(f"{pseudo}\n")

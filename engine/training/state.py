@@ -30,6 +30,7 @@ class TrainingState:
     sums: dict[str, float] = field(default_factory=dict)
     best: float | None = None  # held-out mAP50-95 of the best epoch
     best_epoch: int | None = None  # from 1
+    start: dict[str, float] | None = None  # numbers on the test split before the first step, where they are measured
 
     def count(self, terms: dict[str, float], images: int) -> None:
         """Count one batch, its loss terms and its images."""

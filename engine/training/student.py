@@ -13,6 +13,7 @@ import models
 from config import Config, ModelConfig
 from datasets.download import how_to_fetch
 from distill.pruning import scores
+from distill.pruning.files import read_widths
 from distill.pruning.inherit import inherited_state
 from errors import UserError
 from frcnn.norm import freeze_norms
@@ -40,13 +41,13 @@ def build_student(
     torch.manual_seed(config.seed)
     arch, path = config.student.arch, config.student.weights
     if saved is not None:
-        student = models.build(arch, len(names), **models.head_of(arch, len(names), saved))
+        student = checkpoint.build_for(arch, len(names), saved)
     elif config.student.inherit is not None:
         student = inherit(config, names, say, given or {})
     elif path is not None:
         student = checkpoint.start_model(arch, names, path, new_head=config.student.new_head, say=say)
     else:
-        student = models.build(arch, len(names))
+        student = models.build(arch, len(names), widths=widths_in_config(config.student))
     if not hasattr(student, "losses"):
         raise UserError(f"key 'student.arch': {arch} can only teach: it has no training losses here")
     if config.student.backbone_weights is not None:
@@ -54,6 +55,16 @@ def build_student(
         load_backbone(backbone_of(student), file)
     freeze_backbone(student, config.student)
     return student
+
+
+def widths_in_config(settings: ModelConfig) -> dict[str, int] | None:
+    """The widths of student.widths; UserError, with the key, for a file that does not fit."""
+    if settings.widths is None:
+        return None
+    try:
+        return read_widths(settings.widths, settings.arch)
+    except UserError as error:
+        raise UserError(f"key 'student.widths': {error}") from None
 
 
 def inherit(
@@ -72,7 +83,7 @@ def inherit(
         wide = checkpoint.start_model(arch, names, source, new_head=settings.new_head, say=say)
     head = models.head_of(settings.arch, len(names), wide.state_dict())
     head.pop("class_width", None)  # the student's own
-    student = models.build(settings.arch, len(names), **head)
+    student = models.build(settings.arch, len(names), widths=widths_in_config(settings), **head)
     groups = find_groups(wide)
     if choice.by == "random":
         values = scores.random(groups, seeded_generator(Stream.CHANNELS, config.seed))
@@ -105,8 +116,7 @@ def inherit_source(config: Config) -> tuple[str, str]:
         raise UserError(f"{key}': {path}: no such file, expected a weights file")
     if arch is None:
         try:
-            arch = checkpoint.load(path)["arch"]
-            arch = models.RENAMED.get(arch, arch)
+            arch = checkpoint.load_model(path)[1].arch
         except UserError as error:
             raise UserError(f"{error}; released weights need student.inherit.arch", error.exit_code) from None
         check_same_family(config.student.arch, arch)
@@ -149,6 +159,21 @@ def check_same_family(arch: str, other: str) -> None:
         raise UserError(f"key 'student.inherit': {found}")
     if any(own[name].numel() > theirs[name].numel() for name in own):
         raise UserError(f"key 'student.inherit': {arch} is wider than {other}, expected a wider model to inherit from")
+
+
+def check_widths(settings: ModelConfig) -> None:
+    """UserError for a file of widths that this architecture does not have."""
+    if settings.widths is None:
+        return
+    if settings.weights is not None:
+        found = f"found {settings.widths} beside student.weights"
+        raise UserError(f"key 'student.widths': {found}, which have widths of their own, expected one of them")
+    widths = widths_in_config(settings)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            models.build(settings.arch, 1, widths=widths)
+        except UserError as error:
+            raise UserError(f"key 'student.widths': {settings.widths}: {error}") from None
 
 
 def check_backbone(settings: ModelConfig) -> None:

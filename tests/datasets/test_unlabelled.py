@@ -16,6 +16,7 @@ from datasets.loader import Loader, epoch_order, mixed_order
 from errors import UserError
 from random_streams import Stream
 from tests.datasets.small_sets import picture, text
+from tests.distill.losses.mutants.machinery import Edit, apply_edit
 
 NAMES = ("a", "b", "c")
 
@@ -218,3 +219,55 @@ def test_processes_share_a_batch_and_get_equally_many_labelled(tmp_path):
         assert [batch.indices.tolist() for batch in batches] == one.batches(1)[1:]
         for batch in batches:
             assert batch.is_labelled.tolist() == [row % 5 == 0 for row in batch.indices.tolist()]
+
+
+# ---------------------------------------------------------------- wrong variants of both rules
+
+
+def check_draw(draw):
+    """Eight pictures, three classes, a rule that a hand can follow: b is the rarest, then c, then a."""
+    index = index_of([[0], [0, 1], [0, 2], [1, 2], [0], [2], [0, 2], [0]], ignored=(3,))
+    for seed in range(6):
+        generator = U.seeded_generator(Stream.LABELLED, seed)
+        order = U.torch.randperm(8, generator=generator).tolist()
+        rows = draw(index, 1, seed)
+        assert set(rows) == reference_draw(index, 1, order) and rows == sorted(rows)
+
+
+def check_order(order):
+    """Two epochs of two batches, place by place; with a share of 0.3 the batches differ by one."""
+    kinds = ([10, 11], [20, 21, 22])
+    for share in (0.25, 0.3):
+        stream = reference_stream(kinds, share, 0, 16)
+        for epoch in range(2):
+            rows = order(kinds, share, seed=0, epoch=epoch, per_epoch=8, batch_size=4)
+            for start in (0, 4):
+                wanted = stream[8 * epoch + start :][:4]
+                assert rows[start : start + 4] == sorted(wanted, key=lambda row: row >= 20)
+
+
+WRONG = {
+    "the rarest class chooses last": (U.draw_per_class, Edit("(total[label], label)", "(-total[label], label)")),
+    "a picture counts for two classes": (U.draw_per_class, Edit("if row not in drawn and label", "if label")),
+    "ignored objects count": (U.draw_per_class, Edit("sample.labels[~sample.ignore]", "sample.labels")),
+    "every seed draws the same": (U.draw_per_class, Edit("Stream.LABELLED, seed", "Stream.LABELLED, 0")),
+    "one picture too many": (U.draw_per_class, Edit("[:count]\n", "[: count + 1]\n")),
+    "an epoch begins anew": (mixed_order, Edit("epoch * per_epoch, (epoch + 1) * per_epoch", "0, per_epoch")),
+    "a share of the others": (mixed_order, Edit("math.floor(place * exact)", "math.floor(place * (1 - exact))")),
+    "rounded up": (mixed_order, Edit("math.floor(place", "math.ceil(place")),
+    "both in one order": (mixed_order, Edit(", Stream.UNLABELLED_ORDER)", ")")),
+    "the others come first": (
+        mixed_order,
+        Edit("labelled[a:b] + others[start - a : end - b]", "others[start - a : end - b] + labelled[a:b]"),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", [None, *WRONG])
+def test_wrong_variants_are_told(wrong):
+    for function, check in ((U.draw_per_class, check_draw), (mixed_order, check_order)):
+        if wrong is None:
+            check(function)
+        elif WRONG[wrong][0] is function:
+            with pytest.raises(AssertionError):
+                check(apply_edit(*WRONG[wrong]))

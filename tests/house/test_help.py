@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-COMMANDS = ("train", "eval", "predict", "export", "compare", "condense", "weights.__main__")
+COMMANDS = ("train", "eval", "predict", "export", "compare", "condense", "engine.pruning.__main__", "weights.__main__")
 TOOLS = ("datasets.download", "datasets.shapes", "datasets.scan", "datasets.split", "datasets.convert")
 
 

@@ -19,7 +19,8 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "random_streams": set(),
     "config": BASE,
     "weights": BASE,
-    "weights.containers": BASE | {"weights.inert_pickle"},
+    "weights.containers": BASE | {"weights.inert_pickle", "weights.shared_file"},
+    "weights.shared_file": BASE | {"weights.inert_pickle"},
     "weights.places": {"weights.containers", "weights.inert_pickle"},
     "weights.class_rows": set(),
     "weights.families": set(),
@@ -27,6 +28,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "layers.transformer": set(),
     "layers.fusion": set(),
     "layers.channel_groups": set(),
+    "layers.widths": {"layers.channel_groups"},
     "layers.precision": set(),
     "layers.over_processes": {"layers.precision"},
     "kernels": BASE | {"layers.precision"},
@@ -35,7 +37,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "yolo": MODEL,
     "frcnn": MODEL,
     "teachers": MODEL,
-    "models": {"errors", "yolo", "frcnn", "teachers"},
+    "models": {"errors", "layers", "yolo", "frcnn", "teachers"},
     "checkpoint": {"errors", "config", "models", "weights", "datasets.class_names"},
     "engine.onnx_files": BASE | {"kernels", "checkpoint"},
     "distill.losses": BASE | {"kernels", "layers"},
@@ -50,10 +52,15 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "engine.training": RUN
     | {"models", "weights", "layers", "frcnn", "teachers", "distill", "metrics", "engine.evaluation"},
     "engine.condensing": RUN | {"distill", "engine.training"},
+    "engine.pruning": RUN | {"layers", "distill", "engine.training"},
     "engine.comparison": RUN | {"models", "engine.training", "engine.condensing", "engine.prediction"},
     "engine.web_demo": RUN | {"distill", "engine.onnx_files", "engine.prediction"},
+    "engine.command_line": RUN | {"models", "distill", "engine.training", "engine.condensing", "engine.comparison"},
+    "engine.from_python": RUN | {"models", "engine.evaluation", "engine.onnx_files", "engine.prediction"},
 }
-COMMANDS = set("train eval predict export compare condense app".split())  # they have no row, and import everything
+COMMANDS = set(
+    "train eval predict export compare condense app retort".split()
+)  # they have no row, and import everything
 CORE = {"torch", "numpy", "PIL", "yaml", "triton"} | set(sys.stdlib_module_names)
 EXTRAS = {"matplotlib", "tqdm", "tensorboard", "onnx", "onnxruntime", "onnxscript", "av"}  # never at the top level
 SCRIPTS = {"app.py": {"streamlit", "starlette"}}  # that nothing imports, and that are nothing without these

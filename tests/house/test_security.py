@@ -37,7 +37,7 @@ def test_the_oldest_libraries_are_the_same_everywhere():
 
 def test_the_limits_are_those_of_the_code():
     from datasets import coco, download, images, text_lines, voc_xml
-    from weights import containers, inert_pickle
+    from weights import containers, inert_pickle, shared_file
 
     mib = 1 << 20
     stated = {
@@ -50,7 +50,7 @@ def test_the_limits_are_those_of_the_code():
         )
         == (64 * mib, 1_000_000, mib, 1000),
         "20,000 entries": containers.MAX_ZIP_ENTRIES == 20_000,
-        "100 MiB": containers.MAX_HEADER_BYTES == 100 * mib,
+        "100 MiB; 1 MiB": (containers.MAX_HEADER_BYTES, shared_file.MAX_TEXT) == (100 * mib, mib),
         "64 million pixels": images.MAX_PIXELS == 64_000_000,
         "4 MiB; 4 GiB; 64 MiB": (voc_xml.MAX_XML_BYTES, coco.MAX_JSON_BYTES, text_lines.MAX_BYTES)
         == (4 * mib, 4096 * mib, 64 * mib),

@@ -31,6 +31,7 @@ CHANGES = {  # key that is named -> what a row changes
 FREE = [
     {"data": {"train": "other"}},
     {"data": {"workers": 2, "cache": False}},
+    {"data": {"per_class": 5, "draw_seed": 1, "unlabelled": {"rest": True, "labelled_share": 0.25}}},
     {"evaluation": {"every_epochs": 3}},
     {"save_every_steps": 5},
     {"evaluation": {"iou_threshold": 0.7}},  # what the family has anyway

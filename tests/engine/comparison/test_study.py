@@ -83,6 +83,59 @@ def test_a_teacher_in_place_may_start_from_weights(write):
         load_study(write(teachers=teachers))
 
 
+def test_a_teacher_of_pseudo_boxes_needs_no_term(write):
+    """It is trained in place on the labelled pictures alone, or on those of its own key `data`."""
+    few = {"per_class": 2, "pictures_per_epoch": 12, "unlabelled": {"rest": True, "labelled_share": 0.25}}
+    pseudo = {"data": {"unlabelled": {"pseudo": {"teacher": "big"}}}}
+    rows = {
+        "labels": {"data": {"unlabelled": None}},
+        "pseudo": pseudo,
+        "soft": {"terms": [OTHER | {"on": "unlabelled"}]},
+        "both": pseudo | {"terms": [OTHER], "against": ["labels", "all"]},
+        "all": {"data": {"per_class": 0, "unlabelled": None}},
+    }
+    tree = to_tree(load_study(write()).config)
+    study = load_study(write(rows, data=tree["data"] | few))
+    found = {row.name: row for row in study.rows}
+    names = {name: [teacher.name for teacher in row.config.teachers] for name, row in found.items()}
+    assert names == {
+        "labels": [], "teacher_big": [], "pseudo": ["big"], "soft": ["given"], "both": ["big", "given"], "all": [],
+    }  # fmt: skip
+    assert (
+        found["teacher_big"].config.data == found["labels"].config.data and not found["labels"].config.data.unlabelled
+    )
+    assert found["pseudo"].config.data.unlabelled.labelled_share == 0.25
+    weights = study.folder / "teacher_big_seed5" / "weights" / "last.pt"
+    assert found["pseudo"].config.teachers[0].weights == str(weights)
+    assert found["both"].against == ("labels", "all")
+    assert not any(row.notes for row in study.rows if row.name != "teacher_big")
+    assert [row.name for row in study.with_teachers(["pseudo"])] == ["teacher_big", "pseudo"]
+
+    teachers = [TEACHERS[0] | {"data": {"per_class": 0, "max_samples": 9}}, TEACHERS[1]]
+    other = {row.name: row for row in load_study(write(rows, data=tree["data"] | few, teachers=teachers)).rows}
+    data = other["teacher_big"].config.data
+    assert (data.per_class, data.max_samples, data.unlabelled, data.pictures_per_epoch) == (0, 9, None, 12)
+    rows["pseudo"] = {"data": {"unlabelled": {"pseudo": {"teacher": "bug"}}}}
+    with pytest.raises(
+        UserError, match=r"row 'pseudo': key 'data.unlabelled.pseudo.teacher': found 'bug', .* big, given"
+    ):
+        load_study(write(rows, data=tree["data"] | few))
+    sizes = {"pictures_per_epoch": 0}  # an epoch of each set is one pass: another number of steps
+    rows |= {"pseudo": pseudo, "both": pseudo | {"terms": [OTHER]}}
+    study = load_study(write(rows, data=tree["data"] | few | sizes))
+    notes = [note for row in study.rows if row.name == "soft" for note in row.notes]
+    assert notes == ["soft is compared to no row: labels trains differently (data.pictures_per_epoch)"]
+
+
+def test_the_four_rows_of_a_config_with_unlabelled_pictures(tiny_data, tmp_path):
+    """The student alone learns from the labelled pictures; a config with pseudo boxes needs no term."""
+    data = {"per_class": 2, "unlabelled": {"rest": True, "pseudo": {"teacher": "big"}}, "pictures_per_epoch": 12}
+    config = tiny_config(tiny_data, tmp_path / "runs", name="study", teachers=TEACHERS[:1], data=data)
+    rows = {row.name: row.config for row in plan(config, four_rows(config), seeds=1, source="study.yaml").rows}
+    assert list(rows) == ["baseline", "teacher_big", "distilled", "longer"]
+    assert {name for name, row in rows.items() if row.data.unlabelled is not None} == {"distilled"}
+
+
 def test_the_students_own_average_is_no_row(write):
     teachers = [{"name": "average", "arch": "ema"}]
     study = load_study(write({"baseline": {}, "self": {"terms": [TERM | {"teacher": "average"}]}}, teachers=teachers))

@@ -131,3 +131,21 @@ def test_the_rule_of_the_file_decides_and_stands_in_the_table(study, results):
     assert tree["rows"][1]["differences"][0]["verdict"] == "no difference larger than 0.01"
     one = dataclasses.replace(rule, seeds=4)
     assert "| not decided: 3 of 4 seeds |" in markdown(dataclasses.replace(study, rule=one), results)
+
+
+def test_the_untrained_start_is_a_line_once(study, results):
+    """Of rows that begin at the same weights; a row without a start of its own has none."""
+    assert "untrained start" not in markdown(study, results)
+    start = {"mAP50": 0.4, "mAP50-95": 0.3, "precision": 0.8, "recall": 0.7, "f1": 0.75}
+    for name in ("baseline", "taught"):
+        for seed in results[name].reports:
+            results[name].reports[seed]["start"] = start | {"mAP50-95": 0.3 + 0.01 * (seed - 1)}
+    lines = markdown(study, results).splitlines()
+    first, second = (n for n, line in enumerate(lines) if line.startswith(("| untrained start", "| baseline |")))
+    assert second == first + 1
+    assert lines[first].startswith("| untrained start | yolov8n | 3.00 M | 0 | 3 | 0.400 ± 0.000 | 0.300 ± 0.010 |")
+    assert json.loads(as_json(study, results))["rows"][0]["start"]["mAP"] == pytest.approx([0.29, 0.3, 0.31])
+    row = results["taught"].row
+    other = dataclasses.replace(row.config, student=dataclasses.replace(row.config.student, weights="other.pt"))
+    results["taught"].row = dataclasses.replace(row, config=other)
+    assert markdown(study, results).count("| untrained start of ") == 2

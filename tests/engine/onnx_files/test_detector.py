@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import eval
 import predict
+import retort
 from datasets import open_dataset
 from datasets.loader import Loader
 from engine.evaluation import measuring
@@ -124,6 +125,13 @@ def test_scripts_take_the_file(exported, tmp_path, capsys):
     rows = [json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("torch", "onnx")]
     assert len(rows[0]) == len(rows[1]) == 5
     np.testing.assert_allclose(*([row["bbox"] for row in side] for side in rows), atol=0.01)
+
+
+def test_python_takes_the_file(exported):
+    picture = exported.data / "images" / "test" / "000.png"
+    ours, theirs = (retort.load(path).predict(picture, score=0.0) for path in (exported.checkpoint, exported.fixed))
+    np.testing.assert_allclose(theirs[0].xyxy[:5], ours[0].xyxy[:5], atol=0.01)
+    assert theirs[0].names[:5] == ours[0].names[:5] and len(theirs[0]) >= 5
 
 
 def test_a_copy_shares_the_session(exported):

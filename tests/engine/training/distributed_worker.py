@@ -26,7 +26,14 @@ TERMS = [
     {"teacher": "t", "loss": "cwd", "weight": {"share": 0.5}, "student_maps": ["p3"], "adapter": "conv1x1_norm"},
     {"teacher": "t", "loss": "masked_mse", "weight": 0.1, "student_maps": ["p3", "p4"], "adapter": "mlp"},
 ]
-KINDS = {"sum": True, "mean": False}  # optimizer.sum_over_batch
+KINDS = {  # changes of the config, and the images of each term
+    "sum": ({"optimizer": {"sum_over_batch": True}}, ("all", "all", "all")),
+    "mean": ({"optimizer": {"sum_over_batch": False}}, ("all", "all", "all")),
+    "unlabelled": (
+        {"data": {"per_class": 3, "unlabelled": {"rest": True, "labelled_share": 0.25}, "pictures_per_epoch": 24}},
+        ("unlabelled", "all", "labelled"),
+    ),
+}
 
 
 def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict[str, torch.Tensor]:
@@ -34,9 +41,12 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
 
     Batch normalisation is in eval mode, because each process normalises its own images.
     """
-    optimizer = {"sum_over_batch": KINDS[kind], "accumulate": 2, "clip_norm": 0.0, "warmup_epochs": 0.0}
+    changes, images = KINDS[kind]
+    optimizer = {"accumulate": 2, "clip_norm": 0.0, "warmup_epochs": 0.0} | changes.get("optimizer", {})
     teachers = [{"name": "t", "arch": "yolov8n", "weights": str(folder / "teacher.pt")}]
-    config = tiny_config(data, folder / "runs", augment=PLAIN, teachers=teachers, terms=TERMS, optimizer=optimizer)
+    terms = [term | {"on": on} for term, on in zip(TERMS, images)]
+    changes = changes | {"augment": PLAIN, "teachers": teachers, "terms": terms, "optimizer": optimizer}
+    config = tiny_config(data, folder / "runs", **changes)
     parts = building.build(config, processes, None, lambda line: None)
     for module in parts.student.modules():
         module.train(not isinstance(module, nn.BatchNorm2d))

@@ -1,5 +1,6 @@
 """A distilled run proves that it distils: terms act and are logged, adapters learn, the teacher stays what it is."""
 
+import dataclasses
 import hashlib
 import re
 from pathlib import Path
@@ -13,8 +14,10 @@ import models
 import train
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes
-from engine.training import building, teaching
+from engine.runtime.progress import Progress
+from engine.training import building, reporting, teaching
 from engine.training.dry_run import losses_of_batch
+from engine.training.state import TrainingState
 from errors import UserError
 from tests.tiny_training import SIZE, tiny_config, write_dataset
 
@@ -278,3 +281,27 @@ def test_a_measured_weight_is_fixed_after_the_warm_up(tmp_path, capsys):
     terms[0]["weight"] = {"share": 0.0}
     with pytest.raises(UserError, match=r"terms\.0\.weight\.share: found 0\.0, expected a number above 0"):
         train.run(tiny_config(tmp_path / "data", tmp_path / "runs", **changes), quiet=True)
+
+
+def test_a_start_at_weights_is_measured_before_it_learns(tmp_path, monkeypatch):
+    """The weights of the file on the test split; not of a fresh student, and not where nobody asks."""
+    write_dataset(tmp_path / "data", train=8, test=4)
+    file, measured = save_teacher(tmp_path / "start.pt"), []
+    numbers = dict.fromkeys(("precision", "recall", "mAP50", "mAP50-95"), 0.5)
+    evaluate = lambda setup, model, index: (measured.append((model, index)), (numbers, None))[1]
+    monkeypatch.setattr(reporting, "evaluate", evaluate)
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", student={"arch": "yolov5nu", "weights": str(file)})
+    parts = building.build(config, Processes("cpu"), None, lambda line: None)
+    for section, changes, start in (
+        ("student", {}, numbers),
+        ("student", {"weights": None}, None),
+        ("evaluation", {"of_start": False}, None),
+    ):
+        changed = dataclasses.replace(getattr(config, section), **changes)
+        parts.config, state = dataclasses.replace(config, **{section: changed}), TrainingState()
+        reporting.measure_start(parts, state, Progress(quiet=True))
+        assert state.start == start
+    ((model, index),) = measured
+    assert index is parts.splits.test
+    expected = checkpoint.load(file)["ema"]
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -173,10 +173,11 @@ def test_a_run_inherits_and_is_resumed_without_the_file(files, make_tiny, tmp_pa
     path.write_bytes(files["yolov8n"].read_bytes())
     student = {"arch": "yolov8_half", "inherit": {"weights": str(path)}}
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        train.run(make_tiny(student=student, epochs=1))
+        report = train.run(make_tiny(student=student, epochs=1))
     assert "yolov8_half begins with" in output.getvalue()
     path.unlink()
-    train.run(make_tiny(student=student, epochs=2), resume=True, quiet=True, allow_change=("epochs",))
+    again = train.run(make_tiny(student=student, epochs=2), resume=True, quiet=True, allow_change=("epochs",))
+    assert again["start"] == report["start"] is not None  # measured once, before the first step
     assert checkpoint.load(tmp_path / "runs" / "tiny" / "weights" / "last.pt")["epoch"] == 2
 
 

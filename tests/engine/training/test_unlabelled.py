@@ -18,12 +18,15 @@ from datasets.unlabelled import unlabelled_sample
 from engine.runtime.processes import Processes
 from engine.training import building, pseudo_boxes
 from engine.training.checks import check_config
+from engine.training.dry_run import dry_run
 from engine.training.pseudo_boxes import PseudoBoxes, choose_thresholds, detect_once, score_of_rank
 from engine.training.splits import count_training_pictures, open_indexes, open_splits
 from errors import UserError
 from metrics.tables import DetectionTable
-from structures import Detections
+from structures import Detections, select_images
 from tests.datasets.test_unlabelled import index_of
+from tests.distill import test_images
+from tests.distill.losses.mutants.machinery import Edit, apply_edit
 from tests.tiny_training import SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,12 +173,44 @@ FOUND = table((0, 0.9, 0), (0, 0.3, 0), (2, 0.1, 0), (1, 0.6, 1), (1, 0.5, 1), (
 
 
 def test_scores_of_rank():
-    assert score_of_rank(FOUND, np.array([1, 3])).tolist() == [0.9, 0.5]
-    assert score_of_rank(FOUND, np.array([2.6, 0.4])).tolist() == [0.1, np.inf]
-    assert score_of_rank(FOUND, np.array([4, 5])).tolist() == [pseudo_boxes.LOWEST_SCORE] * 2
+    check_rank(score_of_rank)
     for ranks in ([1, 2], [3, 4]):  # as many detections reach the score
         reached = FOUND.scores >= score_of_rank(FOUND, np.array(ranks))[FOUND.labels]
         assert np.bincount(FOUND.labels[reached]).tolist() == ranks
+
+
+def check_rank(rank):
+    assert rank(FOUND, np.array([1, 3])).tolist() == [0.9, 0.5]
+    assert rank(FOUND, np.array([2.6, 0.4])).tolist() == [0.1, np.inf]
+    assert rank(FOUND, np.array([4, 5])).tolist() == [pseudo_boxes.LOWEST_SCORE] * 2
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("own[rank - 1]", "own[rank - 2]"),
+        ("[::-1]", ""),
+        ("np.round(ranks)", "ranks"),
+        ("found.labels == label", "found.labels >= 0"),
+    ],
+)
+def test_wrong_ranks_are_told(old, new):
+    with pytest.raises(AssertionError):
+        check_rank(apply_edit(score_of_rank, Edit(old, new)))
+
+
+@pytest.mark.parametrize(
+    "function, old, new",
+    [
+        (select_images, "chosen.nonzero()", "(~chosen).nonzero()"),
+        (select_images, "if f.metadata == OF_BATCH:", "if f.metadata == 0:"),
+        (select_images, "[value[row] for row in rows.tolist()]", "value[: len(rows)]"),
+    ],
+)
+def test_wrong_selections_are_told(function, old, new, monkeypatch):
+    monkeypatch.setattr(test_images, "select_images", apply_edit(function, Edit(old, new)))
+    with pytest.raises(AssertionError):
+        test_images.test_select_images()
 
 
 def test_thresholds_by_the_labelled_pictures():
@@ -187,8 +222,6 @@ def test_thresholds_by_the_labelled_pictures():
     settings = dataclasses.replace(settings, boxes_per_object=0.5, ignored_per_object=0.25, class_thresholds={"a": 0.3})
     thresholds, floors = choose_thresholds(settings, FOUND, 4, labelled)
     assert thresholds.tolist() == [0.3, 0.6] and floors.tolist() == [0.9, 0.5]
-    with pytest.raises(UserError, match="class_thresholds': found 'z', expected some of a, b"):
-        choose_thresholds(PseudoBoxConfig("t", class_thresholds={"z": 0.5}), FOUND, 4, labelled)
 
 
 def pictures(*sizes):
@@ -250,8 +283,9 @@ def test_the_teacher_sees_whole_files_once(black, tmp_path):
     settings = {"score_threshold": 0.01, "iou_threshold": 0.7, "max_detections": 300}
     said, folder = [], tmp_path / "kept"
 
-    def detect(model, index=black, image_size=64, **changes):
-        return detect_once(model, index, image_size, settings | changes, folder, torch.device("cpu"), said.append)
+    def detect(model, index=black, image_size=64, keep=True, **changes):
+        options = dict(folder=folder, device=torch.device("cpu"), say=said.append, keep=keep)
+        return detect_once(model, index, image_size, settings | changes, **options)
 
     model = Corner()
     found = detect(model)
@@ -269,18 +303,23 @@ def test_the_teacher_sees_whole_files_once(black, tmp_path):
         assert len(list(folder.iterdir())) == count + 1
     for damaged in (b"", whole[:200], whole[: len(whole) // 2] + bytes(40) + whole[len(whole) // 2 + 40 :]):
         path.write_bytes(damaged)
-        assert np.array_equal(detect(model).boxes_xyxy, found.boxes_xyxy) and "damaged, made again" in said.pop()
-    assert path.read_bytes() == whole and not said
+        said.clear()
+        assert np.array_equal(detect(model).boxes_xyxy, found.boxes_xyxy) and "damaged, made again" in said[0]
+    assert path.read_bytes() == whole
+    path.unlink()
+    assert len(detect(model, keep=False)) == 3 and not path.exists()
 
 
-def test_classes_of_the_teacher_are_joined_by_name(make):
+def test_classes_of_the_teacher_are_joined_by_name(make, tmp_path):
     """The teacher's list is red, blue, green at 96 px; the dataset's is green, red."""
     config = make(data=few(pseudo=PSEUDO))
     indexes = open_indexes(config)
 
     def pseudo_of(config):
-        labelled, rest = indexes["train"], indexes["unlabelled"]
-        return pseudo_boxes.make_pseudo_boxes(config, rest, labelled, {}, torch.device("cpu"), quiet)
+        teacher = pseudo_boxes.open_pseudo_teacher(config, indexes["train"].names, {}, quiet)
+        options = dict(folder=tmp_path, device=torch.device("cpu"), say=quiet)
+        settings = config.data.unlabelled.pseudo
+        return pseudo_boxes.make_pseudo_boxes(teacher, settings, indexes["unlabelled"], indexes["train"], **options)
 
     made = pseudo_of(config)
     assert (made.image_size, made.iou_threshold, made.pictures) == (96, 0.7, 18)
@@ -294,6 +333,8 @@ def test_classes_of_the_teacher_are_joined_by_name(make):
         scores = made.detections.scores[made.detections.labels == made.names.index(name)]
         np.testing.assert_allclose(sorted(scores), expected.sort().values, rtol=1e-3, atol=1e-4)
     assert pseudo_of(make(data=few(pseudo=PSEUDO | {"image_size": 32}))).image_size == 32
+    with pytest.raises(UserError, match="class_thresholds': found 'z', expected some of green, red"):
+        pseudo_of(make(data=few(pseudo=PSEUDO | {"class_thresholds": {"z": 0.5}})))
     teacher = dataclasses.replace(config.teachers[0], image_size=64)
     assert pseudo_of(dataclasses.replace(config, teachers=(teacher,))).image_size == 64
     aliased = dataclasses.replace(config.teachers[0], aliases={"green": "blue", "red": "red"})
@@ -336,6 +377,15 @@ def test_pseudo_boxes_are_learnt_on_all_images(make):
     assert ignored == sum(counts["ignored"] for counts in tree.values()) > 0
     objects = sum(int((~sample.ignore).sum()) for sample in setup.splits.train.samples if not sample.is_labelled)
     assert objects == sum(counts["objects"] for counts in tree.values()) > 0
+
+
+def test_a_dry_run_writes_nothing(make, capsys):
+    config = make(data=few(pseudo=PSEUDO), terms=[TERM])
+    dry_run(config)
+    out = capsys.readouterr().out
+    assert not train.Path(config.runs).exists()
+    assert "6 labelled and 18 unlabelled pictures" in out and "batch: 8 pictures, 2 of them labelled" in out
+    assert "pseudo boxes of teacher 't' at 96 px in 18 pictures, suppressed above IoU 0.7" in out
 
 
 def test_without_any_label(make):

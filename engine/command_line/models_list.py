@@ -1,0 +1,47 @@
+"""The lines of `train.py --list`: architectures, teachers and losses."""
+
+import inspect
+
+import torch
+
+import models
+from distill.terms import LOSSES
+
+FAMILIES = {  # beginning of a name -> what it is; the longest that fits counts
+    "yolov8": "one stage, no anchors; a box edge is a distribution over distances",
+    "yolov8_narrow": "a YOLOv8 of half the width of n, not released: for few cores",
+    "yolov5": "one stage, three anchor boxes on each location, objectness",
+    "fasterrcnn": "two stages: proposals, then a class and a box for each",
+    "rtdetr": "a transformer with queries, no suppression; detects and teaches, cannot be trained",
+    "dinov2": "features of a self-supervised transformer: map `patches`",
+    "clip": "classes from their names: `image_logits`, and features: map `patches`",
+}
+WITHOUT_ANCHORS = "one stage, no anchors: YOLOv5's backbone under YOLOv8's head"  # yolov5nu to yolov5xu
+
+
+def listing() -> str:
+    """Each name with its parameters (millions) and one line; each loss with the first line of its docstring."""
+    blocks = []
+    for title, names, build in (
+        ("architectures: student.arch, and teachers", models.ARCHITECTURES, lambda name: models.build(name, 80)),
+        ("models that only teach: teachers.0.arch", models.TEACHERS, models.build_teacher),
+    ):
+        lines = [f"# {title}"]
+        for name in names:
+            with torch.device("meta"):  # shapes alone
+                parameters = sum(p.numel() for p in build(name).parameters())
+            lines.append(f"{name:<34} {parameters / 1e6:6.1f} M   {describe(name)}")
+        blocks.append("\n".join(lines))
+    lines = ["# losses: terms.0.loss; docs/losses has each with its equation and a config line"]
+    for name, term in LOSSES.items():
+        first = (inspect.getdoc(term.loss) or "").splitlines()[0].rstrip(".")
+        lines.append(f"{name:<24} {term.reads:<8} {first}")
+    return "\n\n".join([*blocks, "\n".join(lines)])
+
+
+def describe(name: str) -> str:
+    """What a model is, by the beginning of its name."""
+    if name.startswith("yolov5") and name.endswith("u"):
+        return WITHOUT_ANCHORS
+    family = max((start for start in FAMILIES if name.startswith(start)), key=len, default="")
+    return FAMILIES.get(family, "")

@@ -1,0 +1,159 @@
+"""A detector as a user of retort.py holds it: loaded by name or from a file, and shown pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+import models
+from checkpoint import CheckpointInfo
+from datasets.class_names import COCO
+from datasets.images import read_image
+from engine.from_python.found import Detections
+from engine.onnx_files.detector import OnnxDetector, load_detector
+from engine.prediction.predictor import Predictor
+from engine.prediction.sources import find_pictures
+from engine.runtime.processes import choose_device
+from errors import UserError
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+
+
+class Model:
+    """A detector with what is known of it. Printed, it is one line.
+
+    module: the nn.Module, a structures.Detector, in eval mode; its tensors may be changed, predict then uses them.
+    names: its K classes. arch, image_size (pixels), and more in info, a checkpoint.CheckpointInfo.
+    source: where its weights are from.
+    """
+
+    def __init__(self, module: nn.Module, info: CheckpointInfo, source: str, device: torch.device) -> None:
+        self.module, self.info, self.source, self.device = module, info, source, device
+        self._predictor: tuple[object, Predictor] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.info.names
+
+    @property
+    def arch(self) -> str:
+        return self.info.arch
+
+    @property
+    def image_size(self) -> int:
+        return self.info.image_size
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.module.parameters())
+        size = f", {parameters:,} parameters" * bool(parameters)
+        return f"{self.arch} of {self.source}: {len(self.names)} classes, {self.image_size} px{size}, on {self.device}"
+
+    def predict(
+        self,
+        pictures: Picture | Sequence[Picture],
+        *,
+        score: float = 0.25,
+        iou: float | None = None,
+        max_detections: int | None = None,
+        image_size: int | None = None,
+        batch_size: int = 8,
+    ) -> list[Detections]:
+        """The detections of each picture, in pixels of the picture, in the order given.
+
+        pictures: one or a list of: a path (a folder or a pattern stands for its pictures); a Pillow image; an array
+            (H, W, 3) uint8 RGB; a tensor (3, H, W), uint8 or float in [0, 1], RGB.
+        score: detections with a lower one are dropped. iou: non-maximum suppression drops a box with a higher IoU with
+            a better one of its class. max_detections: of a picture. None: as the model is evaluated.
+        image_size: side of the model's square input in pixels, a multiple of 32. None: as it was trained.
+        UserError for a picture that cannot be read, or that is no picture.
+        """
+        if not 0 <= score <= 1:
+            raise UserError(f"argument score: found {score!r}, expected a number in 0..1")
+        opened = open_pictures(pictures)
+        predictor, evaluation = self._fused(), self.info.evaluation
+        iou = evaluation.iou_threshold if iou is None else iou
+        max_detections = max_detections or evaluation.max_detections
+        assert iou is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
+        predictor.image_size = image_size or self.image_size
+        predictor.settings = dict(score_threshold=score, iou_threshold=iou, max_detections=max_detections)
+        found = []
+        for start in range(0, len(opened), batch_size):
+            batch = [(source, read_pixels(picture, source)) for source, picture in opened[start : start + batch_size]]
+            for (source, pixels), detections in zip(batch, predictor([pixels for _, pixels in batch])):
+                columns = (detections.boxes_xyxy.clone(), detections.scores.clone(), detections.labels.clone())
+                found.append(Detections(*columns, self.names, pixels, source))
+        return found
+
+    def _fused(self) -> Predictor:
+        """The predictor of the module's present weights: its copy has folded BatchNorms, and is made anew with them."""
+        tensors = self.module.state_dict(keep_vars=True).values()
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if self._predictor is None or self._predictor[0] != state:
+            self._predictor = (state, Predictor(self.module, image_size=self.image_size, device=self.device))
+        return self._predictor[1]
+
+
+def load(
+    source: str | Path, *, arch: str | None = None, classes: Sequence[str] | None = None, device: str = "auto"
+) -> Model:
+    """See retort.load."""
+    chosen = choose_device(device)
+    is_name = str(source) in models.ARCHITECTURES and not Path(source).exists()
+    if classes is not None and not is_name:
+        raise UserError(f"argument classes: found {len(classes)} with {source}, whose classes are those of its file")
+    if is_name:
+        return untrained(str(source), classes, chosen)
+    if not Path(source).exists() and not Path(source).suffix:
+        models.check_arch(str(source))  # names the nearest
+    module, info = load_detector(source, arch, device=str(chosen))
+    if info.config.get("channels_last"):  # as in its run: other kernels round differently
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
+    where = torch.device("cpu") if isinstance(module, OnnxDetector) else chosen
+    return Model(module, info, str(source), where)
+
+
+def untrained(arch: str, classes: Sequence[str] | None, device: torch.device) -> Model:
+    """A fresh model of an architecture, with COCO's 80 classes unless others are given."""
+    names = COCO if classes is None else tuple(classes)
+    module = models.build(arch, len(names)).to(device).eval().requires_grad_(False)
+    return Model(module, CheckpointInfo(arch, names, 640, names_from="nothing"), "untrained weights", device)
+
+
+def open_pictures(pictures: Picture | Sequence[Picture]) -> list[tuple[str, Picture]]:
+    """(what to call it, picture) of each; folders and patterns are replaced by their pictures. UserError for none."""
+    given: list[Picture] = [pictures] if isinstance(pictures, Picture) else list(pictures)
+    opened: list[tuple[str, Picture]] = []
+    for number, picture in enumerate(given):
+        if isinstance(picture, str | Path):
+            opened += [(str(source.path), source.path) for source in find_pictures([str(picture)])]
+        else:
+            opened.append((f"picture {number}", picture))
+    if not opened:
+        raise UserError("argument pictures: found an empty list, expected at least one picture")
+    return opened
+
+
+def read_pixels(picture: Picture, source: str) -> np.ndarray:
+    """Its pixels, upright, (H, W, 3) uint8 RGB. UserError for anything that is no picture."""
+    if isinstance(picture, str | Path):
+        return read_image(picture)
+    if isinstance(picture, Image.Image):
+        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    if isinstance(picture, Tensor):
+        if picture.dim() != 3 or picture.shape[0] != 3:
+            raise UserError(f"{source}: found a tensor {tuple(picture.shape)}, expected (3, H, W), RGB")
+        if picture.is_floating_point():
+            if not (picture.numel() and 0 <= picture.min() and picture.max() <= 1):
+                raise UserError(f"{source}: found a float tensor outside 0..1, expected it in [0, 1], or uint8")
+            picture = (255 * picture.float()).round().byte()
+        picture = picture.permute(1, 2, 0).contiguous().cpu().numpy()
+    if not isinstance(picture, np.ndarray):
+        expected = "a path, a Pillow image, an array or a tensor"
+        raise UserError(f"{source}: found {type(picture).__name__}, expected {expected}")
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        found = f"{picture.dtype} {picture.shape}"
+        raise UserError(f"{source}: found {found}, expected uint8 (H, W, 3), RGB")
+    return picture

@@ -1,0 +1,1 @@
+"""`python -m engine.pruning`: a trained detector without the channels that matter least (distill/pruning)."""
