@@ -221,11 +221,14 @@ class Config:
     terms: tuple[TermConfig, ...] = ()  # the distillation losses
     detection_weight: float = 1.0  # weight of the student's own losses beside the terms; 0: it learns from terms alone
     teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by each teacher's fit to the labels
-    teacher_cache_gigabytes: float = 0.0  # keep the teachers' outputs on disk; only without augmentation; 0: no
+    teacher_cache_gigabytes: float = 0.0  # keep the teachers' outputs of each view on disk, up to so much; 0: no
     epochs: int = 100  # passes over the training pictures
     batch_size: int = 16  # images of a batch, over all processes
     image_size: int = 640  # side of the square image in pixels, a multiple of 32
     seed: int = 0  # of all random numbers
+    view_seed: int | None = (
+        None  # of the order and augmentation of pictures alone, so that seeds share them; None: seed
+    )
     optimizer: OptimizerConfig = OptimizerConfig()  # how it learns
     augment: AugmentConfig = AugmentConfig()  # how images are changed
     evaluation: EvaluationConfig = EvaluationConfig()  # how it is measured
@@ -236,6 +239,10 @@ class Config:
     patience: int = 0  # epochs without a better held-out mAP before stopping; 0: never
     save_every_steps: int = 0  # steps between two checkpoints within an epoch; 0: only at its end
     runs: str = "runs"  # the folder of all runs
+
+    @property
+    def seed_of_views(self) -> int:
+        return self.seed if self.view_seed is None else self.view_seed
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

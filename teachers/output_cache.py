@@ -1,15 +1,18 @@
 """A disk cache of a teacher's outputs, so that the teacher runs only once on the same pixels.
 
-It helps when augmentation is off: then each epoch has the same images, pixel by pixel. Each image has a file with its
-own tensors, so any batch can be joined from such files. Floating-point tensors are stored as float16.
+An augmented image depends on seed, epoch and index alone, so the runs of a study see the same ones: each row with the
+same seed, and with `view_seed` every seed. An image is known by its pixels (image_key), so that nothing that made it
+can be forgotten. Each part of an output, such as one map, has a file of its own for each image: any batch can be joined
+from them, and rows whose terms read different parts share what they have in common. Floating-point tensors are stored
+as float16.
 
     row = split_output(teacher(images))[i]          the output for a batch -> one dict of tensors per image
-    row = cache.put(image_key(pixels), row)         the value of a later `get`: rounded to float16
-    row = cache.get(image_key(pixels))              None if it is not in the cache
+    part = cache.put(key, part)                     the value of a later `get`: rounded to float16
+    part = cache.get(key)                           None if it is not in the cache
     output = join_output(OutputType, rows)          the inverse of split_output
 
 `cached_forward` does all of this for a batch. The fingerprint of a cache names the teacher, the input size and the
-settings. An entry with another fingerprint is never found; it is removed when it has been unused for longest.
+settings. An entry with another fingerprint is never found.
 
 File format, little-endian: MAGIC, the CRC-32 of everything after it, the length of a JSON header, the header (the name
 of the entry; name, dtype and shape of each tensor), the bytes of the tensors. Reading it runs no code from the file.
@@ -35,6 +38,8 @@ SUFFIX = ".output"
 FLOAT16_MAX = 65504.0
 KEPT_AFTER_TRIM = 0.9  # of the cap, so that only some writes have to scan the folder
 ABANDONED_SECONDS = 3600.0  # an unfinished file of this age belongs to a process that died
+STALE_SECONDS = 24 * 3600.0  # an entry that was not used for so long makes room for others
+RECOUNT = 0.05  # of the cap: after so many bytes written, those of other processes are counted anew
 DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -46,7 +51,7 @@ class CacheCounts:
     """Counts since the cache was opened.
 
     damaged: entries that cannot be read; they are recomputed like absent ones. removed: to make room.
-    not_written: larger than the cap, or the write failed.
+    not_written: the cap was reached, or the write failed.
     """
 
     found: int = 0
@@ -61,9 +66,11 @@ class OutputCache:
     """The tensors of images by key, as files in `folder`, at most max_gigabytes (10^9 bytes) in all.
 
     fingerprint: text that names everything an output depends on besides the image; see fingerprint_of.
-    If an entry would exceed the cap, the entries unused for longest are removed first, whichever process wrote them.
-    Several processes may share the folder: a file gets its name only when it is complete. They may then exceed the cap
-    by about one batch per process.
+    If an entry would exceed the cap, entries that nobody used for STALE_SECONDS are removed first, whichever process
+    wrote them. If that is not enough, nothing more is stored. (To remove what is unused for longest would be worse than
+    nothing: every run reads the views in the same order, and each would be gone before its turn came.)
+    Several processes may share the folder: a file gets its name only when it is complete. They may exceed the cap by
+    RECOUNT each.
     """
 
     def __init__(self, folder: str | Path, max_gigabytes: float, fingerprint: str) -> None:
@@ -75,6 +82,8 @@ class OutputCache:
         self.counts = CacheCounts()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._num_bytes = sum(size for _, size, _ in self._scan())
+        self._num_uncounted = 0  # bytes written since the folder was scanned
+        self._is_full = False
 
     def _path(self, key: str) -> tuple[Path, str]:
         """The file of the entry, and the name that its header must have."""
@@ -111,15 +120,21 @@ class OutputCache:
         """
         path, name = self._path(key)
         data = _encode(tensors, name)
-        if len(data) <= self.max_bytes:
+        if self._has_room(len(data)):
             self._write(path, data)
         else:
             self.counts.not_written += 1
         return _decode(data, name)
 
+    def _has_room(self, num_new_bytes: int) -> bool:
+        if self._is_full or num_new_bytes > self.max_bytes:
+            return False
+        if self._num_uncounted > RECOUNT * self.max_bytes or self._num_bytes + num_new_bytes > self.max_bytes:
+            self._trim(num_new_bytes)
+            self._is_full = self._num_bytes + num_new_bytes > self.max_bytes
+        return not self._is_full
+
     def _write(self, path: Path, data: bytes) -> None:
-        if self._num_bytes + len(data) > self.max_bytes:
-            self._trim(len(data))
         temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
@@ -130,14 +145,18 @@ class OutputCache:
             self.counts.not_written += 1
         else:
             self._num_bytes += len(data)  # too many if it replaced an entry; _trim counts again
+            self._num_uncounted += len(data)
             self.counts.written += 1
 
     def _trim(self, num_new_bytes: int) -> None:
-        """Remove entries, those unused for longest first, until the new one fits into KEPT_AFTER_TRIM of the cap."""
+        """Count anew. If the new entry does not fit, remove stale ones until it fits KEPT_AFTER_TRIM of the cap."""
         entries = sorted(self._scan())
-        self._num_bytes = sum(size for _, size, _ in entries)
-        for _, size, path in entries:
-            if self._num_bytes + num_new_bytes <= KEPT_AFTER_TRIM * self.max_bytes:
+        self._num_bytes, self._num_uncounted = sum(size for _, size, _ in entries), 0
+        if self._num_bytes + num_new_bytes <= self.max_bytes:
+            return
+        for used, size, path in entries:
+            is_enough = self._num_bytes + num_new_bytes <= KEPT_AFTER_TRIM * self.max_bytes
+            if is_enough or time.time() - used / 1e9 < STALE_SECONDS:
                 return
             path.unlink(missing_ok=True)
             self._num_bytes -= size
@@ -159,21 +178,40 @@ class OutputCache:
 
 
 def cached_forward(
-    teacher: Callable[[Tensor], Any], images: Tensor, keys: list[str], cache: OutputCache, output_type: type
+    teacher: Callable[[Tensor], Any],
+    images: Tensor,
+    keys: list[str],
+    cache: OutputCache,
+    output_type: type,
+    parts: tuple[str, ...],
 ) -> Any:
-    """teacher(images), computed only for the images whose outputs are not in the cache.
+    """teacher(images), computed only if some part of it is not in the cache.
 
-    images (B, 3, H, W), keys: one per image. output_type: the dataclass that the teacher returns. Its tensors are on
-    the device of the images, and rounded as in OutputCache.put. No gradient reaches the teacher.
+    images (B, 3, H, W), keys: one per image. output_type: the dataclass that the teacher returns. parts: of its output,
+    see parts_of. Its tensors are on the device of the images, and rounded as in OutputCache.put. No gradient reaches
+    the teacher. It is asked about the whole batch, even if one image is missing: a convolution may round otherwise in
+    another batch, and the result must not depend on what was kept.
     """
-    rows = [cache.get(key) for key in keys]
-    absent = [i for i, row in enumerate(rows) if row is None]
-    if absent:
+    rows = [{part: cache.get(f"{key} {part}") for part in parts} for key in keys]
+    if any(tensors is None for row in rows for tensors in row.values()):
         with torch.no_grad():
-            output = teacher(images[absent] if len(absent) < len(rows) else images)
-        for i, row in zip(absent, split_output(output), strict=True):
-            rows[i] = cache.put(keys[i], row)
-    return join_output(output_type, [row for row in rows if row is not None], images.device)
+            computed = [parts_of(row) for row in split_output(teacher(images))]
+        for key, row, new in zip(keys, rows, computed, strict=True):
+            row |= {part: cache.put(f"{key} {part}", new[part]) for part, kept in row.items() if kept is None}
+    joined = [{name: t for tensors in row.values() if tensors for name, t in tensors.items()} for row in rows]
+    return join_output(output_type, joined, images.device)
+
+
+def parts_of(row: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of one image, each a part by its name; all that are the same for the whole batch are the part "="."""
+    parts = {name: {name: tensor} for name, tensor in row.items() if not name.endswith("=")}
+    return parts | {"=": {name: tensor for name, tensor in row.items() if name.endswith("=")}}
+
+
+def parts_to_keep(output: Any, requested: frozenset[str] | None) -> tuple[str, ...]:
+    """The parts of an output that are worth keeping: those that are requested (structures.DenseDetector), None: all."""
+    is_read = lambda part: requested is None or part.rpartition("/")[2].removesuffix("[]") in requested
+    return tuple(part for part in parts_of(split_output(output)[0]) if part == "=" or is_read(part))
 
 
 def split_output(output: Any) -> list[dict[str, Tensor]]:
@@ -251,17 +289,17 @@ def image_key(pixels: Tensor) -> str:
 
 
 def fingerprint_of(model: nn.Module, **settings: Any) -> str:
-    """A digest of a model's class, its state dict, its `requested_outputs` and the settings.
+    """A digest of a model's class, all its parameters and buffers, and the settings.
 
     settings: JSON values of everything else that the outputs depend on: input size, precision, class names.
     """
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(
+        [*model.named_parameters(), *model.named_buffers()]
+    ):  # state_dict leaves some buffers out
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes_of(tensor))
-    requested = getattr(model, "requested_outputs", None)
-    described = {"requested_outputs": None if requested is None else sorted(requested), "settings": settings}
-    digest.update(json.dumps(described, sort_keys=True).encode())
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -120,6 +120,9 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`."""
     config = study.config
     shown = [result for name, result in results.items() if only is None or name in only]
+    views = "" if config.view_seed is None else f"All seeds see the same views, those of seed {config.view_seed}. "
+    if config.teacher_cache_gigabytes:
+        views += "A row that read its teachers' outputs from those of an earlier run has a step without their passes. "
     of_metric = "" if study.rule.metric == "mAP" else f" of {study.rule.metric}"
     classes = f"classes {', '.join(config.data.classes)} alone, " if config.data.classes else ""
     lines = [
@@ -128,7 +131,7 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
         f"{config.data.format} data, train `{config.data.train}`, test `{config.data.test}`, {classes}"
         f"{config.image_size} px, batch {config.batch_size}. Last EMA weights, {config.evaluation.protocol} protocol; "
         f"mean ± sample standard "
-        f"deviation over seeds. Cost per step: seconds of a training step, relative to the student alone. "
+        f"deviation over seeds. Cost per step: seconds of a training step, relative to the student alone. {views}"
         f"{machines(results)}",
         "",
         "| row | model | parameters | epochs | seeds | " + " | ".join(METRICS) + " | cost per step | minutes |",

@@ -70,7 +70,7 @@ class TrainingSetup:
 
 def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
     """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
-    generator = seeded_generator(Stream.AUGMENTATION, setup.config.seed, epoch, number, setup.processes.rank)
+    generator = seeded_generator(Stream.AUGMENTATION, setup.config.seed_of_views, epoch, number, setup.processes.rank)
     settings = augmentation_at(setup.config, epoch)
     # Augmentation drops objects, so the targets stay on the host until their number is known.
     images = batch.images.to(setup.processes.device, non_blocking=True)
@@ -94,7 +94,9 @@ def content_of_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int
     return augment_content(
         batch.content_xyxy.to(setup.processes.device),
         image_size=setup.config.image_size,
-        generator=seeded_generator(Stream.AUGMENTATION, setup.config.seed, epoch, number, setup.processes.rank),
+        generator=seeded_generator(
+            Stream.AUGMENTATION, setup.config.seed_of_views, epoch, number, setup.processes.rank
+        ),
         settings=augmentation_at(setup.config, epoch),
         groups=batch.is_labelled,
     )
@@ -216,7 +218,7 @@ def build(
         splits.train,
         image_size=config.image_size,
         batch_size=config.batch_size // processes.count,
-        seed=config.seed,
+        seed=config.seed_of_views,
         workers=config.data.workers,
         cache=config.data.cache,
         rank=processes.rank,

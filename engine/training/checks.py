@@ -3,7 +3,6 @@
 A run that would end in an error after minutes of decoding ends in the same error at once.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Collection
@@ -44,8 +43,6 @@ def check_config(config: Config, given: Collection[str] = (), processes: int = 1
     check_use_of_unlabelled(config)
     check_mixture(config, processes)
     check_teachers(config, given)
-    if config.teacher_cache_gigabytes:
-        check_unaugmented(config)
 
 
 def check_numbers(config: Config, processes: int) -> None:
@@ -72,6 +69,7 @@ def check_numbers(config: Config, processes: int) -> None:
         "optimizer.warmup_epochs": (optimizer.warmup_epochs, 0),
         "optimizer.clip_norm": (optimizer.clip_norm, 0),
         "augment.close_mosaic_epochs": (config.augment.close_mosaic_epochs, 0),
+        "teacher_cache_gigabytes": (config.teacher_cache_gigabytes, 0),
         "evaluation.every_epochs": (evaluation.every_epochs, 0),
         "evaluation.batch_size": (evaluation.batch_size, 1),
         "evaluation.max_detections": (evaluation.max_detections, 1),
@@ -271,15 +269,3 @@ def _read_weights(arch: str, path: str, is_backbone: bool, *version: int) -> tup
     else:
         model, _ = checkpoint.load_model(path, arch)
     return getattr(model, "size_multiple", 1), hasattr(model, "set_classes")
-
-
-def check_unaugmented(config: Config) -> None:
-    """UserError where images change from epoch to epoch: a kept output would never be used again."""
-    if config.teacher_cache_gigabytes < 0:
-        raise UserError(f"key 'teacher_cache_gigabytes': found {config.teacher_cache_gigabytes}, expected 0 or more")
-    for setting in dataclasses.fields(config.augment):
-        value = getattr(config.augment, setting.name)
-        if value and setting.name != "close_mosaic_epochs":
-            raise UserError(
-                f"key 'augment.{setting.name}': found {value}, expected 0 where teacher_cache_gigabytes keeps outputs"
-            )

@@ -124,6 +124,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
             term.name: {"lowest": term.lowest, "highest": term.highest, "stayed": term.stayed} for term in ranges
         },
         "gradient_shares": setup.criterion.shares.report(),
+        "teacher_outputs": setup.teachers.counts(),
         "seconds": state.seconds,
         "images_per_second": state.images / state.seconds if state.seconds else None,
         **run_folder.environment(),
@@ -134,6 +135,10 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         draw(setup, details, folder, progress)
         for term in ranges:
             progress.say(str(term))
+        for name, counts in setup.teachers.counts().items():
+            progress.say(
+                f"parts of outputs of {name}: " + ", ".join(f"{number} {what}" for what, number in counts.items())
+            )
         shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
         shared = "".join(f"\n{overlap}" for overlap in setup.splits.overlaps if overlap.shared)
         progress.say(f"{config.data.test}: {format_values(shown)}{per_iou_line(test)}{shared}\nwritten: {folder.path}")

@@ -4,6 +4,8 @@ A teacher is a detector of models.build, a model of models.build_teacher that ca
 the student (arch: ema). It is frozen, in eval mode, fused for inference, and part of no checkpoint.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from distill.probing import probe
 from errors import UserError
 from layers.fusion import fuse
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
-from teachers.output_cache import OutputCache, cached_forward, fingerprint_of, image_key, split_output
+from teachers.output_cache import OutputCache, cached_forward, fingerprint_of, image_key, parts_to_keep
 from weights import load_public
 
 EMA = "ema"  # the `arch` of a teacher that is the student's running average
@@ -48,6 +50,7 @@ class Teachers:
     changing: frozenset[str] = frozenset()  # names of teachers that change during the run: the student's average
     caches: dict[str, OutputCache] = field(default_factory=dict)  # of the teachers whose outputs are kept
     output_types: dict[str, type] = field(default_factory=dict)  # of the same teachers
+    output_parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the same: what their terms read
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Any]:
@@ -57,18 +60,27 @@ class Teachers:
         the maps that terms read would have to be copied first.
         """
         outputs = {}
-        for name, model in self.models.items():
-            resized = resize_images(images, self.facts[name].image_size)
-            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-                if name in self.caches:
-                    keys = [image_key(image) for image in images]
-                    outputs[name] = cached_forward(model, resized, keys, self.caches[name], self.output_types[name])
-                else:
-                    outputs[name] = model(resized)
+        keys = [image_key(image) for image in images] if self.caches else []
+        for name in self.models:
+            compute = functools.partial(self._forward, name)
+            if (cache := self.caches.get(name)) is not None:
+                output_type, parts = self.output_types[name], self.output_parts[name]
+                outputs[name] = cached_forward(compute, images, keys, cache, output_type, parts)
+            else:
+                outputs[name] = compute(images)
         return outputs
 
+    def _forward(self, name: str, images: Tensor) -> Any:
+        resized = resize_images(images, self.facts[name].image_size)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            return self.models[name](resized)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Of each teacher whose outputs are kept: the parts of outputs that were found, absent, written and so on."""
+        return {name: dataclasses.asdict(cache.counts) for name, cache in self.caches.items()}
+
     def keep_outputs(self, folder: Path, max_gigabytes: float) -> None:
-        """From now on run each teacher once per image, and keep its outputs in `folder`.
+        """From now on run each teacher once per image, and keep the parts of its outputs that terms read in `folder`.
 
         Call it after `requested_outputs` are set. The student's average changes, so its outputs are not kept. UserError
         for another teacher whose output cannot be kept.
@@ -79,10 +91,11 @@ class Teachers:
             size = self.facts[name].image_size
             output = probe(model, size or 224)
             try:
-                split_output(output)
+                self.output_parts[name] = parts_to_keep(output, getattr(model, "requested_outputs", None))
             except TypeError as error:
                 raise UserError(f"key 'teacher_cache_gigabytes': teacher {name!r}: {error}") from None
-            fingerprint = fingerprint_of(model, image_size=size, bfloat16=self.bfloat16)
+            names = list(self.facts[name].class_names)
+            fingerprint = fingerprint_of(model, image_size=size, bfloat16=self.bfloat16, class_names=names)
             self.caches[name] = OutputCache(folder / name, max_gigabytes / len(self.models), fingerprint)
             self.output_types[name] = type(output)
 

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import distill_step
 from benchmarks.timing import random_batch
+from engine.training.teaching import Teachers
 
 
 @pytest.fixture
@@ -19,8 +20,23 @@ def one_thread():
 def test_it_prints_its_table(terms, capsys, one_thread):
     distill_step.main(["--image-size", "64", "--batch-size", "1", "--rounds", "1", "--device", "cpu", "--terms", terms])
     said = capsys.readouterr().out
-    assert all(row in said for row in ("student's step", "teacher's forward pass", "distilled step", "overhead"))
-    assert f"target for ours {distill_step.TARGET}" in said
+    assert all(
+        row in said for row in ("student's step", "teacher's forward pass", "distilled step, outputs kept", "overhead")
+    )
+    assert f"target for ours {distill_step.TARGET}" in said and f"target for ours {distill_step.KEPT_TARGET}" in said
+
+
+def test_a_step_that_finds_its_outputs_asks_no_teacher(one_thread, tmp_path, monkeypatch):
+    """And has the losses of the one that computes them, up to their rounding on disk."""
+    terms, asked = distill_step.TERMS["cwd+soft_class"], []
+    original = Teachers._forward
+    monkeypatch.setattr(Teachers, "_forward", lambda *args: asked.append(1) or original(*args))
+    steps = distill_step.our_steps(random_batch(1, 64), terms, False, tmp_path)
+    expected = [steps["distilled"]() for _ in range(2)]
+    assert len(asked) == 2
+    assert [steps["kept"]() for _ in range(2)] == pytest.approx(expected, rel=1e-3)
+    assert len(asked) == 3
+    assert distill_step.kept_ratio({("ours", "kept"): [2.0, 3.0, 9.0], ("ours", "student"): [2.0, 2.0, 2.0]}) == 1.5
 
 
 def test_only_the_distilled_step_pays_for_terms(one_thread):

@@ -17,6 +17,7 @@ from distill.losses.masked import masked_mse
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from errors import UserError
 from structures import Detections, Targets
+from teachers.output_cache import join_output, parts_of, parts_to_keep, split_output
 from tests.reference.logit_distillation import sigmoid
 
 SIZE = 64
@@ -335,3 +336,25 @@ def test_a_measured_weight_gives_the_gradient_its_share(arch, pictures, yolos):
     ratios = [norm(loss, names) / norm(sum(detection.values()), names) for loss, names in zip(losses.values(), on)]
     assert ratios == pytest.approx([0.3, 0.05, 0.5 * 0.2], rel=1e-4)
     assert criterion.shares.measured[:, 0].tolist() == [1, 1, 1]
+
+
+SIMPLE = [
+    *((loss, ("p4",)) for loss in ("mse", "attention", "fgd", "masked_mse", "score_weighted_l2")),
+    *((loss, ("class_logits",)) for loss in ("soft_class", "quality_focal")),
+    *((loss, ()) for loss in ("box_classes", "objectness_scaled")),
+]
+
+
+@pytest.mark.parametrize(("loss", "maps"), SIMPLE)
+def test_the_parts_of_a_teachers_output_that_are_kept_are_enough(loss, maps, yolos, pictures):
+    """YOLOv5's objectness is part of its scores: it is kept wherever a loss reads them."""
+    student, teacher = yolos["v5 student"], copy.deepcopy(yolos["v5"])
+    criterion = build(student, teacher, loss, maps)
+    (expected,) = value(criterion, student, teacher, pictures).values()
+    teacher.requested_outputs = criterion.requested_outputs("t")
+    with torch.no_grad():
+        output = teacher(pictures)
+    parts = parts_to_keep(output, teacher.requested_outputs)
+    rows = [{k: v for part in parts for k, v in parts_of(row)[part].items()} for row in split_output(output)]
+    (found,) = criterion(student(pictures), {"t": join_output(type(output), rows)}, TARGETS, 0.0).values()
+    torch.testing.assert_close(found, expected)

@@ -95,7 +95,7 @@ MISTAKES = {
     "a term's maps": (lambda f: with_teacher(f, {"student_maps": []}), "terms.0.student_maps: found none"),
     "two names": (lambda f: with_teacher(f) | {"terms": [TERM, TERM]}, "terms.1: the name 'mse_t' is used twice"),
     "weighting": (lambda f: with_teacher(f) | {"teacher_weighting": "confidence"}, "'teacher_weighting': confidence"),
-    "kept outputs": (lambda f: with_teacher(f) | {"teacher_cache_gigabytes": 1.0}, "'augment.mosaic'"),
+    "kept outputs": (lambda f: {"teacher_cache_gigabytes": -1.0}, "'teacher_cache_gigabytes': found -1.0, expected"),
     "device": (lambda f: {"device": "cuda:99"}, "'device': found 'cuda:99'"),
     "batch": (lambda f: {"batch_size": 0}, "'batch_size': found 0, expected at least 1"),
     "epochs": (lambda f: {"epochs": 0}, "'epochs': found 0, expected at least 1"),

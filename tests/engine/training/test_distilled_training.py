@@ -211,49 +211,41 @@ def test_a_compiled_run_computes_the_same_losses(tmp_path, monkeypatch):
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
-STILL = dict.fromkeys(["mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"], 0.0)
+def test_a_teacher_is_asked_once_about_a_view(tmp_path, monkeypatch):
+    """Augmented, two epochs: by the next run, another seed with the same views, and terms that read one part more.
 
-
-def test_a_teacher_is_asked_once_about_a_picture_that_does_not_change(tmp_path, monkeypatch):
-    """Two epochs, and a second run on the same pictures: the teacher looks at each of the eight once."""
+    What is found has the bits of what was computed, so that the runs end with the same bytes.
+    """
     write_dataset(tmp_path / "data", train=8, test=2)
     teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
-    changes = dict(teachers=teachers, terms=TERMS, augment=STILL, teacher_cache_gigabytes=0.1)
-    asked = []
-    original = teaching.cached_forward
+    changes = dict(teachers=teachers, terms=TERMS[:2], teacher_cache_gigabytes=0.1, batch_size=4, view_seed=3)
+    asked, original = [], teaching.Teachers._forward
+    monkeypatch.setattr(teaching.Teachers, "_forward", lambda *args: asked.append(len(args[2])) or original(*args))
 
-    def counting(model, images, keys, cache, output_type):
-        look = lambda pictures: asked.append(len(pictures)) or model(pictures)
-        return original(look, images, keys, cache, output_type)
+    def outputs(**more):
+        """Of the teacher for each batch of two epochs, and what the cache counted."""
+        config = tiny_config(tmp_path / "data", tmp_path / "runs", **changes | more)
+        setup = building.build(config, Processes("cpu"), None, lambda line: None)
+        numbered = [(epoch, *pair) for epoch in (0, 1) for pair in enumerate(setup.loader.epoch(epoch))]
+        images = [building.augment_batch(setup, batch, epoch, number)[0] for epoch, number, batch in numbered]
+        found = [setup.teachers(batch)["big"] for batch in images]
+        return images, found, setup.teachers.counts().get("big")
 
-    monkeypatch.setattr(teaching, "cached_forward", counting)
-    rows = []
-    for name in ("first", "second"):
-        config = tiny_config(tmp_path / "data", tmp_path / "runs", name=name, **changes)
-        train.run(config, quiet=True)
-        rows.append((tmp_path / "runs" / name / "weights" / "last.pt").read_bytes())
-    assert asked == [8]
-    config = tiny_config(
-        tmp_path / "data", tmp_path / "runs", name="uncached", **changes | {"teacher_cache_gigabytes": 0}
-    )
-    train.run(config, quiet=True)
-    states = [
-        checkpoint.load(tmp_path / "runs" / name / "weights" / "last.pt") for name in ("first", "second", "uncached")
-    ]
-    for name, value in states[0]["model"].items():
-        assert torch.equal(value, states[1]["model"][name])  # computed or found, the run is the same
-        torch.testing.assert_close(value, states[2]["model"][name], atol=2e-3, rtol=1e-2)  # float16 on disk
-
-
-def test_keeping_outputs_needs_pictures_that_stay(tmp_path):
-    write_dataset(tmp_path / "data", train=8, test=2)
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
-    changes = dict(teachers=teachers, terms=TERMS, teacher_cache_gigabytes=0.1)
-    with pytest.raises(UserError, match=r"augment\.flip_horizontal': found 0.5, expected 0"):
-        train.run(
-            tiny_config(tmp_path / "data", tmp_path / "runs", augment=STILL | {"flip_horizontal": 0.5}, **changes)
-        )
-    assert not (tmp_path / "runs").exists()
+    images, first, counts = outputs()
+    assert asked == [4] * 4 and counts["written"] == counts["absent"] == 16 * 4  # p3, p4, p5, what is the same for all
+    for more in ({}, {"seed": 1}):
+        _, again, counts = outputs(**more)
+        assert asked == [4] * 4 and counts["found"] == 16 * 4
+        for one, other in zip(first, again):
+            assert list(one.features) == list(other.features) == ["p3", "p4", "p5"]
+            assert all(torch.equal(one.features[name], other.features[name]) for name in one.features)
+    logits = outputs(terms=TERMS[2:])
+    assert asked == [4] * 8 and logits[2]["written"] == 16 and logits[1][0].class_logits is not None
+    others, exact, counts = outputs(view_seed=None, seed=3, teacher_cache_gigabytes=0)
+    assert counts is None and all(torch.equal(one, other) for one, other in zip(images, others))
+    for one, other in zip(first, exact):
+        torch.testing.assert_close(one.features["p4"], other.features["p4"], atol=1e-3, rtol=1e-3)  # float16 on disk
+    assert not torch.equal(images[0], outputs(view_seed=None, seed=4)[0][0])
 
 
 def test_a_measured_weight_is_fixed_after_the_warm_up(tmp_path, capsys):
