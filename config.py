@@ -226,9 +226,7 @@ class Config:
     batch_size: int = 16  # images of a batch, over all processes
     image_size: int = 640  # side of the square image in pixels, a multiple of 32
     seed: int = 0  # of all random numbers
-    view_seed: int | None = (
-        None  # of the order and augmentation of pictures alone, so that seeds share them; None: seed
-    )
+    view_seed: int | None = None  # of the order and the augmentation of pictures, to share them among seeds; None: seed
     optimizer: OptimizerConfig = OptimizerConfig()  # how it learns
     augment: AugmentConfig = AugmentConfig()  # how images are changed
     evaluation: EvaluationConfig = EvaluationConfig()  # how it is measured

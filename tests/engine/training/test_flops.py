@@ -2,7 +2,11 @@
 
 import pytest
 
+import checkpoint
+import models
+from distill.pruning.files import widths_text
 from engine.training.flops import forward_flops, pseudo_flops, step_flops
+from layers.channel_groups import find_groups
 from tests.tiny_training import tiny_config, write_dataset
 
 
@@ -52,3 +56,22 @@ def test_pseudo_boxes_cost_one_pass_over_their_pictures(tmp_path):
     assert pseudo_flops(config) == 4 * forward_flops("yolov8s", 96, 80)
     assert step_flops(config) == 3 * forward_flops("yolov8n", 64, 80)
     assert pseudo_flops(tiny_config(root, tmp_path / "runs")) == 0
+
+
+def test_a_pruned_student_costs_what_its_layers_do(tmp_path):
+    """From a file of widths, from its weights, and as the student's own average; as long as there is no file: whole."""
+    widths = {name: width // 2 for name, width in find_groups(models.build("yolov8n", 80)).widths().items()}
+    half = forward_flops("yolov8n", 64, 80, widths=tuple(widths.items()))
+    assert half < 0.3 * forward_flops("yolov8n", 64, 80)
+    narrow, file = tmp_path / "narrow.pt", tmp_path / "narrow.yaml"
+    terms = [{"teacher": "mean", "loss": "mse", "weight": 1.0, "student_maps": ["p3"]}]
+    from_file = tiny_config(tmp_path, tmp_path, student={"widths": str(file)})
+    taught = {"teachers": [{"name": "mean", "arch": "ema"}], "terms": terms}
+    from_weights = tiny_config(tmp_path, tmp_path, student={"weights": str(narrow)}, **taught)
+    assert step_flops(from_file) == 3 * forward_flops("yolov8n", 64, 80)
+    file.write_text(widths_text("yolov8n", widths))
+    state = models.build("yolov8n", 80, widths=widths).state_dict()
+    about = {"arch": "yolov8n", "names": [str(k) for k in range(80)], "image_size": 64}
+    checkpoint.save(narrow, about | {"ema": state})
+    assert step_flops(from_file) == 3 * half
+    assert step_flops(from_weights) == 4 * half
