@@ -52,7 +52,8 @@ def panel(rows: dict[str, list[float]], title: str, counts: tuple[int, int], lef
         lines.append(f'<circle cx="{at:.1f}" cy="{y(mean[name]):.1f}" r="5" fill="{color}"/>')
         anchor, offset = ("end", -10) if count == counts[1] else ("start", 10)
         lines.append(
-            f'<text x="{at + offset:.1f}" y="{y(mean[name]) + 4:.1f}" text-anchor="{anchor}" fill="{color}">{text}</text>'
+            f'<text x="{at + offset:.1f}" y="{y(mean[name]) + 4:.1f}" text-anchor="{anchor}" fill="{color}">'
+            f"{text}</text>"
         )
     lines.append(f'<text x="{(left + right) / 2}" y="{bottom + 36}" text-anchor="middle">labelled pictures</text>')
     return lines
@@ -64,14 +65,14 @@ def picture() -> str:
         'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#222">',
         "<title>mAP against the number of labelled pictures, alone and taught</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        '<text x="10" y="22" font-size="14" font-weight="bold">What a teacher gives a student that has few labels: test '
-        "mAP, equally many steps</text>",
+        '<text x="10" y="22" font-size="14" font-weight="bold">What a teacher gives a student that has few labels: '
+        "test mAP, equally many steps</text>",
     ]
     for index, (name, title, counts) in enumerate(PANELS):
         tree = json.loads((REPORTS / f"{name}.json").read_text())
         lines += panel({row["name"]: row["mAP"] for row in tree["rows"]}, title, counts, MARGIN + 400 * index)
     lines += [
-        f'<text x="10" y="{HEIGHT - 8}" fill="#666">Small dots: seeds. docs/figures/few_labels.py, from docs/reports</text>'
+        f'<text x="10" y="{HEIGHT - 8}" fill="#666">Small dots: seeds. docs/figures/few_labels.py, from its reports</text>'
     ]
     return "\n".join([*lines, "</svg>"]) + "\n"
 
