@@ -134,7 +134,8 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         run_folder.write_report(folder.report, report)
         draw(setup, details, folder, progress)
         for term in ranges:
-            progress.say(str(term))
+            if term.name not in setup.criterion.shares.shares:  # those are sized by gradient: their values say nothing
+                progress.say(str(term))
         for name, counts in setup.teachers.counts().items():
             progress.say(
                 f"parts of outputs of {name}: " + ", ".join(f"{number} {what}" for what, number in counts.items())
