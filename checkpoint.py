@@ -14,7 +14,7 @@ torch.save writes one dict, so torch.load(path, weights_only=True) reads a check
     data                     fingerprint of the training samples
     machine                  device, precision, processes, threads, torch
 
-A file made to be shared (`best.pt`) has none of the keys below `ema`.
+The files of a run to hand on, student.safetensors and best.safetensors, are smaller: `save_student`.
 
 Differences from plain torch.save: the file appears under its name only when it is complete and on the disk (temporary
 file, fsync, rename, fsync of the folder); the previous file stays as `<name>.prev.pt`; reading checks the CRC-32 of
@@ -85,13 +85,26 @@ def save(path: str | Path, state: dict[str, Any], *, keep_previous: bool = False
     keep_previous: keep the old file as previous_path(path).
     UserError with exit code 5 if it cannot be written; the old file is then untouched.
     """
-    path = Path(path)
     buffer = io.BytesIO()  # torch.save on a file would abort the process on a full disk
     torch.save({"format": FORMAT, **state}, buffer)
+    _replace(Path(path), buffer.getbuffer(), keep_previous=keep_previous)
+
+
+def save_student(path: str | Path, state: dict[str, Any], *, half: bool = False) -> None:
+    """Write the model of a checkpoint as safetensors (weights.shared_file), as safely as `save`.
+
+    Of `state` these keys are written: arch, names, image_size, config, versions, epoch, step and ema.
+    half: weights.to_half.
+    """
+    ema = weights.to_half(state["ema"], str(path)) if half else state["ema"]
+    _replace(Path(path), weights.to_bytes(ema, {**state, "tensor_names": "ours"}))
+
+
+def _replace(path: Path, data: bytes | memoryview, *, keep_previous: bool = False) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(temporary, buffer.getbuffer())
+        write_durably(temporary, data)
         if keep_previous and path.exists():
             _keep_as(path, previous_path(path))
         os.replace(temporary, path)
@@ -180,7 +193,7 @@ def load_newest(path: str | Path, say: Callable[[str], None] = print) -> dict[st
 def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
     """The model in a weights file, in eval mode, float32, with the averaged (EMA) weights.
 
-    path: a file, or the folder of a run, which stands for its weights/last.pt.
+    path: a file, or the folder of a run (weights.file_of_run).
     A checkpoint of ours names its architecture, and so does a safetensors file of ours (weights.shared_file). That of a
     public one (weights.read_state_dict) follows from its names and shapes; where they leave it open, `arch` is needed.
     The shape of its class head gives its class count. The width of the class head also follows from the weights
@@ -195,11 +208,10 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
 
 def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo]:
     """The model in a file, ours or public. A checkpoint of ours may hold another architecture than `arch`."""
-    if (path / "weights" / "last.pt").is_file():
-        path = path / "weights" / "last.pt"  # of the run in this folder
+    path = weights.file_of_run(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {found}, expected a weights file, such as runs/NAME/weights/last.pt")
+        raise UserError(f"{path}: {found}, expected a weights file or the folder of a run, such as runs/NAME")
     try:
         saved = load(path)
     except UserError as error:

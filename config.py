@@ -63,7 +63,7 @@ class DataConfig:
     unlabelled: UnlabelledConfig | None = None  # train on pictures without labels as well
     classes: tuple[str, ...] = ()  # use only these classes of the set, in this order; none: all of them
     allow_overlap: bool = False  # allow a test split whose pictures are all trained on
-    holdout_fraction: float = 0.0  # share of the training pictures kept aside to choose `best.pt` on
+    holdout_fraction: float = 0.0  # share of the training pictures kept aside to choose `best.safetensors` on
     max_bad_fraction: float = 0.01  # a larger share of bad samples stops the run
     cache: bool = True  # keep the decoded, resized uint8 pictures in memory (3 * image_size^2 bytes each)
     workers: int = 0  # processes that read pictures; 0: the training process reads them
@@ -177,7 +177,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How a run measures metrics.csv, best.pt and report.json; eval.py measures the run's checkpoints in the same way.
+    """How a run measures metrics.csv, its best weights and report.json; eval.py measures its weights in the same way.
 
     Thresholds that are not given are the published ones of the student's family (models.published_detection). A run
     saves the numbers it uses.
@@ -185,7 +185,7 @@ class EvaluationConfig:
 
     every_epochs: int = 1  # epochs between two evaluations; 0: only at the end
     of_start: bool = True  # measure a student that begins at weights (or inherits) on the test split before it learns
-    protocol: Literal["coco", "voc07", "voc12"] = "coco"  # the metric; its mAP chooses best.pt
+    protocol: Literal["coco", "voc07", "voc12"] = "coco"  # the metric; its mAP chooses best.safetensors
     ignore_difficult: bool = True  # leave objects that training ignores (VOC's difficult) out of the numbers
     score_threshold: float | None = None  # detections with a lower score are dropped
     iou_threshold: float | None = None  # non-maximum suppression drops a box with a higher IoU with a better one
@@ -235,6 +235,7 @@ class Config:
     channels_last: bool = True  # memory layout of images and weights
     compile: bool = False  # torch.compile the student and the teachers
     patience: int = 0  # epochs without a better held-out mAP before stopping; 0: never
+    student_file: Literal["float16", "float32"] = "float16"  # numbers of weights/student.safetensors, at the end
     save_every_steps: int = 0  # steps between two checkpoints within an epoch; 0: only at its end
     runs: str = "runs"  # the folder of all runs
 

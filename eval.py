@@ -209,9 +209,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "checkpoint", nargs="?", help="a checkpoint of ours, a released one with --arch, or a .onnx file"
-    )
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint, a released file, a run, or a .onnx file")
     parser.add_argument(
         "dataset",
         nargs="*",
@@ -249,7 +247,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     model.add_argument("--batch-size", type=int, help="images per forward pass")
     model.add_argument("--workers", type=int, help="processes that load pictures (the config's, else 0)")
     return [
-        model.add_argument("--arch", help="architecture of a released checkpoint, such as yolov8n"),
+        model.add_argument("--arch", help="architecture of a released file that leaves it open"),
         model.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)"),
         model.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="of the model"),
         model.add_argument("--score-threshold", type=float, help="drop detections with a lower score"),

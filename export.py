@@ -60,6 +60,7 @@ from layers.fusion import fuse
 from predict import plural
 from structures import DenseDetector
 from teachers.rtdetr import RTDETR
+from weights import file_of_run
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -280,8 +281,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours, or a released one with --arch")
-    parser.add_argument("--arch", help="architecture of a released checkpoint, such as yolov8n")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, a released file or a run")
+    parser.add_argument("--arch", help="architecture of a released file that leaves it open")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with .onnx")
     parser.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)")
     parser.add_argument(
@@ -311,6 +312,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--test-split", default="test", help="split to measure float32 and int8 on (%(default)s)")
     args = parser.parse_args(argv)
+    args.checkpoint = file_of_run(args.checkpoint)
     args.output = args.output or args.checkpoint.with_suffix(SUFFIX)
     if args.output.suffix.lower() != SUFFIX:
         parser.error(f"--output: found {args.output}, expected a name ending in {SUFFIX}")

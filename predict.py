@@ -258,7 +258,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="a checkpoint of ours, a released one with --arch, or a .onnx file")
+    parser.add_argument("checkpoint", help="a checkpoint, a released file, a run, or a .onnx file")
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="picture, video, folder, 'pattern' or webcam")
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder to write to (%(default)s)"
@@ -266,7 +266,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="write predictions.json")
     parser.add_argument("--txt", action="store_true", help="write labels/*.txt")
     parser.add_argument("--no-pictures", action="store_true", help="write no drawn copies")
-    parser.add_argument("--arch", help="architecture of a released checkpoint, such as yolov8n")
+    parser.add_argument("--arch", help="architecture of a released file that leaves it open")
     parser.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)")
     parser.add_argument(
         "--score-threshold", type=fraction, default=0.25, help="drop detections with a lower score (%(default)s)"

@@ -8,12 +8,12 @@ Sizes and hashes are checked where they are publicly known. Their sources:
     COCO, KITTI                sizes and SHA-256 sums that TensorFlow Datasets publishes
     the vocabulary             the file in CLIP's released code
     CLIP                       the hash in the address
-    torchvision, DeiT          the first digits in the file name
+    torchvision, DeiT          the first digits in the file name; the others, and sizes, recorded by others
+    YOLOv8, YOLOv5, RT-DETR-L  recorded by others, of the files of these releases; YOLOv5n's also by us
     DINOv2                     recorded by others
 
-No digest is known for BCCD, an archive made on demand, and for the weights of detectors. The digest of the first
-download is recorded, and a later download with another one is refused. The file name of torchvision's detector has the
-first digits of its hash, which are checked when it is read.
+No digest is known for BCCD, an archive made on demand, for YOLOv5u, the other RT-DETRs, and DINOv2 with registers;
+--dry-run says so. The digest of the first download is recorded, and a later download with another one is refused.
 
 An interrupted download continues (HTTP Range) if its size and hash are known. Otherwise it starts again: a file made of
 two different halves would go unnoticed. Archives and manifest.json (url, bytes, sha256 of each) are kept in
@@ -50,7 +50,7 @@ from errors import UserError, run_script
 
 CHUNK_BYTES = 1 << 20
 SAY_BYTES = 256 << 20  # bytes between two lines of progress
-MAX_UNKNOWN_BYTES = 1 << 30  # limit for an archive without a published size
+MAX_UNKNOWN_BYTES = 2 << 30  # limit for an archive without a published size
 MAX_EXPANSION = 20  # unpacked bytes per archive byte
 MAX_MEMBERS = 1_000_000
 TIMEOUT_SECONDS = 60
@@ -61,7 +61,7 @@ SINGLE_FILES = (".txt.gz", ".pth", ".pt")  # nothing to unpack
 class Archive:
     """A .zip, .tar, .txt.gz or weights file to fetch.
 
-    bytes, digest ("md5:..." or "sha256:..."): None where they are not published.
+    bytes, digest ("md5:..." or "sha256:..."): None where they are not known. A digest may be its first digits.
     saved_as: the file's name, for an address that does not end in one.
     """
 
@@ -119,21 +119,75 @@ DATASETS = {
                 "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
     ), "clip"),
 }
+_TORCHVISION = "https://download.pytorch.org/models"
+_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+_CLIP = "https://openaipublic.azureedge.net/clip/models"
+_YOLOV5 = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
+_ULTRALYTICS = "https://github.com/ultralytics/assets/releases/download/v8.3.0"
+_RTDETR = "https://github.com/lyuwenyu/storage/releases/download/v0.1"
 WEIGHTS = {
-    "dinov2_vits14": Archive("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
-        88283115, "sha256:b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "clip_vit_b32": Archive("https://openaipublic.azureedge.net/clip/models/"
-        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-        353976522, "sha256:40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "resnet18": Archive("https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "yolov8n": Archive(f"{_ULTRALYTICS}/yolov8n.pt",
+        6549796, "sha256:f59b3d833e2ff32e194b5bb8e08d211dc7c5bdf144b90d2c8412c47ccfc83b36"),
+    "yolov8s": Archive(f"{_ULTRALYTICS}/yolov8s.pt",
+        22588772, "sha256:1f47a78bf100391c2a140b7ac73a1caae18c32779be7d310658112f7ac9aa78a"),
+    "yolov8m": Archive(f"{_ULTRALYTICS}/yolov8m.pt",
+        52136884, "sha256:5d4a90cdc7a21786cc59cd19778e9eafff836df9e2da32524737c7ee6efe4fe5"),
+    "yolov8l": Archive(f"{_ULTRALYTICS}/yolov8l.pt",
+        87792836, "sha256:64c9115303f6a25575f82200d1b22ec409fa6bd7d08d0313884fc20d919478cd"),
+    "yolov8x": Archive(f"{_ULTRALYTICS}/yolov8x.pt",
+        136890692, "sha256:3df4ada6b4dad6d657868f2fdf7faecfb34dcfccf3a25c4b82079064718524c8"),
+    "yolov5n": Archive(f"{_YOLOV5}/yolov5n.pt",
+        4062133, "sha256:4f180cf23ba0717ada0badd6c685026d73d48f184d00fc159c2641284b2ac0a3"),
+    "yolov5s": Archive(f"{_YOLOV5}/yolov5s.pt",
+        14808437, "sha256:8b3b748c1e592ddd8868022e8732fde20025197328490623cc16c6f24d0782ee"),
+    "yolov5m": Archive(f"{_YOLOV5}/yolov5m.pt",
+        42806829, "sha256:61d933360ba5a7733a36764996c800287d973889d875227f5beedd2473a97a56"),
+    "yolov5l": Archive(f"{_YOLOV5}/yolov5l.pt",
+        93622629, "sha256:2f603b7354c25454d1270663a14d8ddc1eea98e5eebc1d84ce0c6e3150fa155f"),
+    "yolov5x": Archive(f"{_YOLOV5}/yolov5x.pt",
+        174114333, "sha256:9f27a794fa0308e2606f90565164571d6f0a0ba18a3ce2e5e5d323b71c157859"),
+    "yolov5nu": Archive(f"{_ULTRALYTICS}/yolov5nu.pt"),
+    "yolov5su": Archive(f"{_ULTRALYTICS}/yolov5su.pt"),
+    "yolov5mu": Archive(f"{_ULTRALYTICS}/yolov5mu.pt"),
+    "yolov5lu": Archive(f"{_ULTRALYTICS}/yolov5lu.pt"),
+    "yolov5xu": Archive(f"{_ULTRALYTICS}/yolov5xu.pt"),
+    "rtdetr_l": Archive(f"{_ULTRALYTICS}/rtdetr-l.pt",
+        digest="sha256:6de60b10d4bc566f00cda0f5b4d64afe4b66d48dc9695d2171effb7859d8e73f"),
+    "rtdetr_x": Archive(f"{_ULTRALYTICS}/rtdetr-x.pt"),
+    "rtdetr_r18vd": Archive(f"{_RTDETR}/rtdetr_r18vd_dec3_6x_coco_from_paddle.pth"),
+    "rtdetr_r50vd": Archive(f"{_RTDETR}/rtdetr_r50vd_6x_coco_from_paddle.pth"),
+    "fasterrcnn_resnet50": Archive(
+        f"{_TORCHVISION}/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", digest="sha256:258fb6c6"),
+    "fasterrcnn_resnet50_v2": Archive(
+        f"{_TORCHVISION}/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth", digest="sha256:dd69338a"),
+    "fasterrcnn_mobilenet_v3_large": Archive(
+        f"{_TORCHVISION}/fasterrcnn_mobilenet_v3_large_fpn-fb6a3cc7.pth", digest="sha256:fb6a3cc7"),
+    "fasterrcnn_mobilenet_v3_large_320": Archive(
+        f"{_TORCHVISION}/fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9.pth", digest="sha256:907ea3f9"),
+    "resnet18": Archive(f"{_TORCHVISION}/resnet18-f37072fd.pth",
         46830571, "sha256:f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec"),
-    "resnet50": Archive("https://download.pytorch.org/models/resnet50-0676ba61.pth"),
-    "mobilenet_v3_small": Archive("https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth",
+    "resnet34": Archive(f"{_TORCHVISION}/resnet34-b627a593.pth",
+        digest="sha256:b627a593bcbe140c234610266fe4f8ae95ea42fc881d091c9b6052e6b1d0590f"),
+    "resnet50": Archive(f"{_TORCHVISION}/resnet50-0676ba61.pth",
+        102530333, "sha256:0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a"),
+    "mobilenet_v3_small": Archive(f"{_TORCHVISION}/mobilenet_v3_small-047dcff4.pth",
         10306551, "sha256:047dcff4addef86ea5bc2eff13c9614dc11f47ab1160d0a71a25e7db994f4e1f"),
+    "mobilenet_v3_large": Archive(f"{_TORCHVISION}/mobilenet_v3_large-5c1a4163.pth", digest="sha256:5c1a4163"),
     "deit_tiny": Archive("https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
         digest="sha256:a1311bcf4f24e3c95adaa75535db67bc4412d95535b98f7c1dfd1164dda41c97"),
-    "rtdetr_x": Archive("https://github.com/ultralytics/assets/releases/download/v8.3.0/rtdetr-x.pt"),
-    "fasterrcnn_resnet50": Archive("https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"),
+    "dinov2_vits14": Archive(f"{_DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
+        88283115, "sha256:b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    "dinov2_vitb14": Archive(f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+        346378731, "sha256:0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+    "dinov2_vitl14": Archive(f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        1217586395, "sha256:d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
+    "dinov2_vits14_reg": Archive(f"{_DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"),
+    "dinov2_vitb14_reg": Archive(f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"),
+    "dinov2_vitl14_reg": Archive(f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth"),
+    "clip_vit_b32": Archive(f"{_CLIP}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+        353976522, "sha256:40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "clip_vit_b16": Archive(f"{_CLIP}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+        digest="sha256:5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
 }
 # fmt: on
 DATASETS |= {name: PublicDataset((file,), f"weights/{name}") for name, file in WEIGHTS.items()}
@@ -263,7 +317,7 @@ def _check(path: Path, archive: Archive) -> None:
     if expected is not None:
         kind, _, value = expected.partition(":")
         found = {"sha256": sha256, "md5": md5}[kind].hexdigest()
-        if found != value:
+        if not found.startswith(value):
             source = "published" if archive.digest else f"recorded in {manifest_path}"
             raise UserError(f"{path}: {kind} {found}, expected {value} ({source}); delete it to fetch it again")
     checked = archive.digest or "recorded on first download"
@@ -326,8 +380,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     for name in dict.fromkeys(arguments.names):
         for archive in DATASETS[name].archives:
-            size = f"{archive.bytes / 1e6:,.1f} MB" if archive.bytes else "size not published"
-            print(f"{archive.url}  {size}  {archive.digest or 'no published hash: recorded on first download'}")
+            size = f"{archive.bytes / 1e6:,.1f} MB" if archive.bytes else "size not known"
+            print(f"{archive.url}  {size}  {archive.digest or 'hash not known: recorded on first download'}")
         if not arguments.dry_run:
             download(DATASETS[name], arguments.root)
     return 0

@@ -246,7 +246,9 @@ def test_no_checkpoint(tmp_path):
     pytest.importorskip("onnxscript")
     with pytest.raises(UserError, match=r"absent\.pt: no such file, expected a weights file"):
         export.main([str(tmp_path / "absent.pt")])
-    with pytest.raises(UserError, match=r": a folder, expected a weights file, such as runs/NAME/weights/last\.pt"):
+    with pytest.raises(
+        UserError, match=r": a folder, expected a weights file or the folder of a run, such as runs/NAME"
+    ):
         export.main([str(tmp_path)])
 
 

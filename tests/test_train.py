@@ -22,6 +22,7 @@ from engine.training.state import TrainingState
 from errors import UserError
 from layers.fusion import fuse
 from tests.tiny_training import tiny_config
+from weights import read_state_dict, to_half
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,11 +74,13 @@ def distilled(tiny_data, tmp_path_factory):
 def test_files_of_a_run(distilled):
     run, config, report, _, _ = distilled
     expected = {
-        "config.yaml", "metrics.csv", "report.json", "weights/last.pt", "weights/last.prev.pt", "weights/best.pt",
+        "config.yaml", "metrics.csv", "report.json", "weights/last.pt", "weights/student.safetensors",
+        "weights/best.safetensors",
         "predictions.jpg", "distillation.jpg", "dataset/train/dataset_report.txt", "dataset/test/dataset_report.csv",
     }  # fmt: skip
     written = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    assert expected <= written and not any(name.endswith(".tmp") for name in written)
+    assert expected <= written and not any(name.endswith((".tmp", ".prev.pt")) for name in written)
+    assert sum((run / name).stat().st_size for name in written) <= 60_000_000
     assert load_config(run / "config.yaml") == building.with_published_settings(config)
     assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
     with Image.open(run / "predictions.jpg") as picture:
@@ -149,8 +152,24 @@ def test_teacher_is_untouched_and_not_saved(distilled):
     assert tensors == sum(t.numel() for t in student.values())
     assert set(state["model"]) == set(state["ema"]) == set(student)
     assert all(name.startswith("adapters.") for name in state["criterion"])
-    assert set(checkpoint.load(run / "weights" / "best.pt")) >= {"ema", "names", "arch", "config"}
-    assert not {"model", "optimizer", "criterion"} & set(checkpoint.load(run / "weights" / "best.pt"))
+
+
+def test_files_to_hand_on(distilled):
+    run = distilled[0]
+    last = checkpoint.load(run / "weights" / "last.pt")
+    for name in ("student", "best"):
+        state, info = read_state_dict(run / "weights" / f"{name}.safetensors")
+        assert list(state) == list(last["ema"])
+        assert {key: info.ours[key] for key in ("arch", "names", "image_size", "config", "versions")} == {
+            key: json.loads(json.dumps(last[key])) for key in ("arch", "names", "image_size", "config", "versions")
+        }
+    assert info.dtypes["float32"] and "float16" not in info.dtypes
+    student, info = read_state_dict(run / "weights" / "student.safetensors")
+    assert (info.ours["epoch"], info.ours["step"]) == (2, 6)
+    for name, value in to_half(last["ema"], "").items():
+        assert torch.equal(student[name], value), name
+    whole, handed_on = checkpoint.load_model(run)[1], checkpoint.load_model(run / "weights" / "student.safetensors")[1]
+    assert whole == handed_on
 
 
 def test_adapters_learn(distilled):
@@ -258,7 +277,7 @@ def test_early_stopping(make_tiny, monkeypatch):
     report = train.run(config, quiet=True)
     assert report["epochs"] == 4  # best at 2, then two without a better one
     assert report["best_on_holdout"]["epoch"] == 2 and report["best_on_holdout"]["holdout mAP50-95"] == 0.5
-    assert checkpoint.load_model(f"{config.runs}/tiny/weights/best.pt")[1].epoch == 2
+    assert checkpoint.load_model(f"{config.runs}/tiny/weights/best.safetensors")[1].epoch == 2
     with pytest.raises(UserError, match="patience"):
         train.run(make_tiny(patience=2), quiet=True)
 
@@ -330,10 +349,11 @@ def test_given_teacher(make_tiny):
 
 
 def test_starts_from_weights(make_tiny, distilled):
-    config = make_tiny(student={"arch": "yolov8n", "weights": str(distilled[0] / "weights" / "best.pt")})
+    file = distilled[0] / "weights" / "best.safetensors"
+    config = make_tiny(student={"arch": "yolov8n", "weights": str(file)})
     splits = open_splits(config, lambda line: None)
     student = building.build_student(config, splits.names)
-    ema = checkpoint.load(distilled[0] / "weights" / "best.pt")["ema"]
+    ema = read_state_dict(file)[0]
     assert all(torch.equal(value, ema[name]) for name, value in student.state_dict().items())
 
 

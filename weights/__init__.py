@@ -19,6 +19,7 @@ from weights.load import (
     PublicLayout,
     WeightsInfo,
     check_file,
+    file_of_run,
     fuse_entries,
     layouts_of,
     load_public,
@@ -27,6 +28,7 @@ from weights.load import (
     rename_public,
     row_pattern,
 )
+from weights.shared_file import to_bytes, to_half
 
 __all__ = [
     "ClassRows",
@@ -35,6 +37,7 @@ __all__ = [
     "WeightsInfo",
     "arch_of_family",
     "check_file",
+    "file_of_run",
     "fuse_entries",
     "guess_family",
     "layouts_of",
@@ -44,4 +47,6 @@ __all__ = [
     "rename_public",
     "row_pattern",
     "take_rows",
+    "to_bytes",
+    "to_half",
 ]

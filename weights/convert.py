@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError
-from weights.load import HASH_IN_NAME, read_state_dict
+from weights.load import HASH_IN_NAME, file_of_run, read_state_dict
 from weights.shared_file import FORMAT, to_bytes, to_half
 
 SUFFIX = ".safetensors"
@@ -20,14 +20,13 @@ def convert(path: Path, output: Path, *, half: bool = False, arch: str | None = 
     weights. Class names, image size and architecture go with them.
 
     Args:
-        path: a file for read_state_dict, or the folder of a run, which stands for its weights/last.pt.
+        path: a file for read_state_dict, or the folder of a run (file_of_run).
         half: to_half, half the size.
         arch: the architecture of a released file, where names and shapes leave it open.
     UserError, with nothing written, for a file that is refused and for a name that does not fit; with exit code 5 if
     the file could not be written.
     """
-    if (path / "weights" / "last.pt").is_file():
-        path = path / "weights" / "last.pt"
+    path = file_of_run(path)
     if output.suffix != SUFFIX:
         raise UserError(f"{output}: expected a name that ends in {SUFFIX}")
     if (promised := HASH_IN_NAME.search(output.name)) and not promised[1].isdecimal():

@@ -129,6 +129,14 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
     return state, info
 
 
+def file_of_run(path: str | Path) -> Path:
+    """`path`, or the file that stands for the run in that folder: weights/last.pt, else weights/student.safetensors."""
+    for name in ("last.pt", "student.safetensors"):
+        if (file := Path(path) / "weights" / name).is_file():
+            return file
+    return Path(path)
+
+
 def check_file(path: str | Path) -> None:
     """UserError if the container or a pickle in it is not harmless. The tensors are not read.
 

@@ -11,8 +11,8 @@ value that is not text by nature is JSON:
     names         class names; absent where the file had none
     image_size    pixels
     versions      of torch and of this format
-    source        name and SHA-256 of the file that was converted
-    epoch, step, config   of a checkpoint of ours
+    source        name and SHA-256 of a file that was converted
+    epoch, step, config   of a run of ours
     sha256        of everything else in the header and of all tensors: `digest_of`
 
 Any program that reads safetensors reads the tensors.
@@ -74,7 +74,7 @@ def to_bytes(state: dict[str, Tensor], description: dict[str, Any]) -> bytes:
     metadata = {"format": "pt", "retort": FORMAT}
     for key, kind in KINDS.items():
         if (value := description.get(key)) is not None:
-            metadata[key] = value if kind is str else json.dumps(value, allow_nan=False)
+            metadata[key] = value if kind is str else json.dumps(value)
     metadata["sha256"] = digest_of(rows, metadata, parts)
     header = json.dumps({"__metadata__": metadata, **rows}).encode()
     header += b" " * (-len(header) % 8)

@@ -102,7 +102,7 @@ def check_network(task: Task) -> None:
     if not task.needs_network:
         return
     assert settings.weights is not None  # Task.check refuses it
-    if not Path(settings.weights).is_file():
+    if not Path(settings.weights).exists():
         raise UserError(f"key 'condense.network.weights': {settings.weights}: no such file, expected a checkpoint")
     checkpoint.load_model(settings.weights, settings.arch)
 

@@ -51,7 +51,11 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        return self.path / "weights" / "best.pt"
+        return self.path / "weights" / "best.safetensors"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "weights" / "student.safetensors"
 
     def remove_stale(self) -> None:
         """Remove files that a killed process left half written."""

@@ -14,7 +14,7 @@ balance       the distillation terms compared with the detection loss
 state         how far a run is, and which keys may differ when it is resumed
 steps         parts of the training step: the losses of a batch, averaging over processes, values not finite
 saving        last.pt: written and restored
-reporting     the row of an epoch, best.pt, the final test
+reporting     the row of an epoch, the best weights, the final test
 exits         exit codes, and the errors that lead to them
 run_pictures  pictures of detections and of the compared maps
 """

@@ -24,7 +24,7 @@ from engine.training.teaching import EMA, check_input_size, check_names, find_fi
 from errors import UserError
 from frcnn.pretrained import load_backbone
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
-from weights import load_public
+from weights import file_of_run, load_public
 
 SIZE_MULTIPLE = 32  # pixels: the coarsest stride of every detector
 
@@ -216,9 +216,10 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
     if settings.inherit is not None and settings.inherit.teacher not in given:
         inherit_source(config)
     if settings.weights is not None:
-        if not Path(settings.weights).is_file():
-            raise UserError(f"key 'student.weights': {settings.weights}: no such file, expected a weights file")
-        check_file("key 'student.weights'", settings.arch, settings.weights)
+        start = file_of_run(settings.weights)
+        if not start.is_file():
+            raise UserError(f"key 'student.weights': {settings.weights}: no such file, expected weights or a run")
+        check_file("key 'student.weights'", settings.arch, str(start))
     elif settings.backbone_weights is not None:
         file = find_backbone_file(Path(settings.backbone_weights), settings.arch)
         check_file("key 'student.backbone_weights'", settings.arch, str(file), is_backbone=True)

@@ -1,4 +1,4 @@
-"""The reports of a run: the row of an epoch, the choice of best.pt, the final test."""
+"""The reports of a run: the row of an epoch, the choice of the best weights, the final test."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ from engine.training.building import (
     set_learning_rates,
 )
 from engine.training.run_pictures import draw, evaluation_pictures
-from engine.training.saving import save
-from engine.training.state import TrainingState, describe_model
+from engine.training.saving import finish_weights, save, save_best
+from engine.training.state import TrainingState
 from metrics.report import DetectionReport
 
 
@@ -70,8 +70,7 @@ def finish_epoch(
     state.next_epoch()
     if setup.processes.is_first:
         if is_best:
-            best = {"epoch": epoch, "step": state.step, "ema": setup.ema.model.state_dict()}
-            checkpoint.save(folder.best, describe_model(config, setup.splits.names) | best)
+            save_best(setup, epoch, state.step, folder)
         run_folder.append_metrics(folder.metrics, row)
         scalars.add(row, epoch)
         if results:
@@ -131,10 +130,12 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         **machine_facts(setup),
     }
     if is_first:
+        finish_weights(setup, state, folder, progress)
         run_folder.write_report(folder.report, report)
         draw(setup, details, folder, progress)
         for term in ranges:
-            progress.say(str(term))
+            if term.name not in setup.criterion.shares.shares:  # those are sized by gradient: their values say nothing
+                progress.say(str(term))
         for name, counts in setup.teachers.counts().items():
             progress.say(
                 f"parts of outputs of {name}: " + ", ".join(f"{number} {what}" for what, number in counts.items())
@@ -159,7 +160,7 @@ def balance_of_run(setup: TrainingSetup, folder: RunFolder) -> list[TermRange]:
 def evaluate(setup: TrainingSetup, model: nn.Module, index: DatasetIndex) -> tuple[dict[str, float], DetectionReport]:
     """Evaluate a model on a split: the numbers of metrics.csv and report.json, and the data of the plots.
 
-    The rows of the epochs, the choice of best.pt and the final test all use this, so equal weights get equal numbers.
+    The rows of the epochs, the choice of the best and the final test all use this, so equal weights get equal numbers.
     Every process calls it and gets the result of all pictures, its own and those of the other processes.
     """
     result = measuring.evaluate_model(

@@ -31,6 +31,40 @@ def save(setup: TrainingSetup, state: TrainingState, folder: RunFolder) -> None:
     checkpoint.save(folder.last, saved, keep_previous=True)
 
 
+def save_best(setup: TrainingSetup, epoch: int, step: int, folder: RunFolder) -> None:
+    """Write weights/best.safetensors: the averaged weights, every bit of them."""
+    checkpoint.save_student(folder.best, describe_student(setup, epoch, step))
+
+
+def finish_weights(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progress: Progress) -> None:
+    """At the end of a run: write weights/student.safetensors, and remove last.prev.pt if last.pt can be read whole.
+
+    The averaged weights are also in last.pt, as float32; the file to hand on has no more than it needs. Weights that
+    float16 cannot hold stay float32.
+    """
+    student = describe_student(setup, state.epoch, state.step)
+    try:
+        checkpoint.save_student(folder.student, student, half=setup.config.student_file == "float16")
+    except UserError as error:
+        if error.exit_code == checkpoint.DISK_EXIT_CODE:
+            raise
+        progress.say(f"{error}; written as float32")
+        checkpoint.save_student(folder.student, student)
+    previous = checkpoint.previous_path(folder.last)
+    try:
+        checkpoint.load(folder.last)
+    except UserError as error:
+        progress.say(f"{error}; kept: {previous}")
+    else:
+        previous.unlink(missing_ok=True)
+
+
+def describe_student(setup: TrainingSetup, epoch: int, step: int) -> dict[str, Any]:
+    """What checkpoint.save_student needs."""
+    described = describe_model(setup.config, setup.splits.names)
+    return described | {"epoch": epoch, "step": step, "ema": setup.ema.model.state_dict()}
+
+
 def restore(setup: TrainingSetup, saved: dict[str, Any], folder: RunFolder, progress: Progress) -> TrainingState:
     """Load the models and the optimizer from a checkpoint of this run, and return its state."""
     if saved["data"] != setup.data:

@@ -13,7 +13,8 @@ from errors import UserError
 
 # The result does not depend on these keys, so a resumed run may change them freely.
 FREE_KEYS = (
-    *("name", "runs", "save_every_steps", "data.root", "data.train_root", "data.unlabelled.root", "data.workers"),
+    *("name", "runs", "save_every_steps", "student_file"),
+    *("data.root", "data.train_root", "data.unlabelled.root", "data.workers"),
     "data.cache",
 )
 

@@ -26,7 +26,7 @@ from errors import UserError
 from layers.fusion import fuse
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
 from teachers.output_cache import OutputCache, cached_forward, fingerprint_of, image_key, parts_to_keep
-from weights import load_public
+from weights import file_of_run, load_public
 
 EMA = "ema"  # the `arch` of a teacher that is the student's running average
 MOST_UPSAMPLED = 2.0  # images enlarged by more than this are mostly interpolation: prints a warning
@@ -187,10 +187,11 @@ def find_file(teacher: TeacherConfig, key: str) -> str | None:
     if teacher.weights is None:
         advice = "" if teacher.arch in models.TEACHERS else "; compare.py trains a detector in place"
         raise UserError(f"{key}.weights': found none, expected a file{how_to_fetch(teacher.arch)}{advice}")
-    if not Path(teacher.weights).is_file():
+    file = file_of_run(teacher.weights)
+    if not file.is_file():
         found = f"{key}.weights': {teacher.weights}: no such file"
         raise UserError(f"{found}, expected weights of {teacher.arch}{how_to_fetch(teacher.arch)}")
-    return teacher.weights
+    return str(file)
 
 
 def load(

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import stat
 import tarfile
 import threading
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+import models
 from datasets import download
 from datasets.download import DATASETS, WEIGHTS, Archive, PublicDataset, fetch, main, unpack
 from errors import UserError
@@ -308,23 +310,55 @@ def test_the_table_of_datasets():
     names = {"bccd", "voc2007", "voc2012", "coco2017", "kitti", "clip_vocabulary", *WEIGHTS}
     assert set(DATASETS) == names
     digests = [archive.digest for dataset in DATASETS.values() for archive in dataset.archives]
-    assert digests.count(None) == 4  # BCCD's archive, made on demand, two detectors and ResNet-50
+    unknown = {name for name, dataset in DATASETS.items() if any(a.digest is None for a in dataset.archives)}
+    assert unknown == {
+        *("bccd", "rtdetr_x", "rtdetr_r18vd", "rtdetr_r50vd"),  # BCCD's archive is made on demand
+        *(f"yolov5{size}u" for size in "nsmlx"),
+        *(f"dinov2_vit{size}14_reg" for size in "sbl"),
+    }
+    assert len(set(digests) - {None}) == len(digests) - digests.count(None)  # no two files have one hash
     for digest in filter(None, digests):
         kind, _, value = digest.partition(":")
-        assert len(bytes.fromhex(value)) == {"md5": 16, "sha256": 32}[kind]
+        assert len(bytes.fromhex(value)) in {"md5": (16,), "sha256": (4, 32)}[kind]  # or its first digits
     for dataset in DATASETS.values():
         for archive in dataset.archives:
             assert archive.filename.endswith((".zip", ".tar", *download.SINGLE_FILES))
-            assert archive.bytes or not archive.digest or archive is WEIGHTS["deit_tiny"]  # known, but for its size
 
 
 def test_weights_are_named_by_their_hash():
     """Torchvision and DeiT put the first digits of a file's SHA-256 into its name, OpenAI all of them before it."""
-    for name in ("resnet18", "mobilenet_v3_small", "deit_tiny"):
+    named = [name for name, file in WEIGHTS.items() if "download.pytorch.org" in file.url or name == "deit_tiny"]
+    assert len(named) == 10
+    for name in named:
         digest = WEIGHTS[name].digest.removeprefix("sha256:")
         assert WEIGHTS[name].filename.endswith(f"-{digest[:8]}.pth")
-    assert WEIGHTS["clip_vit_b32"].digest.removeprefix("sha256:") in WEIGHTS["clip_vit_b32"].url
+    for name in ("clip_vit_b32", "clip_vit_b16"):
+        assert WEIGHTS[name].digest.removeprefix("sha256:") in WEIGHTS[name].url
     assert DATASETS["resnet18"].folder == "weights/resnet18"
+
+
+def test_a_released_file_of_the_table(shared_data):
+    """The hash and the size in the table are those of a released file that is at hand."""
+    path = shared_data / "public_weights" / "yolov5n_coco_v6.1.pt"
+    if not path.is_file():
+        pytest.skip("no released YOLOv5n among the small real data")
+    assert WEIGHTS["yolov5n"].bytes == path.stat().st_size
+    assert WEIGHTS["yolov5n"].digest == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def test_every_architecture_that_was_released_is_in_the_table():
+    families = re.compile(r"(yolov8|yolov5)[nsmlx]u?|rtdetr_.*|dinov2_.*|clip_.*")
+    released = {name for name in (*models.ARCHITECTURES, *models.TEACHERS) if families.fullmatch(name)}
+    assert len(released) == 27 and released <= set(WEIGHTS)
+
+
+def test_first_digits_of_a_hash(server, tmp_path):
+    server.files["model-abc.pth"] = b"weights"
+    digits = hashlib.sha256(b"weights").hexdigest()[:8]
+    right, wrong = (Archive(server.url("model-abc.pth"), None, f"sha256:{d}") for d in (digits, digits[::-1]))
+    with pytest.raises(UserError, match=f"expected {digits[::-1]} "):
+        fetch(wrong, tmp_path, say=quiet)
+    assert fetch(right, tmp_path, say=quiet).read_bytes() == b"weights"
 
 
 def test_weights_are_put_in_their_folder_as_they_are(server, tmp_path):

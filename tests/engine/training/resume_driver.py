@@ -28,15 +28,19 @@ from tests.tiny_training import tiny_config, write_dataset
 def make_config(folder: Path, workers: int) -> Config:
     """Four epochs of six steps with a teacher, momentum, an adapter, mosaic that closes, held-out pictures.
 
-    The term's weight is measured in ten batches after the first three steps.
+    The term's weight is measured in ten batches after the first three steps. With workers, half of each batch has no
+    labels but pseudo boxes, and the term acts on that half.
     """
+    pseudo = {"teacher": "teacher", "threshold": 0.011, "ignore_above": 0.01}
+    unlabelled = {"rest": True, "labelled_share": 0.5, "pseudo": pseudo}
+    few = {"max_samples": 20, "pictures_per_epoch": 24, "unlabelled": unlabelled} if workers else {}
     return tiny_config(
         folder / "data",
         folder / "runs",
         epochs=4,
         batch_size=4,
         save_every_steps=2,
-        data={"workers": workers, "holdout_fraction": 0.15},
+        data={"workers": workers, "holdout_fraction": 0.15} | few,
         augment={"close_mosaic_epochs": 1, "mixup": 0.3},
         evaluation={"every_epochs": 2},
         optimizer={"accumulate": 2 if workers else 1, "name": "sgd" if workers else "adamw", "learning_rate": 1e-3},
@@ -48,6 +52,7 @@ def make_config(folder: Path, workers: int) -> Config:
                 "weight": {"share": 0.5},
                 "student_maps": ["p4"],
                 "adapter": "conv1x1",
+                "on": "unlabelled" if workers else "all",
             }
         ],
     )

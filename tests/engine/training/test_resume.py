@@ -18,6 +18,7 @@ from datasets.loader import Loader
 from datasets.yolo_txt import read_yolo
 from tests.conftest import ROOT
 from tests.tiny_training import environment, write_dataset
+from weights import read_state_dict
 
 KILLS = 6  # for each number of workers, besides the signals
 
@@ -70,8 +71,8 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path, workers):
     assert {k: v for k, v in a["position"].items() if k not in times} == {
         k: v for k, v in b["position"].items() if k not in times
     }
-    best_a, best_b = (checkpoint.load(run / "weights" / "best.pt") for run in (whole, resumed))
-    assert_same_bytes(best_a["ema"], best_b["ema"])
+    best_a, best_b = (read_state_dict(run / "weights" / "best.safetensors")[0] for run in (whole, resumed))
+    assert_same_bytes(best_a, best_b)
     assert read_rows(whole) == read_rows(resumed)
     assert not list(resumed.rglob("*.tmp"))
     tests = [json.loads((run / "report.json").read_text())["test"] for run in (whole, resumed)]

@@ -392,10 +392,11 @@ def test_without_any_label(make):
     """Terms alone, and pseudo boxes alone; test pictures give the classes."""
     term = TERM | {"on": "all"}
     data = {"train": None, "unlabelled": {"split": "train"}}
-    report = train.run(make(data=data, terms=[term], detection_weight=0.0, epochs=1), quiet=True)
-    assert report["labelled_pictures"] == 0 and report["unlabelled_pictures"] == 24 and report["steps"] == 3
-    header = (train.Path(make().runs) / "tiny" / "metrics.csv").read_text().splitlines()[0]
-    assert [name for name in header.split(",") if name.startswith("train/")] == ["train/cwd_t"]
+    setup = building.build(make(data=data, terms=[term], detection_weight=0.0), Processes("cpu"), None, quiet)
+    assert setup.splits.labelled == 0 and setup.splits.unlabelled == 24 and setup.steps_per_epoch == 3
+    batch = next(setup.loader.epoch(0))
+    (row,) = train.train_step(setup, [batch], train.TrainingState(), train.RunFolder(setup.config.runs))
+    assert list(row) == ["cwd_t"] and row["cwd_t"] > 0
     data["unlabelled"]["pseudo"] = PSEUDO
     setup = building.build(make(data=data), Processes("cpu"), None, quiet)
     assert setup.splits.labelled == 0 and len(next(setup.loader.epoch(0)).targets) > 0

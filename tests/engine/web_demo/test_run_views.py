@@ -23,13 +23,13 @@ def place(root: Path, name: str, file: str) -> None:
 def test_runs_are_found_at_any_depth_with_the_best_weights(tmp_path):
     place(tmp_path, "alone", "last.pt")
     place(tmp_path, "study/a", "last.pt")
-    place(tmp_path, "study/a", "best.pt")
+    place(tmp_path, "study/a", "best.safetensors")
     place(tmp_path, "study/killed", "last.prev.pt")
     (tmp_path / "study" / "empty" / "weights").mkdir(parents=True)
     found = run_views.find_runs(tmp_path)
     assert {name: run.weights.name for name, run in found.items()} == {
         "alone": "last.pt",
-        "study/a": "best.pt",
+        "study/a": "best.safetensors",
         "study/killed": "last.pt",
     }
     assert run_views.find_runs(tmp_path / "nothing") == {}
