@@ -14,8 +14,9 @@ up to then are kept, and a video written so far can be played. Below --output it
     <name>.mp4          each video with its boxes: every frame at its own time, upright, without sound
     predictions.json    with --json: a list of {"image_id", "file_name", "category_id", "category_name",
                         "bbox": [x, y, width, height], "score"}, in pixels of the upright picture, best first in each
-                        picture. image_id counts pictures and frames from 0 in the order given, category_id the
-                        classes. Frames also have "frame", their number from 0, and "seconds" since the first frame
+                        picture. image_id counts pictures and frames from 1 in the order given, category_id the
+                        classes from 0: pycocotools and FiftyOne read it as it is. Frames also have "frame", their
+                        number from 0, and "seconds" since the first frame
     labels/<name>.txt   with --txt: a line `class center_x center_y width height score` for each detection, as
                         fractions of the upright picture's size; empty if nothing was found
     labels/<name>.mp4/000000.txt ...    the same for each frame of a video
@@ -98,7 +99,7 @@ class Prediction:
         self.batch_size, self.draw, self.quiet, self.max_frames = batch_size, draw, quiet, max_frames
         self.files = PredictionFiles(output, names, write_json=write_json, write_txt=write_txt)
         self.totals = Totals()
-        self.image_ids = itertools.count()
+        self.image_ids = itertools.count(1)
 
     def run(self, sources: Sequence[Source], stop: StopSignals) -> Totals:
         """Write everything into `output` and print the totals. A signal received by `stop` ends it after a batch."""

@@ -70,7 +70,7 @@ def test_writes_the_filmed_copy_json_and_text(clip, tmp_path, colour_model, caps
             assert difference[:16, x : x + 40].max() > 90  # and a label above it
 
     rows = json.loads((out / "predictions.json").read_text())
-    assert [(row["image_id"], row["frame"]) for row in rows] == [(n, n) for n in range(10)]
+    assert [(row["image_id"], row["frame"]) for row in rows] == [(n + 1, n) for n in range(10)]
     np.testing.assert_allclose([row["seconds"] for row in rows], seconds_of(clip), atol=1e-6)
     for row in rows:
         np.testing.assert_allclose(row["bbox"], [8 + 2 * row["frame"], 16, 40, 32], atol=3)
@@ -93,7 +93,7 @@ def test_pictures_and_videos_of_a_folder_share_one_count(clip, tmp_path, colour_
     assert f"skipped: {clip.parent / 'broken.mkv'}: " in said
     assert "2 pictures, 3 frames of 1 video, 5 detections (5 red thing), 1 skipped" in said
     rows = json.loads((out / "predictions.json").read_text())
-    assert [(row["image_id"], row.get("frame")) for row in rows] == [(0, None), (1, 0), (2, 1), (3, 2), (4, None)]
+    assert [(row["image_id"], row.get("frame")) for row in rows] == [(1, None), (2, 0), (3, 1), (4, 2), (5, None)]
     assert {path.name for path in out.iterdir()} == {"a.jpg", "clip.mp4", "z.jpg", "predictions.json"}
 
 
