@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from structures import Targets
+from tests.conftest import ROOT
 from tests.distill.losses.mutants.machinery import Edit, apply_edit
 from tests.reference import yolo_losses as reference
 from tests.yolo.test_losses import ANCHORS, GRIDS, STRIDES, K, scene, targets_of, v5_logits, v7, values
@@ -141,6 +142,11 @@ MUTANTS = {
     "objects of other images": Edit("(is_learnable(targets) & (targets.image == image))", "is_learnable(targets)"),
     "nan is dear": Edit("nan=-torch.inf", "nan=torch.inf"),
 }  # fmt: skip
+
+
+def test_the_document_counts_the_wrong_variants():
+    count = len(MUTANTS) + len(LOSS_MUTANTS)
+    assert f"| {count} of {count} |" in (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
