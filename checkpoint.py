@@ -367,6 +367,9 @@ def _build_public(
     names = info.names or published or tuple(map(str, range(count)))
     model = models.build(arch, count, widths=None, **models.head_of(arch, count, renamed))
     weights.load_public(model, state, source=str(path))
+    found = {name.rpartition(".")[2] for name in info.globals_seen if name.startswith("torch.nn.modules.activation.")}
+    if found and (own := getattr(model, "activation", None)) and own not in found:  # same names, another function
+        raise UserError(f"{path}: its layers have {', '.join(sorted(found))}, those of {arch} have {own}")
     names_from: NamesFrom = "the file" if info.names else "the release" if published else "nothing"
     image_size = info.image_size or PUBLIC_IMAGE_SIZE
     return model, CheckpointInfo(arch, names, image_size, source="public", names_from=names_from)

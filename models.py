@@ -24,6 +24,7 @@ from teachers.clip import build_clip
 from teachers.dinov2 import build_dinov2
 from teachers.rtdetr import build_rtdetr
 from yolo.yolov5 import build_yolov5, build_yolov5u
+from yolo.yolov7 import build_yolov7_tiny
 from yolo.yolov8 import build_yolov8
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
@@ -44,6 +45,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "yolov5mu": partial(build_yolov5u, "m"),
     "yolov5lu": partial(build_yolov5u, "l"),
     "yolov5xu": partial(build_yolov5u, "x"),
+    "yolov7_tiny": build_yolov7_tiny,
     "fasterrcnn_resnet18": partial(build_fasterrcnn_resnet, 18),
     "fasterrcnn_resnet34": partial(build_fasterrcnn_resnet, 34),
     "fasterrcnn_resnet50": partial(build_fasterrcnn_resnet, 50),
@@ -88,6 +90,7 @@ class DetectionSettings:
 PUBLISHED_DETECTION = {
     "yolov8": DetectionSettings(0.001, 0.7, 300),
     "yolov5": DetectionSettings(0.001, 0.7, 300),
+    "yolov7": DetectionSettings(0.001, 0.65, 300),
     "fasterrcnn": DetectionSettings(0.05, 0.5, 100),
     "rtdetr": DetectionSettings(0.001, 1.0, 300),
 }

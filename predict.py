@@ -5,7 +5,8 @@
 Examples:
 
     python predict.py runs/bccd_yolov8n/weights/last.pt photo.jpg folder 'more/*.png' --output found --json --txt
-    python predict.py runs/bccd_yolov8n/weights/last.pt clip.mp4 webcam --max-frames 500
+    python predict.py runs/bccd_yolov8n clip.mp4 webcam --max-frames 500
+    python predict.py runs/bccd_yolov8n webcam --show      # in a window; q ends it
 
 A SOURCE is a picture, a video, a folder or pattern of both, or a webcam (`webcam`, `webcam:1`). Ctrl-C stops; results
 up to then are kept, and a video written so far can be played. Below --output it writes:
@@ -14,8 +15,9 @@ up to then are kept, and a video written so far can be played. Below --output it
     <name>.mp4          each video with its boxes: every frame at its own time, upright, without sound
     predictions.json    with --json: a list of {"image_id", "file_name", "category_id", "category_name",
                         "bbox": [x, y, width, height], "score"}, in pixels of the upright picture, best first in each
-                        picture. image_id counts pictures and frames from 0 in the order given, category_id the
-                        classes. Frames also have "frame", their number from 0, and "seconds" since the first frame
+                        picture. image_id counts pictures and frames from 1 in the order given, category_id the
+                        classes from 0: pycocotools and FiftyOne read it as it is. Frames also have "frame", their
+                        number from 0, and "seconds" since the first frame
     labels/<name>.txt   with --txt: a line `class center_x center_y width height score` for each detection, as
                         fractions of the upright picture's size; empty if nothing was found
     labels/<name>.mp4/000000.txt ...    the same for each frame of a video
@@ -28,6 +30,7 @@ written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -44,6 +47,7 @@ from engine.prediction.files import PredictionFiles, complete_file, drawn_path, 
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import Source, find_sources
 from engine.prediction.video import VideoReader, VideoWriter, require_av
+from engine.prediction.window import Window
 from engine.runtime.interruption import StopSignals
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
@@ -93,12 +97,14 @@ class Prediction:
         draw: bool = True,
         quiet: bool = False,
         max_frames: int | None = None,
+        window: Window | None = None,
     ) -> None:
         self.predictor, self.names, self.output = predictor, names, output
         self.batch_size, self.draw, self.quiet, self.max_frames = batch_size, draw, quiet, max_frames
         self.files = PredictionFiles(output, names, write_json=write_json, write_txt=write_txt)
+        self.window, self.is_ended = window, False  # is_ended: by q or by closing the window
         self.totals = Totals()
-        self.image_ids = itertools.count()
+        self.image_ids = itertools.count(1)
 
     def run(self, sources: Sequence[Source], stop: StopSignals) -> Totals:
         """Write everything into `output` and print the totals. A signal received by `stop` ends it after a batch."""
@@ -108,7 +114,7 @@ class Prediction:
                     self.predict_pictures(list(group), stop)
                     continue
                 for source in group:
-                    if not stop.received:
+                    if not stop.received and not self.is_ended:
                         self.predict_video(source, stop)
         print(self.totals.line(self.names, self.output))
         return self.totals
@@ -180,18 +186,22 @@ class Prediction:
         progress = Progress(quiet=self.quiet, unit="frame")
         progress.start(reader.name, self.expected_frames(reader))
         frames = itertools.islice(reader, self.max_frames)
-        # frames of a camera are shown to the model one by one, as they come
-        for batch in batches(frames, self.batch_size if source.camera is None else 1):
+        # frames of a camera, and those that are shown, go to the model one by one, as they come
+        is_live = source.camera is not None or self.window is not None
+        for batch in batches(frames, 1 if is_live else self.batch_size):
             for frame, detections in zip(batch, self.detect([frame.pixels for frame in batch])):
                 height, width = frame.pixels.shape[:2]
                 self.files.add(source, next(self.image_ids), detections, (width, height), frame)
-                if writer is not None:
-                    drawn = draw_detections(frame.pixels, detections, self.names)
-                    writer.write(np.asarray(drawn), frame.ticks)
+                if writer is not None or self.window is not None:
+                    drawn = np.asarray(draw_detections(frame.pixels, detections, self.names))
+                    if writer is not None:
+                        writer.write(drawn, frame.ticks)
+                    if self.window is not None and not self.window.show(drawn):
+                        self.is_ended = True
                 labels.update(detections.labels.tolist())
                 done, seconds = done + 1, frame.seconds
                 progress.advance({"frames per second": done / (time.perf_counter() - began)})
-            if stop.received:
+            if stop.received or self.is_ended:
                 break
         progress.finish()
         self.totals.videos += 1
@@ -282,6 +292,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0 (%(default)s)")
     precisions = ("auto", "float32", "bfloat16")
     parser.add_argument("--precision", choices=precisions, default="float32", help="of the model (%(default)s)")
+    parser.add_argument("--show", action="store_true", help="show videos and webcams in a window; q ends it")
     parser.add_argument("--quiet", action="store_true", help="print only the totals and what was skipped")
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_detections", "max_frames"):
@@ -297,6 +308,9 @@ def main(argv: list[str]) -> int:
     sources = find_sources(args.sources)
     check_output(args.output, [] if args.no_pictures else sources)
     check_videos(sources)
+    if args.show and not any(source.is_video for source in sources):
+        raise UserError("--show: found pictures alone, expected a video or webcam")
+    window = Window("Retort: q ends it") if args.show else None
     device = choose_device(args.device)
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision)
     image_size = args.image_size or info.image_size
@@ -329,9 +343,10 @@ def main(argv: list[str]) -> int:
         draw=not args.no_pictures,
         quiet=args.quiet,
         max_frames=args.max_frames,
+        window=window,
     )
     try:
-        with StopSignals() as stop:
+        with StopSignals() as stop, window or contextlib.nullcontext():
             totals = prediction.run(sources, stop)
     except OSError as error:
         raise UserError(

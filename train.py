@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,7 +120,14 @@ def train_step(
     return [dict(zip(losses, values[i * len(losses) :])) for i in range(len(batches))]
 
 
-def train(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progress: Progress, stop: StopSignals) -> None:
+def train(
+    setup: TrainingSetup,
+    state: TrainingState,
+    folder: RunFolder,
+    progress: Progress,
+    stop: StopSignals,
+    on_epoch: Callable[[dict[str, float | None]], None] | None = None,
+) -> None:
     """Train from `state` to the end of the last epoch. Raises StopRequested after a signal, when all is saved."""
     config, processes = setup.config, setup.processes
     scalars = ScalarLog(folder.path, purge_step=state.epoch + 1, enabled=processes.is_first and not progress.quiet)
@@ -144,7 +152,9 @@ def train(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progres
                 raise StopRequested
             began = time.perf_counter()
         progress.finish()
-        finish_epoch(setup, state, folder, progress, scalars, stop)
+        row = finish_epoch(setup, state, folder, progress, scalars, stop)
+        if on_epoch is not None and processes.is_first:
+            on_epoch(row)
     stop.may_raise = True  # nothing is lost from here on
     scalars.close()
 
@@ -156,6 +166,7 @@ def run(
     teachers: dict[str, nn.Module] | None = None,
     quiet: bool = False,
     allow_change: tuple[str, ...] = (),
+    on_epoch: Callable[[dict[str, float | None]], None] | None = None,
 ) -> dict[str, Any]:
     """Train a config to its end and return the report that is also written to runs/<name>/report.json.
 
@@ -164,6 +175,8 @@ def run(
         teachers: modules by the names in config.teachers, instead of their weights. They are frozen, in eval mode.
         quiet: print only the line about a signal.
         allow_change: keys that a resumed run may change.
+        on_epoch: is called with the row of metrics.csv after each epoch, when all is saved, in the first process alone;
+            for a logger of your own. A value that the epoch does not have is None.
     Raises UserError, or SystemExit after a signal, when all is saved. Both carry the exit codes above.
     """
     keep_freed_memory()
@@ -187,7 +200,7 @@ def run(
             progress.say(f"{folder.path}: {describe_setup(setup)}")
             if saved is None:
                 measure_start(setup, state, progress)
-            train(setup, state, folder, progress, stop)
+            train(setup, state, folder, progress, stop, on_epoch)
             return finish(setup, state, folder, progress)
         except (StopRequested, LoaderProcessDied) as error:
             if isinstance(error, LoaderProcessDied) and stop.received is None:

@@ -99,8 +99,8 @@ def peer_calls(arch: str, images: Tensor, with_onnx: bool) -> dict[str, Call]:
     """Ultralytics' model, in its own form for export where it becomes an ONNX graph."""
     from ultralytics.nn.tasks import DetectionModel
 
-    if arch.startswith("yolov5") and not arch.endswith("u"):
-        return {}  # the package builds YOLOv5 with the anchor-free head alone
+    if arch.startswith(("yolov5", "yolov7")) and not arch.endswith("u"):
+        return {}  # the package builds YOLOv5 with the anchor-free head alone, and no YOLOv7
     model = DetectionModel(f"{arch.removesuffix('u')}.yaml", nc=NUM_CLASSES, verbose=False).eval()
     predict = lambda model, images: model(images)
     calls = {}

@@ -46,7 +46,7 @@ def head_level(model: Any, output: Any, name: str) -> int:
 def anchor_outputs(inputs: Any) -> dict[str, Tensor]:
     """s_ and t_ box, objectness and class logits of two heads. ValueError unless anchors and classes are equal."""
     if not all(hasattr(model, "anchors_pixels") for model in (inputs.student, inputs.teacher)):
-        raise ValueError("both models must have objectness and anchors (YOLOv5)")
+        raise ValueError("both models must have objectness and anchors (YOLOv5, YOLOv7-tiny)")
     if not torch.equal(inputs.student.anchors_pixels().cpu(), inputs.teacher.anchors_pixels().cpu()):
         raise ValueError("the anchors of student and teacher differ: their locations predict different boxes")
     if inputs.classes is not None:

@@ -236,7 +236,7 @@ def test_an_older_name_of_an_architecture_is_read(tmp_path):
     )
 
 
-@pytest.mark.parametrize("arch", ["yolov8n", "yolov5n", "yolov5nu"])
+@pytest.mark.parametrize("arch", ["yolov8n", "yolov5n", "yolov5nu", "yolov7_tiny"])
 def test_class_count_of_a_public_state(arch):
     model = models.build(arch, 7)
     state = {_public_name(name, model.public_names): tensor for name, tensor in model.state_dict().items()}

@@ -328,7 +328,7 @@ def test_rtdetr(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["yolov5n", "rtdetr"])
+@pytest.mark.parametrize("arch", ["yolov5n", "yolov7_tiny", "rtdetr"])
 def test_sizes_stay_free(arch):
     """What torch.export keeps as a constant shows at another size; torch.onnx translates this very program."""
     model = small_rtdetr() if arch == "rtdetr" else fuse(models.build(arch, 2)).requires_grad_(False)

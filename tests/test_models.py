@@ -9,7 +9,7 @@ def test_table_holds_every_name_once_and_builds_what_it_says():
         f"{family}{size}{suffix}"
         for family, suffix in [("yolov8", ""), ("yolov5", ""), ("yolov5", "u")]
         for size in ("n", "s", "m", "l", "x", *(["_narrow", "_half"] if family == "yolov8" else []))
-    ] + [
+    ] + ["yolov7_tiny"] + [
         f"fasterrcnn_{backbone}"
         for backbone in (
             "resnet18",

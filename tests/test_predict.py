@@ -57,9 +57,9 @@ def test_writes_pictures_json_and_text(tmp_path, colour_model, capsys):
 
     rows = json.loads((output / "predictions.json").read_text())
     assert [(row["image_id"], row["category_id"], row["category_name"]) for row in rows] == [
-        (0, 0, "red thing"),
         (1, 0, "red thing"),
-        (1, 1, "blue thing"),
+        (2, 0, "red thing"),
+        (2, 1, "blue thing"),
     ]
     assert rows[1]["file_name"] == str(tmp_path / "in" / "b.png")
     np.testing.assert_allclose(rows[1]["bbox"], [20, 40, 40, 40], atol=2)  # x, y, width, height
@@ -164,3 +164,55 @@ def test_a_full_disk_is_one_line(tmp_path, colour_model, monkeypatch):
     with pytest.raises(UserError, match=r"a\.jpg: could not be written: No space left on device") as error:
         predict.main(["w.pt", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")])
     assert error.value.exit_code == 5
+
+
+@pytest.fixture
+def predictions(tmp_path, colour_model):
+    """(pictures in their order, predictions.json)"""
+    (tmp_path / "in").mkdir()
+    boxes = {"a": {}, "b": {"red": (20, 40, 60, 80), "blue": (100, 0, 200, 50)}, "c": {"red": (0, 0, 80, 80)}}
+    for name, rectangles in boxes.items():
+        scene(200, 100, **rectangles).save(tmp_path / "in" / f"{name}.png")
+    predict.main(["weights.pt", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--json", "--no-pictures"])
+    return sorted((tmp_path / "in").iterdir()), tmp_path / "out" / "predictions.json"
+
+
+def test_pycocotools_reads_the_json_as_it_is(predictions):
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    pictures, path = predictions
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": k, "file_name": str(p), "width": 200, "height": 100} for k, p in enumerate(pictures, 1)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(NAMES)],
+        "annotations": [
+            {"id": 1, "image_id": 2, "category_id": 0, "bbox": [20, 40, 40, 40], "area": 1600, "iscrowd": 0},
+            {"id": 2, "image_id": 2, "category_id": 1, "bbox": [100, 0, 100, 50], "area": 5000, "iscrowd": 0},
+            {"id": 3, "image_id": 3, "category_id": 0, "bbox": [0, 0, 80, 80], "area": 6400, "iscrowd": 0},
+        ],
+    }
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(str(path)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[1] == pytest.approx(1)  # mAP50: every object at its place, under its class, in its picture
+
+
+def test_the_json_follows_the_rules_of_fiftyones_reader(predictions):
+    """Its add_coco_labels: a list; image_id is the sample's place from 1, category_id that of its class from 0."""
+    pictures, path = predictions
+    rows = json.loads(path.read_text())
+    assert isinstance(rows, list) and rows
+    of_sample = [[row for row in rows if row["image_id"] == place] for place in range(1, len(pictures) + 1)]
+    assert [len(found) for found in of_sample] == [0, 2, 1] and sum(map(len, of_sample)) == len(rows)
+    for picture, found in zip(pictures, of_sample):
+        for row in found:
+            assert type(row["category_id"]) is int and NAMES[row["category_id"]] == row["category_name"]
+            assert row["file_name"] == str(picture) and 0 <= row["score"] <= 1
+            x, y, width, height = row["bbox"]  # of the top-left corner, in pixels
+            assert 0 <= x < x + width <= 200 and 0 <= y < y + height <= 100
+            reserved = {"id", "area", "iscrowd", "segmentation", "keypoints", "attributes"}
+            assert not reserved & set(row)

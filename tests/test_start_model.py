@@ -236,7 +236,7 @@ def released_state(model: nn.Module) -> dict[str, Tensor]:
     return found | {f"{name}weight": torch.zeros(1) for name in dropped}
 
 
-@pytest.mark.parametrize("arch", ["yolov8n", "yolov5n"])
+@pytest.mark.parametrize("arch", ["yolov8n", "yolov5n", "yolov7_tiny"])
 def test_a_public_file_is_joined_by_the_names_it_has(arch, tmp_path):
     torch.manual_seed(1)
     released = models.build(arch, 5)

@@ -274,8 +274,13 @@ def test_early_stopping(make_tiny, monkeypatch):
     numbers = lambda value: {"mAP50-95": value, "mAP50": value, "precision": value, "recall": value, "f1": value}
     monkeypatch.setattr(reporting, "evaluate", lambda *args, **kwargs: (numbers(next(scores)), None))
     config = make_tiny(epochs=10, patience=2, data={"holdout_fraction": 0.25}, evaluation={"every_epochs": 1})
-    report = train.run(config, quiet=True)
+    rows: list[dict] = []
+    report = train.run(config, quiet=True, on_epoch=rows.append)
     assert report["epochs"] == 4  # best at 2, then two without a better one
+    written = run_folder.read_metrics(run_folder.Path(config.runs) / "tiny" / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and rows[1]["metrics/mAP50-95"] == 0.5
+    for row, text in zip(rows, written, strict=True):
+        assert {name: run_folder._cell(value) for name, value in row.items()} == text
     assert report["best_on_holdout"]["epoch"] == 2 and report["best_on_holdout"]["holdout mAP50-95"] == 0.5
     assert checkpoint.load_model(f"{config.runs}/tiny/weights/best.safetensors")[1].epoch == 2
     with pytest.raises(UserError, match="patience"):

@@ -18,6 +18,7 @@ FAMILIES = [  # names that must all be there -> the model; the first row that fi
     (("model.decoder.class_embed.0.weight", "model.backbone.model.embedder.embedder.0.convolution.weight"),
      "rtdetr (Hugging Face layout)"),
     (("model.0.conv.conv.weight",), "yolov5 before release 6 (Focus stem)"),
+    (("model.0.conv.weight", "model.77.m.0.weight"), "yolov7-tiny"),
     (("roi_heads.box_predictor.cls_score.weight", "backbone.fpn.layer_blocks.0.1.weight"),
      "fasterrcnn_resnet50_fpn_v2"),
     (("roi_heads.box_predictor.cls_score.weight", "backbone.body.conv1.weight"), "fasterrcnn_resnet50_fpn"),
@@ -72,7 +73,8 @@ def guess_family(shapes: dict[str, tuple[int, ...]]) -> str | None:
         if stem[2] == 3 and "model.9.linear.weight" in shapes:
             return f"yolov8{size}-cls"
         heads = [match[1] for name in shapes if (match := re.match(r"model\.(\d+)\.cv2\.0\.0\.conv\.weight", name))]
-        return f"another Ultralytics YOLO (its head is layer {heads[-1]})" if heads else None
+        if heads:
+            return f"another Ultralytics YOLO (its head is layer {heads[-1]})"
     for names, family in FAMILIES:
         if all(name in shapes for name in names):
             shape = shapes[names[0]]

@@ -133,7 +133,7 @@ def plain_task_aligned_assignment(
     gt_index = torch.full(class_logits.shape[:2], -1, device=class_logits.device)
     target_scores = torch.zeros_like(class_logits)
     for b in range(len(class_logits)):
-        rows = (_is_learnable(targets) & (targets.image == b)).nonzero()[:, 0]  # (G,)
+        rows = (is_learnable(targets) & (targets.image == b)).nonzero()[:, 0]  # (G,)
         if not len(rows):
             continue
         labels, boxes = targets.labels[rows], gt_boxes[rows]
@@ -195,7 +195,7 @@ def task_aligned_assignment(
     """
     (B, A), N = class_logits.shape[:2], len(targets)
     centers = points * strides  # (A, 2) pixels
-    learnable, ignore = _is_learnable(targets), targets.ignore  # (N,) each
+    learnable, ignore = is_learnable(targets), targets.ignore  # (N,) each
     gt_boxes, gt_labels = targets.boxes_xyxy.to(boxes_xyxy.dtype), targets.labels.where(learnable, 0)
 
     reach = torch.where(ignore[:, None], gt_boxes, _widen(gt_boxes, 2 * strides.min()))  # (N, 4)
@@ -257,7 +257,7 @@ def anchor_ratio_matches(
     Differs from public YOLOv5 code: a center exactly on the border of two cells gives each of them once (there, one
     cell twice). An object whose center lies outside the image has no match (there, it moves to the border cell).
     """
-    rows = _is_learnable(targets).nonzero()[:, 0]  # (N,)
+    rows = is_learnable(targets).nonzero()[:, 0]  # (N,)
     boxes = xyxy_to_cxcywh(targets.boxes_xyxy[rows].to(anchors.dtype))  # (N, 4) pixels
     neighbours = boxes.new_tensor([[0, 0], [-1, 0], [0, -1], [1, 0], [0, 1]]).long()  # (5, 2) as x, y
     matches, start, n = [], 0, anchors.shape[1]
@@ -324,7 +324,7 @@ def is_asynchronous(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _is_learnable(targets: Targets) -> Tensor:
+def is_learnable(targets: Targets) -> Tensor:
     return (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(-1) & ~targets.ignore
 
 

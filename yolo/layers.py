@@ -1,4 +1,4 @@
-"""The layers that YOLOv8 and YOLOv5 share.
+"""The layers that the YOLOs share.
 
 Each layer maps (B, C_in, H, W) to (B, C_out, H', W') and keeps the memory format of its input: no map is copied from
 channels_last to another layout.

@@ -1,7 +1,7 @@
 """Losses of the YOLO heads, one pure function per term, and the decoding of their boxes.
 
 - Anchor-free heads (YOLOv8, YOLOv5u): `yolov8_losses`; boxes from `decode_distances`.
-- Anchor head (YOLOv5): `yolov5_losses`; boxes from `decode_anchor_offsets`.
+- Anchor head (YOLOv5, YOLOv7): `yolov5_losses`; boxes from `decode_anchor_offsets`.
 
 Every loss is computed in float32, also under autocast and for half-precision inputs, or in float64 for float64 inputs.
 The returned scalars are weighted, and normalised so that their size does not depend on the batch size. Without objects
@@ -31,6 +31,7 @@ from yolo.assigners import (
     make_anchors,
     task_aligned_assignment,
 )
+from yolo.simota import simota_matches
 
 
 def decode_distances(box_logits: Tensor, points: Tensor, strides: Tensor) -> Tensor:
@@ -193,17 +194,50 @@ def yolov5_matches(
     anchors: Tensor,
     targets: Targets,
     ratio_threshold: float = 4.0,
+    matches: AnchorMatches | None = None,
 ) -> tuple[AnchorMatches, Tensor]:
-    """The matches of anchor_ratio_matches, and the CIoU (M,) of each with its object. Gradient flows."""
+    """The matches, or if there are none anchor_ratio_matches, and the CIoU (M,) of each with its object.
+
+    Gradient flows through the CIoU.
+    """
     box_logits = at_least_float32(box_logits)
     anchors = anchors.to(box_logits.dtype)
-    matches = anchor_ratio_matches(
-        grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
-    )
+    if matches is None:
+        matches = anchor_ratio_matches(
+            grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
+        )
     points, steps, sizes = (x[matches.location] for x in make_anchors(grid_sizes, strides, anchors))
     predicted_xyxy = decode_anchor_offsets(box_logits[matches.image, matches.location], points, steps, sizes)
     gt_xyxy = targets.boxes_xyxy[matches.row].to(box_logits.dtype)
     return matches, paired_ciou(predicted_xyxy / steps, gt_xyxy / steps)  # (M, 4) cells -> (M,)
+
+
+def yolov7_matches(
+    *,
+    box_logits: Tensor,
+    objectness_logits: Tensor,
+    class_logits: Tensor,
+    grid_sizes: list[tuple[int, int]],
+    strides: Sequence[int],
+    anchors: Tensor,
+    targets: Targets,
+    ratio_threshold: float = 4.0,
+) -> AnchorMatches:
+    """Those of anchor_ratio_matches that simota_matches chooses by the predictions; arguments as in yolov5_losses."""
+    anchors = anchors.to(at_least_float32(box_logits).dtype)
+    matches = anchor_ratio_matches(
+        grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
+    )
+    logits = (box_logits, objectness_logits, class_logits)
+    box, objectness, classes = (at_least_float32(x.detach()[matches.image, matches.location]) for x in logits)
+    points, steps, sizes = (x[matches.location] for x in make_anchors(grid_sizes, strides, anchors))
+    return simota_matches(
+        matches,
+        boxes_xyxy=decode_anchor_offsets(box, points, steps, sizes),
+        objectness_logits=objectness,
+        class_logits=classes,
+        targets=targets,
+    )
 
 
 def yolov5_assignment(
@@ -214,12 +248,14 @@ def yolov5_assignment(
     strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
+    matches: AnchorMatches | None = None,
 ) -> Assignment:
     """The anchor head's positives, arguments as in yolov5_losses; target scores are max(CIoU, 0). No gradient."""
     with torch.no_grad():
         matches, ciou = yolov5_matches(
-            box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets
-        )
+            box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets,
+            matches=matches,
+        )  # fmt: skip
     points, steps, _ = make_anchors(grid_sizes, strides, anchors.to(ciou.dtype))
     return assignment_of_matches(
         matches, ciou.clamp(min=0), points=points, strides=steps, targets=targets, shape=tuple(class_logits.shape)
@@ -240,6 +276,7 @@ def yolov5_losses(
     cls_gain: float = 0.5,
     ratio_threshold: float = 4.0,
     balance: tuple[float, ...] = (4.0, 1.0, 0.4),
+    matches: AnchorMatches | None = None,
 ) -> dict[str, Tensor]:
     """The three terms of the anchor head, over the matches M_l of each level l.
 
@@ -252,6 +289,8 @@ def yolov5_losses(
         box_logits: (B, A, 4). objectness_logits: (B, A). class_logits: (B, A, K). A in the order of make_anchors.
         anchors: (L, n, 2) in pixels. grid_sizes: L pairs (h, w). strides: L, pixels. balance: L weights.
         targets: labels in 0..K-1; may be empty.
+        matches: those to learn, such as yolov7_matches of the same predictions, or None for
+            anchor_ratio_matches with ratio_threshold.
     Returns:
         {"box", "obj", "cls"}: scalars (), not multiplied by B.
 
@@ -263,7 +302,7 @@ def yolov5_losses(
     anchors = anchors.to(box_logits.dtype)
     matches, ciou = yolov5_matches(
         box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets,
-        ratio_threshold=ratio_threshold,
+        ratio_threshold=ratio_threshold, matches=matches,
     )  # fmt: skip
     counts = torch.bincount(matches.level, minlength=len(strides)).to(ciou.dtype)
     weight = 1 / joint_normaliser(counts, ciou)[matches.level]  # 1 / |M_l| (M,)

@@ -22,9 +22,9 @@ from kernels.nms import select_detections
 from layers.precision import at_least_float32
 from structures import Detections, Targets
 from weights import ClassRows, PublicLayout
-from yolo.assigners import make_anchors
+from yolo.assigners import AnchorMatches, make_anchors
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, upsample
-from yolo.losses import decode_anchor_offsets, yolov5_assignment, yolov5_losses
+from yolo.losses import decode_anchor_offsets, yolov5_assignment, yolov5_losses, yolov7_matches
 from yolo.released_names import YOLOV5_NAMES, YOLOV5U_NAMES
 from yolo.taps import is_requested, joint_logits, logits_at_boxes
 from yolo.yolov8 import FEATURE_STRIDES, LEVEL_STRIDES, NECK_MAPS, AnchorFreeDetector, Size, level_sizes
@@ -149,14 +149,14 @@ class AnchorHead(nn.Module):
 
 
 @dataclass(frozen=True)
-class YOLOv5Output:
-    """The output of YOLOv5.forward for images (B, 3, H, W), the same in train and eval mode.
+class AnchorOutput:
+    """The output of AnchorDetector.forward for images (B, 3, H, W), the same in train and eval mode.
 
     features: maps (B, C, H / s, W / s) by name: c3, c4, c5 (backbone) and p3, p4, p5 (neck, the head's input).
     box_logits (B, A, 4) before decoding, objectness_logits (B, A), class_logits (B, A, K): in the order of AnchorHead.
         A location is a pair of anchor and cell.
     image_size: (H, W).
-    YOLOv5.requested_outputs may leave out p3, p4, p5; the logits are None if it leaves out the head.
+    AnchorDetector.requested_outputs may leave out p3, p4, p5; the logits are None if it leaves out the head.
     """
 
     features: dict[str, Tensor]
@@ -172,11 +172,14 @@ class YOLOv5Output:
         return box, objectness, classes
 
 
-class YOLOv5(nn.Module):
-    """YOLOv5 with the anchor head. Satisfies DenseDetector.
+class AnchorDetector(nn.Module):
+    """backbone -> neck -> anchor head: YOLOv5, and YOLOv7-tiny (yolo/yolov7.py). Satisfies DenseDetector.
 
-    The gains weight the loss terms; the defaults are those of the released recipe. As there, obj_gain is multiplied by
-    H W / 640^2 and cls_gain by K / 80.
+    channels: of c3, c4, c5, p3, p4, p5, in this order. activation: its class in torch.nn.
+    simota: whether an object learns those of its matches that are cheapest by the predictions (yolo/simota.py), as in
+    YOLOv7, or all of them, as in YOLOv5.
+    The gains weight the loss terms; the defaults are those of both released recipes. As there, obj_gain is multiplied
+    by H W / 640^2 and cls_gain by K / 80.
 
     requested_outputs: the names of the features and logits that the caller needs, or None for all, as in
     AnchorFreeDetector.
@@ -187,29 +190,34 @@ class YOLOv5(nn.Module):
     def __init__(
         self,
         *,
+        backbone: nn.Module,
+        neck: nn.Module,
         channels: tuple[int, ...],
-        depths: tuple[int, ...],
-        neck_depth: int,
         num_classes: int,
+        public_layouts: tuple[PublicLayout, ...],
+        activation: str = "SiLU",
+        simota: bool = False,
         box_gain: float = 0.05,
         obj_gain: float = 1.0,
         cls_gain: float = 0.5,
     ) -> None:
         super().__init__()
-        self.backbone = Backbone(channels, depths)
-        self.neck = Neck(channels, neck_depth)
-        self.head = AnchorHead(channels[2:], num_classes)
+        self.backbone = backbone
+        self.neck = neck
+        self.head = AnchorHead(channels[3:], num_classes)
         self.num_classes = num_classes
         self.strides = dict(FEATURE_STRIDES)
-        self.channels = dict(zip(FEATURE_STRIDES, channels[2:] * 2))
-        self.public_names = YOLOV5_NAMES
-        self.public_layouts = (PublicLayout("released", YOLOV5_NAMES, join_anchors),)
+        self.channels = dict(zip(FEATURE_STRIDES, channels, strict=True))
+        self.public_layouts = public_layouts
+        self.public_names = public_layouts[0].table
+        self.activation = activation
+        self.simota = simota
         self.class_head = ("head.predict.",)  # one convolution predicts boxes, objectness and classes
         self.class_rows = (ClassRows("head.predict.{}.", groups=NUM_ANCHORS, shared=5),)
         self.requested_outputs: frozenset[str] | None = None
         self.box_gain, self.obj_gain, self.cls_gain = box_gain, obj_gain, cls_gain
 
-    def forward(self, images: Tensor) -> YOLOv5Output:
+    def forward(self, images: Tensor) -> AnchorOutput:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
         image_size = check_image_size(images)
         features = self.backbone(images)
@@ -218,11 +226,11 @@ class YOLOv5(nn.Module):
             features |= self.neck(features)
         if is_requested(self.requested_outputs, HEAD_NAMES):
             box, objectness, classes = self.head([features["p3"], features["p4"], features["p5"]])
-        return YOLOv5Output(features, box, objectness, classes, image_size)
+        return AnchorOutput(features, box, objectness, classes, image_size)
 
     def tail(self, name: str) -> nn.Sequential:
         """KeyError for every name: there is no map inside a head of one convolution (see AnchorFreeDetector.tail)."""
-        raise KeyError(f"{name!r} is not a map within the head: the anchor head of YOLOv5 has none")
+        raise KeyError(f"{name!r} is not a map within the head: an anchor head has none")
 
     def anchors_pixels(self) -> Tensor:
         """(3 levels, 3 anchors, 2) widths and heights in pixels, float32."""
@@ -233,17 +241,32 @@ class YOLOv5(nn.Module):
         """(3, 2): widths and heights in pixels of the anchors of the level that has the stride of the map `name`."""
         return self.anchors_pixels()[LEVEL_STRIDES.index(self.strides[name])]
 
-    def _locations(self, output: YOLOv5Output) -> tuple[Tensor, Tensor, Tensor]:
+    def _locations(self, output: AnchorOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Points (A, 2) in cells, strides (A, 1) and anchor sizes (A, 2) in pixels, in the order of the head."""
         return make_anchors(level_sizes(output.image_size), LEVEL_STRIDES, self.anchors_pixels())
 
-    def decode(self, output: YOLOv5Output) -> tuple[Tensor, Tensor]:
+    def decode(self, output: AnchorOutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = objectness * class."""
         box_logits, objectness_logits, class_logits = map(at_least_float32, output.logits())
         boxes_xyxy = decode_anchor_offsets(box_logits, *self._locations(output))
         return boxes_xyxy, objectness_logits.sigmoid()[..., None] * class_logits.sigmoid()
 
-    def losses(self, output: YOLOv5Output, targets: Targets) -> dict[str, Tensor]:
+    def _matches(self, output: AnchorOutput, targets: Targets) -> AnchorMatches | None:
+        """The matches that SimOTA chooses; None for YOLOv5's own rule, the default of the losses."""
+        if not self.simota:
+            return None
+        box_logits, objectness_logits, class_logits = output.logits()
+        return yolov7_matches(
+            box_logits=box_logits,
+            objectness_logits=objectness_logits,
+            class_logits=class_logits,
+            grid_sizes=level_sizes(output.image_size),
+            strides=LEVEL_STRIDES,
+            anchors=self.anchors_pixels(),
+            targets=targets,
+        )
+
+    def losses(self, output: AnchorOutput, targets: Targets) -> dict[str, Tensor]:
         """box (CIoU), obj and cls (BCE), weighted by the gains: see losses.yolov5_losses. float32 under autocast."""
         box_logits, objectness_logits, class_logits = output.logits()
         height, width = output.image_size
@@ -255,17 +278,18 @@ class YOLOv5(nn.Module):
             strides=LEVEL_STRIDES,
             anchors=self.anchors_pixels(),
             targets=targets,
+            matches=self._matches(output, targets),
             box_gain=self.box_gain,
             obj_gain=self.obj_gain * height * width / 640**2,
             cls_gain=self.cls_gain * self.num_classes / 80,
         )
 
-    def positives(self, output: YOLOv5Output, targets: Targets) -> Tensor:
+    def positives(self, output: AnchorOutput, targets: Targets) -> Tensor:
         """(B, A) int64: the row of `targets` that `losses` assigns to each pair of anchor and cell, or -1. No gradient.
 
-        The matches depend on the shapes of anchors and objects, not on what `output` predicts. A location that several
-        objects share learns box and class from all of them; its row here is the one whose overlap it learns as
-        objectness (assigners.last_match).
+        With simota the matches depend on the predictions in `output`, and a location learns one object. Without, they
+        depend on the shapes of anchors and objects alone, and a location that several objects share learns box and
+        class from all of them; its row here is the one whose overlap it learns as objectness (assigners.last_match).
         """
         box_logits, _, class_logits = output.logits()
         assignment = yolov5_assignment(
@@ -275,12 +299,13 @@ class YOLOv5(nn.Module):
             strides=LEVEL_STRIDES,
             anchors=self.anchors_pixels(),
             targets=targets,
+            matches=self._matches(output, targets),
         )
         return assignment.gt_index
 
     @torch.no_grad()
     def detect(
-        self, output: YOLOv5Output, *, score_threshold: float, iou_threshold: float, max_detections: int
+        self, output: AnchorOutput, *, score_threshold: float, iou_threshold: float, max_detections: int
     ) -> list[Detections]:
         """The decoded locations after class-wise NMS, best first. One location may give several classes."""
         return select_detections(
@@ -290,7 +315,7 @@ class YOLOv5(nn.Module):
             max_detections=max_detections,
         )
 
-    def location_logits(self, output: YOLOv5Output) -> Tensor:
+    def location_logits(self, output: AnchorOutput) -> Tensor:
         """(B, A, K): logits of objectness * class at each location, at least in float32; as class_logits_at.
 
         `output.class_logits` are another quantity: the class of a location, given that it holds an object.
@@ -298,7 +323,7 @@ class YOLOv5(nn.Module):
         _, objectness_logits, class_logits = map(at_least_float32, output.logits())
         return joint_logits(objectness_logits[..., None], class_logits)
 
-    def class_logits_at(self, output: YOLOv5Output, boxes_per_image: list[Tensor]) -> Tensor:
+    def class_logits_at(self, output: AnchorOutput, boxes_per_image: list[Tensor]) -> Tensor:
         """B tensors (N_b, 4) of xyxy pixels -> (sum N_b, K) logits, as taps.logits_at_boxes defines them.
 
         Each includes the objectness (joint_logits): it is the log-odds that the box holds an object of class k, as
@@ -311,14 +336,14 @@ class YOLOv5(nn.Module):
         return logits_at_boxes(logits, decoded_xyxy=decoded_xyxy, centers=centers, boxes_per_image=boxes_per_image)
 
 
-def join_anchors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Merge the anchors of a released state dict into one entry, `model.24.anchors` (3, 3, 2) in cells.
+def join_anchors(state: dict[str, Tensor], head: str = "model.24") -> dict[str, Tensor]:
+    """Merge the anchors of a released state dict into one entry, `<head>.anchors` (3, 3, 2) in cells.
 
-    Files of release 6.0 and earlier have the anchors twice: `anchors` in cells, and `anchor_grid` in pixels,
-    (3, 1, 3, 1, 1, 2). Either may be missing, and the 18 numbers may have any shape. KeyError if there are not 18, or
-    if the two entries differ by more than half precision explains.
+    Files of YOLOv5's release 6.0 and earlier, and of YOLOv7, have the anchors twice: `anchors` in cells, and
+    `anchor_grid` in pixels, (3, 1, 3, 1, 1, 2). Either may be missing, and the 18 numbers may have any shape. KeyError
+    if there are not 18, or if the two entries differ by more than half precision explains.
     """
-    name, pixels_name = "model.24.anchors", "model.24.anchor_grid"
+    name, pixels_name = f"{head}.anchors", f"{head}.anchor_grid"
     if pixels_name not in state and (name not in state or state[name].shape == (3, NUM_ANCHORS, 2)):
         return state
     entries = {key: state[key].flatten() for key in (name, pixels_name) if key in state}
@@ -335,9 +360,16 @@ def join_anchors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return rest | {name: next(iter(anchors.values()))}
 
 
-def build_yolov5(size: str, num_classes: int) -> YOLOv5:
+def build_yolov5(size: str, num_classes: int) -> AnchorDetector:
     """A freshly initialised YOLOv5 with anchors; size is a key of SIZES. Draws from torch's global generator."""
-    return YOLOv5(**SIZES[size]._asdict(), num_classes=num_classes)
+    channels, depths, neck_depth = SIZES[size]
+    return AnchorDetector(
+        backbone=Backbone(channels, depths),
+        neck=Neck(channels, neck_depth),
+        channels=channels[2:] * 2,
+        num_classes=num_classes,
+        public_layouts=(PublicLayout("released", YOLOV5_NAMES, join_anchors),),
+    )
 
 
 def build_yolov5u(size: str, num_classes: int, *, class_width: int | None = None) -> AnchorFreeDetector:

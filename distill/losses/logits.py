@@ -35,7 +35,7 @@ def soft_class_targets(
         L    = T^2 / max(sum_n w_n, 1) * sum_n w_n * sum_k KL(Bern(p^t_nk) || Bern(p^s_nk))
         p_nk = sigmoid(logit_nk / T),    w_n = c_n^power,    c_n = o_n max_k sigmoid(t_nk)
 
-    with o_n = sigmoid(objectness logit) for a teacher with objectness (YOLOv5), and 1 for all others.
+    with o_n = sigmoid(objectness logit) for a teacher with objectness (YOLOv5, YOLOv7), and 1 for all others.
 
     The KL is the binary cross-entropy with the teacher's probability as its target, minus the teacher's entropy: the
     gradient is the same, and the loss is 0 where the student equals the teacher. T^2 undoes the 1/T^2 shrinkage of the
@@ -292,7 +292,7 @@ def objectness_scaled(
     class_weight: float = 1.0,
     box_weight: float = 1.0,
 ) -> Tensor:
-    """Objectness-scaled outputs for YOLOv5: the teacher's objectness weighs the class and box terms.
+    """Objectness-scaled outputs for YOLOv5 and YOLOv7: the teacher's objectness weighs the class and box terms.
 
     Mehta and Ozturk, "Object detection at 200 Frames Per Second", arXiv:1805.06361.
 

@@ -104,8 +104,8 @@ def location_scores(t_class_logits: Tensor, t_objectness_logits: Tensor | None =
 
         score_n = max_k sigmoid(class logit_nk),  times sigmoid(objectness logit_n) where the head has objectness
 
-    t_objectness_logits: (B, A), of a head that has them (YOLOv5). The class logits of such a head assume that the
-    location holds an object, and mean nothing on the background. K = 0 gives 0.
+    t_objectness_logits: (B, A), of a head that has them (YOLOv5, YOLOv7). Its class logits assume that the location
+    holds an object, and mean nothing on the background. K = 0 gives 0.
     """
     best = t_class_logits.float().amax(-1) if t_class_logits.shape[-1] else t_class_logits.new_full((1, 1), -torch.inf)
     scores = best.sigmoid().expand(t_class_logits.shape[:2])  # (B, A)

@@ -19,7 +19,7 @@ from errors import require
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-OPERATORS = ("Conv", "Mul", "Sigmoid", "Concat", "MaxPool", "Resize", "Add", "Split")
+OPERATORS = ("Conv", "Mul", "Sigmoid", "LeakyRelu", "Concat", "MaxPool", "Resize", "Add", "Split")
 
 
 class _Reader:

@@ -46,8 +46,11 @@ def finish_epoch(
     progress: Progress,
     scalars: ScalarLog,
     stop: StopSignals,
-) -> None:
-    """Evaluate if it is due, keep the best weights, write the row of the epoch, save, and go on to the next epoch."""
+) -> dict[str, float | None]:
+    """Evaluate if it is due, keep the best weights, write the row of the epoch, save, and go on to the next epoch.
+
+    Returns the row, which is also in metrics.csv.
+    """
     config, epoch = setup.config, state.epoch + 1
     every = config.evaluation.every_epochs
     index = setup.splits.holdout or setup.splits.test
@@ -81,6 +84,7 @@ def finish_epoch(
     if results:
         where = f"  on {len(index)} {'held-out' if setup.splits.holdout is not None else config.data.test} pictures"
     progress.say(f"epoch {epoch}/{config.epochs}  {format_values(shown)}{where}" + per_iou_line(results))
+    return row
     for line in setup.criterion.shares.news():
         progress.say(line)
 

@@ -45,6 +45,7 @@ def yolos() -> dict[str, nn.Module]:
     return {
         "student": model("yolov8n", 1, frozen=False), "v8": model("yolov8n", 2), "wide": model("yolov8s", 3),
         "v5": model("yolov5n", 4), "v5 student": model("yolov5n", 5, frozen=False),
+        "v7": model("yolov7_tiny", 6), "v7 student": model("yolov7_tiny", 7, frozen=False),
     }  # fmt: skip
 
 
@@ -77,6 +78,14 @@ CASES = {  # student, teacher, loss, maps, changes
     "box classes, found": (
         "student", "v8", "box_classes", (), dict(parameters={"boxes": "teacher", "score_threshold": 0.0})),
     "objectness": ("v5 student", "v5", "objectness_scaled", (), {}),
+    "objectness of v7": ("v7 student", "v7", "objectness_scaled", (), {}),
+    "objectness, v7 to v5": ("v5 student", "v7", "objectness_scaled", (), {}),
+    "soft classes, v5 to v7": ("v7 student", "v5", "soft_class", ("class_logits",), {}),
+    "own anchors of v7": (
+        "v7 student", "v7", "masked_mse", ("p3", "p5"), dict(parameters={"mask": "anchors"}, adapter="conv1x1")),
+    "positives of v7": (
+        "v7 student", "v8", "masked_mse", ("p3",), dict(parameters={"mask": "positives"}, adapter="conv1x1")),
+    "box classes, v7 assigned": ("v7 student", "v8", "box_classes", (), dict(parameters={"at": "assigned"})),
 }  # fmt: skip
 
 

@@ -90,6 +90,7 @@ TERMS = {  # by student
         term("image_kl", "images", student_maps=("p5",)),
     ],
     "yolov5n": [term("objectness_scaled"), term("soft_class", **HEAD), term("quality_focal", **HEAD)],
+    "yolov7_tiny": [term("soft_class", **HEAD)],
     "fasterrcnn_mobilenet_v3_small": [
         *(term(loss) for loss in ("softmax_kl", "decoupled_kl", "prediction_correlation")),
         term("box_classes", "other"),

@@ -9,7 +9,7 @@ from models import build
 from tests.reference.golden_models import relative_error
 from yolo.layers import ConvBNAct
 
-DETECTORS = ["yolov8n", "yolov5n", "yolov5nu"]
+DETECTORS = ["yolov8n", "yolov5n", "yolov5nu", "yolov7_tiny"]
 
 
 def random_statistics(model):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from tests.reference.boxes import ciou
+from tests.reference.boxes import ciou, iou
 
 
 def sigmoid(z):
@@ -167,33 +167,87 @@ def anchor_matches(boxes, anchors, grid, stride, threshold=4.0):
     return [match for _, match in sorted(found)]
 
 
-def yolov5(
-    box_logits, obj_logits, class_logits, grids, strides, anchors, gt_boxes, gt_labels, gt_image, gt_ignore,
-    gt_scores=None, gains=(0.05, 1.0, 0.5), balance=(4.0, 1.0, 0.4),
+def all_anchor_matches(anchors, grids, strides, gt_boxes, gt_image, gt_ignore):
+    """Of all levels, in order: [(row, image, location, level, anchor, y, x)]."""
+    found, start = [], 0
+    for level, ((h, w), stride) in enumerate(zip(grids, strides)):
+        for n, a, y, x in anchor_matches(gt_boxes, anchors[level], (h, w), stride):
+            if not gt_ignore[n]:
+                found.append((n, gt_image[n], start + (a * h + y) * w + x, level, a, y, x))
+        start += len(anchors[level]) * h * w
+    return found
+
+
+def decode_anchor(logits, anchor, y, x, stride):
+    """4 logits at a cell -> a box in pixels."""
+    sx, sy, sw, sh = (sigmoid(z) for z in logits)
+    px, py = (x + 2 * sx - 0.5) * stride, (y + 2 * sy - 0.5) * stride
+    pw, ph = (4 * s * s * size for s, size in zip((sw, sh), anchor))
+    return px - pw / 2, py - ph / 2, px + pw / 2, py + ph / 2
+
+
+def simota(predicted, obj_logits, class_logits, own, places, gt_boxes, gt_labels, topk=10, weight=3.0):
+    """One image: C candidates, predicted (C, 4), logits (C,), (C, K), their objects and places (C,) -> owner or -1."""
+    G, C, K = len(gt_boxes), len(predicted), class_logits.shape[1]
+    cost, chosen, owner = np.zeros((G, C)), np.zeros((G, C), dtype=bool), np.full(C, -1)
+    for g in range(G):
+        overlaps = [iou(gt_boxes[g], box) for box in predicted]
+        for c in range(C):
+            for k in range(K):
+                q = math.sqrt(sigmoid(class_logits[c, k]) * sigmoid(obj_logits[c]))
+                cost[g, c] -= math.log(q if k == gt_labels[g] else 1 - q)
+            cost[g, c] -= weight * math.log(max(overlaps[c], 1e-8))
+        count = max(1, int(sum(sorted(overlaps)[-topk:])))
+        cheapest = sorted(range(C), key=lambda c: (cost[g, c], own[c] != g, c))
+        chosen[g, cheapest[:count]] = True
+    for c in range(C):
+        claimants = {g for g in range(G) for d in range(C) if chosen[g, d] and places[d] == places[c]}
+        if chosen[:, c].any():
+            owner[c] = np.argmin(cost[:, c]) if len(claimants) > 1 else claimants.pop()
+    return owner
+
+
+def yolov7_matches(
+    box_logits, obj_logits, class_logits, grids, strides, anchors, gt_boxes, gt_labels, gt_image, gt_ignore
 ):  # fmt: skip
-    """(B, A, 4), (B, A), (B, A, K) -> terms box, obj, cls; matches as a list of (row, image, location)."""
+    """As all_anchor_matches, of which each object takes those that are cheapest by the predictions."""
+    matches, kept = all_anchor_matches(anchors, grids, strides, gt_boxes, gt_image, gt_ignore), {}
+    has_area = [x1 < x2 and y1 < y2 for x1, y1, x2, y2 in gt_boxes]
+    for b in range(len(box_logits)):
+        mine = [i for i, match in enumerate(matches) if match[1] == b]
+        rows = [n for n in range(len(gt_boxes)) if gt_image[n] == b and not gt_ignore[n] and has_area[n]]
+        places = [matches[i][2] for i in mine]
+        predicted = [
+            decode_anchor(box_logits[b, place], anchors[level][a], y, x, strides[level])
+            for _, _, place, level, a, y, x in (matches[i] for i in mine)
+        ]
+        own, logits = [rows.index(matches[i][0]) for i in mine], (obj_logits[b, places], class_logits[b, places])
+        owners = simota(predicted, *logits, own, places, gt_boxes[rows], gt_labels[rows])
+        kept |= {i: (rows[owner], *matches[i][1:]) for i, owner in zip(mine, owners) if owner >= 0}
+    return [kept[i] for i in sorted(kept)]
+
+
+def anchor_terms(
+    box_logits, obj_logits, class_logits, grids, strides, anchors, gt_boxes, gt_labels, gt_image, gt_ignore,
+    gt_scores=None, *, matches, gains=(0.05, 1.0, 0.5), balance=(4.0, 1.0, 0.4),
+):  # fmt: skip
+    """(B, A, 4), (B, A), (B, A, K), matches -> terms box, obj, cls; matches as a list of (row, image, location)."""
     B, _, K = class_logits.shape
     box = obj = cls = 0.0
-    start, matches = 0, []
+    start = 0
     for level, ((h, w), stride) in enumerate(zip(grids, strides)):
         count = len(anchors[level]) * h * w
         target = np.zeros((B, count))
         box_terms, cls_terms = [], []
-        for n, a, y, x in anchor_matches(gt_boxes, anchors[level], (h, w), stride):
-            if gt_ignore[n]:
-                continue
-            b, local = gt_image[n], (a * h + y) * w + x
-            matches.append((n, b, start + local))
-            sx, sy, sw, sh = (sigmoid(z) for z in box_logits[b, start + local])
-            px, py = x + 2 * sx - 0.5, y + 2 * sy - 0.5
-            pw, ph = (4 * s * s * size / stride for s, size in zip((sw, sh), anchors[level][a]))
-            value = ciou((px - pw / 2, py - ph / 2, px + pw / 2, py + ph / 2), gt_boxes[n] / stride)
+        for n, b, location, _, a, y, x in (match for match in matches if match[3] == level):
+            predicted = decode_anchor(box_logits[b, location], anchors[level][a], y, x, stride)
+            value = ciou([side / stride for side in predicted], gt_boxes[n] / stride)
             box_terms.append(1 - value)
-            target[b, local] = max(value, 0.0)
-            logits = class_logits[b, start + local]
+            target[b, location - start] = max(value, 0.0)
+            logits = class_logits[b, location]
             shares = np.arange(K) == gt_labels[n] if gt_scores is None else gt_scores[n]
             cls_terms += [cross_entropy(logits[k], float(shares[k])) for k in range(K)]
-        taken = {(b, location) for _, b, location in matches}
+        taken = {(b, location) for _, b, location, *_ in matches}
         total = 0.0
         for b in range(B):
             for i in range(count):
@@ -205,7 +259,19 @@ def yolov5(
         box += np.mean(box_terms) if box_terms else 0.0
         cls += np.mean(cls_terms) if cls_terms else 0.0
         start += count
-    return dict(zip(("box", "obj", "cls"), np.multiply(gains, (box, obj, cls)))), matches
+    return dict(zip(("box", "obj", "cls"), np.multiply(gains, (box, obj, cls)))), [match[:3] for match in matches]
+
+
+def yolov5(*inputs, **options):
+    """anchor_terms of all matches; inputs as there."""
+    grids, strides, anchors, gt_boxes, _, gt_image, gt_ignore = inputs[3:10]
+    matches = all_anchor_matches(anchors, grids, strides, gt_boxes, gt_image, gt_ignore)
+    return anchor_terms(*inputs, matches=matches, **options)
+
+
+def yolov7(*inputs, **options):
+    """anchor_terms of yolov7_matches; inputs as there."""
+    return anchor_terms(*inputs, matches=yolov7_matches(*inputs[:10]), **options)
 
 
 # ---------------------------------------------------------------------------------------------- scenes to compare on

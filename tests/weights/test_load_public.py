@@ -116,6 +116,7 @@ def golden_shapes(meta: dict) -> dict:
 
 
 YOLO = [f"{family}{size}" for family in ("yolov8", "yolov5") for size in "nsmlx"] + [f"yolov5{s}u" for s in "nsmlx"]
+YOLO += ["yolov7-tiny"]
 
 
 @pytest.mark.parametrize("arch", YOLO)
@@ -131,6 +132,7 @@ def test_families_of_released_names(arch, golden):
         ("yolov5nu", "yolov5n"),
         ("yolov5n", "yolov5nu"),
         ("yolov5n", "yolov8n"),
+        ("yolov7-tiny", "yolov5n"),
     ],
 )
 def test_wrong_family_is_named(theirs, ours, golden):

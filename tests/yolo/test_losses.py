@@ -46,6 +46,14 @@ def v5(box_logits, objectness_logits, class_logits, targets, **options):
     )  # fmt: skip
 
 
+def v7(box_logits, objectness_logits, class_logits, targets, **options):
+    matches = losses.yolov7_matches(
+        box_logits=box_logits, objectness_logits=objectness_logits, class_logits=class_logits,
+        grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets,
+    )  # fmt: skip
+    return v5(box_logits, objectness_logits, class_logits, targets, matches=matches, **options)
+
+
 def v8_logits(make, B=3):
     return make(B, A8, 4, 16), make(B, A8, K)
 
@@ -54,8 +62,8 @@ def v5_logits(make, B=3):
     return make(B, A5, 4), make(B, A5), make(B, A5, K)
 
 
-HEADS = {"v8": (v8, v8_logits), "v5": (v5, v5_logits)}
-both_heads = pytest.mark.parametrize("head", ["v8", "v5"])
+HEADS = {"v8": (v8, v8_logits), "v5": (v5, v5_logits), "v7": (v7, v5_logits)}
+every_head = pytest.mark.parametrize("head", ["v8", "v5", "v7"])
 
 
 def values(terms):
@@ -91,26 +99,52 @@ def test_golden_yolov8(golden):
         assert np.linalg.norm(leaf.grad.numpy() - arrays[name]) <= 1e-6 * np.linalg.norm(arrays[name])
 
 
-def test_golden_yolov5(golden):
-    arrays, meta = golden("loss_yolov5")
+def golden_anchor_logits(meta, version):
+    """Per level the raw outputs (B, 3, H, W, 5 + K), and the inputs of the losses: logits, grids, strides, anchors."""
     B, H, W = meta["batch"], meta["height"], meta["width"]
     grids = [(H // s, W // s) for s in STRIDES]
     raw = [
-        torch.tensor(2 * uniform(meta["salt"] + f"v5.raw{i}", (B, 3, h, w, 5 + meta["nc"]))).requires_grad_()
+        torch.tensor(2 * uniform(meta["salt"] + f"{version}.raw{i}", (B, 3, h, w, 5 + meta["nc"]))).requires_grad_()
         for i, (h, w) in enumerate(grids)
     ]
     flat = torch.cat([x.flatten(1, 3) for x in raw], dim=1)  # (B, A, 5 + K)
-    terms = losses.yolov5_losses(
-        box_logits=flat[..., :4], objectness_logits=flat[..., 4], class_logits=flat[..., 5:], grid_sizes=grids,
-        strides=STRIDES, anchors=torch.tensor(meta["anchors"]), targets=golden_targets(arrays, meta),
-    )  # fmt: skip
+    logits = dict(box_logits=flat[..., :4], objectness_logits=flat[..., 4], class_logits=flat[..., 5:])
+    return raw, logits | dict(grid_sizes=grids, strides=STRIDES, anchors=torch.tensor(meta["anchors"]).double())
+
+
+def check_golden_anchor_terms(terms, raw, arrays, B):
     got = [terms[name].item() for name in ("box", "obj", "cls")]
-    np.testing.assert_allclose(got, arrays["items"], rtol=1e-6)
+    np.testing.assert_allclose(got, arrays["items"][:3], rtol=1e-6)
     total = B * sum(terms.values())
     np.testing.assert_allclose(total.item(), arrays["loss"].item(), rtol=1e-6)
     total.backward()
     for i, leaf in enumerate(raw):
         assert np.linalg.norm(leaf.grad.numpy() - arrays[f"grad{i}"]) <= 1e-6 * np.linalg.norm(arrays[f"grad{i}"])
+
+
+def test_golden_yolov5(golden):
+    arrays, meta = golden("loss_yolov5")
+    raw, inputs = golden_anchor_logits(meta, "v5")
+    terms = losses.yolov5_losses(**inputs, targets=golden_targets(arrays, meta))
+    check_golden_anchor_terms(terms, raw, arrays, meta["batch"])
+
+
+def test_golden_yolov7(golden):
+    """A location that fits several objects is recorded as often as it is learnt: some twice or three times."""
+    arrays, meta = golden("loss_yolov7")
+    raw, inputs = golden_anchor_logits(meta, "v7")
+    targets = golden_targets(arrays, meta)
+    matches = losses.yolov7_matches(**inputs, targets=targets)
+    expected, start = [], 0
+    for level, (h, w) in enumerate(inputs["grid_sizes"]):
+        for image, anchor, y, x, row in arrays[f"matches_{level}"].tolist():
+            expected.append((level, image, start + (anchor * h + y) * w + x, row))
+        start += 3 * h * w
+    assert len(expected) > len(set(expected))
+    columns = (matches.level, matches.image, matches.location, matches.row)
+    assert sorted(zip(*(x.tolist() for x in columns))) == sorted(expected)
+    terms = losses.yolov5_losses(**inputs, targets=targets, matches=matches)
+    check_golden_anchor_terms(terms, raw, arrays, meta["batch"])
 
 
 # ------------------------------------------------------------------------------------------------ loops
@@ -134,30 +168,27 @@ def test_yolov8_matches_reference(count, ignored):
     assert values(v8(box_logits, class_logits, targets, assignment=assignment)) == got
 
 
+@pytest.mark.parametrize("head", ["v5", "v7"])
 @pytest.mark.parametrize("count", [0, 1, 30])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
-def test_yolov5_matches_reference(count, ignored):
+def test_anchor_heads_match_reference(count, ignored, head):
     targets, make = scene(1, count=count, ignored=ignored)
     logits = v5_logits(make)
-    expected, matches = reference.yolov5(
+    expected, matches = {"v5": reference.yolov5, "v7": reference.yolov7}[head](
         *(x.detach().numpy() for x in logits), GRIDS, STRIDES, ANCHORS.numpy(),
         *(x.numpy() for x in (targets.boxes_xyxy, targets.labels, targets.image, targets.ignore)),
     )  # fmt: skip
-    assert values(v5(*logits, targets)) == pytest.approx(expected, rel=1e-9)
-    assignment = losses.yolov5_assignment(
-        box_logits=logits[0],
-        class_logits=logits[2],
-        grid_sizes=GRIDS,
-        strides=STRIDES,
-        anchors=ANCHORS,
-        targets=targets,
-    )
+    assert values(HEADS[head][0](*logits, targets)) == pytest.approx(expected, rel=1e-9)
+    grid = dict(grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets)
+    names = ("box_logits", "objectness_logits", "class_logits")
+    chosen = losses.yolov7_matches(**dict(zip(names, logits)), **grid) if head == "v7" else None
+    assignment = losses.yolov5_assignment(box_logits=logits[0], class_logits=logits[2], **grid, matches=chosen)
     last = {(b, location): n for n, b, location in matches}  # the last match of a location stays
     assert {(b, a): n for (b, a), n in np.ndenumerate(assignment.gt_index.numpy()) if n >= 0} == last
 
 
 @pytest.mark.parametrize("count", [0, 1, 30])
-@both_heads
+@every_head
 def test_class_scores_match_reference(head, count):
     targets, make = scene(2, count=count, ignored=0.2)
     targets = replace(targets, class_scores=(3 * make(len(targets), K)).softmax(1).detach())
@@ -168,12 +199,13 @@ def test_class_scores_match_reference(head, count):
     if head == "v8":
         expected = reference.yolov8(*arrays, POINTS.numpy(), STEPS[:, 0].numpy(), *columns)[0]
     else:
-        expected = reference.yolov5(*arrays, GRIDS, STRIDES, ANCHORS.numpy(), *columns)[0]
+        compute = {"v5": reference.yolov5, "v7": reference.yolov7}[head]
+        expected = compute(*arrays, GRIDS, STRIDES, ANCHORS.numpy(), *columns)[0]
     assert values(loss(*logits, targets)) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@both_heads
+@every_head
 def test_one_hot_class_scores_are_labels_bit_for_bit(head, dtype):
     targets, make = scene(3, ignored=0.2, dtype=dtype)
     loss, logits_of = HEADS[head]
@@ -186,7 +218,7 @@ def test_one_hot_class_scores_are_labels_bit_for_bit(head, dtype):
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
 
 
-@both_heads
+@every_head
 def test_class_scores_are_taught_through_cls_alone_which_is_affine_in_them(head):
     targets, make = scene(4, ignored=0.2)
     loss, logits_of = HEADS[head]
@@ -230,11 +262,11 @@ def _two_bin_entropy(d):
     return -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share))
 
 
-@both_heads
+@every_head
 def test_order_of_images_and_objects_does_not_matter(head):
     compute, logits_of = HEADS[head]
     targets, make = scene(5, count=20, ignored=0.2)
-    if head == "v5":  # no two objects meet in a location, where the order of rows would count
+    if head != "v8":  # no two objects meet in a location, where the order of rows would count
         corners = np.array([[4, 3, 14, 17], [44, 41, 60, 62], [2, 5, 18, 13], [43, 47, 61, 58], [3, 40, 20, 60]], float)
         targets = targets_of(corners, [0, 1, 2, 3, 0], [0, 0, 2, 2, 1], np.array([0, 0, 0, 0, 1], bool))
     logits = logits_of(make)
@@ -247,7 +279,7 @@ def test_order_of_images_and_objects_does_not_matter(head):
     assert values(compute(*logits, shuffled)) == pytest.approx(expected, rel=1e-12)
 
 
-@both_heads
+@every_head
 def test_size_does_not_depend_on_the_batch(head):
     compute, logits_of = HEADS[head]
     targets, make = scene(6, count=20)
@@ -261,16 +293,16 @@ def test_size_does_not_depend_on_the_batch(head):
     assert values(twice) == pytest.approx(expected, rel=1e-9)
 
 
-@both_heads
+@every_head
 def test_gains_multiply(head):
     compute, logits_of = HEADS[head]
     targets, make = scene(7)
     logits = logits_of(make)
-    names = {"v8": ("box", "cls", "dfl"), "v5": ("box", "obj", "cls")}[head]
+    names = ("box", "cls", "dfl") if head == "v8" else ("box", "obj", "cls")
     ones = values(compute(*logits, targets, **{f"{name}_gain": 1.0 for name in names}))
     defaults = values(compute(*logits, targets))
     assert tuple(ones) == names
-    gains = {"v8": (7.5, 0.5, 1.5), "v5": (0.05, 1.0, 0.5)}[head]
+    gains = (7.5, 0.5, 1.5) if head == "v8" else (0.05, 1.0, 0.5)
     assert [defaults[name] / ones[name] for name in names] == pytest.approx(gains)
 
 
@@ -302,7 +334,7 @@ def test_v5_objectness_target_is_at_least_zero():
     torch.testing.assert_close(got, ciou.clamp(min=0))
 
 
-@both_heads
+@every_head
 def test_ignored_locations_get_no_gradient(head):
     compute, logits_of = HEADS[head]
     _, make = scene(9)
@@ -331,7 +363,7 @@ AWKWARD = {
 }
 
 
-@both_heads
+@every_head
 @pytest.mark.parametrize("scale", [1.0, 0.0, 300.0], ids=["usual", "zero", "saturated"])
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_boxes_are_finite_with_finite_gradients(head, name, scale):
@@ -348,7 +380,7 @@ def test_awkward_boxes_are_finite_with_finite_gradients(head, name, scale):
         assert terms["box"] == 0 and (leaves[0].grad == 0).all()
 
 
-@both_heads
+@every_head
 def test_collapsed_predictions_have_finite_gradients(head):
     """Predicted boxes of no width or height (all mass in bin 0; sigmoid at 0): atan(w / h) and 1 / union survive."""
     compute, logits_of = HEADS[head]
@@ -373,7 +405,7 @@ def test_collapsed_predictions_have_finite_gradients(head):
     assert all(x.grad.isfinite().all() for x in leaves)
 
 
-@both_heads
+@every_head
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(head, dtype):
     compute, logits_of = HEADS[head]
@@ -388,7 +420,7 @@ def test_half_precision_is_computed_in_float32(head, dtype):
     assert all(x.grad.dtype == dtype and x.grad.isfinite().all() for x in leaves)
 
 
-@both_heads
+@every_head
 def test_predictions_that_are_not_numbers_reach_the_loss(head):
     """A loss that leaves out what it cannot compare would train on beside a broken network."""
     compute, logits_of = HEADS[head]
@@ -399,7 +431,7 @@ def test_predictions_that_are_not_numbers_reach_the_loss(head):
         assert compute(*logits, targets)[name].isnan()
 
 
-@both_heads
+@every_head
 def test_same_bytes_every_time(head):
     compute, logits_of = HEADS[head]
     targets, make = scene(13, count=60, dtype=torch.float32)
@@ -412,7 +444,7 @@ def test_same_bytes_every_time(head):
     assert all(math.isfinite(x) for x in first.values())
 
 
-@both_heads
+@every_head
 def test_one_class(head):
     targets, make = scene(14)
     targets = Targets(targets.boxes_xyxy, 0 * targets.labels, targets.image, targets.ignore)

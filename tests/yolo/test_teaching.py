@@ -13,10 +13,11 @@ from structures import Targets
 from tests.reference import yolo_losses as reference
 from yolo.assigners import make_points
 from yolo.taps import BRANCH_MAPS
-from yolo.yolov5 import YOLOv5Output
+from yolo.yolov5 import AnchorOutput
 from yolo.yolov8 import LEVEL_STRIDES, AnchorFreeOutput, level_sizes
 
-ARCHITECTURES = ["yolov8n", "yolov5n", "yolov5nu"]
+ARCHITECTURES = ["yolov8n", "yolov5n", "yolov5nu", "yolov7_tiny"]
+WITH_ANCHORS = ("yolov5n", "yolov7_tiny")
 all_architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
 K = 4
 
@@ -122,8 +123,8 @@ def planted_output(arch, dtype=torch.float32, seed=0, size=(64, 64)):
     generator = torch.Generator().manual_seed(seed)
     cells = sum(h * w for h, w in level_sizes(size))
     random = lambda *shape: 2 * torch.randn(2, *shape, generator=generator, dtype=dtype)
-    if arch == "yolov5n":
-        return YOLOv5Output({}, random(3 * cells, 4), random(3 * cells), random(3 * cells, K), size)
+    if arch in WITH_ANCHORS:
+        return AnchorOutput({}, random(3 * cells, 4), random(3 * cells), random(3 * cells, K), size)
     return AnchorFreeOutput({}, random(cells, 4, 16), random(cells, K), size)
 
 
@@ -164,6 +165,21 @@ def test_yolov5_positives_are_matches_of_the_reference(detectors, seed):
     assert np.array_equal(got.numpy(), expected)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_yolov7_positives_are_choices_of_the_reference(detectors, seed):
+    arrays, targets = random_scene(seed, count=20)
+    output, detector = planted_output("yolov7_tiny", torch.float64, seed), detectors["yolov7_tiny"]
+    logits = as_arrays(output.box_logits, output.objectness_logits, output.class_logits)
+    anchors = detector.anchors_pixels().double().numpy()
+    expected = np.full(output.objectness_logits.shape, -1)
+    for row, image, location, *_ in reference.yolov7_matches(
+        *logits, level_sizes((64, 64)), LEVEL_STRIDES, anchors, *arrays
+    ):
+        expected[image, location] = row
+    got = detector.positives(output, targets)
+    assert got.dtype == torch.int64 and (got >= 0).any() and np.array_equal(got.numpy(), expected)
+
+
 @all_architectures
 def test_positives_are_the_locations_whose_boxes_the_losses_teach(detectors, arch):
     """A location's box logits have a gradient exactly where it is positive: the training loss itself says so."""
@@ -194,7 +210,7 @@ def test_positives_fit_masks_and_assigned_logits(detectors, arch):
     one, output = torch.ones(1, dtype=torch.int64), planted_output(arch)
     targets = Targets(box, 2 * one, one, torch.zeros(1, dtype=torch.bool))
     positives = detectors[arch].positives(output, targets)
-    anchors = 3 if arch == "yolov5n" else 1
+    anchors = 3 if arch in WITH_ANCHORS else 1
     masks = positive_masks(positives >= 0, grid_sizes=level_sizes((64, 64)), anchors_per_pixel=anchors)
     assert [tuple(mask.shape) for mask in masks] == [(2, 1, 8, 8), (2, 1, 4, 4), (2, 1, 2, 2)]
     assert any(mask[1].any() for mask in masks)
@@ -221,7 +237,7 @@ HEAD_FIELDS = {
     "yolov8n": ["box_logits", "class_logits"],
     "yolov5n": ["box_logits", "objectness_logits", "class_logits"],
 }
-HEAD_FIELDS["yolov5nu"] = HEAD_FIELDS["yolov8n"]
+HEAD_FIELDS["yolov5nu"], HEAD_FIELDS["yolov7_tiny"] = HEAD_FIELDS["yolov8n"], HEAD_FIELDS["yolov5n"]
 REQUESTED = [  # names, whether the neck runs, whether the head runs
     ({"c3", "c5"}, False, False),
     ({"p4"}, True, False),

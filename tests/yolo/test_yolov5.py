@@ -16,7 +16,7 @@ from tests.reference.golden_models import check_anchor_free_golden, golden_image
 from weights import load_public, rename, row_pattern
 from yolo.losses import yolov5_losses
 from yolo.taps import joint_logits
-from yolo.yolov5 import ANCHORS_PIXELS, YOLOv5Output
+from yolo.yolov5 import ANCHORS_PIXELS, AnchorOutput
 from yolo.yolov8 import level_sizes
 
 SIZES = ["n", "s", "m", pytest.param("l", marks=pytest.mark.slow), pytest.param("x", marks=pytest.mark.slow)]
@@ -138,7 +138,7 @@ def planted_output(image_size, num_classes, seed=0):
     box, objectness, classes = (
         2 * torch.randn(2, A, *tail, generator=generator) for tail in ((4,), (), (num_classes,))
     )
-    return YOLOv5Output({}, box, objectness, classes, image_size)
+    return AnchorOutput({}, box, objectness, classes, image_size)
 
 
 def test_decode_matches_float64_reference(model):

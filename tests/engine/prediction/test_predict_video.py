@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sys
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -70,7 +72,7 @@ def test_writes_the_filmed_copy_json_and_text(clip, tmp_path, colour_model, caps
             assert difference[:16, x : x + 40].max() > 90  # and a label above it
 
     rows = json.loads((out / "predictions.json").read_text())
-    assert [(row["image_id"], row["frame"]) for row in rows] == [(n, n) for n in range(10)]
+    assert [(row["image_id"], row["frame"]) for row in rows] == [(n + 1, n) for n in range(10)]
     np.testing.assert_allclose([row["seconds"] for row in rows], seconds_of(clip), atol=1e-6)
     for row in rows:
         np.testing.assert_allclose(row["bbox"], [8 + 2 * row["frame"], 16, 40, 32], atol=3)
@@ -93,7 +95,7 @@ def test_pictures_and_videos_of_a_folder_share_one_count(clip, tmp_path, colour_
     assert f"skipped: {clip.parent / 'broken.mkv'}: " in said
     assert "2 pictures, 3 frames of 1 video, 5 detections (5 red thing), 1 skipped" in said
     rows = json.loads((out / "predictions.json").read_text())
-    assert [(row["image_id"], row.get("frame")) for row in rows] == [(0, None), (1, 0), (2, 1), (3, 2), (4, None)]
+    assert [(row["image_id"], row.get("frame")) for row in rows] == [(1, None), (2, 0), (3, 1), (4, 2), (5, None)]
     assert {path.name for path in out.iterdir()} == {"a.jpg", "clip.mp4", "z.jpg", "predictions.json"}
 
 
@@ -206,3 +208,72 @@ def test_finds_videos_and_webcams(clip, tmp_path, monkeypatch):
     (tmp_path / "webcam").mkdir()
     with pytest.raises(UserError, match="webcam: holds no picture"):
         sources.find_sources(["webcam"])
+
+
+class FakeOpenCV(types.ModuleType):
+    """cv2, as far as a window needs it; `q` is pressed at frame `quit_at`, or the window is closed at `close_at`."""
+
+    WINDOW_NORMAL, WINDOW_KEEPRATIO, WND_PROP_VISIBLE = 0, 0, 4
+    error = RuntimeError
+
+    def __init__(self, quit_at: int = -1, close_at: int = -1) -> None:
+        super().__init__("cv2")
+        self.shown: list[np.ndarray] = []
+        self.quit_at, self.close_at, self.is_open = quit_at, close_at, False
+
+    def namedWindow(self, title, flags):
+        self.is_open = True
+
+    def imshow(self, title, pixels):
+        self.shown.append(pixels)
+
+    def waitKey(self, milliseconds):
+        return ord("q") if len(self.shown) == self.quit_at else -1
+
+    def getWindowProperty(self, title, number):
+        return float(len(self.shown) != self.close_at)
+
+    def destroyAllWindows(self):
+        self.is_open = False
+
+
+@pytest.mark.parametrize(("keys", "frames"), [({"quit_at": 3}, 3), ({"close_at": 2}, 2), ({}, 10)])
+def test_show(keys, frames, clip, tmp_path, colour_model, monkeypatch, capsys):
+    """What is written is what was shown, up to where the window was closed; a second video is then left out."""
+    fake = FakeOpenCV(**keys)
+    monkeypatch.setitem(sys.modules, "cv2", fake)
+    monkeypatch.setenv("DISPLAY", ":0")
+    second = tmp_path / "z.mp4"
+    second.write_bytes(clip.read_bytes())
+    assert run(clip, second, "--output", tmp_path / "out", "--show", "--max-frames", 10) == 0
+    assert len(fake.shown) == (frames if keys else 20) and not fake.is_open
+    assert len(seconds_of(tmp_path / "out" / "clip.mp4")) == frames
+    assert (tmp_path / "out" / "z.mp4").exists() != bool(keys)
+    blue, _, red = fake.shown[0][20:44, 12:44].reshape(-1, 3).mean(0)  # OpenCV's order
+    assert red > 150 > blue
+    assert "frames per second" in capsys.readouterr().out
+
+
+def test_show_says_what_is_missing(clip, tmp_path, colour_model, monkeypatch):
+    Image.fromarray(moving_red(0)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="--show: found pictures alone"):
+        run(tmp_path / "a.png", "--output", tmp_path / "out", "--show")
+    monkeypatch.setitem(sys.modules, "cv2", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"a window \(--show\) needs the package 'cv2': pip install '\.\[window\]'"):
+        run(clip, "--output", tmp_path / "out", "--show")
+    headless = FakeOpenCV()
+    monkeypatch.setitem(sys.modules, "cv2", headless)
+    monkeypatch.setenv("DISPLAY", ":0")
+
+    def refuse(*args):
+        raise RuntimeError("The function is not implemented. Rebuild the library")
+
+    monkeypatch.setattr(headless, "namedWindow", refuse)
+    with pytest.raises(UserError, match=r"needs OpenCV with its windows: pip install '\.\[window\]'"):
+        run(clip, "--output", tmp_path / "out", "--show")
+    if sys.platform == "linux":
+        monkeypatch.delenv("DISPLAY")
+        monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+        with pytest.raises(UserError, match="there is no display"):
+            run(clip, "--output", tmp_path / "out", "--show")
+    assert not (tmp_path / "out").exists()

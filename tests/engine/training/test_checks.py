@@ -215,7 +215,7 @@ def test_a_plain_config_names_train_and_one_with_a_set_condense(tmp_path):
 
 
 def test_families_without_losses_are_the_ones_that_only_teach():
-    for arch in ("yolov8_narrow", "yolov5n", "yolov5nu", MOBILENET, "rtdetr_r18vd"):
+    for arch in ("yolov8_narrow", "yolov5n", "yolov5nu", "yolov7_tiny", MOBILENET, "rtdetr_r18vd"):
         assert hasattr(models.build(arch, 1), "losses") != arch.startswith(models.ONLY_TEACH), arch
 
 
