@@ -20,7 +20,7 @@ from config import DataConfig, from_tree, to_tree
 from datasets.open import open_dataset
 from distill.condense import coresets
 from engine.condensing.config import WITHOUT_DRAWS, Method
-from engine.condensing.methods import RealPictures
+from engine.condensing.real_pictures import RealPictures
 from engine.training import reporting
 from errors import UserError
 from tests.tiny_training import tiny_config
