@@ -25,7 +25,7 @@ L_X depends on an image only through sums over images, and its n through the box
 memory of a step is that of one group and of the features, whatever the number of images.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,8 @@ class HeadMatching:
         synthetic = self.synthetic
         groups = torch.arange(len(synthetic)).split(max(1, self.settings.pictures_at_once // synthetic.tiles))
 
-        passes: Iterable = [self._forward(group, keep=len(groups) == 1) for group in groups]
+        keep = len(groups) == 1  # the graphs of all groups at once would fill the memory
+        passes = [self._forward(group, keep=keep) for group in groups]
         features = [torch.cat(parts).detach() for parts in zip(*(h for _, h in passes))]
         data = HeadData(features, self._targets)
 
@@ -134,10 +135,11 @@ class HeadMatching:
         else:
             distance, terms = self._pool_of_heads(data)
 
-        if len(groups) > 1:  # the graphs of all groups at once would fill the memory
-            passes = (self._forward(group, keep=True) for group in groups)
         gradients = torch.cat(
-            [self._pixel_gradients(group, *graph, terms, data.total) for group, graph in zip(groups, passes)]
+            [
+                self._pixel_gradients(group, passes[0] if keep else self._forward(group, keep=True), terms, data.total)
+                for group in groups
+            ]
         )  # (N, 3, S, S)
         for name, value in (("distance", distance), ("gradient of the pixels", float(gradients.abs().max()))):
             if not torch.tensor(value).isfinite():
@@ -179,10 +181,10 @@ class HeadMatching:
             return stored, self._features(self.synthetic.decode(rows, stored)[0])
 
     def _pixel_gradients(
-        self, rows: Tensor, stored: Tensor, features: list[Tensor], terms: list[tuple[Head, Head]], total: float
+        self, rows: Tensor, forward: tuple[Tensor, list[Tensor]], terms: list[tuple[Head, Head]], total: float
     ) -> Tensor:
-        """Step 5 for the images of a _forward that kept its graph: (n, 3, S, S)."""
-        synthetic = self.synthetic
+        """Step 5 for the stored images `rows`: (n, 3, S, S). forward: their _forward, with its graph."""
+        synthetic, (stored, features) = self.synthetic, forward
         targets = [y[synthetic.numbers(rows)] for y in self._targets]
         products = [gradient_products(theta, v, features, targets).sum() / total for theta, v in terms]
         objective = torch.stack(products).sum()

@@ -32,7 +32,8 @@ class FrozenBackbone:
             kind = type(model).__name__
             found = f"key 'condense.network': {kind} has no branch of convolutions for the classes of each level"
             raise UserError(f"{found}, expected yolov8* or yolov5*u")
-        frozen = fuse(model).requires_grad_(False).to(memory_format=torch.channels_last)
+        frozen = fuse(model).requires_grad_(False)
+        frozen = frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
         self._detector, self.num_classes = cast(DenseDetector, frozen), num_classes
         self._device = next(model.parameters()).device
         strides = [detector.strides[name] for name in MAPS]
