@@ -22,8 +22,8 @@ class names, image size and commit. eval.py and predict.py take the file instead
 --int8 also writes <name>.int8.onnx, quantized on pictures of --calibrate, and prints mAP (on --test-split), time and
 size of both files.
 
-Exit codes: 0 written, 2 a mistake in the arguments or the data, or a graph that differs from PyTorch, 5 a file that
-could not be written, 130 after Ctrl-C.
+Exit codes: 0 written, 2 a mistake in the arguments or the data, or a graph that differs from PyTorch, 4 weights that
+do not fit in memory, 5 a file that could not be written, 130 after Ctrl-C.
 """
 
 import argparse

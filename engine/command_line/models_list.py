@@ -1,8 +1,10 @@
 """The lines of `train.py --list`: architectures, teachers and losses."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 import models
 from distill.terms import LOSSES
@@ -28,15 +30,18 @@ def listing() -> str:
     ):
         lines = [f"# {title}"]
         for name in names:
-            with torch.device("meta"):  # shapes alone
-                parameters = sum(p.numel() for p in build(name).parameters())
-            lines.append(f"{name:<34} {parameters / 1e6:6.1f} M   {describe(name)}")
+            lines.append(f"{name:<34} {count_parameters(build, name) / 1e6:6.1f} M   {describe(name)}")
         blocks.append("\n".join(lines))
     lines = ["# losses: terms.0.loss; docs/losses has each with its equation and a config line"]
     for name, term in LOSSES.items():
         first = (inspect.getdoc(term.loss) or "").splitlines()[0].rstrip(".")
         lines.append(f"{name:<24} {term.reads:<8} {first}")
     return "\n\n".join([*blocks, "\n".join(lines)])
+
+
+def count_parameters(build: Callable[[str], nn.Module], name: str) -> int:
+    with torch.device("meta"):  # shapes alone
+        return sum(parameter.numel() for parameter in build(name).parameters())
 
 
 def describe(name: str) -> str:
