@@ -12,6 +12,8 @@ from distill.terms import LOSSES
 FAMILIES = {  # beginning of a name -> what it is; the longest that fits counts
     "yolov8": "one stage, no anchors; a box edge is a distribution over distances",
     "yolov8_narrow": "a YOLOv8 of half the width of n, not released: for few cores",
+    "yolov8_half": "a YOLOv8 as deep as n at half its width, not released: starts as a part of a wider one",
+    "yolov7": "one stage, three anchor boxes on each location, objectness, SimOTA assignment",
     "yolov5": "one stage, three anchor boxes on each location, objectness",
     "fasterrcnn": "two stages: proposals, then a class and a box for each",
     "rtdetr": "a transformer with queries, no suppression; detects and teaches, cannot be trained",
