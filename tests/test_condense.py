@@ -20,6 +20,7 @@ from config import DataConfig, from_tree, to_tree
 from datasets.open import open_dataset
 from distill.condense import coresets
 from distill.condense.head_matching import HeadSettings, head_gradient_rows
+from distill.condense.network_pool import set_statistics
 from engine.condensing.config import WITHOUT_DRAWS, Method
 from engine.condensing.frozen_backbone import FrozenBackbone
 from engine.condensing.real_pictures import RealPictures
@@ -70,11 +71,13 @@ def real(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> Path:
-    """A detector of the two classes, as training leaves it; its weights are fresh."""
+    """A detector of the two classes, as training leaves it: fresh weights, and the statistics of some images."""
     path = tmp_path_factory.mktemp("network") / "last.pt"
     torch.manual_seed(0)
     state = {"arch": "yolov8n", "names": list(NAMES), "image_size": 64, "epoch": 1, "step": 1}
-    checkpoint.save(path, state | {"ema": models.build("yolov8n", 2).state_dict()})
+    model = models.build("yolov8n", 2)
+    set_statistics(model, torch.rand(8, 3, 64, 64))
+    checkpoint.save(path, state | {"ema": model.state_dict()})
     return path
 
 
@@ -298,6 +301,16 @@ def test_a_network_of_other_classes_is_refused_where_its_loss_is_needed(make, ne
         make("highest_loss", network={"weights": str(tmp_path / "other.pt")})
     for method in ("k_center", "linear_head"):  # they read features, which no class names
         assert manifest(make(method, 2, method, network={"weights": str(tmp_path / "other.pt")}))["pictures"] == 2
+
+
+def test_a_network_whose_features_are_the_same_everywhere_is_refused(make, network, tmp_path):
+    """A fresh one: no pixel would move, and nothing would tell."""
+    state = checkpoint.load(network)
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "fresh.pt", state | {"ema": models.build("yolov8n", 2).state_dict()})
+    with pytest.raises(UserError, match=r"condense.network': its features hardly differ .* expected a trained network"):
+        make("linear_head", 2, network={"weights": str(tmp_path / "fresh.pt")})
+    assert not list(tmp_path.glob("out*"))
 
 
 # ---------------------------------------------------------------- learning

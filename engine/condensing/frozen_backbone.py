@@ -17,6 +17,7 @@ from structures import DenseDetector
 
 MAPS = ("cls3_2", "cls4_2", "cls5_2")  # what the last layers of the class branches read
 PICTURES_AT_ONCE = 16
+SMALLEST_DEVIATION = 1e-4  # of the features; a fresh network's are below, and no pixel would ever move
 
 
 class FrozenBackbone:
@@ -67,7 +68,7 @@ class FrozenBackbone:
 
     @torch.no_grad()
     def data_of(self, real: RealPictures) -> HeadData:
-        """Features and targets of all pictures."""
+        """Features and targets of all pictures. UserError if the features are the same everywhere."""
         sizes, widths = self.grid.group_sizes, [self._detector.channels[name] + 1 for name in MAPS]
         features = [torch.empty(len(real), size, width, device=self._device) for size, width in zip(sizes, widths)]
         targets = [torch.empty(len(real), size, self.num_classes, device=self._device) for size in sizes]
@@ -77,4 +78,8 @@ class FrozenBackbone:
             y = location_targets(self.grid, batch.targets, count=len(batch), num_classes=self.num_classes)
             for whole, part in zip((*features, *targets), (*h, *y), strict=True):
                 whole[rows] = part
+        deviation = max(float(h[..., :-1].std()) for h in features)
+        if deviation < SMALLEST_DEVIATION:
+            found = f"key 'condense.network': its features hardly differ (standard deviation {deviation:.1g})"
+            raise UserError(f"{found}, expected a trained network")
         return HeadData(features, targets)
