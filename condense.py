@@ -12,8 +12,8 @@ engine/condensing/config.py lists the methods and all keys of `condense`. The re
 (engine/condensing/set_files.py), by default in the folder where compare.py expects it:
 <runs>/<name>/sets/<method>_<pictures>_seed<seed>_<hash of the settings>. A finished set is not made again.
 
-Gradient matching draws its pictures in <folder>.part/steps as they change. Stop it with Ctrl-C and give the same
-command again to continue; the result has the same bytes as that of a run without a stop.
+Methods that learn pixels (gradient_matching, linear_head) draw them in <folder>.part/steps as they change. Stop one
+with Ctrl-C and give the same command again to continue; the result has the same bytes as that of a run without a stop.
 
 Exit codes: 0 made, or finished before, 2 a mistake in the arguments or the data, 4 out of memory,
 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
@@ -36,11 +36,14 @@ import models
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
 from distill.condense.gradient_matching import GradientMatching
+from distill.condense.head_matching import HeadMatching, HeadSettings
 from distill.condense.mean_gradient import matched_parameters
 from distill.condense.synthetic import SyntheticSet
 from engine.comparison.study import StudyFile, load_study, sets_folder, task_of
 from engine.condensing.config import Task
-from engine.condensing.methods import Layout, RealPictures, check_network, first_layout, load_network
+from engine.condensing.frozen_backbone import FrozenBackbone
+from engine.condensing.methods import Layout, check_network, first_layout, load_network
+from engine.condensing.real_pictures import RealPictures
 from engine.condensing.set_files import (
     DECODED,
     STORED,
@@ -120,7 +123,7 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
     models.check_arch(task.arch)
     check_network(task)
     real = RealPictures(task.data, task.image_size)
-    network = load_network(task.condense.network, real.index.names, where) if task.needs_network else None
+    network = load_network(task, real.index.names, where) if task.needs_network else None
     with StopSignals() as stop:
         try:
             return make(task, folder, real, network, where, progress, stop)
@@ -161,7 +164,7 @@ def make(
     if task.is_learnt or task.formation != (1, 1):
         synthetic = to_synthetic(task, layout, device)
         if task.is_learnt:
-            learner = build_learner(task, synthetic, real)
+            learner = build_learner(task, synthetic, real, network)
             learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop)
         splits[STORED] = stored_pictures(synthetic, layout)
         if task.formation != (1, 1):
@@ -228,9 +231,14 @@ def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticS
     return SyntheticSet(made.pixels.to(device), made.targets, formation, layout.content_xyxy)
 
 
-def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> GradientMatching:
+def build_learner(
+    task: Task, synthetic: SyntheticSet, real: RealPictures, network: nn.Module | None
+) -> GradientMatching | HeadMatching:
     """The optimisation of the pixels. UserError for settings that it refuses."""
     c = task.condense
+    if c.method == "linear_head":
+        assert network is not None  # task.needs_network
+        return build_head_matching(c.head, synthetic, real, network)
 
     def draw_augmentation(generator: torch.Generator):
         return draw_siamese(generator=generator, settings=c.augment)
@@ -256,6 +264,18 @@ def build_learner(task: Task, synthetic: SyntheticSet, real: RealPictures) -> Gr
         raise UserError(f"key 'condense.matching': {error}") from None
 
 
+def build_head_matching(
+    settings: HeadSettings, synthetic: SyntheticSet, real: RealPictures, network: nn.Module
+) -> HeadMatching:
+    """Matching with a linear head on a frozen network. UserError for settings that it refuses."""
+    backbone = FrozenBackbone(network, synthetic.image_size, len(real.index.names))
+    data = backbone.data_of(real)
+    try:
+        return HeadMatching(synthetic, settings=settings, features=backbone.features, grid=backbone.grid, real=data)
+    except ValueError as error:
+        raise UserError(f"key 'condense.head': {error}") from None
+
+
 def refuse_one_value(task: Task, network: nn.Module) -> None:
     """UserError if a single real picture gives a BatchNorm one value per channel."""
     norm = norm_of_one_value(network, task.image_size)
@@ -266,7 +286,7 @@ def refuse_one_value(task: Task, network: nn.Module) -> None:
 
 def learn(
     task: Task,
-    learner: GradientMatching,
+    learner: GradientMatching | HeadMatching,
     layout: Layout,
     names: tuple[str, ...],
     part: Path,

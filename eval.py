@@ -33,8 +33,8 @@ pixel of VOC XML and of text in pixels; when VOC XML is compared with detections
 converted as in training. --pixels sets one convention for both sides. A checkpoint on a dataset always uses continuous
 coordinates (see datasets/index.py), for which both conventions agree.
 
-Exit codes: 0 measured, 2 a mistake in the arguments or the data, 3 boxes that are not finite, 5 a file that could not
-be written, 130 after Ctrl-C.
+Exit codes: 0 measured, 2 a mistake in the arguments or the data, 3 boxes that are not finite, 4 weights that do not fit
+in memory, 5 a file that could not be written, 130 after Ctrl-C.
 """
 
 import argparse

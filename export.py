@@ -1,6 +1,7 @@
-"""Write a detector as an ONNX file, after checking the graph against PyTorch on pictures.
+"""Write a detector as an ONNX file or for another runtime, after checking it against PyTorch on pictures.
 
     python export.py CHECKPOINT [--dynamic] [--with-nms] [--int8 --calibrate FORMAT ROOT [SPLIT]]
+    python export.py CHECKPOINT --format torch|openvino|engine|coreml [--dynamic]
 
 Examples:
 
@@ -15,6 +16,10 @@ The input is `images` (B, 3, H, W), float32 RGB in [0, 1], letterboxed as in dat
 
 With --with-nms the inputs score_threshold, iou_threshold and max_detections are optional and have defaults.
 
+--format torch writes torch.export's program (.pt2), openvino OpenVINO's two files (.xml, .bin), both float32 with that
+input and the first two outputs. engine and coreml write what TensorRT (.onnx) or Core ML (.pt2) starts from, and print
+the command that makes the rest where those run.
+
 The check uses --pictures; else the test split of --calibrate or of the run that the checkpoint belongs to; else drawn
 pictures. BatchNorm is folded; adapters and teachers of distillation are not exported. The metadata holds architecture,
 class names, image size and commit. eval.py and predict.py take the file instead of a checkpoint.
@@ -22,8 +27,8 @@ class names, image size and commit. eval.py and predict.py take the file instead
 --int8 also writes <name>.int8.onnx, quantized on pictures of --calibrate, and prints mAP (on --test-split), time and
 size of both files.
 
-Exit codes: 0 written, 2 a mistake in the arguments or the data, or a graph that differs from PyTorch, 5 a file that
-could not be written, 130 after Ctrl-C.
+Exit codes: 0 written, 2 a mistake in the arguments or the data, or a graph that differs from PyTorch, 4 weights that
+do not fit in memory, 5 a file that could not be written, 130 after Ctrl-C.
 """
 
 import argparse
@@ -51,6 +56,7 @@ from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.detector import SUFFIX, OnnxDetector, open_session
 from engine.onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
 from engine.onnx_files.int8 import quantize
+from engine.onnx_files.other_formats import LEAST_SIDE, command_for, openvino_files, program_bytes, trace_program
 from engine.prediction.sources import find_pictures
 from engine.runtime.run_folder import RunFolder, commit, write_bytes
 from engine.runtime.timing import rotate, wall_seconds
@@ -70,6 +76,15 @@ if TYPE_CHECKING:
 BOX_TOLERANCE = 0.05  # pixels
 SCORE_TOLERANCE = 1e-3
 CHECK_PICTURES = 4
+FORMATS = {"onnx": SUFFIX, "torch": ".pt2", "openvino": ".xml", "engine": SUFFIX, "coreml": ".pt2"}  # what is written
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+NEEDED = {
+    "onnx": ONNX_PACKAGES,
+    "torch": (),
+    "openvino": (*ONNX_PACKAGES[:2], "openvino"),
+    "engine": ONNX_PACKAGES,
+    "coreml": (),
+}
 CHECK_CANDIDATES = 1000  # pairs of location and class in an image that the check of the selection uses
 TIMED_ROUNDS = 21
 
@@ -135,12 +150,29 @@ def to_images(pictures: Sequence[np.ndarray], image_size: int) -> Tensor:
     return torch.from_numpy(squares).permute(0, 3, 1, 2).float().contiguous() / 255
 
 
-def check_batches(images: Tensor, dynamic: bool) -> list[Tensor]:
+def check_batches(images: Tensor, dynamic: bool, least: int = SIZE_MULTIPLE) -> list[Tensor]:
     """The batches to check: one by one; if dynamic: all images, one image, and two at half the height."""
     if not dynamic:
         return list(images.split(1))
-    half = max(SIZE_MULTIPLE, images.shape[2] // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE)
+    half = max(least, images.shape[2] // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE)
     return [images, images[:1], images[:2, :, :half].contiguous()]
+
+
+def compare_outputs(
+    model: nn.Module, run: Callable[[Tensor], tuple[Tensor, Tensor]], batches: Iterable[Tensor], *, suppresses: bool
+) -> Difference:
+    """The largest differences of `run` from the PyTorch model over images (B, 3, H, W): boxes and scores."""
+    detector = cast(DenseDetector, model)  # PyTorch types every attribute of a module as Tensor | Module
+    largest = Difference(0.0, 0.0)
+    for images in batches:
+        for rows in zip(*detector.decode(detector(images)), *run(images)):
+            boxes, scores = _differences(*rows, in_order=suppresses)
+            # This form makes nan larger than any number.
+            largest = Difference(
+                largest.boxes if boxes <= largest.boxes else boxes,
+                largest.scores if scores <= largest.scores else scores,
+            )
+    return largest
 
 
 @torch.no_grad()
@@ -150,28 +182,21 @@ def compare(model: nn.Module, graph: "ModelProto", batches: Iterable[Tensor], *,
     If the graph ends in detections, they must be those that kernels.nms selects from the graph's own boxes and scores,
     in the same order; otherwise UserError.
     """
-    detector = cast(DenseDetector, model)  # PyTorch types every attribute of a module as Tensor | Module
     names = list(PREDICTIONS)
     has_selection = graph.graph.output[0].name == DETECTIONS[0] and len(graph.graph.output) == len(DETECTIONS)
     if has_selection:
         names = [f"all_{name}" for name in PREDICTIONS]
         graph = _with_outputs(graph, names)
     session = open_session(graph.SerializeToString())
-    largest = Difference(0.0, 0.0)
-    for images in batches:
-        expected = detector.decode(detector(images))
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
         feed = {"images": images.numpy()}
-        found = tuple(map(torch.from_numpy, session.run(names, feed)))
-        for rows in zip(*expected, *found):
-            boxes, scores = _differences(*rows, in_order=suppresses)
-            # This form makes nan larger than any number.
-            largest = Difference(
-                largest.boxes if boxes <= largest.boxes else boxes,
-                largest.scores if scores <= largest.scores else scores,
-            )
         if has_selection:
             _check_selection(session, feed, names, suppresses)
-    return largest
+        boxes_xyxy, scores = map(torch.from_numpy, session.run(names, feed))
+        return boxes_xyxy, scores
+
+    return compare_outputs(model, run, batches, suppresses=suppresses)
 
 
 def _with_outputs(graph: "ModelProto", names: Sequence[str]) -> "ModelProto":
@@ -263,6 +288,36 @@ def print_comparison(
     return results
 
 
+def check_difference(args: argparse.Namespace, difference: Difference, what: str, on: str) -> None:
+    """Print how far something is from PyTorch. UserError if that is too far."""
+    measured = f"boxes by at most {difference.boxes:.2g} px, scores by {difference.scores:.2g}"
+    if not difference.is_small():
+        raise UserError(
+            f"{args.output}: differs from PyTorch in {measured}, expected at most {BOX_TOLERANCE} px and "
+            f"{SCORE_TOLERANCE}; nothing was written"
+        )
+    print(f"{on}: {what} and PyTorch differ in {measured}")
+
+
+@torch.no_grad()
+def write_other_format(args: argparse.Namespace, model: nn.Module, info: GraphInfo, images: Tensor, on: str) -> None:
+    """Check and write what --format torch, openvino and coreml ask for."""
+    run: Callable[[Tensor], tuple[Tensor, Tensor]]
+    if args.format == "openvino":
+        what = "OpenVINO"
+        files, run = openvino_files(onnx_graph.trace(model, info.image_size, dynamic=args.dynamic))
+    else:
+        what = "torch.export"
+        program = trace_program(model, info.image_size, dynamic=args.dynamic)
+        files, run = {args.output.suffix: program_bytes(program, info)}, program.module()
+    least = SIZE_MULTIPLE if args.format == "openvino" else LEAST_SIDE
+    batches = check_batches(images, args.dynamic, least)
+    check_difference(args, compare_outputs(model, run, batches, suppresses=info.suppresses), what, on)
+    for suffix, data in files.items():
+        write_bytes(args.output.with_suffix(suffix), data)
+        print(f"written: {args.output.with_suffix(suffix)} ({info.arch}, {len(info.names)} classes, float32)")
+
+
 def open_splits(args: argparse.Namespace, info: CheckpointInfo) -> tuple[DatasetIndex, DatasetIndex]:
     """The splits to calibrate on and to measure on. UserError if their classes are not the model's."""
     if len(args.calibrate) not in (2, 3) or args.calibrate[0] not in READERS:
@@ -283,7 +338,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a released file or a run")
     parser.add_argument("--arch", help="architecture of a released file that leaves it open")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with .onnx")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="the runtime to write for (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with a new suffix")
     parser.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32 (as trained)")
     parser.add_argument(
         "--dynamic", action="store_true", help="accept any batch, height and width (default: one square image)"
@@ -313,9 +369,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--test-split", default="test", help="split to measure float32 and int8 on (%(default)s)")
     args = parser.parse_args(argv)
     args.checkpoint = file_of_run(args.checkpoint)
-    args.output = args.output or args.checkpoint.with_suffix(SUFFIX)
-    if args.output.suffix.lower() != SUFFIX:
-        parser.error(f"--output: found {args.output}, expected a name ending in {SUFFIX}")
+    suffix = FORMATS[args.format]
+    args.output = args.output or args.checkpoint.with_suffix(suffix)
+    if args.output.suffix.lower() != suffix:
+        parser.error(f"--output: found {args.output}, expected a name ending in {suffix}")
+    if args.format != "onnx" and (args.int8 or args.with_nms):
+        parser.error(f"--format {args.format}: has no --int8 and no --with-nms, expected them with onnx alone")
     if args.image_size is not None and (args.image_size < SIZE_MULTIPLE or args.image_size % SIZE_MULTIPLE):
         parser.error(f"--image-size: found {args.image_size}, expected a multiple of {SIZE_MULTIPLE}")
     for name in ("max_detections", "calibration_pictures"):
@@ -328,8 +387,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        require(module, "export", "export.py")
+    for module in NEEDED[args.format]:
+        require(module, "openvino" if module == "openvino" else "export", f"export.py --format {args.format}")
     if not args.output.parent.is_dir():
         raise UserError(f"{args.output}: no such folder: {args.output.parent}")
     model, info = checkpoint.load_model(args.checkpoint, args.arch)
@@ -344,6 +403,22 @@ def main(argv: list[str]) -> None:
     max_detections = args.max_detections or evaluation.max_detections
     assert nms_iou is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
 
+    on = f"{plural(len(images), 'picture')} {source} at {size} px"
+    describe = lambda precision: GraphInfo(
+        info.arch,
+        info.names,
+        size,
+        suppresses,
+        precision,
+        info.source,
+        commit(),
+        to_tree(evaluation) if info.config else {},
+    )
+    if FORMATS[args.format] != SUFFIX:
+        write_other_format(args, model, describe("float32"), images, on)
+        if args.format == "coreml":
+            print(f"where Core ML runs: {command_for('coreml', args.output, size, dynamic=args.dynamic)}")
+        return
     graphs = {"float32": onnx_graph.trace(model, size, dynamic=args.dynamic)}
     if splits:
         graphs["int8"] = quantize(graphs["float32"], calibration_images(splits[0], size, args.calibration_pictures))
@@ -356,30 +431,16 @@ def main(argv: list[str]) -> None:
                 iou_threshold=nms_iou if suppresses else 1.0,
                 max_detections=max_detections,
             )
-        infos[name] = GraphInfo(
-            info.arch,
-            info.names,
-            size,
-            suppresses,
-            name,
-            info.source,
-            commit(),
-            to_tree(evaluation) if info.config else {},
-        )
+        infos[name] = describe(name)
         onnx_graph.write_info(graphs[name], infos[name])
 
     batches = check_batches(images, args.dynamic)
-    difference = compare(model, graphs["float32"], batches, suppresses=suppresses)
-    measured = f"boxes by at most {difference.boxes:.2g} px, scores by {difference.scores:.2g}"
-    if not difference.is_small():
-        raise UserError(
-            f"{args.output}: differs from PyTorch in {measured}, expected at most {BOX_TOLERANCE} px and "
-            f"{SCORE_TOLERANCE}; nothing was written"
-        )
-    print(f"{plural(len(images), 'picture')} {source} at {size} px: ONNX and PyTorch differ in {measured}")
+    check_difference(args, compare(model, graphs["float32"], batches, suppresses=suppresses), "ONNX", on)
     for name, graph in graphs.items():
         write_bytes(files[name], graph.SerializeToString())
         print(f"written: {files[name]} ({info.arch}, {len(info.names)} classes, {name})")
+    if args.format == "engine":
+        print(f"where TensorRT runs: {command_for('engine', args.output, size, dynamic=args.dynamic)}")
     if splits:
         print_comparison(graphs, infos, splits[1], images[:1], evaluation)
 

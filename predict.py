@@ -25,8 +25,8 @@ up to then are kept, and a video written so far can be played. Below --output it
 
 A file gets its name only once it is complete. A picture or frame that cannot be read is reported and skipped.
 
-Exit codes: 0 all read, 1 something was skipped, 2 a mistake in the arguments or the data, 5 a file that could not be
-written, 130 after Ctrl-C, 143 after SIGTERM.
+Exit codes: 0 all read, 1 something was skipped, 2 a mistake in the arguments or the data, 4 weights that do not fit in
+memory, 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse

@@ -5,6 +5,8 @@
     python train.py CONFIG --dry-run           print every loss term of one batch with its gradient; write nothing
     python train.py --resume runs/NAME         continue after a signal, a crash or a full disk
     torchrun --nproc-per-node 2 train.py CONFIG
+    python train.py --init NEW.yaml --data FOLDER [--teacher ARCH] [key=value ...]     write a config for your pictures
+    python train.py --keys [WORD] | --list     print the keys of a config; architectures, teachers and losses
 
 Example:
 
@@ -21,7 +23,6 @@ saved, and its last good checkpoint always stays whole.
 
 # ruff: noqa: B023  (train_step calls its inner function before the loop goes on)
 
-import argparse
 import dataclasses
 import math
 import time
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 import checkpoint
 from config import Config, load_config
 from datasets.loader import Batch, LoaderProcessDied
+from engine.command_line.arguments import answer_at_once, parse_train_arguments
 from engine.runtime import run_folder
 from engine.runtime.interruption import StopRequested, StopSignals
 from engine.runtime.processes import Processes, keep_freed_memory
@@ -211,21 +213,10 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", nargs="?", help="a YAML file; not needed with --resume")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the config")
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    parser.add_argument(
-        "--allow-change", metavar="KEY", action="append", default=[], help="this key may differ when resuming"
-    )
-    parser.add_argument("--row", metavar="NAME", help="train this row of a study, in the folder of compare.py")
-    parser.add_argument("--dry-run", action="store_true", help="print every loss term of one batch and exit")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse_train_arguments(argv, __doc__)
+    if answer_at_once(arguments):
+        return
     source, overrides = arguments.config, arguments.overrides
-    if source and "=" in source and not Path(source).exists():
-        source, overrides = None, [source, *overrides]
     if arguments.row is not None:
         if not source or arguments.resume:
             raise UserError("argument --row: expected a study's file before it, without --resume")

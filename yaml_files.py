@@ -103,9 +103,15 @@ def parse_yaml(text: str, source: str, *, as_text: bool = False) -> Any:
         raise UserError(f"{source}: not valid YAML: {error}") from None
 
 
-def dump_yaml(tree: Any) -> str:
-    """YAML text that read_yaml turns back into the same values in the same order. Strings like `1e3` are quoted."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(tree: Any, *, on_one_line: bool = False) -> str:
+    """YAML text that read_yaml turns back into the same values in the same order. Strings like `1e3` are quoted.
+
+    on_one_line: `{a: 1, b: [2]}` for a list or a dict.
+    """
+    width = 1 << 20 if on_one_line else None
+    return yaml.dump(
+        tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=on_one_line, width=width
+    )
 
 
 class _Dumper(yaml.SafeDumper):

@@ -30,7 +30,7 @@ from distill.condense.mean_gradient import chunks, matched_parameters, mean_grad
 from distill.condense.network_pool import NetworkPool, PoolSettings, as_float, set_statistics
 from distill.condense.synthetic import SyntheticSet
 from engine.condensing.config import SIAMESE
-from engine.condensing.methods import RealPictures
+from engine.condensing.real_pictures import RealPictures
 from errors import UserError, run_script
 from structures import Targets
 

@@ -12,6 +12,7 @@ instead of the clock's; with `--threads 1` that is what to read on a machine tha
 Forms: "PyTorch" is the model as it is trained, "fused" has its BatchNorms folded into the convolutions; channels_last
 is the memory layout of images and weights, without it they are contiguous; bfloat16 is autocast. "ONNX" is the file
 export.py would write, for one image of this size, run by onnxruntime on the CPU; int8 is calibrated on noise.
+"OpenVINO" is what --format openvino would write, where its package is installed.
 
 FLOPs are those that torch.utils.flop_counter counts: of convolutions and matrix products alone, a multiplication
 and an addition being two.
@@ -39,6 +40,7 @@ from benchmarks.timing import header, options, parse, row, take_turns, versions
 from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.detector import open_session
 from engine.onnx_files.int8 import quantize
+from engine.onnx_files.other_formats import openvino_files
 from errors import run_script
 from layers.fusion import fuse
 
@@ -53,7 +55,7 @@ FORMS = {  # name: (fused, channels_last, bfloat16)
     "fused channels_last": (True, True, False),
     "fused channels_last bfloat16": (True, True, True),
 }
-ONNX_FORMS = ("ONNX float32", "ONNX int8")
+ONNX_FORMS = ("ONNX float32", "ONNX int8", "OpenVINO float32")
 Call = Callable[[], object]
 
 
@@ -92,6 +94,8 @@ def our_calls(arch: str | None, path: str | None, images: Tensor, with_onnx: boo
         graph = onnx_graph.trace(fuse(model), images.shape[-1], dynamic=False)
         calls["ONNX float32"] = onnx_call(graph, images)
         calls["ONNX int8"] = onnx_call(quantize(graph, [images.numpy()]), images)
+        if importlib.util.find_spec("openvino"):
+            calls["OpenVINO float32"] = partial(openvino_files(graph)[1], images)
     return model, calls
 
 

@@ -320,7 +320,7 @@ def _log_orphans(path: Path, files: list[Path], folders: LabelFolders, log: Faul
                 continue
             if file.with_suffix(".txt") in expected:
                 raise UserError(f"{file}: a label file with the suffix {file.suffix}, expected .txt")
-            if _holds_labels(file):
+            if holds_labels(file):
                 log.add(file, None, "labels without a picture", "label without picture", "left out", file.stem)
 
 
@@ -335,7 +335,7 @@ def _log_shared_labels(image_paths: list[Path], folders: LabelFolders, log: Faul
             log.add(label_path, None, reason, "one label file for two pictures", "noted", path.name)
 
 
-def _holds_labels(path: Path) -> bool:
+def holds_labels(path: Path) -> bool:
     """Whether a text file begins with a row of labels: five numbers or more."""
     try:
         lines = read_lines(path)

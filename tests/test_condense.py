@@ -19,8 +19,11 @@ import train
 from config import DataConfig, from_tree, to_tree
 from datasets.open import open_dataset
 from distill.condense import coresets
+from distill.condense.head_matching import HeadSettings, head_gradient_rows
+from distill.condense.network_pool import set_statistics
 from engine.condensing.config import WITHOUT_DRAWS, Method
-from engine.condensing.methods import RealPictures
+from engine.condensing.frozen_backbone import FrozenBackbone
+from engine.condensing.real_pictures import RealPictures
 from engine.training import reporting
 from errors import UserError
 from tests.tiny_training import tiny_config
@@ -32,6 +35,7 @@ POOL = {"networks": 1, "first_steps": 0, "steps_between": 1}
 QUICK = {
     "arch": "yolov8_narrow",
     "matching": {"steps": 2, "pool": POOL},
+    "head": {"steps": 2},
     "real_batch": 2,
 }
 
@@ -67,11 +71,13 @@ def real(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> Path:
-    """A detector of the two classes, as training leaves it; its weights are fresh."""
+    """A detector of the two classes, as training leaves it: fresh weights, and the statistics of some images."""
     path = tmp_path_factory.mktemp("network") / "last.pt"
     torch.manual_seed(0)
     state = {"arch": "yolov8n", "names": list(NAMES), "image_size": 64, "epoch": 1, "step": 1}
-    checkpoint.save(path, state | {"ema": models.build("yolov8n", 2).state_dict()})
+    model = models.build("yolov8n", 2)
+    set_statistics(model, torch.rand(8, 3, 64, 64))
+    checkpoint.save(path, state | {"ema": model.state_dict()})
     return path
 
 
@@ -103,7 +109,9 @@ def manifest(folder):
 EXTRA = {
     "mosaic": {"formation": [2, 2]},
     "gradient_matching": {"formation": [2, 2], "matching": {"steps": 1, "pool": POOL}},
+    "linear_head": {"formation": [2, 2], "head": {"steps": 1}},
 }
+LEARNT = ("gradient_matching", "linear_head")
 
 
 @pytest.mark.parametrize("method", get_args(Method))
@@ -113,7 +121,7 @@ def test_a_set_is_an_ordinary_dataset_with_a_manifest(method, make, real, capsys
     index = open_dataset("yolo", folder, "train")
     assert not index.faults and index.names == NAMES and len(index) == facts["pictures"] == 3
     decoded = 3 * math.prod(facts["formation"])
-    assert facts["decoded"] == decoded and (decoded == 12) == (method in ("mosaic", "gradient_matching"))
+    assert facts["decoded"] == decoded and (decoded == 12) == (method in ("mosaic", *LEARNT))
     if decoded > 3:
         enlarged = open_dataset("yolo", folder, "train_decoded")
         assert len(enlarged) == decoded and not enlarged.faults
@@ -123,7 +131,7 @@ def test_a_set_is_an_ordinary_dataset_with_a_manifest(method, make, real, capsys
     assert facts["seconds"] > 0 and 0.05 < facts["peak_gigabytes"] < 20 and "commit" in facts
     assert Image.open(folder / "set.png").size[0] > 300
     assert not folder.with_name("out.part").exists() and not list(folder.glob("state*"))
-    assert (folder / "steps.csv").exists() == (method == "gradient_matching")
+    assert (folder / "steps.csv").exists() == (method in LEARNT)
     make(method, **EXTRA.get(method, {}))
     assert "made before" in capsys.readouterr().out
     again = make(method, output="again", **EXTRA.get(method, {}))
@@ -152,11 +160,15 @@ def test_methods_choose_as_their_rules_say(make, real, network):
         alone = [pictures.read([row]) for row in range(12)]
         losses = [sum(model.losses(model(b.images.float() / 255), b.targets).values()).item() for b in alone]
     counts = [len(sample) for sample in pictures.index.samples]
+    backbone = FrozenBackbone(model, 64, 2)
+    data = backbone.data_of(pictures)
+    fresh = backbone.grid.fresh_head(data.widths, 2)
     expected = {
         "most_objects": sorted(range(12), key=lambda row: (-counts[row], row)),
         "highest_loss": sorted(range(12), key=lambda row: -losses[row]),
         "herding": coresets.herding(features, 4).tolist(),
         "k_center": coresets.k_center(features, 4).tolist(),
+        "head_gradient": head_gradient_rows(data, 4, fresh, HeadSettings().ridge).tolist(),
     }
     assert set(expected) == set(WITHOUT_DRAWS)
     for method, rows in expected.items():
@@ -228,6 +240,11 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
         ({"method": "gradient_matching", "matching": {"pool": {"networks": 0}}}, [], r"condense.matching': .*networks"),
         ({"method": "gradient_matching", "arch": "rtdetr_r18vd"}, [], r"has no losses: it cannot be trained"),
         ({"method": "gradient_matching", "real_batch": 0}, [], r"condense.real_batch': found 0"),
+        ({"method": "linear_head", "network": {}}, [], r"condense.network': linear_head needs a trained network"),
+        ({"method": "linear_head", "head": {"steps": -1}}, [], r"head.steps': found -1"),
+        ({"method": "linear_head", "head": {"distance": "mse"}}, [], r"head.distance': found 'mse', expected one of"),
+        ({"method": "linear_head", "head": {"ridge": 0.0}}, [], r"condense.head': .* a ridge above 0"),
+        ({"method": "linear_head", "head": {"optimizer": "adm"}}, [], r"condense.head': pixel optimizer 'adm'"),
         ({"method": "random"}, ["--seed", "1"], r"argument --seed: expected --row"),
         ({"method": "random"}, ["--row", "full"], r"expected a teacher and a term|argument --row"),
         ({"method": "random"}, ["device=gpu"], r"key 'device': found 'gpu'"),
@@ -275,21 +292,34 @@ def test_no_memory_is_one_line(make, monkeypatch, tmp_path):
     assert raised.value.exit_code == 4 and not list(tmp_path.glob("out*"))
 
 
-def test_a_network_of_other_classes_is_refused(make, network, tmp_path):
+def test_a_network_of_other_classes_is_refused_where_its_loss_is_needed(make, network, tmp_path):
     state = checkpoint.load(network)
     checkpoint.save(tmp_path / "other.pt", state | {"names": ["red", "green"]})
     with pytest.raises(
         UserError, match=r"other.pt: found the classes red, green; expected those of the dataset: green, red"
     ):
-        make("k_center", network={"weights": str(tmp_path / "other.pt")})
+        make("highest_loss", network={"weights": str(tmp_path / "other.pt")})
+    for method in ("k_center", "linear_head"):  # they read features, which no class names
+        assert manifest(make(method, 2, method, network={"weights": str(tmp_path / "other.pt")}))["pictures"] == 2
+
+
+def test_a_network_whose_features_are_the_same_everywhere_is_refused(make, network, tmp_path):
+    """A fresh one: no pixel would move, and nothing would tell."""
+    state = checkpoint.load(network)
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "fresh.pt", state | {"ema": models.build("yolov8n", 2).state_dict()})
+    with pytest.raises(UserError, match=r"condense.network': its features hardly differ .* expected a trained network"):
+        make("linear_head", 2, network={"weights": str(tmp_path / "fresh.pt")})
+    assert not list(tmp_path.glob("out*"))
 
 
 # ---------------------------------------------------------------- learning
 
 
-def test_stopped_and_gone_on_with_ends_with_the_same_bytes(make, tmp_path, monkeypatch):
-    method, learner = "gradient_matching", condense.GradientMatching
-    section = {"matching": {"steps": 4, "pool": POOL}, "picture_every_steps": 2, "init": "noise"}
+@pytest.mark.parametrize("method", LEARNT)
+def test_stopped_and_gone_on_with_ends_with_the_same_bytes(method, make, tmp_path, monkeypatch):
+    learner = {"gradient_matching": condense.GradientMatching, "linear_head": condense.HeadMatching}[method]
+    section = {"matching": {"steps": 4, "pool": POOL}, "head": {"steps": 4}, "picture_every_steps": 2, "init": "noise"}
     whole = make(method, 2, "whole", **section)
     step = learner.step
 
@@ -313,9 +343,10 @@ def test_stopped_and_gone_on_with_ends_with_the_same_bytes(make, tmp_path, monke
     assert len((whole / "steps.csv").read_text().splitlines()) == 5
 
 
-def test_learning_moves_pixels_and_leaves_boxes(make):
+@pytest.mark.parametrize("method", LEARNT)
+def test_learning_moves_pixels_and_leaves_boxes(method, make):
     start = make("random", 2, "start", seed=0)
-    learnt = make("gradient_matching", 2, "learnt", seed=0)
+    learnt = make(method, 2, "learnt", seed=0)
     for name, data in files(start).items():
         if name.startswith("labels/"):
             assert files(learnt)[name] == data

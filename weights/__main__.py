@@ -13,7 +13,8 @@ the folder of a run. Tensors stay as they are, bit by bit. Class names, architec
 checksum are in the metadata, so every command takes OUT as it is, without --arch. --half stores float16, in half the
 space; BatchNorm's statistics stay as they are.
 
-Exit codes: 0 done, 2 a file that is missing, damaged or refused, 5 a file that could not be written, 130 after Ctrl-C.
+Exit codes: 0 done, 2 a file that is missing, damaged or refused, 4 tensors that do not fit in memory, 5 a file that
+could not be written, 130 after Ctrl-C.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Choosing n of N real images: the baselines for a synthetic set.
 
 Every function returns the n chosen rows, (n,) int64, distinct, in the order of the choice; a smaller set is a prefix of
-a larger one. Ties go to the lowest row, so only `random_rows` and `balanced_rows` draw random numbers.
+a larger one. Ties go to the lowest row, so only the first three draw random numbers.
 
     random_rows      at random
+    rows_in_turn     an image of each class in turn
     balanced_rows    about as many objects of each class
     herding          the mean of the chosen features is close to that of all     Welling, ICML 2009
     k_center         no image is far from a chosen one                           Sener and Savarese, arXiv:1708.00489
@@ -24,6 +25,29 @@ def random_rows(total: int, count: int, *, generator: torch.Generator) -> Tensor
     """The first `count` of a random permutation of range(total)."""
     check_count(count, total)
     return torch.randperm(total, generator=generator)[:count]
+
+
+def rows_in_turn(class_counts: Tensor, count: int, *, generator: torch.Generator) -> Tensor:
+    """At random an image with an object of class 0, one with class 1, and so on, in turn; no image twice.
+
+    class_counts (N, K): the number of objects of each class in each image. A class whose images are used up is skipped;
+    when all are, the images without objects follow.
+    """
+    check_count(count, len(class_counts))
+    order = torch.randperm(len(class_counts), generator=generator)
+    left = order.tolist()
+    has_class = (class_counts > 0).tolist()
+    chosen: list[int] = []
+    while len(chosen) < count:
+        before = len(chosen)
+        for k in range(class_counts.shape[1]):
+            row = next((row for row in left if has_class[row][k]), None)
+            if row is not None:
+                chosen.append(row)
+                left.remove(row)
+        if len(chosen) == before:
+            chosen += left
+    return torch.tensor(chosen[:count])
 
 
 def balanced_rows(class_counts: Tensor, count: int, *, generator: torch.Generator) -> Tensor:

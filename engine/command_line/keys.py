@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import config
 from distill.condense.gradient_matching import MatchingSettings
+from distill.condense.head_matching import HeadSettings
 from engine.comparison.decision import DecisionRule
 from engine.comparison.study import RowFile
 from engine.condensing.config import CondenseConfig
@@ -35,6 +36,7 @@ SECTIONS: list[tuple[str, str, type]] = [  # title, what stands before a key on 
     ("decide, of a study", "decide.", DecisionRule),
     ("condense, of condense.py and of studies", "condense.", CondenseConfig),
     ("condense.matching", "condense.matching.", MatchingSettings),
+    ("condense.head", "condense.head.", HeadSettings),
 ]
 NAMES = {
     str: "text",

@@ -1,8 +1,10 @@
 """The lines of `train.py --list`: architectures, teachers and losses."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 import models
 from distill.terms import LOSSES
@@ -10,6 +12,8 @@ from distill.terms import LOSSES
 FAMILIES = {  # beginning of a name -> what it is; the longest that fits counts
     "yolov8": "one stage, no anchors; a box edge is a distribution over distances",
     "yolov8_narrow": "a YOLOv8 of half the width of n, not released: for few cores",
+    "yolov8_half": "a YOLOv8 as deep as n at half its width, not released: starts as a part of a wider one",
+    "yolov7": "one stage, three anchor boxes on each location, objectness, SimOTA assignment",
     "yolov5": "one stage, three anchor boxes on each location, objectness",
     "fasterrcnn": "two stages: proposals, then a class and a box for each",
     "rtdetr": "a transformer with queries, no suppression; detects and teaches, cannot be trained",
@@ -28,15 +32,18 @@ def listing() -> str:
     ):
         lines = [f"# {title}"]
         for name in names:
-            with torch.device("meta"):  # shapes alone
-                parameters = sum(p.numel() for p in build(name).parameters())
-            lines.append(f"{name:<34} {parameters / 1e6:6.1f} M   {describe(name)}")
+            lines.append(f"{name:<34} {count_parameters(build, name) / 1e6:6.1f} M   {describe(name)}")
         blocks.append("\n".join(lines))
     lines = ["# losses: terms.0.loss; docs/losses has each with its equation and a config line"]
     for name, term in LOSSES.items():
         first = (inspect.getdoc(term.loss) or "").splitlines()[0].rstrip(".")
         lines.append(f"{name:<24} {term.reads:<8} {first}")
     return "\n\n".join([*blocks, "\n".join(lines)])
+
+
+def count_parameters(build: Callable[[str], nn.Module], name: str) -> int:
+    with torch.device("meta"):  # shapes alone
+        return sum(parameter.numel() for parameter in build(name).parameters())
 
 
 def describe(name: str) -> str:

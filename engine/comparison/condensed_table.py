@@ -50,7 +50,24 @@ def condensed_markdown(results: dict[str, Result], only: Collection[str] | None 
         lines.append(f"| {' | '.join(map(str, cells))} |")
     refused = [line for row in rows for line in row["refused"]]
     lines += [""] * bool(refused) + [f"{line}." for line in refused]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *phase_lines(results, only)]) + "\n"
+
+
+def phase_lines(results: dict[str, Result], only: Collection[str] | None) -> list[str]:
+    """The table of published project 1: a line for each row that is trained, the one on all real pictures too."""
+    lines = ["", "| phase | dataset | mAP50 | precision | recall | F1 |", "|---|---|---:|---:|---:|---:|"]
+    for result in results.values():
+        if not result.seeds or result.row.is_teacher or (only is not None and result.name not in only):
+            continue
+        task, data = result.row.task, result.row.config.data
+        dataset = (
+            f"all of {data.train}" if task is None else f"{task.condense.pictures} pictures: {task.condense.method}"
+        )
+        phase = "baseline" if task is None else "condensed"
+        phase += " + distillation" * bool(result.row.config.terms)
+        metrics = [mean_and_spread(result.values(name)) for name in ("mAP50", "precision", "recall", "F1")]
+        lines.append(f"| {' | '.join((phase, dataset, *metrics))} |")
+    return lines
 
 
 def condensed_tree(results: dict[str, Result]) -> list[dict]:

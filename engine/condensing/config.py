@@ -17,31 +17,38 @@ from typing import Any, Literal, get_args
 from config import AugmentConfig, DataConfig, from_tree, to_tree
 from distill.condense.gradient_distance import DISTANCES
 from distill.condense.gradient_matching import MatchingSettings
+from distill.condense.head_matching import CURVATURE, HeadSettings
+from distill.condense.head_matching import DISTANCES as HEAD_DISTANCES
 from errors import UserError
 
 Rule = Literal[  # how real pictures are chosen
     "random",  # at random
+    "in_turn",  # one with an object of each class in turn, at random
     "uniform",  # with about as many objects of each class
     "herding",  # so that the mean of their features is the mean over all pictures
     "k_center",  # so that every other picture is near one of them, by features
     "highest_loss",  # with the highest loss of a trained network
     "most_objects",  # with the most objects
+    "head_gradient",  # whose gradients move a linear head on a frozen network towards that of all pictures
 ]
 Method = Literal[
     Rule,
     "crops",  # mosaics of crops around real objects
     "mosaic",  # several real pictures in each stored one
     "gradient_matching",  # learnt pixels, whose gradient matches that of real pictures early in training
+    "linear_head",  # learnt pixels that train a linear head on a frozen network as all real pictures do
 ]
 RULES: tuple[Rule, ...] = get_args(Rule)
-MEASURED = ("herding", "k_center", "highest_loss")  # rules that need a trained network
+LEARNT = ("gradient_matching", "linear_head")  # methods whose pixels are learnt
+MEASURED = ("herding", "k_center", "highest_loss", "head_gradient")  # rules that need a trained network
 WITHOUT_DRAWS = (*MEASURED, "most_objects")  # rules whose result does not depend on the seed
 SIAMESE = AugmentConfig(mosaic=0.0, flip_vertical=0.5, close_mosaic_epochs=0)
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """A trained detector of the same classes: a checkpoint of ours, or a released file and its architecture.
+    """A trained detector: a checkpoint of ours, or a released file and its architecture. For highest_loss its classes
+    are those of the dataset.
 
     row: in a study, a row above whose first run is used instead of `weights`.
     """
@@ -62,11 +69,12 @@ class CondenseConfig:
     init: Literal["noise", "real", "crops"] = "real"  # start of learnt pixels, and source of the labels
     layouts: Rule = "random"  # which real pictures: for init noise and real, and for mosaic
     crops: int = 2  # crops along each side of a mosaic of crops
-    network: NetworkConfig = NetworkConfig()  # for rules that need a trained network
+    network: NetworkConfig = NetworkConfig()  # for rules that need a trained network, and for linear_head
     arch: str | None = None  # of the networks whose gradients are matched; None: the student's
     real_batch: int = 16  # real pictures per matching step
     augment: AugmentConfig = SIAMESE  # of a matching step, the same for all its pictures
-    matching: MatchingSettings = field(default_factory=MatchingSettings)  # how pixels are learnt
+    matching: MatchingSettings = field(default_factory=MatchingSettings)  # how gradient_matching learns pixels
+    head: HeadSettings = field(default_factory=HeadSettings)  # how linear_head learns pixels
     save_every_steps: int = 50  # steps between two saves: what a killed process may lose; 0: never
     picture_every_steps: int = 100  # steps between two pictures of the state in steps/; 0: never
 
@@ -118,12 +126,12 @@ class Task:
 
     @property
     def needs_network(self) -> bool:
-        return self.rule in MEASURED
+        return self.rule in MEASURED or self.condense.method == "linear_head"
 
     @property
     def is_learnt(self) -> bool:
-        """Whether the pixels are learnt by gradient matching, not copied from real pictures."""
-        return self.condense.method == "gradient_matching"
+        """Whether the pixels are learnt, not copied from real pictures."""
+        return self.condense.method in LEARNT
 
     @property
     def has_layouts(self) -> bool:
@@ -144,15 +152,20 @@ class Task:
         if is_learnt or c.method == "mosaic":
             tree["formation"] = list(c.formation)
         if is_learnt:
-            tree |= {"init": c.init, "augment": to_tree(c.augment)}
+            tree["init"] = c.init
         if self.has_layouts:
             tree["layouts"] = c.layouts
         if c.method == "crops" or (is_learnt and c.init == "crops"):
             tree["crops"] = c.crops
         if self.needs_network:
             tree["network"] = to_tree(c.network)
-        if is_learnt:
-            tree |= {"arch": self.arch, "real_batch": c.real_batch, "matching": to_tree(c.matching)}
+        if self.rule == "head_gradient":
+            tree["ridge"] = c.head.ridge
+        if c.method == "gradient_matching":
+            matching = {"real_batch": c.real_batch, "matching": to_tree(c.matching)}
+            tree |= {"augment": to_tree(c.augment), "arch": self.arch, **matching}
+        if c.method == "linear_head":
+            tree["head"] = to_tree(c.head)
         return tree
 
     @property
@@ -201,6 +214,11 @@ class Task:
         if c.matching.distance not in DISTANCES:
             found = f"{key}.matching.distance': found {c.matching.distance!r}"
             raise UserError(f"{found}, expected one of {', '.join(DISTANCES)}")
+        if c.head.steps < 0:
+            raise UserError(f"{key}.head.steps': found {c.head.steps}, expected a number, or 0 for none")
+        if c.head.distance not in (CURVATURE, *HEAD_DISTANCES):
+            expected = ", ".join((CURVATURE, *HEAD_DISTANCES))
+            raise UserError(f"{key}.head.distance': found {c.head.distance!r}, expected one of {expected}")
 
     def check_source(self, count: int) -> None:
         """UserError if the source has too few pictures: each is used at most once."""

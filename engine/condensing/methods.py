@@ -1,85 +1,23 @@
 """The pictures that a synthetic set starts from: chosen or assembled from real ones. condense.py learns the pixels."""
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import checkpoint
-from boxes import clip_boxes
-from config import DataConfig
-from datasets.loader import Batch, Loader
-from datasets.open import open_dataset, require_objects
-from datasets.scan import check, scan
 from distill.condense import coresets, crops
-from engine.condensing.config import NetworkConfig, Task
-from engine.training.splits import DECODE_AT_MOST, take, training_set
+from distill.condense.head_matching import head_gradient_rows
+from engine.condensing.config import Task
+from engine.condensing.frozen_backbone import FrozenBackbone
+from engine.condensing.real_pictures import RealPictures
 from errors import UserError
 from random_streams import Stream, seeded_generator
 from structures import Detector, Targets
 
 FEATURES = ("p3", "p4", "p5")  # maps whose means describe a picture for herding and k_center
-
-
-class RealPictures:
-    """The training pictures of a dataset, letterboxed to squares of S pixels. Ignored objects are left out."""
-
-    def __init__(self, data: DataConfig, image_size: int) -> None:
-        place = training_set(data)
-        index = open_dataset(*place, classes=data.classes)
-        if 0 < data.max_samples < len(index):
-            index = take(index, data.max_samples)
-        report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
-        check(report, data.max_bad_fraction)
-        require_objects(report.index, report.title, place[1], with_difficult=False)
-        if any(sample.class_scores is not None for sample in report.index.samples):
-            raise UserError(f"{' '.join(place[1:])}: found soft labels, expected a set of real pictures without them")
-        self.index, self.image_size, self.place = report.index, image_size, place
-        self.loader = Loader(self.index, image_size=image_size, batch_size=16, seed=0, shuffle=False, cache=data.cache)
-        self.ignored = sum(int(sample.ignore.sum()) for sample in self.index.samples)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, rows: list[int]) -> Batch:
-        """A batch of these rows, with boxes clipped to the square: rounding may put labels past the edge."""
-        batch = self.loader.read(rows)
-        t = batch.targets[~batch.targets.ignore]
-        boxes_xyxy = clip_boxes(t.boxes_xyxy, self.image_size, self.image_size)
-        return dataclasses.replace(batch, targets=Targets(boxes_xyxy, t.labels, t.image, t.ignore))
-
-    def draw(self, count: int) -> Callable[[torch.Generator], tuple[Tensor, Targets]]:
-        """A function: generator -> at most `count` different random images and their targets."""
-
-        def batch(generator: torch.Generator) -> tuple[Tensor, Targets]:
-            rows = coresets.random_rows(len(self), min(count, len(self)), generator=generator)
-            found = self.read(rows.tolist())
-            return found.images, found.targets
-
-        return batch
-
-    def class_counts(self) -> Tensor:
-        """(N, K): number of objects of each class in each picture."""
-        counts = torch.zeros(len(self), len(self.index.names), dtype=torch.int64)
-        rows, labels, _ = self.objects()
-        return counts.index_put((rows, labels), torch.ones_like(rows), accumulate=True)
-
-    def objects(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For every object: row of its picture and label, both int64, and area in pixels of the square."""
-        rows, labels, areas = [], [], []
-        for row, sample in enumerate(self.index.samples):
-            counts = ~sample.ignore
-            boxes = np.clip(sample.boxes_xyxy[counts], 0, [sample.width, sample.height] * 2)
-            sides = (boxes[:, 2:] - boxes[:, :2]) * (self.image_size / max(sample.width, sample.height))
-            rows.append(torch.full((int(counts.sum()),), row))
-            labels.append(torch.from_numpy(sample.labels[counts]))
-            areas.append(torch.from_numpy(sides.prod(1)))
-        return torch.cat(rows), torch.cat(labels), torch.cat(areas)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +45,12 @@ def check_network(task: Task) -> None:
     checkpoint.load_model(settings.weights, settings.arch)
 
 
-def load_network(settings: NetworkConfig, names: tuple[str, ...], device: torch.device) -> nn.Module:
-    """The trained detector in eval mode. UserError if its classes are not the dataset's."""
+def load_network(task: Task, names: tuple[str, ...], device: torch.device) -> nn.Module:
+    """The trained detector in eval mode. UserError if its loss is needed and its classes are not the dataset's."""
+    settings = task.condense.network
     assert settings.weights is not None  # Task.check refuses it
     model, info = checkpoint.load_model(settings.weights, settings.arch, device=str(device))
-    if info.names != names:
+    if task.rule == "highest_loss" and info.names != names:
         found = f"{settings.weights}: found the classes {', '.join(info.names[:20])}"
         raise UserError(f"{found}; expected those of the dataset: {', '.join(names[:20])}")
     return model
@@ -127,16 +66,21 @@ def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> L
     if "crops" in (c.method, c.init if task.is_learnt else c.method):
         return crop_layout(task, real, count)
     assert task.rule is not None  # only sets of crops have none
-    rows = choose(task.rule, real, network, count, seeded_generator(Stream.CHOICE, task.seed)).tolist()
+    generator = seeded_generator(Stream.CHOICE, task.seed)
+    rows = choose(task.rule, real, network, count, generator, ridge=c.head.ridge).tolist()
     batch = real.read(rows)
     sources = tuple(real.index.samples[row].image_path.name for row in rows)
     return Layout(batch.images, batch.targets, batch.content_xyxy, sources)
 
 
-def choose(rule: str, real: RealPictures, network: nn.Module | None, count: int, generator: torch.Generator) -> Tensor:
-    """`count` rows of the real pictures by a rule of distill.condense.coresets."""
+def choose(
+    rule: str, real: RealPictures, network: nn.Module | None, count: int, generator: torch.Generator, *, ridge: float
+) -> Tensor:
+    """`count` rows of the real pictures by a rule of distill.condense. ridge: of the head, for head_gradient."""
     if rule == "random":
         return coresets.random_rows(len(real), count, generator=generator)
+    if rule == "in_turn":
+        return coresets.rows_in_turn(real.class_counts(), count, generator=generator)
     if rule == "uniform":
         return coresets.balanced_rows(real.class_counts(), count, generator=generator)
     if rule == "most_objects":
@@ -144,6 +88,11 @@ def choose(rule: str, real: RealPictures, network: nn.Module | None, count: int,
     assert network is not None  # task.needs_network
     if rule == "highest_loss":
         return coresets.top_rows(losses_of(real, network), count)
+    if rule == "head_gradient":
+        backbone = FrozenBackbone(network, real.image_size, len(real.index.names))
+        data = backbone.data_of(real)
+        fresh = backbone.grid.fresh_head(data.widths, backbone.num_classes)
+        return head_gradient_rows(data, count, fresh, ridge)
     return {"herding": coresets.herding, "k_center": coresets.k_center}[rule](features_of(real, network), count)
 
 

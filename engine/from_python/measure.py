@@ -1,10 +1,9 @@
 """Measures a loaded model on a dataset, as eval.py does."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from config import EvaluationConfig
 from datasets.class_names import read_class_map
 from datasets.open import open_dataset
 from datasets.subset import keep_classes
@@ -24,8 +23,8 @@ def evaluate(
     workers: int = 0,
     **settings: Any,
 ) -> EvaluationResult:
-    """See retort.evaluate. data: format, root, split. settings: fields of config.EvaluationConfig."""
-    known = [field.name for field in fields(EvaluationConfig) if field.name != "every_epochs"]
+    """See retort.evaluate. data: format, root, split. settings: those of EvaluationConfig.arguments()."""
+    known = list(model.info.evaluation.arguments())
     if unknown := [name for name in settings if name not in known]:
         raise UserError(f"argument {unknown[0]}: expected one of classes, class_map, image_size, {', '.join(known)}")
     evaluation, title = replace(model.info.evaluation, **settings), " ".join(data)

@@ -127,10 +127,7 @@ def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto
     The graph contains no paths of the machine that made it.
     """
     require("onnxscript", "export", "exporting")
-    shapes, images = None, torch.zeros(1, 3, image_size, image_size)
-    if dynamic:
-        # The sizes differ from one another and from 1: otherwise the tracer would treat them as constants.
-        images, shapes = torch.zeros(2, 3, 10 * SIZE_MULTIPLE, 8 * SIZE_MULTIPLE), free_sizes()
+    images, shapes = example_images(image_size, dynamic=dynamic)
     with without_warnings(), torch.no_grad():
         program = torch.onnx.export(
             Decoded(detector),
@@ -150,6 +147,14 @@ def trace(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto
         for output, last in zip(graph.graph.output, (4, cast(int, detector.num_classes))):
             set_shape(output, ["batch", "locations", last])
     return graph
+
+
+def example_images(image_size: int, *, dynamic: bool) -> tuple[Tensor, dict[str, dict[int, Any]] | None]:
+    """The images to trace a model with, and their free dimensions, if there are any."""
+    if not dynamic:
+        return torch.zeros(1, 3, image_size, image_size), None
+    # The sizes differ from one another and from 1: otherwise the tracer would treat them as constants.
+    return torch.zeros(2, 3, 10 * SIZE_MULTIPLE, 8 * SIZE_MULTIPLE), free_sizes()
 
 
 def free_sizes() -> dict[str, dict[int, Any]]:

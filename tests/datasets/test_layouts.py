@@ -14,7 +14,7 @@ from datasets.scan import main as scan_main
 from datasets.scan import scan
 from datasets.voc import read_voc
 from datasets.yolo_txt import read_yolo
-from engine.condensing.methods import RealPictures
+from engine.condensing.real_pictures import RealPictures
 from errors import UserError
 from tests.datasets.small_sets import BOX, ROW, boxes, coco, picture, text, xml
 

@@ -119,7 +119,7 @@ def test_shares_of_soft_labels_are_those_among_the_classes(tmp_path):
 
 def test_a_run_and_a_condensed_set_take_the_classes(roots):
     from engine.condensing.config import CondenseConfig, Task
-    from engine.condensing.methods import RealPictures
+    from engine.condensing.real_pictures import RealPictures
 
     data = DataConfig("voc", str(roots / "voc"), classes=("hen", "cat"), cache=False)
     real = RealPictures(data, 32)

@@ -51,7 +51,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "engine.prediction": BASE | {"datasets", "layers", "engine.runtime"},
     "engine.training": RUN
     | {"models", "weights", "layers", "frcnn", "teachers", "distill", "metrics", "engine.evaluation"},
-    "engine.condensing": RUN | {"distill", "engine.training"},
+    "engine.condensing": RUN | {"distill", "engine.training", "layers"},
     "engine.pruning": RUN | {"layers", "distill", "engine.training"},
     "engine.comparison": RUN | {"models", "engine.training", "engine.condensing", "engine.prediction"},
     "engine.web_demo": RUN | {"distill", "engine.onnx_files", "engine.prediction"},

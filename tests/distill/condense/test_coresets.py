@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.condense.coresets import balanced_rows, herding, k_center, random_rows, top_rows
+from distill.condense.coresets import balanced_rows, herding, k_center, random_rows, rows_in_turn, top_rows
 
 
 def features(count, width=4, seed=0):
@@ -20,6 +20,7 @@ def seeded(seed):
 COUNTS = torch.from_numpy(np.random.default_rng(1).integers(0, 6, (12, 3)))
 RULES = {
     "random": lambda n: random_rows(12, n, generator=seeded(0)),
+    "in_turn": lambda n: rows_in_turn(COUNTS, n, generator=seeded(0)),
     "balanced": lambda n: balanced_rows(COUNTS, n, generator=seeded(0)),
     "herding": lambda n: herding(features(12), n),
     "k_center": lambda n: k_center(features(12), n),
@@ -44,6 +45,15 @@ def test_random_draws_differ_and_repeat():
     assert torch.equal(random_rows(30, 5, generator=seeded(3)), random_rows(30, 5, generator=seeded(3)))
     first = [int(random_rows(4, 1, generator=seeded(seed))) for seed in range(400)]
     assert np.bincount(first, minlength=4).min() > 70
+
+
+def test_in_turn_has_each_class_in_its_turn_and_empty_pictures_last():
+    counts = torch.tensor([[1, 0, 0], [0, 3, 0], [0, 0, 2], [1, 0, 0], [0, 0, 0], [2, 0, 0]])  # class 0 three times
+    for seed in range(10):
+        rows = rows_in_turn(counts, 6, generator=seeded(seed)).tolist()
+        assert rows[1:3] == [1, 2] and sorted([rows[0], *rows[3:5]]) == [0, 3, 5] and rows[5] == 4
+    draws = {int(rows_in_turn(counts, 1, generator=seeded(seed))) for seed in range(40)}
+    assert draws == {0, 3, 5}
 
 
 def test_balanced_takes_the_least_unequal_set_at_each_step():

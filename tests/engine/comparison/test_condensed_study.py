@@ -160,7 +160,11 @@ def test_fraction_of_full_and_share_of_the_gap(config):
     row = (
         "| herding_2 | herding | 2 | none | 1 | 40 | 0.500 | 0.300 | 0.800 | 0.700 | 0.750 | 0.750 | +0.50 | 7 | 1.50 |"
     )
-    assert row in text and text.count("\n|") == 5
+    assert row in text and text.count("\n|") == 5 + 6
+    phases = text.split("| phase |")[1].splitlines()
+    assert phases[0] == " dataset | mAP50 | precision | recall | F1 |" and len(phases) == 6
+    assert phases[2] == "| baseline | all of train | 0.600 | 0.800 | 0.700 | 0.750 |"
+    assert "| condensed | 2 pictures: herding | 0.500 | 0.800 | 0.700 | 0.750 |" in phases
     json.dumps(condensed_tree(results), allow_nan=False)
 
 

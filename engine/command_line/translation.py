@@ -1,0 +1,160 @@
+"""Arguments of other projects, answered by the line that does the same here.
+
+`train.py --epochs 5` is answered with `epochs=5`; so are the names that Ultralytics' and YOLOv5's scripts have, and the
+commands of published projects that this one replaces (docs/coming_from.md).
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from config import NEAR, Config
+from errors import UserError
+
+# Flags without dashes, _ for -. {} is the value; a text without it is a flag that takes none.
+RENAMED = {
+    "batch": "batch_size={}",
+    "img": "image_size={}",
+    "imgsz": "image_size={}",
+    "img_size": "image_size={}",
+    "lr": "optimizer.learning_rate={}",
+    "lr0": "optimizer.learning_rate={}",
+    "lrf": "optimizer.final_fraction={}",
+    "optimizer": "optimizer.name={}",
+    "cos_lr": "optimizer.schedule=cosine",
+    "warmup": "optimizer.warmup_epochs={}",
+    "grad_accum": "optimizer.accumulate={}",
+    "amp": "precision=bfloat16",
+    "weights": "student.weights={}",
+    "pretrained": "student.weights=FILE",
+    "model": "student.arch={}",
+    "cfg": "student.arch={}",
+    "data": "data.format=yolo data.root={} data.test=val",
+    "cache": "data.cache=true",
+    "single_cls": "data.classes=[NAME]",
+    "project": "runs={}",
+    "output": "runs={}",
+    "fliplr": "augment.flip_horizontal={}",
+    "flipud": "augment.flip_vertical={}",
+    "close_mosaic": "augment.close_mosaic_epochs={}",
+    "hsv_h": "augment.hue={}",
+    "hsv_s": "augment.saturation={}",
+    "hsv_v": "augment.value={}",
+    "conf": "evaluation.score_threshold={}",
+    "iou": "evaluation.iou_threshold={}",
+    "max_det": "evaluation.max_detections={}",
+    "noval": "evaluation.every_epochs=0",
+    "eval_every_epoch": "evaluation.every_epochs=1",
+    "eval_final_only": "evaluation.every_epochs=0",
+    "distill_model": "teachers=[{{name: teacher, arch: ARCH, weights: {}}}]",
+    "dis": "terms.0.weight={}",
+    "temperature": "terms.0.parameters.temperature={}",
+}
+
+
+class Project(NamedTuple):
+    """A published project: the flags that tell it, what its flags are here, and the config that is its experiment."""
+
+    flags: frozenset[str]
+    renamed: dict[str, str]
+    config: str
+    without_distill: str | None = None  # its config without --distill; None: it always distils
+    datasets: dict[str, str] = {}  # noqa: RUF012  # value of --dataset: config
+
+
+PROJECTS = (
+    Project(  # a Faster R-CNN taught by DINOv2 and CLIP
+        frozenset({"distill", "backbone"}),
+        {
+            "backbone": "student.arch=fasterrcnn_{}",
+            "distill": "",
+            "alpha": "detection_weight={}",
+            "beta": "terms.0.weight={}",
+            "gamma": "terms.1.weight={}",
+        },
+        "configs/voc_fasterrcnn_resnet18_dinov2_clip.yaml",
+        without_distill="configs/voc_fasterrcnn_resnet18.yaml",
+    ),
+    Project(  # a YOLOv5 taught by a larger one
+        frozenset({"teacher_model", "student_model"}),
+        {
+            "teacher_model": "teachers.0.arch={}",
+            "student_model": "student.arch={}",
+            "temperature": "terms.1.parameters.temperature={}",
+            "alpha": "terms.1.weight={}",
+        },
+        "configs/studies/voc_yolov5n_from_yolov5x.yaml",
+        datasets={"bccd": "configs/studies/bccd_yolov5n_from_yolov5x.yaml"},
+    ),
+)
+
+
+def refuse_unknown(command: str, argv: Sequence[str], known: Sequence[str]) -> None:
+    """UserError, with the equivalent line, if `argv` has a flag that is not `known` nor begins one of them."""
+    flags = [token for token in argv if token.startswith("--") and len(token) > 2]
+    unknown = [flag for flag in flags if not any(option.startswith(flag.split("=")[0]) for option in known)]
+    if unknown:
+        raise UserError(answer(command, argv, unknown))
+
+
+def answer(command: str, argv: Sequence[str], unknown: Sequence[str]) -> str:
+    """One line: what was found, and the command with each unknown flag replaced, or that it has no counterpart."""
+    names = [plain(flag) for flag in unknown]
+    project = next((project for project in PROJECTS if project.flags & {*names}), None)
+    renamed = {name: f"{key}={{}}" for name, key in keys_by_name().items()} | RENAMED
+    renamed |= project.renamed if project is not None else {}
+    kept: list[str] = []
+    replaced: list[str] = []
+    config = "CONFIG"
+    if project is not None:
+        config = project.config if "distill" in names else project.without_distill or project.config
+    tokens = iter(argv)
+    for token in tokens:
+        if token not in unknown:
+            kept.append(token)
+            continue
+        name, (_, equals, value) = plain(token), token.partition("=")
+        is_dataset = project is not None and name == "dataset"
+        if name not in renamed and not is_dataset:
+            near = difflib.get_close_matches(name, renamed, n=1, cutoff=NEAR)
+            advice = f"did you mean {renamed[near[0]].format('VALUE')}? " if near else ""
+            return f"argument {token}: no such argument; {advice}{command} --help lists them, train.py --keys all keys"
+        if (is_dataset or "{}" in renamed[name]) and not equals:
+            value = next(tokens, "VALUE")
+        if project is not None and is_dataset:
+            config = project.datasets.get(value, config)
+        elif renamed[name]:
+            replaced.append(renamed[name].format(as_value(name, value)))
+    if any(not token.startswith("--") and "=" not in token for token in kept):
+        config = ""  # it is given
+    script = "compare.py" if config.startswith("configs/studies/") else command
+    line = " ".join(filter(None, ["python", script, config, *kept, *replaced]))
+    return f"found {' '.join(unknown)}: a run is described by a config and key=value, expected: {line}"
+
+
+def keys_by_name() -> dict[str, str]:
+    """epochs -> epochs, mosaic -> augment.mosaic: the keys whose last part is a flag's name, the top level first."""
+    found: dict[str, str] = {}
+    hints = typing.get_type_hints(Config)
+    fields = [("", Config)] + [(f"{n}.", hints[n]) for n in ("optimizer", "data", "student", "augment", "evaluation")]
+    for prefix, cls in fields:
+        for field in dataclasses.fields(cls):
+            found.setdefault(field.name, prefix + field.name)
+    return {name: key for name, key in found.items() if not dataclasses.is_dataclass(hints.get(key, None))}
+
+
+def plain(flag: str) -> str:
+    """--batch-size=4 -> batch_size"""
+    return flag.split("=", 1)[0].removeprefix("--").replace("-", "_")
+
+
+def as_value(name: str, value: str) -> str:
+    """As a key has it: the file of an architecture is its name, the number of a device a device of torch."""
+    if name in ("cfg", "model"):
+        return Path(value).stem
+    if name == "device" and value.isdigit():
+        return f"cuda:{value}"
+    return value.lower() if name == "optimizer" else value
