@@ -27,8 +27,9 @@ browser: setup  ## The demo's test in headless Chromium, which has to be install
 	$(BIN)/python -m pytest tests/engine/web_demo/test_browser.py
 
 # A process for each core, at most four, with one thread of torch each: most tests are too small for two threads to help.
-# The tests of a file stay together, for the fixtures that they share.
-IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# The tests of a file stay together, for the fixtures that they share; tests/conftest.py puts the longest files first.
+IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
 
 test: lint  ## Everything CI runs
 	$(IN_PARALLEL)
@@ -77,6 +78,7 @@ bench: setup  ## Every table of benchmarks/; peers are printed where they are in
 	$(BIN)/python -m benchmarks.frcnn
 	$(BIN)/python benchmarks/condense.py
 	if [ -d data/bccd ]; then $(BIN)/python benchmarks/gradients.py; fi
+	if [ -d data/bccd ]; then $(BIN)/python benchmarks/start.py configs/bccd_yolov8n.yaml; fi
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

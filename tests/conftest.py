@@ -13,6 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test come first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of small real data that development checkouts have beside them; tests of it are skipped without."""
@@ -49,12 +55,19 @@ def tiny_data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("tiny") / "set")
 
 
-@pytest.fixture
-def make_tiny(tiny_data, tmp_path, monkeypatch):
-    """make_tiny(**changes): a tiny_config whose runs are in a folder of this test; plots are left to other tests."""
+@pytest.fixture(scope="session", autouse=True)
+def runs_without_pictures():
+    """The pictures and plots of a tiny run take longer than the run. Tests of them put run_pictures.draw back."""
     from engine.training import reporting
 
-    monkeypatch.setattr(reporting, "draw", lambda *args: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "draw", lambda *args: None)
+        yield
+
+
+@pytest.fixture
+def make_tiny(tiny_data, tmp_path):
+    """make_tiny(**changes): a tiny_config whose runs are in a folder of this test."""
     return lambda **changes: tiny_config(tiny_data, tmp_path / "runs", **changes)
 
 

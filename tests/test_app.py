@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from engine.training import reporting
 from tests.conftest import ROOT
 from tests.engine.training.test_distilled_training import TERMS
 from tests.engine.web_demo.tiny_app import photo, png, write_runs
@@ -20,9 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def runs(tmp_path_factory):
     """A folder as the demo is started in; nobody changes it."""
     root = tmp_path_factory.mktemp("app")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "draw", lambda *args: None)
-        write_runs(root)
+    write_runs(root)
     return root
 
 

@@ -24,7 +24,6 @@ from distill.condense.network_pool import set_statistics
 from engine.condensing.config import WITHOUT_DRAWS, Method
 from engine.condensing.frozen_backbone import FrozenBackbone
 from engine.condensing.real_pictures import RealPictures
-from engine.training import reporting
 from errors import UserError
 from tests.tiny_training import tiny_config
 from yaml_files import dump_yaml
@@ -357,8 +356,7 @@ def test_learning_moves_pixels_and_leaves_boxes(method, make):
 # ---------------------------------------------------------------- training on it
 
 
-def test_training_on_a_set_takes_the_steps_of_the_whole_and_tests_on_real_pictures(make, real, tmp_path, monkeypatch):
-    monkeypatch.setattr(reporting, "draw", lambda *args: None)
+def test_training_on_a_set_takes_the_steps_of_the_whole_and_tests_on_real_pictures(make, real, tmp_path):
     folder = make("mosaic", 2, formation=[2, 2])
     config = tiny_config(real, tmp_path / "runs", epochs=1)
     steps = {}

@@ -21,7 +21,7 @@ from frcnn.faster_rcnn import FasterRCNN
 from layers.fusion import fuse
 from teachers.rtdetr import RTDETR
 from tests.conftest import ROOT
-from tests.exporting import NAMES, fill, save_model
+from tests.exporting import ARCH, NAMES, fill, save_model
 from tests.tiny_training import SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +51,7 @@ def test_says_what_was_checked_and_written(exported):
             said,
         )
         assert float(difference[1]) < 1e-3 and float(difference[2]) < 1e-5
-        assert f"written: {size} (yolov8n, 2 classes, float32)" in said
+        assert f"written: {size} ({ARCH}, 2 classes, float32)" in said
     table = exported.said[1].splitlines()[-3:]
     assert table[0].split() == ["mAP50", "mAP50-95", "ms", "MB"]
     rows = {line.split()[0]: list(map(float, line.split()[1:])) for line in table[1:]}
@@ -115,7 +115,7 @@ def test_metadata(exported):
 
     entries = {entry.key: entry.value for entry in onnx.load(exported.int8).metadata_props}
     info = onnx_graph.read_info(entries, exported.int8)
-    assert (info.arch, info.names, info.image_size) == ("yolov8n", NAMES, SIZE)
+    assert (info.arch, info.names, info.image_size) == (ARCH, NAMES, SIZE)
     assert (info.suppresses, info.precision, info.source) == (True, "int8", "ours")
     assert info.commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", info.commit)
 
@@ -254,7 +254,7 @@ def test_no_checkpoint(tmp_path):
 
 def test_a_dataset_of_other_classes_is_refused_before_any_work(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "trace", lambda *args, **kwargs: pytest.fail("traced"))
-    path = save_model(tmp_path / "three.pt", "yolov8n", ("green", "red", "blue"))
+    path = save_model(tmp_path / "three.pt", ARCH, ("green", "red", "blue"))
     with pytest.raises(UserError, match=r"has the classes \['green', 'red', 'blue'\], the dataset \['green', 'red'\]"):
         export.main([str(path), "--int8", "--calibrate", "yolo", str(exported.data), "train"])
     with pytest.raises(UserError, match=r"--calibrate: found 'nothing', expected voc\|coco"):

@@ -14,7 +14,7 @@ import train
 from config import load_config
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes, choose_device, use_bfloat16
-from engine.training import building, reporting
+from engine.training import building, reporting, run_pictures
 from engine.training.dry_run import losses_of_batch
 from engine.training.optimization import Ema
 from engine.training.splits import open_splits
@@ -63,11 +63,10 @@ def distilled(tiny_data, tmp_path_factory):
         given.update(teachers.models)
         return teachers
 
-    building.build_teachers = keep
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "build_teachers", keep)
+        patch.setattr(reporting, "draw", run_pictures.draw)
         report = train.run(config)
-    finally:
-        building.build_teachers = build
     return folder / "runs" / "tiny", config, report, teacher, given["t"]
 
 
@@ -386,6 +385,7 @@ def test_without_optional_libraries(tiny_data, tmp_path, monkeypatch, capsys):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(reporting, "draw", run_pictures.draw)
     train.run(tiny_config(tiny_data, tmp_path / "runs", epochs=1))
     out = capsys.readouterr().out
     assert "tensorboard is not installed" in out and "matplotlib is not installed" in out

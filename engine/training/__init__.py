@@ -7,7 +7,8 @@ pseudo_boxes  a teacher's detections as boxes of pictures without labels
 building      builds student, teachers, criterion, optimizer and EMA from a config and its pictures
 teaching      builds the frozen teachers, and computes their outputs for a batch
 batch_norms   finds batches that are too small for BatchNorm
-optimization  parameter groups, optimizers, schedules, the running mean of the weights
+optimization  parameter groups, the choice of an optimizer, schedules, the running mean of the weights
+optimizers    SGD and AdamW
 dry_run       the losses and gradients of one batch, printed
 flops         what a training step costs, counted from a config
 balance       the distillation terms compared with the detection loss

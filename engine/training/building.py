@@ -20,6 +20,7 @@ from engine.runtime.processes import Processes, use_bfloat16
 from engine.training.batch_norms import check_batches
 from engine.training.checks import check_config
 from engine.training.optimization import Ema, apply_schedule, build_optimizer
+from engine.training.optimizers import Optimizer
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import Splits, count_pictures, open_indexes, scan_splits, with_unlabelled
 from engine.training.state import fingerprint
@@ -57,7 +58,7 @@ class TrainingSetup:
     teachers: Teachers
     criterion: Criterion
     learner: nn.Module  # Learner, under DistributedDataParallel where there are several processes
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     ema: Ema
     bfloat16: bool
     data: str  # engine.training.state.fingerprint of the training pictures

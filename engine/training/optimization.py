@@ -1,7 +1,6 @@
-"""Parameter groups, optimizers, the schedules of their rates, and the running mean of the weights (EMA).
+"""Parameter groups, the choice of an optimizer, the schedules of its rates, and the running mean of the weights (EMA).
 
-SGD with Nesterov momentum (Sutskever et al., ICML 2013) and AdamW (arXiv:1711.05101) are torch's own. The schedules are
-pure functions of the step, so a resumed run needs only its step number.
+The schedules are pure functions of the step, so a resumed run needs only its step number.
 """
 
 import copy
@@ -10,6 +9,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from engine.training.optimizers import AdamW, Optimizer, Sgd
 
 TOKENS = ("class_token", "registers", "positions")  # names of the learnt inputs in our vision transformers
 
@@ -34,13 +35,13 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 
 def build_optimizer(
     modules: Iterable[nn.Module], *, name: str, learning_rate: float, momentum: float, weight_decay: float
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """`sgd` (Nesterov momentum) or `adamw` (betas = momentum, 0.999) over parameter_groups(modules)."""
     groups = [group for group in parameter_groups(modules, weight_decay) if group["params"]]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
+        return Sgd(groups, lr=learning_rate, momentum=momentum)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999), fused=True)
+        return AdamW(groups, lr=learning_rate, betas=(momentum, 0.999))
     raise ValueError(f"optimizer {name!r}: expected sgd or adamw")
 
 
@@ -58,7 +59,7 @@ def schedule_factor(progress: float, *, final_fraction: float, schedule: str) ->
 
 
 def apply_schedule(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     step: int,
     *,
     total_steps: int,
@@ -78,7 +79,7 @@ def apply_schedule(
     """
     target = learning_rate * schedule_factor(step / total_steps, final_fraction=final_fraction, schedule=schedule)
     warmth = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    is_sgd = isinstance(optimizer, torch.optim.SGD)
+    is_sgd = isinstance(optimizer, Sgd)
     for group in optimizer.param_groups:
         start = warmup_bias_learning_rate if is_sgd and group["name"] == "biases" else 0.0
         group["lr"] = start + (target - start) * warmth

@@ -84,7 +84,6 @@ def pictures(shared_data, tmp_path_factory):
 @pytest.fixture
 def study_of(pictures, files, tmp_path, monkeypatch):
     """A shipped file as a study of one step a row, its teachers read from `files`; pictures are left to other tests."""
-    monkeypatch.setattr(reporting, "draw", lambda *args: None)
     monkeypatch.setattr(reporting, "evaluation_pictures", lambda *args: {})
 
     def study(path, *more):

@@ -90,7 +90,6 @@ def overrides(photos, released, shared_data, tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They are left to the tests that look at them."""
-    monkeypatch.setattr(reporting, "draw", lambda *args: None)
     monkeypatch.setattr(reporting, "evaluation_pictures", lambda *args: {})
 
 

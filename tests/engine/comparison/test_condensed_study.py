@@ -13,7 +13,6 @@ from datasets.open import open_dataset
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree
 from engine.comparison.study import load_study, plan
 from engine.comparison.table import Result
-from engine.training import reporting
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
 from yaml_files import dump_yaml
@@ -213,7 +212,6 @@ def test_rows_are_measured_by_rows_of_the_same_student_length_and_terms(config):
 @pytest.mark.slow
 def test_end_to_end(config, tmp_path, capsys, monkeypatch, one_thread):
     """One command: the network, the sets, a row on each, a table; given again, nothing is made twice."""
-    monkeypatch.setattr(reporting, "draw", lambda *args: None)
     monkeypatch.setattr(compare.plot, "write", lambda path, *_, **__: path)
     write_dataset(tmp_path / "data", train=12, test=4)
     path = tmp_path / "study.yaml"

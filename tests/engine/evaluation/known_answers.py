@@ -1,22 +1,17 @@
-"""Pictures whose color is their number, and a model that reads the number and answers with known boxes.
-
-Run as a script under torchrun's environment it evaluates as one of several processes:
-    python tests/engine/evaluation/known_answers.py FOLDER
-"""
+"""Pictures whose color is their number, and a model that reads the number and answers with known boxes."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
 from datasets.index import DatasetIndex, Sample
 from datasets.letterbox import letterbox_boxes, letterbox_geometry
+from engine.evaluation.measuring import evaluate_model
 from structures import Detections
 
 NAMES = ("a", "b", "c")
@@ -70,11 +65,8 @@ class KnowsTheAnswers(nn.Module):
         return Detections(torch.cat((boxes.float(), alarm)), scores, labels)
 
 
-def main(folder: Path) -> None:
-    import torch.distributed as dist
-
-    from engine.evaluation.measuring import evaluate_model
-
+def evaluate_as_one_of_several(folder: Path) -> None:
+    """Under torchrun's environment; the answer is written to FOLDER/rank<rank>.json."""
     dist.init_process_group("gloo")
     index = make_index(folder)
     model = KnowsTheAnswers(index, 64)
@@ -83,7 +75,3 @@ def main(folder: Path) -> None:
     answer = {"pictures": sum(map(len, [model.calls])), "numbers": result.numbers, "detections": rows}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(answer))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

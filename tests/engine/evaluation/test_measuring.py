@@ -1,10 +1,6 @@
 """engine/evaluation/measuring.py: a model on an index, in one process and in two."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,8 +10,8 @@ import torch
 from engine.evaluation import measuring
 from errors import UserError
 from metrics.tables import DetectionTable, GroundTruth
-from tests.conftest import ROOT
-from tests.engine.evaluation.known_answers import KnowsTheAnswers, make_index
+from tests.engine.evaluation.known_answers import KnowsTheAnswers, evaluate_as_one_of_several, make_index
+from tests.forked_processes import run_group
 
 
 @pytest.fixture
@@ -97,13 +93,8 @@ def test_another_number_of_classes_is_refused(known):
 def test_two_processes_find_what_one_finds(known, tmp_path):
     model, index = known
     alone = measuring.evaluate_model(model, index, image_size=64, batch_size=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "engine" / "evaluation" / "known_answers.py"), str(tmp_path)]
-    children = [subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank)}) for rank in range(2)]
-    assert [child.wait(timeout=240) for child in children] == [0, 0]
+    finished = run_group(evaluate_as_one_of_several, [(tmp_path,)] * 2, folder=tmp_path)
+    assert [child.code for child in finished] == [0, 0], finished
     answers = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert answers[0]["numbers"] == answers[1]["numbers"] == pytest.approx(alone.numbers)
     assert [answer["pictures"] for answer in answers] == [2, 2]  # batches: 4 pictures and 3

@@ -18,7 +18,7 @@ from datasets.loader import Loader
 from engine.evaluation import measuring
 from engine.onnx_files.detector import load_detector, load_onnx
 from errors import UserError
-from tests.exporting import NAMES
+from tests.exporting import ARCH, NAMES
 from tests.tiny_training import SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +58,7 @@ def index(exported, model):
 @pytest.mark.parametrize("kind", ["dynamic", "fixed"])
 def test_map_is_that_of_pytorch(exported, model, index, kind):
     detector, info = load_detector(getattr(exported, kind))
-    assert (info.arch, info.names, info.image_size, info.source) == ("yolov8n", NAMES, SIZE, "ours")
+    assert (info.arch, info.names, info.image_size, info.source) == (ARCH, NAMES, SIZE, "ours")
     settings = dict(image_size=SIZE, batch_size=4, **SETTINGS)
     expected, found = (measuring.evaluate_model(m, index, **settings) for m in (model, detector))
     assert 0.05 < expected.numbers["mAP50-95"] < expected.numbers["mAP50"] < 0.95
@@ -163,7 +163,7 @@ def test_a_file_of_others_is_refused(exported, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(exported, index, tmp_path):
-    with pytest.raises(UserError, match=r"fixed\.onnx: holds yolov8n, expected yolov8s"):
+    with pytest.raises(UserError, match=rf"fixed\.onnx: holds {ARCH}, expected yolov8s"):
         load_detector(exported.fixed, "yolov8s")
     with pytest.raises(UserError, match=r"fixed\.onnx: computes in float32, found the precision bfloat16"):
         load_detector(exported.fixed, precision="bfloat16")

@@ -1,23 +1,20 @@
-"""Run by test_distributed.py under torchrun: the loop's gradients of this process's pictures, averaged by DDP.
-
-torchrun --nproc-per-node 2 -m tests.engine.training.distributed_worker DATA OUT
-"""
+"""What each of the two processes of test_distributed.py does: the loop's gradients, averaged by DDP; a whole run."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import train
+from config import Config
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes
-from engine.training import building
+from engine.training import building, reporting
 from engine.training.optimization import Ema
 from engine.training.state import TrainingState
-from errors import run_script
+from errors import UserError
 from tests.tiny_training import tiny_config
 
 PLAIN = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
@@ -43,9 +40,10 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
     """
     changes, images = KINDS[kind]
     optimizer = {"accumulate": 2, "clip_norm": 0.0, "warmup_epochs": 0.0} | changes.get("optimizer", {})
-    teachers = [{"name": "t", "arch": "yolov8n", "weights": str(folder / "teacher.pt")}]
+    teachers = [{"name": "t", "arch": "yolov8_narrow", "weights": str(folder / "teacher.pt")}]
     terms = [term | {"on": on} for term, on in zip(TERMS, images)]
     changes = changes | {"augment": PLAIN, "teachers": teachers, "terms": terms, "optimizer": optimizer}
+    changes |= {"student": {"arch": "yolov8_narrow"}}
     config = tiny_config(data, folder / "runs", **changes)
     parts = building.build(config, processes, None, lambda line: None)
     for module in parts.student.modules():
@@ -60,15 +58,21 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
     return written | {f"batch: measured {name}": value for name, value in measured.items()} | found
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "killed":
-        if os.environ["RANK"] == "1":
-            update = Ema.update
-            die = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if step == 3 else update(self, step)
-            Ema.update = die
-        run_script(lambda arguments: train.main(arguments[1:]))
-    data, out = Path(sys.argv[2]), Path(sys.argv[3])
+def save_gradients(data: Path, folder: Path) -> None:
     with Processes("cpu") as processes:
-        result = {kind: gradients(data, out, processes, kind) for kind in KINDS}
-        torch.save(result, out / f"rank{processes.rank}.pt")
+        torch.save(
+            {kind: gradients(data, folder, processes, kind) for kind in KINDS}, folder / f"rank{processes.rank}.pt"
+        )
+
+
+def train_quietly(config: Config, resume: bool, dies_at: int | None) -> None:
+    """A run as by train.py. With dies_at, the process is killed after the optimizer step of that number."""
+    reporting.draw = lambda *args: None
+    update = Ema.update
+    if dies_at is not None:
+        Ema.update = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if step == dies_at else update(self, step)
+    try:
+        train.run(config, resume=resume, quiet=True)
+    except UserError as error:
+        print(error)
+        raise SystemExit(error.exit_code) from None

@@ -1,17 +1,14 @@
 """Run by test_resume.py in a process of its own: trains once undisturbed, then kills and resumes until done.
 
-    python -m tests.engine.training.resume_driver FOLDER WORKERS KILLS SEED
-
-Each attempt is a forked child, which saves the seconds that importing torch takes. How it dies is drawn at random: by
-its own hand after a random optimizer step, or before a random system call of a save, or by ours after a random time.
-Afterwards attempts are not killed, until one reaches the end. Prints one line of JSON.
+Each attempt is a forked child. How it dies is drawn at random: by its own hand after a random optimizer step, or before
+a random system call of a save, or by ours after a random time. Afterwards attempts are not killed, until one reaches
+the end. The result is written to FOLDER/result.json.
 """
 
 import json
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import checkpoint
 import models
 import train
 from config import Config
+from engine.training import reporting
 from engine.training.optimization import Ema
 from tests.tiny_training import tiny_config, write_dataset
 
@@ -40,6 +38,7 @@ def make_config(folder: Path, workers: int) -> Config:
         epochs=4,
         batch_size=4,
         save_every_steps=2,
+        student={"arch": "yolov8_narrow"},
         data={"workers": workers, "holdout_fraction": 0.15} | few,
         augment={"close_mosaic_epochs": 1, "mixup": 0.3},
         evaluation={"every_epochs": 2},
@@ -107,8 +106,8 @@ def arm(kind: str, number: int) -> None:
         Ema.update = lambda self, step: (tick(), update(self, step))[1]
 
 
-def main(folder: Path, workers: int, kills: int, seed: int) -> dict:
-    torch.set_num_threads(1)
+def main(folder: Path, workers: int, kills: int, seed: int) -> None:
+    reporting.draw = lambda *args: None
     write_dataset(folder / "data", train=28, test=4)  # 24 to train on, 4 held out
     write_teacher(folder / "teacher.pt")
     config = make_config(folder, workers)
@@ -136,9 +135,4 @@ def main(folder: Path, workers: int, kills: int, seed: int) -> dict:
         codes.append(attempt(config, None))
         if codes[-1] == 0:
             break
-    return {"whole": whole, "deaths": deaths, "codes": codes, "seconds": time.monotonic() - began}
-
-
-if __name__ == "__main__":
-    result = main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
-    print(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps({"whole": whole, "deaths": deaths, "codes": codes}))

@@ -14,7 +14,6 @@ import train
 from config import from_tree, to_tree
 from datasets import open as opening
 from engine.comparison.study import load_study
-from engine.training import reporting
 from engine.training.checks import check_config
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
@@ -220,7 +219,6 @@ def test_families_without_losses_are_the_ones_that_only_teach():
 
 
 def test_one_row_is_the_run_that_compare_would_make(study, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reporting, "draw", lambda *args: None)
     train.main([str(study), "--row", "alone", "seed=3"])
     row = next(row for row in load_study(study, ["seed=3"]).rows if row.name == "alone")
     result = compare.find_finished(row)

@@ -8,7 +8,7 @@ import json
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from config import to_tree
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes
 from tests.conftest import ROOT
-from tests.engine.training.distributed_worker import KINDS, gradients
+from tests.engine.training.distributed_worker import KINDS, gradients, save_gradients, train_quietly
+from tests.forked_processes import run_group
 from tests.tiny_training import environment, tiny_config, write_dataset
 from yaml_files import dump_yaml
 
@@ -41,12 +42,16 @@ def data(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "set")
 
 
-def test_gradients_equal_one_process_with_the_double_batch(data, tmp_path):
+def write_teacher(path: Path) -> None:
     torch.manual_seed(1)
-    state = {"arch": "yolov8n", "names": ["green", "red"], "image_size": 64}
-    checkpoint.save(tmp_path / "teacher.pt", state | {"ema": models.build("yolov8n", 2).state_dict()})
-    child = torchrun("-m", "tests.engine.training.distributed_worker", "gradients", str(data), str(tmp_path))
-    assert child.returncode == 0, child.stderr[-2000:]
+    state = {"arch": "yolov8_narrow", "names": ["green", "red"], "image_size": 64}
+    checkpoint.save(path, state | {"ema": models.build("yolov8_narrow", 2).state_dict()})
+
+
+def test_gradients_equal_one_process_with_the_double_batch(data, tmp_path):
+    write_teacher(tmp_path / "teacher.pt")
+    finished = run_group(save_gradients, [(data, tmp_path)] * 2, folder=tmp_path)
+    assert [child.code for child in finished] == [0, 0], finished
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -71,15 +76,7 @@ def test_a_run_of_two_processes(data, tmp_path):
     terms = [
         {"teacher": "t", "loss": "mse", "weight": 1, "student_maps": ["p4"], "adapter": "conv1x1", "stop_epoch": 1}
     ]
-    checkpoint.save(
-        tmp_path / "teacher.pt",
-        {
-            "arch": "yolov8n",
-            "names": ["green", "red"],
-            "image_size": 64,
-            "ema": models.build("yolov8n", 2).state_dict(),
-        },
-    )
+    write_teacher(tmp_path / "teacher.pt")
     config = tiny_config(
         data,
         tmp_path / "runs",
@@ -87,7 +84,8 @@ def test_a_run_of_two_processes(data, tmp_path):
         optimizer={"accumulate": 2},
         save_every_steps=1,
         data={"holdout_fraction": 0.25},
-        teachers=[{"name": "t", "arch": "yolov8n", "weights": str(tmp_path / "teacher.pt")}],
+        student={"arch": "yolov8_narrow"},
+        teachers=[{"name": "t", "arch": "yolov8_narrow", "weights": str(tmp_path / "teacher.pt")}],
         terms=terms,
     )
     (tmp_path / "c.yaml").write_text(dump_yaml(to_tree(config)))
@@ -106,14 +104,12 @@ def test_a_run_of_two_processes(data, tmp_path):
     assert checkpoint.load_model(run.last)[1].step == 4
 
     other = dataclasses.replace(config, name="killed")
-    (tmp_path / "killed.yaml").write_text(dump_yaml(to_tree(other)))
-    began = time.monotonic()
-    child = torchrun("-m", "tests.engine.training.distributed_worker", "killed", str(tmp_path / "killed.yaml"))
-    assert child.returncode == 1 and time.monotonic() - began < 200
+    finished = run_group(train_quietly, [(other, False, None), (other, False, 3)], folder=tmp_path)
+    assert [child.code for child in finished] == [1, -9], finished
     killed = run_folder.RunFolder(tmp_path / "runs" / "killed")
     assert checkpoint.load(killed.last)["step"] < 4
-    child = torchrun("train.py", "--resume", str(killed.path))
-    assert child.returncode == 0, child.stderr[-2000:]
+    finished = run_group(train_quietly, [(other, True, None)] * 2, folder=tmp_path)
+    assert [child.code for child in finished] == [0, 0], finished
     resumed = checkpoint.load(killed.last)
     for part in ("model", "ema", "criterion"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in state[part].items())

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,8 +14,9 @@ import torch
 import checkpoint
 from datasets.loader import Loader
 from datasets.yolo_txt import read_yolo
-from tests.conftest import ROOT
-from tests.tiny_training import environment, write_dataset
+from tests.engine.training import resume_driver
+from tests.forked_processes import run_forked
+from tests.tiny_training import write_dataset
 from weights import read_state_dict
 
 KILLS = 6  # for each number of workers, besides the signals
@@ -44,20 +43,11 @@ def assert_same_bytes(a, b, where=""):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path, workers):
-    arguments = [
-        sys.executable,
-        "-m",
-        "tests.engine.training.resume_driver",
-        str(tmp_path),
-        str(workers),
-        str(KILLS),
-        "0",
-    ]
-    child = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=850)
-    assert child.returncode == 0, child.stderr[-2000:]
-    result = json.loads(child.stdout.splitlines()[-1])
-    assert result["whole"] == 0 and result["codes"][-1] == 0, (result, child.stderr[-2000:])
-    assert set(result["codes"]) <= {0, -9, 130, 143}, (result, child.stderr[-2000:])
+    child = run_forked(resume_driver.main, tmp_path, workers, KILLS, 0, folder=tmp_path)
+    assert child.code == 0, child.text[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["whole"] == 0 and result["codes"][-1] == 0, (result, child.text[-2000:])
+    assert set(result["codes"]) <= {0, -9, 130, 143}, (result, child.text[-2000:])
     assert sum(code == -9 for code in result["codes"]) >= KILLS
     for kind, code in (("interrupt", 130), ("terminate", 143)):
         assert any(d[0] == kind and c == code for d, c in zip(result["deaths"], result["codes"])), result

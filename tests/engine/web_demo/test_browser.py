@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.training import reporting
 from tests.conftest import ROOT
 from tests.engine.web_demo.tiny_app import photo, png, write_runs
 from tests.tiny_training import environment
@@ -40,9 +39,7 @@ def folder(tmp_path_factory):
     if SCREENSHOTS:
         return Path(SCREENSHOTS).resolve()
     root = tmp_path_factory.mktemp("browser")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "draw", lambda *args: None)
-        write_runs(root)
+    write_runs(root)
     shutil.copytree(ROOT / ".streamlit", root / ".streamlit")  # it is looked for where the server is started
     return root
 
