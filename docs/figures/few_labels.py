@@ -72,7 +72,7 @@ def picture() -> str:
         tree = json.loads((REPORTS / f"{name}.json").read_text())
         lines += panel({row["name"]: row["mAP"] for row in tree["rows"]}, title, counts, MARGIN + 400 * index)
     lines += [
-        f'<text x="10" y="{HEIGHT - 8}" fill="#666">Small dots: seeds. docs/figures/few_labels.py, from its reports</text>'
+        f'<text x="10" y="{HEIGHT - 8}" fill="#666">Small dots: seeds. Drawn by docs/figures/few_labels.py</text>'
     ]
     return "\n".join([*lines, "</svg>"]) + "\n"
 
