@@ -45,6 +45,7 @@ ARCHITECTURES = {  # families whose architecture has another name here; a releas
     "fasterrcnn_resnet50_fpn_v2": "fasterrcnn_resnet50_v2",
     "rtdetr-l (Ultralytics)": "rtdetr_l",
     "rtdetr-x (Ultralytics)": "rtdetr_x",
+    "yolov7-tiny": "yolov7_tiny",
 }
 AMBIGUOUS = ("fasterrcnn_mobilenet_v3_large_fpn",)  # with the 320 px model, which differs in its proposals alone
 

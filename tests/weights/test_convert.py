@@ -67,6 +67,7 @@ def test_the_architecture_is_found_by_itself(name):
         "fasterrcnn_resnet50_fpn": "fasterrcnn_resnet50",
         "fasterrcnn_resnet50_fpn_v2": "fasterrcnn_resnet50_v2",
         "weights_yolov5n_helmet_vest": "yolov5n",
+        "yolov7-tiny": "yolov7_tiny",
     }
     is_open = "mobilenet_v3_large_" in name or "_tiny_" in name
     assert found == (None if is_open else renamed.get(name, name))

@@ -15,6 +15,7 @@ import predict
 import train
 from config import EvaluationConfig, to_tree
 from datasets.open import open_dataset
+from engine.evaluation import cross_dataset
 from engine.evaluation.measuring import evaluate_model, measure
 from engine.runtime import run_folder
 from engine.training import building, reporting
@@ -90,7 +91,7 @@ def used(monkeypatch):
         found.update(settings)
         raise Stop
 
-    monkeypatch.setattr(eval, "evaluate_model", note)
+    monkeypatch.setattr(cross_dataset, "evaluate_model", note)
     monkeypatch.setattr(predict, "Predictor", note)
 
     def call(main, *arguments):

@@ -46,10 +46,10 @@ def no_data(monkeypatch):
     def fail(*args, **kw):
         raise AssertionError("a dataset was opened")
 
-    import engine.condensing.methods
+    import engine.condensing.real_pictures
     from engine.training import splits
 
-    for module in (opening, splits, compare, engine.condensing.methods):
+    for module in (opening, splits, compare, engine.condensing.real_pictures):
         monkeypatch.setattr(module, "open_dataset", fail)
 
 
