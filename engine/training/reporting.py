@@ -84,9 +84,9 @@ def finish_epoch(
     if results:
         where = f"  on {len(index)} {'held-out' if setup.splits.holdout is not None else config.data.test} pictures"
     progress.say(f"epoch {epoch}/{config.epochs}  {format_values(shown)}{where}" + per_iou_line(results))
-    return row
     for line in setup.criterion.shares.news():
         progress.say(line)
+    return row
 
 
 def per_iou_line(numbers: dict[str, float]) -> str:
