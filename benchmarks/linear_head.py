@@ -257,7 +257,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", default="voc")
     parser.add_argument("--data", required=True)
@@ -273,7 +273,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default, one for each core")
     parser.add_argument("--pictures", metavar="FOLDER", help="draw the learnt sets of the first draw there")
     parser.add_argument("--out", required=True, metavar="REPORT.json")
-    args = parse(parser, argv)
+    return parse(parser, argv)
+
+
+def main(argv: list[str]) -> None:
+    args = arguments_of(argv)
     path = Path(args.out)
     own = ("format", "train", "val", "test", "arch", "image_size", "draws", "steps")
     settings = {key: getattr(args, key) for key in own} | {"data": Path(args.data).name}
