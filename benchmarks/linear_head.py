@@ -249,7 +249,7 @@ def table(report: dict[str, Any]) -> str:
             closed = ""
             if full is not None and "random" in rows:
                 start = statistics.mean(rows["random"]["mAP"])
-                closed = f" [{(statistics.mean(values) - start) / (full - start):+.2f}]"
+                closed = f" [{(statistics.mean(values) - start) / (full - start):+.2f}]" if full > start else " [-]"
             cells.append(f"{f'{statistics.mean(values):.3f}{spread}{closed}':>26}")
         lines.append(f"{row:<14}" + "".join(cells))
     if full is not None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,9 +58,9 @@ def test_rows_are_measured_once_and_compared(arguments, tmp_path, capsys, one_th
     assert difference["differences"] == pytest.approx(expected) and difference["verdict"] == "not decided: 2 of 5 seeds"
     assert "commit" in report and report["threads"] == 1 and (tmp_path / "pictures" / "matched_1.png").is_file()
     capsys.readouterr()
-    bench.main([*arguments, "--rows", "random,matched,noise"])
+    bench.main([*arguments, "--rows", "random,matched,k_center"])
     printed = capsys.readouterr().out
-    assert "noise, 1 a class" in printed and "matched, 1 a class" not in printed
+    assert "k_center, 1 a class" in printed and "matched, 1 a class" not in printed
 
 
 def test_the_student_is_measured_as_the_detector_that_it_is(arguments, weights, one_thread):
@@ -68,6 +69,7 @@ def test_the_student_is_measured_as_the_detector_that_it_is(arguments, weights, 
     made = bench.Bench(bench.arguments_of(parser_arguments))
     head = fit_head(made.data, made.fresh, 0.2)
     model, _ = checkpoint.load_model(weights)
+    head = [theta + torch.tensor([0.0] * (theta.shape[1] - 1) + [4.0]) for theta in head]  # above the score threshold
     for branch, theta in zip(model.head.cls, head, strict=True):
         branch[-1].weight.data = theta[:, :-1, None, None].float()
         branch[-1].bias.data = theta[:, -1].float()
@@ -76,7 +78,9 @@ def test_the_student_is_measured_as_the_detector_that_it_is(arguments, weights, 
         model, made.test.real.index, image_size=SIZE, batch_size=8, score_threshold=settings.score_threshold,
         iou_threshold=settings.iou_threshold, max_detections=settings.max_detections,
     )  # fmt: skip
-    got = made.test.measure(head)
-    assert len(got.detections) > 0
-    for name in ("mAP50", "mAP50-95", "recall"):
-        assert got.numbers[name] == pytest.approx(expected.numbers[name], abs=1e-3)
+    got, expected = made.test.measure(head).detections, expected.detections
+    assert len(got) == len(expected) > 50
+    for name, tolerance in (("scores", 1e-5), ("boxes_xyxy", 0.05)):  # folded BatchNorms round otherwise
+        mine, theirs = (np.sort(getattr(table, name), axis=0) for table in (got, expected))
+        np.testing.assert_allclose(mine, theirs, atol=tolerance, rtol=1e-3)
+    assert np.bincount(got.labels, minlength=2).tolist() == np.bincount(expected.labels, minlength=2).tolist()
