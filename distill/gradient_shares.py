@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from errors import UserError
 from layers.over_processes import process_count, sum_over_processes
 
-BATCHES = 10  # the weight is fixed after so many
+BATCHES = 10  # those that a weight is measured on
 PYRAMID, BACKBONE = re.compile(r"p\d\w*"), re.compile(r"c\d\w*")  # names of maps, such as p3, p5_first
 
 
@@ -84,9 +84,8 @@ class GradientShares(nn.Module):
         l_det = torch.stack(list(detection.values())).sum()
         squares = [squared_norm("the detection loss", l_det, features, maps) for maps in sets]
         squares += [squared_norm(f"term {name!r}", values[name], features, self.maps[name]) for name in names]
-        norms = (
-            sum_over_processes(torch.stack(squares)).sqrt() / process_count()
-        )  # the joint loss is the mean of theirs
+        # The loss of all processes is the mean of theirs, so its gradient on the maps of one has their share of it.
+        norms = sum_over_processes(torch.stack(squares)).sqrt() / process_count()
         for name, term_norm in zip(names, norms[len(sets) :]):
             pair = torch.stack((norms[sets.index(self.maps[name])], term_norm))  # (2,)
             has_both = (pair > 0).all() & pair.isfinite().all()

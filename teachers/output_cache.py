@@ -38,8 +38,8 @@ SUFFIX = ".output"
 FLOAT16_MAX = 65504.0
 KEPT_AFTER_TRIM = 0.9  # of the cap, so that only some writes have to scan the folder
 ABANDONED_SECONDS = 3600.0  # an unfinished file of this age belongs to a process that died
-STALE_SECONDS = 24 * 3600.0  # an entry that was not used for so long makes room for others
-RECOUNT = 0.05  # of the cap: after so many bytes written, those of other processes are counted anew
+STALE_SECONDS = 24 * 3600.0  # an entry that was not used for a day makes room for others
+RECOUNT = 0.05  # of the cap: what is written before the bytes of other processes are counted anew
 DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")

@@ -206,10 +206,22 @@ def yolov5_matches(
         matches = anchor_ratio_matches(
             grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
         )
-    points, steps, sizes = (x[matches.location] for x in make_anchors(grid_sizes, strides, anchors))
-    predicted_xyxy = decode_anchor_offsets(box_logits[matches.image, matches.location], points, steps, sizes)
+    predicted_xyxy, steps = matched_boxes(matches, box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors)
     gt_xyxy = targets.boxes_xyxy[matches.row].to(box_logits.dtype)
     return matches, paired_ciou(predicted_xyxy / steps, gt_xyxy / steps)  # (M, 4) cells -> (M,)
+
+
+def matched_boxes(
+    matches: AnchorMatches,
+    box_logits: Tensor,
+    *,
+    grid_sizes: list[tuple[int, int]],
+    strides: Sequence[int],
+    anchors: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The boxes_xyxy (M, 4) in pixels that the matched locations predict, and their strides (M, 1)."""
+    points, steps, sizes = (x[matches.location] for x in make_anchors(grid_sizes, strides, anchors))
+    return decode_anchor_offsets(box_logits[matches.image, matches.location], points, steps, sizes), steps
 
 
 def yolov7_matches(
@@ -229,13 +241,13 @@ def yolov7_matches(
         grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
     )
     logits = (box_logits, objectness_logits, class_logits)
-    box, objectness, classes = (at_least_float32(x.detach()[matches.image, matches.location]) for x in logits)
-    points, steps, sizes = (x[matches.location] for x in make_anchors(grid_sizes, strides, anchors))
+    box_logits, objectness_logits, class_logits = (at_least_float32(x.detach()) for x in logits)
+    boxes_xyxy, _ = matched_boxes(matches, box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors)
     return simota_matches(
         matches,
-        boxes_xyxy=decode_anchor_offsets(box, points, steps, sizes),
-        objectness_logits=objectness,
-        class_logits=classes,
+        boxes_xyxy=boxes_xyxy,
+        objectness_logits=objectness_logits[matches.image, matches.location],
+        class_logits=class_logits[matches.image, matches.location],
         targets=targets,
     )
 

@@ -250,7 +250,7 @@ def head_gradient_rows(real: HeadData, count: int, fresh: Head, ridge: float) ->
         <v, n_i s_i - n_i s_C> / (n + n_i)
 
     next is the image for which this is lowest; images without objects come last. Before the first choice theta is
-    `fresh` and H is the ridge. It is what HeadMatching does to pixels, with a choice in the place of a step.
+    `fresh` and H is the ridge. It is what HeadMatching does to pixels, with a choice instead of a step.
     """
     check_count(count, len(real))
     chosen: list[int] = []

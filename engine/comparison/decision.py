@@ -34,7 +34,7 @@ class DecisionRule:
     metric: Literal["mAP50", "mAP", "precision", "recall", "F1"] = "mAP"  # of the test split, from the last EMA weights
     smallest: float = 0.005  # the smallest difference that would matter
     level: float = 0.95  # of the confidence interval
-    seeds: int = 5  # no verdict before so many pairs of runs; rows are trained with as many unless --seeds is given
+    seeds: int = 5  # pairs of runs that a verdict needs; rows are trained with this number unless --seeds is given
 
     def check(self, source: str) -> None:
         """UserError for a number out of range."""

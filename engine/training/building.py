@@ -215,18 +215,7 @@ def build(
     check_batches(config, len(splits.train), student, processes.count)  # again, without those that did not decode
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)
-    loader = Loader(
-        splits.train,
-        image_size=config.image_size,
-        batch_size=config.batch_size // processes.count,
-        seed=config.seed_of_views,
-        workers=config.data.workers,
-        cache=config.data.cache,
-        rank=processes.rank,
-        world_size=processes.count,
-        pictures_per_epoch=config.data.pictures_per_epoch,
-        labelled_share=None if config.data.unlabelled is None else config.data.unlabelled.labelled_share,
-    )
+    loader = training_loader(config, splits.train, processes)
     optimizer = build_optimizer(
         (student, criterion),
         name=settings.name,
@@ -259,6 +248,22 @@ def build(
         ema,
         bfloat16,
         data,
+    )
+
+
+def training_loader(config: Config, index: DatasetIndex, processes: Processes) -> Loader:
+    """The batches of this process."""
+    return Loader(
+        index,
+        image_size=config.image_size,
+        batch_size=config.batch_size // processes.count,
+        seed=config.seed_of_views,
+        workers=config.data.workers,
+        cache=config.data.cache,
+        rank=processes.rank,
+        world_size=processes.count,
+        pictures_per_epoch=config.data.pictures_per_epoch,
+        labelled_share=None if config.data.unlabelled is None else config.data.unlabelled.labelled_share,
     )
 
 
