@@ -182,6 +182,8 @@ def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
             result.failures[seed] = f"{other.name} failed"
             return
     print(f"== {config.name}: {config.student.arch}, {config.epochs} epochs", flush=True)
+    if result.row.idle:
+        print(result.row.idle)
     path = result.row.folder(seed)
     is_started = run_folder.RunFolder(path).last.is_file()
     if path.exists() and not is_started:

@@ -123,7 +123,7 @@ class TermConfig:
 
     teacher: str  # the name of one of `teachers`
     loss: str  # a name in distill.terms.LOSSES
-    weight: float | GradientShare  # factor of the loss in the total; {share: 0.1}: measured, see terms.0.weight
+    weight: float | GradientShare  # factor of the loss; {share: 0.1}: measured, see terms.0.weight; 0: left out
     student_maps: tuple[str, ...] = ()  # maps or logits of the student; none: the loss compares boxes or whole outputs
     teacher_maps: tuple[str, ...] = ()  # maps or logits of the teacher; none: the same names as student_maps
     name: str | None = None  # its column in metrics.csv; None: loss_teacher

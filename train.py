@@ -54,6 +54,7 @@ from engine.training.building import (
 )
 from engine.training.dry_run import dry_run
 from engine.training.exits import exit_codes
+from engine.training.idle_terms import without_idle_terms
 from engine.training.reporting import finish, finish_epoch, measure_start
 from engine.training.saving import how_to_go_on, open_folder, restore, save
 from engine.training.state import TrainingState, refuse_changes
@@ -182,9 +183,13 @@ def run(
     Raises UserError, or SystemExit after a signal, when all is saved. Both carry the exit codes above.
     """
     keep_freed_memory()
-    config = with_published_settings(config)
-    processes = Processes(config.device)
+    active, idle = without_idle_terms(with_published_settings(config))
+    unneeded = {teacher.name for teacher in config.teachers} - {teacher.name for teacher in active.teachers}
+    teachers = {name: model for name, model in (teachers or {}).items() if name not in unneeded}
+    config, processes = active, Processes(config.device)
     progress = Progress(quiet=quiet or not processes.is_first)
+    if idle:
+        progress.say(idle)
     saved, folder, state = None, None, TrainingState()
     with exit_codes(), processes, StopSignals() as stop:
         try:

@@ -35,6 +35,8 @@ def load_row(path: str, overrides: list[str], name: str) -> Config:
             f"{trained.name}, or all of it: compare.py {path} --rows {name}{same}"
         )
     check_set(row, path)
+    if row.idle:
+        print(row.idle)
     return config
 
 
@@ -44,6 +46,8 @@ def load_row_for_dry_run(path: str, overrides: list[str], name: str) -> tuple[Co
     row = find_row(study, name)
     config = row.run(row.seeds[0])
     check_set(row, path)
+    if row.idle:
+        print(row.idle)
     if not (missing := untrained(config, study)):
         return config, {}
     data = config.data

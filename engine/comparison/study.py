@@ -21,7 +21,8 @@ before the first run that needs it. A section `condense` at the top level holds 
       random_5: {condense: {method: random, pictures: 5}, seeds: 5}                      # five draws
       learnt_5: {condense: {method: gradient_matching, pictures: 5, seed: 0}, seeds: 3}  # one set
 
-A row may change every key of the config except FIXED: sections are merged, lists are replaced. It has the teachers that
+A row may change every key of the config except FIXED: sections are merged, lists are replaced. A term of weight 0 is
+left out, with a note under the table. It has the teachers that
 its terms, its pseudo boxes and its student.inherit name, and no others. RowFile lists the keys of a row itself. A row
 and the rows it is compared to must train alike (engine/comparison/protocol.py), except in the keys that it names in
 `differs`. `rows.cwd.terms.0.weight=1.0` overrides one value of a row. A file without `rows` has the rows of
@@ -41,6 +42,7 @@ from engine.comparison.compute import equal_compute_epochs
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule, when_committed
 from engine.comparison.protocol import describe_difference, differing_keys, same_teaching
 from engine.condensing.config import Task, read_condense
+from engine.training.idle_terms import is_idle, without_idle_terms
 from engine.training.teaching import EMA, pseudo_of, used_teachers
 from errors import UserError
 
@@ -90,7 +92,10 @@ class Row:
     network_row: str | None = None  # the row whose first run its set is made with
     compute_of: str | None = None  # the row that its number of epochs comes from
     differs: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()  # keys in which it differs from rows it is, or for that reason is not, compared to
+    idle: str = ""  # the line on its terms of weight 0, which are left out
+    notes: tuple[
+        str, ...
+    ] = ()  # `idle`, and keys in which it differs from rows it is, or for that reason is not, compared to
 
     def run(self, seed: int) -> Config:
         config = dataclasses.replace(self.config, name=f"{self.name}_seed{seed}", seed=seed)
@@ -182,23 +187,23 @@ def plan(
     in_place = {t.name: teacher_row(alone, t, source) for t in config.teachers if is_trained_in_place(t)}
     planned: dict[str, Row] = {}
     files: dict[str, RowFile] = {}
+    idle_teachers: set[str] = set()
     for name, overrides in rows.items():
         where = f"{source}: row {name!r}"
         if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
             raise UserError(f"{where}: expected a name of letters, digits, _, + and -")
         if name in {row.name for row in in_place.values()}:
             raise UserError(f"{where}: is the name of the row of a teacher, expected another")
-        files[name] = file = read_row(config, overrides, where)
+        file = read_row(config, overrides, where)
+        check_teachers_of_row(file, tuple(teachers), where)
+        idle_teachers |= {term.teacher for term in file.terms if is_idle(term)}
+        try:
+            file, idle = without_idle_terms(file)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        files[name] = file
         row_config = Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
         taught = []
-        for index, term in enumerate(file.terms):
-            if term.teacher not in teachers:
-                expected = ", ".join(teachers) or "no teacher: there are none"
-                raise UserError(f"{where}: key 'terms.{index}.teacher': found {term.teacher!r}, expected {expected}")
-        if (pseudo := pseudo_of(file)) is not None and pseudo.teacher not in teachers:
-            expected = ", ".join(teachers) or "no teacher: there are none"
-            found = f"key 'data.unlabelled.pseudo.teacher': found {pseudo.teacher!r}"
-            raise UserError(f"{where}: {found}, expected {expected}")
         for teacher in config.teachers:
             if teacher.name not in used_teachers(file):
                 continue
@@ -212,7 +217,7 @@ def plan(
         if count < 1:
             raise UserError(f"{where}: key 'seeds': found {count}, expected at least 1")
         seeds_of_row = tuple(range(config.seed, config.seed + count))
-        row = Row(name, row_config, seeds_of_row, differs=file.differs, compute_of=file.compute_of)
+        row = Row(name, row_config, seeds_of_row, differs=file.differs, compute_of=file.compute_of, idle=idle)
         if file.compute_of is not None and "epochs" in overrides:
             raise UserError(f"{where}: key 'epochs': found beside 'compute_of', which sets it, expected one of them")
         if file.condense is not None:
@@ -220,7 +225,7 @@ def plan(
         planned[name] = row if file.compute_of is None else with_equal_compute(row, planned, where)
     used = {teacher.name for row in planned.values() for teacher in row.config.teachers}
     for index, teacher in enumerate(config.teachers):
-        if teacher.name not in used:
+        if teacher.name not in used | idle_teachers:
             raise UserError(
                 f"{source}: key 'teachers.{index}.name': no row has a term or pseudo boxes of "
                 f"{teacher.name!r}: it could never act"
@@ -288,6 +293,17 @@ def read_row(config: Config, overrides: Any, where: str) -> RowFile:
         if key in overrides:
             raise UserError(f"{where}: key {key!r} is the same for all rows, expected it at the top level only")
     return from_tree(RowFile, merge(to_tree(config), overrides), source=where)
+
+
+def check_teachers_of_row(file: RowFile, teachers: tuple[str, ...], where: str) -> None:
+    """UserError for a teacher of a term or of pseudo boxes that the study lacks. teachers: their names."""
+    expected = ", ".join(teachers) or "no teacher: there are none"
+    named = {f"terms.{index}.teacher": term.teacher for index, term in enumerate(file.terms)}
+    if (pseudo := pseudo_of(file)) is not None:
+        named["data.unlabelled.pseudo.teacher"] = pseudo.teacher
+    for key, name in named.items():
+        if name not in teachers:
+            raise UserError(f"{where}: key {key!r}: found {name!r}, expected {expected}")
 
 
 def merge(tree: dict, overrides: dict) -> dict:
@@ -358,7 +374,8 @@ def with_comparisons(planned: dict[str, Row], files: dict[str, RowFile], source:
             default = find_random_row(row, planned)
             default = baseline if default is None or default == row.name else default
             against = () if default == row.name else (default,)
-        compared, notes = [], []
+        compared = []
+        notes = [f"{row.name}: {row.idle}"] if row.idle else []
         for name in against:
             if name not in planned or name == row.name:
                 others = ", ".join(other for other in planned if other != row.name)

@@ -1,5 +1,6 @@
 """The parts of train.py, in the order in which a run uses them.
 
+idle_terms    leaves out terms of weight 0, and says so
 checks        mistakes in a config and its files that are found before any picture is listed
 student       the detector that is trained, with its start weights
 splits        the pictures to train on, with and without labels, and those to measure on

@@ -21,6 +21,7 @@ from engine.training.building import (
     images_with_boxes,
     set_learning_rates,
 )
+from engine.training.idle_terms import without_idle_terms
 from engine.training.run_pictures import in_eval_mode
 from structures import Detector, Targets, select_images
 
@@ -30,6 +31,9 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
 
     teachers: as in train.run.
     """
+    config, idle = without_idle_terms(config)
+    if idle:
+        print(idle)
     setup = build(config, Processes(config.device), teachers, print, keep=False)
     batch = next(setup.loader.epoch(0))
     images, targets = augment_batch(setup, batch, 0, 0)

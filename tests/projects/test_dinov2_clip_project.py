@@ -309,5 +309,5 @@ def test_a_term_that_could_never_act(overrides, tmp_path):
         [*command, "terms.0.student_maps=[p4]", f"student.arch={STUDENTS[1]}"], tmp_path, "terms.0: map 'p4' is not"
     )
     refused([*command, "terms.0.adapter=none"], tmp_path, "terms.0: p5 and patches: widths differ .256 and 384")
-    refused([*command, "terms.1.weight=0"], tmp_path, "terms.1.weight: found 0.*could never act")
+    refused([*command, "terms.1.weight=-1"], tmp_path, "terms.1.weight: found -1.*could never act")
     refused([*command, "terms.1.loss=box_classes"], tmp_path, "terms.1.student_maps: .* expected no names of maps")
