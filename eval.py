@@ -49,6 +49,7 @@ from config import EvaluationConfig, load_config
 from datasets.class_names import read_class_map
 from datasets.open import READERS, open_dataset
 from datasets.subset import keep_classes
+from engine.command_line.translation import options_of, refuse_unknown
 from engine.evaluation.cross_dataset import evaluate_on_common_classes
 from engine.evaluation.measuring import EvaluationResult, Protocol, measure
 from engine.onnx_files.detector import load_detector
@@ -152,7 +153,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         pictures = [str(sample.image_path) for sample in index.samples]
         columns = {"file_names": pictures, "names": index.names}
         write_coco_detections(args.save_detections, result.detections, ids, index.category_ids, **columns)
-    return result
+    return replace(result, mark=info.plumbing)
 
 
 def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:
@@ -226,6 +227,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--report-score", type=float, default=0.25, help="score threshold of the confusion matrix (%(default)s)"
     )
     only_model, only_files = add_model_flags(parser), add_file_flags(parser)
+    if "--ground-truth" not in argv:
+        refuse_unknown("eval.py", argv, options_of(parser))
     args = parser.parse_intermixed_args(argv)
     is_files = bool(args.ground_truth or args.detections)
     for action in only_model if is_files else only_files:

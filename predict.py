@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images import read_image
+from engine.command_line.translation import options_of, refuse_unknown
 from engine.drawing.detections import draw_detections
 from engine.onnx_files.detector import OnnxDetector, load_detector
 from engine.prediction.files import PredictionFiles, complete_file, drawn_path, format_counts
@@ -294,6 +295,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=precisions, default="float32", help="of the model (%(default)s)")
     parser.add_argument("--show", action="store_true", help="show videos and webcams in a window; q ends it")
     parser.add_argument("--quiet", action="store_true", help="print only the totals and what was skipped")
+    refuse_unknown("predict.py", argv, options_of(parser))
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_detections", "max_frames"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -319,6 +321,8 @@ def main(argv: list[str]) -> int:
     iou_threshold = info.evaluation.iou_threshold if args.nms_iou is None else args.nms_iou
     max_detections = args.max_detections or info.evaluation.max_detections
     assert iou_threshold is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
+    if info.plumbing:
+        print(info.plumbing)
     if not args.quiet:
         print(
             f"{image_size} px, scores from {args.score_threshold:g}, NMS IoU {iou_threshold:g}, at most "

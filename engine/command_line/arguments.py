@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.command_line.translation import refuse_unknown
+from engine.command_line.translation import options_of, refuse_unknown
 from errors import UserError
 
 
@@ -26,7 +26,7 @@ def parse_train_arguments(argv: Sequence[str], description: str | None) -> argpa
     parser.add_argument("--teacher", metavar="ARCH", help="with --init: a larger detector that is to teach the student")
     parser.add_argument("--keys", metavar="WORD", nargs="?", const="", help="print the keys of a config (all of them)")
     parser.add_argument("--list", action="store_true", help="print architectures, teachers and losses")
-    known = [option for action in parser._actions for option in action.option_strings]
+    known = options_of(parser)
     if "--init" not in argv:
         known = [option for option in known if option not in ("--data", "--teacher")]  # flags of other projects
     refuse_unknown("train.py", argv, known)

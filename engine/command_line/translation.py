@@ -1,11 +1,14 @@
 """Arguments of other projects, answered by the line that does the same here.
 
-`train.py --epochs 5` is answered with `epochs=5`; so are the names that Ultralytics' and YOLOv5's scripts have, and the
-commands of published projects that this one replaces (docs/coming_from.md).
+`train.py --epochs 5` is answered with `epochs=5`, `predict.py --conf 0.5` with `--score-threshold 0.5`; so are the
+names that Ultralytics' and YOLOv5's scripts have, and the commands of published projects that this one replaces
+(docs/coming_from.md).
 """
 
+import argparse
 import dataclasses
 import difflib
+import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +37,7 @@ RENAMED = {
     "cfg": "student.arch={}",
     "data": "data.format=yolo data.root={} data.test=val",
     "cache": "data.cache=true",
-    "single_cls": "data.classes=[NAME]",
+    "single_cls": "'data.classes=[NAME]'",
     "project": "runs={}",
     "output": "runs={}",
     "fliplr": "augment.flip_horizontal={}",
@@ -49,9 +52,47 @@ RENAMED = {
     "noval": "evaluation.every_epochs=0",
     "eval_every_epoch": "evaluation.every_epochs=1",
     "eval_final_only": "evaluation.every_epochs=0",
-    "distill_model": "teachers=[{{name: teacher, arch: ARCH, weights: {}}}]",
+    "distill_model": "'teachers=[{{name: teacher, arch: ARCH, weights: {}}}]'",
     "dis": "terms.0.weight={}",
     "temperature": "terms.0.parameters.temperature={}",
+}
+
+# Of the other commands. A value alone stands where the command takes it, in this order: the model before what it reads.
+ALONE = "{}"
+OF_BOTH = {
+    "weights": ALONE,
+    "checkpoint": ALONE,
+    "model": ALONE,
+    "img": "--image-size {}",
+    "imgsz": "--image-size {}",
+    "img_size": "--image-size {}",
+    "conf": "--score-threshold {}",
+    "conf_thres": "--score-threshold {}",
+    "iou": "--nms-iou {}",
+    "iou_thres": "--nms-iou {}",
+    "max_det": "--max-detections {}",
+    "half": "--precision bfloat16",
+    "batch": "--batch-size {}",
+}
+OF_COMMANDS = {
+    "eval.py": OF_BOTH
+    | {
+        "data": "yolo {} val",
+        "backbone": "--config configs/voc_fasterrcnn_resnet18.yaml --arch fasterrcnn_{}",
+        "save_json": "--save-detections predictions.json",
+    },
+    "predict.py": OF_BOTH
+    | {
+        "source": ALONE,
+        "image": ALONE,
+        "input": ALONE,
+        "backbone": "--arch fasterrcnn_{}",
+        "project": "--output {}",
+        "save_txt": "--txt",
+        "save_json": "--json",
+        "nosave": "--no-pictures",
+        "view_img": "--show",
+    },
 }
 
 
@@ -93,46 +134,82 @@ PROJECTS = (
 
 
 def refuse_unknown(command: str, argv: Sequence[str], known: Sequence[str]) -> None:
-    """UserError, with the equivalent line, if `argv` has a flag that is not `known` nor begins one of them."""
+    """UserError, with the equivalent line, if `argv` has a flag that is neither `known` nor the beginning of one.
+
+    A name of another project counts as that name, even if it begins a known flag: eval.py's --conf is not --config.
+    """
     flags = [token for token in argv if token.startswith("--") and len(token) > 2]
-    unknown = [flag for flag in flags if not any(option.startswith(flag.split("=")[0]) for option in known)]
+    foreign = OF_COMMANDS.get(command, {})
+    unknown = []
+    for flag in flags:
+        name = flag.split("=")[0]
+        if name not in known and (plain(flag) in foreign or not any(option.startswith(name) for option in known)):
+            unknown.append(flag)
     if unknown:
-        raise UserError(answer(command, argv, unknown))
+        raise UserError((answer_command if foreign else answer_train)(command, argv, unknown))
 
 
-def answer(command: str, argv: Sequence[str], unknown: Sequence[str]) -> str:
-    """One line: what was found, and the command with each unknown flag replaced, or that it has no counterpart."""
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def answer_command(command: str, argv: Sequence[str], unknown: Sequence[str]) -> str:
+    """One line for eval.py and predict.py: what was found, and the command with each unknown flag replaced."""
+    renamed = OF_COMMANDS[command]
+    kept, found = translate(command, argv, unknown, renamed)
+    order = list(renamed)
+    alone = sorted((name for name in found if is_alone(renamed[name])), key=order.index)
+    flags = [found[name] for name in found if name not in alone]
+    line = " ".join(["python", command, *(found[name] for name in alone), *kept, *flags])
+    return f"found {' '.join(unknown)}: these are flags of other projects, expected: {line}"
+
+
+def is_alone(template: str) -> bool:
+    """Whether it is an argument without a flag."""
+    return not template.startswith("--")
+
+
+def answer_train(command: str, argv: Sequence[str], unknown: Sequence[str]) -> str:
+    """One line: what was found, and the command with each unknown flag replaced."""
     names = [plain(flag) for flag in unknown]
     project = next((project for project in PROJECTS if project.flags & {*names}), None)
     renamed = {name: f"{key}={{}}" for name, key in keys_by_name().items()} | RENAMED
-    renamed |= project.renamed if project is not None else {}
-    kept: list[str] = []
-    replaced: list[str] = []
     config = "CONFIG"
     if project is not None:
+        renamed |= project.renamed | {"dataset": "{}"}
         config = project.config if "distill" in names else project.without_distill or project.config
-    tokens = iter(argv)
-    for token in tokens:
-        if token not in unknown:
-            kept.append(token)
-            continue
-        name, (_, equals, value) = plain(token), token.partition("=")
-        is_dataset = project is not None and name == "dataset"
-        if name not in renamed and not is_dataset:
-            near = difflib.get_close_matches(name, renamed, n=1, cutoff=NEAR)
-            advice = f"did you mean {renamed[near[0]].format('VALUE')}? " if near else ""
-            return f"argument {token}: no such argument; {advice}{command} --help lists them, train.py --keys all keys"
-        if (is_dataset or "{}" in renamed[name]) and not equals:
-            value = next(tokens, "VALUE")
-        if project is not None and is_dataset:
-            config = project.datasets.get(value, config)
-        elif renamed[name]:
-            replaced.append(renamed[name].format(as_value(name, value)))
+    kept, found = translate(command, argv, unknown, renamed)
+    if project is not None:
+        config = project.datasets.get(found.pop("dataset", ""), config)
     if any(not token.startswith("--") and "=" not in token for token in kept):
         config = ""  # it is given
     script = "compare.py" if config.startswith("configs/studies/") else command
-    line = " ".join(filter(None, ["python", script, config, *kept, *replaced]))
+    line = " ".join(filter(None, ["python", script, config, *kept, *found.values()]))
     return f"found {' '.join(unknown)}: a run is described by a config and key=value, expected: {line}"
+
+
+def translate(
+    command: str, argv: Sequence[str], unknown: Sequence[str], renamed: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The tokens that stay, and by the plain name of each unknown flag what it is here. UserError for one without."""
+    kept: list[str] = []
+    found: dict[str, str] = {}
+    tokens = iter(argv)
+    for token in tokens:
+        if token not in unknown:
+            kept.append(shlex.quote(token))
+            continue
+        name, (_, equals, value) = plain(token), token.partition("=")
+        if name not in renamed:
+            near = difflib.get_close_matches(name, renamed, n=1, cutoff=NEAR)
+            advice = f"did you mean {renamed[near[0]].format('VALUE')}? " if near else ""
+            keys = ", train.py --keys all keys" if command == "train.py" else ""
+            raise UserError(f"argument {token}: no such argument; {advice}{command} --help lists them{keys}")
+        if "{}" in renamed[name] and not equals:
+            value = next(tokens, "VALUE")
+        value = as_value(name, value) if command == "train.py" else value
+        found[name] = renamed[name].format(shlex.quote(value))
+    return kept, found
 
 
 def keys_by_name() -> dict[str, str]:

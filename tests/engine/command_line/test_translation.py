@@ -4,10 +4,12 @@ import shlex
 
 import pytest
 
+import eval
+import predict
 import train
 from config import Config, from_tree, load_config, read_tree
 from engine.command_line.keys import SECTIONS, keys_of
-from engine.command_line.translation import PROJECTS, RENAMED, keys_by_name
+from engine.command_line.translation import OF_COMMANDS, PROJECTS, RENAMED, keys_by_name
 from engine.comparison.study import load_study
 from errors import UserError
 from tests.conftest import ROOT
@@ -18,10 +20,10 @@ CELLS = "configs/studies/bccd_yolov5n_from_yolov5x.yaml"
 PAIR = "configs/studies/voc_yolov5n_from_yolov5x.yaml"
 
 
-def answer(line: str) -> str:
-    """What train.py says after `expected: `."""
+def answer(line: str, command=train) -> str:
+    """What a command says after `expected: `."""
     with pytest.raises(UserError) as error:
-        train.main(shlex.split(line))
+        command.main(shlex.split(line))
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
     return str(error.value).split("expected: ")[-1]
 
@@ -81,6 +83,58 @@ def test_answers(line, expected):
         (load_study if script == "compare.py" else load_config)(ROOT / config, overrides)
 
 
+EVAL, PREDICT = "python eval.py", "python predict.py"
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "expected"),
+    [
+        (
+            eval,
+            "--checkpoint runs/a --backbone resnet18",
+            f"{EVAL} runs/a --config {ALONE} --arch fasterrcnn_resnet18",
+        ),
+        (
+            eval,
+            "--data coco128.yaml --weights best.pt --img 640 --conf-thres 0.001 --iou-thres=0.6",
+            f"{EVAL} best.pt yolo coco128.yaml val --image-size 640 --score-threshold 0.001 --nms-iou 0.6",
+        ),
+        (eval, "x.pt voc data --conf 0.1 --iou 0.5", f"{EVAL} x.pt voc data --score-threshold 0.1 --nms-iou 0.5"),
+        (
+            predict,
+            "--source 'my photos' --weights yolov5n.pt --img 320 --conf 0.5 --iou 0.4 --json",
+            f"{PREDICT} yolov5n.pt 'my photos' --json --image-size 320 --score-threshold 0.5 --nms-iou 0.4",
+        ),
+        (predict, "a b.jpg --conf 0.3 --imgsz 640", f"{PREDICT} a b.jpg --score-threshold 0.3 --image-size 640"),
+        (predict, "--image a.jpg --checkpoint c.pt --save-txt", f"{PREDICT} c.pt a.jpg --txt"),
+        (predict, "m.pt webcam --view-img --half", f"{PREDICT} m.pt webcam --show --precision bfloat16"),
+    ],
+)  # fmt: skip
+def test_answers_of_other_commands(command, line, expected):
+    """And the command takes the answer."""
+    assert answer(line, command) == expected
+    command.parse_arguments(shlex.split(expected)[2:])
+
+
+@pytest.mark.parametrize(("command", "name"), [(eval, "eval.py"), (predict, "predict.py")])
+def test_every_flag_of_another_project_is_one_here(command, name):
+    sample = {"half": "", "save_json": "", "save_txt": "", "nosave": "", "view_img": ""}
+    for flag in OF_COMMANDS[name]:
+        value = sample.get(flag, "0.5" if flag[:4] in ("conf", "iou", "iou_") else "64")
+        said = answer(f"m.pt x --{flag} {value}", command)
+        words = shlex.split(said.removeprefix(f"python {name} "))
+        command.parse_arguments(words)
+
+
+def test_own_flags_of_other_commands_stay(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        eval.main(["none.pt", "voc", str(tmp_path), "--score-thr", "0.5", "--nms-iou", "0.5"])
+    for flags in (["--iou-thresholds", "0.5"], ["--iou-thr", "0.5"]):
+        with pytest.raises(UserError, match=r"gone\.json"):
+            eval.main(["--ground-truth", "gone.json", "--detections", "gone.json", *flags])
+    assert answer("m.pt x.jpg --scorethreshold 0.5", predict).startswith("argument --scorethreshold: no such argument")
+
+
 def test_a_flag_without_counterpart():
     assert "did you mean augment.mosaic=VALUE? train.py --help lists them" in answer("--mosaik 1")
     assert answer("--frobnicate 3").startswith("argument --frobnicate: no such argument; train.py --help")
@@ -99,5 +153,5 @@ def test_every_counterpart_is_a_key():
     keys = {key.name for _, prefix, cls in SECTIONS for key in keys_of(prefix, cls)}
     assert set(keys_by_name().values()) <= keys
     for template in [*RENAMED.values(), *(text for project in PROJECTS for text in project.renamed.values())]:
-        for key in (word.partition("=")[0] for word in template.split() if "=" in word):
+        for key in (word.partition("=")[0] for word in shlex.split(template) if "=" in word):
             assert key.replace("terms.1", "terms.0").replace(".temperature", "") in keys, key
