@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import models
 import weights
-from config import EvaluationConfig, from_tree
+from config import RANDOM, EvaluationConfig, from_tree, plumbing_mark
 from datasets.class_names import released_columns, released_names
 from errors import UserError
 
@@ -70,6 +70,12 @@ class CheckpointInfo:
     def classes(self) -> tuple[str, ...]:
         """The dataset's classes that the run was limited to (data.classes); () for all of them."""
         return tuple(self.config.get("data", {}).get("classes", ()))
+
+    @property
+    def plumbing(self) -> str:
+        """The mark of a run that was no measurement (config.Config.plumbing); "" of others."""
+        teachers = self.config.get("teachers", ())
+        return plumbing_mark([teacher["name"] for teacher in teachers if teacher["weights"] == RANDOM])
 
     @property
     def evaluation(self) -> EvaluationConfig:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from errors import UserError
 from yaml_files import parse_yaml, read_yaml
 
+RANDOM = "random"  # weights of a teacher that is untrained: its run is no measurement (Config.plumbing)
 NEAR = 0.7  # difflib's ratio from which an error offers a key for an unknown one; below it they are other words
 
 
@@ -99,7 +100,7 @@ class TeacherConfig:
 
     name: str  # the terms refer to it by this name
     arch: str  # a key of models.ARCHITECTURES or models.TEACHERS; or ema, the running mean of the student's own weights
-    weights: str | None = None  # a released file, or a checkpoint of ours
+    weights: str | None = None  # a released file, a checkpoint of ours; or random: untrained, to try a config without
     image_size: int | None = None  # side of its images in pixels; None: the student's, rounded to the teacher's stride
     aliases: dict[str, Any] = field(default_factory=dict)  # class of the dataset: class of the teacher; wins over names
     vocabulary: str | None = None  # the file of CLIP's vocabulary; None: where datasets.download puts it
@@ -108,6 +109,10 @@ class TeacherConfig:
     backbone_weights: str | None = None  # its backbone starts from this file, as student.backbone_weights
     optimizer: dict[str, Any] = field(default_factory=dict)  # keys of `optimizer` that differ for training in place
     data: dict[str, Any] = field(default_factory=dict)  # keys of `data` that differ for training in place
+
+    @property
+    def is_random(self) -> bool:
+        return self.weights == RANDOM
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,16 @@ class Config:
     @property
     def seed_of_views(self) -> int:
         return self.seed if self.view_seed is None else self.view_seed
+
+    @property
+    def plumbing(self) -> str:
+        """The mark of a run with teachers of random weights, which stands in all that it writes; "" without any."""
+        return plumbing_mark([teacher.name for teacher in self.teachers if teacher.is_random])
+
+
+def plumbing_mark(teachers: Sequence[str]) -> str:
+    """teachers: the names of those with random weights."""
+    return f"plumbing, not a measurement: random weights in {', '.join(teachers)}" if teachers else ""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -187,7 +187,7 @@ def run(
     unneeded = {teacher.name for teacher in config.teachers} - {teacher.name for teacher in active.teachers}
     teachers = {name: model for name, model in (teachers or {}).items() if name not in unneeded}
     config, processes = active, Processes(config.device)
-    progress = Progress(quiet=quiet or not processes.is_first)
+    progress = Progress(quiet=quiet or not processes.is_first, mark=config.plumbing)
     if idle:
         progress.say(idle)
     saved, folder, state = None, None, TrainingState()

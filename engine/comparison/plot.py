@@ -14,6 +14,7 @@ from engine.comparison.study import Study
 from engine.comparison.table import Result, differences
 from engine.drawing.detections import draw_detections
 from engine.drawing.plots import labels_of, save_figure
+from engine.drawing.stamp import stamp_file
 from engine.prediction.predictor import Predictor
 from engine.runtime import run_folder
 from errors import require
@@ -57,6 +58,8 @@ def write(path: Path, study: Study, results: dict[str, Result], *, with_pictures
         draw_curves(axes[2], curves)
     figure.suptitle(study.config.name)
     save_figure(figure, path)
+    marked = [f"{result.name}: {result.row.config.plumbing}" for result in finished if result.row.config.plumbing]
+    stamp_file(path, "; ".join(marked))
     return path
 
 

@@ -93,9 +93,7 @@ class Row:
     compute_of: str | None = None  # the row that its number of epochs comes from
     differs: tuple[str, ...] = ()
     idle: str = ""  # the line on its terms of weight 0, which are left out
-    notes: tuple[
-        str, ...
-    ] = ()  # `idle`, and keys in which it differs from rows it is, or for that reason is not, compared to
+    notes: tuple[str, ...] = ()  # idle; keys in which it differs from rows it is, or therefore is not, compared to
 
     def run(self, seed: int) -> Config:
         config = dataclasses.replace(self.config, name=f"{self.name}_seed{seed}", seed=seed)

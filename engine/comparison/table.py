@@ -14,6 +14,7 @@ from config import to_tree
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule
 from engine.comparison.study import Row, Study
 
+NO_VERDICT = "plumbing"  # in place of the verdict of a row whose teachers have random weights
 METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "f1"}
 
 
@@ -71,10 +72,11 @@ class Difference:
     mAP: np.ndarray
     decisive: np.ndarray
     rule: DecisionRule
+    is_plumbing: bool = False  # a teacher of one of the two has random weights
 
     @property
     def verdict(self) -> str:
-        return self.rule.verdict(self.decisive)
+        return NO_VERDICT if self.is_plumbing else self.rule.verdict(self.decisive)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -95,7 +97,8 @@ def differences(results: dict[str, Result], rule: DecisionRule = DEFAULT_RULE) -
             mAP50, mAP, decisive = (
                 result.values(m, seeds) - other.values(m, seeds) for m in ("mAP50", "mAP", rule.metric)
             )
-            found.append(Difference(result.name, name, tuple(seeds), mAP50, mAP, decisive, rule))
+            is_plumbing = bool(result.row.config.plumbing or other.row.config.plumbing)
+            found.append(Difference(result.name, name, tuple(seeds), mAP50, mAP, decisive, rule, is_plumbing))
     return found
 
 
@@ -153,6 +156,8 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     names = {result.name for result in shown}
     for difference in (d for d in differences(results, study.rule) if d.name in names):
         lines.append(f"| {' | '.join(difference_cells(difference))} |")
+    marked = [f"**{r.name}: {r.row.config.plumbing}.**" for r in shown if r.row.config.plumbing]
+    lines += ["", *marked] if marked else []
     lines += [""] * any(result.row.notes for result in shown)
     lines += [f"{note}." for result in shown for note in result.row.notes]
     missing = [f"{r.name} ({', '.join(map(str, r.missing))})" for r in shown if r.missing]
@@ -194,7 +199,7 @@ def score_cells(result: Result, results: dict[str, Result]) -> list[str]:
     sizes = [report["parameters"] for report in result.reports.values()]
     seeds = f"{len(result.seeds)} of {len(result.row.seeds)}" if result.missing else f"{len(result.seeds)}"
     return [
-        result.name,
+        f"{result.name} [{NO_VERDICT}]" if config.plumbing else result.name,
         config.student.arch,
         f"{sizes[0] / 1e6:.2f} M" if sizes else "-",
         str(config.epochs),
@@ -238,6 +243,7 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
             {
                 "name": result.name,
                 "is_teacher": result.row.is_teacher,
+                "plumbing": config.plumbing or None,
                 "arch": config.student.arch,
                 "parameters": next((report["parameters"] for report in result.reports.values()), None),
                 "epochs": config.epochs,

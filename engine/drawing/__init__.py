@@ -3,5 +3,6 @@
 detections  boxes on a picture (Pillow)
 fonts       a font that has the characters of a text
 heat_maps   feature maps as colors (Pillow)
+stamp       a line of text above a picture (Pillow)
 plots       curves and tables of a run (matplotlib), predictions beside labels (Pillow)
 """

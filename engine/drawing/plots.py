@@ -75,7 +75,8 @@ def draw_results(metrics_csv: Path, path: Path) -> None:
     rows = run_folder.read_metrics(metrics_csv)
     if not rows:
         return
-    names = [name for name in rows[0] if name not in ("epoch", "time") and any(row[name] for row in rows)]
+    left_out = ("epoch", "time", run_folder.PLUMBING)
+    names = [name for name in rows[0] if name not in left_out and any(row[name] for row in rows)]
     per_iou = [name for name in names if name in run_folder.AP_COLUMNS]
     plotted = {name: [name] for name in names if name not in per_iou} | (
         {"metrics/AP at IoU": per_iou} if per_iou else {}

@@ -37,6 +37,7 @@ class EvaluationResult:
     ap50, ap (K,): AP of each class at IoU 0.5 and over the IoU thresholds; -1 for a class without objects.
     seconds: time of "loading", "inference" (with NMS) and "metrics"; the first two are 0 without a model.
     class_map: how the model's classes were mapped to the dataset's; None if they were not.
+    mark: why the model's run was no measurement (CheckpointInfo.plumbing), else "".
     """
 
     protocol: Protocol
@@ -46,6 +47,7 @@ class EvaluationResult:
     report: report.DetectionReport
     seconds: dict[str, float]
     class_map: ClassMap | None = None
+    mark: str = ""
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -79,7 +81,8 @@ class EvaluationResult:
     def text(self) -> str:
         """The lines that eval.py prints."""
         best, given = self.report.best, self.report.given
-        lines = [] if self.class_map is None else [*self.class_map.lines(), ""]
+        lines = [self.mark] if self.mark else []
+        lines += [] if self.class_map is None else [*self.class_map.lines(), ""]
         if isinstance(self.ap_result, coco.CocoResult):
             lines += [coco.format_numbers(self.ap_result), coco.format_per_iou(self.ap_result)]
         else:
@@ -104,6 +107,7 @@ class EvaluationResult:
             at_best = {p: _nan_to_none(getattr(measured.best, p)[k]) for p in ("precision", "recall", "f1")}
             rows[name] = own | at_best | rows[name]
         return {
+            "mark": self.mark or None,
             "protocol": self.protocol,
             "class_map": self.class_map and self.class_map.to_tree(),
             "images": self.ground_truth.num_images,

@@ -49,6 +49,7 @@ class Model:
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.module.parameters())
         size = f", {parameters:,} parameters" * bool(parameters)
+        size += f", {self.info.plumbing}" * bool(self.info.plumbing)
         return f"{self.arch} of {self.source}: {len(self.names)} classes, {self.image_size} px{size}, on {self.device}"
 
     def predict(

@@ -16,16 +16,17 @@ class Progress:
     """Progress through the steps of an epoch, or through other units of work.
 
     A bar on a terminal with tqdm installed; otherwise a line every LINE_EVERY_SECONDS; with `quiet` nothing.
+    mark: stands in brackets before every line.
     """
 
-    def __init__(self, *, quiet: bool = False, unit: str = "step") -> None:
-        self.quiet, self.unit = quiet, unit
+    def __init__(self, *, quiet: bool = False, unit: str = "step", mark: str = "") -> None:
+        self.quiet, self.unit, self.mark = quiet, unit, f"[{mark}] " if mark else ""
         self._bar: Any = None
         self._tqdm = _import_tqdm() if not quiet and sys.stdout.isatty() else None
 
     def start(self, label: str, total: int | None, done: int = 0) -> None:
         """total: None if unknown."""
-        self.label, self.total, self.done = label, total, done
+        self.label, self.total, self.done = self.mark + label, total, done
         self._printed_at = time.monotonic()
         if self._tqdm is not None:
             self._bar = self._tqdm(total=total, initial=done, desc=label, unit=self.unit, leave=False, file=sys.stdout)
@@ -52,6 +53,7 @@ class Progress:
         """Print a line above the bar."""
         if self.quiet:
             return
+        line = self.mark + line
         if self._bar is not None:
             self._bar.write(line)
         else:

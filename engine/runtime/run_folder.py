@@ -24,6 +24,7 @@ from errors import UserError
 from yaml_files import dump_yaml
 
 AP_COLUMNS = tuple(f"metrics/AP{percent}" for percent in range(50, 100, 5))  # at each IoU threshold
+PLUMBING = "plumbing"  # the column of a run that is no measurement (config.Config.plumbing)
 METRIC_COLUMNS = ("metrics/precision", "metrics/recall", "metrics/mAP50", "metrics/mAP50-95", *AP_COLUMNS)
 
 
@@ -130,13 +131,14 @@ def append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Add the row of an epoch; it replaces rows of this epoch or later ones, left by a run that was killed.
 
     The whole file is rewritten, so that it never ends in half a row. Its columns are the union of all rows' columns,
-    in the order train/..., metrics/..., lr; a value that an epoch lacks is empty.
+    in the order train/..., metrics/..., lr; a value that an epoch lacks is empty. A run that is no measurement has 1
+    in a last column, `plumbing`.
     """
     text = {key: _cell(value) for key, value in row.items()}
     rows = [old for old in read_metrics(path) if int(old["epoch"]) < int(row["epoch"])] + [text]
     names = list(dict.fromkeys(key for r in rows for key in r))
     train = [name for name in names if name.startswith("train/")]
-    columns = ["epoch", "time", *train, *METRIC_COLUMNS, "lr"]
+    columns = ["epoch", "time", *train, *METRIC_COLUMNS, "lr", *(name for name in names if name == PLUMBING)]
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import checkpoint
 import models
-from config import Config, DataConfig, GradientShare, UnlabelledConfig
+from config import RANDOM, Config, DataConfig, GradientShare, UnlabelledConfig
 from distill.checks import check_terms
 from engine.training.student import (
     backbone_of,
@@ -218,7 +218,8 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
     if settings.weights is not None:
         start = file_of_run(settings.weights)
         if not start.is_file():
-            raise UserError(f"key 'student.weights': {settings.weights}: no such file, expected weights or a run")
+            expected = "null, which starts fresh" if settings.weights == RANDOM else "weights or a run"
+            raise UserError(f"key 'student.weights': {settings.weights}: no such file, expected {expected}")
         check_file("key 'student.weights'", settings.arch, str(start))
     elif settings.backbone_weights is not None:
         file = find_backbone_file(Path(settings.backbone_weights), settings.arch)

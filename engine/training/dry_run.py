@@ -34,6 +34,8 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
     config, idle = without_idle_terms(config)
     if idle:
         print(idle)
+    if config.plumbing:
+        print(config.plumbing)
     setup = build(config, Processes(config.device), teachers, print, keep=False)
     batch = next(setup.loader.epoch(0))
     images, targets = augment_batch(setup, batch, 0, 0)

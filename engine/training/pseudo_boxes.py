@@ -211,7 +211,7 @@ def pseudo_image_size(config: Config, given: Collection[str] = ()) -> int:
     teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
     if size := pseudo.image_size or teacher.image_size:
         return size
-    if teacher.name in given or teacher.weights is None or not Path(teacher.weights).is_file():
+    if teacher.name in given or teacher.is_random or teacher.weights is None or not Path(teacher.weights).is_file():
         return config.image_size
     return checkpoint.load_model(teacher.weights, teacher.arch)[1].image_size
 

@@ -70,6 +70,7 @@ def finish_epoch(
     row |= {f"train/{name}": value for name, value in state.means().items()}
     row |= {name: results.get(name.removeprefix("metrics/")) for name in run_folder.METRIC_COLUMNS}
     row["lr"] = set_learning_rates(setup, state.step - 1)
+    row |= {run_folder.PLUMBING: 1.0} if config.plumbing else {}
     state.next_epoch()
     if setup.processes.is_first:
         if is_best:
@@ -108,6 +109,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
     ranges = balance_of_run(setup, folder)
     report = {
         "name": config.name,
+        "plumbing": config.plumbing or None,
         "arch": config.student.arch,
         "parameters": count_parameters(setup.student),
         "seed": config.seed,

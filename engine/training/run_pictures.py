@@ -20,6 +20,7 @@ from distill.outputs import named_map
 from distill.terms import LOSSES
 from engine.drawing import plots
 from engine.drawing.heat_maps import attention_heat, common_colors, grid, heat_colors, overlay, stack, to_pictures
+from engine.drawing.stamp import stamp_file, stamped
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import TrainingSetup
@@ -29,17 +30,25 @@ from teachers.dinov2 import DINOv2, patch_pca
 
 NUM_PICTURES = 4  # in distillation.jpg, and in the predictions at each evaluation
 NUM_PREDICTED = 12  # in predictions.jpg
+FILES = ("predictions.jpg", "distillation.jpg", "results.png", "confusion_matrix.png", "pr_curve.png")
 SIDE = 200  # pixels of a cell in distillation.jpg
 
 
 def evaluation_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.Image]:
     """By their names in TensorBoard: "predictions", and "distillation/<term>" for each term that compares maps."""
     maps = {f"distillation/{name}": sheet for name, sheet in map_pictures(setup, index).items()}
-    return {"predictions": prediction_picture(setup, index, NUM_PICTURES)} | maps
+    sheets = {"predictions": prediction_picture(setup, index, NUM_PICTURES)} | maps
+    return {name: stamped(sheet, setup.config.plumbing) for name, sheet in sheets.items()}
 
 
 def draw(setup: TrainingSetup, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:
-    """The files of a finished run."""
+    """The files of a finished run, stamped where it is no measurement."""
+    write_pictures(setup, details, folder, progress)
+    for name in FILES:
+        stamp_file(folder.path / name, setup.config.plumbing)
+
+
+def write_pictures(setup: TrainingSetup, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:
     prediction_picture(setup, setup.splits.test, NUM_PREDICTED).save(folder.path / "predictions.jpg", quality=90)
     if sheets := map_pictures(setup, setup.splits.test):
         stack(list(sheets.values())).save(folder.path / "distillation.jpg", quality=90)

@@ -109,6 +109,8 @@ def inherit_source(config: Config) -> tuple[str, str]:
     if choice.teacher is not None:
         teacher = next(teacher for teacher in config.teachers if teacher.name == choice.teacher)
         arch, path = teacher.arch, teacher.weights
+        if teacher.is_random:
+            raise UserError(f"{key}.teacher': {choice.teacher!r} has random weights, expected a file to begin from")
         if path is None:
             raise UserError(f"{key}.teacher': {choice.teacher!r} has no weights; compare.py trains it in place first")
     assert path is not None

@@ -179,10 +179,12 @@ def pseudo_of(config: Config) -> PseudoBoxConfig | None:
 
 
 def find_file(teacher: TeacherConfig, key: str) -> str | None:
-    """The weights file of a teacher; None for the student's average, which has none. UserError where it is missing."""
+    """The weights file of a teacher; None for the student's average and random weights. UserError if it is missing."""
     if teacher.arch == EMA:
         if teacher.weights is not None:
             raise UserError(f"{key}.weights': found {teacher.weights!r}, the student's average has no file")
+        return None
+    if teacher.is_random:
         return None
     if teacher.weights is None:
         advice = "" if teacher.arch in models.TEACHERS else "; compare.py trains a detector in place"
@@ -198,6 +200,8 @@ def load(
     teacher: TeacherConfig, key: str, names: tuple[str, ...], ema: nn.Module | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model of a teacher and the names of its classes: those of the dataset where its file has none."""
+    if teacher.is_random and teacher.arch != EMA:
+        return build_random(teacher, names)
     path = find_file(teacher, key)
     if path is None:
         if ema is None:
@@ -214,6 +218,24 @@ def load(
         return model, info.names
     print(f"{path}: it does not name its classes; taken for those of the dataset: {', '.join(names)}")
     return model, names
+
+
+def build_random(teacher: TeacherConfig, names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
+    """A model of the teacher's architecture with random weights, the same ones every time, for the dataset's classes.
+
+    One that reads text gets random directions for its prompts, so that it needs no vocabulary.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if teacher.arch not in models.TEACHERS:
+            return models.build(teacher.arch, len(names)), names
+        model = models.build_teacher(teacher.arch)
+        if not hasattr(model, "set_class_embeddings"):
+            return model, names
+        prompts = tuple(str(teacher.aliases.get(name, name)) for name in names)
+        width = cast(Tensor, model.background).shape[1]
+        cast(Any, model).set_class_embeddings(prompts, torch.randn(len(names), width), torch.randn(1, width))
+        return model, prompts
 
 
 def set_class_prompts(model: nn.Module, teacher: TeacherConfig, key: str, names: tuple[str, ...]) -> tuple[str, ...]:

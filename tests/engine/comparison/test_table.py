@@ -149,3 +149,21 @@ def test_the_untrained_start_is_a_line_once(study, results):
     other = dataclasses.replace(row.config, student=dataclasses.replace(row.config.student, weights="other.pt"))
     results["taught"].row = dataclasses.replace(row, config=other)
     assert markdown(study, results).count("| untrained start of ") == 2
+
+
+def test_a_row_with_random_teachers_has_no_verdict(study, results):
+    """Its line, its note and its differences say so; those of other rows do not change."""
+    taught = results["taught"].row
+    (teacher,) = taught.config.teachers
+    config = dataclasses.replace(taught.config, teachers=(dataclasses.replace(teacher, weights="random"),))
+    results["taught"].row = dataclasses.replace(taught, config=config)
+    text = markdown(study, results)
+    assert "\n| taught [plumbing] | yolov8n |" in text and "\n| baseline | yolov8n |" in text
+    assert "\n**taught: plumbing, not a measurement: random weights in given.**\n" in text
+    assert {difference.name: difference.verdict for difference in differences(results)} == {
+        "taught": "plumbing",
+        "slow": "plumbing",  # it is compared to that row
+    }
+    rows = {row["name"]: row for row in json.loads(as_json(study, results))["rows"]}
+    assert rows["taught"]["plumbing"] and rows["taught"]["differences"][0]["verdict"] == "plumbing"
+    assert rows["baseline"]["plumbing"] is None
