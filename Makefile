@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ADDRESS ?= localhost
 
-.PHONY: setup demo app browser test test-fast notebooks test-gpu gpu gpu-tables lint format bench clean
+.PHONY: setup demo app browser test test-fast notebooks test-gpu gpu gpu-short lint format bench clean
 
 setup: $(STAMP)
 
@@ -50,12 +50,15 @@ test-gpu:  ## The kernels on the device: their tests, and again under compute-sa
 		--error-exitcode 1 $(PYTHON) -m pytest tests/kernels/interpreted -o timeout=3600 \
 		-m "not slow" -k "not beyond_32_bits and not many_boxes"; fi
 
-gpu-tables:  ## Every table of a GPU in ten minutes, what matters most first; REHEARSE=--rehearse tries it on a CPU
+gpu-short:  ## Every table of a GPU in nine minutes, what matters most first; REHEARSE=--rehearse tries it on a CPU
 	$(PYTHON) benchmarks/gpu.py --output $(RESULTS) $(REHEARSE)
 
-gpu: gpu-tables test-gpu  ## The same, then all tests; with data/bccd at last BCCD at 640 px, three seeds
+gpu: gpu-short test-gpu  ## The same, then all tests; at last few labels at 320 px and BCCD at 640 px, for the sets in data/
 	$(PYTHON) benchmarks/distill_step.py --image-size 640 --batch-size 64 > $(RESULTS)/distill_step.txt
 	$(PYTHON) -m pytest -m "not slow" --ignore tests/kernels
+	if test -d data/neu_det; then \
+		$(PYTHON) compare.py configs/studies/neu_few_labels.yaml --rows labels,pseudo_and_outputs \
+			name=neu_320 image_size=320; fi
 	if test -d data/bccd; then \
 		$(PYTHON) compare.py configs/studies/bccd_yolov8n_from_yolov8s.yaml --seeds 3 name=bccd_640 image_size=640; fi
 

@@ -1,4 +1,4 @@
-"""All tables of a GPU in ten minutes: a training step, the Triton kernels, what the compiler made of them.
+"""All tables of a GPU in nine minutes: a training step, the Triton kernels, what the compiler made of them.
 
     python benchmarks/gpu.py [--minutes 9] [--output benchmarks/results]
     python benchmarks/gpu.py --rehearse          # tiny sizes on the CPU, in seconds: to see that it runs
@@ -21,6 +21,9 @@ Kernels: milliseconds on the device of the forward pass and the student's gradie
 and attention have none), for NMS until the host has its result. "GB" is the least traffic: a fused loss reads student
 and teacher and writes a gradient. "TB/s" is that over the kernel's time, "of copy" its share of what copying 1 GiB
 reaches here. Inputs change with every call and together exceed the L2 cache.
+
+Agreement: the same steps from the same weights, eager and with another contestant. Rounding differs, and grows from step
+to step, so the table has the relative difference of the two losses, its largest and that of the means of the last tenth.
 
 A contestant whose results differ from eager's has no times. Targets: 1.3 times the peer's images per second; fused
 losses at 0.8 of copying, 5 times eager, 1.5 times torch.compile.
@@ -78,10 +81,11 @@ class Scale:
     warmup: int = 5  # steps before the first round
     rounds: int = 3
     steps: int = 10  # of a round
+    agreement_steps: int = 200
     kernels: Sizes = dataclasses.field(default_factory=Sizes)
 
 
-REHEARSAL = Scale(64, 2, 1, 1, 1, Sizes((2, 4, 8, 8), 50, (50, 2000), 6, 64, 1, 2**20))
+REHEARSAL = Scale(64, 2, 1, 1, 1, 2, Sizes((2, 4, 8, 8), 50, (50, 2000), 6, 64, 1, 2**20))
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,21 @@ def measure_training(setting: Setting, before: Rows) -> dict[str, Any]:
     return row | {"losses": losses[:2], "waits by line": dict(sorted(waits.items()))}
 
 
+def measure_agreement(setting: Setting) -> dict[str, Any]:
+    """A row of the table: how far the losses of the setting's contestant go from eager's."""
+    curves = []
+    for contestant in ("eager", setting.contestant):
+        with kernels("triton" if contestant == "kernels" else "eager"):
+            step = build_step(dataclasses.replace(setting, contestant=contestant))
+            curves.append([sum(step(number, no_mark).values()) for number in range(setting.scale.agreement_steps)])
+    eager, found = torch.tensor(curves, dtype=torch.float64)
+    last = -(-len(eager) // 10)
+    row = {"steps": len(eager), "first loss": eager[0].item(), "last loss": eager[-last:].mean().item()}
+    row["largest difference"] = ((found - eager).abs() / eager.abs()).max().item()
+    row["difference at the end"] = ((found[-last:].mean() - eager[-last:].mean()).abs() / eager[-last:].mean()).item()
+    return row
+
+
 def resources() -> Iterator[dict[str, Any]]:
     """What the compiler made of each kernel that this process launched: registers of a thread, bytes it spills."""
     found = {}  # a kernel may be imported by several modules
@@ -304,6 +323,10 @@ def main(argv: list[str]) -> int:
         report.measure("kernels", {"case": case.name}, lambda _: measure_kernel(case, sizes, device, copy))  # noqa: B023
     for row in resources():
         report.add("compiled kernels", row)
+    small = dataclasses.replace(scale, image_size=min(320, scale.image_size), batch_size=min(16, scale.batch_size))
+    for contestant in ("kernels", "compile") if is_gpu else ("eager",):
+        setting = Setting("yolov8n", True, contestant, device, small)
+        report.measure("agreement", {"contestant": contestant}, lambda _: measure_agreement(setting))  # noqa: B023
     if is_gpu:
         train("yolov8n", True, "compile graphs")
         train("yolov8s", True, "peer eager kernels compile")

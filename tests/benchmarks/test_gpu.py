@@ -25,7 +25,9 @@ def test_the_rehearsal_writes_every_table(tmp_path, capsys, monkeypatch, one_thr
     assert gpu.main(["--rehearse", "--output", str(tmp_path / "results")]) == 0
     assert os.environ["KERNELS"] == "auto"
     report = json.loads((tmp_path / "results" / "gpu.json").read_text(encoding="utf-8"))
-    assert list(report) == ["heading", "training", "kernels"]  # what matters most comes first
+    assert list(report) == ["heading", "training", "kernels", "agreement"]  # what matters most comes first
+    (agreement,) = report["agreement"]
+    assert agreement["largest difference"] == agreement["difference at the end"] == 0 < agreement["last loss"]
     taught, alone = (row for row in report["training"] if row["contestant"] == "eager")
     assert (taught["taught"], alone["taught"]) == ("yes", "no")
     for row in (taught, alone):
