@@ -29,7 +29,9 @@ from tests.engine.training.test_two_stage_training import public_state
 from tests.tiny_training import tiny_config
 
 CONFIG = str(ROOT / "configs" / "voc_fasterrcnn_resnet18_dinov2_clip.yaml")
-GRID = str(ROOT / "configs" / "studies" / "voc_fasterrcnn_grid.yaml")
+GRID, WEIGHTS, CHOSEN = (
+    str(ROOT / "configs" / "studies" / f"voc_fasterrcnn_{name}.yaml") for name in ("grid", "weights", "chosen")
+)
 STUDENTS = ("fasterrcnn_resnet18", "fasterrcnn_mobilenet_v3_small", "fasterrcnn_vit_tiny")
 KINDS = ("baseline", "feature", "logit", "full")
 TERMS = ("cosine_dinov2", "image_kl_clip")
@@ -184,6 +186,28 @@ def test_the_grid_is_four_rows_for_each_of_three_students():
         assert row.config.terms == {"baseline": (), "feature": single.terms[:1], "logit": single.terms[1:]}.get(
             kind, single.terms
         )
+
+
+def test_weights_are_chosen_on_val_and_measured_on_test():
+    """One term at a time at each weight; the chosen ones go into one row, whose term of weight 0 is left out."""
+    study = load_study(WEIGHTS)
+    assert (study.config.data.train, study.config.data.test) == ("2007/train+2012/train", "2007/val")
+    found = {row.name: [(term.loss, term.weight) for term in row.config.terms] for row in study.rows}
+    assert found.pop("baseline") == []
+    assert found == {f"beta_{beta}": [("cosine", beta)] for beta in (1, 5, 10, 20)} | {
+        f"gamma_{str(gamma).replace('.', '_')}": [("image_kl", gamma)] for gamma in (0.5, 1, 2, 5)
+    }
+    single = load_config(CONFIG)
+    for terms in [row.config.terms for row in study.rows if row.config.terms]:
+        (same,) = [term for term in single.terms if term.loss == terms[0].loss]
+        assert train.dataclasses.replace(terms[0], weight=same.weight) == same
+    chosen = load_study(CHOSEN)
+    assert (chosen.config.data.train, chosen.config.data.test) == (single.data.train, single.data.test)
+    assert chosen.rows[1].config.terms == single.terms and chosen.rows[1].against == ("baseline", "longer")
+    (line,) = [line for line in open(CHOSEN).read().splitlines() if line.startswith("#     rows.")]
+    given = load_study(CHOSEN, line[1:].split()).rows[1]
+    assert [(term.loss, term.weight) for term in given.config.terms] == [("cosine", 5.0)]
+    assert [teacher.name for teacher in given.config.teachers] == ["dinov2"]
 
 
 @pytest.mark.usefixtures("no_pictures")

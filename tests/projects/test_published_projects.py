@@ -182,6 +182,16 @@ def test_masked_imitation_from_baseline_to_comparison(name, few_cells, tmp_path)
         assert f"train/{loss}_{teacher}" not in run_folder.read_metrics(rows[0].row.folder(0) / "metrics.csv")[0]
 
 
+def test_a_pair_on_kitti_at_each_temperature_and_alpha():
+    rows = {row.name: row.config for row in load_study(ROOT / "configs/studies/kitti_yolov8s_from_yolov8l.yaml").rows}
+    assert [rows[name].student.arch for name in ("baseline", "teacher_yolov8l")] == ["yolov8s", "yolov8l"]
+    outputs = {name: config.terms[1] for name, config in rows.items() if config.terms}
+    found = {name: (term.weight, term.parameters["temperature"]) for name, term in outputs.items()}
+    alphas = {"alpha_0_3": (0.3, 3), "alpha_0_7": (0.7, 3)}
+    assert found == {f"temperature_{t}": (0.5, t) for t in (2, 3, 5, 10)} | alphas
+    assert len([term for term in outputs.values() if term.loss == "soft_class"]) == 6
+
+
 def test_a_yolov5n_for_bccd_has_the_published_size():
     """1.77 M parameters, as the published comparison on BCCD says of its student."""
     assert round(sum(p.numel() for p in fresh("yolov5n").parameters()) / 1e6, 2) == 1.77
