@@ -1,6 +1,7 @@
 """What a detector costs: parameters, FLOPs, and milliseconds for one image in every form it can take.
 
     python benchmarks/latency.py [--arch yolov8n | --checkpoint FILE] [--image-size 640] [--threads N] [--rounds 21]
+    python benchmarks/latency.py --archs yolov8n,rtdetr_r18vd [...]     # detectors of ours, one line each
     /path/to/env/bin/python benchmarks/latency.py      # an environment with torch, onnx, onnxruntime and ultralytics
 
 A call takes one image (1, 3, S, S) to decoded boxes and scores of every location, without suppression: what both
@@ -14,10 +15,14 @@ is the memory layout of images and weights, without it they are contiguous; bflo
 export.py would write, for one image of this size, run by onnxruntime on the CPU; int8 is calibrated on noise.
 "OpenVINO" is what --format openvino would write, where its package is installed.
 
+--archs times several detectors in one run, folded and channels_last, round by round in turns. The ratio of one to the
+first is the median of the ratios of the rounds, so that it holds on a machine whose speed changes.
+
 FLOPs are those that torch.utils.flop_counter counts: of convolutions and matrix products alone, a multiplication
 and an addition being two.
 """
 
+import argparse
 import contextlib
 import copy
 import importlib.util
@@ -120,6 +125,24 @@ def peer_calls(arch: str, images: Tensor, with_onnx: bool) -> dict[str, Call]:
     return calls
 
 
+def compare_archs(archs: list[str], images: Tensor, args: argparse.Namespace) -> list[str]:
+    """The header and a line for each detector: parameters, FLOPs, its median time, and that relative to the first."""
+    calls, costs = {}, {}
+    for arch in archs:
+        torch.manual_seed(0)
+        model = models.build(arch, NUM_CLASSES).eval().requires_grad_(False)
+        costs[arch] = sum(p.numel() for p in model.parameters()) / 1e6, count_flops(model, images) / 1e9
+        calls[arch] = torch_call(fuse(model), lambda model, images: model.decode(model(images)), images, True, False)
+    seconds = take_turns(calls, args)
+    lines = [f"{'detector':<16}{'M parameters':>14}{'GFLOP':>8}{'CPU ms' if args.cpu_time else 'ms':>8}{'ratio':>8}"]
+    for arch in archs:
+        ratio = statistics.median(own / first for own, first in zip(seconds[arch], seconds[archs[0]]))
+        parameters, flops = costs[arch]
+        milliseconds = 1000 * statistics.median(seconds[arch])
+        lines.append(f"{arch:<16}{parameters:14.2f}{flops:8.1f}{milliseconds:8.0f}{ratio:8.2f}")
+    return lines
+
+
 def count_flops(model: nn.Module, images: Tensor) -> int:
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -145,9 +168,14 @@ def main(argv: list[str]) -> None:
     parser = options(__doc__, rounds=21, image_size=640)
     parser.add_argument("--arch", default="yolov8n")
     parser.add_argument("--checkpoint", help="time this model; nothing stands beside it")
+    parser.add_argument("--archs", metavar="A,B", help="time these detectors of ours in one form")
     args = parse(parser, argv)
     with_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
     images = torch.rand(1, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
+    if args.archs:
+        print(f"{args.image_size} px, {versions()}")
+        print("\n".join(compare_archs(args.archs.split(","), images, args)))
+        return
     model, ours = our_calls(None if args.checkpoint else args.arch, args.checkpoint, images, with_onnx)
     calls = {("ours", name): call for name, call in ours.items()}
     if not args.checkpoint:

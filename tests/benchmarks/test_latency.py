@@ -35,6 +35,17 @@ def test_times_a_checkpoint(tmp_path, capsys, without_onnx):
     assert "model.pt" in (said := capsys.readouterr().out) and "CPU ms" in said
 
 
+def test_detectors_in_one_run(capsys, monkeypatch):
+    """The ratio is that of the rounds: a machine that is ten times slower in one round does not change it."""
+    times = {"yolov8_narrow": [1.0, 10.0, 1.0], "rtdetr_r18vd": [2.0, 20.0, 2.0]}
+    monkeypatch.setattr(latency, "take_turns", lambda calls, args: {name: times[name] for name in calls})
+    latency.main(["--archs", "yolov8_narrow,rtdetr_r18vd", "--image-size", "64"])
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("64 px, torch ") and head.split() == ["detector", "M", "parameters", "GFLOP", "ms", "ratio"]
+    assert [row.split()[0] for row in rows] == list(times)
+    assert [row.split()[-2:] for row in rows] == [["1000", "1.00"], ["2000", "2.00"]]
+
+
 def test_flops_are_two_a_multiplication():
     """A convolution 3 -> 4, 3x3, on 8 x 8 pixels: 2 * 4 * 8 * 8 * 3 * 9."""
     model = nn.Conv2d(3, 4, 3, padding=1)
