@@ -44,6 +44,7 @@ FORMAT = 1
 DISK_EXIT_CODE = 5
 FRESH_PRIOR = 1e-6  # odds of a class that starts fresh in a softmax; a YOLO's prior at stride 8 is 1e-5
 PUBLIC_IMAGE_SIZE = 640  # pixels, for a public file that does not give a size
+MAX_CLASSES = 100_000  # so that a file cannot ask for a class head of any size; ImageNet-21k has 21,841
 
 NamesFrom = Literal["the file", "the release", "nothing"]
 
@@ -212,6 +213,22 @@ def load_model(path: str | Path, arch: str | None = None, *, device: str = "cpu"
     return model.to(device).float().eval().requires_grad_(False), info
 
 
+def load_model_bytes(data: bytes, name: str) -> tuple[nn.Module, CheckpointInfo]:
+    """As load_model on the CPU, for a file in memory, which is never written to disk. `name` names it in errors.
+
+    torch.load has no part in it: the reader of public files (weights.read_bytes) reads checkpoints of ours as well.
+    """
+    state, info = weights.read_bytes(data, name)
+    if info.ours:
+        model, described = _build_ours({"names": None, "image_size": None, **info.ours, "ema": state}, Path(name))
+    elif info.arch in models.ARCHITECTURES:
+        model, described = _build_public(state, info, str(info.arch), Path(name))
+    else:
+        found = f"{info.family}, which is no detector" if info.family else "weights of an unknown architecture"
+        raise UserError(f"{name}: found {found}, expected a checkpoint or a released detector")
+    return model.float().eval().requires_grad_(False), described
+
+
 def _read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo]:
     """The model in a file, ours or public. A checkpoint of ours may hold another architecture than `arch`."""
     path = weights.file_of_run(path)
@@ -241,13 +258,19 @@ def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Modu
 
 
 def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, CheckpointInfo]:
+    names, size, config = saved["names"], saved["image_size"], saved.get("config") or {}
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(config, dict)):
+        raise UserError(f"{path}: damaged: its class names or its config are not what this code writes")
+    if type(size) is not int or size < 1:
+        raise UserError(f"{path}: damaged: found image_size {size!r:.40}, expected a number of pixels")
+    _check_count(len(names), path)
     info = CheckpointInfo(
         models.RENAMED.get(saved["arch"], saved["arch"]),
         tuple(saved["names"]),
         saved["image_size"],
         saved.get("epoch"),
         saved.get("step"),
-        config=saved.get("config") or {},
+        config=config,
     )
     model = build_for(info.arch, len(info.names), saved["ema"])
     load_state(model, saved["ema"], path)
@@ -369,6 +392,7 @@ def _build_public(
     count, renamed = _count_and_rename(state, arch, path)
     if info.names and len(info.names) != count:
         raise UserError(f"{path}: it names {len(info.names)} classes, and its class head has {count}")
+    _check_count(count, path)
     published = released_names(arch, count)
     names = info.names or published or tuple(map(str, range(count)))
     model = models.build(arch, count, widths=None, **models.head_of(arch, count, renamed))
@@ -379,6 +403,11 @@ def _build_public(
     names_from: NamesFrom = "the file" if info.names else "the release" if published else "nothing"
     image_size = info.image_size or PUBLIC_IMAGE_SIZE
     return model, CheckpointInfo(arch, names, image_size, source="public", names_from=names_from)
+
+
+def _check_count(classes: int, path: Path) -> None:
+    if classes > MAX_CLASSES:
+        raise UserError(f"{path}: found {classes:,} classes, expected at most {MAX_CLASSES:,}")
 
 
 def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:

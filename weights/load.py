@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import io
 import re
 import stat
 import warnings
@@ -13,9 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,22 +88,36 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dic
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: not a regular file, expected weights")
-        if status.st_size > MAX_FILE_BYTES:
-            raise Refused(f"{status.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
+        with path.open("rb") as file:
+            return _read(file, status.st_size, path.name, str(path), sha256)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}, expected a weights file") from None
+
+
+def read_bytes(data: bytes, name: str) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """As read_state_dict, for a file in memory, which is never written to disk. `name` names it in errors."""
+    return _read(io.BytesIO(data), len(data), name, name, None)
+
+
+def _read(
+    file: BinaryIO, size: int, name: str, source: str, sha256: str | None
+) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """file: opened for reading, of `size` bytes. name: may promise a SHA-256. source: names it in errors."""
+    try:
+        if size > MAX_FILE_BYTES:
+            raise Refused(f"{size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
         # broken text makes pickletools and numpy warn before they raise; the error says enough
-        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            digest, is_checked = _check_hash(path, file, sha256)
-            content = open_weights(file, status.st_size)
+        with warnings.catch_warnings(action="ignore"):
+            digest, is_checked = _check_hash(name, file, sha256)
+            content = open_weights(file, size)
             layout, records, carriers = find_weights(content)
             if described := read_description(content.metadata):
                 carriers.append(described)
-            state = {name: load_entry(name, record, content) for name, record in records.items()}
+            state = {entry: load_entry(entry, record, content) for entry, record in records.items()}
     except Refused as refusal:
-        raise UserError(f"{path}: {refusal}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}, expected a weights file") from None
+        raise UserError(f"{source}: {refusal}") from None
     except MemoryError:
-        raise UserError(f"{path}: its tensors do not fit in memory", exit_code=4) from None
+        raise UserError(f"{source}: its tensors do not fit in memory", exit_code=4) from None
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     family = guess_family({name: tuple(tensor.shape) for name, tensor in state.items()})
     ours = next((carrier for carrier in carriers if _is_ours(carrier)), {})
@@ -152,11 +166,11 @@ def check_file(path: str | Path) -> None:
         raise UserError(f"{path}: {error.strerror or error}, expected a checkpoint") from None
 
 
-def _check_hash(path: Path, file: BufferedReader, expected: str | None) -> tuple[str, bool]:
+def _check_hash(name: str, file: BinaryIO, expected: str | None) -> tuple[str, bool]:
     """The file's SHA-256, and whether it was compared with one that was promised. Raises Refused where they differ."""
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # takes any binary file
     file.seek(0)
-    in_name = HASH_IN_NAME.search(path.name)
+    in_name = HASH_IN_NAME.search(name)
     if expected is not None and expected.lower() != digest:
         raise Refused(f"its SHA-256 is {digest}, expected {expected.lower()}")
     if in_name and not digest.startswith(in_name[1]) and not in_name[1].isdecimal():  # decimal: may be a date

@@ -4,6 +4,7 @@ The letterbox before it is the same as for the PyTorch model, and so is the supp
 in boxes and scores. The results differ only by rounding.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,13 +127,52 @@ def load_onnx(path: str | Path) -> OnnxDetector:
     require("onnxruntime", "export", f"{path}: an ONNX file")
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected an ONNX file")
+    return _open_onnx(path, path)
+
+
+def load_onnx_bytes(data: bytes, name: str) -> OnnxDetector:
+    """As load_onnx, for a file in memory. It may refer to no other file, as large graphs do. `name` names it in errors.
+
+    onnxruntime parses the file and runs its graph: nothing here limits what that costs.
+    """
+    onnx = require("onnx", "export", f"{name}: an ONNX file")
     try:
-        session = open_session(path)
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf has exceptions of its own in each of its implementations
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name}: damaged or not an ONNX file: {reason}") from None
+    if any(isinstance(part, onnx.TensorProto) and part.external_data for part in _messages(model)):
+        raise UserError(f"{name}: its weights are in another file, expected an ONNX file that holds them")
+    return _open_onnx(data, Path(name))
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """A protobuf message and all in it, of which protobuf allows a hundred within another."""
+    yield message
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from _messages(part)
+
+
+def _open_onnx(model: Path | bytes, path: Path) -> OnnxDetector:
+    try:
+        session = open_session(model)
     except Exception as error:  # onnxruntime has a separate exception class for every status
         reason = str(error).splitlines()[0].rsplit(" : ", 1)[-1]
         raise UserError(f"{path}: damaged or not an ONNX file: {reason}") from None
     info = read_info(session.get_modelmeta().custom_metadata_map, path)
+    inputs = session.get_inputs()
+    if not inputs or inputs[0].name != "images" or len(inputs[0].shape) != 4:
+        raise UserError(f"{path}: its first input is not `images` (B, 3, H, W), expected a file that export.py wrote")
     return OnnxDetector(session, info, path)
+
+
+def describe_onnx(detector: OnnxDetector) -> CheckpointInfo:
+    """What load_model tells of a checkpoint, of an ONNX file."""
+    info = detector.info
+    config = {"evaluation": info.evaluation} if info.evaluation else {}
+    return CheckpointInfo(info.arch, info.names, info.image_size, source=info.source, config=config)
 
 
 def load_detector(
@@ -150,5 +190,4 @@ def load_detector(
         raise UserError(f"{path}: holds {info.arch}, expected {arch}")
     if precision == "bfloat16":
         raise UserError(f"{path}: computes in {info.precision}, found the precision bfloat16, expected float32 or auto")
-    config = {"evaluation": info.evaluation} if info.evaluation else {}
-    return detector.eval(), CheckpointInfo(info.arch, info.names, info.image_size, source=info.source, config=config)
+    return detector.eval(), describe_onnx(detector)

@@ -267,6 +267,11 @@ def read_info(entries: dict[str, str], path: object) -> GraphInfo:
     try:
         names = [name for name in GraphInfo.__dataclass_fields__ if name != "evaluation" or PREFIX + name in entries]
         fields = {name: json.loads(entries[PREFIX + name]) for name in names}
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: its metadata is damaged: {error}") from None
+    named = isinstance(fields["names"], list) and all(isinstance(name, str) for name in fields["names"])
+    if not named or type(fields["image_size"]) is not int or not isinstance(fields["arch"], str):
+        raise UserError(
+            f"{path}: its metadata is damaged: 'arch', 'names' or 'image_size' is not what export.py writes"
+        )
     return GraphInfo(**fields | {"names": tuple(fields["names"])})

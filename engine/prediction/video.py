@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,7 +54,7 @@ class Frame:
 
 
 class VideoReader:
-    """The frames of a video file or a camera: a context, and an iterator that runs once.
+    """The frames of a video file (its path, or a file in memory) or a camera: a context; an iterator that runs once.
 
     width, height: of the first frame, upright. frame_rate: mean frames per second, a Fraction. frame_count: from the
     header, 0 if unknown (a camera). has_sound, is_turned: whether there is sound, and whether frames were rotated.
@@ -62,9 +63,12 @@ class VideoReader:
     UserError: the file is no video, a frame is too large, no frame can be decoded, or there is no such camera.
     """
 
-    def __init__(self, path: Path | None = None, *, camera: int | None = None) -> None:
+    def __init__(
+        self, path: Path | BytesIO | None = None, *, camera: int | None = None, max_pixels: int | None = None
+    ) -> None:
         self.av = require_av()
-        self.name = str(path) if camera is None else f"webcam:{camera}"
+        self.name = f"webcam:{camera}" if camera is not None else str(path) if isinstance(path, Path) else "the video"
+        self.max_pixels = max_pixels or MAX_PIXELS
         self.broken, self.first_fault = 0, ""
         if camera is not None:
             self._container = self._open_camera(camera)
@@ -101,12 +105,13 @@ class VideoReader:
     def close(self) -> None:
         self._container.close()
 
-    def _open(self, path: Path) -> "av.container.InputContainer":
+    def _open(self, path: Path | BytesIO) -> "av.container.InputContainer":
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+        source = f"file:{path}" if isinstance(path, Path) else path  # without "file:", a:b.mp4 is a protocol
         try:
-            return self.av.open(f"file:{path}", options=options)  # without "file:", a:b.mp4 is a protocol
+            return self.av.open(source, options=options)
         except self.av.FFmpegError as error:
-            raise UserError(f"{path}: {describe_fault(error)}, expected a video ({', '.join(SUFFIXES)})") from None
+            raise UserError(f"{self.name}: {describe_fault(error)}, expected a video ({', '.join(SUFFIXES)})") from None
 
     def _open_camera(self, number: int) -> "av.container.InputContainer":
         device = CAMERA_PATH.format(number)
@@ -125,9 +130,10 @@ class VideoReader:
         codec = stream.codec_context
         if codec is None:
             raise UserError(f"{self.name}: found a codec that PyAV cannot decode, expected a video")
-        if codec.width * codec.height > MAX_PIXELS:
+        if codec.width * codec.height > self.max_pixels:
             found = f"found frames of {codec.width} x {codec.height}"
-            raise UserError(f"{self.name}: {found}, expected at most {MAX_PIXELS:,} pixels")
+            raise UserError(f"{self.name}: {found}, expected at most {self.max_pixels:,} pixels")
+        codec.options = {"max_pixels": str(self.max_pixels)}  # the size may change after the header
         stream.thread_type = "AUTO"
         self.frame_rate = stream.average_rate or stream.guessed_rate or USUAL_FRAME_RATE
         self.time_base = stream.time_base or 1 / self.frame_rate
@@ -214,12 +220,13 @@ class VideoWriter:
     or column, a copy of the last one, because H.264 stores colour for blocks of 2 x 2 pixels. Frames are shown at
     `ticks` x time_base; MPEG-4 rounds these times to 65,535 ticks per second.
 
+    path: or a file in memory, which then holds the video once the context has ended.
     UserError with exit code 5 if the file cannot be written.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Path | BytesIO,
         *,
         width: int,
         height: int,
@@ -229,7 +236,8 @@ class VideoWriter:
         encoder: str | None = None,
     ) -> None:
         self.av = require_av()
-        self.path, self.temporary = path, path.with_name(f".{path.name}.tmp")
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.tmp") if isinstance(path, Path) else None
         self.width, self.height = width + width % 2, height + height % 2
         self.time_base, self.frames = time_base, 0
         encoder = encoder or next(name for name in ENCODERS if name in self.av.codecs_available)
@@ -237,9 +245,14 @@ class VideoWriter:
             self.time_base = Fraction(1, MPEG4_MOST_TICKS)
         self._source_time_base, self._last = time_base, -1
         with self._faults():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(path, Path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             self._container = self.av.open(
-                str(self.temporary), "w", format="mp4", container_options={"movflags": "+faststart"}
+                path if self.temporary is None else str(self.temporary),
+                "w",
+                format="mp4",
+                # faststart opens the file a second time, by its name
+                container_options={} if self.temporary is None else {"movflags": "+faststart"},
             )
             self._stream = self._container.add_stream(encoder, rate=frame_rate, options=dict(ENCODERS[encoder]))
         codec = self._stream.codec_context
@@ -273,7 +286,8 @@ class VideoWriter:
                 for packet in self._stream.encode():
                     self._container.mux(packet)
                 self._container.close()
-                self.temporary.replace(self.path)
+                if self.temporary is not None:
+                    self.temporary.replace(cast(Path, self.path))
         else:
             self._discard()
 
@@ -281,7 +295,8 @@ class VideoWriter:
         with contextlib.suppress(self.av.FFmpegError, OSError):
             if hasattr(self, "_container"):
                 self._container.close()
-        self.temporary.unlink(missing_ok=True)
+        if self.temporary is not None:
+            self.temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -289,7 +304,8 @@ class VideoWriter:
             yield
         except (self.av.FFmpegError, OSError) as error:
             self._discard()
-            raise UserError(f"{self.path}: could not be written: {describe_fault(error)}", DISK_EXIT_CODE) from None
+            name = self.path if self.temporary is not None else "the video"
+            raise UserError(f"{name}: could not be written: {describe_fault(error)}", DISK_EXIT_CODE) from None
 
 
 def describe_fault(error: Exception) -> str:
