@@ -1,12 +1,17 @@
-"""The demo in a browser: a picture, its enhanced version, and the detections of two models in it.
+"""The demo in a browser: what two models find in one picture, its enhanced twin, and how a run was distilled.
 
     make app                        after `make demo`; the page is at http://localhost:8501
     streamlit run app.py            the same, in an environment with the extra `app`
 
-It shows the runs and ONNX files below runs/. The server listens on localhost only (`--server.address` changes that).
-Uploaded files may have 10 MB (.streamlit/config.toml) and 24 megapixels; they stay in memory until the session ends.
+It shows the runs and ONNX files below runs/, and weights files that are uploaded. The server listens on localhost only
+(`--server.address` changes that; files and folders of this machine can then no longer be named). Uploads stay in memory
+until the session ends: pictures of 10 MB and 24 megapixels, videos of 40 MB, weights files of 200 MB at most.
 """
 
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,133 +19,181 @@ import streamlit as st
 import torch
 from PIL import Image
 from starlette.formparsers import MultiPartParser
-from torch import nn
 
-from checkpoint import CheckpointInfo
+from config import Config
 from datasets.enhance import Enhancement, enhance
 from datasets.images import SUFFIXES, read_image
-from engine.onnx_files.detector import OnnxDetector, load_detector
+from engine.prediction import video
+from engine.prediction.files import json_rows
 from engine.runtime.processes import choose_device
-from engine.web_demo import gallery, run_views
-from engine.web_demo.gallery import MAX_MEGABYTES, MAX_MEGAPIXELS
-from engine.web_demo.run_views import Result, Run
+from engine.web_demo import clips, detectors, diagram, gallery, run_views, texts
+from engine.web_demo.detectors import Detector, Latency
+from engine.web_demo.run_views import Run
 from errors import UserError
+from structures import Detections
 
 RUNS = Path("runs")
 COMPARE, EXPLAIN = "Compare two models", "What distillation did"
-BUILT_IN, FROM_RUN, UPLOAD = "built in", "test split", "upload"
+WHERE = ("left", "right")
+BUILT_IN, FROM_RUN, UPLOAD, CAMERA, FOLDER, VIDEO = "built in", "test split", "upload", "camera", "folder", "video"
+OTHER_FILE = "another file ..."
+WEIGHTS_SUFFIXES = ("pt", "pth", "bin", "safetensors", "npz", "onnx")
 GREY_WORLD, WHITE_PATCH = "grey world", "white patch"
+Place = st.delta_generator.DeltaGenerator  # a part of the page
 
-EXPLANATION = """
-A small detector, the **student**, is trained on labelled pictures. With *distillation* it also learns to agree with a
-larger or longer-trained **teacher**, whose weights do not change:
 
-    loss = detection losses(student, labels) + sum of weight x loss(student, teacher)
+@dataclass(frozen=True)
+class Side:
+    """What is chosen on one side of the page. run: None for a file that belongs to no run."""
 
-A teacher's outputs hold more than the labels: how certain each class is, which classes are similar, and where its
-feature maps are strong. Adapters that bring the student's maps to the teacher's width are trained too and dropped at
-the end, so that the student is as large and as fast as one without a teacher. The table shows whether it paid off.
-"""
+    detector: Detector
+    run: Run | None
+
+    @property
+    def key(self) -> str:
+        """What results of it are cached by."""
+        version = self.run.version if self.run else id(self.detector)
+        return f"{self.detector.name} {self.run.weights if self.run else ''} {version}"
+
+    @property
+    def facts(self) -> str:
+        score = self.run.score() if self.run else "mAP not measured"
+        return f"{self.detector.describe()}, **{score}**"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    score: float
+    iou: float
 
 
 def main() -> None:
-    st.set_page_config(page_title="Retort", layout="wide")
+    st.set_page_config(page_title="Retort", page_icon="⚗️", layout="wide", initial_sidebar_state="collapsed")
+    st.html(texts.STYLE)
     keep_uploads_in_memory()
-    st.title("Retort: what did distillation buy me?")
+    title, pages = st.columns([3, 2], vertical_alignment="center")
+    title.title("Retort: what did distillation buy me?", anchor=False)
+    page = pages.segmented_control(
+        "Page", (COMPARE, EXPLAIN), default=COMPARE, required=True, key="page", label_visibility="collapsed"
+    )
     runs = run_views.find_runs(RUNS.resolve())
     if not runs:
         st.info(f"There is no trained model below {RUNS.resolve()} yet. This command trains four in some minutes:")
         st.code("make demo", language="sh")
-        return
-    page = st.radio("Page", (COMPARE, EXPLAIN), horizontal=True, key="page", label_visibility="collapsed")
+    controls = st.container(key="controls")
+    places = st.container(key="sides").columns(2)
     try:
-        left, right = choose_models(runs)
-        picture = choose_picture(right)
-        steps = choose_enhancement()
-        thresholds = choose_thresholds()
-        titles = run_views.short_names([left.name, right.name])
-        models = {title: load(run.weights, run.version) for title, run in zip(titles, (left, right))}
-    except UserError as error:
-        st.error(str(error))
-        return
-    if picture is None:
-        st.info("Choose a picture to upload, on the left.")
-        return
-    enhanced = enhance(picture, steps)
-    if page == COMPARE:
-        show_results(picture, enhanced, models, thresholds)
-        return
-    try:
-        explain(dict(zip(titles, (left, right))), right, models, enhanced)
+        pair = choose_pair(runs, places)
+        with controls:
+            source, chooser = choose_source(pair)
+            thresholds, steps = choose_thresholds(chooser), choose_enhancement(chooser)
+        if pair is None:
+            return
+        if source == VIDEO and page == COMPARE:
+            show_video(pair, steps, thresholds)
+            return
+        with controls:
+            picture = choose_picture(source, chooser[1], pair[1].run)
+        if picture is None:
+            return
+        enhanced = enhance_once(gallery.digest(picture), steps, picture)
+        if page == COMPARE:
+            show_results(picture, enhanced, pair, places, thresholds)
+        else:
+            explain(pair, enhanced)
     except UserError as error:
         st.error(str(error))
 
 
 def keep_uploads_in_memory() -> None:
     """Starlette, which parses uploads for Streamlit, writes larger files than this to disk."""
-    MultiPartParser.spool_max_size = 2 * MAX_MEGABYTES * 2**20
+    MultiPartParser.spool_max_size = 2 * detectors.MAX_WEIGHTS_MEGABYTES * 2**20
+
+
+def is_local() -> bool:
+    """Whether only people on this machine reach the server, who may read its files anyway."""
+    return st.get_option("server.address") in ("localhost", "127.0.0.1", "::1")
+
+
+# ---------------------------------------------------------------- what is chosen
+
+
+def choose_pair(runs: dict[str, Run], places: Sequence[Place]) -> tuple[Side, Side] | None:
+    """The two sides, with their choosers at the top of two columns; None while a file is missing."""
+    names = [*runs, OTHER_FILE]
+    first = run_views.default_pair(list(runs)) if runs else (OTHER_FILE, OTHER_FILE)
+    picked = [
+        place.selectbox(f"{key.title()} model", names, index=names.index(name), key=key)
+        for place, key, name in zip(places, WHERE, first)
+    ]
+    chosen: list[Side] = []
+    for place, key, name, title in zip(places, WHERE, picked, run_views.short_names(picked)):
+        with place:
+            run = runs.get(name)
+            detector = choose_file(key) if run is None else load_file(run.weights, run.version, title)
+            if detector is not None:
+                chosen.append(Side(detector, run))
+                st.markdown(chosen[-1].facts)
+    return (chosen[0], chosen[1]) if len(chosen) == 2 else None
+
+
+def choose_file(key: str) -> Detector | None:
+    """A detector from an upload or, on this machine, from a path; None before either is given."""
+    file = st.file_uploader(
+        f"Weights or ONNX, at most {detectors.MAX_WEIGHTS_MEGABYTES} MB; read as data, nothing in it is run",
+        type=WEIGHTS_SUFFIXES,
+        max_upload_size=detectors.MAX_WEIGHTS_MEGABYTES,
+        key=f"{key}_file",
+    )
+    path = st.text_input("or its path", key=f"{key}_path", placeholder="yolov8n.pt, runs/NAME") if is_local() else ""
+    if file is not None:
+        data = file.getvalue()
+        return load_upload(hashlib.sha256(data).hexdigest(), file.name, data)
+    if not path:
+        return None
+    file_path = Path(path).expanduser()
+    version = file_path.stat().st_mtime if file_path.exists() else 0.0
+    return load_file(file_path, version, file_path.name)
 
 
 @st.cache_resource(max_entries=6, show_spinner="Loading a model")
-def load(path: Path, version: float) -> tuple[nn.Module, CheckpointInfo]:
+def load_file(path: Path, version: float, name: str) -> Detector:
     """version: of the file, so that a run that continues is loaded again."""
-    return load_detector(path, device=str(device()))
+    return detectors.load_file(path, name)
 
 
-def device() -> torch.device:
-    return choose_device("auto")
+@st.cache_resource(max_entries=4, show_spinner="Loading a model")
+def load_upload(content_digest: str, name: str, _data: bytes) -> Detector:
+    """Cached by what the file holds."""
+    return detectors.load_upload(_data, name)
 
 
-# ---------------------------------------------------------------- the sidebar
+def choose_source(pair: tuple[Side, Side] | None) -> tuple[str, Sequence[Place]]:
+    """Where the picture is from, and the row of controls: source, picture, two thresholds, enhancement."""
+    row = st.columns([1, 1.25, 1.1, 1.1, 1.25], vertical_alignment="bottom")
+    sources = [BUILT_IN, *([FROM_RUN] if pair and pair[1].run else []), UPLOAD, CAMERA, VIDEO]
+    return row[0].selectbox("Picture", [*sources, *([FOLDER] if is_local() else [])], key="source"), row
 
 
-def choose_models(runs: dict[str, Run]) -> tuple[Run, Run]:
-    names = list(runs)
-    first, second = run_views.default_pair(names)
-    st.sidebar.header("Models")
-    left = st.sidebar.selectbox("Left model", names, index=names.index(first), key="left")
-    right = st.sidebar.selectbox("Right model", names, index=names.index(second), key="right")
-    return runs[left], runs[right]
+def choose_thresholds(row: Sequence[Place]) -> Thresholds:
+    score = row[2].slider("Score, at least", 0.01, 0.95, 0.25, key="score", help="Detections below it are not shown.")
+    most = "Of two boxes of one class that overlap more, the better one stays."
+    return Thresholds(score, row[3].slider("Overlap (IoU), at most", 0.05, 0.95, 0.7, key="iou", help=most))
 
 
-def choose_picture(run: Run) -> np.ndarray | None:
-    """The chosen picture; None before an upload. UserError for a picture that is refused."""
-    st.sidebar.header("Picture")
-    source = st.sidebar.radio("Where from", (BUILT_IN, FROM_RUN, UPLOAD), horizontal=True, key="source")
-    if source == BUILT_IN:
-        name = st.sidebar.selectbox("Built-in picture", list(gallery.BUILT_IN), key="built_in")
-        return gallery.built_in_picture(name)
-    if source == FROM_RUN:
-        paths = find_test_pictures(str(run.folder.path), run)
-        return gallery.shrink(read_image(paths[st.sidebar.selectbox("Test picture", list(paths), key="test")]))
-    st.sidebar.caption(
-        f"JPEG, PNG, BMP, WebP or TIFF of at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels. It stays in this "
-        f"server's memory; a picture of more than {gallery.WORKING_SIDE} pixels a side is shrunk."
-    )
-    file = st.sidebar.file_uploader(
-        "Your picture", type=[s.removeprefix(".") for s in SUFFIXES], max_upload_size=MAX_MEGABYTES, key="upload"
-    )
-    return None if file is None else gallery.read_upload(file.getvalue())
-
-
-@st.cache_data(max_entries=8, show_spinner="Reading the test split")
-def find_test_pictures(folder: str, _run: Run) -> dict[str, Path]:
-    config = _run.config()
-    if config is None:
-        raise UserError(f"{_run.folder.config}: no such file, so the run's test split is unknown")
-    return gallery.find_test_pictures(config)
-
-
-def choose_enhancement() -> Enhancement:
-    st.sidebar.header("Enhancement")
-    denoise = step("Denoise", "color distance that is noise, in levels", 5.0, 80.0, 25.0, "denoise")
-    balance = step("White balance", "strength", 0.0, 1.0, 1.0, "balance")
-    how = st.sidebar.radio(
-        "White balance by", (GREY_WORLD, WHITE_PATCH), horizontal=True, key="balance_by", disabled=balance is None
-    )
-    clahe = step("Local contrast (CLAHE)", "clip limit", 1.0, 8.0, 2.0, "clahe")
-    gamma = step("Gamma", "above 1 brightens", 0.3, 3.0, 1.5, "gamma")
-    sharpen = step("Sharpen", "amount", 0.0, 3.0, 1.0, "sharpen")
+def choose_enhancement(row: Sequence[Place]) -> Enhancement:
+    is_on = row[4].toggle("Enhance the picture", value=True, key="enhance")
+    with row[4].popover("Steps", width="stretch", disabled=not is_on):
+        denoise = step("Denoise", "color distance that is noise, in levels", 5.0, 80.0, 25.0, "denoise")
+        balance = step("White balance", "strength", 0.0, 1.0, 1.0, "balance", is_first_on=True)
+        how = st.radio(
+            "White balance by", (GREY_WORLD, WHITE_PATCH), horizontal=True, key="balance_by", disabled=balance is None
+        )
+        clahe = step("Local contrast (CLAHE)", "clip limit", 1.0, 8.0, 2.0, "clahe", is_first_on=True)
+        gamma = step("Gamma", "above 1 brightens", 0.3, 3.0, 1.5, "gamma")
+        sharpen = step("Sharpen", "amount", 0.0, 3.0, 1.0, "sharpen")
+    if not is_on:
+        return Enhancement()
     return Enhancement(
         denoise=denoise,
         grey_world=balance if how == GREY_WORLD else None,
@@ -151,20 +204,53 @@ def choose_enhancement() -> Enhancement:
     )
 
 
-def step(title: str, what: str, low: float, high: float, start: float, key: str) -> float | None:
+def step(
+    title: str, what: str, low: float, high: float, start: float, key: str, *, is_first_on: bool = False
+) -> float | None:
     """A switch and a slider; None while the switch is off."""
-    is_on = st.sidebar.toggle(title, key=f"{key}_on")
-    value = st.sidebar.slider(
-        f"{title}: {what}", low, high, start, key=key, disabled=not is_on, label_visibility="collapsed"
-    )
+    is_on = st.toggle(title, value=is_first_on, key=f"{key}_on")
+    value = st.slider(f"{title}: {what}", low, high, start, key=key, disabled=not is_on, label_visibility="collapsed")
     return value if is_on else None
 
 
-def choose_thresholds() -> tuple[float, float]:
-    st.sidebar.header("Thresholds")
-    score = st.sidebar.slider("Score of a detection, at least", 0.01, 0.95, 0.25, key="score")
-    iou = st.sidebar.slider("Overlap (IoU) of two detections, at most", 0.05, 0.95, 0.7, key="iou")
-    return score, iou
+def choose_picture(source: str, place: Place, run: Run | None) -> np.ndarray | None:
+    """The chosen picture; None before there is one. UserError for a picture that is refused."""
+    if source == BUILT_IN:
+        return gallery.built_in_picture(place.selectbox("Which", list(gallery.BUILT_IN), key="built_in"))
+    if source == FROM_RUN and run is not None:
+        return choose_of(find_test_pictures(str(run.folder.path), run), place, "test")
+    if source == FOLDER:
+        folder = st.text_input("Folder", key="folder", placeholder="a folder of pictures on this machine")
+        return choose_of(gallery.find_folder_pictures(folder), place, "of_folder") if folder else None
+    if source == CAMERA:
+        file = st.columns(3)[0].camera_input("A snapshot", key="camera")
+    else:
+        limits = f"at most {gallery.MAX_MEGABYTES} MB and {gallery.MAX_MEGAPIXELS} megapixels"
+        file = st.file_uploader(
+            f"JPEG, PNG, BMP, WebP or TIFF of {limits}; it stays in this server's memory",
+            type=[s.removeprefix(".") for s in SUFFIXES],
+            max_upload_size=gallery.MAX_MEGABYTES,
+            key="upload",
+        )
+    return None if file is None else gallery.read_upload(file.getvalue())
+
+
+def choose_of(paths: dict[str, Path], place: Place, key: str) -> np.ndarray:
+    return gallery.shrink(read_image(paths[place.selectbox("Which", list(paths), key=key)]))
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def enhance_once(picture_digest: str, steps: Enhancement, _picture: np.ndarray) -> np.ndarray:
+    """Cached by the first two arguments: Streamlit's own hash of a large array uses only a part of it."""
+    return enhance(_picture, steps)
+
+
+@st.cache_data(max_entries=8, show_spinner="Reading the test split")
+def find_test_pictures(folder: str, _run: Run) -> dict[str, Path]:
+    config = _run.config()
+    if config is None:
+        raise UserError(f"{_run.folder.config}: no such file, so the run's test split is unknown")
+    return gallery.find_test_pictures(config)
 
 
 # ---------------------------------------------------------------- two models on one picture
@@ -173,136 +259,184 @@ def choose_thresholds() -> tuple[float, float]:
 def show_results(
     picture: np.ndarray,
     enhanced: np.ndarray,
-    models: dict[str, tuple[nn.Module, CheckpointInfo]],
-    thresholds: tuple[float, float],
+    pair: tuple[Side, Side],
+    places: Sequence[Place],
+    thresholds: Thresholds,
 ) -> None:
-    results = detect(gallery.digest(enhanced), tuple(models), thresholds, enhanced, models)
-    named = {name: (result.found, models[name][1].names) for name, result in results.items()}
-    views = {"picture": gallery.shown(picture), "enhanced": gallery.shown(enhanced)}
-    views |= {name: gallery.shown_with(enhanced, *pair) for name, pair in named.items()}
-    pictures, numbers = st.columns([2, 1])
-    places = [place for _ in range(2) for place in pictures.columns(2)]
-    for place, (title, view) in zip(places, views.items()):
+    found = [detect_once(gallery.digest(enhanced), side.key, thresholds, enhanced, side.detector) for side in pair]
+    views = [gallery.shown_with(enhanced, rows, side.detector.names) for rows, side in zip(found, pair)]
+    latencies: list[Place] = []
+    for place, view, rows, side in zip(places, views, found, pair):
+        with place:
+            st.image(view, width="stretch", output_format="JPEG")
+            st.html(detectors.class_chips(rows, side.detector.names))
+            latencies.append(st.empty())
+    show_downloads(views, found, pair)
+    left, right = st.columns(2)
+    plain = {"picture": gallery.shown(picture), "enhanced": gallery.shown(enhanced)}
+    for place, (title, view) in zip((left, right), plain.items()):
         place.image(view, caption=title, width="stretch", output_format="JPEG")
-    numbers.subheader("Found")
-    numbers.dataframe(run_views.count_classes(named), hide_index=True)
-    numbers.subheader("Latency")
-    for name, result in results.items():
-        numbers.metric(name, f"{result.milliseconds:.1f} ms")
-    graphs = [
-        f"{name}: ONNX, {m.info.precision}, cpu." for name, (m, _) in models.items() if isinstance(m, OnnxDetector)
-    ]
-    numbers.caption(
-        f"Median of {run_views.ROUNDS} rounds in turns, from letterbox to suppression; one picture, float32, "
-        f"device {device().type}, threads {torch.get_num_threads()}. {' '.join(graphs)}"
-    )
-    show_divided(views)
+    show_divided(plain | {f"{side.detector.name} ({where})": view for side, view, where in zip(pair, views, WHERE)})
+    machine = {"device": choose_device("auto").type, "threads": torch.get_num_threads()}
+    measured = measure_once((pair[0].key, pair[1].key), enhanced.shape, enhanced, pair)
+    for place, latency in zip(latencies, measured):
+        place.caption(f"{latency}", help=texts.LATENCY.format(rounds=latency.rounds, **machine))
+
+
+def show_downloads(views: Sequence[Image.Image], found: Sequence[Detections], pair: tuple[Side, Side]) -> None:
+    names = [side.detector.name for side in pair]
+    rows = {
+        f"{where} {name}": json_rows(0, "picture", rows, side.detector.names)
+        for where, name, rows, side in zip(WHERE, names, found, pair)
+    }
+    sheet = gallery.as_jpeg(gallery.beside(views[0], views[1], names))
+    place = st.container(horizontal=True)
+    place.download_button("Download both pictures", sheet, "detections.jpg", "image/jpeg", on_click="ignore")
+    text = json.dumps(rows, indent=1)
+    place.download_button("Download boxes (JSON)", text, "detections.json", "application/json", on_click="ignore")
 
 
 @st.fragment  # moving the divider redraws nothing else
 def show_divided(views: dict[str, Image.Image]) -> None:
     """Two of the pictures in one, with a movable divider."""
-    st.subheader("Side against side")
-    names = list(views)
-    first, second = st.columns(2)
-    left = first.selectbox("Left of the divider", names, index=len(names) - 2, key="wipe_left")
-    right = second.selectbox("Right of the divider", names, index=len(names) - 1, key="wipe_right")
-    share = st.slider("Divider", 0, 100, 50, key="divider", format="%d %%")
-    whole = gallery.wipe(views[left], views[right], share / 100)
-    st.image(whole, caption=f"{left} | {right}", output_format="JPEG")
+    with st.expander("One against the other, with a divider"):
+        names = list(views)
+        first, second, third = st.columns(3)
+        left = first.selectbox("Left of the divider", names, index=len(names) - 2, key="wipe_left")
+        right = second.selectbox("Right of the divider", names, index=len(names) - 1, key="wipe_right")
+        share = third.slider("Divider", 0, 100, 50, key="divider", format="%d %%")
+        whole = gallery.wipe(views[left], views[right], share / 100)
+        st.image(whole, caption=f"{left} | {right}", width="stretch", output_format="JPEG")
 
 
-@st.cache_data(max_entries=16, show_spinner="Detecting")
-def detect(
-    picture_digest: str,
-    names: tuple[str, ...],
-    thresholds: tuple[float, float],
-    _picture: np.ndarray,
-    _models: dict[str, tuple[nn.Module, CheckpointInfo]],
-) -> dict[str, Result]:
-    """Cached by the first three arguments: Streamlit's own hash of a large array uses only a part of it."""
-    score, iou = thresholds
-    return run_views.compare(_models, _picture, score_threshold=score, iou_threshold=iou, device=device())
+@st.cache_data(max_entries=64, show_spinner="Detecting")
+def detect_once(
+    picture_digest: str, key: str, thresholds: Thresholds, _picture: np.ndarray, _detector: Detector
+) -> Detections:
+    """Cached by what the picture shows, so that nobody sees another session's."""
+    return detectors.detect(_detector, _picture, score=thresholds.score, iou=thresholds.iou)
+
+
+@st.cache_data(max_entries=64, show_spinner="Measuring the latency")
+def measure_once(
+    keys: tuple[str, str], shape: tuple[int, ...], _picture: np.ndarray, _pair: tuple[Side, Side]
+) -> list[Latency]:
+    return detectors.measure_latency([side.detector for side in _pair], _picture)
+
+
+def show_video(pair: tuple[Side, Side], steps: Enhancement, thresholds: Thresholds) -> None:
+    """A short video through both models, drawn when asked for: each frame takes its time."""
+    st.caption(
+        f"The first {clips.MAX_SECONDS} seconds of a video of at most {clips.MAX_MEGABYTES} MB, "
+        f"{clips.FRAMES_PER_SECOND} frames a second. It stays in this server's memory."
+    )
+    file = st.file_uploader(
+        "Your video",
+        type=[s.removeprefix(".") for s in video.SUFFIXES],
+        max_upload_size=clips.MAX_MEGABYTES,
+        key="video",
+        label_visibility="collapsed",
+    )
+    if file is None or not st.button("Run both models on it", key="run_video", type="primary"):
+        return
+    bar, most = st.progress(0.0, "Detecting"), clips.MAX_SECONDS * clips.FRAMES_PER_SECOND
+    drawn = clips.draw_clip(
+        file.getvalue(),
+        [side.detector for side in pair],
+        steps,
+        score=thresholds.score,
+        iou=thresholds.iou,
+        progress=lambda done: bar.progress(min(1.0, done / most), f"{done} frames"),
+    )
+    bar.empty()
+    st.video(drawn, format="video/mp4")
+    st.download_button("Download the video", drawn, "detections.mp4", "video/mp4", on_click="ignore")
 
 
 # ---------------------------------------------------------------- what distillation did
 
 
-def explain(
-    runs: dict[str, Run],
-    right: Run,
-    models: dict[str, tuple[nn.Module, CheckpointInfo]],
-    enhanced: np.ndarray,
-) -> None:
-    """runs, models: left and right, by title. right: the run whose terms are explained."""
-    st.markdown(EXPLANATION)
-    config = right.config()
-    terms = run_views.term_columns(config) if config else {}
-    if terms:
-        st.subheader(f"Distillation terms of {right.name}")
-        for term in terms.values():
-            st.text(run_views.describe_term(term))
-    elif config:
-        st.info(f"{right.name} was trained without a teacher: choose a distilled run as the right model.")
+def explain(pair: tuple[Side, Side], enhanced: np.ndarray) -> None:
+    """The right side's training, and the maps and curves of both."""
+    run = pair[1].run
+    config = run.config() if run else None
+    if run is None or config is None:
+        place = f"there is no {run.folder.config}" if run else "the file belongs to no run here"
+        st.info(f"How {pair[1].detector.name} was trained is unknown: {place}.")
     else:
-        st.info(f"How {right.name} was trained is unknown: there is no {right.folder.config}.")
-    table = right.folder.path.parent / "comparison.md"
-    if table.is_file():
-        with st.expander("The comparison of both runs", expanded=True):
-            st.markdown(table.read_text(encoding="utf-8").partition("\n")[2])
+        explain_run(run, config)
+    runs = {title: side.run for title, side in titled(pair).items() if side.run}
+    terms = run_views.term_columns(config) if config else {}
     show_curves(runs, list(terms))
-    teachers = run_views.find_teachers(config) if config else {}
-    shown = run_views.with_maps(models)
-    for name, path in teachers.items():
-        shown[f"teacher {name}"] = load(path, path.stat().st_mtime)
-    show_maps(shown, enhanced, tuple(name for term in terms.values() for name in term.student_maps))
-    sheet = right.folder.path / "distillation.jpg"
-    if sheet.is_file():
-        st.subheader("The maps that the terms compare, at the end of the run")
+    shown = {title: side.detector for title, side in titled(pair).items()}
+    for name, path in (run_views.find_teachers(config) if config else {}).items():
+        shown[f"teacher {name}"] = load_file(path, path.stat().st_mtime, name)
+    maps = tuple(name for term in terms.values() for name in term.student_maps)
+    show_maps({title: detector for title, detector in shown.items() if detector.parameters is not None}, enhanced, maps)
+    sheet = run.folder.path / "distillation.jpg" if run else None
+    if sheet and sheet.is_file():
+        st.header("The maps that the terms compare, at the end of the run", anchor=False)
         st.image(str(sheet))
 
 
+def titled(pair: tuple[Side, Side]) -> dict[str, Side]:
+    """The sides by name: one if both are the same model."""
+    return {side.detector.name: side for side in pair}
+
+
+def explain_run(run: Run, config: Config) -> None:
+    st.header(f"How {run.name} was trained", anchor=False)
+    st.image(diagram.draw_training(config), width="stretch")
+    if not config.terms:
+        st.info(f"{run.name} was trained without distillation terms: choose a distilled run as the right model.")
+    for term in config.terms:
+        st.text(run_views.describe_term(term))
+    with st.expander("What distillation is"):
+        st.markdown(texts.EXPLANATION)
+    table = run.folder.path.parent / "comparison.md"
+    if table.is_file():
+        with st.expander("The comparison of both runs", expanded=True):
+            st.markdown(table.read_text(encoding="utf-8").partition("\n")[2])
+
+
 def show_curves(runs: dict[str, Run], terms: list[str]) -> None:
-    st.subheader("Curves")
     titles = run_views.CURVES | {name.removeprefix("train/"): name for name in terms}
     curves = {title: run_views.read_curves(runs, column) for title, column in titles.items()}
     curves = {title: rows for title, rows in curves.items() if rows["epoch"]}
     if not curves:
-        st.info("These runs have written no metrics.csv yet.")
+        st.info("These models have no metrics.csv, so there are no curves.")
         return
+    st.header("Curves", anchor=False)
     columns = st.columns(2)
     for number, (title, rows) in enumerate(curves.items()):
         with columns[number % 2]:
             st.caption(title)
-            st.line_chart(rows, x="epoch", y="value", color="run", height=280)
+            st.line_chart(rows, x="epoch", y="value", y_label="", color="run", height=240)
 
 
 @st.fragment
-def show_maps(
-    models: dict[str, tuple[nn.Module, CheckpointInfo]], picture: np.ndarray, taught: tuple[str, ...]
-) -> None:
+def show_maps(models: dict[str, Detector], picture: np.ndarray, taught: tuple[str, ...]) -> None:
     """taught: names of maps; the first one that the models have is shown first."""
-    st.subheader("Where the maps are strong")
-    names = run_views.map_names([model for model, _ in models.values()])
+    names = run_views.map_names([detector.module for detector in models.values()])
     if not names:
         st.info("These models have no map of the same name.")
         return
-    first = next((names.index(name) for name in taught if name in names), 0)
+    st.header("Where the maps are strong", anchor=False)
+    first = next((names.index(name) for name in (*taught, "p3") if name in names), 0)
     name = st.selectbox("Map", names, index=first, key="map")
-    st.image(draw_heat(gallery.digest(picture), tuple(models), name, picture, models), output_format="JPEG")
+    sheet = draw_heat(gallery.digest(picture), tuple(models), name, picture, models)
+    st.image(sheet, width="stretch", output_format="JPEG")
     st.caption("The mean absolute value over a map's channels, from the least (black) to the most (white) of each map.")
 
 
 @st.cache_data(max_entries=16, show_spinner="Looking into the models")
 def draw_heat(
-    picture_digest: str,
-    names: tuple[str, ...],
-    map_name: str,
-    _picture: np.ndarray,
-    _models: dict[str, tuple[nn.Module, CheckpointInfo]],
+    picture_digest: str, names: tuple[str, ...], map_name: str, _picture: np.ndarray, _models: dict[str, Detector]
 ) -> Image.Image:
-    """Cached as `detect`."""
-    return run_views.heat_sheet(_models, _picture, map_name)
+    """Cached as `detect_once`."""
+    with gallery.ONE_AT_A_TIME:
+        models = {title: (detector.module, detector.info) for title, detector in _models.items()}
+        return run_views.heat_sheet(models, _picture, map_name)
 
 
 main()

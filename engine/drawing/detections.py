@@ -14,7 +14,12 @@ Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels; rig
 
 
 def draw_detections(
-    image: Image.Image | np.ndarray, detections: Detections, names: Sequence[str], *, show_scores: bool = True
+    image: Image.Image | np.ndarray,
+    detections: Detections,
+    names: Sequence[str],
+    *,
+    show_scores: bool = True,
+    magnify: float = 1.0,
 ) -> Image.Image:
     """A copy of the picture, in RGB, with a box and a label ("name 0.87") for each detection.
 
@@ -22,13 +27,13 @@ def draw_detections(
     detections: boxes in pixels of the picture. They are clipped to it; boxes outside or not finite are left out. A
         class without a name is drawn as its number. fonts.drawable handles names that Pillow's font lacks letters for.
 
-    Lines and letters grow with the picture. Each class has its colour (`class_color`). The best detection is drawn on
-    top, and its label is placed first (`place_label`).
+    Lines and letters grow with the picture, times `magnify`: for one that is shown smaller than it is. Each class has
+    its colour (`class_color`). The best detection is drawn on top, and its label is placed first (`place_label`).
     """
     picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     picture = picture.copy() if picture is image else picture
     diagonal = math.hypot(*picture.size)
-    line, letters = max(1, round(diagonal / 400)), max(9, round(diagonal / 60))
+    line, letters = max(1, round(magnify * diagonal / 400)), max(9, round(magnify * diagonal / 60))
     draw = ImageDraw.Draw(picture)
     rows = [
         (rectangle, int(label), float(score))
@@ -53,7 +58,7 @@ def draw_detections(
         color = class_color(label)
         draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
         start = (place[0] + margin - text_left, place[1] + margin - text_top)
-        draw.text(start, text, font=font, fill=_text_color(color))
+        draw.text(start, text, font=font, fill=text_color(color))
     return picture
 
 
@@ -118,7 +123,7 @@ def _fit_text(text: str, path: str, letters: int, width: int) -> tuple[str, Imag
     return text + "...", font
 
 
-def _text_color(background: tuple[int, int, int]) -> tuple[int, int, int]:
+def text_color(background: tuple[int, int, int]) -> tuple[int, int, int]:
     """Black on light colours, white on dark ones (luma of ITU-R BT.601)."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)

@@ -1,5 +1,9 @@
 """The parts of app.py that do not need Streamlit.
 
 gallery    the pictures, and how they are shown
-run_views  checkpoints, curves and maps of runs; two models on one picture
+detectors  models from files and uploads; what they find, and how long they take
+clips      a short video through two models
+run_views  runs with their scores, curves and maps
+diagram    how a run was trained, as a drawing
+texts      the page's longer texts, and its style sheet
 """

@@ -1,7 +1,9 @@
 """The pictures of the demo and how they are shown, without Streamlit."""
 
 import hashlib
-from collections.abc import Callable
+import io
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +12,25 @@ from PIL import Image, ImageDraw
 
 from config import Config
 from datasets.enhance import adjust_gamma
-from datasets.images import decode_image
+from datasets.images import decode_image, read_image
 from datasets.open import open_dataset
 from datasets.shapes import draw_picture
 from engine.drawing.detections import draw_detections
+from engine.drawing.fonts import drawable, load_font
 from engine.drawing.plots import spread
+from engine.prediction.sources import find_pictures
 from errors import UserError
 from structures import Detections
 
 MAX_MEGABYTES = 10  # of an uploaded file; .streamlit/config.toml has the same limit for the server
 MAX_MEGAPIXELS = 24  # of an uploaded picture
 WORKING_SIDE = 1280  # pixels: larger pictures are shrunk to this first
-SHOWN_SIDE = 640  # pixels: the longer side of every picture on the page, so that labels can be read
+SHOWN_SIDE = 960  # pixels: the longer side of every picture on the page, which is 400 to 750 pixels wide there
+LABELS = 1.3  # labels are so many times as large as predict.py's: 11 pixels where a picture is 400 wide
 NUM_TEST_PICTURES = 8
+MAX_FOLDER_PICTURES = 500
+ONE_AT_A_TIME = threading.Lock()  # so that however many sessions there are, one of them decodes or detects
+PHOTOS = Path(__file__).parents[2] / "docs" / "notebooks" / "photos"  # free of rights: its README.md has the terms
 
 SHAPES_SIZE = 160  # pixels, like the demo's training pictures
 
@@ -36,7 +44,8 @@ def read_upload(data: bytes) -> np.ndarray:
         raise UserError(
             f"the uploaded file: {len(data) / 2**20:.1f} MB, expected a picture of at most {MAX_MEGABYTES} MB"
         )
-    return shrink(decode_image(data, "the uploaded file", max_pixels=MAX_MEGAPIXELS * 1_000_000))
+    with ONE_AT_A_TIME:
+        return shrink(decode_image(data, "the uploaded file", max_pixels=MAX_MEGAPIXELS * 1_000_000))
 
 
 def shrink(picture: np.ndarray) -> np.ndarray:
@@ -75,23 +84,34 @@ def noisy(picture: np.ndarray) -> np.ndarray:
     return (picture + noise).clip(0, 255).astype(np.uint8)
 
 
-BUILT_IN: dict[
-    str, tuple[int, Callable[[np.ndarray], np.ndarray] | None]
-] = {  # number of the drawn picture, degradation
-    "shapes": (0, None),
-    "more shapes": (1, None),
+BUILT_IN: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray] | None] | str] = {
+    # the number of a drawn picture and what is done to it, or the file of a photo
+    "shapes under a warm lamp": (10, under_a_lamp),
     "shapes in the dark": (0, dim),
-    "shapes under a warm lamp": (1, under_a_lamp),
     "shapes in fog": (2, in_fog),
-    "shapes with noise": (0, noisy),
+    "shapes with noise": (1, noisy),
+    "shapes": (0, None),
+    "more shapes": (10, None),
+    "photo: a cat": "cat.jpg",
+    "photo: a cup": "coffee.jpg",
+    "photo: a rocket": "rocket.jpg",
 }
 
 
 def built_in_picture(name: str) -> np.ndarray:
-    """uint8 RGB (SHAPES_SIZE, SHAPES_SIZE, 3); its seed differs from that of the training set."""
-    index, degrade = BUILT_IN[name]
+    """uint8 RGB (H, W, 3): a drawn picture of SHAPES_SIZE, with another seed than the training set's, or a photo."""
+    source = BUILT_IN[name]
+    if isinstance(source, str):
+        return read_image(PHOTOS / source)
+    index, degrade = source
     picture, _, _ = draw_picture(2026, "test", index, SHAPES_SIZE)
     return picture if degrade is None else degrade(picture)
+
+
+def find_folder_pictures(folder: str) -> dict[str, Path]:
+    """The first MAX_FOLDER_PICTURES pictures in a folder and below it, by name. UserError if there are none."""
+    sources = find_pictures([folder])[:MAX_FOLDER_PICTURES]
+    return {str(source.name) + source.path.suffix: source.path for source in sources}
 
 
 def find_test_pictures(config: Config) -> dict[str, Path]:
@@ -104,17 +124,38 @@ def find_test_pictures(config: Config) -> dict[str, Path]:
 # ---------------------------------------------------------------- showing pictures
 
 
-def shown(picture: np.ndarray) -> Image.Image:
-    """The picture, with a longer side of SHOWN_SIDE pixels."""
-    return resize(Image.fromarray(picture), SHOWN_SIDE / max(picture.shape[:2]))
+def shown(picture: np.ndarray, side: int = SHOWN_SIDE) -> Image.Image:
+    """The picture, with a longer side of `side` pixels."""
+    return resize(Image.fromarray(picture), side / max(picture.shape[:2]))
 
 
-def shown_with(picture: np.ndarray, found: Detections, names: tuple[str, ...]) -> Image.Image:
+def shown_with(picture: np.ndarray, found: Detections, names: Sequence[str], side: int = SHOWN_SIDE) -> Image.Image:
     """The same with detections; lines and letters do not depend on the picture's own size."""
-    canvas = shown(picture)
+    canvas = shown(picture, side)
     height, width = picture.shape[:2]
     scale = torch.tensor([canvas.width / width, canvas.height / height]).repeat(2)
-    return draw_detections(canvas, Detections(found.boxes_xyxy * scale, found.scores, found.labels), names)
+    moved = Detections(found.boxes_xyxy * scale, found.scores, found.labels)
+    return draw_detections(canvas, moved, names, magnify=LABELS)
+
+
+def beside(left: Image.Image, right: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """Two pictures of one size beside each other, each under its title on white: what is handed on."""
+    bar, gap = 40, 12
+    sheet = Image.new("RGB", (2 * left.width + gap, left.height + bar), "white")
+    for picture, title, x in ((left, titles[0], 0), (right, titles[1], left.width + gap)):
+        text, path = drawable(title)
+        font = load_font(path, 24)
+        while len(text) > 1 and font.getlength(text) > left.width - 8:
+            text = text[:-1]
+        ImageDraw.Draw(sheet).text((x + 4, 6), text, font=font, fill="black")
+        sheet.paste(picture, (x, bar))
+    return sheet
+
+
+def as_jpeg(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=92)
+    return file.getvalue()
 
 
 def wipe(left: Image.Image, right: Image.Image, share: float) -> Image.Image:

@@ -1,7 +1,6 @@
-"""Views of the demo: checkpoints, curves and maps of runs, and two models on one picture, without Streamlit."""
+"""Views of the demo: checkpoints, curves and maps of runs, without Streamlit."""
 
-import functools
-import statistics
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +15,11 @@ from datasets.letterbox import letterbox
 from distill.terms import LOSSES
 from engine.drawing.heat_maps import attention_heat, grid, heat_colors, overlay, to_pictures
 from engine.onnx_files.detector import SUFFIX, OnnxDetector
-from engine.prediction.predictor import Predictor
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
-from engine.runtime.timing import rotate, wall_seconds
-from structures import Detections
 from yaml_files import read_yaml
 
-ROUNDS = 3  # of the timing, after one that is not timed
-CELL_SIDE = 260  # pixels: side of a heat map
+CELL_SIDE = 420  # pixels: side of a heat map
 BASELINE, DISTILLED = "baseline", "distilled"  # parts of the names of compare.py's rows
 CURVES = {"mAP50-95": "metrics/mAP50-95", "mAP50": "metrics/mAP50"}
 
@@ -47,6 +42,19 @@ class Run:
         if not self.folder.config.is_file():
             return None
         return from_tree(Config, read_yaml(self.folder.config), source=str(self.folder.config))
+
+    def score(self) -> str:
+        """`mAP 0.311 on test`, of these weights by the run's report; else that it was not measured."""
+        unknown = "mAP not measured"
+        if self.weights.suffix == SUFFIX or not self.folder.report.is_file():
+            return unknown
+        try:
+            report = json.loads(self.folder.report.read_text(encoding="utf-8"))
+            best = report.get("best_on_holdout")
+            numbers = best["test"] if best and self.weights == self.folder.best else report["test"]
+            return f"mAP {numbers['mAP50-95']:.3f} on {report['split']}"
+        except (ValueError, KeyError, TypeError, AttributeError):  # half a report, or another program's
+            return unknown
 
 
 def find_runs(root: Path) -> dict[str, Run]:
@@ -87,58 +95,6 @@ def short_names(names: list[str]) -> list[str]:
     while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
         shared += 1
     return ["/".join(part[shared:]) for part in parts]
-
-
-# ---------------------------------------------------------------- two models on one picture
-
-
-@dataclass(frozen=True)
-class Result:
-    """A model's detections in one picture, and its time with letterbox and suppression."""
-
-    found: Detections
-    milliseconds: float
-
-
-def compare(
-    models: dict[str, tuple[nn.Module, CheckpointInfo]],
-    picture: np.ndarray,
-    *,
-    score_threshold: float,
-    iou_threshold: float,
-    device: torch.device | str = "cpu",
-) -> dict[str, Result]:
-    """Each model's detections and median time. The models take turns, so that other load affects all of them."""
-    predictors = {
-        name: Predictor(
-            model,
-            image_size=info.image_size,
-            score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            device=device,
-        )
-        for name, (model, info) in models.items()
-    }
-    found: dict[str, Detections] = {}
-
-    def run(name: str) -> None:
-        found[name] = predictors[name]([picture])[0]
-
-    seconds = rotate({name: functools.partial(run, name) for name in predictors}, ROUNDS, wall_seconds)
-    return {name: Result(found[name], 1000 * statistics.median(seconds[name])) for name in predictors}
-
-
-def count_classes(results: dict[str, tuple[Detections, tuple[str, ...]]]) -> dict[str, list]:
-    """Columns of a table: "class", then the number of detections of each model, without classes that none detected."""
-    counts = {
-        column: {name: int((found.labels == label).sum()) for label, name in enumerate(names)}
-        for column, (found, names) in results.items()
-    }
-    every = dict.fromkeys(name for column in counts.values() for name, count in column.items() if count)
-    rows: dict[str, list] = {"class": [*every, "all"]}
-    for column, count in counts.items():
-        rows[column] = [*(count.get(name, 0) for name in every), sum(count.values())]
-    return rows
 
 
 # ---------------------------------------------------------------- files of a run

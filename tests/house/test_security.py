@@ -36,7 +36,9 @@ def test_the_oldest_libraries_are_the_same_everywhere():
 
 
 def test_the_limits_are_those_of_the_code():
+    import checkpoint
     from datasets import coco, download, images, text_lines, voc_xml
+    from engine.web_demo import clips, detectors, gallery
     from weights import containers, inert_pickle, shared_file
 
     mib = 1 << 20
@@ -51,6 +53,19 @@ def test_the_limits_are_those_of_the_code():
         == (64 * mib, 1_000_000, mib, 1000),
         "20,000 entries": containers.MAX_ZIP_ENTRIES == 20_000,
         "100 MiB; 1 MiB": (containers.MAX_HEADER_BYTES, shared_file.MAX_TEXT) == (100 * mib, mib),
+        "100,000": checkpoint.MAX_CLASSES == 100_000,
+        "a picture 10 MB and 24 million pixels": (gallery.MAX_MEGABYTES, gallery.MAX_MEGAPIXELS) == (10, 24),
+        "a video 40 MB, 10 seconds and frames of 9 million pixels": (
+            clips.MAX_MEGABYTES,
+            clips.MAX_SECONDS,
+            clips.MAX_FRAME_PIXELS,
+        )
+        == (40, 10, 9_000_000),
+        "weights 200 MB and images of 2,048 pixels a side": (
+            detectors.MAX_WEIGHTS_MEGABYTES,
+            detectors.MAX_IMAGE_SIZE,
+        )
+        == (200, 2048),
         "64 million pixels": images.MAX_PIXELS == 64_000_000,
         "4 MiB; 4 GiB; 64 MiB": (voc_xml.MAX_XML_BYTES, coco.MAX_JSON_BYTES, text_lines.MAX_BYTES)
         == (4 * mib, 4096 * mib, 64 * mib),

@@ -35,7 +35,9 @@ def test_an_upload_is_at_most_so_many_bytes_and_pixels(monkeypatch):
 
 def test_the_built_in_pictures_differ_and_stay_the_same():
     pictures = {name: gallery.built_in_picture(name) for name in gallery.BUILT_IN}
-    assert all(p.shape == (160, 160, 3) and p.dtype == np.uint8 for p in pictures.values())
+    drawn = [p for name, p in pictures.items() if not name.startswith("photo")]
+    assert all(p.shape == (160, 160, 3) for p in drawn) and len(drawn) == len(pictures) - 3
+    assert all(p.dtype == np.uint8 for p in pictures.values())
     digests = {gallery.digest(p) for p in pictures.values()}
     assert len(digests) == len(pictures)
     assert digests == {gallery.digest(gallery.built_in_picture(name)) for name in gallery.BUILT_IN}
@@ -64,6 +66,21 @@ def test_boxes_grow_with_the_picture_that_is_shown():
     picture = np.zeros((80, 160, 3), dtype=np.uint8)
     found = Detections(torch.tensor([[40.0, 40.0, 80.0, 60.0]]), torch.tensor([0.9]), torch.tensor([0]))
     view = np.asarray(gallery.shown_with(picture, found, ("a",)))
-    assert view.shape == (320, 640, 3)
-    xs = np.flatnonzero(view[165:235].any((0, 2)))  # below the label
-    assert (xs.min(), xs.max() + 1) == (160, 320)
+    assert view.shape == (480, 960, 3)
+    xs = np.flatnonzero(view[250:350].any((0, 2)))  # below the label
+    assert (xs.min(), xs.max() + 1) == (240, 480)
+
+
+def test_labels_can_be_read_where_a_picture_is_400_pixels_wide():
+    found = Detections(torch.tensor([[20.0, 60.0, 80.0, 140.0]]), torch.tensor([0.9]), torch.tensor([0]))
+    view = np.asarray(gallery.shown_with(np.zeros((160, 160, 3), np.uint8), found, ("l",)))
+    label = view[:360].any(-1).any(1)  # above the box
+    assert label.sum() * 400 / gallery.SHOWN_SIDE >= 10
+
+
+def test_what_is_handed_on_has_both_pictures_below_their_titles():
+    red, blue = Image.new("RGB", (100, 20), "red"), Image.new("RGB", (100, 20), "blue")
+    sheet = gallery.beside(red, blue, ("a", "a title far too long for its picture"))
+    assert sheet.getpixel((5, 55)) == (255, 0, 0) and sheet.getpixel((205, 55)) == (0, 0, 255)
+    assert sheet.getpixel((106, 20)) == (255, 255, 255)  # between the titles
+    assert Image.open(io.BytesIO(gallery.as_jpeg(sheet))).size == sheet.size

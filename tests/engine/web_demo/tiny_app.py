@@ -1,13 +1,15 @@
 """Runs and files for the tests of the demo in a browser.
 
-The runs are a distilled one and its baseline, trained for two epochs of three steps. Their class biases are raised
-afterwards, so that these hardly trained models find something.
+One distilled run is trained for two epochs of a step; its baseline is a copy with a config and weights of its own. The
+class biases are raised, so that these hardly trained models find something.
 """
 
 import dataclasses
 import io
+import shutil
 import struct
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from PIL import Image
 
 import checkpoint
 import train
-from engine.runtime.run_folder import RunFolder
+from config import Config, from_tree, to_tree
+from engine.prediction.video import VideoWriter
+from engine.runtime.run_folder import RunFolder, write_config
 from tests.engine.training.test_distilled_training import TERMS, save_teacher
 from tests.tiny_training import tiny_config, write_dataset
 
@@ -34,19 +38,33 @@ def photo(width: int = 90, height: int = 60, kind: str = "JPEG") -> bytes:
     return file.getvalue()
 
 
+def clip(seconds: float, side: int = 64, rate: int = 16) -> bytes:
+    """An MP4 file in which a square moves."""
+    file = io.BytesIO()
+    frame_rate = Fraction(rate)
+    with VideoWriter(file, width=side, height=side, frame_rate=frame_rate, time_base=1 / frame_rate) as writer:
+        for number in range(round(seconds * rate)):
+            pixels = np.zeros((side, side, 3), np.uint8)
+            pixels[20:44, number % 32 : number % 32 + 24] = (230, 40, 40)
+            writer.write(pixels, number)
+    return file.getvalue()
+
+
 def write_runs(root: Path) -> None:
     """runs/study/baseline_seed0 and distilled_seed0, and what they were trained on."""
-    write_dataset(root / "data")
+    write_dataset(root / "data", train=8, test=8)
     teacher = save_teacher(root / "teacher.pt")
+    student, evaluation = {"arch": "yolov8_narrow"}, {"every_epochs": 1}
     teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(teacher)}]
-    for name, changes in {"baseline_seed0": {}, "distilled_seed0": {"teachers": teachers, "terms": TERMS}}.items():
-        config = tiny_config(root / "data", root / "runs" / "study", name=name, **changes)
-        train.run(
-            dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, every_epochs=1)), quiet=True
-        )
-        folder = RunFolder(root / "runs" / "study" / name)
+    config = tiny_config(root / "data", root / "runs" / "study", student=student, evaluation=evaluation)
+    plain = dataclasses.replace(config, name="baseline_seed0")
+    tree = to_tree(config) | {"name": "distilled_seed0", "teachers": teachers, "terms": TERMS}
+    train.run(from_tree(Config, tree, source="tiny_app"), quiet=True)
+    distilled, baseline = (RunFolder(Path(config.runs) / f"{name}_seed0") for name in ("distilled", "baseline"))
+    shutil.copytree(distilled.path, baseline.path)
+    write_config(baseline, plain)
+    for folder, shift in ((distilled, 5.5), (baseline, 5.0)):
         state = checkpoint.load(folder.last)
-        shift = 5.0 if name == "baseline_seed0" else 5.5
         for key, value in state["ema"].items():
             if key.startswith("head.cls.") and key.endswith("2.bias"):
                 value += shift
