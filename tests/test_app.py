@@ -301,7 +301,7 @@ def test_what_distillation_did(start, runs):
     assert len(taught) == len(TERMS) and all(not text.endswith(": ") for text in taught)
     assert any("the table of the study" in text.value for text in app.markdown)
     titles = [caption.value for caption in app.caption]
-    assert titles[:5] == ["mAP50-95", "mAP50", *(f"{name}_big" for name in ("mse", "cwd", "soft_class"))]
+    assert {"mAP50-95", "mAP50", "mse_big", "cwd_big", "soft_class_big"} <= set(titles)
     assert app.selectbox(key="map").value == "p3" and {"p4", "p5"} <= set(app.selectbox(key="map").options)
     drawing, heat = (image.value for image in app.image)
     app.selectbox(key="map").set_value("p5").run()
