@@ -50,7 +50,7 @@ from datasets.index import DatasetIndex
 from datasets.letterbox import letterbox
 from datasets.open import READERS, open_dataset
 from datasets.shapes import draw_picture
-from engine.drawing.plots import spread
+from engine.drawing.predictions import spread
 from engine.evaluation.measuring import EvaluationResult, evaluate_model
 from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.detector import SUFFIX, OnnxDetector, open_session

@@ -6,6 +6,7 @@ compute          the epochs for as much compute as another row
 decision         the rule of the verdicts
 table            the score of each row, and whether two scores differ
 plot             comparison.png
+pictures         the test pictures on which the models differ
 condensed_table  the value of condensed sets
 one_row          one row of a study, for train.py
 """

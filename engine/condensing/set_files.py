@@ -24,13 +24,13 @@ from torch import Tensor
 
 from checkpoint import DISK_EXIT_CODE, sync_folder
 from datasets.convert import data_yaml, yolo_labels
-from engine.drawing.detections import draw_detections
-from engine.drawing.plots import TILE, contact_sheet
+from engine.drawing.detections import draw_tile
 from engine.runtime import run_folder
 from errors import UserError
 from structures import Detections
 
 SHEET_PICTURES = 64  # at most, on set.png
+TILE = 320  # pixels of a picture there
 STORED, DECODED = "train", "train_decoded"
 
 
@@ -112,11 +112,17 @@ def draw_set(pictures: Sequence[Picture], names: Sequence[str], *, columns: int 
     """The first SHEET_PICTURES pictures with their boxes, each enlarged to a tile of the sheet."""
     tiles = []
     for picture in pictures[:SHEET_PICTURES]:
-        height, width = picture.pixels.shape[:2]
-        scale = TILE / max(height, width)
-        size = (max(1, round(scale * width)), max(1, round(scale * height)))
-        shown = Image.fromarray(picture.pixels).resize(size, Image.Resampling.NEAREST)
-        boxes = torch.from_numpy(picture.boxes_xyxy * scale).float()
+        boxes = torch.from_numpy(picture.boxes_xyxy).float()
         objects = Detections(boxes, torch.ones(len(boxes)), torch.from_numpy(picture.labels))
-        tiles.append(draw_detections(shown, objects, names, show_scores=False))
+        how = Image.Resampling.NEAREST
+        tiles.append(draw_tile(picture.pixels, objects, names, TILE, how=how, show_scores=False))
     return contact_sheet(tiles, columns)
+
+
+def contact_sheet(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of at most TILE x TILE, row by row on white."""
+    rows, gap = -(-len(tiles) // columns), 4
+    sheet = Image.new("RGB", ((TILE + gap) * min(columns, len(tiles)), (TILE + gap) * rows), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * (TILE + gap), i // columns * (TILE + gap)))
+    return sheet

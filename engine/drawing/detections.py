@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.drawing.fonts import OWN, drawable, load_font
+from engine.drawing.style import LETTERS, PALETTE
 from structures import Detections
 
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are outside
@@ -62,12 +63,38 @@ def draw_detections(
     return picture
 
 
+def draw_tile(
+    pixels: np.ndarray,
+    detections: Detections,
+    names: Sequence[str],
+    side: int,
+    *,
+    how: Image.Resampling = Image.Resampling.BILINEAR,
+    show_scores: bool = True,
+) -> Image.Image:
+    """As draw_detections, after the picture (H, W, 3) is resized to `side` pixels: with the letters of a sheet."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(scale * width)), max(1, round(scale * height)))
+    picture = Image.fromarray(pixels).resize(size, how)
+    shown = Detections(detections.boxes_xyxy * scale, detections.scores, detections.labels)
+    magnify = 60 * LETTERS / math.hypot(*size)
+    return draw_detections(picture, shown, names, show_scores=show_scores, magnify=magnify)
+
+
 def class_color(label: int) -> tuple[int, int, int]:
-    """RGB 0..255 of a class: hues a golden angle apart, so that consecutive classes differ, at three brightnesses."""
+    """RGB 0..255 of a class.
+
+    The first classes have the colors of engine/drawing/style.py, the others hues a golden angle apart, so that
+    consecutive classes differ, at three brightnesses.
+    """
+    if label < len(PALETTE):
+        red, green, blue = bytes.fromhex(PALETTE[label][1:])
+        return red, green, blue
     hue = (label * 0.618034) % 1.0
     saturation, value = ((0.85, 1.0), (0.60, 0.95), (0.95, 0.75))[label // 8 % 3]
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    rgb = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])
 
 
 def place_label(

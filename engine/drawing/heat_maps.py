@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engine.drawing.fonts import drawable, load_font
+from engine.drawing.style import LETTERS
 from teachers.dinov2 import patch_pca
 
 GAP = 4  # pixels between the cells of a grid
-TITLE_HEIGHT = 18  # pixels
+LINE = LETTERS + 6  # pixels: height of a line of text
+TITLE_LINES = 2  # of a column's title
+BAR = 180  # pixels: width of the bar that shows what the colors of heat mean
 
 
 def attention_heat(class_attention: Tensor) -> Tensor:
@@ -55,31 +58,81 @@ def overlay(pictures: Sequence[Image.Image], heat: Sequence[Image.Image], share:
 
 
 def grid(columns: Mapping[str, Sequence[Image.Image]], heading: str = "") -> Image.Image:
-    """Columns of square pictures of one size, each under its title, on white, below an optional heading."""
+    """Columns of square pictures of one size, each under its title, on white, below an optional heading.
+
+    A title takes at most TITLE_LINES lines; a longer one ends in dots.
+    """
     size = next(iter(columns.values()))[0].width
     num_rows = max(map(len, columns.values()))
-    top = TITLE_HEIGHT * (2 if heading else 1)
+    titles = {title: wrap(title, size, TITLE_LINES) for title in columns}
+    top = LINE * (bool(heading) + max(len(lines) for lines, _ in titles.values()))
     sheet = Image.new("RGB", (len(columns) * (size + GAP), top + num_rows * (size + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
-    heading, path = drawable(heading)
-    draw.text((GAP, 2), heading, font=load_font(path, 12), fill="black")
+    (heading, *_), font = wrap(heading, sheet.width, 1)
+    draw.text((2, 2), heading, font=font, fill="black", stroke_width=0.5)
     for number, (title, pictures) in enumerate(columns.items()):
         left = number * (size + GAP)
-        title, path = drawable(title)
-        font = load_font(path, 12)
-        while len(title) > 1 and font.getlength(title) > size:
-            title = title[:-1]
-        draw.text((left + 2, top - TITLE_HEIGHT + 2), title, font=font, fill="black")
+        lines, font = titles[title]
+        for line, text in enumerate(lines):  # the last line stands on the picture
+            draw.text((left + 2, top - LINE * (len(lines) - line) + 2), text, font=font, fill="black")
         for row, picture in enumerate(pictures):
             sheet.paste(picture, (left, top + row * (size + GAP)))
     return sheet
 
 
-def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """The sheets below one another on white, as wide as the widest."""
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+def heat_legend(text: str, width: int) -> Image.Image:
+    """`text: low <bar of heat_colors> high` on white."""
+    sheet = Image.new("RGB", (width, LINE + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    (before, *_), font = wrap(f"{text}: low", width - BAR - 60, 1)
+    left = 2 + round(font.getlength(before)) + 8
+    draw.text((2, 2), before, font=font, fill="black")
+    bar = heat_colors(torch.linspace(0, 1, BAR)[None, None])  # (1, 3, 1, BAR)
+    pixels = (255 * bar[0].expand(3, LETTERS, BAR)).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    sheet.paste(Image.fromarray(pixels), (left, 3))
+    draw.rectangle((left, 3, left + BAR - 1, 2 + LETTERS), outline="black")
+    draw.text((left + BAR + 8, 2), "high", font=font, fill="black")
+    return sheet
+
+
+def text_legend(text: str, width: int) -> Image.Image:
+    """A text on white, in as many lines as it needs."""
+    lines, font = wrap(text, width, 20)
+    sheet = Image.new("RGB", (width, LINE * len(lines) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        draw.text((2, LINE * number + 2), line, font=font, fill="black")
+    return sheet
+
+
+def wrap(text: str, width: int, limit: int) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """The text in at most `limit` lines of `width` pixels, and its font; what does not fit ends in dots."""
+    text, path = drawable(text)
+    font = load_font(path, LETTERS)
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width - 4 or len(lines) == limit:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [cut(line, width - 4, font) for line in lines], font
+
+
+def cut(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while len(line) > 1 and font.getlength(line + "...") > width:
+        line = line[:-1]
+    return line + "..."
+
+
+def stack(sheets: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+    """The sheets below one another on white, `gap` pixels apart, as wide as the widest."""
+    height = sum(sheet.height + gap for sheet in sheets) - gap
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), height), "white")
     top = 0
     for sheet in sheets:
         whole.paste(sheet, (0, top))
-        top += sheet.height
+        top += sheet.height + gap
     return whole

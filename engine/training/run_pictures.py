@@ -18,8 +18,19 @@ from datasets.loader import Loader
 from distill.adapters import like_adapted, resize_like
 from distill.outputs import named_map
 from distill.terms import LOSSES
-from engine.drawing import plots
-from engine.drawing.heat_maps import attention_heat, common_colors, grid, heat_colors, overlay, stack, to_pictures
+from engine.drawing import plots, style
+from engine.drawing.heat_maps import (
+    attention_heat,
+    common_colors,
+    grid,
+    heat_colors,
+    heat_legend,
+    overlay,
+    stack,
+    text_legend,
+    to_pictures,
+)
+from engine.drawing.predictions import prediction_sheet, spread
 from engine.drawing.stamp import stamp_file, stamped
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
@@ -32,6 +43,8 @@ NUM_PICTURES = 4  # in distillation.jpg, and in the predictions at each evaluati
 NUM_PREDICTED = 12  # in predictions.jpg
 FILES = ("predictions.jpg", "distillation.jpg", "results.png", "confusion_matrix.png", "pr_curve.png")
 SIDE = 200  # pixels of a cell in distillation.jpg
+MAP_LEGEND = "Maps: vectors that are alike have like colors (red, green, blue: three principal components)."
+SHARED_LEGEND = " The last two columns share their colors: the more alike they look, the better the student imitates."
 
 
 def evaluation_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.Image]:
@@ -51,8 +64,8 @@ def draw(setup: TrainingSetup, details: DetectionReport, folder: RunFolder, prog
 def write_pictures(setup: TrainingSetup, details: DetectionReport, folder: RunFolder, progress: Progress) -> None:
     prediction_picture(setup, setup.splits.test, NUM_PREDICTED).save(folder.path / "predictions.jpg", quality=90)
     if sheets := map_pictures(setup, setup.splits.test):
-        stack(list(sheets.values())).save(folder.path / "distillation.jpg", quality=90)
-    if not plots.is_available():
+        stack(list(sheets.values()), gap=SIDE // 5).save(folder.path / "distillation.jpg", quality=90)
+    if not style.is_available():
         progress.say("without plots: matplotlib is not installed (pip install '.[plots]')")
         return
     plots.draw_results(folder.metrics, folder.path / "results.png")
@@ -63,7 +76,7 @@ def write_pictures(setup: TrainingSetup, details: DetectionReport, folder: RunFo
 def prediction_picture(setup: TrainingSetup, index: DatasetIndex, count: int) -> Image.Image:
     iou_threshold = setup.config.evaluation.iou_threshold
     assert iou_threshold is not None  # with_published_settings has filled it in
-    return plots.prediction_sheet(
+    return prediction_sheet(
         setup.ema.model,
         index,
         image_size=setup.config.image_size,
@@ -84,7 +97,7 @@ def map_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.I
     terms = {name: term for name, term in setup.criterion.terms.items() if LOSSES[term.loss].reads == "map"}
     if not terms or not len(index):
         return {}
-    chosen = plots.spread(index, NUM_PICTURES)
+    chosen = spread(index, NUM_PICTURES)
     loader = Loader(chosen, image_size=setup.config.image_size, batch_size=len(chosen), seed=0, shuffle=False)
     images = next(loader.epoch(0)).images.to(setup.processes.device).float() / 255  # (B, 3, S, S)
     with in_eval_mode(setup.student), in_eval_mode(setup.criterion):
@@ -111,12 +124,17 @@ def term_sheet(setup: TrainingSetup, name: str, term: TermConfig, images: Tensor
     adapted = adapter(s_map)
     t_map = like_adapted(adapter, resize_like(t_map, adapted))
     titles = (f"adapted {s_name}", f"{t_name} of {term.teacher}")
-    if adapted.shape == t_map.shape:
+    is_adapted = adapted.shape == t_map.shape
+    if is_adapted:
         both = common_colors(adapted.cpu(), t_map.cpu())
         columns |= {title: to_pictures(colors, SIDE) for title, colors in zip(titles, both)}
     else:  # a loss that compares maps of different widths
         columns[titles[1]] = to_pictures(patch_pca(t_map.cpu()), SIDE)
-    return grid(columns, heading=f"{name}: {s_name} learns from {t_name} of {term.teacher}")
+    sheet = grid(columns, heading=f"{name}: {s_name} learns from {t_name} of {term.teacher}")
+    legends = [text_legend(MAP_LEGEND + (SHARED_LEGEND if is_adapted else ""), sheet.width)]
+    if is_dino:
+        legends.append(heat_legend("Attention of the class token, mean of its heads", sheet.width))
+    return stack([sheet, *legends])
 
 
 @contextlib.contextmanager

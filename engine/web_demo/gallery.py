@@ -17,7 +17,7 @@ from datasets.open import open_dataset
 from datasets.shapes import draw_picture
 from engine.drawing.detections import draw_detections
 from engine.drawing.fonts import drawable, load_font
-from engine.drawing.plots import spread
+from engine.drawing.predictions import spread
 from engine.prediction.sources import find_pictures
 from errors import UserError
 from structures import Detections

@@ -133,21 +133,20 @@ def test_titles_of_maps(installed):
 
 def test_plots_have_no_missing_glyphs(installed, tmp_path):
     pytest.importorskip("matplotlib")
-    from engine.drawing.plots import _figure, plot_names, save_figure
+    from engine.drawing.style import figure_file, plot_names
 
     write_font(installed / "signs.ttf", CAT + DOG + " " + fonts.BESIDE)
     names = plot_names([CAT, "Кошка", f"{CAT}{BIRD}", "$a$ $b", "half\ud83d"])
     assert names == [CAT, "Кошка", r"2 \u732b\u9ce5", "$a$ $b", r"4 half\ud83d"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = _figure(4, 4)
-        axis = figure.subplots()
-        axis.plot([1, 2], label=f"{names[0]} 0.5")
-        axis.set_xticks(range(5), names)
-        axis.set_yticks(range(5), names)
-        axis.set_title(BIRD)  # as a text that no list of names covers
-        axis.legend()
-        save_figure(figure, tmp_path / "plot.png")
+        with figure_file(tmp_path / "plot.png", 4, 4) as figure:
+            axis = figure.subplots()
+            axis.plot([1, 2], label=f"{names[0]} 0.5")
+            axis.set_xticks(range(5), names)
+            axis.set_yticks(range(5), names)
+            axis.set_title(BIRD, loc="center")  # as a text that no list of names covers
+            axis.legend()
     fonts_used = [label.get_fontproperties().get_file() for label in axis.get_xticklabels()]
     assert str(fonts_used[0]).endswith("signs.ttf") and fonts_used[1] is None
     assert axis.get_title() == r"\u9ce5"

@@ -6,14 +6,19 @@ import torch
 from PIL import Image
 
 from engine.drawing.heat_maps import (
-    TITLE_HEIGHT,
+    BAR,
+    LINE,
+    TITLE_LINES,
     attention_heat,
     common_colors,
     grid,
     heat_colors,
+    heat_legend,
     overlay,
     stack,
+    text_legend,
     to_pictures,
+    wrap,
 )
 
 
@@ -59,14 +64,30 @@ def test_pictures_and_their_grid():
     red = np.asarray(pictures[0])
     assert red[:4, 4:].tolist() == np.full((4, 4, 3), (255, 0, 0)).tolist() and not red[4:].any()
     assert np.asarray(pictures[1]).min() == 255
-    sheet = grid({"a": pictures, "a title far longer than its column": pictures[:1]}, heading="two columns")
-    assert sheet.size == (2 * 12, 2 * TITLE_HEIGHT + 2 * 12)
-    assert sheet.getpixel((5, 2 * TITLE_HEIGHT + 1)) == (255, 0, 0) and sheet.getpixel((1, 2 * TITLE_HEIGHT)) == (
-        0,
-        0,
-        0,
-    )
-    assert stack([sheet, grid({"b": pictures})]).size == (24, sheet.height + TITLE_HEIGHT + 24)
+    sheet = grid({"a": pictures, "no room for it": pictures[:1]}, heading="two columns")
+    top = LINE * (1 + TITLE_LINES)
+    assert sheet.size == (2 * 12, top + 2 * 12)
+    assert sheet.getpixel((5, top + 1)) == (255, 0, 0) and sheet.getpixel((1, top)) == (0, 0, 0)
+    assert stack([sheet, grid({"b": pictures})]).size == (24, sheet.height + LINE + 24)
+
+
+def test_titles_and_legends_are_cut_or_broken_at_their_width():
+    lines, font = wrap("tokens of a_teacher_with_a_name_that_is_far_too_long", 200, TITLE_LINES)
+    assert len(lines) == 2 and lines[0] == "tokens of" and lines[1].endswith("...")
+    assert all(font.getlength(line) <= 200 for line in lines)
+    assert wrap("short", 200, TITLE_LINES)[0] == ["short"] and wrap("", 200, 1)[0] == [""]
+    text = "a sentence of quite a few words that needs more than one line"
+    lines, font = wrap(text, 200, 20)
+    assert " ".join(lines) == text and all(font.getlength(line) <= 200 for line in lines)
+    assert text_legend(text, 200).height > len(lines) * LINE
+
+
+def test_the_bar_of_heat_has_its_colors_from_low_to_high():
+    sheet = np.asarray(heat_legend("attention", 500))
+    row = sheet[LINE // 2].astype(int)
+    colored = np.flatnonzero(np.ptp(row, axis=1) > 60)  # from dark red to pale yellow
+    assert 0.7 * BAR < np.ptp(colored) < BAR and (np.diff(row[colored], axis=0) >= 0).all()
+    assert sheet[:, : colored[0] - 30].min() < 100 and sheet[:, colored[-1] + 30 :].min() < 100  # low, high
 
 
 def test_an_overlay_keeps_the_picture_in_grey():

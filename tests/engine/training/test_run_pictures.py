@@ -8,8 +8,9 @@ from PIL import Image
 import models
 import train
 from distill.adapters import resize_like
-from engine.drawing.heat_maps import GAP, TITLE_HEIGHT
-from engine.drawing.plots import spread
+from engine.drawing.heat_maps import GAP, LINE
+from engine.drawing.predictions import GAP as PAIR
+from engine.drawing.predictions import HEADER, TILE, spread
 from engine.runtime.processes import Processes
 from engine.training import run_pictures
 from engine.training.run_pictures import NUM_PICTURES, SIDE, evaluation_pictures, map_pictures, requesting
@@ -19,6 +20,7 @@ from tests.tiny_training import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CELL = SIDE + GAP
+TOP = 2 * LINE  # a heading, and titles of one line
 TERMS = [
     {"teacher": "dino", "loss": "cosine", "weight": 1.0, "student_maps": ["p3"], "teacher_maps": ["block0"],
      "adapter": "conv1x1_norm"},
@@ -40,13 +42,16 @@ def parts(tiny_data, tmp_path_factory):
 def test_each_term_of_maps_has_a_sheet(parts):
     pictures = evaluation_pictures(parts, parts.splits.test)
     assert list(pictures) == ["predictions", "distillation/cosine_dino", "distillation/attention_yolo"]
-    height = 2 * TITLE_HEIGHT + NUM_PICTURES * CELL
-    assert pictures["distillation/cosine_dino"].size == (6 * CELL, height)  # tokens and attention as well
-    assert pictures["distillation/attention_yolo"].size == (3 * CELL, height)  # widths differ: no adapter to show
+    height = TOP + NUM_PICTURES * CELL
+    dino, yolo = pictures["distillation/cosine_dino"], pictures["distillation/attention_yolo"]
+    assert dino.width == 6 * CELL and yolo.width == 3 * CELL  # tokens and attention as well; no adapter to show
+    for sheet, legend in ((dino, 3 * LINE + 2 * GAP), (yolo, 2 * LINE + GAP)):  # words; a bar for attention
+        assert sheet.height == height + legend
+        assert np.asarray(sheet.convert("L"))[height:].min() < 100
 
 
 def test_what_the_columns_show(parts):
-    sheet = np.asarray(map_pictures(parts, parts.splits.test)["cosine_dino"])[2 * TITLE_HEIGHT :]
+    sheet = np.asarray(map_pictures(parts, parts.splits.test)["cosine_dino"])[TOP:]
     cells = [sheet[:SIDE, number * CELL : number * CELL + SIDE] for number in range(6)]
     sample = parts.splits.test.samples[0]
     with Image.open(sample.image_path) as picture:
@@ -92,15 +97,18 @@ def test_a_run_without_terms_has_predictions_alone(tiny_data, tmp_path):
 def test_predictions_stand_beside_the_labels(parts, monkeypatch):
     """With a model that finds nothing, the left picture of each pair has boxes and the right one is the plain one."""
     sheet = np.asarray(run_pictures.prediction_picture(parts, parts.splits.test, 1)).astype(int)
-    left, right = sheet[:320, :320], sheet[:320, 324:644]
+    assert sheet.shape == (HEADER + TILE + PAIR, 2 * TILE + PAIR, 3)
+    for left in (0, TILE + PAIR):
+        assert sheet[:HEADER, left : left + 80].min() < 100  # each half says what it is
+    left, right = sheet[HEADER : HEADER + TILE, :TILE], sheet[HEADER : HEADER + TILE, TILE + PAIR :]
     sample = parts.splits.test.samples[0]
     with Image.open(sample.image_path) as picture:
-        plain = np.asarray(picture.convert("RGB").resize((320, 320), Image.Resampling.BILINEAR)).astype(int)
+        plain = np.asarray(picture.convert("RGB").resize((TILE, TILE), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(right - plain).max() == 0
     drawn = (left != plain).any(2)
     assert 0.01 < drawn.mean() < 0.5
-    x1, y1, x2, y2 = (5 * sample.boxes_xyxy[0]).round().astype(int)
-    assert drawn[min(y2, 319) - 1, (x1 + x2) // 2] and drawn[(y1 + y2) // 2, max(x1, 0)]
+    x1, y1, x2, y2 = (TILE / 64 * sample.boxes_xyxy[0]).round().astype(int)
+    assert drawn[min(y2, TILE - 1) - 1, (x1 + x2) // 2] and drawn[(y1 + y2) // 2, max(x1, 0)]
 
 
 def test_the_adapted_map_is_shown_before_the_teachers(parts, monkeypatch):
@@ -111,7 +119,7 @@ def test_the_adapted_map_is_shown_before_the_teachers(parts, monkeypatch):
         return [torch.zeros(4, 3, 8, 8), torch.ones(4, 3, 8, 8)]
 
     monkeypatch.setattr(run_pictures, "common_colors", colors)
-    sheet = np.asarray(map_pictures(parts, parts.splits.test)["cosine_dino"])[2 * TITLE_HEIGHT :]
+    sheet = np.asarray(map_pictures(parts, parts.splits.test)["cosine_dino"])[TOP:]
     assert sheet[:SIDE, 4 * CELL : 4 * CELL + SIDE].max() == 0 and sheet[:SIDE, 5 * CELL : 5 * CELL + SIDE].min() == 255
     adapted, t_map = given
     assert adapted.shape == t_map.shape == (4, 16, 8, 8)
