@@ -22,8 +22,9 @@ and attention have none), for NMS until the host has its result. "GB" is the lea
 and teacher and writes a gradient. "TB/s" is that over the kernel's time, "of copy" its share of what copying 1 GiB
 reaches here. Inputs change with every call and together exceed the L2 cache.
 
-Agreement: the same steps from the same weights, eager and with another contestant. Rounding differs, and grows from step
-to step, so the table has the relative difference of the two losses, its largest and that of the means of the last tenth.
+Agreement: the same steps from the same weights, eager and with another contestant. Rounding differs, and grows from
+step to step, so the table has the relative difference of the two losses: its largest, and that of the means of the last
+tenth.
 
 A contestant whose results differ from eager's has no times. Targets: 1.3 times the peer's images per second; fused
 losses at 0.8 of copying, 5 times eager, 1.5 times torch.compile.
