@@ -69,6 +69,21 @@ def box_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
     return paired_iou(a[..., :, None, :], b[..., None, :, :], eps)
 
 
+def paired_giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
+    """Generalized IoU of broadcast pairs: (..., 4), (..., 4) -> (...), in (-1, 1].
+
+    Rezatofighi et al., "Generalized Intersection over Union", arXiv:1902.09630.
+
+        GIoU = IoU - (hull - union) / hull        hull: the area of the smallest box around both
+
+    eps is added to both denominators; with 0, one box of each pair must have an area.
+    """
+    intersection = paired_intersection(a, b)
+    union = box_area(a) + box_area(b) - intersection
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    return intersection / (union + eps) - (hull - union) / (hull + eps)
+
+
 def paired_ciou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
     """Complete IoU of broadcast pairs: (..., 4), (..., 4) -> (...), in (-1.5, 1].
 

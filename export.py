@@ -64,8 +64,8 @@ from errors import UserError, require, run_script
 from kernels.nms import select_detections
 from layers.fusion import fuse
 from predict import plural
+from rtdetr.rtdetr import RTDETR
 from structures import DenseDetector
-from teachers.rtdetr import RTDETR
 from weights import file_of_run
 
 if TYPE_CHECKING:

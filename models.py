@@ -20,9 +20,9 @@ from frcnn.faster_rcnn import (
 )
 from layers.channel_groups import find_groups
 from layers.widths import set_widths, widths_of_shapes
+from rtdetr.rtdetr import build_rtdetr
 from teachers.clip import build_clip
 from teachers.dinov2 import build_dinov2
-from teachers.rtdetr import build_rtdetr
 from yolo.yolov5 import build_yolov5, build_yolov5u
 from yolo.yolov7 import build_yolov7_tiny
 from yolo.yolov8 import build_yolov8
@@ -62,7 +62,9 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 RENAMED = {"yolov8p": "yolov8_narrow"}  # names that older configs and checkpoints have
 
-ONLY_TEACH = ("rtdetr",)  # families of ARCHITECTURES without training losses
+NEED_WEIGHTS = {  # families that do not learn from scratch on small data -> who found that
+    "rtdetr": "its authors advise against it (RT-DETR issue 382), others report an AP of 0",
+}
 
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "clip_vit_b32": partial(build_clip, "vit_b32"),
@@ -105,7 +107,6 @@ def published_detection(arch: str) -> DetectionSettings:
 def build(arch: str, num_classes: int, *, widths: Mapping[str, int] | None = None, **head: int) -> nn.Module:
     """A freshly initialised detector (structures.Detector) for K = num_classes classes, on the CPU, in train mode.
 
-    The RT-DETRs have no `losses`: they detect and teach, but cannot be trained.
     arch is a key of ARCHITECTURES; an unknown one is a UserError that names the nearest. The initial weights are drawn
     from torch's global generator during this call: seed it before.
     widths: other widths than those of the architecture, for each group of channels (layers/widths.py). UserError for a

@@ -92,6 +92,7 @@ class Detections:
 
 
 OF_BATCH = {"rows": "whole batch"}  # metadata of a field of an output: a tensor that has no row for each image
+FOR_LOSSES = {"only": "losses"}  # of a field that only the model's losses read: no cache of outputs keeps it
 
 
 def select_images(output: Any, chosen: Tensor) -> Any:

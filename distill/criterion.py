@@ -23,12 +23,13 @@ from distill.adapters import build_adapter, like_adapted, normalises, resize_lik
 from distill.batch import BatchOutputs
 from distill.checks import FIXED_MAPS, check_terms, term_name
 from distill.gradient_shares import GradientShares
-from distill.outputs import content_at, in_precision_of, named_map, only_at
+from distill.outputs import content_at, named_map, only_at
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from distill.term_inputs import TermInputs
 from distill.terms import LOSSES
 from errors import UserError
+from layers.precision import in_precision_of
 from structures import Detector, Targets
 
 ClassColumns = tuple[Tensor, Tensor]  # of the student and of the teacher, see join_classes

@@ -12,8 +12,9 @@ from torch import Tensor
 from boxes import box_area, box_iou, paired_intersection
 from distill.losses.box_classes import assigned_logits, boxes_by_image, teacher_scale
 from distill.losses.masks import is_learnt, objects
-from distill.outputs import any_map, in_precision_of
+from distill.outputs import any_map
 from distill.term_inputs import TermInputs
+from layers.precision import in_precision_of
 from structures import Targets
 
 Boxes = Literal["targets", "teacher", "proposals"]

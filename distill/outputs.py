@@ -1,6 +1,5 @@
-"""Reads a model's output by name: its maps, the levels of a dense head, and the precision of its tensors."""
+"""Reads a model's output by name: its maps, and the levels of a dense head."""
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -8,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.masks import make_anchor_sizes
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def named_map(output: Any, name: str) -> Tensor:
@@ -104,9 +101,3 @@ def only_at(shown: Tensor | None, feature_map: Tensor) -> Tensor:
 def any_map(output: Any) -> Tensor:
     """The first of the output's maps."""
     return next(iter(output.features.values()))
-
-
-def in_precision_of(value: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast to the precision of a tensor, so that layers applied to it run in the precision of the model."""
-    is_half = value.dtype in HALF
-    return torch.autocast(value.device.type, dtype=value.dtype if is_half else None, enabled=is_half)

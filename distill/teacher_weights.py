@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from distill.losses.box_classes import Head, boxes_by_image, log_odds, teacher_scale
 from distill.losses.masks import objects
-from distill.outputs import any_map, in_precision_of
+from distill.outputs import any_map
 from layers.over_processes import sum_over_processes
+from layers.precision import in_precision_of
 from structures import Detector, Targets
 
 

@@ -34,6 +34,7 @@ from frcnn.resnet import ResNet
 from frcnn.rpn import RPNHead, Selection, select_proposals
 from frcnn.vit import SimpleFeaturePyramid, VisionTransformer
 from kernels.roi_align import assign_levels, roi_align
+from layers.precision import in_precision_of
 from structures import OF_BATCH, Detections, Targets
 from weights import ClassRows, PublicLayout
 
@@ -188,7 +189,7 @@ class FasterRCNN(nn.Module):
         counts = torch.tensor([len(boxes) for boxes in boxes_per_image], device=boxes_xyxy.device)
         image = torch.repeat_interleave(counts, output_size=len(boxes_xyxy))
         level = assign_levels(boxes_xyxy, strides)
-        with self._precision_of(maps[0]):
+        with in_precision_of(maps[0]):
             pooled = roi_align(maps, boxes_xyxy, image, level, strides=strides, output_size=POOLED_SIZE)
             return self.predictor(self.box_head(pooled))
 
@@ -241,7 +242,7 @@ class FasterRCNN(nn.Module):
             rows.append((torch.full_like(anchor, b), anchor, is_positive, target))
         image, anchor, is_positive, target_deltas = (torch.cat(column) for column in zip(*rows))
         maps = [output.features[level] for level in self.levels]
-        with self._precision_of(maps[0]):
+        with in_precision_of(maps[0]):
             logits, deltas = self.rpn.at(maps, image, anchor)
         objectness, box = rpn_losses(
             objectness_logits=logits,
@@ -278,11 +279,6 @@ class FasterRCNN(nn.Module):
             class_scores=torch.cat(scores) if scores else None,
         )
         return {"roi_class": classes, "roi_box": box}
-
-    @staticmethod
-    def _precision_of(x: Tensor) -> torch.autocast:
-        is_half = x.dtype in (torch.float16, torch.bfloat16)
-        return torch.autocast(x.device.type, dtype=x.dtype if is_half else torch.bfloat16, enabled=is_half)
 
 
 def build_fasterrcnn_resnet(depth: int, num_classes: int, *, other_classes: int = 0) -> FasterRCNN:

@@ -33,6 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structures import FOR_LOSSES
+
 MAGIC = b"RTOC0001"
 SUFFIX = ".output"
 FLOAT16_MAX = 65504.0
@@ -218,13 +220,16 @@ def split_output(output: Any) -> list[dict[str, Tensor]]:
     """The output for B images -> B dicts of tensors. join_output is the inverse.
 
     output: a dataclass. Its fields are tensors batched along dim 0, dicts of such tensors, lists of B tensors, None,
-    or integers and tuples of integers for the whole batch (image_size). TypeError for other fields.
+    or integers and tuples of integers for the whole batch (image_size). TypeError for other fields. Fields that are
+    marked FOR_LOSSES are left out.
     Names: "class_token"; "features/p3" for a tensor in a dict; "proposals[]" for one of a list; "image_size=" for
     integers.
     """
     batched: dict[str, Tensor | list[Tensor]] = {}
     constant: dict[str, Tensor] = {}
     for field in fields(output):
+        if field.metadata == FOR_LOSSES:
+            continue
         value = getattr(output, field.name)
         if isinstance(value, Tensor):
             batched[field.name] = value

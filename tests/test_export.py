@@ -19,10 +19,11 @@ from engine.prediction.sources import find_pictures
 from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
 from layers.fusion import fuse
-from teachers.rtdetr import RTDETR
+from rtdetr.rtdetr import RTDETR
 from tests.conftest import ROOT
 from tests.exporting import ARCH, NAMES, fill, save_model
 from tests.tiny_training import SIZE
+from weights import PublicLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -301,7 +302,7 @@ def small_rtdetr():
     """Weights by their names: fresh ones give all queries nearly one score, and rounding would choose among them."""
     model = RTDETR(
         backbone=StridedBackbone(), num_classes=2, width=32, hidden=16, feedforward=32, num_layers=1,
-        batchnorm_eps=1e-5, public_names=[],
+        batchnorm_eps=1e-5, public_layout=PublicLayout("none", []),
     )  # fmt: skip
     fill(model.state_dict())
     return model.eval().requires_grad_(False)

@@ -58,7 +58,7 @@ def rows_of(arch: str, state: dict[str, Tensor], num_classes: int) -> list[np.nd
     found = []
     for name, value in state.items():
         value = value.double().numpy()
-        if re.match(r"head\.cls\.\d\.2\.|decoder\.(candidate_class|class_heads\.\d)\.", name):
+        if re.match(r"head\.cls\.\d\.2\.|decoder\.(candidate_class|class_heads\.\d|denoising_class)\.", name):
             found.append(value)
         elif name.startswith("head.predict."):
             anchors = value.reshape(3, 5 + num_classes, *value.shape[1:])
@@ -128,7 +128,7 @@ def test_an_rtdetr_is_joined_in_all_its_class_layers(tmp_path):
     released = save_ours(tmp_path / "r.pt", "rtdetr_r18vd").state_dict()
     state = start(tmp_path / "r.pt", "rtdetr_r18vd")[0].state_dict()
     theirs, ours = rows_of("rtdetr_r18vd", released, 5), rows_of("rtdetr_r18vd", state, 4)
-    assert len(ours) == 2 * (1 + 3)  # the choice of queries and three decoder layers
+    assert len(ours) == 2 * (1 + 3) + 1  # the choice of queries, three decoder layers, the denoising embedding
     for own, file in zip(ours, theirs):
         np.testing.assert_array_equal(own[[0, 2, 3]], file[[3, 2, 1]])
 

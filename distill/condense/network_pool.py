@@ -113,8 +113,8 @@ class NetworkPool:
         seed = seeded_generator(Stream.NETWORK, self.seed, number, life).initial_seed()
         with reproducible(seed):
             network = self._build(seed).to(self.device).requires_grad_()
-        if not hasattr(network, "losses"):
-            raise UserError(f"{type(network).__name__} has no losses: it cannot be trained, nor matched")
+        if not getattr(network, "is_twice_differentiable", True):
+            raise UserError(f"{type(network).__name__} cannot be matched: its attention has no second derivative")
         if self.settings.normalization == "group":
             replace_batchnorms(network)
         optimizer = torch.optim.SGD(

@@ -211,10 +211,7 @@ def choose_image_size(indexes: Sequence[DatasetIndex], device: str) -> tuple[int
 
 def measure(arch: str, num_classes: int, image_size: int, device: torch.device) -> Measured:
     """Two training steps with one and with three random images: the second of each counts."""
-    model = models.build(arch, num_classes).to(device)
-    if not hasattr(model, "losses"):
-        raise UserError(f"key 'student.arch': {arch} can only teach: it has no training losses here")
-    detector = cast(Detector, model)
+    detector = cast(Detector, models.build(arch, num_classes).to(device))
     peaks, seconds = [], 0.0
     for batch in (1, 3):
         images = torch.rand(batch, 3, image_size, image_size, device=device)
@@ -264,8 +261,8 @@ def free_gigabytes(device: torch.device) -> float | None:
 def taught_by(teacher: str, arch: str) -> dict[str, Any]:
     """A teacher that compare.py trains on the same pictures, and a term on the maps of equal strides that both have."""
     models.check_arch(teacher)
-    if teacher.startswith(models.ONLY_TEACH):
-        raise UserError(f"argument --teacher: {teacher} cannot be trained here, expected a detector of train.py --list")
+    if teacher.startswith(tuple(models.NEED_WEIGHTS)):
+        raise UserError(f"argument --teacher: {teacher} does not learn from scratch, expected a detector that does")
     with torch.device("meta"):
         s, t = (cast(Detector, models.build(name, 1)) for name in (arch, teacher))
     maps = [name for name in ("p3", "p4", "p5") if name in s.strides and s.strides[name] == t.strides.get(name)]

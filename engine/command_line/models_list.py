@@ -16,7 +16,7 @@ FAMILIES = {  # beginning of a name -> what it is; the longest that fits counts
     "yolov7": "one stage, three anchor boxes on each location, objectness, SimOTA assignment",
     "yolov5": "one stage, three anchor boxes on each location, objectness",
     "fasterrcnn": "two stages: proposals, then a class and a box for each",
-    "rtdetr": "a transformer with queries, no suppression; detects and teaches, cannot be trained",
+    "rtdetr": "a transformer with queries, no suppression; needs weights to start from",
     "dinov2": "features of a self-supervised transformer: map `patches`",
     "clip": "classes from their names: `image_logits`, and features: map `patches`",
 }

@@ -206,8 +206,6 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
         models.check_arch(settings.arch)
     except UserError as error:
         raise UserError(f"key 'student.arch': {error}") from None
-    if settings.arch.startswith(models.ONLY_TEACH):
-        raise UserError(f"key 'student.arch': {settings.arch} can only teach: it has no training losses here")
     check_backbone(settings)
     check_inherit(config)
     if is_resumed:

@@ -48,13 +48,20 @@ def build_student(
         student = checkpoint.start_model(arch, names, path, new_head=config.student.new_head, say=say)
     else:
         student = models.build(arch, len(names), widths=widths_in_config(config.student))
-    if not hasattr(student, "losses"):
-        raise UserError(f"key 'student.arch': {arch} can only teach: it has no training losses here")
+        warn_of_random_weights(arch, say)
     if config.student.backbone_weights is not None:
         file = find_backbone_file(Path(config.student.backbone_weights), arch)
         load_backbone(backbone_of(student), file)
     freeze_backbone(student, config.student)
     return student
+
+
+def warn_of_random_weights(arch: str, say: Callable[[str], None]) -> None:
+    """One line for a family that is known not to learn from random weights on small data."""
+    for family, known in models.NEED_WEIGHTS.items():
+        if arch.startswith(family):
+            found = f"warning: {arch} starts from random weights, from which it does not learn on small data"
+            say(f"{found}: {known}; expected student.weights")
 
 
 def widths_in_config(settings: ModelConfig) -> dict[str, int] | None:

@@ -60,7 +60,6 @@ def with_teacher(files, term=None, **changes):
 
 MISTAKES = {
     "unknown student": (lambda f: {"student": {"arch": "yolo9t"}}, r"'student.arch': architecture 'yolo9t' is unknown"),
-    "a teacher as student": (lambda f: {"student": {"arch": "rtdetr_l"}}, "'student.arch': rtdetr_l can only teach"),
     "no such weights": (lambda f: {"student": {"weights": "no.pt"}}, "'student.weights': no.pt: no such file"),
     "weights that are none": (lambda f: {"student": {"weights": str(f / "text.pt")}}, "'student.weights': .*text.pt"),
     "damaged weights": (lambda f: {"student": {"weights": str(f / "damaged.pt")}}, "'student.weights': .*damaged.pt"),
@@ -211,11 +210,6 @@ def test_a_plain_config_names_train_and_one_with_a_set_condense(tmp_path):
         train.main([str(tmp_path / "set.yaml")])
     with pytest.raises(UserError, match=r"train\.py .*plain\.yaml trains a config without it"):
         condense.main([str(tmp_path / "plain.yaml")])
-
-
-def test_families_without_losses_are_the_ones_that_only_teach():
-    for arch in ("yolov8_narrow", "yolov5n", "yolov5nu", "yolov7_tiny", MOBILENET, "rtdetr_r18vd"):
-        assert hasattr(models.build(arch, 1), "losses") != arch.startswith(models.ONLY_TEACH), arch
 
 
 def test_one_row_is_the_run_that_compare_would_make(study, tmp_path, capsys, monkeypatch):

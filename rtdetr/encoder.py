@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.conv_bn import ConvBN
+from rtdetr.conv_bn import ConvBN
 
 TEMPERATURE = 10_000.0  # of the position embedding's wavelengths, as in arXiv:1706.03762, section 3.5
 BLOCK_DEPTH = 3  # RepVGG convolutions in a fusion block

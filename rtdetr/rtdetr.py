@@ -1,12 +1,14 @@
-"""RT-DETR L, X, R18 and R50, a detector without non-maximum suppression, used as a teacher.
+"""RT-DETR L, X, R18 and R50, a detector without non-maximum suppression.
 
 Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", arXiv:2304.08069.
 
     images ── backbone ── c3, c4, c5 ── hybrid encoder ── p3, p4, p5 ── decoder ── Q boxes and their class logits
 
-Backbones: teachers/hgnetv2.py (L, X; released by Ultralytics) and teachers/resnet_vd.py (R18, R50; the authors' PyTorch
-weights). It is for inference and teaching only. It has no `losses`, so it is not a structures.Detector and cannot be a
-student; denoising queries and auxiliary losses, which only training needs, are not implemented.
+Backbones: rtdetr/hgnetv2.py (L, X; released by Ultralytics) and rtdetr/resnet_vd.py (R18, R50; the authors' PyTorch
+weights). What it learns: matching.py, losses.py, denoising.py.
+
+It does not learn from scratch on small data: the authors advise against it (their issue 382), and others report an AP
+of 0 after a whole schedule. It needs released weights to start from, or very many pictures.
 
 Differs from the released code in form, not in results for images of at least 128x128 pixels: `forward` returns the same
 in train and eval mode, a smaller image (fewer cells than queries) gets as many queries as cells, and boxes are float32
@@ -14,23 +16,27 @@ under autocast. H and W may be any multiples of 32; the released weights were tr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from boxes import box_iou, cxcywh_to_xyxy
-from layers.precision import at_least_float32
-from structures import Detections
-from teachers.hgnetv2 import HGNetV2
-from teachers.resnet_vd import ResNetVD
-from teachers.rtdetr_decoder import Decoder
-from teachers.rtdetr_encoder import HybridEncoder
-from teachers.rtdetr_names import RTDETR_L_NAMES, RTDETR_X_NAMES, authors_names
-from weights import ClassRows
+from layers.precision import at_least_float32, in_precision_of
+from rtdetr.decoder import Decoded, Decoder, map_sizes
+from rtdetr.denoising import make_noisy_objects
+from rtdetr.encoder import HybridEncoder
+from rtdetr.hgnetv2 import HGNetV2
+from rtdetr.losses import class_shares, is_in_ignored, learnt_objects, object_count, query_losses, to_fractions
+from rtdetr.matching import match_queries
+from rtdetr.names import RTDETR_L_NAMES, RTDETR_X_NAMES, authors_layout
+from rtdetr.resnet_vd import ResNetVD
+from structures import FOR_LOSSES, Detections, Targets
+from weights import ClassRows, PublicLayout
 
 FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
+LEVELS = ("p3", "p4", "p5")
 DECODER_PARTS = frozenset({"boxes_xyxy", "query_logits"})
 IOU_POWER = 6.0  # see read_best_query
 
@@ -62,18 +68,31 @@ class RTDETROutput:
 
     features: maps (B, C, H / s, W / s) by name: c3, c4, c5 (backbone) and p3, p4, p5 (encoder).
     boxes_xyxy (B, Q, 4) in pixels, not clipped to the image, query_logits (B, Q, K): from the last decoder layer, with
-        the queries in the order of their selection. None if RTDETR.requested_outputs leaves out the decoder.
+        the queries in the order of their selection.
     image_size: (H, W).
+    memory (B, S, D), layer_inputs (B, L, Q, D), layer_boxes (B, 1 + L, Q, 4), layer_logits (B, 1 + L, Q, K): what the
+        losses need besides (decoder.Decoded).
+    The tensors of the decoder are None if RTDETR.requested_outputs leaves it out.
     """
 
     features: dict[str, Tensor]
     boxes_xyxy: Tensor | None
     query_logits: Tensor | None
     image_size: tuple[int, int]
+    memory: Tensor | None = field(default=None, metadata=FOR_LOSSES)
+    layer_inputs: Tensor | None = field(default=None, metadata=FOR_LOSSES)
+    layer_boxes: Tensor | None = field(default=None, metadata=FOR_LOSSES)
+    layer_logits: Tensor | None = field(default=None, metadata=FOR_LOSSES)
+
+    def decoded(self) -> Decoded:
+        """The decoder's output. ValueError if it was skipped."""
+        if self.memory is None or self.layer_inputs is None or self.layer_boxes is None or self.layer_logits is None:
+            raise ValueError("the output has no decoder layers: it was skipped, or the output comes from a cache")
+        return Decoded(self.memory, self.layer_inputs, self.layer_boxes, self.layer_logits)
 
 
 class RTDETR(nn.Module):
-    """backbone -> hybrid encoder -> decoder. It has what eval.py, predict.py and distillation need from a model.
+    """backbone -> hybrid encoder -> decoder. Satisfies structures.Detector.
 
     requested_outputs: names of the output's parts that the caller needs, or None for all. The decoder runs only if
         `boxes_xyxy` or `query_logits` is among them; a teacher used for its feature maps only skips it.
@@ -90,7 +109,7 @@ class RTDETR(nn.Module):
         feedforward: int,
         num_layers: int,
         batchnorm_eps: float,
-        public_names: list[tuple[str, str | None]],
+        public_layout: PublicLayout,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -105,10 +124,14 @@ class RTDETR(nn.Module):
         self.strides = dict(FEATURE_STRIDES)
         self.channels = backbone.channels | {name: width for name in ("p3", "p4", "p5")}
         self.size_multiple = 32
-        self.public_names = public_names
-        self.class_head = ("decoder.candidate_class.", "decoder.class_heads.")
-        self.class_rows = (ClassRows("decoder.candidate_class."), ClassRows("decoder.class_heads.{}."))
+        self.public_layouts = (public_layout,)
+        self.public_names = public_layout.table
+        self.class_head = ("decoder.candidate_class.", "decoder.class_heads.", "decoder.denoising_class.")
+        self.class_rows = tuple(
+            ClassRows(f"decoder.{layer}.") for layer in ("candidate_class", "class_heads.{}", "denoising_class")
+        )
         self.class_activation = "sigmoid"
+        self.is_twice_differentiable = False  # grid_sample, in the deformable attention, is not
         self.requested_outputs: frozenset[str] | None = None
 
     def forward(self, images: Tensor) -> RTDETROutput:
@@ -118,12 +141,51 @@ class RTDETR(nn.Module):
         features = features | self.encoder(features)
         if self.requested_outputs is not None and not self.requested_outputs & DECODER_PARTS:
             return RTDETROutput(features, None, None, image_size)
-        boxes, query_logits = self.decoder([features["p3"], features["p4"], features["p5"]])
+        decoded = self.decoder([features[name] for name in LEVELS])
         height, width = image_size
-        x1, y1, x2, y2 = cxcywh_to_xyxy(boxes).unbind(-1)
+        x1, y1, x2, y2 = cxcywh_to_xyxy(decoded.boxes[:, -1]).unbind(-1)
         # Side by side: torch.export would keep a tensor of the four sides as a constant.
         boxes_xyxy = torch.stack((x1 * width, y1 * height, x2 * width, y2 * height), dim=-1)
-        return RTDETROutput(features, boxes_xyxy, query_logits, image_size)
+        return RTDETROutput(
+            features,
+            boxes_xyxy,
+            decoded.logits[:, -1],
+            image_size,
+            decoded.memory,
+            decoded.inputs,
+            decoded.boxes,
+            decoded.logits,
+        )
+
+    def losses(self, output: RTDETROutput, targets: Targets) -> dict[str, Tensor]:
+        """vfl, l1 and giou of losses.query_losses, and the same of the denoising queries; float32 under autocast.
+
+        vfl, l1, giou: the sums over the encoder's proposals and the decoder layers, each matched by itself.
+        denoising_*: the sums over the decoder layers, divided by the number of groups as well.
+        The noise comes from torch's global CPU generator.
+        """
+        decoded, objects = output.decoded(), learnt_objects(targets)
+        gt_boxes, image = to_fractions(objects.boxes_xyxy, output.image_size), objects.image
+        matches = match_queries(decoded.logits, decoded.boxes, labels=objects.labels, gt_boxes=gt_boxes, image=image)
+        count = object_count(len(objects), gt_boxes)
+        about = dict(gt_boxes=gt_boxes, classes=class_shares(objects, self.num_classes, gt_boxes.dtype))
+        is_ignored = is_in_ignored(decoded.boxes, targets, output.image_size)
+        losses = query_losses(decoded.logits, decoded.boxes, matches, **about, count=count, is_left_out=is_ignored)
+        noisy = make_noisy_objects(
+            gt_boxes, objects.labels, image, num_images=len(decoded.memory), num_classes=self.num_classes
+        )
+        with in_precision_of(decoded.memory):
+            level_sizes = map_sizes([output.features[name] for name in LEVELS])
+            boxes, logits = self.decoder.denoise(decoded, noisy, level_sizes)
+        denoised = query_losses(
+            logits,
+            boxes,
+            noisy.matches_of_layers(boxes.shape[1]),
+            **about,
+            count=count * noisy.groups,
+            is_left_out=~noisy.is_real[:, None].expand(boxes.shape[:3]),
+        )
+        return losses | {f"denoising_{name}": value for name, value in denoised.items()}
 
     def decode(self, output: RTDETROutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, Q, 4) in pixels and scores (B, Q, K) = sigmoid(query_logits). ValueError without a decoder."""
@@ -197,11 +259,11 @@ def check_image_size(images: Tensor) -> tuple[int, int]:
 
 def build_rtdetr(size: str, num_classes: int) -> RTDETR:
     """A freshly initialised RT-DETR; size is a key of SIZES. Draws from torch's global generator."""
-    parts: dict[str, Callable[[], tuple[HGNetV2 | ResNetVD, list[tuple[str, str | None]]]]] = {
-        "l": lambda: (HGNetV2("l"), RTDETR_L_NAMES),
-        "x": lambda: (HGNetV2("x"), RTDETR_X_NAMES),
-        "r18vd": lambda: (ResNetVD(18), authors_names(convolutions_per_block=2, narrow=True)),
-        "r50vd": lambda: (ResNetVD(50), authors_names(convolutions_per_block=3, narrow=False)),
+    parts: dict[str, Callable[[], tuple[HGNetV2 | ResNetVD, PublicLayout]]] = {
+        "l": lambda: (HGNetV2("l"), PublicLayout("Ultralytics", RTDETR_L_NAMES)),
+        "x": lambda: (HGNetV2("x"), PublicLayout("Ultralytics", RTDETR_X_NAMES)),
+        "r18vd": lambda: (ResNetVD(18), authors_layout(convolutions_per_block=2, narrow=True)),
+        "r50vd": lambda: (ResNetVD(50), authors_layout(convolutions_per_block=3, narrow=False)),
     }
-    backbone, public_names = parts[size]()
-    return RTDETR(backbone=backbone, num_classes=num_classes, public_names=public_names, **SIZES[size]._asdict())
+    backbone, public_layout = parts[size]()
+    return RTDETR(backbone=backbone, num_classes=num_classes, public_layout=public_layout, **SIZES[size]._asdict())

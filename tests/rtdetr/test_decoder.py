@@ -6,14 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from teachers.rtdetr_decoder import Decoder, DeformableAttention, inverse_sigmoid, make_anchors
+from rtdetr.decoder import Decoder, DeformableAttention, inverse_sigmoid, make_anchors
 from tests.reference.deformable_attention import deformable_attention_reference
 
 
 @pytest.fixture(scope="module")
 def decoder():
     torch.manual_seed(0)
-    return Decoder(in_channels=6, num_classes=5, num_layers=2, num_queries=7, width=16, heads=2, hidden=32).eval()
+    made = Decoder(in_channels=6, num_classes=5, num_layers=2, num_queries=7, width=16, heads=2, hidden=32).eval()
+    for parameter in made.parameters():  # away from the start, at which boxes stay where they are
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return made
+
+
+def detections(decoder, maps):
+    """The boxes and class logits of the last layer."""
+    decoded = decoder(maps)
+    return decoded.boxes[:, -1], decoded.logits[:, -1]
 
 
 def make_maps(seed=1, dtype=torch.float32):
@@ -57,7 +66,9 @@ def test_an_anchor_beyond_the_margin_gives_a_finite_box(decoder):
     """The outer cells of a map more than 50 wide are no candidates; chosen for want of others they stay finite."""
     with torch.no_grad():
         decoder.num_queries = 120
-        boxes, logits = decoder([torch.randn(1, 6, 1, 104), torch.randn(1, 6, 1, 8), torch.randn(1, 6, 1, 4)])
+        boxes, logits = detections(
+            decoder, [torch.randn(1, 6, 1, 104), torch.randn(1, 6, 1, 8), torch.randn(1, 6, 1, 4)]
+        )
         memory, sizes = torch.randn(1, 116, 16), [(1, 104), (1, 8), (1, 4)]
         queries, start = decoder.select(memory, sizes)
         memory[0, [0, 103]] = 100.0
@@ -92,20 +103,20 @@ def test_points_are_placed_within_the_box_and_weighted_by_a_softmax():
 
 def test_box_heads_that_say_zero_leave_the_selected_boxes(decoder):
     maps = make_maps()
-    boxes, logits = decoder(maps)
+    boxes, logits = detections(decoder, maps)
     assert boxes.shape == (2, 7, 4) and logits.shape == (2, 7, 5)
     before = {name: value.clone() for name, value in decoder.box_heads.state_dict().items()}
     with torch.no_grad():
         for head in decoder.box_heads:
             head.layers[-1].weight.zero_()
             head.layers[-1].bias.zero_()
-        still, _ = decoder(maps)
+        still, _ = detections(decoder, maps)
         memory = torch.cat([f(x).flatten(2) for f, x in zip(decoder.enter, maps)], dim=2).transpose(1, 2)
         selected = decoder.select(memory, [(4, 8), (2, 4), (1, 2)])[1]
         # A head that adds d in each of the two layers moves every coordinate by 2 d in logit space.
         for head in decoder.box_heads:
             head.layers[-1].bias.fill_(0.25)
-        moved, _ = decoder(maps)
+        moved, _ = detections(decoder, maps)
     decoder.box_heads.load_state_dict(before)
     torch.testing.assert_close(still, selected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moved.logit(), selected.logit() + 0.5, rtol=1e-3, atol=1e-3)
@@ -115,6 +126,6 @@ def test_box_heads_that_say_zero_leave_the_selected_boxes(decoder):
 def test_images_of_a_batch_do_not_meet(decoder):
     maps = make_maps(dtype=torch.float32)
     with torch.no_grad():
-        both, alone = decoder(maps), [decoder([x[b : b + 1] for x in maps]) for b in range(2)]
+        both, alone = detections(decoder, maps), [detections(decoder, [x[b : b + 1] for x in maps]) for b in range(2)]
     for part in (0, 1):
         torch.testing.assert_close(both[part], torch.cat([a[part] for a in alone]), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.conv_bn import ConvBN
+from rtdetr.conv_bn import ConvBN
 
 LAYERS_PER_BLOCK = 6
 

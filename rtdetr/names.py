@@ -4,6 +4,12 @@ There is a table for each of Ultralytics' models and for each backbone depth of 
 applies them: exactly one row must claim each released name.
 """
 
+from functools import partial
+
+from torch import Tensor
+
+from weights import PublicLayout
+
 
 # fmt: off
 def _encoder_block(theirs: str, ours: str) -> list[tuple[str, str | None]]:
@@ -49,7 +55,7 @@ def _decoder(theirs: str) -> list[tuple[str, str | None]]:
         (f"{layer}.linear1.",                       f"{ours}.expand."),
         (f"{layer}.linear2.",                       f"{ours}.contract."),
         (f"{layer}.norm3.",                         f"{ours}.network_norm."),
-        (f"{theirs}.denoising_class_embed.",        None),  # makes the noisy queries of training
+        (f"{theirs}.denoising_class_embed.",        "decoder.denoising_class."),
         (f"{theirs}.query_pos_head.",               "decoder.query_position."),
         (f"{theirs}.enc_output.",                   "decoder.candidate."),
         (f"{theirs}.enc_score_head.",               "decoder.candidate_class."),
@@ -184,3 +190,15 @@ def authors_names(*, convolutions_per_block: int, narrow: bool) -> list[tuple[st
         *_decoder("decoder"),
     ]
 # fmt: on
+
+
+def authors_layout(*, convolutions_per_block: int, narrow: bool) -> PublicLayout:
+    """The authors' layout: their denoising embedding has one more row, for padding, which is dropped."""
+    table = authors_names(convolutions_per_block=convolutions_per_block, narrow=narrow)
+    return PublicLayout("authors", table, partial(drop_last_row, name="decoder.denoising_class_embed.weight"))
+
+
+def drop_last_row(state: dict[str, Tensor], *, name: str) -> dict[str, Tensor]:
+    if name not in state:
+        raise KeyError(f"{name!r} is absent")
+    return state | {name: state[name][:-1]}

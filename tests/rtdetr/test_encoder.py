@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from teachers.rtdetr_encoder import FusionBlock, HybridEncoder, RepVGG, embed_positions
+from rtdetr.encoder import FusionBlock, HybridEncoder, RepVGG, embed_positions
 
 
 @pytest.mark.parametrize("height, width, channels", [(1, 1, 4), (3, 5, 12), (4, 2, 256)])

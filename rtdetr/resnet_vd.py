@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.conv_bn import ConvBN
+from rtdetr.conv_bn import ConvBN
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 
