@@ -51,6 +51,8 @@ def released_state(model):
             if match and old.count("{}") == len(match.groups()):
                 state[old.format(*match.groups()) + name[match.end() :]] = value
                 break
+    if (embedding := "decoder.denoising_class_embed.weight") in state:  # the authors' has one more row, for padding
+        state[embedding] = torch.cat((state[embedding], torch.zeros(1, state[embedding].shape[1])))
     return state
 
 

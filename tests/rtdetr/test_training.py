@@ -1,0 +1,199 @@
+"""RT-DETR as a student: what a step gives, two processes, an interrupted run, and pictures learnt by heart."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import models
+import train
+from datasets.shapes import NAMES, draw_picture
+from metrics.coco import evaluate
+from metrics.tables import DetectionTable, GroundTruth
+from rtdetr import denoising
+from structures import Targets, select_images
+from teachers.output_cache import join_output, split_output
+from tests.rtdetr.tiny_rtdetr import tiny_rtdetr
+from tests.two_processes import in_two_processes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZE = 96
+KINDS = ("vfl", "l1", "giou")
+
+
+def shapes(count):
+    """Images (B, 3, S, S) of the embedded dataset and their objects."""
+    drawn = [draw_picture(0, "train", index, SIZE) for index in range(count)]
+    images = torch.stack([torch.from_numpy(pixels).permute(2, 0, 1) / 255 for pixels, _, _ in drawn])
+    boxes = torch.cat([torch.from_numpy(boxes).float() for _, boxes, _ in drawn])
+    labels = torch.cat([torch.from_numpy(labels) for _, _, labels in drawn])
+    image = torch.arange(count).repeat_interleave(torch.tensor([len(labels) for _, _, labels in drawn]))
+    return images, Targets(boxes, labels, image, torch.zeros_like(labels, dtype=torch.bool))
+
+
+def fresh(**sizes):
+    torch.manual_seed(0)
+    return tiny_rtdetr(len(NAMES), **sizes)
+
+
+def test_a_step_reaches_every_parameter_also_without_objects():
+    model, (images, targets) = fresh(), shapes(2)
+    for objects in (targets, Targets.empty()):
+        losses = model.losses(model(images), objects)
+        assert list(losses) == [*KINDS, *(f"denoising_{kind}" for kind in KINDS)]
+        assert all(value.isfinite() and value.dtype == torch.float32 for value in losses.values())
+        model.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert losses["vfl"] > 0 and all(value == 0 for name, value in losses.items() if name != "vfl")
+
+
+def test_the_start_is_a_hundredth_for_every_class_and_boxes_that_stay():
+    model = fresh(num_queries=20).eval()
+    with torch.no_grad():
+        output = model(shapes(1)[0])
+    assert output.query_logits.sigmoid().median().item() == pytest.approx(0.01, abs=0.02)
+    torch.testing.assert_close(output.layer_boxes, output.layer_boxes[:, :1].expand_as(output.layer_boxes))
+
+
+def test_images_without_labels_are_left_out_of_the_losses():
+    model, (images, targets) = fresh().eval(), shapes(3)
+    chosen = torch.tensor([True, False, True])
+    part = select_images(model(images), chosen)
+    alone = model(images[chosen])
+    torch.testing.assert_close(part.layer_logits, alone.layer_logits, rtol=1e-4, atol=1e-5)
+    values = []
+    for output in (part, alone):
+        torch.manual_seed(1)
+        values.append(torch.stack(list(model.losses(output, targets.of_images(chosen)).values())))
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_of_outputs_keeps_what_detects_and_no_more():
+    model, (images, targets) = fresh().eval(), shapes(2)
+    with torch.no_grad():
+        output = model(images)
+    again = join_output(type(output), split_output(output))
+    assert torch.equal(again.boxes_xyxy, output.boxes_xyxy) and again.memory is None
+    with pytest.raises(ValueError, match="the output has no decoder layers"):
+        model.losses(again, targets)
+
+
+# -------------------------------------------------------------------------------------------------- two processes
+
+UNEQUAL = ([0, 1], [2])  # images of each process
+
+
+def still_noise(shape, num_classes):
+    """One noise for every group, so that their number does not matter."""
+    return dict(
+        size=torch.full((*shape, 4), 0.5), sign=torch.ones(*shape, 4), flip=torch.ones(shape),
+        other=torch.zeros(shape, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def gradients_of(rows):
+    """By loss, all gradients in one row, in float64, of a model in eval mode (batches share no statistics)."""
+    images, targets = shapes(3)
+    model = fresh(width=8).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).view_as(parameter)
+    chosen = torch.tensor([row in rows for row in range(3)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoising, "draw_noise", still_noise)
+        losses = model.losses(model(images[chosen].double()), targets.of_images(chosen))
+    found = {}
+    for name, loss in losses.items():
+        each = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+        found[name] = torch.cat([g.flatten() for g in each if g is not None])
+    return found
+
+
+def of_process(rank):
+    return gradients_of(UNEQUAL[rank])
+
+
+def test_two_processes_learn_as_one_with_the_joined_batch(tmp_path):
+    first, second = in_two_processes(of_process, tmp_path)
+    joined, own = gradients_of([0, 1, 2]), gradients_of([0, 1])
+    for name, expected in joined.items():
+        both = (first[name] + second[name]) / 2
+        assert (both - expected).abs().max() <= 1e-7 * expected.abs().max(), name
+        assert (own[name] - expected).abs().max() > 1e-2 * expected.abs().max(), name  # one process is not enough
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(make_tiny, monkeypatch):
+    monkeypatch.setitem(models.ARCHITECTURES, "rtdetr_r18vd", tiny_rtdetr)
+    optimizer = {"name": "adamw", "learning_rate": 1e-3, "momentum": 0.9, "clip_norm": 0.1, "warmup_epochs": 0.5}
+
+    def config(name):
+        return make_tiny(name=name, student={"arch": "rtdetr_r18vd"}, optimizer=optimizer)
+
+    train.run(config("whole"), quiet=True)
+
+    def stop(row):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train.run(config("parts"), quiet=True, on_epoch=stop)
+    train.run(config("parts"), quiet=True, resume=True)
+    runs = config("whole").runs
+    whole, parts = (checkpoint.load_newest(f"{runs}/{name}/weights/last.pt", print) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 6
+    for key in ("model", "ema"):
+        assert whole[key].keys() == parts[key].keys()
+        assert all(torch.equal(whole[key][name], parts[key][name]) for name in whole[key])
+    assert any(name.startswith("decoder.denoising_class") for name in whole["ema"])
+
+
+def learn_by_heart(steps, count=16, learning_rate=2e-3):
+    """A small RT-DETR after `steps` steps on the same images: it, the images, their objects, the loss of each step."""
+    images, targets = shapes(count)
+    model = fresh(num_queries=60)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
+    totals = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            warmth, decay = min(1, (step + 1) / 30), 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.02
+            group["lr"] = learning_rate * warmth * decay
+        total = sum(model.losses(model(images), targets).values())
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        totals.append(total.item())
+    return model, images, targets, totals
+
+
+def map50(model, images, targets):
+    with torch.no_grad():
+        found = model.eval().detect(model(images), score_threshold=0.001, iou_threshold=1.0, max_detections=100)
+    image = np.concatenate([np.full(len(rows), row) for row, rows in enumerate(found)])
+    detections = DetectionTable(
+        image, torch.cat([d.boxes_xyxy for d in found]).double().numpy(), torch.cat([d.scores for d in found]).numpy(),
+        torch.cat([d.labels for d in found]).numpy(),
+    )  # fmt: skip
+    true = GroundTruth(
+        targets.image.numpy(), targets.boxes_xyxy.double().numpy(), targets.labels.numpy(), len(images), NAMES
+    )
+    return evaluate(true, detections).numbers["AP50"]
+
+
+def test_the_loss_falls_on_the_same_pictures():
+    *_, totals = learn_by_heart(30, count=4)
+    assert np.mean(totals[-3:]) < 0.6 * np.mean(totals[:3])
+
+
+@pytest.mark.slow
+def test_sixteen_pictures_are_learnt_by_heart():
+    model, images, targets, _ = learn_by_heart(300)
+    assert map50(model, images, targets) >= 0.9
