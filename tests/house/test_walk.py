@@ -8,6 +8,9 @@ import torch
 import models
 from boxes import distances_to_xyxy
 from kernels.roi_align import assign_levels, roi_align
+from rtdetr.denoising import make_noisy_objects
+from rtdetr.losses import to_fractions
+from rtdetr.matching import match_queries
 from structures import Targets
 from tests.conftest import ROOT
 from yolo.assigners import make_points
@@ -23,6 +26,9 @@ NAMES = {
     "make_points": make_points,
     "LEVEL_STRIDES": LEVEL_STRIDES,
     "level_sizes": level_sizes,
+    "to_fractions": to_fractions,
+    "match_queries": match_queries,
+    "make_noisy_objects": make_noisy_objects,
 }
 SHAPE = re.compile(r"  # (\([\d, ]*\))$")
 

@@ -14,6 +14,7 @@ from rtdetr.denoising import make_noisy_objects
 from rtdetr.losses import class_shares, is_in_ignored, learnt_objects, query_losses, to_fractions
 from rtdetr.matching import least_cost_assignment, match_queries
 from structures import Targets
+from tests.conftest import ROOT
 from tests.distill.losses.mutants.machinery import Edit, apply_edit
 from tests.golden import recipe
 from tests.golden.recipe import uniform
@@ -327,6 +328,13 @@ MUTANTS = {
     "prices of rows stay": (ASSIGN, least_cost_assignment, Edit("u[owner[done]] +=", "0 * u[owner[done]] +")),
     "greedy": (ASSIGN, least_cost_assignment, Edit("length + cost[row]", "cost[row]")),
 }  # fmt: skip
+
+
+def test_the_document_counts_the_wrong_variants():
+    text = (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")
+    assert (
+        f"RT-DETR's matching, losses and denoising: wrong variants that their tests notice | {len(MUTANTS)} of" in text
+    )
 
 
 @pytest.mark.parametrize("wrong", MUTANTS)
