@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from layers.fusion import fold_batchnorm
@@ -31,6 +32,10 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
+        if len(y) == 1 and y.requires_grad:
+            # For one image, torch 2.13's BatchNorm on the CPU computes a wrong gradient from one with other strides,
+            # which is what comes back from attention.
+            y.register_hook(torch.Tensor.contiguous)
         return y if self.activation is None else self.activation(y)
 
     def fold(self) -> None:

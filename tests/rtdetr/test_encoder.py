@@ -80,3 +80,18 @@ def test_every_map_feels_every_other():
             changed[name][0, 0, 0, 0] += 1
             after = encoder(changed)
             assert all((after[p] - before[p]).abs().max() > 1e-9 for p in before), name
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradient_of_each_image_is_its_slope(count):
+    """Of one image too, for which BatchNorm alone would return another one (conv_bn)."""
+    torch.manual_seed(0)
+    encoder = HybridEncoder((8, 8, 8), width=16, hidden=8, feedforward=16).double().eval()
+    maps = {name: torch.randn(count, 8, side, side).double() for name, side in (("c3", 8), ("c4", 4), ("c5", 2))}
+    weight = torch.randn(count, 16, 2, 2).double()
+    value = lambda c5: (encoder({**maps, "c5": c5})["p5"] * weight).sum()
+    c5, direction, step = maps["c5"].clone().requires_grad_(), torch.randn(count, 8, 2, 2).double(), 1e-6
+    (gradient,) = torch.autograd.grad(value(c5), c5)
+    with torch.no_grad():
+        slope = (value(c5 + step * direction) - value(c5 - step * direction)) / (2 * step)
+    assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5)

@@ -15,6 +15,7 @@ from metrics.tables import DetectionTable, GroundTruth
 from rtdetr import denoising
 from structures import Targets, select_images
 from teachers.output_cache import join_output, split_output
+from tests.exporting import fill
 from tests.rtdetr.tiny_rtdetr import tiny_rtdetr
 from tests.two_processes import in_two_processes
 
@@ -97,9 +98,9 @@ def still_noise(shape, num_classes):
 def gradients_of(rows):
     """By loss, all gradients in one row, in float64, of a model in eval mode (batches share no statistics)."""
     images, targets = shapes(3)
-    model = fresh(width=8).double().eval()
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).view_as(parameter)
+    model = fresh(width=16)
+    fill(model.state_dict())  # fresh weights give all cells nearly one score, and rounding would choose the queries
+    model.double().eval()
     chosen = torch.tensor([row in rows for row in range(3)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoising, "draw_noise", still_noise)
@@ -188,12 +189,9 @@ def map50(model, images, targets):
     return evaluate(true, detections).numbers["AP50"]
 
 
-def test_the_loss_falls_on_the_same_pictures():
-    *_, totals = learn_by_heart(30, count=4)
-    assert np.mean(totals[-3:]) < 0.6 * np.mean(totals[:3])
-
-
 @pytest.mark.slow
-def test_sixteen_pictures_are_learnt_by_heart():
-    model, images, targets, _ = learn_by_heart(300)
-    assert map50(model, images, targets) >= 0.9
+def test_sixteen_pictures_are_learnt_by_heart(monkeypatch):
+    """With the usual number of denoising queries too, in 125 steps that take twice as long."""
+    monkeypatch.setattr(denoising, "NUM_QUERIES", 20)
+    model, images, targets, totals = learn_by_heart(150)
+    assert totals[-1] < 0.6 * totals[0] and map50(model, images, targets) >= 0.9
