@@ -392,6 +392,8 @@ def main(argv: list[str]) -> None:
     if not args.output.parent.is_dir():
         raise UserError(f"{args.output}: no such folder: {args.output.parent}")
     model, info = checkpoint.load_model(args.checkpoint, args.arch)
+    if info.plumbing:
+        print(info.plumbing)
     check_exportable(model, info.arch)
     splits = open_splits(args, info) if args.int8 else None
     size, suppresses = args.image_size or info.image_size, not isinstance(model, RTDETR)
