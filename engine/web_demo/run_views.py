@@ -13,7 +13,7 @@ from checkpoint import CheckpointInfo, previous_path
 from config import Config, GradientShare, TermConfig, from_tree
 from datasets.letterbox import letterbox
 from distill.terms import LOSSES
-from engine.drawing.heat_maps import attention_heat, grid, heat_colors, overlay, to_pictures
+from engine.drawing.heat_maps import attention_heat, grid, heat_colors, heat_legend, overlay, stack, to_pictures
 from engine.onnx_files.detector import SUFFIX, OnnxDetector
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
@@ -176,4 +176,5 @@ def heat_sheet(models: dict[str, tuple[nn.Module, CheckpointInfo]], picture: np.
         features = model(images.to(next(model.parameters()).device)).features[map_name].cpu()  # (1, C, h, w)
         heat = to_pictures(heat_colors(attention_heat(features.abs())), CELL_SIDE, smooth=True)
         columns[name] = overlay(letterboxed, heat)
-    return grid(columns)
+    sheet = grid(columns)
+    return stack([sheet, heat_legend("Mean of absolute values", sheet.width)])

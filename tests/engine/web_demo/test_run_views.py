@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
 from config import TermConfig
+from engine.drawing.heat_maps import LINE
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
 from engine.web_demo import run_views
@@ -117,4 +119,6 @@ def test_maps_of_two_models(tmp_path, one_thread):
     picture = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy()
     names = run_views.map_names([model for model, _ in models.values()])
     assert {"p3", "p4", "p5"} <= set(names)
-    assert run_views.heat_sheet(models, picture, "p4").width >= 3 * run_views.CELL_SIDE
+    sheet = run_views.heat_sheet(models, picture, "p4")
+    assert sheet.width >= 3 * run_views.CELL_SIDE
+    assert np.ptp(np.asarray(sheet)[-LINE // 2].astype(int), axis=1).max() > 200  # the bar of the colors, below
