@@ -28,8 +28,7 @@ browser: setup  ## The demo's test in headless Chromium, which has to be install
 
 # A process for each core, at most four, with one thread of torch each: most tests are too small for two threads to help.
 # The tests of a file stay together, for the fixtures that they share; tests/conftest.py puts the longest files first.
-IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-	--no-loadscope-reorder
+IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: lint  ## Everything CI runs
 	$(IN_PARALLEL)

@@ -1,6 +1,9 @@
 """Fixtures shared by all tests: the small real data beside the checkout, and the golden files."""
 
+import fcntl
 import json
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,11 @@ from tests.tiny_training import tiny_config, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The order below holds for several processes, too: xdist would put the files with the most tests first."""
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,9 +81,17 @@ def make_tiny(tiny_data, tmp_path):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """tests.exporting.export_student; tests of it are skipped without the packages around ONNX."""
+    """tests.exporting.export_student, once for all processes; tests of it are skipped without the packages of ONNX."""
     for module in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(module)
     from tests.exporting import export_student
 
-    return export_student(tmp_path_factory.mktemp("exported"))
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "exported"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = folder / "exported.pickle"
+        if not result.exists():
+            result.write_bytes(pickle.dumps(export_student(folder)))
+    return pickle.loads(result.read_bytes())
