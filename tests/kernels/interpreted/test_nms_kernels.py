@@ -35,8 +35,14 @@ def tensors(device, *arrays):
     return tuple(torch.tensor(array).to(device) for array in arrays)
 
 
-@pytest.mark.parametrize("iou_threshold", [0.0, 0.45, 1.0])
-@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 128, 129, 300])
+# Interpreted, three blocks are tried at one threshold: its limits have nothing to do with how many blocks there are.
+COUNTS = [(count, iou) for iou in (0.0, 0.45, 1.0) for count in (0, 1, 2, 63, 64, 65, 128, 129, 300)]
+
+
+@pytest.mark.parametrize(
+    ("count", "iou_threshold"),
+    [(count, iou) for count, iou in COUNTS if not IS_INTERPRETED or iou == 0.45 or count in (0, 2, 65, 129)],
+)
 def test_keeps_what_the_specification_keeps(count, iou_threshold, device, small_blocks, against_eager):
     rng = np.random.default_rng(count)
     boxes, scores = random_boxes(rng, count), rng.integers(1, 50, count).astype(np.float32) / 64  # many ties
@@ -48,7 +54,7 @@ def test_keeps_what_the_specification_keeps(count, iou_threshold, device, small_
     assert len(batched_nms(*inputs, iou_threshold, 0)) == 0
 
 
-@pytest.mark.parametrize("count", [700] if IS_INTERPRETED else [700, 2048, 2049, 5000])
+@pytest.mark.parametrize("count", [300] if IS_INTERPRETED else [700, 2048, 2049, 5000])
 def test_blocks_as_large_as_in_use(count, device, against_eager):
     rng = np.random.default_rng(count)
     inputs = tensors(device, random_boxes(rng, count), rng.random(count), rng.integers(0, 2, count))
@@ -79,9 +85,10 @@ def test_pairs_whose_iou_is_the_threshold_to_the_last_bit(device):
     others = intersection / (area_a + (area_b - intersection)), intersection / (area_a - intersection + area_b)
     assert iou.dtype == np.float32 and all((iou != other).sum() > 3 for other in others)
     scores, labels = tensors(device, np.array([2.0, 1.0]), np.array([0, 0]))
-    for pair, threshold in zip(torch.tensor(boxes).to(device), iou):
+    tells = np.logical_or(*(iou != other for other in others))  # pairs at which another order would show
+    for pair, threshold in zip(torch.tensor(boxes[tells]).to(device), iou[tells]):
         assert len(batched_nms(pair, scores, labels, float(threshold), 2)) == 2
-        assert len(batched_nms(pair, scores, labels, float(np.nextafter(threshold, below)), 2)) == 1 or threshold == 0
+        assert len(batched_nms(pair, scores, labels, float(np.nextafter(threshold, below)), 2)) == 1
 
 
 @pytest.mark.parametrize("name", [n for n, (boxes, *_) in cases().items() if not IS_INTERPRETED or len(boxes) <= 300])
@@ -181,7 +188,7 @@ def assert_selects(against_eager, boxes, scores, **changes):
 @pytest.mark.parametrize("multi_label", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_selects_what_the_specification_selects(dtype, multi_label, device, against_eager):
-    boxes, scores = dense(40, 5, device, dtype)
+    boxes, scores = dense(24 if IS_INTERPRETED else 40, 5, device, dtype)
     for changes in (
         {},
         dict(score_threshold=-1.0, max_detections=300),

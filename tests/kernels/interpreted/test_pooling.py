@@ -51,7 +51,7 @@ def pool(maps: list[Tensor], where: tuple[Tensor, ...], **options) -> tuple[Tens
     return pooled.detach(), list(torch.autograd.grad((pooled * weight).sum(), maps))
 
 
-@pytest.mark.parametrize(("bins", "samples"), [(7, 2), (1, 1), (3, 4)])
+@pytest.mark.parametrize(("bins", "samples"), [(7, 2), (1, 1), (2, 3)])
 def test_roi_align_is_its_specification(bins, samples, device, eager):
     maps, where = pyramid(device), boxes(device)
     found = pool(maps, where, output_size=bins, samples=samples)
