@@ -44,16 +44,14 @@ Place = st.delta_generator.DeltaGenerator  # a part of the page
 
 @dataclass(frozen=True)
 class Side:
-    """What is chosen on one side of the page. run: None for a file that belongs to no run."""
+    """What is chosen on one side of the page.
+
+    run: None for a file that belongs to no run. key: tells its weights from all others, for what is cached.
+    """
 
     detector: Detector
     run: Run | None
-
-    @property
-    def key(self) -> str:
-        """What results of it are cached by."""
-        version = self.run.version if self.run else id(self.detector)
-        return f"{self.detector.name} {self.run.weights if self.run else ''} {version}"
+    key: str
 
     @property
     def facts(self) -> str:
@@ -130,14 +128,18 @@ def choose_pair(runs: dict[str, Run], places: Sequence[Place]) -> tuple[Side, Si
     for place, key, name, title in zip(places, WHERE, picked, run_views.short_names(picked)):
         with place:
             run = runs.get(name)
-            detector = choose_file(key) if run is None else load_file(run.weights, run.version, title)
-            if detector is not None:
-                chosen.append(Side(detector, run))
-                st.markdown(chosen[-1].facts)
+            side = choose_file(key) if run is None else side_of(run.weights, run.version, title, run)
+            if side is not None:
+                chosen.append(side)
+                st.markdown(side.facts)
     return (chosen[0], chosen[1]) if len(chosen) == 2 else None
 
 
-def choose_file(key: str) -> Detector | None:
+def side_of(path: Path, version: float, name: str, run: Run | None = None) -> Side:
+    return Side(load_file(path, version, name), run, f"{path} {version}")
+
+
+def choose_file(key: str) -> Side | None:
     """A detector from an upload or, on this machine, from a path; None before either is given."""
     file = st.file_uploader(
         f"Weights or ONNX, at most {detectors.MAX_WEIGHTS_MEGABYTES} MB; read as data, nothing in it is run",
@@ -148,12 +150,13 @@ def choose_file(key: str) -> Detector | None:
     path = st.text_input("or its path", key=f"{key}_path", placeholder="yolov8n.pt, runs/NAME") if is_local() else ""
     if file is not None:
         data = file.getvalue()
-        return load_upload(hashlib.sha256(data).hexdigest(), file.name, data)
+        content_digest = hashlib.sha256(data).hexdigest()
+        return Side(load_upload(content_digest, file.name, data), None, content_digest)
     if not path:
         return None
     file_path = Path(path).expanduser()
     version = file_path.stat().st_mtime if file_path.exists() else 0.0
-    return load_file(file_path, version, file_path.name)
+    return side_of(file_path, version, file_path.name)
 
 
 @st.cache_resource(max_entries=6, show_spinner="Loading a model")

@@ -77,6 +77,8 @@ def page(address):
         page.on("console", lambda message: page.faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: page.faults.append(str(error)))
         page.goto(address)
+        page.locator("img").nth(3).wait_for()
+        settle(page)
         yield page
         browser.close()
 
@@ -84,14 +86,21 @@ def page(address):
 @pytest.fixture(autouse=True)
 def no_console_error(page):
     yield
-    assert page.faults == []
+    settle(page)
+    faults = [*page.faults]
+    page.faults.clear()
+    assert faults == []
 
 
 def settle(page) -> None:
-    """Until the script has run to its end, and what it shows is drawn."""
+    """Until the script has run to its end, and what it shows is drawn.
+
+    Streamlit drops pictures that a later run of the script does not show: one that is fetched too late is not found.
+    """
     page.wait_for_timeout(300)
     page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]').wait_for()
     page.wait_for_function("document.querySelectorAll('[data-testid=stSkeleton]').length == 0")
+    page.wait_for_function("[...document.images].every(image => image.complete)")
 
 
 def picture(page, number: int):
@@ -107,18 +116,19 @@ def choose(page, label: str, option: str) -> None:
 
 
 def start_again(page) -> None:
+    settle(page)
     page.reload()
     page.locator("img").nth(3).wait_for()
     settle(page)
 
 
-def take(page, name: str, width: int = 1400, height: int = 1000) -> None:
+def take(page, name: str, *, width: int = 1400, height: int = 1000, quality: int = 80) -> None:
     if SCREENSHOTS:
         page.set_viewport_size({"width": width, "height": height})
         page.wait_for_timeout(3000)  # tables and charts are drawn after the script has ended
         (ROOT / "docs" / "app").mkdir(parents=True, exist_ok=True)
         shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-        shot.save(ROOT / "docs" / "app" / f"{name}.jpg", quality=80, optimize=True)
+        shot.save(ROOT / "docs" / "app" / f"{name}.jpg", quality=quality, optimize=True)
 
 
 @pytest.mark.parametrize("width, least", [(1400, 640), (900, 400)])
@@ -133,6 +143,7 @@ def test_pictures_are_as_wide_as_the_page_allows(page, width, least):
 
 def test_the_page_is_there_soon(page):
     """The server is warm: what a visitor waits for. Other load on the machine may make it longer."""
+    settle(page)
     start = time.perf_counter()
     page.reload()
     page.locator("img").nth(1).wait_for()
@@ -140,7 +151,7 @@ def test_the_page_is_there_soon(page):
 
 
 def test_switch_and_compare(page):
-    take(page, "narrow", 900)
+    take(page, "narrow", width=900)
     page.set_viewport_size({"width": 1400, "height": 1000})
     start_again(page)
     take(page, "compare")
@@ -244,4 +255,4 @@ def test_what_distillation_did(page):
     page.get_by_test_id("stVegaLiteChart").first.wait_for()
     drawing = page.locator("img").first
     assert drawing.bounding_box()["width"] > 1000 and drawing.evaluate("image => image.naturalHeight") > 100
-    take(page, "distillation", height=2400)
+    take(page, "distillation", height=2850, quality=60)
