@@ -9,7 +9,9 @@ import torch
 import checkpoint
 import models
 import train
+from config import TermConfig
 from datasets.shapes import NAMES, draw_picture
+from distill.criterion import Criterion
 from metrics.coco import evaluate
 from metrics.tables import DetectionTable, GroundTruth
 from rtdetr import denoising
@@ -80,6 +82,28 @@ def test_a_cache_of_outputs_keeps_what_detects_and_no_more():
     assert torch.equal(again.boxes_xyxy, output.boxes_xyxy) and again.memory is None
     with pytest.raises(ValueError, match="the output has no decoder layers"):
         model.losses(again, targets)
+
+
+@pytest.mark.parametrize("teacher", ["yolov8_narrow", "fasterrcnn_mobilenet_v3_small"])
+def test_other_families_teach_it_by_boxes_and_by_its_encoder_map(teacher):
+    """The classes of the labelled boxes, and the cosine of p5, as in RT-DETRv4 (arXiv:2510.25257)."""
+    images, targets = shapes(2)
+    images, student = images[:, :, :64, :64], fresh().eval()
+    torch.manual_seed(1)
+    made = models.build(teacher, len(NAMES)).eval().requires_grad_(False)
+    p5 = "p5" if "p5" in made.strides else list(made.strides)[-1]
+    terms = (
+        TermConfig("t", "box_classes", 1.0),
+        TermConfig("t", "cosine", 1.0, student_maps=("p5",), teacher_maps=(p5,), adapter="conv1x1"),
+    )
+    criterion = Criterion(terms, student=student, teachers={"t": made}, epochs=1)
+    losses = criterion(student(images), {"t": made(images)}, targets, 0.0)
+    for name, part in (("box_classes_t", "decoder.class_heads"), ("cosine_t", "encoder.bottom_up5")):
+        student.zero_grad(set_to_none=True)
+        losses[name].backward(retain_graph=True)
+        found = {n for n, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+        assert losses[name] > 0 and any(n.startswith(part) for n in found), name
+        assert any(n.startswith("backbone.") for n in found)
 
 
 # -------------------------------------------------------------------------------------------------- two processes
