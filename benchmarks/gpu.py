@@ -8,8 +8,9 @@ gpu.json are written after every row. A row that would begin after --minutes is 
 
 Training: a step as train.py makes it, from the images' way to the device to SGD and the running mean, in bfloat16 and
 channels_last, on random images with ten objects each. YOLOv8n and YOLOv8s are trained alone, and taught by YOLOv8m (CWD
-on the neck, soft class targets). "images/s" is the median round. The parts of a step are percentages of steps with
-events between the parts. "waits" counts what makes the host wait in one step; 1 is the goal. The contestants:
+on the neck, soft class targets); RT-DETR-R18 is trained alone, last of all. "images/s" is the median round. The parts
+of a step are percentages of steps with events between the parts. "waits" counts what makes the host wait in one step; 1
+is the goal. The contestants:
 
     peer      Ultralytics' model and loss (and its distillation), all else the same, where it is installed
     eager     the losses' specifications, no kernel of ours
@@ -333,6 +334,7 @@ def main(argv: list[str]) -> int:
         train("yolov8s", True, "peer eager kernels compile")
         train("yolov8s", False, "peer eager")
         train("yolov8n", False, "compile graphs")
+        train("rtdetr_r18vd", False, "eager")
     print(f"written to {args.output}")
     return 1 if report.failures() else 0
 

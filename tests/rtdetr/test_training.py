@@ -53,6 +53,17 @@ def test_a_step_reaches_every_parameter_also_without_objects():
     assert losses["vfl"] > 0 and all(value == 0 for name, value in losses.items() if name != "vfl")
 
 
+def test_a_step_under_autocast_has_losses_in_float32():
+    model, (images, targets) = fresh(), shapes(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images)
+    losses = model.losses(output, targets)
+    assert output.memory.dtype == torch.bfloat16
+    assert all(value.isfinite() and value.dtype == torch.float32 for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_the_start_is_a_hundredth_for_every_class_and_boxes_that_stay():
     model = fresh(num_queries=20).eval()
     with torch.no_grad():
