@@ -19,7 +19,7 @@ import models
 from config import TermConfig
 from distill.criterion import Criterion
 from distill.terms import LOSSES
-from frcnn import faster_rcnn, matching
+from frcnn import faster_rcnn, heads, matching
 from structures import Targets
 from tests.two_processes import in_two_processes
 
@@ -156,11 +156,12 @@ def small_gradients(losses: dict[str, Tensor], parameters: list[nn.Parameter]) -
 
 
 def with_fixed_draws(function: Callable[[], Any]) -> Any:
-    """Sampling for a two-stage detector: the first rows are taken, and fewer of them."""
+    """Sampling for a two-stage detector: the first rows are taken, and fewer of them; its box head is narrow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching, "choose", lambda rows, count: rows[:count])
         patch.setattr(faster_rcnn, "ROI_SAMPLES", 8)
         patch.setattr(faster_rcnn, "RPN_SAMPLES", 64)
+        patch.setattr(heads, "HIDDEN", 32)
         return function()
 
 
@@ -194,7 +195,8 @@ def alone(arch: str) -> dict[str, dict[str, Tensor]]:
     }
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_learn_as_one_with_the_joined_batch(tmp_path, one_thread):
     assert {t.loss for terms in TERMS.values() for t in terms} == set(LOSSES)
     ranks = in_two_processes(of_process, tmp_path)

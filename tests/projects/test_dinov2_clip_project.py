@@ -44,7 +44,7 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_second_stage")
 small_clip = partial(CLIP, patch=32, image_width=64, text_width=64, embedding_width=32, depth=1)
 small_dinov2 = partial(DINOv2, width=384, depth=1, heads=6)
 WHOLE = dict(models.TEACHERS)

@@ -23,7 +23,7 @@ from errors import UserError
 from metrics.tables import DetectionTable, ground_truth_from_samples
 from tests.tiny_training import SIZE, tiny_config, write_dataset
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_second_stage")
 MOBILENET = "fasterrcnn_mobilenet_v3_small"
 
 

@@ -19,6 +19,8 @@ from tests.tiny_training import SIZE, tiny_config, write_dataset
 SGD = {"learning_rate": 0.01, "sum_over_batch": False, "warmup_epochs": 0.0}
 STUDENT = {"arch": "fasterrcnn_mobilenet_v3_small"}
 
+pytestmark = pytest.mark.usefixtures("small_second_stage")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -32,7 +34,7 @@ def test_a_two_stage_student_learns_from_a_dense_and_a_two_stage_teacher(data, t
     config = tiny_config(
         data, tmp_path / "runs", student=STUDENT, optimizer=SGD,
         teachers=[
-            {"name": "dense", "arch": "yolov5nu", "weights": str(dense)},
+            {"name": "dense", "arch": "yolov8_narrow", "weights": str(dense)},
             {"name": "staged", "arch": "fasterrcnn_mobilenet_v3_large", "weights": str(staged)},
         ],
         terms=[
@@ -165,7 +167,7 @@ def test_the_detection_weight_scales_the_students_own_losses(data, tmp_path):
     for name, weight in (("one", 1.0), ("half", 0.5)):
         config = tiny_config(
             data, tmp_path / "runs", name=name, epochs=1, batch_size=8, detection_weight=weight,
-            teachers=[{"name": "t", "arch": "yolov5nu", "weights": str(staged)}],
+            teachers=[{"name": "t", "arch": "yolov8_narrow", "weights": str(staged)}],
             terms=[{"teacher": "t", "loss": "cwd", "weight": 1.0, "student_maps": ["p3"]}],
         )  # fmt: skip
         train.run(config, quiet=True)
