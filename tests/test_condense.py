@@ -73,8 +73,8 @@ def network(tmp_path_factory) -> Path:
     """A detector of the two classes, as training leaves it: fresh weights, and the statistics of some images."""
     path = tmp_path_factory.mktemp("network") / "last.pt"
     torch.manual_seed(0)
-    state = {"arch": "yolov8n", "names": list(NAMES), "image_size": 64, "epoch": 1, "step": 1}
-    model = models.build("yolov8n", 2)
+    state = {"arch": "yolov8_narrow", "names": list(NAMES), "image_size": 64, "epoch": 1, "step": 1}
+    model = models.build("yolov8_narrow", 2)
     set_statistics(model, torch.rand(8, 3, 64, 64))
     checkpoint.save(path, state | {"ema": model.state_dict()})
     return path
@@ -306,7 +306,7 @@ def test_a_network_whose_features_are_the_same_everywhere_is_refused(make, netwo
     """A fresh one: no pixel would move, and nothing would tell."""
     state = checkpoint.load(network)
     torch.manual_seed(0)
-    checkpoint.save(tmp_path / "fresh.pt", state | {"ema": models.build("yolov8n", 2).state_dict()})
+    checkpoint.save(tmp_path / "fresh.pt", state | {"ema": models.build("yolov8_narrow", 2).state_dict()})
     with pytest.raises(UserError, match=r"condense.network': its features hardly differ .* expected a trained network"):
         make("linear_head", 2, network={"weights": str(tmp_path / "fresh.pt")})
     assert not list(tmp_path.glob("out*"))

@@ -301,7 +301,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 
 def test_a_run_is_fine_tuned_and_resumed_without_its_first_weights(tmp_path, make_tiny):
     path = tmp_path / "coco.pt"
-    save_ours(path, "yolov8n", ("red", *COCO))
+    save_ours(path, "yolov8_narrow", ("red", *COCO))
     config = make_tiny(student={"weights": str(path)}, epochs=1)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         train.run(config)

@@ -30,9 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def teacher_file(folder, names=("green", "red")):
     torch.manual_seed(1)
-    model = models.build("yolov5nu", len(names))
+    model = models.build("yolov8_narrow", len(names))
     path = folder / "teacher.pt"
-    state = {"arch": "yolov5nu", "names": list(names), "image_size": 64}
+    state = {"arch": "yolov8_narrow", "names": list(names), "image_size": 64}
     checkpoint.save(path, state | {"ema": model.state_dict()})
     return path, model
 
@@ -51,7 +51,7 @@ def distilled(tiny_data, tmp_path_factory):
     config = tiny_config(
         tiny_data,
         folder / "runs",
-        teachers=[{"name": "t", "arch": "yolov5nu", "weights": str(path)}],
+        teachers=[{"name": "t", "arch": "yolov8_narrow", "weights": str(path)}],
         terms=TERMS,
         data={"holdout_fraction": 0.25},
         evaluation={"every_epochs": 1},
@@ -128,7 +128,7 @@ def test_report(distilled):
     assert len(per_iou) == 10 and np.mean(per_iou) == pytest.approx(report["test"]["mAP50-95"])
     assert per_iou[0] == report["test"]["mAP50"] and per_iou == sorted(per_iou, reverse=True)
     assert report["steps"] == 6 and report["epochs"] == 2 and report["seed"] == config.seed
-    assert report["parameters"] == sum(p.numel() for p in models.build("yolov8n", 2).parameters())
+    assert report["parameters"] == sum(p.numel() for p in models.build("yolov8_narrow", 2).parameters())
     assert report["device"] == "cpu" and report["precision"] == "float32" and report["torch"] == torch.__version__
     assert report["seconds"] > 0 and report["images_per_second"] == pytest.approx(36 / report["seconds"])
     for name in ("mse_t", "soft_class_t"):
@@ -148,7 +148,7 @@ def test_teacher_is_untouched_and_not_saved(distilled):
     assert not teacher.training and all(not p.requires_grad and p.grad is None for p in teacher.parameters())
     state = checkpoint.load(run / "weights" / "last.pt")
     tensors = sum(t.numel() for t in state["model"].values())
-    student = models.build("yolov8n", 2).state_dict()
+    student = models.build("yolov8_narrow", 2).state_dict()
     assert tensors == sum(t.numel() for t in student.values())
     assert set(state["model"]) == set(state["ema"]) == set(student)
     assert all(name.startswith("adapters.") for name in state["criterion"])
@@ -317,21 +317,21 @@ def test_mosaic_closes(make_tiny):
 
 def test_dry_run(make_tiny, tmp_path, capsys):
     path, _ = teacher_file(tmp_path)
-    config = make_tiny(teachers=[{"name": "t", "arch": "yolov5nu", "weights": str(path)}], terms=TERMS)
+    config = make_tiny(teachers=[{"name": "t", "arch": "yolov8_narrow", "weights": str(path)}], terms=TERMS)
     train.dry_run(config)
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 5 and "%" in line}
     assert set(rows) == {"box", "cls", "dfl", "mse_t", "soft_class_t"}
     for value, share, neck, student in rows.values():
         assert float(value) > 0 and 0 <= float(share.rstrip("%")) < 100 and float(neck) > 0 and float(student) > 0
-    assert "3,011,222 parameters" in out and "learning rates at step 0 of 6" in out
-    assert "adapters.mse_t.0.weight (64, 64, 1, 1)" in out
+    assert "887,022 parameters" in out and "learning rates at step 0 of 6" in out
+    assert "adapters.mse_t.0.weight (32, 32, 1, 1)" in out
     assert not (tmp_path / "runs").exists()
 
 
 def test_teachers_must_fit(make_tiny, tmp_path):
     path, module = teacher_file(tmp_path)
-    entry = {"name": "t", "arch": "yolov5nu"}
+    entry = {"name": "t", "arch": "yolov8_narrow"}
     with pytest.raises(UserError, match=r"teachers\.0\.weights"):
         train.run(make_tiny(teachers=[entry], terms=TERMS), quiet=True)
     with pytest.raises(UserError, match="used twice"):
@@ -345,8 +345,8 @@ def test_teachers_must_fit(make_tiny, tmp_path):
 
 def test_given_teacher(make_tiny):
     torch.manual_seed(3)
-    teacher = models.build("yolov8n", 2).train()
-    config = make_tiny(epochs=1, teachers=[{"name": "t", "arch": "yolov8n"}], terms=TERMS)
+    teacher = models.build("yolov8_narrow", 2).train()
+    config = make_tiny(epochs=1, teachers=[{"name": "t", "arch": "yolov8_narrow"}], terms=TERMS)
     train.run(config, teachers={"t": teacher}, quiet=True)
     assert not teacher.training
     rows = run_folder.read_metrics(run_folder.Path(config.runs) / "tiny" / "metrics.csv")
@@ -355,7 +355,7 @@ def test_given_teacher(make_tiny):
 
 def test_starts_from_weights(make_tiny, distilled):
     file = distilled[0] / "weights" / "best.safetensors"
-    config = make_tiny(student={"arch": "yolov8n", "weights": str(file)})
+    config = make_tiny(student={"weights": str(file)})
     splits = open_splits(config, lambda line: None)
     student = building.build_student(config, splits.names)
     ema = read_state_dict(file)[0]

@@ -30,8 +30,8 @@ ROWS = {
 
 
 def epochs_for_taught(epochs: int) -> int:
-    """Of YOLOv8n for the compute of as many epochs with YOLOv5nu as a teacher, and of the teacher's own three."""
-    student, teacher = forward_flops("yolov8n", 64, 80), forward_flops("yolov5nu", 64, 80)
+    """Of the student for the compute of as many epochs with YOLOv5nu as a teacher, and of the teacher's own three."""
+    student, teacher = forward_flops("yolov8_narrow", 64, 80), forward_flops("yolov5nu", 64, 80)
     return round((epochs * (3 * student + teacher) + 3 * 3 * teacher) / (3 * student))
 
 

@@ -65,11 +65,12 @@ def test_cost_of_a_step_is_relative_to_the_student_alone(results):
 def test_the_text(study, results):
     text = markdown(study, results)
     assert (
-        "| baseline | yolov8n | 3.00 M | 2 | 3 | 0.710 ± 0.010 | 0.510 ± 0.010 | 0.800 ± 0.000 | 0.700 ± 0.000 "
+        "| baseline | yolov8_narrow | 3.00 M | 2 | 3 | 0.710 ± 0.010 | 0.510 ± 0.010 | 0.800 ± 0.000 | 0.700 ± 0.000 "
         "| 0.750 ± 0.000 | 1.00 | 1.0 |" in text
     )
-    assert "| taught | yolov8n | 3.00 M | 2 | 3 | 0.745 ± 0.015 | 0.545 ± 0.015 |" in text and "| 1.44 | 1.3 |" in text
-    assert "| slow | yolov8n | - | 2 | 0 of 3 | - | - | - | - | - | - | - |" in text
+    assert "| taught | yolov8_narrow | 3.00 M | 2 | 3 | 0.745 ± 0.015 | 0.545 ± 0.015 |" in text
+    assert "| 1.44 | 1.3 |" in text
+    assert "| slow | yolov8_narrow | - | 2 | 0 of 3 | - | - | - | - | - | - | - |" in text
     # standard deviation 0.005, standard error 0.00289, times 4.303: 0.0124
     assert "| taught | baseline | 3 | +0.035 ± 0.005 | +0.035 ± 0.005 | +0.023 .. +0.047 | better |" in text
     assert "| slow | taught | 0 | - | - | - | not trained yet |" in text
@@ -83,7 +84,7 @@ def test_one_seed_has_no_spread(study, results):
     for result in results.values():
         result.reports = {0: report(0.5)}
     text = markdown(study, results)
-    assert "| taught | yolov8n | 3.00 M | 2 | 1 of 3 | 0.700 | 0.500 | 0.800 |" in text
+    assert "| taught | yolov8_narrow | 3.00 M | 2 | 1 of 3 | 0.700 | 0.500 | 0.800 |" in text
     assert "| taught | baseline | 1 | +0.000 | +0.000 | - | not decided: 1 of 2 seeds |" in text
 
 
@@ -91,7 +92,7 @@ def test_what_is_not_defined_is_a_dash_and_null(study, results):
     """A report has null for the precision of nothing."""
     results["slow"].reports = {0: report(0.0)}
     results["slow"].reports[0]["test"]["precision"] = None
-    assert "| slow | yolov8n | 3.00 M | 2 | 1 of 3 | 0.200 | 0.000 | - | 0.700 |" in markdown(study, results)
+    assert "| slow | yolov8_narrow | 3.00 M | 2 | 1 of 3 | 0.200 | 0.000 | - | 0.700 |" in markdown(study, results)
     assert json.loads(as_json(study, results))["rows"][2]["precision"] == [None]
 
 
@@ -143,7 +144,8 @@ def test_the_untrained_start_is_a_line_once(study, results):
     lines = markdown(study, results).splitlines()
     first, second = (n for n, line in enumerate(lines) if line.startswith(("| untrained start", "| baseline |")))
     assert second == first + 1
-    assert lines[first].startswith("| untrained start | yolov8n | 3.00 M | 0 | 3 | 0.400 ± 0.000 | 0.300 ± 0.010 |")
+    start = "| untrained start | yolov8_narrow | 3.00 M | 0 | 3 | 0.400 ± 0.000 | 0.300 ± 0.010 |"
+    assert lines[first].startswith(start)
     assert json.loads(as_json(study, results))["rows"][0]["start"]["mAP"] == pytest.approx([0.29, 0.3, 0.31])
     row = results["taught"].row
     other = dataclasses.replace(row.config, student=dataclasses.replace(row.config.student, weights="other.pt"))
@@ -158,7 +160,7 @@ def test_a_row_with_random_teachers_has_no_verdict(study, results):
     config = dataclasses.replace(taught.config, teachers=(dataclasses.replace(teacher, weights="random"),))
     results["taught"].row = dataclasses.replace(taught, config=config)
     text = markdown(study, results)
-    assert "\n| taught [plumbing] | yolov8n |" in text and "\n| baseline | yolov8n |" in text
+    assert "\n| taught [plumbing] | yolov8_narrow |" in text and "\n| baseline | yolov8_narrow |" in text
     assert "\n**taught: plumbing, not a measurement: random weights in given.**\n" in text
     assert {difference.name: difference.verdict for difference in differences(results)} == {
         "taught": "plumbing",

@@ -43,7 +43,7 @@ def make_config(folder: Path, workers: int) -> Config:
         augment={"close_mosaic_epochs": 1, "mixup": 0.3},
         evaluation={"every_epochs": 2},
         optimizer={"accumulate": 2 if workers else 1, "name": "sgd" if workers else "adamw", "learning_rate": 1e-3},
-        teachers=[{"name": "teacher", "arch": "yolov5nu", "weights": str(folder / "teacher.pt")}],
+        teachers=[{"name": "teacher", "arch": "yolov8_narrow", "weights": str(folder / "teacher.pt")}],
         terms=[
             {
                 "teacher": "teacher",
@@ -59,8 +59,8 @@ def make_config(folder: Path, workers: int) -> Config:
 
 def write_teacher(path: Path) -> None:
     torch.manual_seed(1)
-    state = {"arch": "yolov5nu", "names": ["green", "red"], "image_size": 64}
-    checkpoint.save(path, state | {"ema": models.build("yolov5nu", 2).state_dict()})
+    state = {"arch": "yolov8_narrow", "names": ["green", "red"], "image_size": 64}
+    checkpoint.save(path, state | {"ema": models.build("yolov8_narrow", 2).state_dict()})
 
 
 def attempt(config: Config, death: tuple[str, int | float] | None) -> int:

@@ -74,7 +74,7 @@ MISTAKES = {
     ),
     "a backbone without one": (
         lambda f: {"student": {"backbone_weights": str(f)}},
-        "'student.backbone_weights': yolov8n has no released backbone",
+        "'student.backbone_weights': yolov8_narrow has no released backbone",
     ),
     "frozen fresh norms": (lambda f: {"student": {"arch": MOBILENET, "frozen_norms": True}}, "'student.frozen_norms'"),
     "unknown teacher": (lambda f: with_teacher(f, arch="resnet"), "'teachers.0.arch': .*'resnet' is unknown"),

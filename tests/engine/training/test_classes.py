@@ -43,12 +43,12 @@ def test_an_evaluation_takes_the_classes_of_the_checkpoint_of_the_config_or_of_t
     root = write_dataset(tmp_path / "data", train=1, test=2)
     (root / "data.yaml").write_text("train: images/train\ntest: images/test\nnames: [van, car]\n")
     config = tiny_config(root, tmp_path, data={"classes": ["car"]}, image_size=32)
-    model = models.build("yolov8n", 1)
+    model = models.build("yolov8_narrow", 1)
     state = {"epoch": 1, "step": 1, "ema": model.state_dict()}
     checkpoint.save(tmp_path / "part.pt", describe_model(config, ("car",)) | state)
     everything = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=()))
     checkpoint.save(tmp_path / "whole.pt", describe_model(everything, ("car",)) | state)
-    tree = {"name": "x", "student": {"arch": "yolov8n"}, "image_size": 32}
+    tree = {"name": "x", "student": {"arch": "yolov8_narrow"}, "image_size": 32}
     tree["data"] = {"format": "yolo", "root": str(root), "classes": ["car"]}
     (tmp_path / "c.yaml").write_text(dump_yaml(tree))
     place = ["yolo", str(root), "test"]

@@ -29,8 +29,8 @@ TERMS = [
 NAMES = ("mse_big", "cwd_big", "soft_class_big")
 
 
-def save_teacher(path: Path, arch: str = "yolov5nu", names: tuple[str, ...] = ("green", "red")) -> Path:
-    """A checkpoint of ours with fresh weights; yolov5nu is quick, and its maps are as wide as YOLOv8n's."""
+def save_teacher(path: Path, arch: str = "yolov8_narrow", names: tuple[str, ...] = ("green", "red")) -> Path:
+    """A checkpoint of ours with fresh weights, of the arch that tiny_config trains: the maps are equally wide."""
     torch.manual_seed(1)
     model = models.build(arch, len(names))
     state = {"arch": arch, "names": list(names), "image_size": SIZE, "ema": model.state_dict()}
@@ -49,7 +49,7 @@ def distilled(tmp_path_factory):
     write_dataset(root / "data")
     teacher = save_teacher(root / "teacher.pt")
     before = digest(teacher)
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(teacher)}]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(teacher)}]
     config = tiny_config(root / "data", root / "runs", teachers=teachers, terms=TERMS)
     model, _ = checkpoint.load_model(teacher)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
@@ -77,7 +77,7 @@ def test_the_teacher_is_unchanged(distilled):
 def test_adapters_learn_and_the_checkpoint_holds_no_teacher(distilled):
     config, *_ = distilled
     state = checkpoint.load(Path(config.runs) / config.name / "weights" / "last.pt")
-    student = models.build("yolov8n", 2)
+    student = models.build("yolov8_narrow", 2)
     assert set(state["model"]) == set(state["ema"]) == set(student.state_dict())
     shapes = {name: tuple(value.shape) for name, value in state["criterion"].items() if name.endswith("weight")}
     assert len(shapes) == 5 and all(shape[2:] == (1, 1) for shape in shapes.values())
@@ -93,7 +93,7 @@ def test_adapters_learn_and_the_checkpoint_holds_no_teacher(distilled):
 def test_adapters_move_during_training(tmp_path):
     """The same run stopped after one epoch and after two has different adapters."""
     write_dataset(tmp_path / "data", train=8, test=2)
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
     found = []
     for epochs in (1, 2):
         config = tiny_config(
@@ -109,13 +109,13 @@ def test_adapters_move_during_training(tmp_path):
 def test_a_distilled_student_ships_like_any_other(distilled):
     config, *_ = distilled
     model, info = checkpoint.load_model(Path(config.runs) / config.name / "weights" / "last.pt")
-    assert info.arch == "yolov8n" and info.names == ("green", "red")
+    assert info.arch == "yolov8_narrow" and info.names == ("green", "red")
     model(torch.zeros(1, 3, SIZE, SIZE))
 
 
 def test_a_teacher_without_a_term_is_refused(tmp_path):
     write_dataset(tmp_path / "data", train=8, test=2)
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
     config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=teachers, terms=[])
     with pytest.raises(UserError, match="no term names the teacher 'big'"):
         train.run(config, quiet=True)
@@ -125,7 +125,7 @@ def test_a_teacher_without_a_term_is_refused(tmp_path):
 def test_a_teacher_of_other_classes_is_refused_for_logits(tmp_path):
     write_dataset(tmp_path / "data", train=8, test=2)
     teacher = save_teacher(tmp_path / "teacher.pt", names=("cat", "dog"))
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(teacher)}]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(teacher)}]
     config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=teachers, terms=TERMS[2:])
     with pytest.raises(UserError, match="no class in common"):
         train.run(config, quiet=True)
@@ -138,7 +138,7 @@ def test_several_teachers_of_other_sizes_and_classes_and_the_student_itself(tmp_
     one = save_teacher(tmp_path / "one.pt", names=("blue", "rouge", "GREEN"))
     two = save_teacher(tmp_path / "two.pt", arch="yolov5n")
     teachers = [
-        {"name": "large", "arch": "yolov5nu", "weights": str(one), "image_size": 96, "aliases": {"red": "rouge"}},
+        {"name": "large", "arch": "yolov8_narrow", "weights": str(one), "image_size": 96, "aliases": {"red": "rouge"}},
         {"name": "anchors", "arch": "yolov5n", "weights": str(two)},
         {"name": "mean", "arch": "ema"},
     ]
@@ -186,8 +186,10 @@ def test_an_average_with_a_file_is_refused(tmp_path):
 
 def test_a_teacher_of_much_larger_pictures_is_warned_about(tmp_path, capsys):
     write_dataset(tmp_path / "data", train=8, test=2)
-    teacher = {"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "t.pt")), "image_size": 160}
-    config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=[teacher], terms=TERMS[:1])
+    teacher = {"name": "big", "arch": "yolov8_narrow", "weights": str(save_teacher(tmp_path / "t.pt"))}
+    config = tiny_config(
+        tmp_path / "data", tmp_path / "runs", teachers=[teacher | {"image_size": 160}], terms=TERMS[:1]
+    )
     train.dry_run(config)
     assert "enlarged to 160 px, by a factor of 2.5" in capsys.readouterr().out
 
@@ -196,7 +198,7 @@ def test_a_teacher_of_much_larger_pictures_is_warned_about(tmp_path, capsys):
 def test_a_compiled_run_computes_the_same_losses(tmp_path, monkeypatch):
     """Student and teacher traced whole, as `compile: true` does; without the code generator, which needs a compiler."""
     write_dataset(tmp_path / "data", train=8, test=2)
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
     found = []
     compiled = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="aot_eager", fullgraph=True))
@@ -217,7 +219,7 @@ def test_a_teacher_is_asked_once_about_a_view(tmp_path, monkeypatch):
     What is found has the bits of what was computed, so that the runs end with the same bytes.
     """
     write_dataset(tmp_path / "data", train=8, test=2)
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
     changes = dict(teachers=teachers, terms=TERMS[:2], teacher_cache_gigabytes=0.1, batch_size=4, view_seed=3)
     asked, original = [], teaching.Teachers._forward
     monkeypatch.setattr(teaching.Teachers, "_forward", lambda *args: asked.append(len(args[2])) or original(*args))
@@ -251,7 +253,7 @@ def test_a_teacher_is_asked_once_about_a_view(tmp_path, monkeypatch):
 def test_a_measured_weight_is_fixed_after_the_warm_up(tmp_path, capsys):
     """Measured in the ten steps after the warm-up of one; then the run tells it, saves it, and goes on with it."""
     write_dataset(tmp_path / "data", train=24, test=2)
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(save_teacher(tmp_path / "teacher.pt"))}]
     terms = [TERMS[1] | {"weight": {"share": 0.25}}]
     changes = {"teachers": teachers, "terms": terms, "batch_size": 4, "optimizer": {"warmup_epochs": 0.2}}
     config = tiny_config(tmp_path / "data", tmp_path / "runs", **changes)
@@ -283,7 +285,7 @@ def test_a_start_at_weights_is_measured_before_it_learns(tmp_path, monkeypatch):
     numbers = dict.fromkeys(("precision", "recall", "mAP50", "mAP50-95"), 0.5)
     evaluate = lambda setup, model, index: (measured.append((model, index)), (numbers, None))[1]
     monkeypatch.setattr(reporting, "evaluate", evaluate)
-    config = tiny_config(tmp_path / "data", tmp_path / "runs", student={"arch": "yolov5nu", "weights": str(file)})
+    config = tiny_config(tmp_path / "data", tmp_path / "runs", student={"arch": "yolov8_narrow", "weights": str(file)})
     parts = building.build(config, Processes("cpu"), None, lambda line: None)
     for section, changes, start in (
         ("student", {}, numbers),

@@ -36,7 +36,7 @@ def test_a_step_is_three_passes_of_the_student_and_one_of_each_teacher(tmp_path)
     names = ("large", "mean", "dino", "large")
     terms = [term | {"teacher": name, "name": f"t{number}"} for number, name in enumerate(names)]
     alone = tiny_config(tmp_path, tmp_path, data={"classes": ["a", "b"]})
-    student = forward_flops("yolov8n", 64, 2)
+    student = forward_flops("yolov8_narrow", 64, 2)
     assert step_flops(alone) == 3 * student
     taught = tiny_config(tmp_path, tmp_path, data={"classes": ["a", "b"]}, teachers=teachers, terms=terms)
     passes = forward_flops("yolov8s", 96, 2) + forward_flops("dinov2_vits14", 70, 2) + student
@@ -54,24 +54,24 @@ def test_pseudo_boxes_cost_one_pass_over_their_pictures(tmp_path):
         data={"max_samples": 2, "unlabelled": unlabelled},
     )
     assert pseudo_flops(config) == 4 * forward_flops("yolov8s", 96, 80)
-    assert step_flops(config) == 3 * forward_flops("yolov8n", 64, 80)
+    assert step_flops(config) == 3 * forward_flops("yolov8_narrow", 64, 80)
     assert pseudo_flops(tiny_config(root, tmp_path / "runs")) == 0
 
 
 def test_a_pruned_student_costs_what_its_layers_do(tmp_path):
     """From a file of widths, from its weights, and as the student's own average; as long as there is no file: whole."""
-    widths = {name: width // 2 for name, width in find_groups(models.build("yolov8n", 80)).widths().items()}
-    half = forward_flops("yolov8n", 64, 80, widths=tuple(widths.items()))
-    assert half < 0.3 * forward_flops("yolov8n", 64, 80)
+    widths = {name: width // 2 for name, width in find_groups(models.build("yolov8_narrow", 80)).widths().items()}
+    half = forward_flops("yolov8_narrow", 64, 80, widths=tuple(widths.items()))
+    assert half < 0.3 * forward_flops("yolov8_narrow", 64, 80)
     narrow, file = tmp_path / "narrow.pt", tmp_path / "narrow.yaml"
     terms = [{"teacher": "mean", "loss": "mse", "weight": 1.0, "student_maps": ["p3"]}]
     from_file = tiny_config(tmp_path, tmp_path, student={"widths": str(file)})
     taught = {"teachers": [{"name": "mean", "arch": "ema"}], "terms": terms}
     from_weights = tiny_config(tmp_path, tmp_path, student={"weights": str(narrow)}, **taught)
-    assert step_flops(from_file) == 3 * forward_flops("yolov8n", 64, 80)
-    file.write_text(widths_text("yolov8n", widths))
-    state = models.build("yolov8n", 80, widths=widths).state_dict()
-    about = {"arch": "yolov8n", "names": [str(k) for k in range(80)], "image_size": 64}
+    assert step_flops(from_file) == 3 * forward_flops("yolov8_narrow", 64, 80)
+    file.write_text(widths_text("yolov8_narrow", widths))
+    state = models.build("yolov8_narrow", 80, widths=widths).state_dict()
+    about = {"arch": "yolov8_narrow", "names": [str(k) for k in range(80)], "image_size": 64}
     checkpoint.save(narrow, about | {"ema": state})
     assert step_flops(from_file) == 3 * half
     assert step_flops(from_weights) == 4 * half

@@ -23,7 +23,7 @@ SMALL = {"student": {"arch": "yolov8_narrow"}, "epochs": 1, "data": {"max_sample
 
 
 def both(**changes):
-    return {"teachers": [{"name": "big", "arch": "yolov5nu"}, GONE], "terms": [MAPS, CLASSES], **changes}
+    return {"teachers": [{"name": "big", "arch": "yolov8_narrow"}, GONE], "terms": [MAPS, CLASSES], **changes}
 
 
 @pytest.mark.parametrize("weight", [0, 0.0, {"share": 0.0}])
@@ -37,7 +37,7 @@ def test_a_term_of_weight_0_goes_with_its_teacher(make_tiny, weight):
 
 def test_a_teacher_that_another_needs_stays(make_tiny):
     terms = [MAPS, CLASSES | {"teacher": "big"}]
-    config, line = without_idle_terms(make_tiny(teachers=[{"name": "big", "arch": "yolov5nu"}], terms=terms))
+    config, line = without_idle_terms(make_tiny(teachers=[{"name": "big", "arch": "yolov8_narrow"}], terms=terms))
     assert [teacher.name for teacher in config.teachers] == ["big"]
     assert line == "left out, weight 0: soft_class_big"
     unlabelled = {"unlabelled": {"root": "x", "pseudo": {"teacher": "gone"}}}
@@ -76,7 +76,7 @@ def test_it_trains_to_the_bytes_of_the_student_alone(make_tiny, capsys):
 
 
 def test_the_dry_run_says_so(make_tiny, tmp_path, capsys):
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(save_teacher(tmp_path / "teacher.pt"))}, GONE]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(save_teacher(tmp_path / "teacher.pt"))}, GONE]
     dry_run(make_tiny(**both(teachers=teachers)))
     printed = capsys.readouterr().out
     assert printed.startswith("left out, weight 0: soft_class_gone; no need of teacher gone\n")

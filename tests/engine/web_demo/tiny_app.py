@@ -55,7 +55,7 @@ def write_runs(root: Path) -> None:
     write_dataset(root / "data", train=8, test=8)
     teacher = save_teacher(root / "teacher.pt")
     student, evaluation = {"arch": "yolov8_narrow"}, {"every_epochs": 1}
-    teachers = [{"name": "big", "arch": "yolov5nu", "weights": str(teacher)}]
+    teachers = [{"name": "big", "arch": "yolov8_narrow", "weights": str(teacher)}]
     config = tiny_config(root / "data", root / "runs" / "study", student=student, evaluation=evaluation)
     plain = dataclasses.replace(config, name="baseline_seed0")
     tree = to_tree(config) | {"name": "distilled_seed0", "teachers": teachers, "terms": TERMS}
