@@ -88,7 +88,7 @@ MISTAKES = {
     "a term's teacher": (lambda f: with_teacher(f, {"teacher": "x"}), "'teachers.0.name'|terms.0.teacher"),
     "a term's loss": (lambda f: with_teacher(f, {"loss": "mze"}), "terms.0.loss: found 'mze', expected one of"),
     "a term's parameter": (lambda f: with_teacher(f, {"parameters": {"tau": 1}}), "terms.0.parameters: found 'tau'"),
-    "a term's weight": (lambda f: with_teacher(f, {"weight": 0.0}), "terms.0.weight: found 0"),
+    "a term's weight": (lambda f: with_teacher(f, {"weight": -1.0}), "terms.0.weight: found -1"),
     "a term's schedule": (lambda f: with_teacher(f, {"stop_epoch": 0}), "terms.0.stop_epoch: found 0"),
     "a term's maps": (lambda f: with_teacher(f, {"student_maps": []}), "terms.0.student_maps: found none"),
     "two names": (lambda f: with_teacher(f) | {"terms": [TERM, TERM]}, "terms.1: the name 'mse_t' is used twice"),
