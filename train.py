@@ -23,6 +23,7 @@ saved, and its last good checkpoint always stays whole.
 
 # ruff: noqa: B023  (train_step calls its inner function before the loop goes on)
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -37,7 +38,7 @@ import checkpoint
 from config import Config, load_config
 from datasets.loader import Batch, LoaderProcessDied
 from engine.command_line.arguments import answer_at_once, parse_train_arguments
-from engine.runtime import run_folder
+from engine.runtime import claims, run_folder
 from engine.runtime.interruption import StopRequested, StopSignals
 from engine.runtime.processes import Processes, keep_freed_memory
 from engine.runtime.progress import Progress, ScalarLog
@@ -170,6 +171,7 @@ def run(
     quiet: bool = False,
     allow_change: tuple[str, ...] = (),
     on_epoch: Callable[[dict[str, float | None]], None] | None = None,
+    claim: claims.Claim | None = None,
 ) -> dict[str, Any]:
     """Train a config to its end and return the report that is also written to runs/<name>/report.json.
 
@@ -180,6 +182,7 @@ def run(
         allow_change: keys that a resumed run may change.
         on_epoch: is called with the row of metrics.csv after each epoch, when all is saved, in the first process alone;
             for a logger of your own. A value that the epoch does not have is None.
+        claim: on the run's folder, if the caller takes and releases it; otherwise the run does.
     Raises UserError, or SystemExit after a signal, when all is saved. Both carry the exit codes above.
     """
     keep_freed_memory()
@@ -191,14 +194,21 @@ def run(
     if idle:
         progress.say(idle)
     saved, folder, state = None, None, TrainingState()
-    with exit_codes(), processes, StopSignals() as stop:
+    with exit_codes(), processes, StopSignals() as stop, contextlib.ExitStack() as held:
         try:
             if resume:
                 folder = run_folder.find(Path(config.runs) / config.name)
+                if processes.is_first and claim is None:
+                    claim = held.enter_context(claims.take(folder.path))
+                processes.from_first(None)  # the others wait for the claim: nobody else writes the checkpoint now
                 saved = checkpoint.load_newest(folder.last, progress.say)
                 refuse_changes(saved["config"], config, allow_change, str(folder.path))
             setup = build(config, processes, teachers, progress.say, saved and saved["model"])
-            folder, setup.config = processes.from_first(open_folder(folder, config) if processes.is_first else None)
+            if processes.is_first:
+                folder, config, setup.claim = open_folder(folder, config, claim)
+                if setup.claim is not claim:
+                    held.enter_context(setup.claim)
+            folder, setup.config = processes.from_first((folder, config))
             if processes.is_first:
                 for role, report in setup.splits.reports.items():
                     report.write(folder.path / "dataset" / role)

@@ -20,6 +20,7 @@ import torch
 
 from checkpoint import DISK_EXIT_CODE, previous_path, sync_folder, write_durably
 from config import Config, to_tree
+from engine.runtime import claims
 from errors import UserError
 from yaml_files import dump_yaml
 
@@ -58,31 +59,45 @@ class RunFolder:
     def student(self) -> Path:
         return self.path / "weights" / "student.safetensors"
 
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self.last.is_file() or previous_path(self.last).is_file()
+
     def remove_stale(self) -> None:
         """Remove files that a killed process left half written."""
         for stale in [*self.path.glob("*.tmp"), *self.path.glob("weights/*.tmp")]:
             stale.unlink(missing_ok=True)
 
 
-def create(config: Config) -> tuple[RunFolder, Config]:
-    """Make a new folder runs/<name> (<name>2, <name>3, ... if taken); return it and the config with that name."""
+def create(config: Config, claim: claims.Claim | None = None) -> tuple[RunFolder, Config, claims.Claim]:
+    """Make a new folder runs/<name> (<name>2, <name>3, ... if taken); return it, the config with that name, its claim.
+
+    claim: on runs/<name>, which is not there yet, if the caller holds it. claims.Claimed if another process does, which
+    is about to make that folder.
+    """
     if config.name in ("", ".", "..") or Path(config.name).name != config.name:
         raise UserError(f"key 'name': found {config.name!r}, expected the name of a folder")
     number = 1
     while True:
         name = config.name if number == 1 else f"{config.name}{number}"
         path = Path(config.runs) / name
+        number += 1
+        if claim is None and path.exists():
+            continue
+        held = claim or claims.take(path)
+        folder, named = RunFolder(path), dataclasses.replace(config, name=name)
         try:
             path.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise UserError(f"{path}: could not be made: {error.strerror}", DISK_EXIT_CODE) from None
-    config = dataclasses.replace(config, name=name)
-    folder = RunFolder(path)
-    write_config(folder, config)
-    return folder, config
+            write_config(folder, named)
+            return folder, named, held
+        except BaseException as error:
+            held.release()
+            if isinstance(error, FileExistsError) and claim is None:
+                continue
+            if isinstance(error, OSError):
+                raise UserError(f"{path}: could not be made: {error.strerror}", DISK_EXIT_CODE) from None
+            raise
 
 
 def write_config(folder: RunFolder, config: Config) -> None:
@@ -97,7 +112,7 @@ def find(run: str | Path) -> RunFolder:
     if not path.is_dir():
         raise UserError(f"{run}: no such run, expected a folder such as runs/name")
     folder = RunFolder(path)
-    if not folder.last.is_file() and not previous_path(folder.last).is_file():
+    if not folder.can_resume:
         raise UserError(f"{folder.last}: no such file; the run stopped before its first checkpoint, start it again")
     return folder
 

@@ -16,6 +16,7 @@ from datasets.augment import augment, augment_content
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
 from distill.criterion import Criterion
+from engine.runtime.claims import Claim
 from engine.runtime.processes import Processes, use_bfloat16
 from engine.training.batch_norms import check_batches
 from engine.training.checks import check_config
@@ -63,10 +64,16 @@ class TrainingSetup:
     bfloat16: bool
     data: str  # engine.training.state.fingerprint of the training pictures
     evaluation_loaders: dict[int, Loader] = field(default_factory=dict)
+    claim: Claim | None = None  # on the run's folder, in the first process of a run that writes one
 
     @property
     def warmup_steps(self) -> int:
         return round(self.config.optimizer.warmup_epochs * self.steps_per_epoch)
+
+    def check_claim(self) -> None:
+        """UserError if another process has taken the run over; call it before writing to its folder."""
+        if self.claim is not None:
+            self.claim.check()
 
 
 def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:

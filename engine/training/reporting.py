@@ -73,6 +73,7 @@ def finish_epoch(
     row |= {run_folder.PLUMBING: 1.0} if config.plumbing else {}
     state.next_epoch()
     if setup.processes.is_first:
+        setup.check_claim()
         if is_best:
             save_best(setup, epoch, state.step, folder)
         run_folder.append_metrics(folder.metrics, row)
@@ -136,6 +137,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         **machine_facts(setup),
     }
     if is_first:
+        setup.check_claim()
         finish_weights(setup, state, folder, progress)
         run_folder.write_report(folder.report, report)
         draw(setup, details, folder, progress)

@@ -6,6 +6,7 @@ from typing import Any
 import checkpoint
 from config import Config
 from engine.runtime import run_folder
+from engine.runtime.claims import Claim
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import TrainingSetup, machine_facts
@@ -17,6 +18,7 @@ def save(setup: TrainingSetup, state: TrainingState, folder: RunFolder) -> None:
     """Write weights/last.pt: everything that --resume needs; no teacher."""
     if not setup.processes.is_first:
         return
+    setup.check_claim()
     saved = describe_model(setup.config, setup.splits.names) | {
         "epoch": state.epoch,
         "step": state.step,
@@ -81,13 +83,17 @@ def restore(setup: TrainingSetup, saved: dict[str, Any], folder: RunFolder, prog
     return TrainingState(**saved["position"])
 
 
-def open_folder(folder: RunFolder | None, config: Config) -> tuple[RunFolder, Config]:
-    """The folder of a resumed run with its config, written anew; or a new folder, and the config under its name."""
+def open_folder(folder: RunFolder | None, config: Config, claim: Claim | None) -> tuple[RunFolder, Config, Claim]:
+    """The folder of a resumed run with its config, written anew; or a new folder, and the config under its name.
+
+    claim: the one on the folder that is held already; a resumed run has one. It is returned, or that on a new folder.
+    """
     if folder is None:
-        return run_folder.create(config)
+        return run_folder.create(config, claim)
+    assert claim is not None
     folder.remove_stale()
     run_folder.write_config(folder, config)
-    return folder, config
+    return folder, config, claim
 
 
 def how_to_go_on(folder: RunFolder | None) -> str:
