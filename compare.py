@@ -2,6 +2,8 @@
 
     python compare.py CONFIG --seeds N [key=value ...]       a config with teachers and terms: the four rows below
     python compare.py STUDY --seeds N [--rows NAME,...]      a study: the rows that its file lists
+    python compare.py STUDY --print-runs                     a command for each run, for any scheduler
+    python compare.py STUDY --submit local|slurm --workers N
 
 Examples:
 
@@ -23,14 +25,21 @@ runs. The numbers are those of the last EMA weights on the test split; no epoch 
 the same config is not repeated and an interrupted one is continued: stop the command and give it again at any time,
 also with more seeds or rows. A run with a loss that is not finite is listed as failed, and the others continue.
 
+The command can be given many times at once, on machines that share the folder: each process takes the next run that
+nobody works on. At the end it waits for the runs of the others, and takes over those whose process is gone
+(docs/many_machines.md).
+
 Exit codes: 0 all trained, 2 a mistake in the arguments or the data, 3 a run failed with a loss that is not finite,
 4 out of memory, 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
-import json
+import shlex
 import shutil
+import sys
+import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
@@ -39,12 +48,13 @@ from condense import condense
 from config import Config, from_tree, to_tree
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
-from engine.comparison import plot
+from engine.comparison import plot, submission
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree
 from engine.comparison.study import Row, Study, last_weights, load_study
 from engine.comparison.table import Result, as_json, markdown
+from engine.comparison.work import StudyProgress, Work, list_work, with_needs, write_failure
 from engine.condensing.methods import check_network
-from engine.runtime import run_folder
+from engine.runtime import claims, run_folder
 from engine.training.batch_norms import check_batches
 from engine.training.building import build_criterion, build_student, with_published_settings
 from engine.training.checks import SIZE_MULTIPLE, check_config
@@ -54,6 +64,8 @@ from engine.training.splits import count_training_pictures, training_set
 from engine.training.teaching import build_teachers
 from errors import UserError, run_script
 from yaml_files import read_yaml
+
+POLL_S = 5.0  # between two looks at runs that other processes work on
 
 
 def main(argv: list[str]) -> None:
@@ -71,56 +83,163 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--rows", metavar="NAME,...", help="train only these rows and the teachers they need (default: all)"
     )
+    parser.add_argument("--run", metavar="NAME", help="train only this run, and the teachers and the set it needs")
+    parser.add_argument("--print-runs", action="store_true", help="print a command for each run, in their order")
+    parser.add_argument(
+        "--submit", choices=("local", "slurm"), help="submit workers through submitit, and wait for them"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="with --submit: how many (%(default)s)")
+    parser.add_argument(
+        "--submit-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with --submit: an option of submitit, such as slurm_partition=gpu, gpus_per_node=1 or timeout_min=600",
+    )
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.seeds is not None and arguments.seeds < 1:
-        raise UserError(f"argument --seeds: found {arguments.seeds}, expected at least 1")
+    check_arguments(arguments)
     study = load_study(arguments.config, arguments.overrides, seeds=arguments.seeds)
-    compare(study, only=arguments.rows.split(",") if arguments.rows is not None else None)
+    only = arguments.rows.split(",") if arguments.rows is not None else None
+    if arguments.print_runs:
+        for work in list_work(list(study.rows) if only is None else study.with_teachers(only)):
+            print(shlex.join(["python", "compare.py", *same_study(arguments), "--run", work.name]))
+    elif arguments.submit:
+        submit(study, arguments, only=only)
+    else:
+        compare(study, only=only, run=arguments.run)
 
 
-def compare(study: Study, *, only: list[str] | None = None) -> list[Result]:
-    """Train the missing runs of the rows `only` (None: all), then print their part of the comparison.
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """UserError for numbers and combinations that cannot be meant."""
+    for name, value in (("--seeds", arguments.seeds), ("--workers", arguments.workers)):
+        if value is not None and value < 1:
+            raise UserError(f"argument {name}: found {value}, expected at least 1")
+    ways = {"--run": arguments.run, "--print-runs": arguments.print_runs, "--submit": arguments.submit}
+    given = [name for name, value in ways.items() if value]
+    if arguments.run and arguments.rows is not None:
+        given.append("--rows")
+    if len(given) > 1:
+        raise UserError(f"argument {given[1]}: found beside {given[0]}, expected one of them")
+    if not arguments.submit and (arguments.workers != 1 or arguments.submit_option):
+        raise UserError("arguments --workers and --submit-option: expected --submit with them")
 
+
+def same_study(arguments: argparse.Namespace) -> list[str]:
+    """The arguments that give the same study to another process."""
+    seeds = [] if arguments.seeds is None else ["--seeds", str(arguments.seeds)]
+    return [arguments.config, *arguments.overrides, *seeds]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command is to train.
+
+    works: in their order. shown: the rows of the table that it prints at the end; None: all.
+    """
+
+    study: Study
+    works: list[Work]
+    progress: StudyProgress
+    shown: list[str] | None
+
+
+def make_plan(study: Study, *, only: list[str] | None = None, run: str | None = None) -> Plan:
+    """The works of the rows `only` (None: all) or of one run, checked before anything is trained."""
+    plot.require_plots()
+    works = list_work(list(study.rows) if only is None else study.with_teachers(only))
+    retried, shown = works, only
+    if run is not None:
+        works = with_needs(works, run)
+        retried, shown = works[-1:], [works[-1].row.name]
+    progress = StudyProgress(list_work(study.rows), {row.name: find_finished(row) for row in study.rows}, retried)
+    open_rows = {work.row.name for work in works if progress.is_open(work)}
+    check_rows([row for row in study.rows if row.name in open_rows], study)
+    return Plan(study, works, progress, shown)
+
+
+def compare(study: Study, *, only: list[str] | None = None, run: str | None = None) -> list[Result]:
+    """Train the missing runs of the rows `only` (None: all), or one run, then print their part of the comparison.
+
+    run: the name of a Work. Other processes may do the same at the same time: none trains what another one trains, and
+    each ends when all is done.
     Returns the results of every row of the study, in the order of the table. UserError if a run failed, after all
     others are trained and everything is written.
     """
-    plot.require_plots()
-    rows = list(study.rows) if only is None else study.with_teachers(only)
-    results = {row.name: find_finished(row) for row in study.rows}
-    check_rows([row for row in rows if results[row.name].missing], study)
-    for number in range(max(len(row.seeds) for row in rows)):
-        for row in rows:
-            result = results[row.name]
-            if number >= len(row.seeds) or row.seeds[number] in result.reports:
+    plan = make_plan(study, only=only, run=run)
+    train_all(plan)
+    return finish(plan)
+
+
+def train_all(plan: Plan) -> None:
+    """Do all works, together with the other processes that are at it."""
+    progress, said = plan.progress, ""
+    while waiting := [work for work in plan.works if progress.is_open(work)]:
+        held = {}
+        for work in filter(progress.can_begin, waiting):
+            try:
+                do(work, progress)
+            except claims.Claimed as error:
+                held[work.name] = error
                 continue
-            train_seed(result, row.seeds[number], results)
-            write(study, results)
-    write(study, results, with_pictures=True)
-    print(tables(study, results, only))
+            write(plan)
+            break
+        else:
+            if said != (said := ", ".join(held)):
+                print("waiting: " + "; ".join(map(str, held.values())), flush=True)
+            time.sleep(POLL_S)
+        progress.refresh()
+
+
+def finish(plan: Plan) -> list[Result]:
+    """Write and print the tables. UserError if a run failed."""
+    study, results = plan.study, plan.progress.results
+    write(plan, with_pictures=True)
+    print(tables(study, results, plan.shown))
     print("written: " + ", ".join(str(study.folder / f"comparison.{suffix}") for suffix in ("md", "json", "png")))
-    failed = [result.name for result in results.values() if result.failures]
+    names = {work.row.name for work in plan.works}
+    failed = [result.name for result in results.values() if result.failures and result.name in names]
     if failed:
         raise UserError(f"{study.folder}: runs failed, see the table: {', '.join(failed)}", NOT_FINITE_EXIT_CODE)
     return list(results.values())
 
 
+def submit(study: Study, arguments: argparse.Namespace, *, only: list[str] | None) -> None:
+    """Let workers train what `compare` would, wait for them, and finish as it does."""
+    submission.require_submitit(arguments.submit)
+    options = submission.read_options(arguments.submit_option)
+    plan = make_plan(study, only=only)
+    rows = [] if only is None else ["--rows", arguments.rows]
+    command = [sys.executable, str(Path(__file__).resolve()), *same_study(arguments), *rows]
+    errors = submission.run_workers(
+        arguments.submit, command, workers=arguments.workers, options=options, folder=study.folder / "jobs"
+    )
+    plan.progress.refresh()
+    if missing := [work.name for work in plan.works if plan.progress.is_open(work)]:
+        why = f"; a worker ended with: {errors[0]}" if errors else ""
+        raise UserError(f"{study.folder}: not made yet: {', '.join(missing)}{why}; give the command again to go on")
+    finish(plan)
+
+
 def find_finished(row: Row) -> Result:
-    """The reports of the finished runs of a row. UserError if a folder holds a run of another config."""
+    """The result of a row, still without its reports. UserError if a folder holds a run of another config."""
     result = Result(row)
     for seed in row.seeds:
         folder = run_folder.RunFolder(row.folder(seed))
         refuse_other(folder, row.run(seed))
         if folder.report.is_file():
             print(f"finished before: {folder.report}")
-            result.reports[seed] = json.loads(folder.report.read_text(encoding="utf-8"))
     return result
 
 
 def refuse_other(folder: run_folder.RunFolder, config: Config) -> None:
     """UserError if the folder holds a run of another config: its numbers do not belong in this table."""
-    if not folder.config.is_file():
-        return
-    found = from_tree(Config, read_yaml(folder.config), source=str(folder.config))
+    try:
+        tree = read_yaml(folder.config)
+    except UserError:
+        if folder.config.is_file():
+            raise
+        return  # there is none, or another process begins the run anew
+    found = from_tree(Config, tree, source=str(folder.config))
     key = first_difference(*(to_tree(with_published_settings(c)) for c in (found, config)))
     if key:
         raise UserError(
@@ -172,31 +291,31 @@ def say_nothing(line: str) -> None:
     """Print no line on the start weights: the training prints it."""
 
 
-def train_seed(result: Result, seed: int, results: dict[str, Result]) -> None:
-    """Train or continue one run of a row, and add its report or the reason of its failure to the result."""
-    config = result.row.run(seed)
-    weights = {teacher.weights for teacher in config.teachers}
-    for other in results.values():
-        is_teacher = last_weights(other.row) in weights
-        if other.failures and (is_teacher or other.name == result.row.network_row):
-            result.failures[seed] = f"{other.name} failed"
-            return
-    print(f"== {config.name}: {config.student.arch}, {config.epochs} epochs", flush=True)
-    if result.row.idle:
-        print(result.row.idle)
-    path = result.row.folder(seed)
-    is_started = run_folder.RunFolder(path).last.is_file()
-    if path.exists() and not is_started:
-        shutil.rmtree(path)  # stopped before its first checkpoint: nothing to continue
-    try:
-        if result.row.task is not None:
-            condense(result.row.task.with_seed(seed), result.row.set_folder(seed), device=config.device)
-        result.reports[seed] = train.run(config, resume=is_started)
-    except UserError as error:
-        if error.exit_code != NOT_FINITE_EXIT_CODE:
-            raise
-        result.failures[seed] = str(error)
-        print(f"failed: {error}", flush=True)
+def do(work: Work, progress: StudyProgress) -> None:
+    """Make a set, or train or continue a run. claims.Claimed if another process is at it."""
+    config = work.row.run(work.seed)
+    if work.is_set:
+        assert work.row.task is not None
+        condense(work.row.task.with_seed(work.seed), work.path, device=config.device)
+        return
+    with claims.take(work.path) as claim:
+        progress.refresh()
+        if not progress.is_open(work):
+            return  # another process was at it until now
+        work.failure.unlink(missing_ok=True)
+        print(f"== {config.name}: {config.student.arch}, {config.epochs} epochs", flush=True)
+        if work.row.idle:
+            print(work.row.idle)
+        is_started = run_folder.RunFolder(work.path).can_resume
+        if work.path.exists() and not is_started:
+            shutil.rmtree(work.path)  # stopped before its first checkpoint: nothing to continue
+        try:
+            train.run(config, resume=is_started, claim=claim)
+        except UserError as error:
+            if error.exit_code != NOT_FINITE_EXIT_CODE:
+                raise
+            write_failure(work, str(error))
+            print(f"failed: {error}", flush=True)
 
 
 def tables(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
@@ -204,12 +323,15 @@ def tables(study: Study, results: dict[str, Result], only: Collection[str] | Non
     return markdown(study, results, only) + condensed_markdown(results, only)
 
 
-def write(study: Study, results: dict[str, Result], *, with_pictures: bool = False) -> None:
-    """Write the tables and the plot of all runs so far."""
-    run_folder.write_text(study.folder / "comparison.md", tables(study, results))
-    text = as_json(study, results, condensed=condensed_tree(results))
-    run_folder.write_text(study.folder / "comparison.json", text)
-    plot.write(study.folder / "comparison.png", study, results, with_pictures=with_pictures)
+def write(plan: Plan, *, with_pictures: bool = False) -> None:
+    """Write the tables and the plot of all runs so far, those of other processes among them; one process at a time."""
+    study, results = plan.study, plan.progress.results
+    with claims.wait_for(study.folder / "comparison"):
+        plan.progress.refresh()
+        run_folder.write_text(study.folder / "comparison.md", tables(study, results))
+        text = as_json(study, results, condensed=condensed_tree(results))
+        run_folder.write_text(study.folder / "comparison.json", text)
+        plot.write(study.folder / "comparison.png", study, results, with_pictures=with_pictures)
 
 
 def first_difference(a: dict | list | object, b: dict | list | object, key: str = "") -> str | None:

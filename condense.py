@@ -54,7 +54,7 @@ from engine.condensing.set_files import (
     to_picture,
     write_set,
 )
-from engine.runtime import run_folder
+from engine.runtime import claims, run_folder
 from engine.runtime.interruption import StopRequested, StopSignals
 from engine.runtime.peak_memory import peak_gigabytes, reset_peak
 from engine.runtime.processes import choose_device
@@ -104,8 +104,8 @@ def main(argv: list[str]) -> None:
 def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
     """Make the set of a task in `folder`, continue an unfinished one, or leave a finished one; return its manifest.
 
-    UserError, before any work, for wrong settings and for a folder that holds something else. SystemExit after a
-    signal, once everything is saved.
+    UserError, before any work, for wrong settings and for a folder that holds something else; claims.Claimed if another
+    process makes the set. SystemExit after a signal, once everything is saved.
     """
     progress = Progress(quiet=quiet)
     task.check()
@@ -124,9 +124,12 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
     check_network(task)
     real = RealPictures(task.data, task.image_size)
     network = load_network(task, real.index.names, where) if task.needs_network else None
-    with StopSignals() as stop:
+    with claims.take(folder) as claim, StopSignals() as stop:
         try:
-            return make(task, folder, real, network, where, progress, stop)
+            if (manifest := read_manifest(folder)) is not None:
+                progress.say(f"made by another process: {folder}")
+                return manifest
+            return make(task, folder, real, network, where, progress, stop, claim)
         except StopRequested:
             print(f"stopped, saved in {part}; give the same command to continue", flush=True)
             raise SystemExit(stop.exit_code) from None
@@ -154,6 +157,7 @@ def make(
     device: torch.device,
     progress: Progress,
     stop: StopSignals,
+    claim: claims.Claim,
 ) -> dict[str, Any]:
     """Make the pictures of the set, learn them if its method does, then write its files; return the manifest."""
     c, cost = task.condense, Cost(device)
@@ -165,7 +169,7 @@ def make(
         synthetic = to_synthetic(task, layout, device)
         if task.is_learnt:
             learner = build_learner(task, synthetic, real, network)
-            learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop)
+            learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop, claim)
         splits[STORED] = stored_pictures(synthetic, layout)
         if task.formation != (1, 1):
             splits[DECODED] = decoded_pictures(synthetic, layout)
@@ -189,6 +193,7 @@ def make(
         "settings": task.settings(),
         **run_folder.environment(),
     }
+    claim.check()
     write_set(folder, splits, real.index.names, manifest)
     progress.say(f"written: {folder}, {c.pictures} pictures with {len(layout.targets)} objects")
     return manifest
@@ -293,6 +298,7 @@ def learn(
     cost: Cost,
     progress: Progress,
     stop: StopSignals,
+    claim: claims.Claim,
 ) -> None:
     """Run all remaining steps and save the state in `part`. After a signal: save, then StopRequested."""
     c, total = task.condense, learner.settings.steps
@@ -308,6 +314,7 @@ def learn(
         draw_step(learner.synthetic, layout, names, part, 0)
 
     def save() -> None:
+        claim.check()
         state = {"step": learner.steps_done, "learner": learner.state_dict(), "rows": rows}
         state |= {"seconds": cost.seconds, "gigabytes": cost.gigabytes}
         checkpoint.save(state_file, state, keep_previous=True)

@@ -240,7 +240,10 @@ def main(argv: list[str]) -> None:
         if arguments.dry_run:
             dry_run(*load_row_for_dry_run(source, overrides, arguments.row))
         else:
-            run(load_row(source, overrides, arguments.row))
+            config = load_row(source, overrides, arguments.row)
+            is_first = Processes(config.device).is_first
+            with claims.take(Path(config.runs) / config.name) if is_first else contextlib.nullcontext() as claim:
+                run(config, claim=claim)  # in that folder or not at all
         return
     if arguments.resume:
         folder = run_folder.find(arguments.resume)

@@ -263,7 +263,7 @@ def test_a_config_without_the_section_is_told(real, tmp_path):
     with pytest.raises(UserError, match=r"key 'condense.method' is missing, expected condense.method=NAME"):
         condense.main([str(path)])
     condense.main([str(path), "condense.method=random", "condense.pictures=2", "condense.seed=4"])
-    assert [p.name[:15] for p in (tmp_path / "runs" / "tiny" / "sets").iterdir()] == ["random_2_seed4_"]
+    assert [p.name[:15] for p in (tmp_path / "runs" / "tiny" / "sets").glob("[!.]*")] == ["random_2_seed4_"]
 
 
 def test_a_folder_of_something_else_is_left_alone(make, tmp_path):

@@ -8,5 +8,7 @@ table            the score of each row, and whether two scores differ
 plot             comparison.png
 pictures         the test pictures on which the models differ
 condensed_table  the value of condensed sets
+work             the runs and sets of a study in their order, and which are done, by whatever process
+submission       workers on a cluster or on this machine, through submitit
 one_row          one row of a study, for train.py
 """

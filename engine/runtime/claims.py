@@ -4,8 +4,8 @@
         ...
         claim.check()               # before writing: UserError if it was taken over meanwhile
 
-The claim on runs/NAME is the file runs/.claims/NAME.<n> with the highest n. It names its holder; its modification time is
-the holder's heartbeat, renewed every HEARTBEAT_S seconds. It is free
+The claim on runs/NAME is the file runs/.claims/NAME.<n> with the highest n. It names its holder; its modification time
+is the holder's heartbeat, renewed every HEARTBEAT_S seconds. It is free
 
     - once released: its modification time is then 0,
     - if its holder is a process of this machine that is gone: no process has that number and began at that time,
@@ -20,8 +20,8 @@ The age of a heartbeat is the difference of two modification times of the same f
 matters. A process that was stopped, or cut off from the network, for more than STALE_S seconds may lose its claim to
 another machine. It learns that from `check`, and has to end.
 
-On Linux, "this machine" is one boot of one kernel and one namespace of process numbers: two containers are two machines,
-and so is a machine after its restart. Elsewhere heartbeats alone decide.
+On Linux, "this machine" is one boot of one kernel and one namespace of process numbers: two containers are two
+machines, and so is a machine after its restart. Elsewhere heartbeats alone decide.
 """
 
 import contextlib
@@ -91,9 +91,9 @@ class Claim:
     def check(self) -> None:
         """UserError if another process has taken the claim over; this one must not write to the folder any more."""
         if newest(self.path) > self.number:
+            silent = f"this one gave no sign for {STALE_S:.0f} s"
             raise UserError(
-                f"{self.path}: taken over by another process, as this one gave no sign for {STALE_S:.0f} s; it has ended "
-                "without saving"
+                f"{self.path}: taken over by another process, as {silent}; it saved nothing since, and ends"
             )
 
     def _beat(self) -> None:
@@ -189,7 +189,8 @@ def describe_holder(path: Path, number: int) -> str | None:
     if not is_alive(holder.pid, holder.started) if is_here else silence > STALE_S:
         return None
     age = max(0.0, beat + silence - holder.claimed)
-    return f"process {holder.pid} on host {holder.host} is at work on it, for {age:.0f} s, and gave a sign {silence:.0f} s ago"
+    who = f"process {holder.pid} on host {holder.host}"
+    return f"{who} is at work on it, for {age:.0f} s, and gave a sign {silence:.0f} s ago"
 
 
 def now_there(path: Path) -> float:

@@ -20,6 +20,7 @@ thresholds need no other file.
 
 import hashlib
 import os
+import socket
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -284,7 +285,7 @@ def detect_once(
     found, _ = detect_all(model.to(device), pictures, loader, device, False, settings, None)
     if not keep:
         return found
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:

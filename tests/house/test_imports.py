@@ -64,7 +64,7 @@ COMMANDS = set(
 )  # they have no row, and import everything
 CORE = {"torch", "numpy", "PIL", "yaml", "triton"} | set(sys.stdlib_module_names)
 # never at the top level
-EXTRAS = {"matplotlib", "tqdm", "tensorboard", "onnx", "onnxruntime", "onnxscript", "av", "openvino", "cv2"}
+EXTRAS = {"matplotlib", "tqdm", "tensorboard", "onnx", "onnxruntime", "onnxscript", "av", "openvino", "cv2", "submitit"}
 SCRIPTS = {"app.py": {"streamlit", "starlette"}}  # that nothing imports, and that are nothing without these
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if not {".venv", "runs", "data"} & set(p.relative_to(ROOT).parts))
 HOUSE = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in {"tests", "benchmarks", "docs"}]

@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_it_free(run, monkeypatch):
     number = leave_claim(run, pid=2**22 + 1)
     with monkeypatch.context() as patch:
         patch.setattr(claims.json, "dumps", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(UserError, match="tiny: could not be claimed: .*No space left") as raised:
+        with pytest.raises(UserError, match=r"tiny: could not be claimed: .*No space left") as raised:
             claims.take(run)
     assert raised.value.exit_code == checkpoint.DISK_EXIT_CODE
     assert claims.newest(run) == number + 1 and not is_held(run)

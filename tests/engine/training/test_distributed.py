@@ -92,7 +92,7 @@ def test_a_run_of_two_processes(data, tmp_path):
     child = torchrun("train.py", str(tmp_path / "c.yaml"))
     assert child.returncode == 0, child.stderr[-2000:]
     run = run_folder.RunFolder(tmp_path / "runs" / "tiny")
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]  # one folder for both
+    assert [path.name for path in (tmp_path / "runs").glob("[!.]*")] == ["tiny"]  # one folder for both
     report = json.loads(run.report.read_text())
     assert report["processes"] == 2 and report["steps"] == 4 and report["epochs"] == 2
     rows = run_folder.read_metrics(run.metrics)

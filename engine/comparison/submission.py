@@ -1,0 +1,70 @@
+"""compare.py --submit: workers that each give the same compare.py, as jobs of SLURM or processes of this machine.
+
+The workers share the runs among themselves by claims, so no scheduler has to know what needs what. Jobs are made by
+submitit (github.com/facebookincubator/submitit), which is asked for where it is used.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import UserError, require
+from yaml_files import parse_yaml
+
+A_WEEK_MIN = 7 * 24 * 60.0  # submitit's own limit for a local process is two minutes
+
+
+def require_submitit(cluster: str) -> None:
+    """UserError with the install command if submitit is missing: call it before any work."""
+    require("submitit", "submit", f"--submit {cluster}")
+
+
+def read_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`timeout_min=600` and the like, as submitit's update_parameters takes them."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"argument --submit-option: found {pair!r}, expected key=value, such as timeout_min=600")
+    split = (pair.partition("=") for pair in pairs)
+    return {key: parse_yaml(value, f"argument --submit-option: {key}") for key, _, value in split}
+
+
+def device_of(worker: int, count: int) -> str | None:
+    """The value of CUDA_VISIBLE_DEVICES for a worker of this machine: one GPU each, in turn; None without GPUs."""
+    if not count:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return visible[worker % count]
+
+
+def run_workers(
+    cluster: str, command: Sequence[str], *, workers: int, options: dict[str, Any], folder: Path
+) -> list[str]:
+    """Submit the command `workers` times, and wait until all have ended; the last line of each that failed.
+
+    folder: for submitit's logs. UserError if the jobs cannot be submitted.
+    """
+    import submitit
+
+    jobs = []
+    try:
+        executor = submitit.AutoExecutor(folder=folder / "%j", cluster=cluster)
+        executor.update_parameters(**{"name": "compare", "timeout_min": A_WEEK_MIN} | options)
+        for worker in range(workers):
+            device = device_of(worker, torch.cuda.device_count()) if cluster == "local" else None
+            env = {**os.environ, "CUDA_VISIBLE_DEVICES": device} if device is not None else None
+            jobs.append(executor.submit(submitit.helpers.CommandFunction(list(command), cwd=os.getcwd(), env=env)))
+    except (
+        RuntimeError,
+        NameError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        submitit.core.utils.FailedJobError,
+    ) as error:
+        raise UserError(f"argument --submit: {' '.join(str(error).split())}") from None
+    print(f"submitted: {', '.join(f'{job.job_id} ({job.paths.stdout})' for job in jobs)}", flush=True)
+    errors = [job.exception() for job in jobs]  # waits
+    return [str(error).strip().splitlines()[-1] for error in errors if error is not None]

@@ -1,0 +1,140 @@
+"""The work of a study: its runs and condensed sets in their order, and which of them are done.
+
+Several processes may work on one study, on one machine or on many that share the folder. What is done and what failed
+is read from the disk, so each of them knows what the others did; who works on what is a matter of claims
+(engine/runtime/claims.py). A run that failed leaves its reason beside its claim: the other processes do not try it
+again, but a command that is given later does.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.comparison.study import Row, last_weights
+from engine.comparison.table import Result
+from engine.condensing.set_files import read_manifest
+from engine.runtime import claims
+from engine.runtime.run_folder import RunFolder, write_text
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run of a row, or the condensed set of that run.
+
+    needs: the names of the works that it begins with: runs of teachers and networks, its set.
+    """
+
+    row: Row
+    seed: int
+    is_set: bool = False
+    needs: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return self.row.set_folder(self.seed) if self.is_set else self.row.folder(self.seed)
+
+    @property
+    def name(self) -> str:
+        """Of its folder in that of the study."""
+        return f"sets/{self.path.name}" if self.is_set else self.path.name
+
+    @property
+    def failure(self) -> Path:
+        """The file that says why it failed."""
+        return self.path.parent / claims.FOLDER / f"{self.path.name}.failed"
+
+
+def list_work(rows: Sequence[Row]) -> list[Work]:
+    """Every row with its first seed, then with the next; each work after those it needs, a set just before its run."""
+    first_runs = {row.name: Work(row, row.seeds[0]).name for row in rows}
+    of_weights = {last_weights(row): first_runs[row.name] for row in rows}
+    works: dict[str, Work] = {}
+    for number in range(max(len(row.seeds) for row in rows)):
+        for row in (row for row in rows if number < len(row.seeds)):
+            seed = row.seeds[number]
+            needs = [of_weights[t.weights] for t in row.config.teachers if t.weights in of_weights]
+            if row.task is not None:
+                network = () if row.network_row is None else (first_runs[row.network_row],)
+                made = Work(row, seed, is_set=True, needs=network)
+                works.setdefault(made.name, made)
+                needs.append(made.name)
+            run = Work(row, seed, needs=tuple(needs))
+            works[run.name] = run
+    return list(works.values())
+
+
+def with_needs(works: Sequence[Work], name: str) -> list[Work]:
+    """The work of that name and all that it needs, in their order. UserError if there is none."""
+    by_name = {work.name: work for work in works}
+    if name not in by_name:
+        raise UserError(f"argument --run: found {name!r}, expected one of {', '.join(by_name)}")
+    needed, found = [name], set()
+    while needed:
+        found.add(work := needed.pop())
+        needed += by_name[work].needs
+    return [work for work in works if work.name in found]
+
+
+class StudyProgress:
+    """What is done of a study, by whatever process; `refresh` reads it from the disk.
+
+    results: of every row, for the table. retried: works whose earlier failure counts no more.
+    """
+
+    def __init__(self, works: Sequence[Work], results: dict[str, Result], retried: Iterable[Work]) -> None:
+        self.works, self.results = works, results
+        self._failed: dict[str, str] = {}
+        self._forgiven = {work.name: read_failure(work) for work in retried}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the reports and failures of all runs. A run whose teacher, network or set failed has failed."""
+        by_name = {work.name: work for work in self.works}
+        self._failed = {}
+        for work in self.works:
+            result = self.results[work.row.name]
+            if not work.is_set:
+                result.failures.pop(work.seed, None)
+                if self._read_report(work):
+                    continue
+            broken = next((by_name[need] for need in work.needs if need in self._failed), None)
+            if broken is not None:
+                why = self._failed[broken.name] if broken.is_set else f"{broken.row.name} failed"
+            elif (failure := read_failure(work)) is not None and failure != self._forgiven.get(work.name):
+                why = failure[1]
+            else:
+                continue
+            self._failed[work.name] = why
+            if not work.is_set:
+                result.failures[work.seed] = why
+
+    def _read_report(self, work: Work) -> bool:
+        reports, file = self.results[work.row.name].reports, RunFolder(work.path).report
+        if work.seed not in reports and file.is_file():
+            reports[work.seed] = json.loads(file.read_text(encoding="utf-8"))
+        return work.seed in reports
+
+    def is_open(self, work: Work) -> bool:
+        """Whether it has neither been done nor failed, as of the last `refresh`."""
+        is_done = (
+            work.seed in self.results[work.row.name].reports if not work.is_set else bool(read_manifest(work.path))
+        )
+        return not is_done and work.name not in self._failed
+
+    def can_begin(self, work: Work) -> bool:
+        """Whether nothing that it needs is open."""
+        return not any(self.is_open(other) for other in self.works if other.name in work.needs)
+
+
+def read_failure(work: Work) -> tuple[int, str] | None:
+    """When a run failed, as the file system tells it, and why; None if it did not."""
+    try:
+        return work.failure.stat().st_mtime_ns, work.failure.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def write_failure(work: Work, why: str) -> None:
+    write_text(work.failure, why)
