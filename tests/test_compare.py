@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import compare
 import models
 from config import to_tree
 from engine.comparison.study import load_study, plan
-from engine.runtime import run_folder
+from engine.comparison.work import list_work, write_failure
+from engine.runtime import claims, run_folder
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
 from yaml_files import dump_yaml
@@ -183,6 +185,113 @@ def test_other_errors_stop_the_study(config, trained, monkeypatch):
     monkeypatch.setattr(compare.train, "run", full_disk)
     with pytest.raises(UserError, match="no space"):
         compare.compare(make(config))
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def study_file(config, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(dump_yaml(to_tree(config) | {"rows": ROWS}))
+    return str(path)
+
+
+def another_process(monkeypatch, *steps):
+    """While compare.py waits, somebody else does these steps, one for each look."""
+    steps = list(steps)
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: steps.pop(0)())
+    return steps
+
+
+def test_printed_runs_train_each_run_once_in_any_order(study_file, trained, capsys):
+    compare.main([study_file, "--seeds", "2", "batch_size=4", "--print-runs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[2] for line in lines] == [
+        "baseline_seed5", "teacher_big_seed5", "taught_seed5", "longer_seed5",
+        "baseline_seed6", "taught_seed6", "longer_seed6",
+    ]  # fmt: skip
+    assert lines[2] == f"python compare.py {study_file} batch_size=4 --seeds 2 --run taught_seed5" and not trained
+    for line in reversed(lines):
+        compare.main(shlex.split(line)[2:])
+    assert sorted(names(trained)) == sorted(line.rpartition(" ")[2] for line in lines)
+    assert names(trained)[1:3] == ["teacher_big_seed5", "taught_seed6"]  # a command makes what it needs
+    assert {c.batch_size for c in trained} == {4}
+    with pytest.raises(UserError, match="--run: found 'bath_seed5', expected one of baseline_seed5, teacher_big_seed5"):
+        compare.main([study_file, "--run", "bath_seed5"])
+
+
+def test_what_another_process_trains_is_left_to_it(config, trained, monkeypatch, capsys):
+    """The teacher is held: the rest is trained first. When it is done elsewhere, what waited for it goes on."""
+    study = make(config, seeds=2)
+    works = {work.name: work for work in list_work(study.rows)}
+    held = claims.take(works["teacher_big_seed5"].path)
+
+    def finish():
+        assert names(trained) == ["baseline_seed5", "longer_seed5", "baseline_seed6", "longer_seed6"]
+        text = (study.folder / "comparison.md").read_text()
+        assert "Not trained yet, row (seeds): teacher_big (5); taught (5, 6)." in text
+        compare.train.run(works["teacher_big_seed5"].row.run(5))
+        trained.pop()
+        held.release()
+
+    left = another_process(monkeypatch, lambda: None, finish)
+    results = compare.compare(study)
+    assert not left and names(trained)[4:] == ["taught_seed5", "taught_seed6"]
+    assert capsys.readouterr().out.count("waiting: ") == 1
+    assert [result.missing for result in results] == [[], [], [], []]
+
+
+def test_what_a_dead_process_left_is_taken_over(config, trained, monkeypatch):
+    study = make(config)
+    taught = next(work for work in list_work(study.rows) if work.name == "taught_seed5")
+    held = claims.take(taught.path)
+    (taught.path / "weights").mkdir(parents=True)
+    (taught.path / "weights" / "last.prev.pt").write_bytes(b"")  # killed between two renames
+    left = another_process(monkeypatch, held.release)
+    compare.compare(study)
+    assert not left and names(trained) == [
+        "baseline_seed5",
+        "teacher_big_seed5",
+        "longer_seed5",
+        "taught_seed5 resumed",
+    ]
+
+
+def test_what_failed_elsewhere_is_tried_again_by_a_later_command_only(config, trained, monkeypatch):
+    study = make(config)
+    teacher = next(work for work in list_work(study.rows) if work.name == "teacher_big_seed5")
+    held = claims.take(teacher.path)
+    left = another_process(monkeypatch, lambda: (write_failure(teacher, "step 3: box is nan"), held.release()))
+    with pytest.raises(UserError, match="runs failed, see the table: teacher_big, taught$") as raised:
+        compare.compare(study)
+    assert raised.value.exit_code == 3 and not left and names(trained) == ["baseline_seed5", "longer_seed5"]
+    text = (study.folder / "comparison.md").read_text()
+    assert "Failed: teacher_big with seed 5: step 3: box is nan" in text and "seed 5: teacher_big failed" in text
+
+    with pytest.raises(UserError, match="runs failed, see the table: teacher_big, taught$"):
+        compare.compare(study, run="taught_seed5")  # asks for its teacher, not for another try at it
+    trained.clear()
+    compare.compare(study)
+    assert names(trained) == ["teacher_big_seed5", "taught_seed5"] and not teacher.failure.exists()
+    assert "Failed" not in (study.folder / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0", "--submit", "local"], "--workers: found 0"),
+        (["--workers", "2"], "--workers and --submit-option: expected --submit"),
+        (["--run", "a", "--print-runs"], "argument --print-runs: found beside --run"),
+        (["--run", "a", "--rows", "b"], "argument --rows: found beside --run"),
+        (["--submit", "local", "--submit-option", "fast"], "--submit-option: found 'fast', expected key=value"),
+    ],
+)
+def test_arguments_that_do_not_go_together(study_file, trained, monkeypatch, arguments, message):
+    monkeypatch.setattr(compare.submission, "require_submitit", lambda cluster: None)
+    with pytest.raises(UserError, match=message):
+        compare.main([study_file, *arguments])
+    assert not trained
 
 
 def test_arguments(config, trained, tmp_path):

@@ -23,7 +23,7 @@ def test_killed_workers_end_with_the_table_of_one_that_was_not(tmp_path):
     assert child.code == 0, child.text[-2000:]
 
     rng = random.Random(0)
-    deaths = [("step", rng.randint(0, 2)) if i % 2 else ("call", rng.randint(0, 25)) for i in range(KILLS)]
+    deaths = [("step", rng.randint(0, 1)) if i % 2 else ("call", rng.randint(0, 12)) for i in range(KILLS)]
     children = []
 
     def keep_one_at_work(slot):

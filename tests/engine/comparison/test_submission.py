@@ -1,0 +1,68 @@
+"""compare.py --submit: workers through submitit, and one line where it is absent."""
+
+import json
+import sys
+
+import pytest
+
+import compare
+from engine.comparison import submission
+from errors import UserError
+from tests.engine.comparison import study_worker
+
+
+def test_without_submitit_a_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    study_worker.write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--submit slurm needs the package 'submitit': pip install '\.\[submit\]'"):
+        compare.main(["study.yaml", "--submit", "slurm"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_options_are_values_of_yaml():
+    options = submission.read_options(
+        ["timeout_min=600", "slurm_partition=gpu", "slurm_additional_parameters={qos: a}"]
+    )
+    assert options == {"timeout_min": 600, "slurm_partition": "gpu", "slurm_additional_parameters": {"qos": "a"}}
+
+
+def test_workers_of_a_machine_share_its_devices(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [submission.device_of(worker, 2) for worker in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [submission.device_of(worker, 2) for worker in range(3)] == ["4", "7", "4"]
+    assert submission.device_of(0, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "message"),
+    [("local", {"spped": 1}, "spped"), ("slurm", {}, "sbatch"), ("local", {"nodes": 2}, "only one node")],
+)
+def test_what_submitit_refuses_is_one_line(tmp_path, monkeypatch, cluster, options, message):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=f"argument --submit: .*{message}"):
+        submission.run_workers(cluster, ["true"], workers=1, options=options, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys):
+    """Two real processes; a second time, of a study that a worker refuses, the last line of that worker is shown."""
+    pytest.importorskip("submitit")
+    pytest.importorskip("matplotlib")
+    study_worker.write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    two = ["--submit", "local", "--workers", "2", "--submit-option", "timeout_min=5"]
+    compare.main(["study.yaml", "epochs=1", "--rows", "baseline", *two])
+    printed = capsys.readouterr().out
+    assert "submitted: " in printed and "| baseline | yolov8_narrow |" in printed
+    tree = json.loads((tmp_path / "runs" / "study" / "comparison.json").read_text())
+    assert [len(row["seeds"]) for row in tree["rows"] if row["name"] == "baseline"] == [2]
+    logs = [path.read_text() for path in (tmp_path / "runs" / "study" / "jobs").rglob("*.out")]
+    assert len(logs) == 2 and sum(log.count("== baseline_seed") for log in logs) == 2
+
+    monkeypatch.setattr(compare, "same_study", lambda arguments: ["study.yaml", "epochs=two"])
+    with pytest.raises(UserError, match=r"not made yet: teacher_big_seed0, taught_seed0; .*key 'epochs': found 'two'"):
+        compare.main(["study.yaml", "epochs=1", "--rows", "taught", *two])
