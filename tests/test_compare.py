@@ -263,13 +263,13 @@ def test_what_failed_elsewhere_is_tried_again_by_a_later_command_only(config, tr
     teacher = next(work for work in list_work(study.rows) if work.name == "teacher_big_seed5")
     held = claims.take(teacher.path)
     left = another_process(monkeypatch, lambda: (write_failure(teacher, "step 3: box is nan"), held.release()))
-    with pytest.raises(UserError, match="runs failed, see the table: teacher_big, taught$") as raised:
+    with pytest.raises(UserError, match=r"runs failed, see the table: teacher_big, taught$") as raised:
         compare.compare(study)
     assert raised.value.exit_code == 3 and not left and names(trained) == ["baseline_seed5", "longer_seed5"]
     text = (study.folder / "comparison.md").read_text()
     assert "Failed: teacher_big with seed 5: step 3: box is nan" in text and "seed 5: teacher_big failed" in text
 
-    with pytest.raises(UserError, match="runs failed, see the table: teacher_big, taught$"):
+    with pytest.raises(UserError, match=r"runs failed, see the table: teacher_big, taught$"):
         compare.compare(study, run="taught_seed5")  # asks for its teacher, not for another try at it
     trained.clear()
     compare.compare(study)
