@@ -14,7 +14,7 @@ import torch
 from errors import UserError, require
 from yaml_files import parse_yaml
 
-A_WEEK_MIN = 7 * 24 * 60.0  # submitit's own limit for a local process is two minutes
+A_WEEK_MIN = 7 * 24 * 60  # submitit's own limit for a local process is two minutes
 
 
 def require_submitit(cluster: str) -> None:
@@ -51,7 +51,8 @@ def run_workers(
     jobs = []
     try:
         executor = submitit.AutoExecutor(folder=folder / "%j", cluster=cluster)
-        executor.update_parameters(**{"name": "compare", "timeout_min": A_WEEK_MIN} | options)
+        defaults = {"name": "compare"} | ({"timeout_min": A_WEEK_MIN} if cluster == "local" else {})
+        executor.update_parameters(**(defaults | options))
         for worker in range(workers):
             device = device_of(worker, torch.cuda.device_count()) if cluster == "local" else None
             env = {**os.environ, "CUDA_VISIBLE_DEVICES": device} if device is not None else None

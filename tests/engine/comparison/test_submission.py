@@ -37,7 +37,7 @@ def test_workers_of_a_machine_share_its_devices(monkeypatch):
 
 @pytest.mark.parametrize(
     ("cluster", "options", "message"),
-    [("local", {"spped": 1}, "spped"), ("slurm", {}, "sbatch"), ("local", {"nodes": 2}, "only one node")],
+    [("local", {"spped": 1}, "spped"), ("slurm", {}, "slurm cluster"), ("local", {"nodes": 2}, "only one node")],
 )
 def test_what_submitit_refuses_is_one_line(tmp_path, monkeypatch, cluster, options, message):
     pytest.importorskip("submitit")
