@@ -47,6 +47,7 @@ def test_what_submitit_refuses_is_one_line(tmp_path, monkeypatch, cluster, optio
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys):
     """Two real processes; a second time, of a study that a worker refuses, the last line of that worker is shown."""
     pytest.importorskip("submitit")
@@ -54,7 +55,7 @@ def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys):
     study_worker.write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two = ["--submit", "local", "--workers", "2", "--submit-option", "timeout_min=5"]
+    two = ["--submit", "local", "--workers", "2", "--submit-option", "timeout_min=15"]
     compare.main(["study.yaml", "epochs=1", "--rows", "baseline", *two])
     printed = capsys.readouterr().out
     assert "submitted: " in printed and "| baseline | yolov8_narrow |" in printed
