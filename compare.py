@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     study = load_study(arguments.config, arguments.overrides, seeds=arguments.seeds)
     only = arguments.rows.split(",") if arguments.rows is not None else None
     if arguments.print_runs:
-        for work in list_work(list(study.rows) if only is None else study.with_teachers(only)):
+        for work in choose(list_work(study.rows), study, only):
             print(shlex.join(["python", "compare.py", *same_study(arguments), "--run", work.name]))
     elif arguments.submit:
         submit(study, arguments, only=only)
@@ -146,15 +146,24 @@ class Plan:
 def make_plan(study: Study, *, only: list[str] | None = None, run: str | None = None) -> Plan:
     """The works of the rows `only` (None: all) or of one run, checked before anything is trained."""
     plot.require_plots()
-    works = list_work(list(study.rows) if only is None else study.with_teachers(only))
+    every = list_work(study.rows)
+    works = choose(every, study, only)
     retried, shown = works, only
     if run is not None:
-        works = with_needs(works, run)
+        works = with_needs(every, [run])
         retried, shown = works[-1:], [works[-1].row.name]
-    progress = StudyProgress(list_work(study.rows), {row.name: find_finished(row) for row in study.rows}, retried)
+    progress = StudyProgress(every, {row.name: find_finished(row) for row in study.rows}, retried)
     open_rows = {work.row.name for work in works if progress.is_open(work)}
     check_rows([row for row in study.rows if row.name in open_rows], study)
     return Plan(study, works, progress, shown)
+
+
+def choose(works: list[Work], study: Study, only: list[str] | None) -> list[Work]:
+    """The works of the rows `only` (None: all), and those that they need."""
+    if only is None:
+        return works
+    names = {row.name for row in study.with_teachers(only)}
+    return with_needs(works, [work.name for work in works if work.row.name in names])
 
 
 def compare(study: Study, *, only: list[str] | None = None, run: str | None = None) -> list[Result]:
@@ -167,7 +176,8 @@ def compare(study: Study, *, only: list[str] | None = None, run: str | None = No
     """
     plan = make_plan(study, only=only, run=run)
     train_all(plan)
-    return finish(plan)
+    is_whole = not any(plan.progress.is_open(work) for work in plan.progress.works)
+    return finish(plan, with_pictures=run is None or is_whole)
 
 
 def train_all(plan: Plan) -> None:
@@ -190,10 +200,10 @@ def train_all(plan: Plan) -> None:
         progress.refresh()
 
 
-def finish(plan: Plan) -> list[Result]:
+def finish(plan: Plan, *, with_pictures: bool = True) -> list[Result]:
     """Write and print the tables. UserError if a run failed."""
     study, results = plan.study, plan.progress.results
-    write(plan, with_pictures=True)
+    write(plan, with_pictures=with_pictures)
     print(tables(study, results, plan.shown))
     print("written: " + ", ".join(str(study.folder / f"comparison.{suffix}") for suffix in ("md", "json", "png")))
     names = {work.row.name for work in plan.works}

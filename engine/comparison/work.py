@@ -65,15 +65,16 @@ def list_work(rows: Sequence[Row]) -> list[Work]:
     return list(works.values())
 
 
-def with_needs(works: Sequence[Work], name: str) -> list[Work]:
-    """The work of that name and all that it needs, in their order. UserError if there is none."""
+def with_needs(works: Sequence[Work], names: Sequence[str]) -> list[Work]:
+    """The works of these names and all that they need, in their order. UserError for a name that none has."""
     by_name = {work.name: work for work in works}
-    if name not in by_name:
-        raise UserError(f"argument --run: found {name!r}, expected one of {', '.join(by_name)}")
-    needed, found = [name], set()
+    needed, found = list(names), set()
     while needed:
-        found.add(work := needed.pop())
-        needed += by_name[work].needs
+        name = needed.pop()
+        if name not in by_name:
+            raise UserError(f"argument --run: found {name!r}, expected one of {', '.join(by_name)}")
+        found.add(name)
+        needed += by_name[name].needs
     return [work for work in works if work.name in found]
 
 

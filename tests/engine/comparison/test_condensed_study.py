@@ -13,6 +13,7 @@ from datasets.open import open_dataset
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree
 from engine.comparison.study import load_study, plan
 from engine.comparison.table import Result
+from engine.comparison.work import list_work, with_needs
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
 from yaml_files import dump_yaml
@@ -90,6 +91,21 @@ def test_a_network_is_the_first_run_of_a_row_above(config, tmp_path):
     assert by_name(study)["random_2"].network_row is None
     assert [row.name for row in study.with_teachers(["herding_2"])] == ["full", "herding_2"]
     assert [row.name for row in study.with_teachers(["random_2"])] == ["random_2"]
+
+
+def test_sets_and_networks_come_before_what_needs_them(config):
+    works = list_work(make(config, seeds=2).rows)
+    names = [work.name for work in works]
+    assert names[0] == "full_seed5" and names[1].startswith("sets/random_2_seed5_") and names[2] == "random_2_seed5"
+    by_name, done = dict(zip(names, works)), set()
+    for name in names:
+        assert done.issuperset(by_name[name].needs)
+        done.add(name)
+    herding = next(name for name in names if name.startswith("sets/herding"))
+    assert names.count(herding) == 1, "one set for both seeds"
+    assert by_name[herding].needs == ("full_seed5",) and by_name["herding_2_seed6"].needs == (herding,)
+    needed = [work.name for work in with_needs(works, ["herding_2_seed6"])]
+    assert needed == ["full_seed5", herding, "herding_2_seed6"]
 
 
 @pytest.mark.parametrize(
