@@ -34,6 +34,7 @@ Exit codes: 0 all trained, 2 a mistake in the arguments or the data, 3 a run fai
 """
 
 import argparse
+import json
 import shlex
 import shutil
 import sys
@@ -231,13 +232,14 @@ def submit(study: Study, arguments: argparse.Namespace, *, only: list[str] | Non
 
 
 def find_finished(row: Row) -> Result:
-    """The result of a row, still without its reports. UserError if a folder holds a run of another config."""
+    """The reports of the finished runs of a row. UserError if a folder holds a run of another config."""
     result = Result(row)
     for seed in row.seeds:
         folder = run_folder.RunFolder(row.folder(seed))
         refuse_other(folder, row.run(seed))
         if folder.report.is_file():
             print(f"finished before: {folder.report}")
+            result.reports[seed] = json.loads(folder.report.read_text(encoding="utf-8"))
     return result
 
 

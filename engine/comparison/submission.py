@@ -42,7 +42,7 @@ def device_of(worker: int, count: int) -> str | None:
 def run_workers(
     cluster: str, command: Sequence[str], *, workers: int, options: dict[str, Any], folder: Path
 ) -> list[str]:
-    """Submit the command `workers` times, and wait until all have ended; the last line of each that failed.
+    """Submit the command `workers` times, and wait until all have ended; the error of each that failed.
 
     folder: for submitit's logs. UserError if the jobs cannot be submitted.
     """
@@ -68,4 +68,10 @@ def run_workers(
         raise UserError(f"argument --submit: {' '.join(str(error).split())}") from None
     print(f"submitted: {', '.join(f'{job.job_id} ({job.paths.stdout})' for job in jobs)}", flush=True)
     errors = [job.exception() for job in jobs]  # waits
-    return [str(error).strip().splitlines()[-1] for error in errors if error is not None]
+    return [last_error(str(error)) for error in errors if error is not None]
+
+
+def last_error(text: str) -> str:
+    """The last line that compare.py printed as an error, of all that submitit says; else its first line."""
+    _, is_there, error = text.rpartition("error: ")
+    return (error if is_there else text.strip()).partition("\n")[0]

@@ -49,7 +49,7 @@ def test_what_submitit_refuses_is_one_line(tmp_path, monkeypatch, cluster, optio
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys):
-    """Two real processes; a second time, of a study that a worker refuses, the last line of that worker is shown."""
+    """Two real processes, each a run."""
     pytest.importorskip("submitit")
     pytest.importorskip("matplotlib")
     study_worker.write_study(tmp_path)
@@ -64,6 +64,22 @@ def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys):
     logs = [path.read_text() for path in (tmp_path / "runs" / "study" / "jobs").rglob("*.out")]
     assert len(logs) == 2 and sum(log.count("== baseline_seed") for log in logs) == 2
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_error_of_a_worker_is_shown(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    pytest.importorskip("matplotlib")
+    study_worker.write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "same_study", lambda arguments: ["study.yaml", "epochs=two"])
-    with pytest.raises(UserError, match=r"not made yet: teacher_big_seed0, taught_seed0; .*key 'epochs': found 'two'"):
-        compare.main(["study.yaml", "epochs=1", "--rows", "taught", *two])
+    expected = r"not made yet: baseline_seed0, baseline_seed1; a worker ended with: .*'epochs'.*two"
+    with pytest.raises(UserError, match=expected):
+        compare.main(["study.yaml", "--rows", "baseline", "--submit", "local", "--submit-option", "timeout_min=15"])
+
+
+def test_the_last_error_of_many_lines():
+    assert submission.last_error("Job 1 failed\nerror: a\nx.FailedJobError: error: b: no\n\nlogs: c\n") == "b: no"
+    assert (
+        submission.last_error("\nJob 1 has not produced any output\nlogs: c\n") == "Job 1 has not produced any output"
+    )
