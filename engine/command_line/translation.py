@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import models
 from config import NEAR, Config
 from errors import UserError
 
@@ -59,6 +60,8 @@ RENAMED = {
 
 # Of the other commands. A value alone stands where the command takes it, in this order: the model before what it reads.
 ALONE = "{}"
+OF_MODEL = ("weights", "checkpoint", "model")
+WEIGHTS_SUFFIXES = (".pt", ".pth", ".safetensors")
 OF_BOTH = {
     "weights": ALONE,
     "checkpoint": ALONE,
@@ -159,8 +162,12 @@ def answer_command(command: str, argv: Sequence[str], unknown: Sequence[str]) ->
     kept, found = translate(command, argv, unknown, renamed)
     order = list(renamed)
     alone = sorted((name for name in found if is_alone(renamed[name])), key=order.index)
+    model, inputs = ([found[name] for name in alone if (name in OF_MODEL) == is_model] for is_model in (True, False))
+    place = 0  # in `kept`, of the inputs: behind the model, which is one of its words if no flag named it
+    if not model:
+        place = next((place for place, token in enumerate(kept) if token.startswith("-")), 0) or len(kept)
     flags = [found[name] for name in found if name not in alone]
-    line = " ".join(["python", command, *(found[name] for name in alone), *kept, *flags])
+    line = " ".join(["python", command, *model, *kept[:place], *inputs, *kept[place:], *flags])
     return f"found {' '.join(unknown)}: these are flags of other projects, expected: {line}"
 
 
@@ -207,6 +214,9 @@ def translate(
             raise UserError(f"argument {token}: no such argument; {advice}{command} --help lists them{keys}")
         if "{}" in renamed[name] and not equals:
             value = next(tokens, "VALUE")
+        if command == "train.py" and name in ("cfg", "model"):
+            found[name] = student_of(value)
+            continue
         value = as_value(name, value) if command == "train.py" else value
         found[name] = renamed[name].format(shlex.quote(value))
     return kept, found
@@ -229,9 +239,16 @@ def plain(flag: str) -> str:
 
 
 def as_value(name: str, value: str) -> str:
-    """As a key has it: the file of an architecture is its name, the number of a device a device of torch."""
-    if name in ("cfg", "model"):
-        return Path(value).stem
+    """As a key has it: the number of a device is a device of torch."""
     if name == "device" and value.isdigit():
         return f"cuda:{value}"
     return value.lower() if name == "optimizer" else value
+
+
+def student_of(value: str) -> str:
+    """`yolov8n.yaml` -> its architecture; `yolov8n.pt` -> also the weights, from which such a command starts."""
+    path = Path(value)
+    if path.suffix not in WEIGHTS_SUFFIXES:
+        return f"student.arch={shlex.quote(path.stem)}"
+    arch = f"student.arch={path.stem} " if path.stem in models.ARCHITECTURES else ""
+    return f"{arch}student.weights={shlex.quote(value)}"

@@ -9,7 +9,7 @@ import numpy as np
 from engine.comparison.decision import DecisionRule
 from engine.comparison.pictures import COLUMNS, Pictures, compare_pictures
 from engine.comparison.study import Study
-from engine.comparison.table import Difference, Result, differences
+from engine.comparison.table import NO_VERDICT, Difference, Result, differences
 from engine.drawing.stamp import stamp_file
 from engine.drawing.style import (
     BLUE,
@@ -40,8 +40,13 @@ KINDS = {  # beginning of a verdict -> color and marker
     "no difference": (QUIET, "s"),
     "undecided": (QUIET, "D"),
     "not decided": (QUIET, "o"),
+    NO_VERDICT: (QUIET, "P"),
 }
-EXPLAINED = {"no difference": "no difference that matters", "not decided": "too few seeds"}
+EXPLAINED = {
+    "no difference": "no difference that matters",
+    "not decided": "too few seeds",
+    NO_VERDICT: "plumbing, no measurement",
+}
 
 
 def require_plots() -> None:

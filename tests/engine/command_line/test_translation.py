@@ -45,6 +45,8 @@ def answer(line: str, command=train) -> str:
             "--data coco128.yaml --weights yolov8n.pt",
             "python train.py CONFIG data.format=yolo data.root=coco128.yaml data.test=val student.weights=yolov8n.pt",
         ),
+        ("--model yolov8n.pt", "python train.py CONFIG student.arch=yolov8n student.weights=yolov8n.pt"),
+        ("--model=runs/best.pt", "python train.py CONFIG student.weights=runs/best.pt"),
         (
             "--optimizer SGD --cos-lr --workers 4",
             "python train.py CONFIG optimizer.name=sgd optimizer.schedule=cosine data.workers=4",
@@ -107,6 +109,10 @@ EVAL, PREDICT = "python eval.py", "python predict.py"
         ),
         (predict, "a b.jpg --conf 0.3 --imgsz 640", f"{PREDICT} a b.jpg --score-threshold 0.3 --image-size 640"),
         (predict, "--image a.jpg --checkpoint c.pt --save-txt", f"{PREDICT} c.pt a.jpg --txt"),
+        (eval, "best.pt --data coco128.yaml --img 640", f"{EVAL} best.pt yolo coco128.yaml val --image-size 640"),
+        (eval, "--device cpu best.pt --data c.yaml", f"{EVAL} --device cpu best.pt yolo c.yaml val"),
+        (predict, "best.pt --source a.jpg --json", f"{PREDICT} best.pt a.jpg --json"),
+        (predict, "best.pt --json --source a.jpg", f"{PREDICT} best.pt a.jpg --json"),
         (predict, "m.pt webcam --view-img --half", f"{PREDICT} m.pt webcam --show --precision bfloat16"),
     ],
 )  # fmt: skip

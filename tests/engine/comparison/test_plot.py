@@ -55,13 +55,21 @@ def test_scores_and_differences_with_their_intervals(kept, study, tmp_path):
     assert [text.get_text() for text in scores.texts] == ["0.510", "0.545", "0.490", "0.710", "0.745", "0.690"]
     assert [text.get_text() for text in differences.texts] == ["+0.035", "-0.010"]
     assert [label.get_text() for label in scores.get_yticklabels()] == ["baseline", "taught", LONG[:31] + "…"]
-    assert legend_of(scores) == ["mAP", "mAP50"] and scores.get_title(loc="left") == "Scores of yolov8n"
+    assert legend_of(scores) == ["mAP", "mAP50"] and scores.get_title(loc="left") == "Scores of yolov8_narrow"
     assert legend_of(differences) == ["better", "too few seeds", "too small to matter"]
     assert differences.get_title(loc="left") == "mAP minus baseline" and "95 %" in differences.get_xlabel()
     # standard deviation 0.005, standard error 0.00289, times 4.303: 0.0124
     first = next(line for line in differences.lines if len(line.get_xdata()) == 2)
     assert first.get_xdata() == pytest.approx([0.035 - 0.0124, 0.035 + 0.0124], abs=1e-4)
     assert {line.get_marker() for line in differences.lines if len(line.get_xdata()) == 1} >= {"|", "^", "o"}
+
+
+def test_a_row_with_random_weights_has_no_verdict(kept, tmp_path):
+    teachers = [{"name": "given", "arch": "yolov8n", "weights": "random"}]
+    config = tiny_config(tmp_path, tmp_path / "runs", name="study", teachers=teachers)
+    study = plan(config, {"baseline": None, "taught": {"terms": [TERM]}}, seeds=2, source="study")
+    plot.write(tmp_path / "c.png", study, results_of(study, [0.5, 0.5], [0.6, 0.6]), with_pictures=False)
+    assert legend_of(kept.axes[1]) == ["plumbing, no measurement"]
 
 
 def test_an_interval_wider_than_the_axis_ends_in_arrows_before_the_numbers(kept, study, tmp_path):
