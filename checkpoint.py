@@ -75,8 +75,14 @@ class CheckpointInfo:
     @property
     def plumbing(self) -> str:
         """The mark of a run that was no measurement (config.Config.plumbing); "" of others."""
-        teachers = self.config.get("teachers", ())
-        return plumbing_mark([teacher["name"] for teacher in teachers if teacher["weights"] == RANDOM])
+        return plumbing_mark(self.random_teachers)
+
+    @property
+    def random_teachers(self) -> tuple[str, ...]:
+        """The names of the run's teachers that had random weights. The config may be a stranger's."""
+        teachers = self.config.get("teachers")
+        rows = [row for row in teachers if isinstance(row, dict)] if isinstance(teachers, list | tuple) else []
+        return tuple(str(row.get("name")) for row in rows if row.get("weights") == RANDOM)
 
     @property
     def evaluation(self) -> EvaluationConfig:

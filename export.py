@@ -415,6 +415,7 @@ def main(argv: list[str]) -> None:
         info.source,
         commit(),
         to_tree(evaluation) if info.config else {},
+        info.random_teachers,
     )
     if FORMATS[args.format] != SUFFIX:
         write_other_format(args, model, describe("float32"), images, on)

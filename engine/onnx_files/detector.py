@@ -171,7 +171,9 @@ def _open_onnx(model: Path | bytes, path: Path) -> OnnxDetector:
 def describe_onnx(detector: OnnxDetector) -> CheckpointInfo:
     """What load_model tells of a checkpoint, of an ONNX file."""
     info = detector.info
-    config = {"evaluation": info.evaluation} if info.evaluation else {}
+    config: dict[str, Any] = {"evaluation": info.evaluation} if info.evaluation else {}
+    if info.random_teachers:
+        config["teachers"] = [{"name": name, "weights": checkpoint.RANDOM} for name in info.random_teachers]
     return CheckpointInfo(info.arch, info.names, info.image_size, source=info.source, config=config)
 
 

@@ -95,6 +95,7 @@ class GraphInfo:
     suppresses: whether the detector's boxes need suppression; RT-DETR's do not.
     precision: float32 or int8. source: "ours" or "public", from its checkpoint.
     evaluation: plain values of the EvaluationConfig that the checkpoint was measured with; empty in older files.
+    random_teachers: of the checkpoint's run, which was then no measurement; not in older files.
     """
 
     arch: str
@@ -105,6 +106,10 @@ class GraphInfo:
     source: Literal["ours", "public"]
     commit: str | None
     evaluation: dict[str, Any] = field(default_factory=dict)
+    random_teachers: tuple[str, ...] = ()
+
+
+LATER = ("evaluation", "random_teachers")  # fields that older files lack
 
 
 class Decoded(nn.Module):
@@ -265,13 +270,13 @@ def read_info(entries: dict[str, str], path: object) -> GraphInfo:
     if found != FORMAT:
         raise UserError(f"{path}: found metadata of format {found!r}, this code reads {FORMAT!r}")
     try:
-        names = [name for name in GraphInfo.__dataclass_fields__ if name != "evaluation" or PREFIX + name in entries]
+        names = [name for name in GraphInfo.__dataclass_fields__ if name not in LATER or PREFIX + name in entries]
         fields = {name: json.loads(entries[PREFIX + name]) for name in names}
     except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: its metadata is damaged: {error}") from None
-    named = isinstance(fields["names"], list) and all(isinstance(name, str) for name in fields["names"])
-    if not named or type(fields["image_size"]) is not int or not isinstance(fields["arch"], str):
-        raise UserError(
-            f"{path}: its metadata is damaged: 'arch', 'names' or 'image_size' is not what export.py writes"
-        )
-    return GraphInfo(**fields | {"names": tuple(fields["names"])})
+    lists = [fields["names"], fields.setdefault("random_teachers", [])]
+    are_texts = all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
+    if not are_texts or type(fields["image_size"]) is not int or not isinstance(fields["arch"], str):
+        keys = "'arch', 'names', 'image_size' or 'random_teachers'"
+        raise UserError(f"{path}: its metadata is damaged: {keys} is not what export.py writes")
+    return GraphInfo(**fields | {name: tuple(fields[name]) for name in ("names", "random_teachers")})

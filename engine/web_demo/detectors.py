@@ -50,11 +50,12 @@ class Detector:
         return self.info.names
 
     def describe(self) -> str:
-        """`yolov8n, 3.01 M parameters, 8 classes, 160 px`"""
+        """`yolov8n, 3.01 M parameters, 8 classes, 160 px`, and the mark of a run that was no measurement."""
         count = len(self.names)
         precision = f"ONNX, {self.module.info.precision}" if isinstance(self.module, OnnxDetector) else ""
         size = f"{self.parameters / 1e6:.2f} M parameters" if self.parameters is not None else precision
-        return f"{self.info.arch}, {size}, {count} class{'es' * (count != 1)}, {self.info.image_size} px"
+        mark = f", {self.info.plumbing}" * bool(self.info.plumbing)
+        return f"{self.info.arch}, {size}, {count} class{'es' * (count != 1)}, {self.info.image_size} px{mark}"
 
 
 def load_file(path: Path, name: str) -> Detector:

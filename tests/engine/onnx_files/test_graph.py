@@ -24,10 +24,10 @@ pytest.importorskip("onnxruntime")
 
 from onnx import helper, parser  # noqa: E402
 
-from engine.onnx_files.detector import open_session  # noqa: E402
+from engine.onnx_files.detector import OnnxDetector, describe_onnx, open_session  # noqa: E402
 from engine.onnx_files.int8 import float_nodes  # noqa: E402
 
-INFO = GraphInfo("yolov8n", ("disk", "Störche, weiß"), 160, True, "float32", "ours", None)
+INFO = GraphInfo("yolov8n", ("disk", "Störche, weiß"), 160, True, "float32", "ours", None, random_teachers=("dino",))
 PASSED_THROUGH = """
 <ir_version: 10, opset_import: ["" : 20]>
 detector (float[batch, locations, 4] given_boxes, float[batch, locations, classes] given_scores)
@@ -126,7 +126,13 @@ def test_the_metadata_come_back():
     model = parser.parse_model(PASSED_THROUGH)
     write_info(model, INFO)
     session = open_session(model.SerializeToString())
-    assert read_info(session.get_modelmeta().custom_metadata_map, "x.onnx") == INFO
+    entries = session.get_modelmeta().custom_metadata_map
+    assert read_info(entries, "x.onnx") == INFO
+    detector = OnnxDetector(session, INFO, "x.onnx")
+    assert describe_onnx(detector).plumbing == "plumbing, not a measurement: random weights in dino"
+    older = {key: value for key, value in entries.items() if key != f"{PREFIX}random_teachers"}
+    detector.info = read_info(older, "x.onnx")
+    assert describe_onnx(detector).plumbing == ""
     assert session.get_modelmeta().producer_name == "retort"
 
 
@@ -138,6 +144,7 @@ def test_foreign_and_damaged_metadata_are_one_line():
     for broken, message in [
         ({}, r"x\.onnx: its metadata has no entry 'retort\.format', expected a file that export\.py wrote"),
         (entries | {f"{PREFIX}format": "7"}, r"x\.onnx: found metadata of format '7', this code reads '1'"),
+        (entries | {f"{PREFIX}random_teachers": "3"}, r"x\.onnx: its metadata is damaged: .*'random_teachers'"),
         (entries | {f"{PREFIX}names": "[1"}, r"x\.onnx: its metadata is damaged"),
         ({k: v for k, v in entries.items() if k != f"{PREFIX}arch"}, r"x\.onnx: its metadata is damaged.*arch"),
     ]:

@@ -55,6 +55,15 @@ def detector(seconds: float) -> Detector:
     return Detector("a", nn.Identity(), CheckpointInfo("a", ("x",), 64), Sleeper(seconds), 0)  # type: ignore[arg-type]
 
 
+def test_a_run_that_was_no_measurement_says_so():
+    """Also where a stranger's file has other things in the place of its teachers."""
+    rows = [{"name": "dino", "weights": "random"}, {"name": "given", "weights": "a.pt"}, {}, 3, None]
+    for teachers, mark in ((rows, ", plumbing, not a measurement: random weights in dino"), (3, ""), (None, "")):
+        info = CheckpointInfo("a", ("x",), 64, config={"teachers": teachers})
+        described = Detector("a", nn.Identity(), info, Sleeper(0), 0).describe()  # type: ignore[arg-type]
+        assert described == f"a, 0.00 M parameters, 1 class, 64 px{mark}"
+
+
 def test_latency_is_warm_and_measured_in_turns(monkeypatch):
     monkeypatch.setattr(detectors, "TIMED_SECONDS", 0.2)
     fast, slow = detectors.measure_latency([detector(0.005), detector(0.02)], np.zeros((8, 8, 3), np.uint8))
