@@ -32,7 +32,7 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
-        if len(y) == 1 and y.requires_grad:
+        if y.requires_grad and y.shape[0] == 1:  # len() would fix the batch size of an exported graph
             # For one image, torch 2.13's BatchNorm on the CPU computes a wrong gradient from one with other strides,
             # which is what comes back from attention.
             y.register_hook(torch.Tensor.contiguous)
