@@ -371,11 +371,11 @@ def explain(pair: tuple[Side, Side], enhanced: np.ndarray) -> None:
     runs = {title: side.run for title, side in titled(pair).items() if side.run}
     terms = run_views.term_columns(config) if config else {}
     show_curves(runs, list(terms))
-    shown = {title: side.detector for title, side in titled(pair).items()}
+    shown = titled(pair)
     for name, path in (run_views.find_teachers(config) if config else {}).items():
-        shown[f"teacher {name}"] = load_file(path, path.stat().st_mtime, name)
+        shown[f"teacher {name}"] = side_of(path, path.stat().st_mtime, name)
     maps = tuple(name for term in terms.values() for name in term.student_maps)
-    show_maps({title: detector for title, detector in shown.items() if detector.parameters is not None}, enhanced, maps)
+    show_maps({title: side for title, side in shown.items() if side.detector.parameters is not None}, enhanced, maps)
     sheet = run.folder.path / "distillation.jpg" if run else None
     if sheet and sheet.is_file():
         st.header("The maps that the terms compare, at the end of the run", anchor=False)
@@ -383,7 +383,9 @@ def explain(pair: tuple[Side, Side], enhanced: np.ndarray) -> None:
 
 
 def titled(pair: tuple[Side, Side]) -> dict[str, Side]:
-    """The sides by name: one if both are the same model."""
+    """The sides by name: one if both are the same model, with their places if two models have one name."""
+    if pair[0].key != pair[1].key and pair[0].detector.name == pair[1].detector.name:
+        return {f"{side.detector.name} ({where})": side for side, where in zip(pair, WHERE)}
     return {side.detector.name: side for side in pair}
 
 
@@ -418,27 +420,32 @@ def show_curves(runs: dict[str, Run], terms: list[str]) -> None:
 
 
 @st.fragment
-def show_maps(models: dict[str, Detector], picture: np.ndarray, taught: tuple[str, ...]) -> None:
+def show_maps(models: dict[str, Side], picture: np.ndarray, taught: tuple[str, ...]) -> None:
     """taught: names of maps; the first one that the models have is shown first."""
-    names = run_views.map_names([detector.module for detector in models.values()])
+    names = run_views.map_names([side.detector.module for side in models.values()])
     if not names:
         st.info("These models have no map of the same name.")
         return
     st.header("Where the maps are strong", anchor=False)
     first = next((names.index(name) for name in (*taught, "p3") if name in names), 0)
     name = st.selectbox("Map", names, index=first, key="map")
-    sheet = draw_heat(gallery.digest(picture), tuple(models), name, picture, models)
+    keys = tuple((title, side.key) for title, side in models.items())
+    sheet = draw_heat(gallery.digest(picture), keys, name, picture, models)
     st.image(sheet, width="stretch", output_format="JPEG")
     st.caption("The mean absolute value over a map's channels, from the least (black) to the most (white) of each map.")
 
 
 @st.cache_data(max_entries=16, show_spinner="Looking into the models")
 def draw_heat(
-    picture_digest: str, names: tuple[str, ...], map_name: str, _picture: np.ndarray, _models: dict[str, Detector]
+    picture_digest: str,
+    keys: tuple[tuple[str, str], ...],
+    map_name: str,
+    _picture: np.ndarray,
+    _models: dict[str, Side],
 ) -> Image.Image:
-    """Cached as `detect_once`."""
+    """Cached as `detect_once`, and by the titles on it. keys: title and Side.key of each model."""
     with gallery.ONE_AT_A_TIME:
-        models = {title: (detector.module, detector.info) for title, detector in _models.items()}
+        models = {title: (side.detector.module, side.detector.info) for title, side in _models.items()}
         return run_views.heat_sheet(models, _picture, map_name)
 
 

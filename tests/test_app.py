@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
 from tests.conftest import ROOT
 from tests.engine.training.test_distilled_training import TERMS
 from tests.engine.web_demo.tiny_app import clip, photo, png, write_runs
@@ -306,6 +307,25 @@ def test_what_distillation_did(start, runs):
     drawing, heat = (image.value for image in app.image)
     app.selectbox(key="map").set_value("p5").run()
     assert check(app).image[0].value == drawing and check(app).image[1].value != heat
+
+
+def test_maps_are_those_of_the_weights_whatever_their_name(start, runs):
+    """Two uploads of one name are two models, and another file of that name has maps of its own."""
+    app = start(runs)
+    for side, name in (("left", LEFT), ("right", RIGHT)):
+        state = checkpoint.load(runs / "runs" / STUDY / name / "weights" / "last.pt")
+        if side == "right":
+            state["ema"] = {key: 2 * value if "weight" in key else value for key, value in state["ema"].items()}
+        checkpoint.save(runs / f"{side}.pt", state)
+    maps = []
+    for left, right in (("left", "left"), ("left", "right"), ("right", "right")):
+        app.selectbox(key="left").set_value(OTHER_FILE).run()
+        app.selectbox(key="right").set_value(OTHER_FILE).run()
+        for key, file in (("left_file", left), ("right_file", right)):
+            app.file_uploader(key=key).upload("mine.pt", (runs / f"{file}.pt").read_bytes()).run()
+        maps.append(open_explanation(app).image[-1].value)
+        app.segmented_control(key="page").set_value("Compare two models").run()
+    assert len(set(maps)) == 3
 
 
 def test_a_run_without_a_teacher_says_so(start, runs):
