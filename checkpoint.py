@@ -39,6 +39,7 @@ import weights
 from config import RANDOM, EvaluationConfig, from_tree, plumbing_mark
 from datasets.class_names import released_columns, released_names
 from errors import UserError
+from layers.int8 import add_int8, remove_int8, without_ranges
 
 FORMAT = 1
 DISK_EXIT_CODE = 5
@@ -284,9 +285,16 @@ def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, Checkpoin
 
 
 def build_for(arch: str, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
-    """A fresh model with the head and the widths of a state dict of the same architecture and as many classes."""
-    widths = models.widths_of(arch, num_classes, state)
-    return models.build(arch, num_classes, widths=widths, **models.head_of(arch, num_classes, state))
+    """A fresh model with the head and the widths of a state dict of the same architecture and as many classes.
+
+    It rounds to 8 bits if that of the state dict did (layers/int8.py).
+    """
+    plain = without_ranges(state)
+    widths = models.widths_of(arch, num_classes, plain)
+    model = models.build(arch, num_classes, widths=widths, **models.head_of(arch, num_classes, plain))
+    if len(plain) < len(state):
+        add_int8(model)
+    return model
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -321,7 +329,7 @@ def start_model(
     FRESH_PRIOR; for an RT-DETR it holds where both models choose the same queries. `say` is called with one line:
     which rows were kept and which start fresh.
 
-    A pruned model stays as narrow as it is.
+    A pruned model stays as narrow as it is. One that was fine-tuned for int8 starts from its weights alone.
 
     new_head: start the whole class head fresh, even if it would fit.
     UserError for a file that does not fit, or that has no class names to join by.
@@ -329,6 +337,7 @@ def start_model(
     path = Path(path)
     with torch.random.fork_rng(devices=[]):  # the fresh rows do not depend on how the file is read
         released, info = _read_model(path, arch)
+    remove_int8(released)
     theirs = released.state_dict()
     widths = models.widths_of(arch, len(info.names), theirs) if info.arch == arch else None
     if new_head:

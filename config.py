@@ -81,6 +81,15 @@ class InheritConfig:
 
 
 @dataclass(frozen=True)
+class Int8Config:
+    """Fine-tuning for int8: the student rounds weights and activations as export.py --int8 writes them."""
+
+    percentile: float = 99.99  # an activation's range ends at its percentiles 100 - p and p; 100: min-max
+    pictures: int = 64  # training pictures that the first ranges are of
+    frozen_epochs: int = 1  # in the last epochs the ranges stay; before, they follow the batches
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A detector: its architecture and where its weights come from."""
 
@@ -92,6 +101,7 @@ class ModelConfig:
     new_head: bool = False  # start the whole class head fresh; otherwise classes with the same name keep their rows
     inherit: InheritConfig | None = None  # begin as a part of a wider model; instead of `weights`
     widths: str | None = None  # a file of engine.pruning with other widths than arch has
+    int8: Int8Config | None = None  # fine-tune `weights` for int8; None: do not round
 
 
 @dataclass(frozen=True)

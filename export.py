@@ -32,6 +32,7 @@ do not fit in memory, 5 a file that could not be written, 130 after Ctrl-C.
 """
 
 import argparse
+import copy
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ from engine.evaluation.measuring import EvaluationResult, evaluate_model
 from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.detector import SUFFIX, OnnxDetector, open_session
 from engine.onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, GraphInfo, float32_at_most
-from engine.onnx_files.int8 import quantize
+from engine.onnx_files.int8 import calibrate, check_quantizable, trace_int8
 from engine.onnx_files.other_formats import LEAST_SIDE, command_for, openvino_files, program_bytes, trace_program
 from engine.prediction.sources import find_pictures
 from engine.runtime.run_folder import RunFolder, commit, write_bytes
@@ -63,6 +64,7 @@ from engine.runtime.timing import rotate, wall_seconds
 from errors import UserError, require, run_script
 from kernels.nms import select_detections
 from layers.fusion import fuse
+from layers.int8 import has_int8, remove_int8
 from predict import plural
 from rtdetr.rtdetr import RTDETR
 from structures import DenseDetector
@@ -87,6 +89,7 @@ NEEDED = {
 }
 CHECK_CANDIDATES = 1000  # pairs of location and class in an image that the check of the selection uses
 TIMED_ROUNDS = 21
+PERCENTILE = 99.99
 
 
 @dataclass(frozen=True)
@@ -250,10 +253,10 @@ def _check_selection(
             raise UserError("the graph chooses other detections than PyTorch does; nothing was written")
 
 
-def calibration_images(index: DatasetIndex, image_size: int, count: int) -> Iterator[np.ndarray]:
+def calibration_images(index: DatasetIndex, image_size: int, count: int) -> Iterator[Tensor]:
     """`count` pictures evenly spaced in the split, (1, 3, S, S) float32 each."""
     for sample in spread(index, count).samples:
-        yield load_images([sample.image_path], image_size).numpy()
+        yield load_images([sample.image_path], image_size)
 
 
 def print_comparison(
@@ -366,6 +369,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=100,
         help="number of pictures to calibrate on, at most (%(default)s)",
     )
+    parser.add_argument(
+        "--percentile",
+        type=float,
+        metavar="P",
+        help=f"an activation's range ends at its percentiles 100 - P and P; 100: min-max (default: {PERCENTILE})",
+    )
     parser.add_argument("--test-split", default="test", help="split to measure float32 and int8 on (%(default)s)")
     args = parser.parse_args(argv)
     args.checkpoint = file_of_run(args.checkpoint)
@@ -380,9 +389,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("max_detections", "calibration_pictures"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
-    if args.int8 != bool(args.calibrate):
-        parser.error("expected --int8 and --calibrate together")
+    if args.percentile is not None and not 50 < args.percentile <= 100:
+        parser.error(f"--percentile: found {args.percentile}, expected above 50 and at most 100")
+    for name in ("calibrate", "percentile"):
+        if getattr(args, name) is not None and not args.int8:
+            parser.error(f"--{name}: found it alone, expected --int8 beside it")
     return args
+
+
+def check_int8(args: argparse.Namespace, model: nn.Module, arch: str) -> None:
+    """UserError for a model that --int8 is not for, and for options that do not fit to how it got its ranges."""
+    check_quantizable(model, arch)
+    learnt = has_int8(model)
+    if not learnt and not args.calibrate:
+        raise UserError(f"--int8: {args.checkpoint} was not trained for int8, expected --calibrate beside it")
+    if learnt and args.percentile is not None:
+        raise UserError(f"--percentile: {args.checkpoint} was trained for int8 and has its ranges, expected none")
 
 
 def main(argv: list[str]) -> None:
@@ -395,11 +417,17 @@ def main(argv: list[str]) -> None:
     if info.plumbing:
         print(info.plumbing)
     check_exportable(model, info.arch)
-    splits = open_splits(args, info) if args.int8 else None
+    if args.int8:
+        check_int8(args, model, info.arch)
+    splits = open_splits(args, info) if args.calibrate else None
     size, suppresses = args.image_size or info.image_size, not isinstance(model, RTDETR)
     paths, source = choose_pictures(args, splits[1] if splits else None)
     images = load_images(paths, size) if paths else draw_images(size)
     model = fuse(model)
+    rounding = None  # the model as int8 computes it
+    if args.int8 and has_int8(model):
+        rounding = copy.deepcopy(model)
+    remove_int8(model)
     evaluation = replace(info.evaluation, precision="float32")  # the file has a precision of its own
     nms_iou = evaluation.iou_threshold if args.nms_iou is None else args.nms_iou
     max_detections = args.max_detections or evaluation.max_detections
@@ -423,8 +451,11 @@ def main(argv: list[str]) -> None:
             print(f"where Core ML runs: {command_for('coreml', args.output, size, dynamic=args.dynamic)}")
         return
     graphs = {"float32": onnx_graph.trace(model, size, dynamic=args.dynamic)}
-    if splits:
-        graphs["int8"] = quantize(graphs["float32"], calibration_images(splits[0], size, args.calibration_pictures))
+    if splits and rounding is None:
+        pictures = calibration_images(splits[0], size, args.calibration_pictures)
+        rounding = calibrate(model, pictures, PERCENTILE if args.percentile is None else args.percentile)
+    if rounding is not None:
+        graphs["int8"] = trace_int8(rounding, size, dynamic=args.dynamic)
     infos, files = {}, {"float32": args.output, "int8": args.output.with_suffix(f".int8{SUFFIX}")}
     for name in graphs:
         if args.with_nms:

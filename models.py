@@ -19,6 +19,7 @@ from frcnn.faster_rcnn import (
     build_fasterrcnn_vit_tiny,
 )
 from layers.channel_groups import find_groups
+from layers.int8 import without_ranges
 from layers.widths import set_widths, widths_of_shapes
 from rtdetr.rtdetr import build_rtdetr
 from teachers.clip import build_clip
@@ -131,6 +132,7 @@ def widths_of(arch: str, num_classes: int, state: Mapping[str, Tensor]) -> dict[
     None where these are the architecture's own, or where no widths fit. Like the arguments of `head_of` they follow
     from the shapes, so that the checkpoint of a pruned model is one like any other.
     """
+    state = without_ranges(state)
     with torch.device("meta"):
         own = build(arch, num_classes, widths=None, **head_of(arch, num_classes, dict(state))).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}

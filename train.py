@@ -56,6 +56,7 @@ from engine.training.building import (
 from engine.training.dry_run import dry_run
 from engine.training.exits import exit_codes
 from engine.training.idle_terms import without_idle_terms
+from engine.training.int8 import move_ranges
 from engine.training.reporting import finish, finish_epoch, measure_start
 from engine.training.saving import how_to_go_on, open_folder, restore, save
 from engine.training.state import TrainingState, refuse_changes
@@ -140,6 +141,7 @@ def train(
     stop.may_raise = False
     while not state.is_over(config):
         setup.learner.train()
+        move_ranges(setup.student, config, state.epoch)
         progress.start(f"epoch {state.epoch + 1}/{config.epochs}", setup.batches_per_epoch, state.batch)
         began = time.perf_counter()
         loaded = setup.loader.epoch(state.epoch, start=state.batch)

@@ -44,10 +44,11 @@ import models
 from benchmarks.timing import header, options, parse, row, take_turns, versions
 from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.detector import open_session
-from engine.onnx_files.int8 import quantize
+from engine.onnx_files.int8 import calibrate, trace_int8
 from engine.onnx_files.other_formats import openvino_files
 from errors import run_script
 from layers.fusion import fuse
+from teachers.rtdetr import RTDETR
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -98,7 +99,9 @@ def our_calls(arch: str | None, path: str | None, images: Tensor, with_onnx: boo
     if with_onnx:
         graph = onnx_graph.trace(fuse(model), images.shape[-1], dynamic=False)
         calls["ONNX float32"] = onnx_call(graph, images)
-        calls["ONNX int8"] = onnx_call(quantize(graph, [images.numpy()]), images)
+        if not isinstance(model, RTDETR):  # it has no int8 form
+            rounding = calibrate(fuse(model), [images], percentile=100)
+            calls["ONNX int8"] = onnx_call(trace_int8(rounding, images.shape[-1], dynamic=False), images)
         if importlib.util.find_spec("openvino"):
             calls["OpenVINO float32"] = partial(openvino_files(graph)[1], images)
     return model, calls

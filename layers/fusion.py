@@ -8,7 +8,7 @@ import copy
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @runtime_checkable
@@ -33,16 +33,24 @@ def fuse(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_batchnorm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
-    """Change weight and bias of `conv` so that it computes bn(conv(x)) of eval mode. The caller drops `bn`.
+    """Change weight and bias of `conv` to those of `folded`. The caller drops `bn`.
+
+    The statistics of `bn` must be final: the result cannot be trained. The new bias requires grad if conv.weight does.
+    """
+    weight, bias = folded(conv, bn)
+    conv.weight.copy_(weight)
+    conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
+
+
+def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias (C_out,) of the convolution that computes bn(conv(x)) of eval mode. Gradient flows.
 
         w' = w * gamma / sqrt(var + eps),    b' = beta + (b - mean) * gamma / sqrt(var + eps)
 
-    The statistics of `bn` must be final: the result cannot be trained. Computed in float64, stored in the dtype of
-    conv.weight. The new bias requires grad if conv.weight does.
+    Computed in float64, returned in the dtype of conv.weight.
     """
     assert bn.running_mean is not None and bn.running_var is not None
     scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()  # (C_out,)
     mean = bn.running_mean.double() if conv.bias is None else bn.running_mean.double() - conv.bias.double()
     bias = bn.bias.double() - mean * scale
-    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+    return (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype), bias.to(conv.weight.dtype)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.fusion import fold_batchnorm
+from layers.int8 import Int8Conv, Int8Range
 
 BATCHNORM_EPS = 1e-3  # the released weights were trained with these two values; a state dict does not hold them
 BATCHNORM_MOMENTUM = 0.03
@@ -24,8 +25,11 @@ class ConvBNAct(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, bias=False)
         self.bn: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(c_out, eps=BATCHNORM_EPS, momentum=BATCHNORM_MOMENTUM)
+        self.int8: Int8Conv | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.int8 is not None:
+            return self.int8(x, self.conv, self.bn, F.silu)
         # In place only without gradients: the backward pass of silu needs its input, so autograd would clone it first.
         return F.silu(self.bn(self.conv(x)), inplace=not torch.is_grad_enabled())
 
@@ -34,6 +38,9 @@ class ConvBNAct(nn.Module):
         if not isinstance(self.bn, nn.Identity):
             fold_batchnorm(self.conv, self.bn)
             self.bn = nn.Identity()
+
+    def add_int8(self) -> None:
+        self.int8 = Int8Conv(has_gate=True)
 
 
 class Bottleneck(nn.Module):
@@ -44,10 +51,15 @@ class Bottleneck(nn.Module):
         self.conv1 = ConvBNAct(channels, channels, kernels[0])
         self.conv2 = ConvBNAct(channels, channels, kernels[1])
         self.shortcut = shortcut
+        self.int8: Int8Range | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(self.conv1(x))
-        return x + y if self.shortcut else y
+        y = x + y if self.shortcut else y
+        return y if self.int8 is None else self.int8(y)
+
+    def add_int8(self) -> None:
+        self.int8 = Int8Range() if self.shortcut else None
 
 
 class SPPF(nn.Module):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.fusion import fold_batchnorm
+from layers.int8 import Int8Conv
 from weights import PublicLayout
 from yolo.layers import BATCHNORM_EPS, BATCHNORM_MOMENTUM, upsample
 from yolo.released_names import YOLOV7_TINY_NAMES
@@ -33,8 +34,11 @@ class ConvBNLeaky(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, bias=False)
         self.bn: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(c_out, eps=BATCHNORM_EPS, momentum=BATCHNORM_MOMENTUM)
+        self.int8: Int8Conv | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.int8 is not None:
+            return self.int8(x, self.conv, self.bn, lambda z: F.leaky_relu(z, SLOPE))
         return F.leaky_relu(self.bn(self.conv(x)), SLOPE, inplace=True)  # its gradient needs the output alone
 
     def fold(self) -> None:
@@ -42,6 +46,9 @@ class ConvBNLeaky(nn.Module):
         if not isinstance(self.bn, nn.Identity):
             fold_batchnorm(self.conv, self.bn)
             self.bn = nn.Identity()
+
+    def add_int8(self) -> None:
+        self.int8 = Int8Conv(has_gate=False)
 
 
 class ELAN(nn.Module):

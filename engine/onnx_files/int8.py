@@ -1,71 +1,139 @@
-"""Post-training quantization of an ONNX graph to 8-bit integers with onnxruntime.
+"""A detector that rounds to 8 bits (layers/int8.py) as an ONNX graph of 8-bit integers, and its calibration.
 
-Weights become int8 with a scale per output channel; activations become uint8 with a scale per tensor, from their range
-on the calibration pictures. The last convolutions and the decoding after them stay float32. They take 1 to 3% of the
-time; 8 bits cannot hold a pixel position in a 640 px image; and YOLOv5 has boxes, objectness and class logits in one
-tensor, which no single scale fits (quantizing them costs a YOLOv5s trained on BCCD 0.05 of its 0.60 mAP50-95).
+Every rounding of an activation becomes a QuantizeLinear and a DequantizeLinear, so the graph computes what the PyTorch
+model computes, except for sums that lie between two integers. Weights are stored as int8 with a scale per output
+channel, biases as int32 in the steps of input times weight, as integer convolution needs them.
+
+The last convolutions and the decoding after them stay float32. They take 1 to 3% of the time; 8 bits cannot hold a
+pixel position in a 640 px image; and YOLOv5 has boxes, objectness and class logits in one tensor, which no single scale
+fits (quantizing them costs a YOLOv5s trained on BCCD 0.05 of its 0.60 mAP50-95).
 """
 
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from engine.onnx_files.graph import without_warnings
-from errors import require
+from engine.onnx_files import graph as onnx_graph
+from errors import UserError
+from layers.int8 import (
+    WEIGHT_LEVELS,
+    Int8Range,
+    Int8Weight,
+    add_int8,
+    has_int8,
+    observe_ranges,
+    weight_scales,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-OPERATORS = ("Conv", "Mul", "Sigmoid", "LeakyRelu", "Concat", "MaxPool", "Resize", "Add", "Split")
+BIAS_LEVELS = 2.0**30  # of each sign: a bit of int32 is left for the sum of the products
 
 
-class _Reader:
-    """Gives onnxruntime the calibration images."""
+class GraphRange(nn.Module):
+    """An Int8Range as two nodes of a graph: x of any shape -> x^."""
 
-    def __init__(self, images: Iterable[np.ndarray]) -> None:
-        self.images: Iterator[np.ndarray] = iter(images)
+    scale: Tensor
+    zero: Tensor
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        image = next(self.images, None)
-        return None if image is None else {"images": image}
+    def __init__(self, own: Int8Range) -> None:
+        super().__init__()
+        scale, zero = own.grid()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero.to(torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = (self.scale, self.zero)
+        integers = torch.onnx.ops.symbolic("QuantizeLinear", [x, *grid], dtype=torch.uint8, shape=x.shape)
+        return torch.onnx.ops.symbolic("DequantizeLinear", [integers, *grid], dtype=x.dtype, shape=x.shape)
 
 
-def quantize(model: "ModelProto", images: Iterable[np.ndarray]) -> "ModelProto":
-    """A graph from graph.trace and calibration images (1, 3, H, W) float32 in [0, 1] -> the graph in int8.
+def check_quantizable(model: nn.Module, arch: str) -> None:
+    """UserError for a family that has no int8 form."""
+    if not has_int8(model):
+        try:
+            add_int8(copy.deepcopy(model))
+        except ValueError as error:
+            raise UserError(f"{arch} has no int8 form: {error}") from None
 
-    Inputs and outputs stay float32. Convolutions, except the last ones, and the OPERATORS before them are quantized.
+
+@torch.no_grad()
+def calibrate(detector: nn.Module, images: Iterable[Tensor], percentile: float) -> nn.Module:
+    """A copy of a detector in eval mode that rounds to 8 bits, with ranges from images (B, 3, H, W) in [0, 1]."""
+    rounding = copy.deepcopy(detector).eval()
+    add_int8(rounding)
+    observe_ranges(rounding, percentile)
+    for batch in images:
+        rounding(batch)
+    observe_ranges(rounding, None)
+    return rounding
+
+
+def trace_int8(detector: nn.Module, image_size: int, *, dynamic: bool) -> "ModelProto":
+    """graph.trace of a detector that rounds to 8 bits, with the integers in the graph. Inputs and outputs are float32.
+
+    detector: as for graph.trace, from `calibrate` or fine-tuned with its ranges.
     """
-    import onnx
-
-    quantization = require("onnxruntime.quantization", "export", "quantization")
-    model = onnx.shape_inference.infer_shapes(model)
-    with without_warnings(), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "int8.onnx"
-        quantization.quantize_static(
-            model,
-            path,
-            _Reader(images),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(OPERATORS),
-            nodes_to_exclude=float_nodes(model),
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-        )
-        return onnx.load(path)
+    detector = copy.deepcopy(detector)
+    for module in list(detector.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Int8Range):
+                setattr(module, name, GraphRange(child))
+            elif isinstance(child, Int8Weight):
+                setattr(module, name, nn.Identity())
+    graph = onnx_graph.trace(detector, image_size, dynamic=dynamic)
+    _store_integers(graph)
+    return graph
 
 
-def float_nodes(model: "ModelProto") -> list[str]:
-    """The names of nodes that no later convolution depends on: the last convolutions and all nodes after them."""
-    needed: set[str] = set()  # values that lead to a convolution
-    names = []
-    for node in reversed(model.graph.node):  # nodes are in topological order
-        is_needed = bool(needed.intersection(node.output))
-        if not is_needed:
-            names.append(node.name)
-        if is_needed or node.op_type == "Conv":
-            needed.update(node.input)
-    return names
+def _store_integers(model: "ModelProto") -> None:
+    """Replace weight and bias of every convolution whose input is dequantized by integers and a DequantizeLinear."""
+    from onnx import numpy_helper
+
+    graph = model.graph
+    numbers = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+    input_scale = {n.output[0]: numbers[n.input[1]] for n in graph.node if n.op_type == "DequantizeLinear"}
+    nodes = list(graph.node)
+    del graph.node[:]
+    replaced = set()
+    for node in nodes:
+        sum_is_rounded = any(n.op_type == "QuantizeLinear" and n.input[0] == node.output[0] for n in nodes)
+        if node.op_type == "Conv" and sum_is_rounded:
+            data, weight, bias = node.input
+            own = _integers(numbers[weight], numbers[bias], float(input_scale[data]))
+            for position, (integers, scales) in enumerate(own, 1):
+                node.input[position] = _add_integers(model, node.input[position], integers, scales)
+            replaced |= {weight, bias}
+        graph.node.append(node)
+    kept = [entry for entry in graph.initializer if entry.name not in replaced]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _integers(weight: np.ndarray, bias: np.ndarray, input_scale: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """int8 and scales (C,) of a weight (C, ...), int32 and scales of a bias (C,).
+
+    The scale of a channel of next to nothing is enlarged until its bias fits into 32 bits.
+    """
+    scales = weight_scales(torch.from_numpy(weight.copy())).numpy().astype(np.float64)
+    scales = np.maximum(scales, np.abs(bias) / (input_scale * BIAS_LEVELS)).astype(np.float32)
+    whole = np.rint(weight / scales.reshape(-1, *[1] * (weight.ndim - 1)))
+    whole = whole.clip(-WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
+    bias_scales = np.float32(input_scale) * scales
+    return [(whole, scales), (np.rint(bias / bias_scales.astype(np.float64)).astype(np.int32), bias_scales)]
+
+
+def _add_integers(model: "ModelProto", name: str, integers: np.ndarray, scales: np.ndarray) -> str:
+    """Add integers with a scale per row and the node that makes numbers of them; returns the name of its output."""
+    from onnx import helper, numpy_helper
+
+    parts = {"integers": integers, "scales": scales, "zeros": np.zeros(len(scales), integers.dtype)}
+    inputs = [f"{name}.{part}" for part in parts]
+    model.graph.initializer.extend(numpy_helper.from_array(value, own) for own, value in zip(inputs, parts.values()))
+    model.graph.node.append(helper.make_node("DequantizeLinear", inputs, [f"{name}.dequantized"], name=name, axis=0))
+    return cast(str, f"{name}.dequantized")

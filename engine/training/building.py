@@ -20,6 +20,7 @@ from engine.runtime.claims import Claim
 from engine.runtime.processes import Processes, use_bfloat16
 from engine.training.batch_norms import check_batches
 from engine.training.checks import check_config
+from engine.training.int8 import start_ranges, student_bfloat16
 from engine.training.optimization import Ema, apply_schedule, build_optimizer
 from engine.training.optimizers import Optimizer
 from engine.training.pseudo_boxes import open_pseudo_teacher
@@ -233,7 +234,9 @@ def build(
     if config.compile:
         for module in (student, *(model for model in teachers.models.values() if model is not ema.model)):
             module.compile()
-    bfloat16 = teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
+    teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
+    if config.student.int8 is not None and saved is None:
+        start_ranges(student, ema.model, splits.train, config, processes.device)
     if config.teacher_cache_gigabytes:
         teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
     # While a term is off, its adapter gets no gradients. Without detection losses, the student's head may get none.
@@ -253,7 +256,7 @@ def build(
         learner,
         optimizer,
         ema,
-        bfloat16,
+        student_bfloat16(config, processes.device),
         data,
     )
 

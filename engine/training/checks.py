@@ -12,6 +12,7 @@ import checkpoint
 import models
 from config import RANDOM, Config, DataConfig, GradientShare, UnlabelledConfig
 from distill.checks import check_terms
+from engine.training.int8 import check_int8
 from engine.training.student import (
     backbone_of,
     check_backbone,
@@ -208,6 +209,7 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
         raise UserError(f"key 'student.arch': {error}") from None
     check_backbone(settings)
     check_inherit(config)
+    check_int8(config)
     if is_resumed:
         return
     check_widths(settings)

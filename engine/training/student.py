@@ -15,6 +15,7 @@ from datasets.download import how_to_fetch
 from distill.pruning import scores
 from distill.pruning.files import read_widths
 from distill.pruning.inherit import inherited_state
+from engine.training.int8 import prepare_int8
 from errors import UserError
 from frcnn.norm import freeze_norms
 from frcnn.pretrained import Backbone, freeze, load_backbone
@@ -53,6 +54,7 @@ def build_student(
         file = find_backbone_file(Path(config.student.backbone_weights), arch)
         load_backbone(backbone_of(student), file)
     freeze_backbone(student, config.student)
+    prepare_int8(student, config)
     return student
 
 
