@@ -141,7 +141,7 @@ def add_int8(model: nn.Module) -> None:
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Quantizable)}
     if not modules:
-        raise ValueError("no layer of this family rounds to 8 bits, the YOLOs do")
+        raise ValueError("its layers do not round to 8 bits, those of the YOLOs do")
     for module in modules.values():
         module.add_int8()
     rounded: list[Tensor] = []  # kept, so that no later tensor takes the place of one of them
@@ -151,7 +151,7 @@ def add_int8(model: nn.Module) -> None:
             conv.input = Int8Range().to(inputs[0].device)
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Int8Conv)]
-    hooks += [m.register_forward_hook(lambda *call: rounded.append(call[2])) for m in modules.values()]
+    hooks += [model.get_submodule(n).register_forward_hook(lambda *call: rounded.append(call[2])) for n in modules]
     training = model.training
     try:
         with torch.no_grad():

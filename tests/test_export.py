@@ -179,7 +179,8 @@ def test_real_pictures_come_first(exported, traced, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("4 pictures drawn for the check at 64 px: ")
     calibrate = ["--int8", "--calibrate", "yolo", str(exported.data), "--test-split", "train"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "quantize", lambda graph, images: graph)
+        patch.setattr(export, "calibrate", lambda model, images, percentile: model)
+        patch.setattr(export, "trace_int8", onnx_graph.trace)
         patch.setattr(export, "print_comparison", lambda *args: None)
         export.main([str(moved), *output, *calibrate])
     assert capsys.readouterr().out.startswith("4 pictures of the test split at 64 px: ")
@@ -232,8 +233,8 @@ def test_a_model_that_cannot_be_exported(tmp_path, monkeypatch):
     [
         (["--output", "model.trt"], "expected a name ending in .onnx"),
         (["--image-size", "100"], "expected a multiple of 32"),
-        (["--int8"], "expected --int8 and --calibrate together"),
-        (["--calibrate", "yolo", "data"], "expected --int8 and --calibrate together"),
+        (["--calibrate", "yolo", "data"], "--calibrate: found it alone, expected --int8 beside it"),
+        (["--int8", "--percentile", "20"], "--percentile: found 20.0, expected above 50 and at most 100"),
         (["--max-detections", "0"], "--max-detections: found 0, expected at least 1"),
     ],
 )

@@ -40,7 +40,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "teachers": MODEL,
     "models": {"errors", "layers", "yolo", "frcnn", "rtdetr", "teachers"},
     "checkpoint": {"errors", "config", "models", "weights", "datasets.class_names"},
-    "engine.onnx_files": BASE | {"kernels", "checkpoint"},
+    "engine.onnx_files": BASE | {"kernels", "checkpoint", "layers"},
     "distill.losses": BASE | {"kernels", "layers"},
     "distill.condense": BASE,
     "distill": BASE | {"kernels", "layers"},

@@ -25,7 +25,6 @@ pytest.importorskip("onnxruntime")
 from onnx import helper, parser  # noqa: E402
 
 from engine.onnx_files.detector import OnnxDetector, describe_onnx, open_session  # noqa: E402
-from engine.onnx_files.int8 import float_nodes  # noqa: E402
 
 INFO = GraphInfo("yolov8n", ("disk", "Störche, weiß"), 160, True, "float32", "ours", None, random_teachers=("dino",))
 PASSED_THROUGH = """
@@ -150,23 +149,6 @@ def test_foreign_and_damaged_metadata_are_one_line():
     ]:
         with pytest.raises(UserError, match=message):
             read_info(broken, "x.onnx")
-
-
-def test_what_no_convolution_needs_stays_float():
-    def node(kind, inputs, output):
-        return helper.make_node(kind, inputs, [output], name=output)
-
-    nodes = [
-        node("Mul", ["images"], "scaled"),
-        node("Conv", ["scaled"], "conv1"),
-        node("Sigmoid", ["conv1"], "gate"),
-        node("Mul", ["conv1", "gate"], "act"),
-        node("Conv", ["act"], "conv2"),
-        node("Softmax", ["conv2"], "bins"),
-        node("Add", ["bins", "act"], "boxes"),
-    ]
-    model = helper.make_model(helper.make_graph(nodes, "graph", [], []))
-    assert set(float_nodes(model)) == {"conv2", "bins", "boxes"}
 
 
 def test_silence_ends():
