@@ -24,8 +24,8 @@ The check uses --pictures; else the test split of --calibrate or of the run that
 pictures. BatchNorm is folded; adapters and teachers of distillation are not exported. The metadata holds architecture,
 class names, image size and commit. eval.py and predict.py take the file instead of a checkpoint.
 
---int8 also writes <name>.int8.onnx, quantized on pictures of --calibrate, and prints mAP (on --test-split), time and
-size of both files.
+--int8 also writes <name>.int8.onnx, with ranges from pictures of --calibrate or, of a student trained with student.int8,
+the learnt ones. With --calibrate it prints mAP (on --test-split), time and size of both files. It is for the YOLOs.
 
 Exit codes: 0 written, 2 a mistake in the arguments or the data, or a graph that differs from PyTorch, 4 weights that
 do not fit in memory, 5 a file that could not be written, 130 after Ctrl-C.
@@ -356,7 +356,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--pictures", nargs="+", default=[], metavar="SOURCE", help="check on these pictures (default: as above)"
     )
-    parser.add_argument("--int8", action="store_true", help="also write <name>.int8.onnx; needs --calibrate")
+    parser.add_argument("--int8", action="store_true", help="also write <name>.int8.onnx")
     parser.add_argument(
         "--calibrate",
         nargs="+",
@@ -424,9 +424,7 @@ def main(argv: list[str]) -> None:
     paths, source = choose_pictures(args, splits[1] if splits else None)
     images = load_images(paths, size) if paths else draw_images(size)
     model = fuse(model)
-    rounding = None  # the model as int8 computes it
-    if args.int8 and has_int8(model):
-        rounding = copy.deepcopy(model)
+    rounding = copy.deepcopy(model) if args.int8 and has_int8(model) else None  # the model as int8 computes it
     remove_int8(model)
     evaluation = replace(info.evaluation, precision="float32")  # the file has a precision of its own
     nms_iou = evaluation.iou_threshold if args.nms_iou is None else args.nms_iou

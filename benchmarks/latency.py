@@ -39,6 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from teachers.rtdetr import RTDETR
+
 import checkpoint
 import models
 from benchmarks.timing import header, options, parse, row, take_turns, versions
@@ -48,7 +50,6 @@ from engine.onnx_files.int8 import calibrate, trace_int8
 from engine.onnx_files.other_formats import openvino_files
 from errors import run_script
 from layers.fusion import fuse
-from teachers.rtdetr import RTDETR
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -104,26 +104,30 @@ def _store_integers(model: "ModelProto") -> None:
     for node in nodes:
         sum_is_rounded = any(n.op_type == "QuantizeLinear" and n.input[0] == node.output[0] for n in nodes)
         if node.op_type == "Conv" and sum_is_rounded:
-            data, weight, bias = node.input
-            own = _integers(numbers[weight], numbers[bias], float(input_scale[data]))
+            data, weight, *bias = node.input  # the tracer leaves out a bias of zeros
+            own = _integers(numbers[weight], numbers[bias[0]] if bias else None, float(input_scale[data]))
             for position, (integers, scales) in enumerate(own, 1):
                 node.input[position] = _add_integers(model, node.input[position], integers, scales)
-            replaced |= {weight, bias}
+            replaced |= {weight, *bias}
         graph.node.append(node)
     kept = [entry for entry in graph.initializer if entry.name not in replaced]
     del graph.initializer[:]
     graph.initializer.extend(kept)
 
 
-def _integers(weight: np.ndarray, bias: np.ndarray, input_scale: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """int8 and scales (C,) of a weight (C, ...), int32 and scales of a bias (C,).
+def _integers(weight: np.ndarray, bias: np.ndarray | None, input_scale: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """int8 and scales (C,) of a weight (C, ...), int32 and scales of a bias (C,), if any.
 
     The scale of a channel of next to nothing is enlarged until its bias fits into 32 bits.
     """
     scales = weight_scales(torch.from_numpy(weight.copy())).numpy().astype(np.float64)
-    scales = np.maximum(scales, np.abs(bias) / (input_scale * BIAS_LEVELS)).astype(np.float32)
+    if bias is not None:
+        scales = np.maximum(scales, np.abs(bias) / (input_scale * BIAS_LEVELS))
+    scales = scales.astype(np.float32)
     whole = np.rint(weight / scales.reshape(-1, *[1] * (weight.ndim - 1)))
     whole = whole.clip(-WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
+    if bias is None:
+        return [(whole, scales)]
     bias_scales = np.float32(input_scale) * scales
     return [(whole, scales), (np.rint(bias / bias_scales.astype(np.float64)).astype(np.int32), bias_scales)]
 

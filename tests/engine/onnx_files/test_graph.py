@@ -22,7 +22,7 @@ from tests.reference.nms_cases import random_boxes
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from onnx import helper, parser  # noqa: E402
+from onnx import parser  # noqa: E402
 
 from engine.onnx_files.detector import OnnxDetector, describe_onnx, open_session  # noqa: E402
 

@@ -8,12 +8,12 @@ from torch import nn
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from engine.onnx_files.detector import open_session  # noqa: E402
-from engine.onnx_files.int8 import calibrate, check_quantizable, trace_int8  # noqa: E402
-from errors import UserError  # noqa: E402
-from layers.fusion import fuse  # noqa: E402
-from yolo.layers import SPPF, Bottleneck, ConvBNAct  # noqa: E402
-from yolo.yolov7 import ConvBNLeaky  # noqa: E402
+from engine.onnx_files.detector import open_session
+from engine.onnx_files.int8 import calibrate, check_quantizable, trace_int8
+from errors import UserError
+from layers.fusion import fuse
+from yolo.layers import SPPF, Bottleneck, ConvBNAct
+from yolo.yolov7 import ConvBNLeaky
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 64
@@ -75,5 +75,5 @@ def test_the_file_holds_integers(made):
 
 
 def test_models_without_an_int8_form_are_refused():
-    with pytest.raises(UserError, match="rtdetr_l has no int8 form: .* do not round to 8 bits"):
+    with pytest.raises(UserError, match=r"rtdetr_l has no int8 form: .* do not round to 8 bits"):
         check_quantizable(nn.Sequential(nn.Conv2d(3, 3, 1)), "rtdetr_l")
