@@ -39,7 +39,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "rtdetr": MODEL,
     "teachers": MODEL,
     "models": {"errors", "layers", "yolo", "frcnn", "rtdetr", "teachers"},
-    "checkpoint": {"errors", "config", "models", "weights", "datasets.class_names"},
+    "checkpoint": {"layers", "errors", "config", "models", "weights", "datasets.class_names"},
     "engine.onnx_files": BASE | {"kernels", "checkpoint", "layers"},
     "distill.losses": BASE | {"kernels", "layers"},
     "distill.condense": BASE,
