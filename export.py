@@ -25,7 +25,8 @@ pictures. BatchNorm is folded; adapters and teachers of distillation are not exp
 class names, image size and commit. eval.py and predict.py take the file instead of a checkpoint.
 
 --int8 also writes <name>.int8.onnx, with ranges from pictures of --calibrate or, of a student trained with
-student.int8, the learnt ones. With --calibrate it prints mAP (on --test-split), time and size of both files. It is for the YOLOs.
+student.int8, the learnt ones. With --calibrate it prints mAP (on --test-split), time and
+size of both files. It is for the YOLOs.
 
 Exit codes: 0 written, 2 a mistake in the arguments or the data, or a graph that differs from PyTorch, 4 weights that
 do not fit in memory, 5 a file that could not be written, 130 after Ctrl-C.
