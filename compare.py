@@ -46,25 +46,23 @@ from pathlib import Path
 import models
 import train
 from condense import condense
-from config import Config, from_tree, to_tree
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from engine.comparison import plot, submission
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree
 from engine.comparison.study import Row, Study, last_weights, load_study
 from engine.comparison.table import Result, as_json, markdown
-from engine.comparison.work import StudyProgress, Work, list_work, with_needs, write_failure
+from engine.comparison.work import StudyProgress, Work, list_work, refuse_other, with_needs, write_failure
 from engine.condensing.methods import check_network
 from engine.runtime import claims, run_folder
 from engine.training.batch_norms import check_batches
-from engine.training.building import build_criterion, build_student, with_published_settings
+from engine.training.building import build_criterion, build_student
 from engine.training.checks import SIZE_MULTIPLE, check_config
 from engine.training.exits import NOT_FINITE_EXIT_CODE
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures, training_set
 from engine.training.teaching import build_teachers
 from errors import UserError, run_script
-from yaml_files import read_yaml
 
 POLL_S = 5.0  # between two looks at runs that other processes work on
 
@@ -243,22 +241,6 @@ def find_finished(row: Row) -> Result:
     return result
 
 
-def refuse_other(folder: run_folder.RunFolder, config: Config) -> None:
-    """UserError if the folder holds a run of another config: its numbers do not belong in this table."""
-    try:
-        tree = read_yaml(folder.config)
-    except UserError:
-        if folder.config.is_file():
-            raise
-        return  # there is none, or another process begins the run anew
-    found = from_tree(Config, tree, source=str(folder.config))
-    key = first_difference(*(to_tree(with_published_settings(c)) for c in (found, config)))
-    if key:
-        raise UserError(
-            f"{folder.config}: key {key!r} differs from this comparison; give another name=, or remove {folder.path}"
-        )
-
-
 def check_rows(rows: list[Row], study: Study) -> None:
     """Build the models and the criterion of every row, to find mistakes in the last row before the first is trained.
 
@@ -344,24 +326,6 @@ def write(plan: Plan, *, with_pictures: bool = False) -> None:
         text = as_json(study, results, condensed=condensed_tree(results))
         run_folder.write_text(study.folder / "comparison.json", text)
         plot.write(study.folder / "comparison.png", study, results, with_pictures=with_pictures)
-
-
-def first_difference(a: dict | list | object, b: dict | list | object, key: str = "") -> str | None:
-    """The first dotted key at which two trees of plain values differ; None if they are equal."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in dict.fromkeys([*a, *b]):
-            inner = f"{key}.{name}" if key else str(name)
-            if (name in a) != (name in b):
-                return inner
-            if found := first_difference(a[name], b[name], inner):
-                return found
-        return None
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for index, (x, y) in enumerate(zip(a, b)):
-            if found := first_difference(x, y, f"{key}.{index}"):
-                return found
-        return None
-    return None if a == b else key
 
 
 if __name__ == "__main__":

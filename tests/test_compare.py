@@ -12,7 +12,7 @@ import compare
 import models
 from config import to_tree
 from engine.comparison.study import load_study, plan
-from engine.comparison.work import list_work, write_failure
+from engine.comparison.work import first_difference, list_work, write_failure
 from engine.runtime import claims, run_folder
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
@@ -258,6 +258,16 @@ def test_what_a_dead_process_left_is_taken_over(config, trained, monkeypatch):
     ]
 
 
+def test_a_run_that_another_version_of_the_study_made_meanwhile_is_refused(config, trained, monkeypatch):
+    study = make(config)
+    taught = next(work for work in list_work(study.rows) if work.name == "taught_seed5")
+    held = claims.take(taught.path)
+    other = dataclasses.replace(taught.row.run(5), batch_size=2)
+    another_process(monkeypatch, lambda: (compare.train.run(other), held.release()))
+    with pytest.raises(UserError, match=r"taught_seed5/config.yaml: key 'batch_size' differs from this comparison"):
+        compare.compare(study)
+
+
 def test_what_failed_elsewhere_is_tried_again_by_a_later_command_only(config, trained, monkeypatch):
     study = make(config)
     teacher = next(work for work in list_work(study.rows) if work.name == "teacher_big_seed5")
@@ -308,10 +318,10 @@ def test_arguments(config, trained, tmp_path):
 
 
 def test_first_difference():
-    assert compare.first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b"
-    assert compare.first_difference({"a": 1}, {"a": 1, "c": 2}) == "c"
-    assert compare.first_difference({"a": [1]}, {"a": [1, 2]}) == "a"
-    assert compare.first_difference({"a": [1, 2]}, {"a": [1, 2]}) is None
+    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b"
+    assert first_difference({"a": 1}, {"a": 1, "c": 2}) == "c"
+    assert first_difference({"a": [1]}, {"a": [1, 2]}) == "a"
+    assert first_difference({"a": [1, 2]}, {"a": [1, 2]}) is None
 
 
 @pytest.mark.parametrize(

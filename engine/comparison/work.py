@@ -11,12 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import Config, from_tree, to_tree
 from engine.comparison.study import Row, last_weights
 from engine.comparison.table import Result
 from engine.condensing.set_files import read_manifest
 from engine.runtime import claims
 from engine.runtime.run_folder import RunFolder, write_text
+from engine.training.building import with_published_settings
 from errors import UserError
+from yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class StudyProgress:
     def _read_report(self, work: Work) -> bool:
         reports, file = self.results[work.row.name].reports, RunFolder(work.path).report
         if work.seed not in reports and file.is_file():
+            refuse_other(RunFolder(work.path), work.row.run(work.seed))  # it may be of another version of the study
             reports[work.seed] = json.loads(file.read_text(encoding="utf-8"))
         return work.seed in reports
 
@@ -139,3 +143,37 @@ def read_failure(work: Work) -> tuple[int, str] | None:
 
 def write_failure(work: Work, why: str) -> None:
     write_text(work.failure, why)
+
+
+def refuse_other(folder: RunFolder, config: Config) -> None:
+    """UserError if the folder holds a run of another config: its numbers do not belong in this table."""
+    try:
+        tree = read_yaml(folder.config)
+    except UserError:
+        if folder.config.is_file():
+            raise
+        return  # there is none, or another process begins the run anew
+    found = from_tree(Config, tree, source=str(folder.config))
+    key = first_difference(*(to_tree(with_published_settings(c)) for c in (found, config)))
+    if key:
+        raise UserError(
+            f"{folder.config}: key {key!r} differs from this comparison; give another name=, or remove {folder.path}"
+        )
+
+
+def first_difference(a: dict | list | object, b: dict | list | object, key: str = "") -> str | None:
+    """The first dotted key at which two trees of plain values differ; None if they are equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in dict.fromkeys([*a, *b]):
+            inner = f"{key}.{name}" if key else str(name)
+            if (name in a) != (name in b):
+                return inner
+            if found := first_difference(a[name], b[name], inner):
+                return found
+        return None
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for index, (x, y) in enumerate(zip(a, b)):
+            if found := first_difference(x, y, f"{key}.{index}"):
+                return found
+        return None
+    return None if a == b else key

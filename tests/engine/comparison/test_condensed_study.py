@@ -235,7 +235,7 @@ def test_end_to_end(config, tmp_path, capsys, monkeypatch, one_thread):
     study = load_study(path)
     results = {result.name: result for result in compare.compare(study)}
     assert {name: found.reports[5]["steps"] for name, found in results.items()} == dict.fromkeys(ROWS, 2)
-    sets = sorted(p.name[:-9] for p in (study.folder / "sets").iterdir())
+    sets = sorted(p.name[:-9] for p in (study.folder / "sets").glob("[!.]*"))  # beside .claims
     assert sets == ["herding_2", "mosaic_2_seed5", "random_2_seed5", "random_2_seed6"]
     assert len(open_dataset("yolo", by_name(study)["mosaic_2"].set_folder(5), "train_decoded")) == 8
     assert json.loads((study.folder / "comparison.json").read_text())["condensed"][0]["seconds"] > 0
