@@ -242,9 +242,10 @@ def test_end_to_end(config, tmp_path, capsys, monkeypatch, one_thread):
     assert "| herding_2 | herding | 2 | none | 1 | 2 |" in (study.folder / "comparison.md").read_text()
     capsys.readouterr()
     shutil.rmtree(study.folder / "random_2_seed6")
+    manifest = by_name(study)["random_2"].set_folder(6) / "manifest.json"
+    made = manifest.stat().st_mtime_ns
     compare.compare(study)
-    out = capsys.readouterr().out
-    assert out.count("finished before") == 4 and out.count("made before") == 1
+    assert capsys.readouterr().out.count("finished before") == 4 and manifest.stat().st_mtime_ns == made
     condense.main([str(path), "--row", "random_2", "--seed", "6"])
     assert "made before" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--row: found 'full', expected random_2, herding_2, mosaic_2"):
