@@ -273,8 +273,8 @@ def test_a_measured_weight_is_fixed_after_the_warm_up(tmp_path, capsys):
 
     with pytest.raises(UserError, match=r"terms\.0\.weight\.share': a share of the detection loss's gradient, whose"):
         train.run(tiny_config(tmp_path / "data", tmp_path / "runs", **changes, detection_weight=0.0), quiet=True)
-    terms[0]["weight"] = {"share": 0.0}
-    with pytest.raises(UserError, match=r"terms\.0\.weight\.share: found 0\.0, expected a number above 0"):
+    terms[0]["weight"] = {"share": -0.1}
+    with pytest.raises(UserError, match=r"terms\.0\.weight\.share: found -0\.1, expected a number above 0"):
         train.run(tiny_config(tmp_path / "data", tmp_path / "runs", **changes), quiet=True)
 
 
