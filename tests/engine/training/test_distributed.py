@@ -33,7 +33,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250
+        [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
     )
 
 
