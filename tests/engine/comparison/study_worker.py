@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import compare
 import condense
 import train
+from config import to_tree
 from engine.comparison.study import load_study
 from engine.runtime import claims
 from engine.training import reporting
@@ -41,7 +42,7 @@ def write_study(folder: Path) -> None:
         save_every_steps=1,
         data={"pictures_per_epoch": 4 * STEPS},
     )
-    tree = compare.to_tree(config)
+    tree = to_tree(config)
     (folder / "study.yaml").write_text(dump_yaml(tree | {"rows": ROWS}))
 
 

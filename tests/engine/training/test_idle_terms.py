@@ -6,6 +6,7 @@ import torch
 import checkpoint
 import compare
 import train
+from config import to_tree
 from engine.comparison import one_row
 from engine.comparison.study import load_study
 from engine.training.dry_run import dry_run
@@ -91,7 +92,7 @@ def test_rows_of_a_study(tmp_path, monkeypatch, capsys):
     config = tiny_config(data, tmp_path / "runs", name="grid", teachers=teachers, **SMALL)
     rows = {"baseline": {}, "some": {"terms": [MAPS, CLASSES]}, "none": {"terms": [CLASSES, MAPS | {"weight": 0}]}}
     path = tmp_path / "grid.yaml"
-    path.write_text(dump_yaml(compare.to_tree(config) | {"rows": rows}))
+    path.write_text(dump_yaml(to_tree(config) | {"rows": rows}))
     study = load_study(path)
     assert [row.name for row in study.rows] == ["baseline", "teacher_big", "some", "none"]
     assert [len(row.config.teachers) for row in study.rows] == [0, 0, 1, 0]
