@@ -266,7 +266,8 @@ def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Modu
 
 def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, CheckpointInfo]:
     names, size, config = saved["names"], saved["image_size"], saved.get("config") or {}
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(config, dict)):
+    are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if not are_names or not isinstance(config, dict):
         raise UserError(f"{path}: damaged: its class names or its config are not what this code writes")
     if type(size) is not int or size < 1:
         raise UserError(f"{path}: damaged: found image_size {size!r:.40}, expected a number of pixels")

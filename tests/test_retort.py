@@ -269,7 +269,9 @@ def test_evaluate_gives_the_numbers_of_the_run_and_of_the_command(run, model, tr
 def test_compare_is_the_command(tmp_path, monkeypatch):
     """The study that both hand on, and the rows to train; what compare does with them is tested there."""
     calls = []
-    monkeypatch.setattr(compare, "compare", lambda study, *, only: calls.append((study, only)) or ["a result"])
+    monkeypatch.setattr(
+        compare, "compare", lambda study, *, only, run=None: calls.append((study, only)) or ["a result"]
+    )
     study = str(ROOT / "configs" / "studies" / "bccd_study.yaml")
     assert retort.compare(study, seeds=2, only_rows=["baseline", "cwd"], epochs=3) == ["a result"]
     compare.main([study, "--seeds", "2", "--rows", "baseline,cwd", "epochs=3"])

@@ -403,7 +403,7 @@ def test_command_line(tiny_data, tmp_path, monkeypatch):
     )
     train.main([str(path), "epochs=3", "optimizer.momentum=0.5"])
     assert calls[-1][0].epochs == 3 and calls[-1][1] == {"resume": False, "allow_change": ()}
-    folder, _ = run_folder.create(calls[-1][0])
+    folder, *_ = run_folder.create(calls[-1][0])
     checkpoint.save(folder.last, {"step": 1})
     train.main(["--resume", str(folder.path), "epochs=4", "--allow-change", "epochs"])
     assert calls[-1][0].epochs == 4 and calls[-1][1] == {"resume": True, "allow_change": ("epochs",)}

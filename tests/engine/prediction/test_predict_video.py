@@ -69,7 +69,7 @@ def test_writes_the_filmed_copy_json_and_text(clip, tmp_path, colour_model, caps
             difference = np.abs(frame.pixels.astype(int) - original.pixels).mean(-1)
             x = 8 + 2 * frame.number
             assert difference[20:44, x + 4 : x + 36].mean() < 12  # the red is still there
-            assert difference[:16, x : x + 40].max() > 90  # and a label above it
+            assert difference[:16, x : x + 40].max() > 80  # and a label above it
 
     rows = json.loads((out / "predictions.json").read_text())
     assert [(row["image_id"], row["frame"]) for row in rows] == [(n + 1, n) for n in range(10)]
