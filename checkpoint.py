@@ -312,6 +312,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     model.load_state_dict(state, strict=True)
 
 
+def refuse_plumbing(info: CheckpointInfo, path: Path) -> None:
+    """UserError for weights of a run that was no measurement: a run that begins with them would not be one either."""
+    if info.plumbing:
+        raise UserError(f"{path}: {info.plumbing}; expected weights of a run whose teachers were trained")
+
+
 def start_model(
     arch: str,
     names: Sequence[str],
@@ -333,11 +339,12 @@ def start_model(
     A pruned model stays as narrow as it is. One that was fine-tuned for int8 starts from its weights alone.
 
     new_head: start the whole class head fresh, even if it would fit.
-    UserError for a file that does not fit, or that has no class names to join by.
+    UserError for a file that does not fit, that has no class names to join by, or of a plumbing run.
     """
     path = Path(path)
     with torch.random.fork_rng(devices=[]):  # the fresh rows do not depend on how the file is read
         released, info = _read_model(path, arch)
+    refuse_plumbing(info, path)
     remove_int8(released)
     theirs = released.state_dict()
     widths = models.widths_of(arch, len(info.names), theirs) if info.arch == arch else None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from boxes import box_iou, cxcywh_to_xyxy
+from layers.image_size import check_image_size
 from layers.precision import at_least_float32, in_precision_of
 from rtdetr.decoder import Decoded, Decoder, map_sizes
 from rtdetr.denoising import make_noisy_objects
@@ -245,16 +246,6 @@ def read_best_query(logits: Tensor, *, query_xyxy: Tensor, boxes_xyxy: Tensor) -
         best = match.argmax(1)  # (N,)
         has_overlap = (iou > 0).any(1, keepdim=True)  # (N, 1)
     return torch.where(has_overlap, logits[best], logits.amin(0))
-
-
-def check_image_size(images: Tensor) -> tuple[int, int]:
-    """(H, W) of images (B, 3, H, W); ValueError unless both are positive multiples of 32, the coarsest stride."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
-    height, width = images.shape[2:]
-    if height % 32 or width % 32 or not height or not width:
-        raise ValueError(f"images are {height}x{width} pixels (height x width), expected multiples of 32")
-    return height, width
 
 
 def build_rtdetr(size: str, num_classes: int) -> RTDETR:

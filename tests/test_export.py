@@ -13,6 +13,7 @@ import checkpoint
 import export
 import models
 from datasets.images import read_image
+from engine.onnx_files import check
 from engine.onnx_files import graph as onnx_graph
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import find_pictures
@@ -196,10 +197,10 @@ def test_a_query_is_compared_to_its_nearest():
     """Rounding may swap two queries of RT-DETR; that is no difference. A query that is nowhere is one."""
     boxes, scores = torch.tensor([[0.0, 0, 9, 9], [20, 20, 30, 30]]), torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     swap = torch.tensor([1, 0])
-    assert export._differences(boxes, scores, boxes[swap], scores[swap], in_order=False) == (0.0, 0.0)
-    assert export._differences(boxes, scores, boxes[swap], scores[swap], in_order=True)[0] == 21.0
+    assert check.differences(boxes, scores, boxes[swap], scores[swap], in_order=False) == (0.0, 0.0)
+    assert check.differences(boxes, scores, boxes[swap], scores[swap], in_order=True)[0] == 21.0
     moved = boxes + torch.tensor([[0.0], [0.5]])
-    assert export._differences(boxes, scores, moved[swap], scores[swap], in_order=False) == (0.5, 0.0)
+    assert check.differences(boxes, scores, moved[swap], scores[swap], in_order=False) == (0.5, 0.0)
 
 
 @pytest.mark.parametrize("suppresses", [False, True])
@@ -208,9 +209,9 @@ def test_queries_may_change_places_and_locations_may_not(monkeypatch, suppresses
     with torch.no_grad():
         swapped = [part[:, [1, 0, *range(2, part.shape[1])]].numpy() for part in model.decode(model(images))]
     session = SimpleNamespace(run=lambda names, feed: swapped)
-    monkeypatch.setattr(export, "open_session", lambda data: session)
+    monkeypatch.setattr(check, "open_session", lambda data: session)
     graph = SimpleNamespace(graph=SimpleNamespace(output=[SimpleNamespace(name="boxes_xyxy")]), SerializeToString=bytes)
-    difference = export.compare(model, graph, [images], suppresses=suppresses)
+    difference = check.compare(model, graph, [images], suppresses=suppresses)
     assert difference.is_small() is not suppresses
 
 
@@ -339,7 +340,7 @@ def test_sizes_stay_free(arch):
         program = torch.export.export(decoded, (torch.zeros(2, 3, 320, 256),), dynamic_shapes=shapes, strict=False)
     images = torch.rand(3, 3, 192, 352, generator=torch.Generator().manual_seed(0))
     found, expected = (tuple(part[0] for part in run(images)) for run in (program.module(), decoded))
-    boxes, scores = export._differences(*expected, *found, in_order=arch != "rtdetr")
+    boxes, scores = check.differences(*expected, *found, in_order=arch != "rtdetr")
     assert boxes < 1e-2 and scores < 1e-4
 
 

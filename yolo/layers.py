@@ -83,13 +83,3 @@ class SPPF(nn.Module):
 def upsample(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 2H, 2W): every pixel becomes a 2x2 block."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def check_image_size(images: Tensor) -> tuple[int, int]:
-    """(H, W) of images (B, 3, H, W); ValueError unless both are positive multiples of 32, the coarsest stride."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
-    height, width = images.shape[2:]
-    if height % 32 or width % 32 or not height or not width:
-        raise ValueError(f"images are {height}x{width} pixels (height x width), expected multiples of 32")
-    return height, width

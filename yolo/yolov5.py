@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.nms import select_detections
+from layers.image_size import check_image_size
 from layers.precision import at_least_float32
 from structures import Detections, Targets
 from weights import ClassRows, PublicLayout
 from yolo.assigners import AnchorMatches, make_anchors
-from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, upsample
+from yolo.layers import SPPF, Bottleneck, ConvBNAct, upsample
 from yolo.losses import decode_anchor_offsets, yolov5_assignment, yolov5_losses, yolov7_matches
 from yolo.released_names import YOLOV5_NAMES, YOLOV5U_NAMES
 from yolo.taps import is_requested, joint_logits, logits_at_boxes

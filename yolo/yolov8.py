@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.nms import select_detections
+from layers.image_size import check_image_size
 from layers.precision import at_least_float32
 from structures import Detections, Targets
 from weights import ClassRows
 from yolo.assigners import make_points
-from yolo.layers import SPPF, Bottleneck, ConvBNAct, check_image_size, upsample
+from yolo.layers import SPPF, Bottleneck, ConvBNAct, upsample
 from yolo.losses import decode_distances, yolov8_assignment, yolov8_losses
 from yolo.released_names import YOLOV8_NAMES
 from yolo.taps import BRANCH_MAPS, branch_maps, branch_tail, is_requested, layer_outputs, logits_at_boxes

@@ -58,6 +58,9 @@ RENAMED = {
     "temperature": "terms.0.parameters.temperature={}",
 }
 
+ON, OFF = ("true", "1", "ram", "disk"), ("false", "0")  # values of flags that take none here, such as `--amp True`
+SWITCHED_OFF = {"amp": "precision=float32", "cache": "data.cache=false", "cos_lr": "optimizer.schedule=linear"}
+
 # Of the other commands. A value alone stands where the command takes it, in this order: the model before what it reads.
 ALONE = "{}"
 OF_MODEL = ("weights", "checkpoint", "model")
@@ -167,7 +170,7 @@ def answer_command(command: str, argv: Sequence[str], unknown: Sequence[str]) ->
     if not model:
         place = next((place for place, token in enumerate(kept) if token.startswith("-")), 0) or len(kept)
     flags = [found[name] for name in found if name not in alone]
-    line = " ".join(["python", command, *model, *kept[:place], *inputs, *kept[place:], *flags])
+    line = " ".join(filter(None, ["python", command, *model, *kept[:place], *inputs, *kept[place:], *flags]))
     return f"found {' '.join(unknown)}: these are flags of other projects, expected: {line}"
 
 
@@ -201,8 +204,9 @@ def translate(
     """The tokens that stay, and by the plain name of each unknown flag what it is here. UserError for one without."""
     kept: list[str] = []
     found: dict[str, str] = {}
-    tokens = iter(argv)
-    for token in tokens:
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
         if token not in unknown:
             kept.append(shlex.quote(token))
             continue
@@ -212,8 +216,12 @@ def translate(
             advice = f"did you mean {renamed[near[0]].format('VALUE')}? " if near else ""
             keys = ", train.py --keys all keys" if command == "train.py" else ""
             raise UserError(f"argument {token}: no such argument; {advice}{command} --help lists them{keys}")
-        if "{}" in renamed[name] and not equals:
-            value = next(tokens, "VALUE")
+        takes_value = "{}" in renamed[name]
+        if not equals and (takes_value or (tokens and tokens[0].lower() in ON + OFF)):
+            value = tokens.pop(0) if tokens else "VALUE"
+        if not takes_value and value.lower() in OFF:
+            found[name] = SWITCHED_OFF.get(name, "")  # others are off here without the flag
+            continue
         if command == "train.py" and name in ("cfg", "model"):
             found[name] = student_of(value)
             continue

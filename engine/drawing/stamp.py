@@ -28,4 +28,6 @@ def stamp_file(path: Path, text: str) -> None:
     if text and path.is_file():
         with Image.open(path) as picture:
             whole = stamped(picture.convert("RGB"), text)
-        whole.save(path, quality=90)
+        beside = path.with_name(f".{path.name}")
+        whole.save(beside, quality=90)
+        beside.replace(path)  # so that a process that is killed leaves a whole picture

@@ -29,7 +29,7 @@ SEQUENTIAL = "Blues"  # from few to many; its lightness falls all the way
 DPI = 150  # pixels per inch
 WIDTH = 11.0  # inches
 POINTS = 9  # size of the smallest letters
-FEW = 30  # a line of at most so many values has points
+FEW = 30  # values: a line of no more has points
 LETTERS = 18  # pixels: height of letters on sheets of pictures
 NAME_LENGTH = 32  # letters of a row's name beside an axis
 

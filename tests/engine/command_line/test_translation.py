@@ -51,6 +51,8 @@ def answer(line: str, command=train) -> str:
             "--optimizer SGD --cos-lr --workers 4",
             "python train.py CONFIG optimizer.name=sgd optimizer.schedule=cosine data.workers=4",
         ),
+        ("--amp True --cache ram", "python train.py CONFIG precision=bfloat16 data.cache=true"),
+        ("--amp=False --cos-lr 0 --noval False", "python train.py CONFIG precision=float32 optimizer.schedule=linear"),
         (
             "--mosaic 0 --weight-decay 1e-4",
             "python train.py CONFIG augment.mosaic=0 optimizer.weight_decay=1e-4",
@@ -113,6 +115,7 @@ EVAL, PREDICT = "python eval.py", "python predict.py"
         (eval, "--device cpu best.pt --data c.yaml", f"{EVAL} --device cpu best.pt yolo c.yaml val"),
         (predict, "best.pt --source a.jpg --json", f"{PREDICT} best.pt a.jpg --json"),
         (predict, "best.pt --json --source a.jpg", f"{PREDICT} best.pt a.jpg --json"),
+        (predict, "m.pt a.jpg --half False --nosave True", f"{PREDICT} m.pt a.jpg --no-pictures"),
         (predict, "m.pt webcam --view-img --half", f"{PREDICT} m.pt webcam --show --precision bfloat16"),
     ],
 )  # fmt: skip

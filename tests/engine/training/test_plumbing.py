@@ -37,6 +37,7 @@ TERMS = [
     {"teacher": "clip", "loss": "image_kl", "weight": 1.0, "student_maps": ["p5"]},
 ]  # fmt: skip
 SOFT = {"teacher": "big", "loss": "soft_class", "weight": 1.0, "student_maps": ["class_logits"]}
+OF_A = SOFT | {"teacher": "a"}
 INHERIT = {"teacher": "big"}
 MARK = "plumbing, not a measurement: random weights in "
 RED = (176, 0, 32)
@@ -71,7 +72,13 @@ def test_every_output_is_marked(tiny_data, tmp_path, monkeypatch, capsys):
         with Image.open(run / name) as picture:
             corner = picture.convert("RGB").getpixel((picture.width - 2, 2))
         assert np.allclose(corner, RED, atol=12), (name, corner)
+    assert not list(run.glob(".*")), "a picture that was stamped leaves nothing beside it"
     weights = str(run / "weights" / "student.safetensors")
+    for key in ("student", "teachers"):  # nor does another run begin from it, or learn from it, without the mark
+        begin = {"arch": "yolov8_narrow", "weights": weights}
+        other = {"student": begin} if key == "student" else {"teachers": [begin | {"name": "a"}], "terms": [OF_A]}
+        with pytest.raises(UserError, match=r"student.safetensors: plumbing, .*; expected weights of a run whose"):
+            train.run(tiny_config(tiny_data, tmp_path / "other", **other), quiet=True)
     eval.main([weights, "yolo", str(tiny_data), "test", "--json", str(tmp_path / "found.json")])
     assert f"\n{mark}\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "found.json").read_text())["mark"] == mark

@@ -56,7 +56,7 @@ def detector(seconds: float) -> Detector:
 
 
 def test_a_run_that_was_no_measurement_says_so():
-    """Also where a stranger's file has other things in the place of its teachers."""
+    """Also where a stranger's file has something else instead of a list of teachers."""
     rows = [{"name": "dino", "weights": "random"}, {"name": "given", "weights": "a.pt"}, {}, 3, None]
     for teachers, mark in ((rows, ", plumbing, not a measurement: random weights in dino"), (3, ""), (None, "")):
         info = CheckpointInfo("a", ("x",), 64, config={"teachers": teachers})
