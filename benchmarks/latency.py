@@ -39,7 +39,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from teachers.rtdetr import RTDETR
 
 import checkpoint
 import models
@@ -50,6 +49,7 @@ from engine.onnx_files.int8 import calibrate, trace_int8
 from engine.onnx_files.other_formats import openvino_files
 from errors import run_script
 from layers.fusion import fuse
+from rtdetr.rtdetr import RTDETR
 
 if TYPE_CHECKING:
     from onnx import ModelProto

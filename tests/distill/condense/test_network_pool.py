@@ -96,8 +96,13 @@ def test_the_global_generator_is_not_touched():
 
 
 def test_what_cannot_learn_is_refused():
-    with pytest.raises(UserError, match="Conv2d has no losses"):
-        pool_of(build=lambda seed: nn.Conv2d(3, 2, 1)).visit(0)
+    def differentiable_once(seed: int) -> nn.Module:
+        network = build_tiny(seed)
+        network.is_twice_differentiable = False
+        return network
+
+    with pytest.raises(UserError, match="cannot be matched: its attention has no second derivative"):
+        pool_of(build=differentiable_once).visit(0)
     with pytest.raises(ValueError, match="at least one network"):
         pool_of(networks=0)
 
