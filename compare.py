@@ -36,7 +36,6 @@ Exit codes: 0 all trained, 2 a mistake in the arguments or the data, 3 a run fai
 import argparse
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Collection
@@ -300,11 +299,8 @@ def do(work: Work, progress: StudyProgress) -> None:
         print(f"== {config.name}: {config.student.arch}, {config.epochs} epochs", flush=True)
         if work.row.idle:
             print(work.row.idle)
-        is_started = run_folder.RunFolder(work.path).can_resume
-        if work.path.exists() and not is_started:
-            shutil.rmtree(work.path)  # stopped before its first checkpoint: nothing to continue
         try:
-            train.run(config, resume=is_started, claim=claim)
+            train.start_or_continue(config, claim)
         except UserError as error:
             if error.exit_code != NOT_FINITE_EXIT_CODE:
                 raise

@@ -100,7 +100,7 @@ class ModelConfig:
     frozen_norms: bool = False  # freeze the BatchNorms of a Faster R-CNN's backbone, for small batches
     new_head: bool = False  # start the whole class head fresh; otherwise classes with the same name keep their rows
     inherit: InheritConfig | None = None  # begin as a part of a wider model; instead of `weights`
-    widths: str | None = None  # a file of engine.pruning with other widths than arch has
+    widths: str | None = None  # a file of engine.pruning or engine.search: other widths, or depths, than arch has
     int8: Int8Config | None = None  # fine-tune `weights` for int8; None: do not round
 
 
@@ -283,6 +283,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         )
     if "condense" in tree:
         raise UserError(f"{path}: key 'condense': condense.py {path} makes that set, expected a config without it")
+    if "search" in tree:
+        raise UserError(f"{path}: key 'search': python -m engine.search {path} trains its shapes, expected none")
     return from_tree(Config, tree, source=str(path))
 
 

@@ -24,6 +24,8 @@ class Stream(Enum):
     LABELLED = 12, ("seed",)  # which pictures keep their labels
     UNLABELLED_ORDER = 13, ("seed", "pass")  # the order of the pictures without labels
     CHANNELS = 15, ("seed",)  # the channels that a student inherits at random
+    SHAPES = 16, ("seed", "number")  # of a search: the shapes drawn at random
+    MUTATION = 17, ("seed", "number")  # of a search: parents, and how a child differs
 
 
 def seeded_generator(stream: Stream, *numbers: int) -> torch.Generator:

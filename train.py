@@ -26,6 +26,7 @@ saved, and its last good checkpoint always stays whole.
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +228,14 @@ def run(
             if processes.is_first:  # a signal to the whole process group has ended the loader's processes as well
                 print(how_to_go_on(folder), flush=True)
             raise SystemExit(stop.exit_code) from None
+
+
+def start_or_continue(config: Config, claim: claims.Claim, *, quiet: bool = False) -> dict[str, Any]:
+    """As `run`, in runs/<name>: from the checkpoint that is there, else from the start. claim: on that folder."""
+    folder = RunFolder(Path(config.runs) / config.name)
+    if folder.path.exists() and not folder.can_resume:
+        shutil.rmtree(folder.path)  # stopped before its first checkpoint: nothing to continue
+    return run(config, resume=folder.can_resume, claim=claim, quiet=quiet)
 
 
 def main(argv: list[str]) -> None:

@@ -6,6 +6,7 @@ prediction    pictures, folders and video -> detections
 comparison    studies: rows, tables, plots
 condensing    synthetic sets and their files
 pruning       the command that makes a detector narrower
+search        the command that searches widths and depths
 onnx_files    export and its checks
 web_demo      the views of app.py
 command_line  what train.py says before it trains: lists, a first config

@@ -16,6 +16,8 @@ multipliers. Decoding and losses are float32 under autocast.
 """
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -48,6 +50,11 @@ class Size(NamedTuple):
     channels: tuple[int, int, int, int, int]
     depths: tuple[int, int, int, int]
     neck_depth: int
+
+    @property
+    def all_depths(self) -> tuple[int, ...]:
+        """The argument `depths` of build_yolov8."""
+        return (*self.depths, self.neck_depth)
 
 
 SIZES = {
@@ -329,14 +336,39 @@ class AnchorFreeDetector(nn.Module):
         return logits_at_boxes(logits, decoded_xyxy=decoded_xyxy, centers=centers, boxes_per_image=boxes_per_image)
 
 
-def build_yolov8(size: str, num_classes: int, *, class_width: int | None = None) -> AnchorFreeDetector:
-    """A freshly initialised YOLOv8; size is a key of SIZES. Draws from torch's global generator."""
-    channels, depths, neck_depth = SIZES[size]
+def build_yolov8(
+    size: str,
+    num_classes: int,
+    *,
+    class_width: int | None = None,
+    channels: tuple[int, ...] | None = None,
+    depths: tuple[int, ...] | None = None,
+) -> AnchorFreeDetector:
+    """A freshly initialised YOLOv8; size is a key of SIZES. Draws from torch's global generator.
+
+    channels, depths: those of Size in place of the size's own; the last of the five depths is neck_depth.
+    """
+    own = SIZES[size]
+    channels = channels or own.channels
+    *backbone_depths, neck_depth = depths or own.all_depths
     return AnchorFreeDetector(
-        backbone=Backbone(channels, depths),
+        backbone=Backbone(channels, tuple(backbone_depths)),
         neck=Neck(channels, neck_depth),
         channels=channels,
         num_classes=num_classes,
         public_names=YOLOV8_NAMES,
         class_width=class_width,
     )
+
+
+def depths_in(names: Iterable[str], size: Size) -> tuple[int, ...]:
+    """The argument `depths` with which a YOLOv8 has the layers of these names, entries of a state dict or modules.
+
+    A stage of which no block is named has the depth that it has in `size`.
+    """
+    blocks: dict[str, set[str]] = {}
+    for name in names:
+        if match := re.match(r"(backbone\.stage[2-5]|neck)\..*?blocks\.(\d+)\.", str(name)):
+            blocks.setdefault(match[1], set()).add(match[2])
+    stages = (*(f"backbone.stage{stage}" for stage in range(2, 6)), "neck")
+    return tuple(len(blocks.get(stage, ())) or own for stage, own in zip(stages, size.all_depths, strict=True))

@@ -1,9 +1,12 @@
-"""A file of widths: the shape of a pruned model, as `student.widths` takes it and engine.pruning writes it.
+"""A file of widths: the shape of a model, as `student.widths` takes it and engine.pruning and engine.search write it.
 
 arch: yolov8n                 # its layers
 widths:
   backbone.stem.conv: 8       # channels of each group (layers/channel_groups.py)
   ...
+
+A YOLOv8 has the blocks that are named here, also fewer or more than its arch (models.build): the file of a shape that
+a search found holds its depths as well.
 """
 
 from pathlib import Path

@@ -76,12 +76,18 @@ def count_classes(config: Config) -> int:
 
 @functools.cache
 def forward_flops(
-    arch: str, image_size: int, num_classes: int, *, is_trained: bool = False, widths: Widths = None
+    arch: str,
+    image_size: int,
+    num_classes: int,
+    *,
+    is_trained: bool = False,
+    widths: Widths = None,
+    **shape: tuple[int, ...],
 ) -> int:
     """FLOPs of a forward pass for one square picture, whose side is rounded up to what the model takes.
 
     is_trained: of a Faster R-CNN also the second stage, for the ROI_SAMPLES boxes of a picture that it learns from.
-    widths: of a pruned model.
+    widths: of a pruned model. shape: further arguments of models.build.
     """
     model: nn.Module
     if widths is not None:  # found by a pass with numbers
@@ -89,7 +95,8 @@ def forward_flops(
             model = models.build(arch, num_classes, widths=dict(widths)).to("meta")
     with torch.device("meta"):
         if widths is None:
-            model = models.build_teacher(arch) if arch in models.TEACHERS else models.build(arch, num_classes)
+            is_teacher = arch in models.TEACHERS
+            model = models.build_teacher(arch) if is_teacher else models.build(arch, num_classes, **shape)
         multiple = getattr(model, "size_multiple", 1)
         side = multiple * math.ceil(image_size / multiple)
         images = torch.empty(1, 3, side, side)

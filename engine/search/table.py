@@ -1,0 +1,220 @@
+"""search.md and search.json: what each method found, and how well short trainings and proxies order the shapes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from config import to_tree
+from engine.comparison.table import mean_and_spread, to_json_value
+from engine.search.config import SearchFile, Teaching
+from engine.search.kendall import kendall_tau, spread_without_relation
+from engine.search.methods import Scored
+from engine.search.space import Shape, Space
+
+AGAINST = (("random", "scaled"), ("evolution", "scaled"), ("evolution", "random"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search trained: the shapes of each rung with their scores, best first. minutes: of its trainings."""
+
+    rungs: list[Scored]
+    minutes: float
+
+    @property
+    def best(self) -> tuple[Shape, float]:
+        return self.rungs[-1][0]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A shape that was trained in full. scores: by the epochs of the trainings. proxies: by their names."""
+
+    shape: Shape
+    scores: dict[int, float]
+    proxies: dict[str, float]
+
+
+@dataclass
+class Results:
+    """All of one teaching. found: by method, one for each draw."""
+
+    found: dict[str, list[Found]] = field(default_factory=dict)
+    ranked: list[Ranked] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)  # by the name of a run
+
+    def taus(self) -> dict[str, float | None]:
+        """Kendall's tau of each proxy and each short training with the full training of the ranked shapes."""
+        if not self.ranked:
+            return {}
+        full = max(self.ranked[0].scores)
+        scores = np.array([ranked.scores[full] for ranked in self.ranked])
+        proxies = self.ranked[0].proxies
+        columns = {name: [ranked.proxies[name] for ranked in self.ranked] for name in proxies}
+        for epochs in sorted(self.ranked[0].scores)[:-1]:
+            columns[f"{epochs} epochs"] = [r.scores[epochs] for r in self.ranked]
+        return {name: kendall_tau(np.array(values), scores) for name, values in columns.items()}
+
+    def best(self) -> tuple[Shape, float]:
+        """The shape with the highest score of all that were trained in full."""
+        full = [pair for searches in self.found.values() for found in searches for pair in found.rungs[-1]]
+        full += [(ranked.shape, ranked.scores[max(ranked.scores)]) for ranked in self.ranked]
+        return max(full, key=lambda pair: pair[1])
+
+
+def markdown(file: SearchFile, space: Space, results: dict[Teaching, Results], origin: str, machine: str) -> str:
+    """The tables of all that has been trained so far."""
+    search, rule = file.search, file.decide
+    trainings = " -> ".join(f"{n} x {epochs}" for n, epochs in rung_sizes(file))
+    lines = [
+        f"# {file.name}",
+        "",
+        f"Shapes of {file.student.arch} between {space.low / 1e9:.3f} and {space.high / 1e9:.3f} GFLOPs at "
+        f"{file.image_size} px ({100 * search.flops:g} % of its own is the limit), chosen by {rule.metric} on "
+        f"`{file.data.test}` of {file.data.format} data, batch {file.batch_size}. Each search trains {trainings} "
+        f"(shapes x epochs). All trainings have seed {file.seed}; mean ± sample standard deviation over "
+        f"{rule.seeds} draws of shapes. The best of many is chosen and measured on the same pictures, so its score is "
+        f"too high; `scaled` is one shape, not chosen. {machine}",
+    ]
+    for teaching, result in results.items():
+        lines += ["", f"## {teaching}", "", *found_lines(file, result, origin)]
+        if result.ranked:
+            lines += ["", *ranked_lines(file, result)]
+        lines += [f"Failed, counted as 0: {name}: {why}" for name, why in result.failures.items()]
+    if all(result.ranked for result in results.values()) and len(results) == 2:
+        lines += ["", *order_lines(results, file)]
+    return "\n".join(lines) + "\n"
+
+
+def rung_sizes(file: SearchFile) -> list[tuple[int, int]]:
+    """(shapes, epochs) of each rung of a search, as methods.halve counts them."""
+    sizes = [(file.search.shapes, file.rungs[0])]
+    for epochs in file.rungs[1:]:
+        sizes.append((max(1, sizes[-1][0] // file.search.keep), epochs))
+    return sizes
+
+
+def found_lines(file: SearchFile, result: Results, origin: str) -> list[str]:
+    rule = file.decide
+    lines = [
+        f"| search | draws | best {rule.metric} | minutes of a search | best shape (widths_depths) |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for method, searches in result.found.items():
+        scores = np.array([found.best[1] for found in searches])
+        minutes = np.array([found.minutes for found in searches])
+        shape, _ = max((found.best for found in searches), key=lambda pair: pair[1])
+        cells = [method, str(len(searches)), mean_and_spread(scores), f"{minutes.mean():.1f}", shape.name]
+        lines.append(f"| {' | '.join(cells)} |")
+    level = f"{100 * rule.level:g} % interval"
+    lines += [
+        "",
+        f"Differences are paired by draw. The rule ({origin}): {rule.describe()}.",
+        "",
+        f"| search | compared to | draws | {rule.metric} | {level} | verdict |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for name, against, values in differences(result):
+        ends = interval(file, values)
+        between = "-" if ends is None else f"{ends[0]:+.3f} .. {ends[1]:+.3f}"
+        cells = [name, against, str(len(values)), mean_and_spread(values, sign="+"), between, rule.verdict(values)]
+        lines.append(f"| {' | '.join(cells)} |")
+    shape, score = result.best()
+    return [*lines, "", f"The best of all shapes that were trained in full: {shape.name}, {score:.3f}."]
+
+
+def differences(result: Results) -> list[tuple[str, str, np.ndarray]]:
+    """(method, another, difference of their best scores for each draw that both have)."""
+    best = {method: np.array([f.best[1] for f in searches]) for method, searches in result.found.items()}
+    compared = []
+    for name, against in AGAINST:
+        if name in best and against in best:
+            other = best[against] if against != "scaled" else np.repeat(best[against], len(best[name]))
+            count = min(len(best[name]), len(other))
+            compared.append((name, against, best[name][:count] - other[:count]))
+    return compared
+
+
+def interval(file: SearchFile, values: np.ndarray) -> tuple[float, float] | None:
+    """Of the mean difference; None for less than two draws."""
+    if len(values) < 2:
+        return None
+    mean, half = float(values.mean()), file.decide.half_width(values)
+    return mean - half, mean + half
+
+
+def ranked_lines(file: SearchFile, result: Results) -> list[str]:
+    first, full, metric = result.ranked[0], file.epochs, file.decide.metric
+    short = [epochs for epochs in sorted(first.scores) if epochs != full]
+    columns = [*first.proxies, *(f"{metric}, {epochs} epochs" for epochs in (*short, full))]
+    lines = [f"| random shape | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for ranked in sorted(result.ranked, key=lambda ranked: -ranked.scores[full]):
+        numbers = [f"{value:.4g}" for value in ranked.proxies.values()]
+        numbers += [f"{ranked.scores[epochs]:.3f}" for epochs in (*short, full)]
+        lines.append(f"| {ranked.shape.name} | {' | '.join(numbers)} |")
+    taus = ["-" if tau is None else f"{tau:+.2f}" for tau in result.taus().values()]
+    lines.append(f"| **Kendall's tau with {full} epochs** | {' | '.join(taus)} | |")
+    n = len(result.ranked)
+    if n >= 2:
+        bound = 1.96 * spread_without_relation(n)
+        lines += ["", f"Of {n} shapes in random order, 95 % of all |tau| are below {bound:.2f}."]
+    return lines
+
+
+def order_lines(results: dict[Teaching, Results], file: SearchFile) -> list[str]:
+    """How well the orders of the same shapes under both teachings agree."""
+    (first, a), (second, b) = results.items()
+    others = {ranked.shape: ranked.scores[file.epochs] for ranked in b.ranked}
+    pairs = [(r.scores[file.epochs], others[r.shape]) for r in a.ranked if r.shape in others]
+    tau = kendall_tau(*np.array(pairs).reshape(-1, 2).T)
+    shown = "-" if tau is None else f"{tau:+.2f}"
+    return [f"Kendall's tau of {first} with {second}, over the same {len(pairs)} shapes in full: {shown}."]
+
+
+def as_json(
+    file: SearchFile, space: Space, results: dict[Teaching, Results], origin: str, environment: dict[str, Any]
+) -> str:
+    """Every number of the tables."""
+    tree = {
+        "config": to_tree(file),
+        "rule": {"origin": origin, **to_tree(file.decide)},
+        "flops": [space.low, space.high],
+        "rungs": rung_sizes(file),
+        "environment": environment,
+        "results": {teaching: result_tree(file, space, result) for teaching, result in results.items()},
+    }
+    return json.dumps(tree, indent=2, allow_nan=False) + "\n"
+
+
+def result_tree(file: SearchFile, space: Space, result: Results) -> dict[str, Any]:
+    shape, score = result.best()
+    return {
+        "found": {
+            method: [{"minutes": f.minutes, "rungs": [scored_tree(rung) for rung in f.rungs]} for f in searches]
+            for method, searches in result.found.items()
+        },
+        "differences": [
+            {
+                "method": name,
+                "against": against,
+                "values": to_json_value(values),
+                "interval": interval(file, values),
+                "verdict": file.decide.verdict(values),
+            }
+            for name, against, values in differences(result)
+        ],
+        "ranked": [
+            {"shape": r.shape.name, "scores": {str(e): s for e, s in r.scores.items()}, "proxies": r.proxies}
+            for r in result.ranked
+        ],
+        "tau": result.taus(),
+        "best": {"shape": shape.name, "score": score, "flops": space.flops(shape)},
+        "failures": result.failures,
+    }
+
+
+def scored_tree(rung: Sequence[tuple[Shape, float]]) -> list[dict[str, Any]]:
+    return [{"shape": shape.name, "score": score} for shape, score in rung]
