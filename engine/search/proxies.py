@@ -1,4 +1,4 @@
-"""What a shape promises before it is trained; higher is meant to be better. Parameters and FLOPs are proxies as well."""
+"""What a shape promises before its training; higher is meant to be better. Parameters and FLOPs are proxies as well."""
 
 import copy
 from typing import cast

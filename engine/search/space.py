@@ -1,6 +1,5 @@
 """The shapes of a search: the widths and depths of a YOLOv8, within a range and between two numbers of FLOPs."""
 
-import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,7 +8,6 @@ import torch
 
 import models
 from distill.pruning.files import widths_text
-from engine.training.flops import forward_flops
 from errors import UserError
 from layers.channel_groups import find_groups
 
@@ -49,8 +47,8 @@ class Space:
     high: float
 
     def flops(self, shape: Shape) -> int:
-        """Of a forward pass for one image (engine/training/flops.py)."""
-        return flops_of(self.arch, self.image_size, self.num_classes, shape)
+        """Of a forward pass for one image."""
+        return count_flops(shape, self.num_classes, self.image_size)
 
     def holds(self, shape: Shape) -> bool:
         """Whether its FLOPs lie within the limits."""
@@ -123,7 +121,7 @@ def space_of(
     if not all(channels):
         found = f"key 'search.widths': {widths[0]:g} to {widths[1]:g} of {', '.join(map(str, own.channels))} channels"
         raise UserError(f"{found} hold no multiple of {MULTIPLE} for every stage, expected a wider range")
-    high = flops * flops_of(arch, image_size, num_classes, own)
+    high = flops * count_flops(own, num_classes, image_size)
     return Space(arch, num_classes, image_size, channels, tuple(range(1, depth + 1)), least * high, high)
 
 
@@ -133,9 +131,34 @@ def own_shape(arch: str) -> Shape:
     return Shape(size.channels, size.all_depths)
 
 
-@functools.cache
-def flops_of(arch: str, image_size: int, num_classes: int, shape: Shape) -> int:
-    return forward_flops(arch, image_size, num_classes, channels=shape.channels, depths=shape.depths)
+def count_flops(shape: Shape, num_classes: int, image_size: int) -> int:
+    """What engine.training.flops counts for a YOLOv8 (yolo/yolov8.py), without building it: thousands are drawn.
+
+    Layer by layer: convolution(channels read, channels written, side of the kernel, stride of its map in pixels).
+    """
+
+    def convolution(c_in: int, c_out: int, kernel: int, stride: int) -> int:
+        return 2 * c_in * c_out * kernel**2 * (image_size // stride) ** 2
+
+    def c2f(c_in: int, c: int, depth: int, stride: int) -> int:
+        half = c // 2
+        blocks = depth * 2 * convolution(half, half, 3, stride)
+        return convolution(c_in, c, 1, stride) + blocks + convolution((2 + depth) * half, c, 1, stride)
+
+    c1, c2, c3, c4, c5 = shape.channels
+    *stages, neck = shape.depths
+    total = convolution(3, c1, 3, 2)
+    for c_in, c, depth, stride in zip((c1, c2, c3, c4), (c2, c3, c4, c5), stages, (4, 8, 16, 32), strict=True):
+        total += convolution(c_in, c, 3, stride) + c2f(c, c, depth, stride)
+    total += convolution(c5, c5 // 2, 1, 32) + convolution(4 * (c5 // 2), c5, 1, 32)  # SPPF
+    total += c2f(c5 + c4, c4, neck, 16) + c2f(c4 + c3, c3, neck, 8)
+    total += convolution(c3, c3, 3, 16) + c2f(c3 + c4, c4, neck, 16)
+    total += convolution(c4, c4, 3, 32) + c2f(c4 + c5, c5, neck, 32)
+    for c, stride in zip((c3, c4, c5), (8, 16, 32), strict=True):
+        for width, logits in ((max(64, c3 // 4), 64), (max(c3, min(num_classes, 100)), num_classes)):
+            total += convolution(c, width, 3, stride) + convolution(width, width, 3, stride)
+            total += convolution(width, logits, 1, stride)
+    return total
 
 
 def choose(values: Sequence[Value], generator: torch.Generator) -> Value:

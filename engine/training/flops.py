@@ -76,18 +76,12 @@ def count_classes(config: Config) -> int:
 
 @functools.cache
 def forward_flops(
-    arch: str,
-    image_size: int,
-    num_classes: int,
-    *,
-    is_trained: bool = False,
-    widths: Widths = None,
-    **shape: tuple[int, ...],
+    arch: str, image_size: int, num_classes: int, *, is_trained: bool = False, widths: Widths = None
 ) -> int:
     """FLOPs of a forward pass for one square picture, whose side is rounded up to what the model takes.
 
     is_trained: of a Faster R-CNN also the second stage, for the ROI_SAMPLES boxes of a picture that it learns from.
-    widths: of a pruned model. shape: further arguments of models.build.
+    widths: of a pruned model.
     """
     model: nn.Module
     if widths is not None:  # found by a pass with numbers
@@ -95,8 +89,7 @@ def forward_flops(
             model = models.build(arch, num_classes, widths=dict(widths)).to("meta")
     with torch.device("meta"):
         if widths is None:
-            is_teacher = arch in models.TEACHERS
-            model = models.build_teacher(arch) if is_teacher else models.build(arch, num_classes, **shape)
+            model = models.build_teacher(arch) if arch in models.TEACHERS else models.build(arch, num_classes)
         multiple = getattr(model, "size_multiple", 1)
         side = multiple * math.ceil(image_size / multiple)
         images = torch.empty(1, 3, side, side)

@@ -7,7 +7,7 @@ import checkpoint
 import models
 from distill.pruning.files import read_widths
 from engine.pruning.__main__ import main as prune
-from engine.search.space import Shape, space_of
+from engine.search.space import Shape, count_flops, space_of
 from engine.training.flops import forward_flops
 from errors import UserError
 from layers.channel_groups import find_groups
@@ -33,10 +33,19 @@ def test_draws_and_mutations_are_within_the_limits(space):
     child = space.mutate(shapes[0], seeded_generator(Stream.MUTATION, 0, 0), shapes)
     genes = [(*shape.channels, *shape.depths) for shape in (shapes[0], child)]
     assert sum(a != b for a, b in zip(*genes)) == 1
-    limit = 0.9 * forward_flops("yolov8_half", 64, 3)
+    limit = 0.9 * forward_flops("yolov8_half", 64, 3)  # the architecture's own
     for shape in [*shapes, child]:
         assert all(width in values for width, values in zip(shape.channels, space.channels, strict=True))
         assert set(shape.depths) <= {1, 2, 3} and 0.7 * limit <= space.flops(shape) <= limit
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes"), [(SHAPE, 3), (Shape((16, 40, 272, 8, 64), (1, 3, 1, 2, 1)), 90)], ids=["small", "odd"]
+)
+def test_flops_are_those_that_a_forward_pass_counts(shape, classes):
+    model = models.build("yolov8n", classes, channels=shape.channels, depths=shape.depths)
+    widths = tuple(find_groups(model).widths().items())
+    assert count_flops(shape, classes, 96) == forward_flops("yolov8n", 96, classes, widths=widths)
 
 
 def test_the_control_is_the_architecture_with_the_largest_factor(space):
@@ -55,7 +64,6 @@ def test_a_shape_is_a_file_of_widths_a_model_and_a_checkpoint(space, tmp_path):
     same = models.build("yolov8_half", 3, channels=SHAPE.channels, depths=SHAPE.depths)
     shapes = {name: value.shape for name, value in same.state_dict().items()}
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
-    assert space.flops(SHAPE) == forward_flops("yolov8_half", 64, 3, widths=tuple(widths.items()))
     about = {"arch": "yolov8_half", "names": ["a", "b", "c"], "image_size": 64}
     checkpoint.save(tmp_path / "shape.pt", about | {"ema": model.state_dict()})
     read, _ = checkpoint.load_model(tmp_path / "shape.pt")
