@@ -8,7 +8,7 @@ Example:
 
 engine/search/config.py describes the file. Random search and regularised evolution train as many shapes for as many
 epochs (engine/search/methods.py), each `decide.seeds` times; beside them stands `scaled`, the architecture with all
-widths reduced alike. Then some random shapes are trained in full, and Kendall's tau says how well their order is
+widths reduced alike. Some random shapes are trained in full, and Kendall's tau says how well their order is
 foretold by synflow, the norm of the gradient, parameters, FLOPs and short trainings.
 
 <runs>/<name>/ gets
@@ -74,21 +74,21 @@ class Search:
         self.reports: dict[str, dict[str, Any]] = {}
 
     def run(self) -> None:
-        """Search, rank, and write after each part."""
+        """Rank, search, and write after each part. The shapes that are ranked are the first of random search."""
         for teaching in self.file.teachings:  # no shape has a file yet
             config = self.config_of(teaching, self.space.scaled(), self.file.epochs)
             check_config(dataclasses.replace(config, student=self.file.student))
         for teaching in self.file.teachings:
             result = self.results[teaching] = Results()
             result.found["scaled"] = [self.train_rungs(teaching, [self.space.scaled()], (self.file.epochs,))]
+            self.rank(teaching)
+            self.write()
             for draw in range(self.file.decide.seeds):
                 for method in ("random", "evolution"):
                     shapes = self.choose_shapes(teaching, method, self.file.seed + draw)
                     found = self.train_rungs(teaching, shapes, self.file.rungs)
                     result.found.setdefault(method, []).append(found)
                 self.write()
-            self.rank(teaching)
-            self.write()
 
     def choose_shapes(self, teaching: Teaching, method: str, seed: int) -> list[Shape]:
         """The shapes that a method trains at the first rung."""
