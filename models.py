@@ -152,7 +152,7 @@ def widths_of(arch: str, num_classes: int, state: Mapping[str, Tensor]) -> dict[
     return widths_of_shapes(groups, shapes)
 
 
-def depths_of(arch: str, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def depths_of(arch: str, names: Iterable[str]) -> dict[str, Any]:
     """The argument `depths` with which `build` makes a YOLOv8 of the layers that a state dict or widths name.
 
     Empty where they are the architecture's own, and for other families, whose depths are fixed.
