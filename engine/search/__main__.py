@@ -74,7 +74,10 @@ class Search:
         self.reports: dict[str, dict[str, Any]] = {}
 
     def run(self) -> None:
-        """Rank, search, and write after each part. The shapes that are ranked are the first of random search."""
+        """Rank the shapes under every teaching, then search, and write after each part.
+
+        The shapes that are ranked are the first of random search.
+        """
         for teaching in self.file.teachings:  # no shape has a file yet
             config = self.config_of(teaching, self.space.scaled(), self.file.epochs)
             check_config(dataclasses.replace(config, student=self.file.student))
@@ -83,6 +86,7 @@ class Search:
             result.found["scaled"] = [self.train_rungs(teaching, [self.space.scaled()], (self.file.epochs,))]
             self.rank(teaching)
             self.write()
+        for teaching, result in self.results.items():
             for draw in range(self.file.decide.seeds):
                 for method in ("random", "evolution"):
                     shapes = self.choose_shapes(teaching, method, self.file.seed + draw)
