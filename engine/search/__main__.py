@@ -182,6 +182,7 @@ class Search:
         machine = f"Trained on {', '.join(f'{key} {value}' for key, value in facts.items())}."
         text = table.markdown(self.file, self.space, self.results, self.origin, machine)
         run_folder.write_text(folder / "search.md", text)
+        facts["commits"] = sorted({str(report.get("commit")) for report in self.reports.values()})  # of the trainings
         text = table.as_json(self.file, self.space, self.results, self.origin, environment | facts)
         run_folder.write_text(folder / "search.json", text)
         for teaching, result in self.results.items():
