@@ -178,7 +178,7 @@ class Search:
         """The tables and the best shapes so far."""
         folder, environment = self.file.folder, run_folder.environment()
         shown = next(iter(self.reports.values()), {})
-        facts = {key: shown[key] for key in ("device", "precision", "threads", "torch") if key in shown}
+        facts: dict[str, Any] = {key: shown[key] for key in ("device", "precision", "threads", "torch") if key in shown}
         machine = f"Trained on {', '.join(f'{key} {value}' for key, value in facts.items())}."
         text = table.markdown(self.file, self.space, self.results, self.origin, machine)
         run_folder.write_text(folder / "search.md", text)
