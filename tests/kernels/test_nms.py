@@ -66,6 +66,23 @@ def test_matches_the_definition(count, iou_threshold):
             assert run(boxes, scores, labels, iou_threshold, limit) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk, max_band", [(1 << 16, 256), (64, 256), (1 << 16, 3)])
+def test_class_by_class_as_in_one_matrix(monkeypatch, dtype, chunk, max_band):
+    """Classes of one to a hundred candidates, labels below 0, ties, equal boxes; pieces smaller than a class."""
+    monkeypatch.setattr(nms, "BAND_CHUNK", chunk)
+    monkeypatch.setattr(nms, "MAX_BAND", max_band)
+    rng = np.random.default_rng(5)
+    for count in (2, 40, 300):
+        boxes = torch.tensor(random_boxes(rng, count, spread=60.0)).round().to(dtype)
+        boxes[count // 2 :] = boxes[: count - count // 2]
+        scores = torch.tensor(rng.integers(1, 20, count) / 32).to(dtype)
+        labels = torch.tensor(rng.exponential(4, count).astype(np.int64) - 2)
+        expected = reference_nms(boxes.float(), scores.double(), labels, 0.4, count)
+        assert batched_nms(boxes, scores, labels, 0.4, count).tolist() == expected
+        assert batched_nms(boxes, scores, labels, 0.4, 7).tolist() == expected[:7]
+
+
 def test_matches_the_definition_on_pairs_exactly_at_the_threshold():
     """Whole-number boxes with IoU 1/2, 3/5, ...: the float32 IoU against the threshold as the real number it is."""
     rng = np.random.default_rng(3)
@@ -243,6 +260,10 @@ def test_the_score_threshold_is_exclusive():
 
 def test_no_gradient_is_kept():
     boxes, scores = dense(np.random.default_rng(10), 1, 50, 2)
+    rows = batched_nms(
+        boxes[0].clone().requires_grad_(), scores[0, :, 0].clone().requires_grad_(), torch.arange(50), 0.5, 9
+    )
+    assert len(rows) == 9
     (found,) = select_detections(
         boxes.requires_grad_(), scores.requires_grad_(), score_threshold=0.1, iou_threshold=0.5, max_detections=9
     )
