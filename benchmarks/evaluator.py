@@ -2,6 +2,7 @@
 
     python benchmarks/evaluator.py [--images 5000] [--seed 0] [--repeats 1] [--only ours pycocotools faster-coco-eval]
     python benchmarks/evaluator.py --peers-python /path/to/env/bin/python     # peers installed elsewhere
+    python benchmarks/evaluator.py --images 20000 --classes 1203 --detections 300 --only ours      # LVIS's scale
 
 Every evaluator runs in a process of its own with one thread, and gets the same boxes as arrays; pycocotools and
 faster-coco-eval first build the objects they need from them, which is timed apart ("load"). Memory is the highest
@@ -29,25 +30,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.runtime.timing import wall_and_cpu
 from errors import UserError, run_script
 
-NUM_CLASSES = 80
 WIDTH, HEIGHT = 640.0, 480.0
-DETECTIONS_PER_IMAGE = 100
 EVALUATORS = {"ours": "metrics.coco", "pycocotools": "pycocotools", "faster-coco-eval": "faster_coco_eval"}
 
 
-def generate(num_images: int, seed: int) -> dict[str, np.ndarray]:
+def generate(num_images: int, seed: int, num_classes: int = 80, detections: int = 100) -> dict[str, np.ndarray]:
     """A COCO-like set, its sizes, classes and scores skewed as there; boxes are x, y, width, height in 1/100 pixel.
 
     Objects (about 7.5 an image, 1.2 % crowd): object_image, object_label, object_xywh, object_area, object_crowd.
-    Detections (100 an image; some 0.31 AP): image, label, xywh, score.
+    Detections (`detections` an image; some 0.31 AP with 80 classes): image, label, xywh, score.
     """
     rng = np.random.default_rng(seed)
-    frequency = 1 / np.arange(1, NUM_CLASSES + 1) ** 1.1
+    frequency = 1 / np.arange(1, num_classes + 1) ** 1.1
     counts = np.minimum(1 + rng.geometric(1 / 6.4, num_images), 60)
     object_image = np.repeat(np.arange(num_images), counts)
     num_objects = len(object_image)
     # Objects of one image share few classes.
-    palette = rng.choice(NUM_CLASSES, (num_images, 3), p=frequency / frequency.sum())
+    palette = rng.choice(num_classes, (num_images, 3), p=frequency / frequency.sum())
     object_label = palette[object_image, rng.integers(0, 3, num_objects)]
     side = np.exp(rng.normal(3.95, 1.1, num_objects)).clip(4, 460)
     aspect = np.exp(rng.normal(0, 0.4, num_objects))
@@ -66,17 +65,17 @@ def generate(num_images: int, seed: int) -> dict[str, np.ndarray]:
     around = object_xywh[source]
     near = np.concatenate((around[:, :2] + noise[:, :2] * around[:, 2:], around[:, 2:] * np.exp(noise[:, 2:])), axis=1)
     near_label = np.where(
-        rng.random(len(source)) < 0.9, object_label[source], rng.integers(0, NUM_CLASSES, len(source))
+        rng.random(len(source)) < 0.9, object_label[source], rng.integers(0, num_classes, len(source))
     )
     near_score = (0.25 + 0.6 * quality) * 0.75**nth * rng.uniform(0.5, 1.0, len(source))
-    far_image = np.repeat(np.arange(num_images), DETECTIONS_PER_IMAGE)
+    far_image = np.repeat(np.arange(num_images), detections)
     far_size = np.exp(rng.normal(3.9, 1.0, (len(far_image), 2))).clip(4, 470)
     far = np.concatenate((rng.random((len(far_image), 2)) * 400, far_size), axis=1)
     in_palette = rng.random(len(far_image)) < 0.6
     far_label = np.where(
         in_palette,
         palette[far_image, rng.integers(0, 3, len(far_image))],
-        rng.choice(NUM_CLASSES, len(far_image), p=frequency / frequency.sum()),
+        rng.choice(num_classes, len(far_image), p=frequency / frequency.sum()),
     )
     far_score = rng.beta(1.0, 16.0, len(far_image))
 
@@ -84,7 +83,7 @@ def generate(num_images: int, seed: int) -> dict[str, np.ndarray]:
     first = np.concatenate((np.zeros(len(source)), np.ones(len(far_image))))
     order = np.lexsort((rng.random(len(image)), first, image))  # of each image: those near objects, then noise
     place = np.arange(len(image)) - np.searchsorted(image[order], image[order])
-    order = order[place < DETECTIONS_PER_IMAGE]
+    order = order[place < detections]
     order = order[np.lexsort((rng.random(len(order)), image[order]))]
     return {
         "object_image": object_image,
@@ -97,6 +96,7 @@ def generate(num_images: int, seed: int) -> dict[str, np.ndarray]:
         "xywh": np.round(np.concatenate((near, far))[order], 2),
         "score": np.round(np.concatenate((near_score, far_score))[order], 3),
         "num_images": np.array(num_images),
+        "num_classes": np.array(num_classes),
     }
 
 
@@ -114,7 +114,7 @@ def run_ours(data: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
         corners(objects),
         data["object_label"],
         int(data["num_images"]),
-        tuple(map(str, range(NUM_CLASSES))),
+        tuple(map(str, range(int(data["num_classes"])))),
         crowd=data["object_crowd"],
         area=data["object_area"],
         box_area=objects[:, 2] * objects[:, 3],
@@ -136,7 +136,7 @@ def run_peer(data: dict[str, np.ndarray], coco_class: type, eval_class: type) ->
     )
     ground_truth.dataset = {
         "images": [{"id": i, "width": WIDTH, "height": HEIGHT} for i in range(int(data["num_images"]))],
-        "categories": [{"id": k, "name": str(k)} for k in range(NUM_CLASSES)],
+        "categories": [{"id": k, "name": str(k)} for k in range(int(data["num_classes"]))],
         "annotations": [
             {"id": n, "image_id": i, "category_id": k, "bbox": box, "area": area, "iscrowd": int(crowd)}
             for n, (i, k, box, area, crowd) in enumerate(zip(*(c.tolist() for c in columns)), 1)
@@ -207,6 +207,8 @@ def measure(name: str, path: str) -> None:
 def main(argv: list[str]) -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--detections", type=int, default=100, help="for each image (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=1, help="runs of each; the one of least CPU time is shown")
     parser.add_argument("--only", nargs="+", choices=list(EVALUATORS), default=list(EVALUATORS))
@@ -216,11 +218,12 @@ def main(argv: list[str]) -> int | None:
     if args.measure:
         return measure(*args.measure)
 
-    data = generate(args.images, args.seed)
+    data = generate(args.images, args.seed, args.classes, args.detections)
     ranges = [np.mean(data["object_area"] <= 32**2), np.mean(data["object_area"] > 96**2)]
     print(
         f"{args.images} images, {len(data['object_image'])} objects ({data['object_crowd'].sum()} crowd, "
-        f"{ranges[0]:.0%} small, {ranges[1]:.0%} large), {len(data['image'])} detections; one thread"
+        f"{ranges[0]:.0%} small, {ranges[1]:.0%} large), {len(data['image'])} detections, "
+        f"{args.classes} classes; one thread"
     )
     print(f"{'evaluator':<18}{'cpu s':>8}{'wall s':>8}{'load s':>8}{'MB':>8}{'AP':>12}{'AP50':>10}{'AP75':>10}")
     results = {}

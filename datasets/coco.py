@@ -95,7 +95,10 @@ def find_image(folder: Path, name: Any) -> Path | None:
 
 
 def read_json(path: Path) -> Any:
-    """The plain values in a JSON file, with empty masks. UserError for NaN, Infinity and deep nesting."""
+    """The plain values in a JSON file, with null for each mask that is a list.
+
+    UserError for NaN, Infinity and deep nesting.
+    """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: more than {MAX_JSON_BYTES} bytes, expected COCO labels")
@@ -107,10 +110,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: {constant} in the file, expected finite numbers")
 
     try:
-        # The match has no quote or brace, so it ends with the mask. It has no letter of NaN or Infinity, so those are
-        # still refused. A quote inside a string is escaped, so a string never matches.
-        data = re.sub(rb'(?<!\\)"segmentation"\s*:\s*\[[^"{}NaI]*\]', b'"segmentation":[]', data)
-        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+        text = _without_masks(data).decode("utf-8-sig")
+        del data  # of a set of COCO's size, as much as the parsed values
+        return json.loads(text, parse_constant=refuse)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -121,8 +123,26 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
+def _without_masks(data: bytes) -> bytearray:
+    """The JSON text with null for each mask that is a list; piece by piece, for its memory.
+
+    A match has no quote or brace, so it ends with the mask. It has no letter of NaN or Infinity, so those are still
+    refused. A quote inside a string is escaped, so a string never matches.
+    """
+    kept, end = bytearray(), 0
+    for match in re.finditer(rb'(?<!\\)"segmentation"\s*:\s*\[[^"{}NaI]*\]', data):
+        kept += data[end : match.start()]
+        kept += b'"segmentation":null'
+        end = match.end()
+    kept += data[end:]
+    return kept
+
+
 def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] | None = None) -> DatasetIndex:
-    """The index of parsed COCO labels whose pictures are in `folder`. names: see read_coco."""
+    """The index of parsed COCO labels whose pictures are in `folder`. names: see read_coco.
+
+    It takes the annotations out of the tree as it reads them: those of a set of COCO's size take half a gigabyte.
+    """
     log = FaultLog()
     categories = read_categories(read_records(tree, "categories", json_path), json_path)
     annotations = read_records(tree, "annotations", json_path)
@@ -130,8 +150,11 @@ def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] 
     label_of = {category: label for label, category in enumerate(categories)}
     images, first_id = _read_images(read_records(tree, "images", json_path), json_path, log)
 
+    source = f"{json_path} ({len(annotations)} annotations)"
     rows_of: dict[int | str, LabelRows] = {}
-    for record in annotations:
+    annotations.reverse()
+    while annotations:
+        record = annotations.pop()
         fault = _add_annotation(record, first_id, label_of, rows_of)
         if fault is not None:
             reason, kind = fault
@@ -149,12 +172,11 @@ def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] 
         stated = read_size(record.get("width"), record.get("height"))
         frame = read_frame(image_path, log, stated=stated, label_path=json_path)
         if frame is not None:
-            rows = rows_of.get(image_id) or LabelRows()
+            rows = rows_of.pop(image_id, None) or LabelRows()
             samples.append(
                 make_sample(rows, frame, log, image_path=image_path, image_id=image_id, label_path=json_path)
             )
     refuse_resized(log, json_path)
-    source = f"{json_path} ({len(annotations)} annotations)"
     names, ids = tuple(record["name"] for record in categories.values()), tuple(categories)
     return DatasetIndex(names, tuple(samples), tuple(log.faults), ids, "coco", source)
 

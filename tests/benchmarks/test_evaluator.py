@@ -12,7 +12,7 @@ from benchmarks import evaluator
 def test_ours_equals_pycocotools_on_the_benchmarks_set():
     pytest.importorskip("pycocotools")
     data = evaluator.generate(40, seed=0)
-    assert np.bincount(data["image"]).tolist() == [evaluator.DETECTIONS_PER_IMAGE] * 40
+    assert np.bincount(data["image"]).tolist() == [100] * 40
     assert 5 < len(data["object_image"]) / 40 < 10 and data["object_crowd"].any()
     with contextlib.redirect_stdout(io.StringIO()):
         _, expected = evaluator.run_pycocotools(data)
