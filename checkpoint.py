@@ -291,8 +291,12 @@ def build_for(arch: str, num_classes: int, state: dict[str, Tensor]) -> nn.Modul
     It rounds to 8 bits if that of the state dict did (layers/int8.py).
     """
     plain = without_ranges(state)
-    widths = models.widths_of(arch, num_classes, plain)
-    model = models.build(arch, num_classes, widths=widths, **models.head_of(arch, num_classes, plain))
+    head, before = models.head_of(arch, num_classes, plain), torch.get_rng_state()
+    model = models.build(arch, num_classes, widths=None, **head)
+    fits = all(name in plain and plain[name].shape == value.shape for name, value in model.state_dict().items())
+    if not fits and (widths := models.widths_of(arch, num_classes, plain)) is not None:
+        torch.set_rng_state(before)  # as if one model had been built
+        model = models.build(arch, num_classes, widths=widths, **head)
     if len(plain) < len(state):
         add_int8(model)
     return model
@@ -439,13 +443,11 @@ def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:
 
 
 def _count_and_rename(state: dict[str, Tensor], arch: str, path: str | Path) -> tuple[int, dict[str, Tensor]]:
-    with torch.device("meta"):
-        one, two = (models.build(arch, k) for k in (1, 2))
+    one, sizes = models.of_one_class(arch)
     try:
         ours, _ = weights.rename_public(one, state)
     except KeyError as error:
         raise UserError(f"{path}: is not {arch}: {error.args[0]}") from None
-    sizes = {name: (len(t), len(two.state_dict()[name])) for name, t in one.state_dict().items() if t.dim() == 1}
     heads = [name for name in sizes if name.startswith(_class_head(one)) and sizes[name][0] != sizes[name][1]]
     name = next((name for name in reversed(heads) if name in ours), None)
     if name is None:

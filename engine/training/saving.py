@@ -53,6 +53,8 @@ def finish_weights(setup: TrainingSetup, state: TrainingState, folder: RunFolder
         progress.say(f"{error}; written as float32")
         checkpoint.save_student(folder.student, student)
     previous = checkpoint.previous_path(folder.last)
+    if not previous.is_file():
+        return
     try:
         checkpoint.load(folder.last)
     except UserError as error:
