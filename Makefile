@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ADDRESS ?= localhost
 
-.PHONY: setup demo app browser test test-fast notebooks test-gpu gpu gpu-short lint format bench clean
+.PHONY: setup demo app browser test test-fast test-weekly notebooks test-gpu gpu gpu-short lint format bench clean
 
 setup: $(STAMP)
 
@@ -31,10 +31,13 @@ browser: setup  ## The demo's test in headless Chromium, which has to be install
 IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: lint  ## Everything CI runs
-	$(IN_PARALLEL)
+	$(IN_PARALLEL) -m "not weekly"
 
 test-fast: setup  ## Without the slow tests
-	$(IN_PARALLEL) -m "not slow"
+	$(IN_PARALLEL) -m "not slow and not weekly"
+
+test-weekly: setup  ## What `make test` leaves out: the same as cheaper tests, at a larger scale
+	$(IN_PARALLEL) -m weekly
 
 notebooks: setup  ## docs/notebooks as a reader runs them, in about 80 seconds
 	NOTEBOOKS=whole $(BIN)/python -m pytest tests/house/test_notebooks.py

@@ -24,7 +24,9 @@ FILE_NAMES = ("zebra", "Cat", "airplane", "tv", "potted plant")
 NAMES = ("tvmonitor", "lynx", "aeroplane", "cat")  # of them a lynx is not in the file
 COLUMNS = (3, None, 2, 1)
 TWO_STAGE = "fasterrcnn_mobilenet_v3_small"
-ARCHITECTURES = ("yolov8n", "yolov5n", TWO_STAGE)
+ARCHITECTURES = ("yolov8_narrow", "yolov5n", TWO_STAGE)
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_second_stage")
 
 
 def save_ours(path, arch: str, names=FILE_NAMES, **head: int) -> nn.Module:
@@ -77,9 +79,10 @@ def test_rows_go_by_name_and_the_rest_is_the_files(started):
     fresh = models.build(arch, len(NAMES), **models.head_of(arch, len(NAMES), student.state_dict()))
     untouched = rows_of(arch, fresh.state_dict(), len(NAMES))
     assert len(ours) == len(theirs) >= 2
+    before, after = released.state_dict(), student.state_dict()
     if arch == TWO_STAGE:  # the logit of a fresh class: far below the mean of the file's
         for drawn, name in zip(untouched, ("predictor.classify.weight", "predictor.classify.bias")):
-            drawn += released.state_dict()[name].mean(0).numpy()
+            drawn += before[name].mean(0).numpy()
         untouched[1] += np.log(1e-6)
     for own, file, drawn in zip(ours, theirs, untouched):
         for k, column in enumerate(COLUMNS):
@@ -87,9 +90,9 @@ def test_rows_go_by_name_and_the_rest_is_the_files(started):
                 np.testing.assert_allclose(own[k], drawn[k], rtol=1e-5, atol=1e-7)
                 continue
             np.testing.assert_array_equal(own[k], drawn[k] if column is None else file[column])
-    for name, value in released.state_dict().items():
-        if value.shape == student.state_dict()[name].shape and not name.startswith(student.class_head):
-            assert torch.equal(value, student.state_dict()[name]), name
+    for name, value in before.items():
+        if value.shape == after[name].shape and not name.startswith(student.class_head):
+            assert torch.equal(value, after[name]), name
     assert said == [
         f"{started[1]}: class rows taken over by name: tvmonitor from tv, aeroplane from airplane, cat from Cat; "
         "start fresh: lynx; left in the file: 2 of 5 classes"
@@ -137,10 +140,10 @@ def test_new_head_starts_the_whole_head_fresh_also_where_it_fits(started):
     arch, path, released, *_ = started
     student, said = start(path, arch, FILE_NAMES, new_head=True)
     torch.manual_seed(2)
-    fresh = models.build(arch, len(FILE_NAMES)).state_dict()
+    fresh, before = models.build(arch, len(FILE_NAMES)).state_dict(), released.state_dict()
     for name, value in student.state_dict().items():
         is_head = name.startswith(student.class_head)
-        assert torch.equal(value, fresh[name] if is_head else released.state_dict()[name]), name
+        assert torch.equal(value, fresh[name] if is_head else before[name]), name
     count = sum(name.startswith(student.class_head) for name in fresh)
     assert said == [f"{path}: the class head starts fresh as a whole (new_head): {count} entries"]
 
@@ -154,7 +157,7 @@ def test_other_classes_in_the_same_number_are_all_fresh(started):
         assert not any(np.array_equal(own[k], file[j]) for k in range(5) for j in range(5))
 
 
-@pytest.mark.parametrize("arch", ["yolov8n", "yolov5nu", TWO_STAGE])
+@pytest.mark.parametrize("arch", ["yolov8_narrow", "yolov5nu", TWO_STAGE])
 def test_the_head_of_a_fine_tuned_model_is_rebuilt_from_its_weights(arch, tmp_path):
     """A width of 80 channels, or five classes counted as background, that three classes alone would not give."""
     names = FILE_NAMES if arch == TWO_STAGE else COCO
@@ -178,11 +181,11 @@ def test_the_head_of_a_fine_tuned_model_is_rebuilt_from_its_weights(arch, tmp_pa
 
 def test_classes_that_nobody_asks_for_count_as_background(tmp_path):
     """softmax over 1 + K classes, the background's logit log(e^z0 + sum of the others'), by float64 arithmetic."""
-    from frcnn.heads import BoxPredictor
+    from frcnn.heads import HIDDEN, BoxPredictor
 
     torch.manual_seed(0)
     predictor = BoxPredictor(2, other_classes=3).double()
-    x = torch.randn(7, 1024, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(7, HIDDEN, dtype=torch.float64, requires_grad=True)
     logits, deltas = predictor(x)
     assert logits.shape == (7, 3) and deltas.shape == (7, 3, 4)
     z = (x @ predictor.classify.weight.T + predictor.classify.bias).detach().numpy()
@@ -191,7 +194,11 @@ def test_classes_that_nobody_asks_for_count_as_background(tmp_path):
     np.testing.assert_allclose(logits.softmax(1).detach().numpy(), expected, rtol=1e-6)
     logits.logsumexp(1).sum().backward()
     np.testing.assert_allclose(predictor.classify.bias.grad.numpy(), p.sum(0), rtol=1e-6)
-    assert BoxPredictor(2)(torch.zeros(0, 1024))[0].shape == BoxPredictor(2, 3)(torch.zeros(0, 1024))[0].shape == (0, 3)
+    assert (
+        BoxPredictor(2)(torch.zeros(0, HIDDEN))[0].shape
+        == BoxPredictor(2, 3)(torch.zeros(0, HIDDEN))[0].shape
+        == (0, 3)
+    )
 
 
 def test_take_rows_by_hand():
@@ -227,16 +234,17 @@ def released_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict under the names of the model's first public layout."""
     from weights import layouts_of, row_pattern
 
+    rows = [(row_pattern(new), old) for old, new in layouts_of(model)[0].table if new]
     found = {}
     for name, value in model.state_dict().items():
-        rows = [(re.match(row_pattern(new).pattern, name), old) for old, new in layouts_of(model)[0].table if new]
-        match, old = max(((m, old) for m, old in rows if m), key=lambda row: row[0].end())
+        matches = [(match, old) for pattern, old in rows if (match := pattern.match(name))]
+        match, old = max(matches, key=lambda row: row[0].end())
         found[old.format(*match.groups()) + name[match.end() :]] = value
     dropped = [old.format(0) for old, new in layouts_of(model)[0].table if new is None]
     return found | {f"{name}weight": torch.zeros(1) for name in dropped}
 
 
-@pytest.mark.parametrize("arch", ["yolov8n", "yolov5n", "yolov7_tiny"])
+@pytest.mark.parametrize("arch", ["yolov8_narrow", "yolov5n", "yolov7_tiny"])
 def test_a_public_file_is_joined_by_the_names_it_has(arch, tmp_path):
     torch.manual_seed(1)
     released = models.build(arch, 5)
@@ -253,10 +261,10 @@ def test_a_public_file_is_joined_by_the_names_it_has(arch, tmp_path):
 
 def test_a_file_without_names_is_refused_or_its_names_are_said(tmp_path):
     path = tmp_path / "bare.pt"
-    torch.save(released_state(models.build("yolov8n", 4)), path)
+    torch.save(released_state(models.build("yolov8_narrow", 4)), path)
     with pytest.raises(UserError, match=r"bare\.pt: it does not name its 4 classes, .*new_head=true"):
-        start(path, "yolov8n")
-    assert "starts fresh as a whole" in start(path, "yolov8n", new_head=True)[1][0]
+        start(path, "yolov8_narrow")
+    assert "starts fresh as a whole" in start(path, "yolov8_narrow", new_head=True)[1][0]
     torch.save(released_state(models.build(TWO_STAGE, 90)), path)
     student, said = start(path, TWO_STAGE, ("dog", "aeroplane"))
     assert "it does not name its classes; taken for COCO's 90" in said[0]

@@ -104,7 +104,8 @@ def test_deit_files_are_known_by_name_or_said(states, tmp_path):
     load_backbone(said, state, file_normalization=IMAGENET_NORMALIZATION)
     load_backbone(as_is, tmp_path / "vit_tiny.pth")
     assert same(named, said) and same(plain, as_is) and not same(plain, named)
-    changed = {name for name, value in named.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
+    before = plain.state_dict()
+    changed = {name for name, value in named.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"embedding.patches.project.weight", "embedding.patches.project.bias"}
     with pytest.raises(ValueError, match="ResNet takes images of mean and std"):
         load_backbone(ResNet(18), states["resnet18"], file_normalization=((0.5,) * 3, (0.5,) * 3))
@@ -163,8 +164,7 @@ def test_frozen_stages_stay_as_they_are_while_the_rest_trains(filled):
         for parameter in backbone.parameters():
             if parameter.grad is not None:
                 parameter.sub_(0.1 * parameter.grad)
-    changed = {
-        name for name, value in backbone.state_dict().items() if not torch.equal(value, filled.state_dict()[name])
-    }
+    before = filled.state_dict()
+    changed = {name for name, value in backbone.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[0] for name in changed} == {"stage4", "stage5"}
     assert any("running_mean" in name for name in changed)

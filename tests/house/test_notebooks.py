@@ -7,12 +7,11 @@ runs them as they are.
 import ast
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.forked_processes import run_forked
 
 FOLDER = ROOT / "docs" / "notebooks"
 SHORTER = {  # what each notebook does less of in the suite
@@ -32,6 +31,12 @@ def code_of(notebook: dict) -> str:
     return "\n\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
 
 
+def run_cells(code: str) -> None:
+    os.chdir(FOLDER)
+    os.environ["MPLBACKEND"] = "agg"
+    exec(code, {"__name__": "__main__"})
+
+
 def test_every_notebook_is_run():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(SHORTER)
 
@@ -39,23 +44,16 @@ def test_every_notebook_is_run():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SHORTER)
-def test_its_cells_run_in_order(name):
+def test_its_cells_run_in_order(name, tmp_path):
     pytest.importorskip("matplotlib")
     code = code_of(read(name))
     for text, shorter in SHORTER[name].items():
         assert text in code, f"{name}: no {text}"
         code = code if IS_WHOLE else code.replace(text, shorter)
-    done = subprocess.run(
-        [sys.executable, "-"],
-        input=code,
-        cwd=FOLDER,
-        env=os.environ | {"MPLBACKEND": "agg"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_forked(run_cells, code, folder=tmp_path)
+    assert done.code == 0, done.text[-2000:]
     expected = {"distill_by_hand": "student taught   mAP", "what_a_loss_looks_at": "masked_mse                    100%"}
-    assert expected[name] in done.stdout
+    assert expected[name] in done.text
 
 
 @pytest.mark.parametrize("name", SHORTER)

@@ -276,7 +276,8 @@ def test_a_folder_of_backbones_serves_every_student(overrides, tmp_path_factory,
         config = load_config(CONFIG, [*overrides, f"student.arch={arch}", f"student.backbone_weights={folder}"])
         started = train.build(config, train.Processes("cpu"), None, lambda line: None).student.backbone.state_dict()
         kept = [n for n in started if n.endswith(("running_mean", "norm2.weight", "qkv.weight", "conv1.weight"))]
-        assert kept and all(torch.equal(started[name], backbone.state_dict()[name]) for name in kept)
+        expected = backbone.state_dict()
+        assert kept and all(torch.equal(started[name], expected[name]) for name in kept)
     command = [CONFIG, *overrides, f"student.backbone_weights={folder}", "student.arch=fasterrcnn_resnet50"]
     refused(command, tmp_path, r"found none, expected one resnet50-\*\.pth")
     (folder / "resnet18-xyz.pth").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""From a folder of pictures to a trained and to a distilled model, in two commands each: VOC, COCO JSON and YOLO."""
+"""From a folder of pictures to a trained model in two commands: VOC, COCO JSON and YOLO; and to a distilled one."""
 
 import json
 
@@ -40,7 +40,6 @@ def write_yolo(shared_data, folder):
     write_dataset(folder, train=6, test=2)
 
 
-@pytest.mark.slow  # two trainings, one of them with its teacher, for each set
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("write", "format"),
@@ -60,6 +59,8 @@ def test_trained_and_distilled_in_two_commands_each(write, format, shared_data, 
     report = json.loads((tmp_path / "runs" / "own" / "report.json").read_text())
     assert report["steps"] > 0 and (tmp_path / "runs" / "own" / "weights" / "last.pt").is_file()
 
+    if format != "yolo":  # the second pair of commands reads the pictures as the first one does
+        return
     train.main(["--init", "taught.yaml", "--data", "pictures", "--teacher", "yolov8_narrow", *SMALL])
     assert "next: python compare.py taught.yaml" in capsys.readouterr().out
     compare.main(["taught.yaml", "--rows", "distilled"])

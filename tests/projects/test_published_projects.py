@@ -14,7 +14,9 @@ import models
 import train
 from config import load_config
 from datasets.download import DATASETS, WEIGHTS
-from distill.criterion import Criterion, TeacherFacts
+from distill import criterion as criterion_module
+from distill.criterion import TeacherFacts
+from distill.probing import probe
 from engine.comparison.study import load_study
 from engine.comparison.table import METRICS
 from engine.runtime import run_folder
@@ -36,6 +38,9 @@ def fresh(arch):
     if hasattr(model, "set_class_embeddings"):
         model.set_class_embeddings(NAMES, torch.randn(len(NAMES), 512), torch.randn(1, 512))
     return model.requires_grad_(False)
+
+
+probe_once = cache(probe)  # of a model and a size, which many configs have in common
 
 
 def runs_of(path):
@@ -60,13 +65,14 @@ def test_only_compare_takes_a_study(path):
 
 
 @pytest.mark.parametrize("path", RUNS + STUDIES, ids=lambda path: path.stem)
-def test_every_config_can_be_built(path):
+def test_every_config_can_be_built(path, monkeypatch):
     """Its keys, architectures, losses, parameters, maps and adapters exist and fit together."""
+    monkeypatch.setattr(criterion_module, "probe", probe_once)
     for config in runs_of(path):
         archs = {t.name: config.student.arch if t.arch == EMA else t.arch for t in config.teachers}
         teachers = {name: fresh(arch) for name, arch in archs.items()}
         multiples = {name: getattr(teacher, "size_multiple", 1) for name, teacher in teachers.items()}
-        criterion = Criterion(
+        criterion = criterion_module.Criterion(
             config.terms,
             student=fresh(config.student.arch),
             teachers=teachers,
@@ -167,7 +173,14 @@ def test_kitti_from_baseline_to_comparison(shared_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bccd_yolov5n_from_yolov5x", "bccd_yolov5n_from_yolov5s", "voc_yolov5n_from_yolov5x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bccd_yolov5n_from_yolov5x",
+        pytest.param("bccd_yolov5n_from_yolov5s", marks=pytest.mark.weekly),
+        pytest.param("voc_yolov5n_from_yolov5x", marks=pytest.mark.weekly),
+    ],
+)
 def test_masked_imitation_from_baseline_to_comparison(name, few_cells, tmp_path):
     rows, written = run_small(
         name, tmp_path,

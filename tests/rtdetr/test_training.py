@@ -191,15 +191,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(make_tiny, monkeypatch):
     assert any(name.startswith("decoder.denoising_class") for name in whole["ema"])
 
 
-def learn_by_heart(steps, count=16, learning_rate=2e-3):
+def learn_by_heart(steps, count, learning_rate, num_queries):
     """A small RT-DETR after `steps` steps on the same images: it, the images, their objects, the loss of each step."""
     images, targets = shapes(count)
-    model = fresh(num_queries=60)
+    model = fresh(num_queries=num_queries)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
     totals = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            warmth, decay = min(1, (step + 1) / 30), 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.02
+            warmth, decay = min(1, 5 * (step + 1) / steps), 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.02
             group["lr"] = learning_rate * warmth * decay
         total = sum(model.losses(model(images), targets).values())
         optimizer.zero_grad()
@@ -224,9 +224,16 @@ def map50(model, images, targets):
     return evaluate(true, detections).numbers["AP50"]
 
 
+def test_two_pictures_are_learnt_by_heart(monkeypatch):
+    monkeypatch.setattr(denoising, "NUM_QUERIES", 10)
+    model, images, targets, totals = learn_by_heart(60, count=2, learning_rate=6e-3, num_queries=20)
+    assert totals[-1] < 0.7 * totals[0] and map50(model, images, targets) >= 0.5
+
+
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_sixteen_pictures_are_learnt_by_heart(monkeypatch):
     """With the usual number of denoising queries too, in 125 steps that take twice as long."""
     monkeypatch.setattr(denoising, "NUM_QUERIES", 20)
-    model, images, targets, totals = learn_by_heart(150)
+    model, images, targets, totals = learn_by_heart(150, count=16, learning_rate=2e-3, num_queries=60)
     assert totals[-1] < 0.6 * totals[0] and map50(model, images, targets) >= 0.9

@@ -156,9 +156,10 @@ def test_a_pickled_file_in_half_precision(with_implicit, tmp_path):
     expected = build("yolov7_tiny", 80)
     load_public(expected, with_implicit)
     assert info.names[79] == "class 79" and info.source == "public"
+    found = model.state_dict()
     for name, value in expected.state_dict().items():
         if value.is_floating_point():
-            torch.testing.assert_close(model.state_dict()[name], value, rtol=2e-3, atol=5e-3)
+            torch.testing.assert_close(found[name], value, rtol=2e-3, atol=5e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")

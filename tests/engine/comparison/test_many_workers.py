@@ -10,12 +10,11 @@ from engine.runtime import claims
 from tests.engine.comparison import study_worker
 from tests.forked_processes import run_forked
 
-WORKERS, KILLS = 3, 12
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_workers_end_with_the_table_of_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(("workers", "kills"), [(2, 3), pytest.param(3, 12, marks=pytest.mark.weekly)])
+def test_killed_workers_end_with_the_table_of_one_that_was_not(workers, kills, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
         study_worker.write_study(folder)
@@ -23,29 +22,31 @@ def test_killed_workers_end_with_the_table_of_one_that_was_not(tmp_path):
     assert child.code == 0, child.text[-2000:]
 
     rng = random.Random(0)
-    deaths = [("step", rng.randint(0, 1)) if i % 2 else ("call", rng.randint(0, 12)) for i in range(KILLS)]
+    deaths = [("step", rng.randint(0, 1)) if i % 2 else ("call", rng.randint(0, 12)) for i in range(kills)]
     children = []
 
     def keep_one_at_work(slot):
         slot.mkdir()
         code = None
-        while code != 0 and len(children) < 4 * KILLS:
+        while code != 0 and len(children) < 4 * kills:
             child = run_forked(study_worker.work, together, deaths.pop() if deaths else None, folder=slot)
             children.append(child)
             code = child.code
 
-    threads = [threading.Thread(target=keep_one_at_work, args=(tmp_path / str(i),)) for i in range(WORKERS)]
+    threads = [threading.Thread(target=keep_one_at_work, args=(tmp_path / str(i),)) for i in range(workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     codes = [child.code for child in children]
-    assert codes.count(0) == WORKERS and codes.count(-9) >= 10 and set(codes) == {0, -9}, [c.text for c in children]
+    assert codes.count(0) == workers and codes.count(-9) >= max(2, kills - 2) and set(codes) == {0, -9}, [
+        c.text for c in children
+    ]
 
     for name in ("comparison.md", "comparison.json"):
         assert (together / "runs/study" / name).read_bytes() == (alone / "runs/study" / name).read_bytes()
     check_steps((alone / "steps").read_text(), kills=0)
-    check_steps((together / "steps").read_text(), kills=KILLS)
+    check_steps((together / "steps").read_text(), kills=kills)
     for run in study_worker.RUNS:
         claims.take(together / "runs" / "study" / run).release()
 

@@ -112,15 +112,22 @@ def test_it_is_measured_and_finds_objects(pruned, tiny_data, tmp_path, capsys):
     assert "mAP" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # two graphs are traced and optimised
-def test_it_is_exported_and_quantized(tiny_data, tmp_path, capsys):
-    for module in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(module)
-    save_model(tmp_path / "whole.pt", "yolov8_half")
+@pytest.mark.slow  # a graph is traced and optimised
+def test_it_is_exported_and_quantized(tiny_data, tmp_path, monkeypatch):
+    """The int8 graph is traced from a model that rounds, as any other is (tests/engine/onnx_files/test_int8.py)."""
+    onnx, _, _ = (pytest.importorskip(module) for module in ("onnx", "onnxruntime", "onnxscript"))
+    save_model(tmp_path / "whole.pt", "yolov8_narrow")
     main([str(tmp_path / "whole.pt"), "--flops", "0.5", "--by", "l2", "--out", str(tmp_path / "half.pt")])
-    pictures = ["--pictures", str(tiny_data / "images" / "test")]
+    rounding, pictures = [], ["--pictures", str(tiny_data / "images" / "test")]
+    monkeypatch.setattr(export, "trace_int8", lambda model, *_, **__: rounding.append(model) or onnx.ModelProto())
+    monkeypatch.setattr(export, "print_comparison", lambda *_: None)
     export.main([str(tmp_path / "half.pt"), "--int8", "--calibrate", "yolo", str(tiny_data), "train", *pictures])
     assert (tmp_path / "half.onnx").is_file() and (tmp_path / "half.int8.onnx").is_file()
+    half, _ = checkpoint.load_model(tmp_path / "half.pt")
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (m.decode(m(images))[1] for m in (rounding[0], half))
+    assert 0 < (found - expected).abs().max() and (found - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 WORDS = ["--flops", "0.5", "--by", "l2", "--out", "OUT"]

@@ -65,6 +65,12 @@ def save_gradients(data: Path, folder: Path) -> None:
         )
 
 
+def train_as_command(config: Path) -> None:
+    """train.py CONFIG, without pictures."""
+    reporting.draw = lambda *args: None
+    train.main([str(config)])
+
+
 def train_quietly(config: Config, resume: bool, dies_at: int | None) -> None:
     """A run as by train.py. With dies_at, the process is killed after the optimizer step of that number."""
     reporting.draw = lambda *args: None

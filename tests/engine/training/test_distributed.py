@@ -19,7 +19,7 @@ from config import to_tree
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes
 from tests.conftest import ROOT
-from tests.engine.training.distributed_worker import KINDS, gradients, save_gradients, train_quietly
+from tests.engine.training.distributed_worker import KINDS, gradients, save_gradients, train_as_command, train_quietly
 from tests.forked_processes import run_group
 from tests.tiny_training import environment, tiny_config, write_dataset
 from yaml_files import dump_yaml
@@ -27,14 +27,23 @@ from yaml_files import dump_yaml
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+def by_torchrun(config: Path, folder: Path) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
+    child = subprocess.run(
+        [*command, "train.py", config], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
     )
+    assert child.returncode == 0, child.stderr[-2000:]
+    return child.stdout
+
+
+def by_forks(config: Path, folder: Path) -> str:
+    """With torchrun's variables, without its start of a Python for each process."""
+    finished = run_group(train_as_command, [(config,)] * 2, folder=folder)
+    assert [child.code for child in finished] == [0, 0], finished
+    return "".join(child.text for child in finished)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,8 @@ def test_gradients_equal_one_process_with_the_double_batch(data, tmp_path):
     torch.set_num_threads(threads)
 
 
-def test_a_run_of_two_processes(data, tmp_path):
+@pytest.mark.parametrize("start", [by_forks, pytest.param(by_torchrun, marks=pytest.mark.weekly)])
+def test_a_run_of_two_processes(start, data, tmp_path):
     """Its files; and the same bytes when one of the processes is killed and both are resumed."""
     terms = [
         {"teacher": "t", "loss": "mse", "weight": 1, "student_maps": ["p4"], "adapter": "conv1x1", "stop_epoch": 1}
@@ -89,8 +99,7 @@ def test_a_run_of_two_processes(data, tmp_path):
         terms=terms,
     )
     (tmp_path / "c.yaml").write_text(dump_yaml(to_tree(config)))
-    child = torchrun("train.py", str(tmp_path / "c.yaml"))
-    assert child.returncode == 0, child.stderr[-2000:]
+    printed = start(tmp_path / "c.yaml", tmp_path)
     run = run_folder.RunFolder(tmp_path / "runs" / "tiny")
     assert [path.name for path in (tmp_path / "runs").glob("[!.]*")] == ["tiny"]  # one folder for both
     report = json.loads(run.report.read_text())
@@ -98,7 +107,7 @@ def test_a_run_of_two_processes(data, tmp_path):
     rows = run_folder.read_metrics(run.metrics)
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[0]["train/mse_t"]) > 0 and float(rows[1]["train/mse_t"]) == 0
-    assert child.stdout.count("epoch 2/2") == 1  # only one process speaks
+    assert printed.count("epoch 2/2") == 1  # only one process speaks
     state = checkpoint.load(run.last)
     assert state["position"]["images"] == 36  # every picture once an epoch
     assert checkpoint.load_model(run.last)[1].step == 4

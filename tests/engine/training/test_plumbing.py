@@ -102,7 +102,8 @@ def test_random_weights_are_the_same_each_time(tmp_path):
     (first, names), (second, _) = (build_random(teacher, ("cat", "dog", "cow")) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before) and names == ("cat", "dog", "cow")
     assert first.num_classes == 3
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    again = second.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.state_dict().items())
 
 
 @pytest.mark.usefixtures("small_teachers")

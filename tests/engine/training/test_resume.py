@@ -19,8 +19,6 @@ from tests.forked_processes import run_forked
 from tests.tiny_training import write_dataset
 from weights import read_state_dict
 
-KILLS = 6  # for each number of workers, besides the signals
-
 
 def assert_same_bytes(a, b, where=""):
     """Equal trees of plain values and tensors; floats by their bits."""
@@ -41,14 +39,18 @@ def assert_same_bytes(a, b, where=""):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path, workers):
-    child = run_forked(resume_driver.main, tmp_path, workers, KILLS, 0, folder=tmp_path)
+@pytest.mark.parametrize(
+    ("workers", "kills"),
+    [(0, 2), (2, 2), pytest.param(0, 6, marks=pytest.mark.weekly), pytest.param(2, 6, marks=pytest.mark.weekly)],
+)
+def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path, workers, kills):
+    """kills: at least so many, beside an interruption and a termination."""
+    child = run_forked(resume_driver.main, tmp_path, workers, kills, 0, folder=tmp_path)
     assert child.code == 0, child.text[-2000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["whole"] == 0 and result["codes"][-1] == 0, (result, child.text[-2000:])
     assert set(result["codes"]) <= {0, -9, 130, 143}, (result, child.text[-2000:])
-    assert sum(code == -9 for code in result["codes"]) >= KILLS
+    assert sum(code == -9 for code in result["codes"]) >= kills
     for kind, code in (("interrupt", 130), ("terminate", 143)):
         assert any(d[0] == kind and c == code for d, c in zip(result["deaths"], result["codes"])), result
 

@@ -39,8 +39,9 @@ def test_one_whole_checkpoint_and_a_file_to_hand_on_stay(finished):
     assert sorted(path.name for path in folder.last.parent.iterdir()) == ["last.pt", "student.safetensors"] and not said
     model, info = checkpoint.load_model(folder.student)
     assert (info.arch, info.names, info.epoch, info.step) == ("yolov8_narrow", ("green", "red"), 1, 2)
+    written = model.state_dict()
     for name, value in setup.ema.model.named_parameters():
-        assert torch.equal(model.state_dict()[name], value.half().float()), name
+        assert torch.equal(written[name], value.half().float()), name
 
 
 def test_a_damaged_checkpoint_keeps_the_one_before(finished):

@@ -13,6 +13,28 @@ if not (ON_CUDA or IS_INTERPRETED):
     collect_ignore_glob = ["test_*.py"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", action="store_true", help="without the slow tests, and with few cases of each other")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--sample: of each test the cases with a value of a parameter, or a type of a kernel, that no earlier one had."""
+    if not config.getoption("--sample", False):
+        return
+    seen: set[tuple] = set()
+    kept, left = [], []
+    for item in items:
+        call = getattr(item, "callspec", None)
+        values = dict(zip(call.params, map(str, call.params.values()))) if call else {}
+        test = item.nodeid.partition("[")[0]
+        has = {(test, *value) for value in values.items()} or {(test,)}
+        has |= {(test, "type of a kernel", values.get("dtype"), values.get("name", values.get("make")))}
+        (left if item.get_closest_marker("slow") or has <= seen else kept).append(item)
+        seen |= has
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if ON_CUDA else "cpu")
