@@ -3,10 +3,11 @@
 ARCHITECTURES and TEACHERS map names to builders. A detector may be a teacher too; a model of TEACHERS is never trained.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from teachers.clip import build_clip
 from teachers.dinov2 import build_dinov2
 from yolo.yolov5 import build_yolov5, build_yolov5u
 from yolo.yolov7 import build_yolov7_tiny
-from yolo.yolov8 import build_yolov8
+from yolo.yolov8 import SIZES, Size, build_yolov8, depths_in
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "yolov8n": partial(build_yolov8, "n"),
@@ -105,19 +106,22 @@ def published_detection(arch: str) -> DetectionSettings:
     return next(matching, PUBLISHED_DETECTION["yolov8"])
 
 
-def build(arch: str, num_classes: int, *, widths: Mapping[str, int] | None = None, **head: int) -> nn.Module:
+def build(arch: str, num_classes: int, *, widths: Mapping[str, int] | None = None, **shape: Any) -> nn.Module:
     """A freshly initialised detector (structures.Detector) for K = num_classes classes, on the CPU, in train mode.
 
     arch is a key of ARCHITECTURES; an unknown one is a UserError that names the nearest. The initial weights are drawn
     from torch's global generator during this call: seed it before.
-    widths: other widths than those of the architecture, for each group of channels (layers/widths.py). UserError for a
-    group that it does not have.
-    head: further arguments of the class head from `head_of`. TypeError if the architecture does not have them.
+    widths: other widths than those of the architecture, for each group of channels (layers/widths.py). A YOLOv8 has the
+    blocks whose groups they name, so they also hold its depths. UserError for a group that the model does not have.
+    shape: further arguments of the builder, such as those of `head_of`; of a YOLOv8 also its channels and depths.
+    TypeError if the architecture does not have them.
     """
     check_arch(arch)
     if num_classes < 1:
         raise UserError(f"architecture {arch!r}: found {num_classes} classes, expected at least 1")
-    model = ARCHITECTURES[arch](num_classes, **head)
+    if widths is not None:
+        shape |= depths_of(arch, widths)
+    model = ARCHITECTURES[arch](num_classes, **shape)
     if widths is not None:
         try:
             set_widths(model, widths)
@@ -129,21 +133,40 @@ def build(arch: str, num_classes: int, *, widths: Mapping[str, int] | None = Non
 def widths_of(arch: str, num_classes: int, state: Mapping[str, Tensor]) -> dict[str, int] | None:
     """The widths with which `build` makes a model that fits a state dict of `arch` for K classes.
 
-    None where these are the architecture's own, or where no widths fit. Like the arguments of `head_of` they follow
-    from the shapes, so that the checkpoint of a pruned model is one like any other.
+    None where widths and depths are the architecture's own, or where no widths fit. Like the arguments of `head_of`
+    they follow from names and shapes, so that the checkpoint of a pruned model is one like any other.
     """
     state = without_ranges(state)
+    depths = depths_of(arch, state)
     with torch.device("meta"):
-        own = build(arch, num_classes, widths=None, **head_of(arch, num_classes, dict(state))).state_dict()
+        own = build(arch, num_classes, widths=None, **head_of(arch, num_classes, dict(state)), **depths).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    if own.keys() != shapes.keys() or all(own[name].shape == shape for name, shape in shapes.items()):
+    is_own = not depths and all(name in shapes and value.shape == shapes[name] for name, value in own.items())
+    if own.keys() != shapes.keys() or is_own:
         return None
     try:
         with torch.random.fork_rng(devices=[]):
-            groups = find_groups(build(arch, num_classes))
+            groups = find_groups(build(arch, num_classes, **depths))
     except ValueError:  # a family without channel groups
         return None
     return widths_of_shapes(groups, shapes)
+
+
+def depths_of(arch: str, names: Iterable[str]) -> dict[str, Any]:
+    """The argument `depths` with which `build` makes a YOLOv8 of the layers that a state dict or widths name.
+
+    Empty where they are the architecture's own, and for other families, whose depths are fixed.
+    """
+    size = size_of(arch)
+    if size is None or (depths := depths_in(names, size)) == size.all_depths:
+        return {}
+    return {"depths": depths}
+
+
+def size_of(arch: str) -> Size | None:
+    """The widths and depths of a YOLOv8; None for other families."""
+    builder = ARCHITECTURES.get(arch)
+    return SIZES[builder.args[0]] if isinstance(builder, partial) and builder.func is build_yolov8 else None
 
 
 def head_of(arch: str, num_classes: int, state: dict[str, Tensor]) -> dict[str, int]:
