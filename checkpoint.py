@@ -42,6 +42,7 @@ from errors import UserError
 from layers.int8 import add_int8, remove_int8, without_ranges
 
 FORMAT = 1
+DAMAGE = (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, KeyError, ValueError)  # when read
 DISK_EXIT_CODE = 5
 FRESH_PRIOR = 1e-6  # odds of a class that starts fresh in a softmax; a YOLO's prior at stride 8 is 1e-5
 PUBLIC_IMAGE_SIZE = 640  # pixels, for a public file that does not give a size
@@ -172,23 +173,29 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a checkpoint")
     weights.check_file(path)
+    check_whole(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path}: damaged: the checksum of record {damaged!r} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a checkpoint of ours: it holds more than tensors and plain values") from None
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: damaged or not a checkpoint: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: not a checkpoint of ours: no key 'format'")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: found checkpoint format {state['format']!r}, this code reads {FORMAT}")
     return state
+
+
+def check_whole(path: Path) -> None:
+    """UserError unless the bytes of a checkpoint are those that were written, by their CRC-32."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except DAMAGE as error:
+        raise UserError(f"{path}: damaged or not a checkpoint: {str(error).splitlines()[0]}") from None
+    if damaged is not None:
+        raise UserError(f"{path}: damaged: the checksum of record {damaged!r} does not match")
 
 
 def load_newest(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -293,7 +300,8 @@ def build_for(arch: str, num_classes: int, state: dict[str, Tensor]) -> nn.Modul
     plain = without_ranges(state)
     head, before = models.head_of(arch, num_classes, plain), torch.get_rng_state()
     model = models.build(arch, num_classes, widths=None, **head)
-    fits = all(name in plain and plain[name].shape == value.shape for name, value in model.state_dict().items())
+    own = model.state_dict()
+    fits = own.keys() == plain.keys() and all(value.shape == plain[name].shape for name, value in own.items())
     if not fits and (widths := models.widths_of(arch, num_classes, plain)) is not None:
         torch.set_rng_state(before)  # as if one model had been built
         model = models.build(arch, num_classes, widths=widths, **head)

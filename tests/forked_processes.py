@@ -16,7 +16,7 @@ from typing import Any
 
 TIMEOUT_S = 800  # pytest's own limit is lower for most tests
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch.distributed", "train"])
+FORKS.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.tensorboard", "train"])
 
 
 @dataclass(frozen=True)

@@ -362,7 +362,9 @@ def test_end_to_end(config, tmp_path, capsys):
     write_dataset(tmp_path / "data", train=8, test=4)
     path = tmp_path / "study.yaml"
     path.write_text(dump_yaml(to_tree(config) | {"rows": ROWS, "epochs": 1}))
-    study = load_study(path, ["teachers.0.epochs=1", "rows.baseline.evaluation.every_epochs=1"])
+    study = load_study(
+        path, ["teachers.0.epochs=1", "teachers.0.arch=yolov8_narrow", "rows.baseline.evaluation.every_epochs=1"]
+    )
     results = compare.compare(study)
     assert [result.name for result in results] == ["baseline", "teacher_big", "taught", "longer"]
     assert [result.reports[5]["steps"] for result in results] == [1, 1, 1, 5]  # the last: what the teacher cost, too

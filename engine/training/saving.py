@@ -39,7 +39,7 @@ def save_best(setup: TrainingSetup, epoch: int, step: int, folder: RunFolder) ->
 
 
 def finish_weights(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progress: Progress) -> None:
-    """At the end of a run: write weights/student.safetensors, and remove last.prev.pt if last.pt can be read whole.
+    """At the end of a run: write weights/student.safetensors, and remove last.prev.pt if last.pt is whole.
 
     The averaged weights are also in last.pt, as float32; the file to hand on has no more than it needs. Weights that
     float16 cannot hold stay float32.
@@ -56,7 +56,7 @@ def finish_weights(setup: TrainingSetup, state: TrainingState, folder: RunFolder
     if not previous.is_file():
         return
     try:
-        checkpoint.load(folder.last)
+        checkpoint.check_whole(folder.last)
     except UserError as error:
         progress.say(f"{error}; kept: {previous}")
     else:

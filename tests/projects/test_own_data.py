@@ -43,7 +43,7 @@ def write_yolo(shared_data, folder):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("write", "format"),
-    [(write_raccoons, "voc"), (write_coco, "coco"), (write_yolo, "yolo")],
+    [(write_raccoons, "voc"), (write_coco, "coco"), pytest.param(write_yolo, "yolo", marks=pytest.mark.slow)],
     ids=["voc", "coco", "yolo"],
 )
 def test_trained_and_distilled_in_two_commands_each(write, format, shared_data, tmp_path, monkeypatch, capsys):

@@ -18,10 +18,10 @@ ARCH = "yolov8_narrow"
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8")
-    data, weights = write_dataset(folder / "data", train=16, test=4), save_model(folder / "start.pt", ARCH)
+    data, weights = write_dataset(folder / "data", train=8, test=2), save_model(folder / "start.pt", ARCH)
     teachers = [{"name": "big", "arch": ARCH, "weights": str(weights)}]
     terms = [{"teacher": "big", "loss": "mse", "weight": 0.5, "student_maps": ["p3"]}]
-    student = {"arch": ARCH, "weights": str(weights), "int8": {"pictures": 8}}
+    student = {"arch": ARCH, "weights": str(weights), "int8": {"pictures": 4, "percentile": 100.0}}
 
     def make(runs, **changes):
         changes = {"student": student, "teachers": teachers, "terms": terms, **changes}
@@ -36,6 +36,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_and_a_resumed_one_end_with_the_same_bytes(make):
     whole, parts, ranges = make("whole"), make("parts"), []
 
