@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ADDRESS ?= localhost
 
-.PHONY: setup demo app browser test test-fast test-weekly notebooks test-gpu gpu gpu-short lint format bench clean
+.PHONY: setup demo app browser test test-fast test-weekly test-faults notebooks test-gpu gpu gpu-short lint format bench clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ test-fast: setup  ## Without the slow tests
 
 test-weekly: setup  ## What `make test` leaves out: the same as cheaper tests, at a larger scale
 	$(IN_PARALLEL) -m weekly
+
+test-faults: setup  ## Every case of tests/faults, and their counts: files, labels, pictures, disks, kills (about 15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --faults whole
 
 notebooks: setup  ## docs/notebooks as a reader runs them, in about 80 seconds
 	NOTEBOOKS=whole $(BIN)/python -m pytest tests/house/test_notebooks.py

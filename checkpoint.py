@@ -198,6 +198,13 @@ def check_whole(path: Path) -> None:
         raise UserError(f"{path}: damaged: the checksum of record {damaged!r} does not match")
 
 
+def require_keys(state: dict[str, Any], keys: Sequence[str], path: str | Path) -> None:
+    """UserError for a checkpoint without one of the keys, as other programs or other commands of ours write it."""
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise UserError(f"{path}: no key {missing[0]!r}, expected a checkpoint with {', '.join(keys)}")
+
+
 def load_newest(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """As `load`. If `path` cannot be read, the previous checkpoint is, and `say` is called with a line about it."""
     try:
@@ -264,6 +271,8 @@ def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Modu
         raise (error if arch is None else refusal) from None
     if info.ours and info.container == "safetensors":
         return _build_ours({**info.ours, "ema": state}, path)
+    if info.ours:
+        raise error
     if arch is None and info.arch not in models.ARCHITECTURES:
         needed = "which need --arch" if info.arch is None else "which are not those of a detector"
         hint = f"; it looks like released weights of {info.family}, {needed}" if info.family else ""
@@ -272,6 +281,10 @@ def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Modu
 
 
 def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, CheckpointInfo]:
+    require_keys(saved, ("arch", "names", "image_size", "ema"), path)
+    arch = models.RENAMED.get(str(saved["arch"]), str(saved["arch"]))
+    if arch not in models.ARCHITECTURES or not isinstance(saved["ema"], dict):
+        raise UserError(f"{path}: found weights of {arch!r:.40}, expected one of {', '.join(models.ARCHITECTURES)}")
     names, size, config = saved["names"], saved["image_size"], saved.get("config") or {}
     are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     if not are_names or not isinstance(config, dict):
@@ -280,7 +293,7 @@ def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, Checkpoin
         raise UserError(f"{path}: damaged: found image_size {size!r:.40}, expected a number of pixels")
     _check_count(len(names), path)
     info = CheckpointInfo(
-        models.RENAMED.get(saved["arch"], saved["arch"]),
+        arch,
         tuple(saved["names"]),
         saved["image_size"],
         saved.get("epoch"),

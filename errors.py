@@ -1,5 +1,6 @@
 """The one exception for mistakes a user can make, and the one place that turns it into a line and an exit code."""
 
+import io
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -21,8 +22,10 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Call `main(sys.argv[1:])` and exit with its result (None: 0).
 
     A UserError becomes one line on stderr, Ctrl-C one word. If the reader of our output closes it early (`| head`),
-    the script ends without a traceback.
+    the script ends without a traceback. A letter that the terminal does not have is printed as \\u and its number.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()

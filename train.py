@@ -59,7 +59,7 @@ from engine.training.exits import exit_codes
 from engine.training.idle_terms import without_idle_terms
 from engine.training.int8 import move_ranges
 from engine.training.reporting import finish, finish_epoch, measure_start
-from engine.training.saving import how_to_go_on, open_folder, restore, save
+from engine.training.saving import RESUMED_KEYS, how_to_go_on, open_folder, restore, save
 from engine.training.state import TrainingState, refuse_changes
 from engine.training.steps import averaging, check_finite, in_groups
 from errors import UserError, run_script
@@ -205,6 +205,7 @@ def run(
                     claim = held.enter_context(claims.take(folder.path))
                 processes.from_first(None)  # the others wait for the claim: nobody else writes the checkpoint now
                 saved = checkpoint.load_newest(folder.last, progress.say)
+                checkpoint.require_keys(saved, RESUMED_KEYS, folder.last)
                 refuse_changes(saved["config"], config, allow_change, str(folder.path))
             setup = build(config, processes, teachers, progress.say, saved and saved["model"])
             if processes.is_first:

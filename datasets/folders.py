@@ -49,10 +49,11 @@ def list_files(folder: str | Path, suffixes: tuple[str, ...], *, follow_texts: b
             is_link = entry.is_symlink()
             if not is_link and entry.is_dir():
                 folders.append(entry.path)
-            elif is_link and entry.is_dir():
+            elif is_link and os.path.isdir(entry.path):  # entry.is_dir raises for a link to itself
                 heapq.heappush(links, (_parts(entry.path), entry.path))
             elif entry.name.lower().endswith(suffixes):
-                if entry.is_file() or (is_link and not os.path.exists(entry.path)):
+                is_file = os.path.isfile(entry.path) if is_link else entry.is_file()
+                if is_file or (is_link and not os.path.exists(entry.path)):
                     found.append(entry.path)
             elif "." in entry.name:
                 continue

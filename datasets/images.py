@@ -60,18 +60,20 @@ _TRANSPOSE = {
 def read_image(path: str | Path) -> np.ndarray:
     """The upright picture, uint8 (H, W, 3) RGB, contiguous. UserError names the file and its fault."""
     image = _open(path)
-    return _decode(image, path, _orientation(image, path))
+    return _decode(image, path, path, _orientation(image, path))
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """As read_image, for a file in memory, which is never written to disk. `name` names it in errors."""
     image = _open(name, data, max_pixels)
-    return _decode(image, name, _orientation(image, data))
+    return _decode(image, data, name, _orientation(image, data))
 
 
-def _decode(image: Image.Image, path: str | Path, orientation: int) -> np.ndarray:
+def _decode(image: Image.Image, source: str | Path | bytes, path: str | Path, orientation: int) -> np.ndarray:
     """The pixels in the form of read_image. Closes `image`."""
     try:
+        if image.format == "PNG":
+            _check_png(source if isinstance(source, bytes) else Path(source).read_bytes())
         if image.mode == "F":
             raise ValueError("its pixels are floats; expected 8 or 16 bits a channel")
         if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I
@@ -115,6 +117,21 @@ def _orientation(image: Image.Image, source: str | Path | bytes) -> int:
     if not exif and image.format == "PNG":
         exif = _png_exif(source)
     return exif_orientation(exif)
+
+
+def _check_png(data: bytes) -> None:
+    """ValueError for pixels whose checksum is wrong: Pillow checks those of all other chunks of a PNG file."""
+    place = len(PNG_START)
+    while place + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        chunk = memoryview(data)[place + 4 : place + 8 + length]
+        place += 12 + length
+        if (
+            chunk[:4] == b"IDAT"
+            and place <= len(data)
+            and data[place - 4 : place] != struct.pack(">I", zlib.crc32(chunk))
+        ):
+            raise ValueError("the checksum of its pixels does not match")
 
 
 def _png_exif(source: str | Path | bytes) -> bytes:

@@ -226,6 +226,19 @@ def test_load_model(shipped):
         checkpoint.load_model(path.with_name("absent.pt"))
 
 
+def test_what_a_checkpoint_of_ours_lacks_is_named(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"arch": "yolov8n", "names": ["a"], "ema": {}})
+    with pytest.raises(UserError, match=r"a\.pt: no key 'image_size', expected a checkpoint with arch, names"):
+        checkpoint.load_model(path)
+    checkpoint.save(path, {"arch": "yolo9t", "names": ["a"], "image_size": 64, "ema": {}})
+    with pytest.raises(UserError, match=r"a\.pt: found weights of 'yolo9t', expected one of yolov8n"):
+        checkpoint.load_model(path)
+    checkpoint.save(path, small_state() | {"format": 2})
+    with pytest.raises(UserError, match=r"a\.pt: found checkpoint format 2, this code reads 1$"):
+        checkpoint.load_model(path)
+
+
 def test_an_older_name_of_an_architecture_is_read(tmp_path):
     model = models.build("yolov8_narrow", 2)
     state = dict(arch="yolov8p", names=["a", "b"], image_size=64, ema=model.state_dict())

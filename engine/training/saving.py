@@ -13,6 +13,8 @@ from engine.training.building import TrainingSetup, machine_facts
 from engine.training.state import TrainingState, describe_model
 from errors import UserError
 
+RESUMED_KEYS = ("config", "position", "model", "ema", "optimizer", "criterion", "data", "machine")
+
 
 def save(setup: TrainingSetup, state: TrainingState, folder: RunFolder) -> None:
     """Write weights/last.pt: everything that --resume needs; no teacher."""

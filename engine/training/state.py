@@ -85,9 +85,16 @@ def refuse_changes(saved: dict[str, Any], config: Config, allowed: tuple[str, ..
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key) and not is_covered((*FREE_KEYS, *allowed), key):
             raise UserError(
-                f"{source}: key {key!r}: the run was started with {before.get(key)!r}, found {now.get(key)!r}; "
+                f"{source}: key {key!r}: the run was started with {_value_at(before, key)}, "
+                f"found {_value_at(now, key)}; "
                 f"a resumed run would not be the same run (--allow-change {key} if that is meant)"
             )
+
+
+def _value_at(flat: dict[str, Any], key: str) -> str:
+    """A value of a flat tree as text; of a section or a list, its values."""
+    inner = [value for name, value in flat.items() if name.startswith(f"{key}.")]
+    return repr(flat.get(key, inner or None))
 
 
 def is_covered(allowed: tuple[str, ...], key: str) -> bool:

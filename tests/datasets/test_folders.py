@@ -33,6 +33,15 @@ def test_what_systems_leave_behind_is_left_out(tmp_path):
     assert names_of(hidden, list_files(hidden, (".jpg",))) == ["x.jpg"]
 
 
+def test_a_link_to_itself_is_a_broken_link(tmp_path):
+    make(tmp_path, "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("b.jpg")
+    assert names_of(tmp_path, list_files(tmp_path, (".jpg",))) == ["a.jpg", "b.jpg"]  # for its reader to report
+    (tmp_path / "b").symlink_to("b")
+    with pytest.raises(UserError, match="b: a link to b, where nothing is"):
+        list_files(tmp_path, (".jpg",))
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     make(tmp_path, "set/a.jpg", "set/real/b.jpg", "elsewhere/deep/c.jpg")
     (tmp_path / "set" / "one").symlink_to(tmp_path / "elsewhere")

@@ -236,6 +236,17 @@ def test_flipped_bytes_never_crash(tmp_path):
             assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
 
 
+def test_pixels_of_a_png_with_a_wrong_checksum_are_refused(tmp_path):
+    """Pillow decodes them, and may give other pixels."""
+    Image.fromarray(stored_pixels()).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[data.rfind(b"IEND") - 5] ^= 1  # the last byte of the checksum before the last chunk
+    (tmp_path / "a.png").write_bytes(data)
+    for read in (lambda: read_image(tmp_path / "a.png"), lambda: decode_image(bytes(data), "a.png")):
+        with pytest.raises(UserError, match=r"a\.png: broken picture \(the checksum of its pixels does not match\)"):
+            read()
+
+
 def test_find_picture(tmp_path):
     for name in ("a.JPG", "b.png", "c.d.jpeg"):
         (tmp_path / name).touch()
