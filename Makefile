@@ -82,6 +82,7 @@ bench: setup  ## Every table of benchmarks/; peers are printed where they are in
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/distill_step.py
 	$(BIN)/python benchmarks/evaluator.py
+	$(BIN)/python benchmarks/open_set.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python -m benchmarks.frcnn
 	$(BIN)/python benchmarks/condense.py
