@@ -309,3 +309,10 @@ def test_the_folder_of_a_run_stands_for_its_last_weights(tmp_path):
     assert info.names == ("a", "b") and torch.equal(found.head.cls[0][2].bias, model.head.cls[0][2].bias)
     with pytest.raises(UserError, match=f"{tmp_path}: a folder, expected a weights file"):
         checkpoint.load_model(tmp_path)
+
+
+def test_a_deeper_model_is_built_by_the_names_of_its_entries():
+    """One more block in the first stage: the architecture alone would not fit."""
+    depths = models.size_of("yolov8_narrow").all_depths
+    deeper = models.build("yolov8_narrow", 2, depths=(depths[0] + 1, *depths[1:])).state_dict()
+    assert checkpoint.build_for("yolov8_narrow", 2, deeper).state_dict().keys() == deeper.keys()
