@@ -39,7 +39,7 @@ test-fast: setup  ## Without the slow tests
 test-weekly: setup  ## What `make test` leaves out: the same as cheaper tests, at a larger scale
 	$(IN_PARALLEL) -m weekly
 
-test-faults: setup  ## Every case of tests/faults, and their counts: files, labels, pictures, disks, kills (about 15 minutes)
+test-faults: setup  ## Every case of tests/faults, and their counts: files, labels, pictures, disks, kills
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --faults whole
 
 notebooks: setup  ## docs/notebooks as a reader runs them, in about 80 seconds
