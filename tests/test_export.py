@@ -310,6 +310,7 @@ def small_rtdetr():
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_rtdetr(tmp_path, monkeypatch, capsys):
     """Nothing is suppressed in it, queries may change places, and its thresholds are those of any detector."""
     pytest.importorskip("onnxscript")
@@ -351,6 +352,7 @@ def test_sizes_stay_free(arch):
     assert boxes < 1e-2 and scores < 1e-4
 
 
+@pytest.mark.slow
 def test_yolov5_on_photographs(tmp_path, capsys):
     """The public detector of helmets and vests where it is at hand, else weights by their names on drawn pictures."""
     pytest.importorskip("onnxscript")

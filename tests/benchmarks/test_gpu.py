@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 PARTS = "upload augment teacher student detection distillation backward clip wait update".split()
 
 
+@pytest.mark.slow
 def test_the_rehearsal_writes_every_table(tmp_path, capsys, monkeypatch, one_thread):
     monkeypatch.setenv("KERNELS", "auto")
     monkeypatch.setattr(gpu, "TEACHER", "yolov8n")

@@ -19,6 +19,7 @@ from tests.tiny_training import SIZE
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_torch_program(tmp_path, capsys):
     """The file alone gives the boxes and scores of the checkpoint, at sizes and batches it was not traced with."""
     weights = save_model(tmp_path / "last.pt", "yolov8_narrow")
