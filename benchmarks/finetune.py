@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
+import fine_tuning
 import train
 from config import Config, apply_override, from_tree
 from datasets.index import DatasetIndex
@@ -171,7 +172,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     index = open_dataset("voc", args.data, args.split)
     rows = {"untrained": [measure_file(args.weights, ARCH, index)]}
-    rows["before"] = [measure(checkpoint.start_model(ARCH, index.names, args.weights), index)]
+    rows["before"] = [measure(fine_tuning.start_model(ARCH, index.names, args.weights), index)]
     recipes = {name: RECIPES[name] for name in args.rows.split(",") if name} | {text: text for text in args.recipes}
     jobs = [(name, seed) for seed in range(args.seeds) for name in [*recipes, *(["peer"] if args.peer else [])]]
     for name, seed in jobs:

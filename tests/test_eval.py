@@ -14,7 +14,7 @@ from datasets import open_dataset
 from datasets.convert import convert
 from engine.evaluation import measuring
 from errors import UserError, run_script
-from tests.test_start_model import released_state
+from tests.test_fine_tuning import released_state
 from tests.tiny_training import write_dataset
 
 # ------------------------------------------------------------------------------------------- files, without a model

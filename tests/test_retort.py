@@ -26,7 +26,7 @@ from engine.from_python.changes import as_overrides
 from tests.conftest import ROOT
 from tests.distill.losses.properties import is_loss
 from tests.exporting import save_model
-from tests.test_start_model import released_state
+from tests.test_fine_tuning import released_state
 from tests.tiny_training import SIZE, write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -379,7 +379,7 @@ def load_public(
         class_head = cast(tuple[str, ...], model.class_head)  # as public_names in layouts_of
         head_only = all(name.startswith(class_head) for name in wrong)
         advice = (
-            "; only the class head differs: checkpoint.start_model takes it over by class names" if head_only else ""
+            "; only the class head differs: fine_tuning.start_model takes it over by class names" if head_only else ""
         )
         more = f" ({len(wrong)} shapes differ)" if len(wrong) > 1 else ""
         raise UserError(f"{source}: {shapes}{more}{advice or _family_hint(model, state)}")

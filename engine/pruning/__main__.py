@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import fine_tuning
 from checkpoint import CheckpointInfo
 from config import load_config
 from datasets.class_names import released_columns
@@ -103,7 +104,7 @@ def channel_scores(
         if not any(c is not None for c in released_columns(index.names, info.names, str(args.checkpoint))):
             found = f"{args.checkpoint}: none of its classes is among {', '.join(index.names)}"
             raise UserError(f"{found}; expected pictures of objects that it detects")
-        model = checkpoint.start_model(info.arch, index.names, args.checkpoint)
+        model = fine_tuning.start_model(info.arch, index.names, args.checkpoint)
     return scores.taylor(model, batches_of(index, image_size), groups)
 
 

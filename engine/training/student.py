@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import fine_tuning
 import models
 from config import Config, ModelConfig
 from datasets.download import how_to_fetch
@@ -33,7 +34,7 @@ def build_student(
     say: Callable[[str], None] = lambda line: print(line),
     given: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """The student, fresh from config.seed or started from the weights in its config (checkpoint.start_model, inherit).
+    """The student, fresh from config.seed or started from the weights in its config (fine_tuning.start_model, inherit).
 
     saved: the state that a resumed run loads later. The start weights are then not read: their file may be gone.
     given: teachers by name, instead of their weights.
@@ -46,7 +47,7 @@ def build_student(
     elif config.student.inherit is not None:
         student = inherit(config, names, say, given or {})
     elif path is not None:
-        student = checkpoint.start_model(arch, names, path, new_head=config.student.new_head, say=say)
+        student = fine_tuning.start_model(arch, names, path, new_head=config.student.new_head, say=say)
     else:
         student = models.build(arch, len(names), widths=widths_in_config(config.student))
         warn_of_random_weights(arch, say)
@@ -81,7 +82,7 @@ def inherit(
 ) -> nn.Module:
     """The student as a selection of the channels of a wider model; what each of its keys means: config.InheritConfig.
 
-    The wider model first becomes one for the classes `names` (checkpoint.start_model), then it is cut.
+    The wider model first becomes one for the classes `names` (fine_tuning.start_model), then it is cut.
     """
     settings, choice = config.student, config.student.inherit
     assert choice is not None
@@ -89,7 +90,7 @@ def inherit(
         source, wide = f"teacher {choice.teacher!r}", given[choice.teacher]
     else:
         arch, source = inherit_source(config)
-        wide = checkpoint.start_model(arch, names, source, new_head=settings.new_head, say=say)
+        wide = fine_tuning.start_model(arch, names, source, new_head=settings.new_head, say=say)
     head = models.head_of(settings.arch, len(names), wide.state_dict())
     head.pop("class_width", None)  # the student's own
     student = models.build(settings.arch, len(names), widths=widths_in_config(settings), **head)

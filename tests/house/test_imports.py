@@ -42,6 +42,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "teachers": MODEL,
     "models": {"errors", "layers", "yolo", "frcnn", "rtdetr", "teachers"},
     "checkpoint": {"layers", "errors", "config", "models", "weights", "datasets.class_names"},
+    "fine_tuning": {"checkpoint", "layers", "errors", "models", "weights", "datasets.class_names"},
     "engine.onnx_files": BASE | {"kernels", "checkpoint", "layers"},
     "distill.losses": BASE | {"kernels", "layers"},
     "distill.condense": BASE,
@@ -53,9 +54,9 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "engine.evaluation": BASE | {"datasets", "metrics", "engine.runtime"},
     "engine.prediction": BASE | {"datasets", "layers", "engine.runtime"},
     "engine.training": RUN
-    | {"models", "weights", "layers", "frcnn", "teachers", "distill", "metrics", "engine.evaluation"},
+    | {"fine_tuning", "models", "weights", "layers", "frcnn", "teachers", "distill", "metrics", "engine.evaluation"},
     "engine.condensing": RUN | {"distill", "engine.training", "layers"},
-    "engine.pruning": RUN | {"layers", "distill", "engine.training"},
+    "engine.pruning": RUN | {"fine_tuning", "layers", "distill", "engine.training"},
     "engine.comparison": RUN | {"models", "engine.training", "engine.condensing", "engine.prediction"},
     "engine.search": RUN | {"models", "layers", "distill", "engine.training", "engine.comparison"},
     "engine.search.__main__": RUN | {"engine.search", "engine.training", "engine.comparison", "train"},  # it trains

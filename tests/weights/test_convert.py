@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import fine_tuning
 import models
 from errors import UserError
 from tests.conftest import GOLDEN
@@ -119,7 +120,7 @@ def test_a_run_of_ours(given, tmp_path):
     main(["convert", str(tmp_path / "a.safetensors"), str(again)])
     assert_same(read_state_dict(again)[0], ema)
     assert checkpoint.load_model(again)[1] == expected
-    student = checkpoint.start_model("yolov8_narrow", ("a",), again, say=lambda line: None)
+    student = fine_tuning.start_model("yolov8_narrow", ("a",), again, say=lambda line: None)
     assert torch.equal(student.head.cls[0][2].weight[0], ema["head.cls.0.2.weight"][1])
 
 

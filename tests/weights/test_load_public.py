@@ -90,7 +90,7 @@ def test_load_public_reads_a_path(tmp_path):
             r"blocks.1.bias is \(1, 4\), the model's is \(4,\)",
         ),
         (lambda s: s.update({"model.1.m.1.bias": torch.ones(4).long()}), "blocks.1.bias is torch.int64"),
-        (lambda s: s.update({"model.2.bias": torch.ones(3)}), "only the class head differs: checkpoint.start_model"),
+        (lambda s: s.update({"model.2.bias": torch.ones(3)}), "only the class head differs: fine_tuning.start_model"),
     ],
 )
 def test_load_public_refuses_and_leaves_the_model(change, reason):

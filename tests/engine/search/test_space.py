@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import checkpoint
+import fine_tuning
 import models
 from distill.pruning.files import read_widths
 from engine.pruning.__main__ import main as prune
@@ -70,7 +71,7 @@ def test_a_shape_is_a_file_of_widths_a_model_and_a_checkpoint(space, tmp_path):
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(read(images).logits(), model(images).logits()))
-    started = checkpoint.start_model("yolov8_half", ["c", "d"], tmp_path / "shape.pt", say=lambda line: None)
+    started = fine_tuning.start_model("yolov8_half", ["c", "d"], tmp_path / "shape.pt", say=lambda line: None)
     assert models.depths_of("yolov8_half", started.state_dict()) == {"depths": SHAPE.depths}
     prune([str(tmp_path / "shape.pt"), "--flops", "0.8", "--by", "l2", "--out", str(tmp_path / "less.pt")])
     pruned, _ = checkpoint.load_model(tmp_path / "less.pt")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import compare
+import fine_tuning
 import models
 import train
 from config import to_tree
@@ -78,7 +79,7 @@ def test_the_student_computes_what_the_wide_model_does_without_the_others(files,
     config = make_tiny(student={"arch": narrow, "inherit": {"weights": str(files[wide]), "by": by}}, seed=5)
     student, said = start(config)
     torch.manual_seed(5)
-    model = checkpoint.start_model(wide, NAMES, files[wide])  # with the classes joined by name
+    model = fine_tuning.start_model(wide, NAMES, files[wide])  # with the classes joined by name
     groups = find_groups(model)
     assert "taken over by name: green, red" in said[0]
     assert said[1] == f"{files[wide]}: {narrow} begins with a part of its channels, chosen by {by}"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import checkpoint
+import fine_tuning
 import models
 import train
 from errors import UserError
@@ -61,7 +62,7 @@ def test_a_run_and_a_resumed_one_end_with_the_same_bytes(make):
     model, _ = checkpoint.load_model(f"{whole.runs}/tiny/weights/last.pt")
     assert has_int8(model)
     assert torch.equal(model.backbone.stem.int8.sum.high, saved[0]["ema"]["backbone.stem.int8.sum.high"])
-    start = checkpoint.start_model(ARCH, ("green", "red"), f"{whole.runs}/tiny/weights/last.pt", say=lambda line: None)
+    start = fine_tuning.start_model(ARCH, ("green", "red"), f"{whole.runs}/tiny/weights/last.pt", say=lambda line: None)
     assert not has_int8(start) and start.state_dict().keys() == models.build(ARCH, 2).state_dict().keys()
     norm = "backbone.stem.bn.running_mean"
     assert torch.equal(saved[0]["model"][norm], checkpoint.load_model(make("x").student.weights)[0].state_dict()[norm])

@@ -1,4 +1,4 @@
-"""checkpoint.start_model: fine-tuning begins with what the file's model finds of the same classes."""
+"""fine_tuning.start_model: fine-tuning begins with what the file's model finds of the same classes."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import fine_tuning
 import models
 import train
 from datasets.class_names import COCO, coco_by_id
@@ -45,7 +46,7 @@ def save_ours(path, arch: str, names=FILE_NAMES, **head: int) -> nn.Module:
 def start(path, arch: str, names=NAMES, **options) -> tuple[nn.Module, list[str]]:
     torch.manual_seed(2)
     said: list[str] = []
-    return checkpoint.start_model(arch, names, path, say=said.append, **options), said
+    return fine_tuning.start_model(arch, names, path, say=said.append, **options), said
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
