@@ -78,7 +78,7 @@ def test_killed_and_given_again_it_chooses_the_same(write, trained, monkeypatch,
     kills = iter(range(1, 100))
 
     def run_or_die(config, **options):
-        if next(kills) % 3 == 0:
+        if next(kills) % 6 == 0:
             (Path(config.runs) / config.name).mkdir()  # as a run that had no checkpoint yet
             raise KeyboardInterrupt
         return run(config, **options)
