@@ -25,6 +25,7 @@ import io
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ from errors import UserError
 from layers.int8 import add_int8, without_ranges
 
 FORMAT = 1
-DAMAGE = (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, KeyError, ValueError)  # when read
+DAMAGE = (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, KeyError, ValueError, zlib.error)
 DISK_EXIT_CODE = 5
 PUBLIC_IMAGE_SIZE = 640  # pixels, for a public file that does not give a size
 MAX_CLASSES = 100_000  # so that a file cannot ask for a class head of any size; ImageNet-21k has 21,841
@@ -177,7 +178,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a checkpoint of ours: it holds more than tensors and plain values") from None
     except DAMAGE as error:
-        raise UserError(f"{path}: damaged or not a checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: damaged or not a checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: not a checkpoint of ours: no key 'format'")
     if state["format"] != FORMAT:
@@ -191,9 +192,14 @@ def check_whole(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except DAMAGE as error:
-        raise UserError(f"{path}: damaged or not a checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: damaged or not a checkpoint: {first_line(error)}") from None
     if damaged is not None:
         raise UserError(f"{path}: damaged: the checksum of record {damaged!r} does not match")
+
+
+def first_line(error: Exception) -> str:
+    """Of its text; the name of its class where it has none, as zipfile's EOFError."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def require_keys(state: dict[str, Any], keys: Sequence[str], path: str | Path) -> None:
@@ -281,7 +287,10 @@ def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Modu
 def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, CheckpointInfo]:
     require_keys(saved, ("arch", "names", "image_size", "ema"), path)
     arch = models.RENAMED.get(str(saved["arch"]), str(saved["arch"]))
-    if arch not in models.ARCHITECTURES or not isinstance(saved["ema"], dict):
+    is_state = isinstance(saved["ema"], dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in saved["ema"].items()
+    )
+    if arch not in models.ARCHITECTURES or not is_state:
         raise UserError(f"{path}: found weights of {arch!r:.40}, expected one of {', '.join(models.ARCHITECTURES)}")
     names, size, config = saved["names"], saved["image_size"], saved.get("config") or {}
     are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)

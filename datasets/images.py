@@ -122,7 +122,7 @@ def _orientation(image: Image.Image, source: str | Path | bytes) -> int:
 def _check_png(data: bytes) -> None:
     """ValueError for pixels whose checksum is wrong: Pillow checks those of all other chunks of a PNG file."""
     place = len(PNG_START)
-    while place + 12 <= len(data):
+    while place + 12 <= len(data) and data[place - 8 : place - 4] != b"IEND":
         (length,) = struct.unpack_from(">I", data, place)
         chunk = memoryview(data)[place + 4 : place + 8 + length]
         place += 12 + length

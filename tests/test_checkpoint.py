@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 
@@ -161,6 +162,24 @@ def test_bit_flips_are_noticed(tmp_path):
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
     assert refused > 200  # the rest hit padding and dates
+
+
+def test_records_that_point_past_the_end_are_noticed(tmp_path):
+    """zipfile then raises an EOFError without a text, or an error of zlib."""
+    path = tmp_path / "a.pt"
+    for number in range(2):
+        checkpoint.save(path, {"a": torch.arange(10.0), "x": list(range(50)), "n": number}, keep_previous=True)
+    whole = path.read_bytes()
+    places = [match.start() + 28 for match in re.finditer(b"PK\x03\x04", whole)]  # the length of the extra field
+    methods = [match.start() + 10 for match in re.finditer(b"PK\x01\x02", whole)]  # of compression
+    assert len(places) >= 4 and len(methods) >= 4
+    for place, value in [(place, b"\xff\xff") for place in places] + [(place, b"\x08\x00") for place in methods]:
+        path.write_bytes(whole[:place] + value + whole[place + 2 :])
+        for read in (checkpoint.check_whole, checkpoint.load):
+            with pytest.raises(UserError, match=r"a\.pt: damaged") as caught:
+                read(path)
+            assert "\n" not in str(caught.value)
+        assert checkpoint.load_newest(path, say=lambda line: None)["n"] == 0
 
 
 def test_truncations_are_noticed(tmp_path):

@@ -39,6 +39,7 @@ LEVEL_STRIDES = (8, 16, 32)  # pixels, of p3, p4, p5
 FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
 NECK_MAPS = frozenset({"p3", "p4", "p5"})
 HEAD_NAMES = frozenset({"box_logits", "class_logits", *BRANCH_MAPS})
+MAX_DEPTH = 32  # bottlenecks of a stage
 NUM_BINS = 16  # R: an edge is at most 15 strides away from its point
 
 
@@ -364,11 +365,13 @@ def build_yolov8(
 def depths_in(names: Iterable[str], size: Size) -> tuple[int, ...]:
     """The argument `depths` with which a YOLOv8 has the layers of these names, entries of a state dict or modules.
 
-    A stage of which no block is named has the depth that it has in `size`.
+    A stage has the depth that it has in `size` where no block of it is named, or more than MAX_DEPTH: a file cannot ask
+    for a model of any size, and its names then do not fit.
     """
     blocks: dict[str, set[str]] = {}
     for name in names:
         if match := re.match(r"(backbone\.stage[2-5]|neck)\..*?blocks\.(\d+)\.", str(name)):
             blocks.setdefault(match[1], set()).add(match[2])
     stages = (*(f"backbone.stage{stage}" for stage in range(2, 6)), "neck")
-    return tuple(len(blocks.get(stage, ())) or own for stage, own in zip(stages, size.all_depths, strict=True))
+    named = (len(blocks.get(stage, ())) for stage in stages)
+    return tuple(n if 0 < n <= MAX_DEPTH else own for n, own in zip(named, size.all_depths, strict=True))

@@ -187,9 +187,9 @@ def answer_train(command: str, argv: Sequence[str], unknown: Sequence[str]) -> s
     config = "CONFIG"
     if project is not None:
         renamed |= project.renamed | {"dataset": "{}"}
-        config = project.config if "distill" in names else project.without_distill or project.config
     kept, found = translate(command, argv, unknown, renamed)
     if project is not None:
+        config = project.config if "distill" in found else project.without_distill or project.config
         config = project.datasets.get(found.pop("dataset", ""), config)
     if any(not token.startswith("--") and "=" not in token for token in kept):
         config = ""  # it is given
@@ -217,10 +217,12 @@ def translate(
             keys = ", train.py --keys all keys" if command == "train.py" else ""
             raise UserError(f"argument {token}: no such argument; {advice}{command} --help lists them{keys}")
         takes_value = "{}" in renamed[name]
-        if not equals and (takes_value or (tokens and tokens[0].lower() in ON + OFF)):
+        values = ON + OFF if name in SWITCHED_OFF else (ON[0], OFF[0])
+        if not equals and (takes_value or (tokens and tokens[0].lower() in values)):
             value = tokens.pop(0) if tokens else "VALUE"
         if not takes_value and value.lower() in OFF:
-            found[name] = SWITCHED_OFF.get(name, "")  # others are off here without the flag
+            if name in SWITCHED_OFF:  # others are off here without the flag
+                found[name] = SWITCHED_OFF[name]
             continue
         if command == "train.py" and name in ("cfg", "model"):
             found[name] = student_of(value)

@@ -70,14 +70,19 @@ class RunFolder:
             stale.unlink(missing_ok=True)
 
 
+def check_name(name: str) -> None:
+    """UserError for a run's name that is not that of a folder directly in `runs`."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"key 'name': found {name!r}, expected the name of a folder")
+
+
 def create(config: Config, claim: claims.Claim | None = None) -> tuple[RunFolder, Config, claims.Claim]:
     """Make a new folder runs/<name> (<name>2, <name>3, ... if taken); return it, the config with that name, its claim.
 
     claim: on runs/<name>, which is not there yet, if the caller holds it. claims.Claimed if another process does, which
     is about to make that folder.
     """
-    if config.name in ("", ".", "..") or Path(config.name).name != config.name:
-        raise UserError(f"key 'name': found {config.name!r}, expected the name of a folder")
+    check_name(config.name)
     number = 1
     while True:
         name = config.name if number == 1 else f"{config.name}{number}"
@@ -115,6 +120,14 @@ def find(run: str | Path) -> RunFolder:
     if not folder.can_resume:
         raise UserError(f"{folder.last}: no such file; the run stopped before its first checkpoint, start it again")
     return folder
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that may be there already. UserError with exit code 5 if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: no folder can be made there: {error.strerror}", DISK_EXIT_CODE) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -78,6 +78,8 @@ class Search:
 
         The shapes that are ranked are the first of random search.
         """
+        for draw in range(self.file.decide.seeds):  # a space that is too narrow is found before any training
+            random_shapes(self.space, self.file.search.shapes, seed=self.file.seed + draw)
         for teaching in self.file.teachings:  # no shape has a file yet
             config = self.config_of(teaching, self.space.scaled(), self.file.epochs)
             check_config(dataclasses.replace(config, student=self.file.student))
@@ -159,7 +161,7 @@ class Search:
             return 0.0
         if config.name not in self.reports:
             if not (widths := self.widths_of(shape)).is_file():
-                widths.parent.mkdir(parents=True, exist_ok=True)
+                run_folder.make_folder(widths.parent)
                 run_folder.write_text(widths, self.space.widths_text(shape))
             try:
                 self.reports[config.name] = train_once(config)
@@ -195,7 +197,7 @@ def train_once(config: Config) -> dict[str, Any]:
     folder = run_folder.RunFolder(Path(config.runs) / config.name)
     refuse_other(folder, config)
     if not folder.report.is_file():
-        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        run_folder.make_folder(folder.path.parent)
         with claims.take(folder.path) as claim:
             train.start_or_continue(config, claim, quiet=True)
     return json.loads(folder.report.read_text(encoding="utf-8"))

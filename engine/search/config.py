@@ -16,6 +16,7 @@ With teachers and terms in the file, `search.on` chooses what the shapes learn f
 as well. With both, each has its own search, and the order of the same shapes in both is compared.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,12 @@ from typing import Literal
 import models
 from config import Config, from_tree, read_tree
 from engine.comparison.decision import DecisionRule
+from engine.runtime import run_folder
+from engine.training.idle_terms import without_idle_terms
 from errors import UserError
 
 Teaching = Literal["labels", "distillation"]
+MAX_DEPTH = 12  # deeper, synflow exceeds float64
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,11 @@ def load_search(path: str | Path, overrides: Sequence[str] = ()) -> SearchFile:
     if "search" not in tree:
         raise UserError(f"{path}: key 'search' is missing, expected a section with the shapes to search")
     file = from_tree(SearchFile, tree, source=str(path))
+    file, idle = without_idle_terms(file)
+    if idle:
+        print(idle)
     file.decide.check(str(path))
+    run_folder.check_name(file.name)
     check(file, str(path))
     return file
 
@@ -90,10 +98,10 @@ def check(file: SearchFile, source: str) -> None:
     rising = all(a < b for a, b in zip(file.rungs, file.rungs[1:])) and file.rungs[0] >= 1
     low, high = search.widths if len(search.widths) == 2 else (0.0, 0.0)
     for name, is_fine, expected in (
-        ("flops", search.flops > 0, "a share above 0"),
+        ("flops", 0 < search.flops < math.inf, "a share above 0"),
         ("least", 0 <= search.least < 1, "a share in 0..1, below 1"),
-        ("widths", 0 < low < high, "the least and the largest factor"),
-        ("depth", search.depth >= 1, "at least 1"),
+        ("widths", 0 < low < high < math.inf, "the least and the largest factor"),
+        ("depth", 1 <= search.depth <= MAX_DEPTH, f"1..{MAX_DEPTH}"),
         ("short_epochs", rising, f"rising numbers below the {file.epochs} epochs of the file"),
         ("keep", search.keep >= 2, "at least 2"),
         ("population", 1 <= search.population <= search.shapes, f"1..{search.shapes}, as many as shapes"),

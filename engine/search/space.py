@@ -84,10 +84,18 @@ class Space:
         return self.draw(generator, taken)  # all its neighbours are taken
 
     def scaled(self) -> Shape:
-        """The control without a search: the architecture's own depths, its widths times one factor, the largest."""
+        """The control without a search: the architecture's own depths, its widths times one factor, the largest.
+
+        UserError where even its narrowest shape costs more than the limit.
+        """
         own = own_shape(self.arch)
         low, high = 0, 2**10
         shape_of = lambda k: Shape(tuple(MULTIPLE * max(1, round(c * k / 2**12)) for c in own.channels), own.depths)
+        if self.flops(shape_of(low)) > self.high:
+            least = f"{self.flops(shape_of(low)) / 1e9:.3f} GFLOPs"
+            raise UserError(f"key 'search.flops': the narrowest {self.arch} costs {least}, expected a higher limit")
+        while self.flops(shape_of(high)) <= self.high:
+            high *= 2
         while high - low > 1:  # FLOPs rise with the factor k / 512
             middle = (low + high) // 2
             low, high = (middle, high) if self.flops(shape_of(middle)) <= self.high else (low, middle)

@@ -247,6 +247,14 @@ def test_pixels_of_a_png_with_a_wrong_checksum_are_refused(tmp_path):
             read()
 
 
+def test_bytes_after_the_end_of_a_png_are_not_its_pixels(tmp_path):
+    """Such as the rest of a longer file that was written over."""
+    Image.fromarray(stored_pixels()).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(data + (4).to_bytes(4, "big") + b"IDATrest" + bytes(4))
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), read_image(tmp_path / "a.png"))
+
+
 def test_find_picture(tmp_path):
     for name in ("a.JPG", "b.png", "c.d.jpeg"):
         (tmp_path / name).touch()

@@ -66,6 +66,7 @@ def answer(line: str, command=train) -> str:
             "--backbone vit_tiny --eval-final-only",
             f"python train.py {ALONE} student.arch=fasterrcnn_vit_tiny evaluation.every_epochs=0",
         ),
+        ("--distill False --backbone resnet18", f"python train.py {ALONE} student.arch=fasterrcnn_resnet18"),
         (
             "--dataset pascal_voc --teacher_model yolov5x --student_model yolov5n",
             f"python compare.py {PAIR} teachers.0.arch=yolov5x student.arch=yolov5n",

@@ -14,8 +14,10 @@ from engine.runtime import run_folder
 from engine.search.__main__ import Search, main
 from engine.search.config import load_search
 from engine.search.space import Space
+from engine.search.table import Results
 from errors import UserError
 from layers.channel_groups import find_groups
+from random_streams import Stream, seeded_generator
 from tests.conftest import ROOT
 from tests.tiny_training import tiny_config
 from yaml_files import dump_yaml
@@ -160,6 +162,12 @@ def test_a_search_in_earnest(write, tmp_path):
             "search.on=[distillation]",
             r"'search\.on': found \('distillation',\), expected labels: ",
         ),
+        ("search.flops=.inf", r"'search\.flops': found inf, expected a share above 0"),
+        ("search.widths=[0.5,.inf]", r"'search\.widths': found \(0\.5, inf\), expected the least and the largest"),
+        ("search.depth=13", r"'search\.depth': found 13, expected 1\.\.12"),
+        ("search.least=0.9999", r"key 'search': none of 2,000 random shapes .* and is new"),
+        ("search.flops=0.001", r"key 'search'"),
+        ("name=../up", r"key 'name': found '\.\./up', expected the name of a folder"),
         ("search.dept=2", r"'search\.dept'.*depth"),
         ("student.arch=yolov5n", r"'student\.arch': found yolov5n, expected a YOLOv8"),
         ("student.weights=a.pt", r"'student\.weights': every shape begins fresh, expected none"),
@@ -171,6 +179,19 @@ def test_mistakes_are_one_line_and_leave_nothing(write, tmp_path, change, messag
     with pytest.raises(UserError, match=message) as caught:
         main([str(write()), change])
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+def test_a_term_of_weight_0_does_not_part_a_search_from_its_runs(write, tmp_path, capsys):
+    """train.py leaves such a term out of the config that a finished run is known by."""
+    idle = TERM | {"loss": "localization", "weight": 0.0, "student_maps": ["box_logits"]}
+    path = write(teachers=[TEACHER], terms=[TERM, idle])
+    searches = [Search(load_search(path), "here") for _ in range(2)]
+    for search in searches:
+        search.results["distillation"] = Results()
+    shape = search.space.draw(seeded_generator(Stream.SHAPES, 0, 0))
+    first, again = (search.score("distillation", shape, 1) for search in searches)  # trained, and read
+    assert first == again
+    assert "left out, weight 0: localization_big" in capsys.readouterr().out
 
 
 def test_only_this_command_takes_its_file(write, tmp_path):

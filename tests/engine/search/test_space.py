@@ -90,6 +90,24 @@ def test_depths_follow_from_names_alone():
         models.build("yolov8_half", 2, widths=widths)
 
 
+def test_a_file_cannot_ask_for_a_model_of_any_depth():
+    state = models.build("yolov8_half", 2).state_dict()
+    for count, depth in ((32, 32), (33, 1)):  # beyond the limit the depth is the architecture's own
+        more = dict.fromkeys(f"neck.top_down4.blocks.{i}.conv1.conv.weight" for i in range(count))
+        found = models.depths_of("yolov8_half", {**state, **more}).get("depths", (1, 2, 2, 1, 1))
+        assert found[-1] == depth
+
+
+def test_the_control_lies_within_the_limit():
+    """For limits below and far above the architecture's own FLOPs; where that cannot be, nothing is trained."""
+    settings = {"least": 0.5, "widths": (0.5, 1.5), "depth": 2}
+    for share in (0.5, 30.0):
+        space = space_of("yolov8_half", 3, 64, flops=share, **settings)
+        assert 0.8 * space.high < space.flops(space.scaled()) <= space.high
+    with pytest.raises(UserError, match=r"'search\.flops': the narrowest yolov8_half costs 0\.0.. GFLOPs, expected a"):
+        space_of("yolov8_half", 3, 64, flops=0.01, **settings).scaled()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
