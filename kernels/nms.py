@@ -68,7 +68,7 @@ def batched_nms(
     threshold = _float32_at_most(iou_threshold)
     is_few = len(scores) <= FEW and boxes_xyxy.device.type == "cpu"
     if is_few and boxes_xyxy.dtype == scores.dtype == torch.float32:
-        few = _nms_of_few(boxes_xyxy.detach().numpy(), scores.detach().numpy(), labels.numpy(), threshold)
+        few = _nms_of_few(boxes_xyxy.detach().numpy(), scores.detach().numpy(), labels.float().numpy(), threshold)
         if few is not None:
             return torch.from_numpy(few[:max_detections])
     rows = scores.sort(stable=True, descending=True).indices  # best first
@@ -239,7 +239,7 @@ def _survivors(boxes_xyxy: Tensor, labels: Tensor, threshold: float) -> Tensor:
     keep = None
     if boxes_xyxy.device.type == "cpu":
         with np.errstate(all="ignore"):
-            keep = _keep_by_class(boxes_xyxy.numpy(), labels.numpy(), threshold)
+            keep = _keep_by_class(boxes_xyxy.numpy(), labels.float().numpy(), threshold)  # no bfloat16
     if keep is not None:
         return torch.from_numpy(np.flatnonzero(keep))
     count = len(labels)

@@ -11,8 +11,6 @@ Everything else is a fault of ours: another exception, another message, a hang, 
 """
 
 import re
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -24,7 +22,7 @@ from errors import UserError
 
 Outcome = Literal["refused", "counted", "correct", "unseen"]
 OUTCOMES: tuple[Outcome, ...] = ("refused", "counted", "correct", "unseen")
-MAX_MEMORY_BYTES = 2 << 30  # of the whole test process, torch and the files of the cases included
+MAX_GIGABYTES = 2.0  # that the cases of a group add to the memory of their process, at most
 LONGEST_LINE = 1000  # characters
 
 # Kinds of faults whose cases are tests elsewhere, because they need processes, signals or a patched system.
@@ -78,12 +76,6 @@ def judge(cases: Iterable[Case]) -> tuple[Counter[tuple[str, str]], list[str]]:
             faults.append(f"{case.kind} {case.name}: {type(error).__name__}: {error}")
         counts[case.kind, outcome] += 1
     return counts, faults
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held at once."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
 
 
 def table(counts: Counter[tuple[str, str]]) -> list[str]:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.runtime.peak_memory import peak_gigabytes, reset_peak
 from errors import UserError
 from tests.conftest import ROOT
 from tests.faults import disk_cases, label_cases, picture_cases, run_cases, weights_cases, yaml_cases
-from tests.faults.matrix import ELSEWHERE, MAX_MEMORY_BYTES, Case, judge, peak_memory_bytes, refusal
+from tests.faults.matrix import ELSEWHERE, MAX_GIGABYTES, Case, judge, refusal
 
+CPU = torch.device("cpu")
 # group -> (its cases, how many of them are the sample)
 GROUPS: dict[str, tuple[Callable[[Path], Iterable[Case]], int]] = {
     "code in pickles": (weights_cases.code_in_pickles, 12),
@@ -46,6 +49,8 @@ def test_every_case_ends_well(group, tmp_path, request, record_property):
     is_whole = request.config.getoption("--faults", "sample") == "whole"
     if not size and not is_whole:
         pytest.skip("each costs a run, or is a case of another test too; with --faults whole")
+    reset_peak(CPU)
+    before = peak_gigabytes(CPU) or 0.0  # other tests may have run in this process
     cases = list(make(tmp_path))
     if not is_whole:
         cases = random.Random(group).sample(cases, size)
@@ -53,7 +58,7 @@ def test_every_case_ends_well(group, tmp_path, request, record_property):
     record_property("counts", [[kind, outcome, count] for (kind, outcome), count in counts.items()])
     assert not faults, "\n".join(faults)
     assert counts.total() == len(cases) == len({(case.kind, case.name) for case in cases})
-    assert peak_memory_bytes() < MAX_MEMORY_BYTES
+    assert (peak_gigabytes(CPU) or 0.0) - before < MAX_GIGABYTES
 
 
 def test_the_tests_of_the_other_kinds_are_there():

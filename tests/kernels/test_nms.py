@@ -258,6 +258,19 @@ def test_the_score_threshold_is_exclusive():
     assert found.scores.tolist() == [0.75]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_labels_may_have_any_type(dtype):
+    """Such as the column of a table of detections, beside boxes and scores of its type or of float32."""
+    rng = np.random.default_rng(3)
+    boxes, scores = torch.tensor(random_boxes(rng, 60)).float(), torch.rand(60)
+    labels = torch.tensor(rng.integers(0, 3, 60))
+    expected = batched_nms(boxes, scores, labels, 0.4, 60)
+    assert len(expected) < 60
+    assert torch.equal(batched_nms(boxes, scores, labels.to(dtype), 0.4, 60), expected)
+    doubled = batched_nms(boxes.double(), scores.double(), labels.to(dtype), 0.4, 60)  # the path of other types
+    assert torch.equal(doubled, expected)
+
+
 def test_no_gradient_is_kept():
     boxes, scores = dense(np.random.default_rng(10), 1, 50, 2)
     rows = batched_nms(
