@@ -1,9 +1,10 @@
 """Fine-tuning: a detector that starts from the weights of a file with other classes."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,30 @@ from layers.int8 import remove_int8
 FRESH_PRIOR = 1e-6  # odds of a class that starts fresh in a softmax; a YOLO's prior at stride 8 is 1e-5
 
 
-def refuse_plumbing(info: checkpoint.CheckpointInfo, path: Path) -> None:
-    """UserError for weights of a run that was no measurement: a run that begins with them would not be one either."""
+def check_trained(info: checkpoint.CheckpointInfo, path: Path) -> None:
+    """UserError for weights that would make the numbers of a run wrong that begins with them or learns from them.
+
+    Those of a run whose teachers were random; and a last.pt of another step than its run's report says, of a training
+    that was interrupted or still goes on, whose scores are not those of the report.
+    """
     if info.plumbing:
         raise UserError(f"{path}: {info.plumbing}; expected weights of a run whose teachers were trained")
+    file = weights.file_of_run(path)
+    report = run_report(file) if file.name == "last.pt" else {}
+    if info.step is not None and report.get("steps", info.step) != info.step:
+        raise UserError(
+            f"{file}: of step {info.step}, but the report of its run is of step {report['steps']}; expected the "
+            "weights that were measured"
+        )
+
+
+def run_report(last: Path) -> dict[str, Any]:
+    """The report.json of the run whose weights/last.pt this is; empty where there is none, or none that can be read."""
+    try:
+        report = json.loads((last.parent.parent / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
 
 
 def start_model(
@@ -45,12 +66,12 @@ def start_model(
     A pruned model stays as narrow as it is. One that was fine-tuned for int8 starts from its weights alone.
 
     new_head: start the whole class head fresh, even if it would fit.
-    UserError for a file that does not fit, that has no class names to join by, or of a plumbing run.
+    UserError for a file that does not fit, that has no class names to join by, or that check_trained refuses.
     """
     path = Path(path)
     with torch.random.fork_rng(devices=[]):  # the fresh rows do not depend on how the file is read
         released, info = checkpoint.read_model(path, arch)
-    refuse_plumbing(info, path)
+    check_trained(info, path)
     remove_int8(released)
     theirs = released.state_dict()
     widths = models.widths_of(arch, len(info.names), theirs) if info.arch == arch else None

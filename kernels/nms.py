@@ -7,7 +7,8 @@ Specification, over candidates in order of falling score (ties: lower index firs
 A serial loop over candidates makes NMS slow on a CPU, so this implementation takes them in blocks. The survivors of
 earlier blocks suppress candidates of a block (a matrix of IoUs), then the candidates of the block suppress each other
 (`_survivors`). It stops once enough candidates have survived. The candidates after that, which are most of them at the
-low thresholds of mAP, are neither compared nor sorted.
+low thresholds of mAP, are neither compared nor sorted. Few candidates on a CPU are compared class by class in numpy
+(`_keep_by_class`): there the number of calls counts, and numpy's are cheaper than PyTorch's.
 
 IoU is float32, intersection / union without an epsilon, and the threshold is not rounded before the comparison. This is
 the arithmetic of torchvision.ops.nms: pairs exactly on the threshold get the same result. Two boxes without area have

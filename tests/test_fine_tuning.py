@@ -13,6 +13,7 @@ import checkpoint
 import fine_tuning
 import models
 import train
+from config import TeacherConfig
 from datasets.class_names import COCO, coco_by_id
 from datasets.open import open_dataset
 from engine.evaluation.cross_dataset import on_common_classes
@@ -47,6 +48,26 @@ def start(path, arch: str, names=NAMES, **options) -> tuple[nn.Module, list[str]
     torch.manual_seed(2)
     said: list[str] = []
     return fine_tuning.start_model(arch, names, path, say=said.append, **options), said
+
+
+def test_weights_that_are_not_those_of_the_report_are_refused(tmp_path):
+    """An interrupted run in the folder of a finished one: nobody may begin with it, or learn from it."""
+    last = tmp_path / "run" / "weights" / "last.pt"
+    state = models.build("yolov8_narrow", 2).state_dict()
+    checkpoint.save(last, {"arch": "yolov8_narrow", "names": ["a", "b"], "image_size": 64, "step": 39, "ema": state})
+    teacher = TeacherConfig("t", "yolov8_narrow", weights=str(last.parent.parent))
+    for text, is_fine in (("", True), ('{"steps": 39}', True), ("[]", True), ('{"steps": 500}', False)):
+        (tmp_path / "run" / "report.json").write_text(text)
+        for path in (last, last.parent.parent):
+            for begin in (
+                lambda path=path: start(path, "yolov8_narrow", ("a", "b")),
+                lambda: teaching.load(teacher, "key 'teachers.0", ("a", "b"), None),
+            ):
+                refused = pytest.raises(
+                    UserError, match=r"last\.pt: of step 39, but the report .* is of step 500; expec"
+                )
+                with contextlib.nullcontext() if is_fine else refused:
+                    begin()
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -4,7 +4,7 @@
 
 Example:
 
-    python -m engine.search configs/search/shapes.yaml search.flops=0.5
+    python -m engine.search configs/search/bccd.yaml 'search.on=[labels]'
 
 engine/search/config.py describes the file. Random search and regularised evolution train as many shapes for as many
 epochs (engine/search/methods.py), each `decide.seeds` times; beside them stands `scaled`, the architecture with all
@@ -155,7 +155,7 @@ class Search:
         return self.file.folder / "shapes" / f"{shape.name}.yaml"
 
     def score(self, teaching: Teaching, shape: Shape, epochs: int) -> float:
-        """Of a training, which is done now unless it was before; 0 if it failed or detected nothing."""
+        """The score of a shape after these epochs, read from its run or trained now; 0 if that failed."""
         config = self.config_of(teaching, shape, epochs)
         if config.name in self.results[teaching].failures:
             return 0.0

@@ -45,7 +45,7 @@ class SearchConfig:
     short_epochs: tuple[int, ...] = (2, 6)  # epochs of the rungs before the last, which has `epochs`
     keep: int = 3  # one in `keep` shapes of a rung, the best, goes on to the next
     population: int = 4  # of evolution: as many of its shapes are drawn at random, and as many are alive
-    tournament: int = 2  # of evolution: the best of so many is the parent
+    tournament: int = 2  # of evolution: the number of shapes of which the best is the parent
     ranked: int = 12  # random shapes that are trained in full, for Kendall's tau
     on: tuple[Teaching, ...] = ()  # what the shapes learn from; none: the teachers, if there are any
 

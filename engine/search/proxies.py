@@ -23,8 +23,8 @@ def synaptic_flows(model: nn.Module, image_size: int) -> dict[str, float]:
 
     |f| is the network with every weight replaced by its absolute value, without biases, activations and normalisation;
     1 is an image of ones. R is the sum over all paths from a pixel to a logit of the product of the |w| on it, and S_l
-    that of the paths through layer l: layers of which every path passes exactly one have flows that sum to R. Of a max
-    pooling the paths through its largest inputs count.
+    that of the paths through layer l. If each path passes exactly one of some layers, their S_l sum to R. A max pooling
+    passes on the paths through its largest inputs alone.
 
     float64; the model stays as it was. Differs from the papers: they keep ReLU, which changes nothing where all is
     positive; SiLU would.

@@ -213,7 +213,7 @@ def load(
         load_public(model, path)
         return model, set_class_prompts(model, teacher, key, names)
     model, info = checkpoint.load_model(path, teacher.arch)
-    fine_tuning.refuse_plumbing(info, Path(path))
+    fine_tuning.check_trained(info, Path(path))
     if info.names_from == "the release":
         print(f"{path}: it does not name its classes; taken for COCO's {len(info.names)}")
     if info.names_from != "nothing" or len(info.names) != len(names):

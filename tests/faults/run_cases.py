@@ -54,6 +54,17 @@ def stopped_run(folder: Path, config: Config) -> Path:
     return folder / "runs" / "tiny"
 
 
+CHANGES: dict[str, dict[str, Any]] = {  # by the key that a resumed run must name
+    "optimizer.learning_rate": {"optimizer": {"learning_rate": 0.5}}, "batch_size": {"batch_size": 2},
+    "seed": {"seed": 1}, "view_seed": {"view_seed": 3}, "epochs": {"epochs": 3}, "image_size": {"image_size": 96},
+    "student.arch": {"student": {"arch": "yolov8n"}}, "data.classes": {"data": {"classes": ["red"]}},
+    "data.holdout_fraction": {"data": {"holdout_fraction": 0.3}}, "augment.mixup": {"augment": {"mixup": 0.5}},
+    "optimizer.name": {"optimizer": {"name": "adamw"}}, "optimizer.accumulate": {"optimizer": {"accumulate": 2}},
+    "evaluation.iou_threshold": {"evaluation": {"iou_threshold": 0.5}},
+    "detection_weight": {"detection_weight": 2.0},
+}  # fmt: skip
+
+
 def resumed(folder: Path) -> Iterator[Case]:
     """D3: --resume with another config, other data, and checkpoints that are old, foreign, damaged or gone."""
     data = write_dataset(folder / "data", train=8, test=4)
@@ -71,17 +82,8 @@ def resumed(folder: Path) -> Iterator[Case]:
         resume = lambda: train.run(make(**changes), resume=True, quiet=True)
         return refusal(resume, whole, f"key '{key}': the run was started with .*, found (?!None).*--allow-change {key}")
 
-    teacher = {"teachers": [{"name": "t", "arch": "yolov8_narrow", "weights": str(write_teacher(folder / "t.pt"))}]}
-    changes: dict[str, dict[str, Any]] = {
-        "optimizer.learning_rate": {"optimizer": {"learning_rate": 0.5}}, "batch_size": {"batch_size": 2},
-        "seed": {"seed": 1}, "view_seed": {"view_seed": 3}, "epochs": {"epochs": 3}, "image_size": {"image_size": 96},
-        "student.arch": {"student": {"arch": "yolov8n"}}, "data.classes": {"data": {"classes": ["red"]}},
-        "data.holdout_fraction": {"data": {"holdout_fraction": 0.3}}, "augment.mixup": {"augment": {"mixup": 0.5}},
-        "optimizer.name": {"optimizer": {"name": "adamw"}}, "optimizer.accumulate": {"optimizer": {"accumulate": 2}},
-        "evaluation.iou_threshold": {"evaluation": {"iou_threshold": 0.5}},
-        "detection_weight": {"detection_weight": 2.0},
-        "teachers": teacher | {"terms": [TERM]},
-    }  # fmt: skip
+    teacher = {"name": "t", "arch": "yolov8_narrow", "weights": str(write_teacher(folder / "t.pt"))}
+    changes = CHANGES | {"teachers": {"teachers": [teacher], "terms": [TERM]}}
     for key, change in changes.items():
         yield Case("D3", key, lambda c=change, k=key: changed(c, k), 5)
 
@@ -138,6 +140,78 @@ def resumed(folder: Path) -> Iterator[Case]:
     yield Case("D3", "--allow-change epochs", allowed, 10)
 
 
+# Each of these puts `value` into a number of a step, after the first steps have been saved.
+
+
+def spoil_images(patch: pytest.MonkeyPatch, value: float) -> None:
+    original = train.augment_batch
+
+    def spoiled(setup: Any, batch: Any, epoch: int, number: int) -> Any:
+        images, targets = original(setup, batch, epoch, number)
+        images[0, 0, 0, 0] = value if epoch else images[0, 0, 0, 0]
+        return images, targets
+
+    patch.setattr(train, "augment_batch", spoiled)
+
+
+def spoil_term(name: str) -> Callable[[pytest.MonkeyPatch, float], None]:
+    def spoil(patch: pytest.MonkeyPatch, value: float) -> None:
+        original, calls = AnchorFreeDetector.losses, [0]
+
+        def losses(self: Any, output: Any, targets: Any) -> Any:
+            terms = original(self, output, targets)
+            calls[0] += 1
+            return terms | {name: terms[name] * value} if calls[0] == 3 else terms
+
+        patch.setattr(AnchorFreeDetector, "losses", losses)
+
+    return spoil
+
+
+def spoil_setup(change: Callable[[Any, float], None]) -> Callable[[pytest.MonkeyPatch, float], None]:
+    def spoil(patch: pytest.MonkeyPatch, value: float) -> None:
+        build = train.build
+
+        def built(*args: Any) -> Any:
+            setup = build(*args)
+            change(setup, value)
+            return setup
+
+        patch.setattr(train, "build", built)
+
+    return spoil
+
+
+def spoil_teacher(setup: Any, value: float) -> None:
+    with torch.no_grad():
+        next(setup.teachers.models["t"].parameters()).fill_(value)
+
+
+def spoil_gradient(setup: Any, value: float) -> None:
+    next(setup.student.parameters()).register_hook(lambda gradient: gradient * value)
+
+
+def spoil_weights(patch: pytest.MonkeyPatch, value: float) -> None:
+    update = Ema.update
+
+    def spoiled(self: Any, step: int) -> None:
+        update(self, step)
+        if step == 2:
+            with torch.no_grad():
+                next(setups[-1].student.parameters()).fill_(value)
+
+    build, setups = train.build, []
+    patch.setattr(train, "build", lambda *args: setups.append(build(*args)) or setups[-1])
+    patch.setattr(Ema, "update", spoiled)
+
+
+SPOILERS: dict[str, Callable[[pytest.MonkeyPatch, float], None]] = {
+    "an image": spoil_images, "the teacher": spoil_setup(spoil_teacher),
+    "the gradient": spoil_setup(spoil_gradient), "the weights": spoil_weights,
+    "the box loss": spoil_term("box"), "the class loss": spoil_term("cls"), "the distance loss": spoil_term("dfl"),
+}  # fmt: skip
+
+
 def not_finite(folder: Path) -> Iterator[Case]:
     """D5: nan and inf in every number of a step: the run stops there, names it, and keeps a finite checkpoint."""
     data = write_dataset(folder / "data", train=8, test=4)
@@ -145,62 +219,6 @@ def not_finite(folder: Path) -> Iterator[Case]:
     config = tiny_config(
         data, folder / "runs", batch_size=4, save_every_steps=1, teachers=teacher, terms=[TERM], epochs=2
     )
-
-    def spoil_images(patch: pytest.MonkeyPatch, value: float) -> None:
-        original = train.augment_batch
-
-        def spoiled(setup: Any, batch: Any, epoch: int, number: int) -> Any:
-            images, targets = original(setup, batch, epoch, number)
-            images[0, 0, 0, 0] = value if epoch else images[0, 0, 0, 0]
-            return images, targets
-
-        patch.setattr(train, "augment_batch", spoiled)
-
-    def spoil_term(name: str) -> Callable[[pytest.MonkeyPatch, float], None]:
-        def spoil(patch: pytest.MonkeyPatch, value: float) -> None:
-            original, calls = AnchorFreeDetector.losses, [0]
-
-            def losses(self: Any, output: Any, targets: Any) -> Any:
-                terms = original(self, output, targets)
-                calls[0] += 1
-                return terms | {name: terms[name] * value} if calls[0] == 3 else terms
-
-            patch.setattr(AnchorFreeDetector, "losses", losses)
-
-        return spoil
-
-    def spoil_setup(change: Callable[[Any, float], None]) -> Callable[[pytest.MonkeyPatch, float], None]:
-        def spoil(patch: pytest.MonkeyPatch, value: float) -> None:
-            build = train.build
-
-            def built(*args: Any) -> Any:
-                setup = build(*args)
-                change(setup, value)
-                return setup
-
-            patch.setattr(train, "build", built)
-
-        return spoil
-
-    def spoil_teacher(setup: Any, value: float) -> None:
-        with torch.no_grad():
-            next(setup.teachers.models["t"].parameters()).fill_(value)
-
-    def spoil_gradient(setup: Any, value: float) -> None:
-        next(setup.student.parameters()).register_hook(lambda gradient: gradient * value)
-
-    def spoil_weights(patch: pytest.MonkeyPatch, value: float) -> None:
-        update = Ema.update
-
-        def spoiled(self: Any, step: int) -> None:
-            update(self, step)
-            if step == 2:
-                with torch.no_grad():
-                    next(setups[-1].student.parameters()).fill_(value)
-
-        build, setups = train.build, []
-        patch.setattr(train, "build", lambda *args: setups.append(build(*args)) or setups[-1])
-        patch.setattr(Ema, "update", spoiled)
 
     def run(spoil: Callable[[pytest.MonkeyPatch, float], None], value: float) -> Outcome:
         shutil.rmtree(folder / "runs", ignore_errors=True)
@@ -214,12 +232,7 @@ def not_finite(folder: Path) -> Iterator[Case]:
             assert all(value.isfinite().all() for value in weights_of(run_folder).values())
         return found
 
-    spoilers: dict[str, Callable[[pytest.MonkeyPatch, float], None]] = {
-        "an image": spoil_images, "the teacher": spoil_setup(spoil_teacher),
-        "the gradient": spoil_setup(spoil_gradient), "the weights": spoil_weights,
-        "the box loss": spoil_term("box"), "the class loss": spoil_term("cls"), "the distance loss": spoil_term("dfl"),
-    }  # fmt: skip
-    for name, spoil in spoilers.items():
+    for name, spoil in SPOILERS.items():
         for value in (float("nan"), float("inf")):
             yield Case("D5", f"{value} in {name}", lambda s=spoil, v=value: run(s, v), 10)
 
