@@ -65,7 +65,7 @@ from random_streams import Stream, seeded_generator
 from structures import Targets
 
 RULE = DecisionRule(metric="mAP", smallest=0.0, level=0.95, seeds=5)
-RIDGES, FULL_RIDGES = (0.2, 0.6, 2.0, 6.0), (0.002, 0.02, 0.2)
+RIDGES, FULL_RIDGES = (0.06, 0.2, 0.6, 2.0, 6.0, 20.0), (0.002, 0.02, 0.2, 2.0)
 METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "F1"}
 CHOICES = ("random", "uniform", "herding", "k_center", "head_gradient")
 WITHOUT_DRAWS = ("full", "herding", "k_center", "head_gradient")
