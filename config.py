@@ -162,6 +162,7 @@ class OptimizerConfig:
     schedule: Literal["linear", "cosine"] = "linear"  # how the learning rate falls after the warm-up
     momentum: float = 0.937  # of SGD; beta_1 of AdamW
     weight_decay: float = 5e-4  # not on biases and normalisation
+    backbone_factor: float = 1.0  # learning rate of the student's backbone, as a factor of that of the rest
     warmup_epochs: float = 3.0  # rates and momentum move linearly to their values in these epochs
     warmup_momentum: float = 0.8  # momentum of SGD at the first step
     warmup_bias_learning_rate: float = 0.1  # learning rate of the biases at the first step, SGD only

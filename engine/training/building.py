@@ -230,6 +230,7 @@ def build(
         learning_rate=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        backbone_factor=settings.backbone_factor,
     )
     if config.compile:
         for module in (student, *(model for model in teachers.models.values() if model is not ema.model)):

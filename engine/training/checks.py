@@ -82,8 +82,10 @@ def check_numbers(config: Config, processes: int) -> None:
         value = getattr(evaluation, key)
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"key 'evaluation.{key}': found {value}, expected a number in 0..1")
-    if not (math.isfinite(optimizer.learning_rate) and optimizer.learning_rate > 0):
-        raise UserError(f"key 'optimizer.learning_rate': found {optimizer.learning_rate}, expected a number above 0")
+    for key in ("learning_rate", "backbone_factor"):
+        value = getattr(optimizer, key)
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"key 'optimizer.{key}': found {value}, expected a number above 0")
 
 
 def check_data(data: DataConfig) -> None:

@@ -13,31 +13,51 @@ from torch import Tensor, nn
 from engine.training.optimizers import AdamW, Optimizer, Sgd
 
 TOKENS = ("class_token", "registers", "positions")  # names of the learnt inputs in our vision transformers
+BACKBONE = "backbone."  # how the names of a detector's backbone parameters begin
 
 
-def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float, backbone_factor: float = 1.0) -> list[dict]:
     """Three groups over the trainable parameters: `weights` decay; `norms` and `biases` do not.
 
     `norms` holds all other vectors and, as usual for ViTs, a transformer's TOKENS: decay is meant for factors of an
     input, and a token is an input itself. Parameters keep the order of the modules, so that an optimizer state saved by
     one process fits the next.
+
+    `factor`: what apply_schedule multiplies the group's learning rate by. If backbone_factor is not 1, the backbone has
+    three groups of its own with that factor: `backbone.weights`, `backbone.norms`, `backbone.biases`.
     """
-    rows: dict[str, list[Tensor]] = {"weights": [], "norms": [], "biases": []}
+    kinds = ("weights", "norms", "biases")
+    names = kinds if backbone_factor == 1 else (*kinds, *(BACKBONE + kind for kind in kinds))
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 own_name = name.rpartition(".")[2]
                 is_weight = parameter.dim() > 1 and own_name not in TOKENS
-                rows["biases" if own_name == "bias" else "weights" if is_weight else "norms"].append(parameter)
-    decay = {"weights": weight_decay, "norms": 0.0, "biases": 0.0}
-    return [{"name": name, "params": rows[name], "weight_decay": decay[name]} for name in rows]
+                kind = "biases" if own_name == "bias" else "weights" if is_weight else "norms"
+                rows[BACKBONE + kind if backbone_factor != 1 and name.startswith(BACKBONE) else kind].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": rows[name],
+            "weight_decay": weight_decay if name.endswith("weights") else 0.0,
+            "factor": backbone_factor if name.startswith(BACKBONE) else 1.0,
+        }
+        for name in names
+    ]
 
 
 def build_optimizer(
-    modules: Iterable[nn.Module], *, name: str, learning_rate: float, momentum: float, weight_decay: float
+    modules: Iterable[nn.Module],
+    *,
+    name: str,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    backbone_factor: float = 1.0,
 ) -> Optimizer:
     """`sgd` (Nesterov momentum) or `adamw` (betas = momentum, 0.999) over parameter_groups(modules)."""
-    groups = [group for group in parameter_groups(modules, weight_decay) if group["params"]]
+    groups = [group for group in parameter_groups(modules, weight_decay, backbone_factor) if group["params"]]
     if name == "sgd":
         return Sgd(groups, lr=learning_rate, momentum=momentum)
     if name == "adamw":
@@ -76,13 +96,14 @@ def apply_schedule(
     During the first warmup_steps the learning rates rise linearly from 0 to the schedule, and SGD's momentum from
     warmup_momentum. The rate of SGD's biases falls from warmup_bias_learning_rate, which lets a fresh detector find the
     base rate of its classes in a few steps. AdamW does not need that: its biases rise from 0 like the rest.
+    All of this is multiplied by the `factor` of a group; the scheduled learning rate is that of a factor of 1.
     """
     target = learning_rate * schedule_factor(step / total_steps, final_fraction=final_fraction, schedule=schedule)
     warmth = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     is_sgd = isinstance(optimizer, Sgd)
     for group in optimizer.param_groups:
-        start = warmup_bias_learning_rate if is_sgd and group["name"] == "biases" else 0.0
-        group["lr"] = start + (target - start) * warmth
+        start = warmup_bias_learning_rate if is_sgd and group["name"].endswith("biases") else 0.0
+        group["lr"] = group["factor"] * (start + (target - start) * warmth)
         if is_sgd:
             group["momentum"] = warmup_momentum + (momentum - warmup_momentum) * warmth
     return target

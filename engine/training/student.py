@@ -17,6 +17,7 @@ from distill.pruning import scores
 from distill.pruning.files import read_widths
 from distill.pruning.inherit import inherited_state
 from engine.training.int8 import prepare_int8
+from engine.training.optimization import BACKBONE
 from errors import UserError
 from frcnn.norm import freeze_norms
 from frcnn.pretrained import Backbone, freeze, load_backbone
@@ -55,6 +56,7 @@ def build_student(
         file = find_backbone_file(Path(config.student.backbone_weights), arch)
         load_backbone(backbone_of(student), file)
     freeze_backbone(student, config.student)
+    check_backbone_factor(student, config)
     prepare_int8(student, config)
     return student
 
@@ -219,6 +221,15 @@ def freeze_backbone(student: nn.Module, settings: ModelConfig) -> None:
             raise UserError(f"key 'student.trainable_stages': {error}") from None
     if settings.frozen_norms:
         freeze_norms(backbone_of(student))
+
+
+def check_backbone_factor(student: nn.Module, config: Config) -> None:
+    """UserError for a learning rate of the backbone's own where there is no backbone, or all of it is frozen."""
+    factor = config.optimizer.backbone_factor
+    learning = (name for name, parameter in student.named_parameters() if parameter.requires_grad)
+    if factor != 1 and not any(name.startswith(BACKBONE) for name in learning):
+        found = f"key 'optimizer.backbone_factor': found {factor}, but no backbone of {config.student.arch} learns"
+        raise UserError(f"{found}, expected 1")
 
 
 def backbone_of(detector: nn.Module) -> Backbone:

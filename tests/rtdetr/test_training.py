@@ -169,7 +169,8 @@ class Interrupted(Exception):
 
 def test_an_interrupted_run_ends_with_the_same_weights(make_tiny, monkeypatch):
     monkeypatch.setitem(models.ARCHITECTURES, "rtdetr_r18vd", tiny_rtdetr)
-    optimizer = {"name": "adamw", "learning_rate": 1e-3, "momentum": 0.9, "clip_norm": 0.1, "warmup_epochs": 0.5}
+    rates = {"learning_rate": 1e-3, "backbone_factor": 0.1, "warmup_epochs": 0.5}
+    optimizer = rates | {"name": "adamw", "momentum": 0.9, "clip_norm": 0.1}
 
     def config(name):
         return make_tiny(name=name, student={"arch": "rtdetr_r18vd"}, optimizer=optimizer)
@@ -185,6 +186,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(make_tiny, monkeypatch):
     runs = config("whole").runs
     whole, parts = (checkpoint.load_newest(f"{runs}/{name}/weights/last.pt", print) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 6
+    groups = {group["name"]: group["lr"] for group in parts["optimizer"]["param_groups"]}
+    assert groups["backbone.weights"] == 0.1 * groups["weights"] > 0
     for key in ("model", "ema"):
         assert whole[key].keys() == parts[key].keys()
         assert all(torch.equal(whole[key][name], parts[key][name]) for name in whole[key])

@@ -100,6 +100,10 @@ MISTAKES = {
     "size": (lambda f: {"image_size": 50}, "'image_size': found 50"),
     "accumulate": (lambda f: {"optimizer": {"accumulate": 0}}, "'optimizer.accumulate': found 0"),
     "rate": (lambda f: {"optimizer": {"learning_rate": 0.0}}, "'optimizer.learning_rate': found 0.0"),
+    "rate of the backbone": (
+        lambda f: {"optimizer": {"backbone_factor": 0.0}},
+        "'optimizer.backbone_factor': found 0.0, expected a number above 0",
+    ),
     "evaluation": (lambda f: {"evaluation": {"batch_size": 0}}, "'evaluation.batch_size': found 0"),
     "threshold": (lambda f: {"evaluation": {"iou_threshold": 1.5}}, "'evaluation.iou_threshold': found 1.5"),
     "workers": (lambda f: {"data": {"workers": -1}}, "'data.workers': found -1"),

@@ -33,6 +33,41 @@ def test_groups_cover_every_trainable_parameter_once():
     assert {key: group["weight_decay"] for key, group in groups.items()} == {"weights": 0.1, "norms": 0, "biases": 0}
 
 
+class WithBackbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = Small(), nn.Linear(4, 4)
+
+
+def test_a_backbone_with_a_factor_has_groups_of_its_own():
+    student, adapter = WithBackbone(), nn.Linear(4, 4)
+    for factor in (0.1, 1.0):
+        groups = parameter_groups((student, adapter), 0.1, factor)
+        numbers = [id(p) for group in groups for p in group["params"]]
+        learnt = [id(p) for m in (student, adapter) for p in m.parameters() if p.requires_grad]
+        assert len(numbers) == len(set(numbers)) and set(numbers) == set(learnt)
+        if factor == 1:  # as without the key, so that older runs go on
+            assert [group["name"] for group in groups] == ["weights", "norms", "biases"]
+            assert all(group["factor"] == 1 for group in groups)
+            continue
+        assert [group["name"] for group in groups[3:]] == ["backbone.weights", "backbone.norms", "backbone.biases"]
+        assert [group["factor"] for group in groups] == [1, 1, 1, 0.1, 0.1, 0.1]
+        assert [group["weight_decay"] for group in groups] == [0.1, 0, 0] * 2
+        own = {id(p) for p in student.backbone.parameters() if p.requires_grad}
+        assert {id(p) for group in groups[3:] for p in group["params"]} == own
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_rate_of_a_backbone_is_its_factor_times_the_rest_at_every_step(name):
+    settings = dict(name=name, learning_rate=0.1, momentum=0.9, weight_decay=0.1, backbone_factor=0.25)
+    optimizer = build_optimizer((WithBackbone(),), **settings)
+    for step in (0, 3, 9, 50, 99):
+        assert apply_schedule(optimizer, step, **RATES) == pytest.approx(0.1 * (1 - 0.99 * step / 100))
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert rates["backbone.weights"] == rates["backbone.norms"] == 0.25 * rates["weights"] > 0
+        assert rates["backbone.biases"] == 0.25 * rates["biases"]
+
+
 def tensors_held_by_no_layer(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a model learns beside the weights and biases of its layers, and of more than one dimension."""
     layers = ("weight", "bias")

@@ -136,6 +136,10 @@ def test_frozen_stages_and_norms_stay_while_the_rest_learns(data, tmp_path):
         (dict(student=fresh), "frozen_norms': found true without weights"),
         (dict(student=student | {"trainable_stages": 9}), "9 trainable stages: expected 0 to 5"),
         (dict(student={"arch": "yolov8n", "frozen_norms": True}), "frozen_norms': yolov8n learns as a whole"),
+        (
+            dict(student=student | {"trainable_stages": 0}, optimizer=SGD | {"backbone_factor": 0.1}),
+            "backbone_factor': found 0.1, but no backbone of fasterrcnn_resnet18 learns, expected 1",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             train.run(tiny_config(data, tmp_path / "refused", **changes), quiet=True)
