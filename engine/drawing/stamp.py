@@ -1,10 +1,12 @@
 """A line of text in a strip above a picture, such as the mark of a run that is no measurement."""
 
+import io
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from engine.drawing.fonts import drawable, load_font
+from engine.runtime.run_folder import write_bytes
 
 LETTERS = 70  # of the line that fit the width of a picture
 HEIGHTS = (10, 22)  # pixels: the smallest and the largest letters
@@ -24,10 +26,9 @@ def stamped(picture: Image.Image, text: str) -> Image.Image:
 
 
 def stamp_file(path: Path, text: str) -> None:
-    """Put the text above the picture in a file. A file that is not there, or no text: nothing changes."""
+    """Put the text above the picture in a file, replaced as a whole. No such file, or no text: nothing changes."""
     if text and path.is_file():
+        encoded = io.BytesIO()
         with Image.open(path) as picture:
-            whole = stamped(picture.convert("RGB"), text)
-        beside = path.with_name(f".{path.name}")
-        whole.save(beside, quality=90)
-        beside.replace(path)  # so that a process that is killed leaves a whole picture
+            stamped(picture.convert("RGB"), text).save(encoded, picture.format, quality=90)
+        write_bytes(path, encoded.getvalue())

@@ -19,7 +19,8 @@ foretold by synflow, the norm of the gradient, parameters, FLOPs and short train
     shapes/, runs/              the shapes as files of widths, and the run of each training
 
 Each training is an ordinary run, made once. Stop the command at any time and give it again: finished runs are read, an
-interrupted one is continued, and the search makes the same choices. A training with a loss that is not finite scores 0.
+interrupted one is continued, and the search makes the same choices. A training with a loss that is not finite scores 0,
+and is not made again: its folder has the reason in failed.txt. Remove the folder to train it once more.
 
 Exit codes: 0 done, 2 a mistake in the arguments or the data, 4 out of memory, 5 a file that could not be written,
 130 after Ctrl-C, 143 after SIGTERM.
@@ -193,13 +194,25 @@ class Search:
 
 
 def train_once(config: Config) -> dict[str, Any]:
-    """The report of a run: read if it is finished, else trained, from its checkpoint if there is one."""
+    """The report of a run: read if it is finished, else trained, from its checkpoint if there is one.
+
+    UserError for a training that failed, now or before.
+    """
     folder = run_folder.RunFolder(Path(config.runs) / config.name)
     refuse_other(folder, config)
+    failure = folder.path / "failed.txt"
+    if failure.is_file():
+        raise UserError(failure.read_text(encoding="utf-8"), NOT_FINITE_EXIT_CODE)
     if not folder.report.is_file():
         run_folder.make_folder(folder.path.parent)
         with claims.take(folder.path) as claim:
-            train.start_or_continue(config, claim, quiet=True)
+            try:
+                train.start_or_continue(config, claim, quiet=True)
+            except UserError as error:
+                if error.exit_code == NOT_FINITE_EXIT_CODE:
+                    run_folder.make_folder(folder.path)
+                    run_folder.write_text(failure, str(error))
+                raise
     return json.loads(folder.report.read_text(encoding="utf-8"))
 
 

@@ -160,7 +160,7 @@ def ranked_lines(file: SearchFile, result: Results) -> list[str]:
     n = len(result.ranked)
     if n >= 2:
         bound = 1.96 * spread_without_relation(n)
-        lines += ["", f"Of {n} shapes in random order, 95 % of all |tau| are below {bound:.2f}."]
+        lines += ["", f"If the order of {n} shapes were random, |tau| would stay below {bound:.2f} in about 95 % of cases."]
     return lines
 
 

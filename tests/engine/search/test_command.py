@@ -105,6 +105,7 @@ def test_killed_and_given_again_it_chooses_the_same(write, trained, monkeypatch,
     assert labels["best"]["score"] == max(pair["score"] for pair in full)
     assert len(labels["ranked"]) == 3 and set(labels["tau"]) == {"GFLOPs", "1 epochs"}
     assert labels["tau"]["1 epochs"] == 1  # the score of the stand-in
+    assert "If the order of 3 shapes were random, |tau| would stay below 1.25 in about 95 % of cases." in text
     assert "**Kendall's tau with 3 epochs**" in text and "| evolution | random | 2 |" in text
     assert "written: " in capsys.readouterr().out
 
@@ -130,7 +131,11 @@ def test_a_loss_that_is_not_finite_scores_nothing(write, trained, monkeypatch, t
 
     monkeypatch.setattr(train, "run", run_or_fail)
     main([str(write({"ranked": 0}))])
-    assert f"Failed, counted as 0: {trained[2]}: step 3: box is nan" in read(tmp_path, "search.md")
+    text, whole = read(tmp_path, "search.md"), list(trained)
+    assert f"Failed, counted as 0: {whole[2]}: step 3: box is nan" in text
+    monkeypatch.setattr(train, "run", run)  # it would end well now
+    main([str(tmp_path / "search.yaml")])
+    assert trained == whole and read(tmp_path, "search.md") == text  # nothing is trained again, the failed one included
 
 
 def test_a_search_in_earnest(write, tmp_path):

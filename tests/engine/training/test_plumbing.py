@@ -16,7 +16,7 @@ import models
 import predict
 import train
 from config import load_config
-from engine.drawing.stamp import stamped
+from engine.drawing.stamp import stamp_file, stamped
 from engine.runtime import run_folder
 from engine.training import reporting, run_pictures
 from engine.training.dry_run import dry_run
@@ -94,6 +94,21 @@ def test_a_measurement_has_no_mark(tmp_path):
     assert next(csv.reader(io.StringIO((tmp_path / "metrics.csv").read_text())))[-1] == "lr"
     picture = Image.new("RGB", (90, 40), "white")
     assert stamped(picture, "") is picture and stamped(picture, "a").height > 40
+
+
+def test_a_picture_that_cannot_be_stamped_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    Image.new("RGB", (90, 40), "white").save(path)
+    before = path.read_bytes()
+
+    def fail(image, file, *_, **__):
+        getattr(file, "write", getattr(file, "write_bytes", None))(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        stamp_file(path, "a mark")
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == before
 
 
 def test_random_weights_are_the_same_each_time(tmp_path):
