@@ -11,7 +11,7 @@ could never act is refused before any training step: see Criterion.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from distill.adapters import build_adapter, like_adapted, normalises, resize_lik
 from distill.batch import BatchOutputs
 from distill.checks import FIXED_MAPS, check_terms, term_name
 from distill.gradient_shares import GradientShares
-from distill.outputs import content_at, named_map, only_at
+from distill.outputs import content_at, head_levels, named_map, only_at
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
 from distill.teacher_weights import confidence_weights, teacher_cross_entropy
 from distill.term_inputs import TermInputs
@@ -61,11 +61,9 @@ def schedule_factor(term: TermConfig, epoch: float, epochs: int) -> float:
     if term.stop_epoch is not None and epoch >= term.stop_epoch:
         return 0.0
     x, f = min(epoch / max(epochs, 1), 1.0), term.final_fraction
-    decay = {"none": 1.0, "linear": 1 - (1 - f) * x, "cosine": f + (1 - f) * (1 + math.cos(math.pi * x)) / 2}[
-        term.decay
-    ]
+    decays = {"none": 1.0, "linear": 1 - (1 - f) * x, "cosine": f + (1 - f) * (1 + math.cos(math.pi * x)) / 2}
     warmup = min(epoch / term.warmup_epochs, 1.0) if term.warmup_epochs > 0 else 1.0
-    return warmup * decay
+    return warmup * decays[term.decay]
 
 
 class Criterion(nn.Module):
@@ -105,7 +103,7 @@ class Criterion(nn.Module):
         super().__init__()
         self.terms: dict[str, TermConfig] = {}
         self.epochs = epochs
-        self.models = (student, dict(teachers))  # in a tuple: not modules of this one
+        self._models = (student, dict(teachers))  # in a tuple: not modules of this one
         self.teacher_weighting = teacher_weighting
         self.classes: dict[str, ClassColumns | None] = {}  # by term: columns of the classes that both models have
         self.teacher_classes: dict[str, ClassColumns | None] = {}  # by teacher: the same, for its weight
@@ -140,6 +138,14 @@ class Criterion(nn.Module):
         self._check_weighting(class_names, facts, joined)
 
     @property
+    def student(self) -> nn.Module:
+        return self._models[0]
+
+    @property
+    def teachers(self) -> dict[str, nn.Module]:
+        return self._models[1]
+
+    @property
     def leaves_padding_out(self) -> bool:
         """Whether `forward` reads `content`, for a term with content_only."""
         return any(term.content_only for term in self.terms.values())
@@ -168,36 +174,23 @@ class Criterion(nn.Module):
         """
         zero = torch.zeros((), device=targets.boxes_xyxy.device)
         whole = BatchOutputs(s_output, t_outputs, targets, content)
-        parts: dict[str, BatchOutputs | None] = {"all": whole}  # by TermConfig.on
         factors = {name: schedule_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
+        teacher_weights = self._teacher_weights(s_output, t_outputs, targets)
+        parts: dict[str, BatchOutputs | None] = {}  # by TermConfig.on, in the order of the terms: gradients round by it
         values: dict[str, Tensor] = {}  # of the terms that their schedules let act
-        trust = self._teacher_weights(s_output, t_outputs, targets)
         for name, term in self.terms.items():
             if term.on not in parts:
-                parts[term.on] = self._images_of(term.on, whole, is_labelled)
+                parts[term.on] = images_of(term.on, whole, is_labelled)
             part = parts[term.on]
-            if factors[name] == 0:
-                continue
-            if part is None:
-                values[name] = zero
-                continue
-            t_output, shared = part.t_outputs[term.teacher], part.shared.setdefault(term.teacher, {})
-            values[name] = self._term_loss(term, part.s_output, t_output, part.targets, shared, part.content)
+            if factors[name] != 0:
+                values[name] = zero if part is None else self._term_loss(term, part)
         weights = self.shares(values, detection, s_output.features if values else {}, counts=is_warm)
         losses = dict.fromkeys(self.terms, zero)
         for name, value in values.items():
             term = self.terms[name]
             factor = weights.get(name, term.weight) * factors[name]
-            losses[name] = factor * trust[term.teacher] * value if term.teacher in trust else factor * value
+            losses[name] = factor * teacher_weights.get(term.teacher, 1.0) * value
         return losses
-
-    @staticmethod
-    def _images_of(kind: str, batch: BatchOutputs, is_labelled: Tensor | None) -> BatchOutputs | None:
-        """The labelled or the unlabelled images of a batch; None where it has none."""
-        if is_labelled is None:
-            return batch if kind == "labelled" else None
-        chosen = is_labelled if kind == "labelled" else ~is_labelled
-        return batch.of_images(chosen) if chosen.any() else None
 
     def requested_outputs(self, teacher: str) -> frozenset[str] | None:
         """The parts of a teacher's output that its terms read, so that it need not compute the rest; None: all."""
@@ -209,55 +202,30 @@ class Criterion(nn.Module):
         if any(LOSSES[term.loss].reads_scores for term in terms):
             if any("region" in term.parameters for term in terms):
                 return None
-            _, teachers = self.models
-            strides = cast(Detector, teachers[teacher]).strides
-            levels = [name for name in strides if name[0] == "p" and name[1:].isdigit()]
-            parts |= {"class_logits", "objectness_logits", *levels}
+            strides = cast(Detector, self.teachers[teacher]).strides
+            parts |= {"class_logits", "objectness_logits", *head_levels(strides)}
         return frozenset(parts)
 
-    def _term_loss(
-        self,
-        term: TermConfig,
-        s_output: Any,
-        t_output: Any,
-        targets: Targets,
-        shared: dict[Hashable, Any],
-        content: Tensor | None = None,
-    ) -> Tensor:
+    def _term_loss(self, term: TermConfig, batch: BatchOutputs) -> Tensor:
         """The sum over the term's pairs, unweighted. Losses are computed in float32, under autocast too."""
         entry, name = LOSSES[term.loss], term_name(term)
-        student, teachers = self.models
-        values = []
+        t_output = batch.t_outputs[term.teacher]
         adapters, modules = cast(nn.ModuleList, self.adapters[name]), cast(nn.ModuleList, self.losses[name])
+        values = []
         for s_name, t_name, adapter, module in zip(term.student_maps, term.teacher_maps, adapters, modules):
-            s_map: Tensor | None = None
-            t_map: Tensor | None = None
-            shown: Tensor | None = None
-            if entry.reads in ("map", "image"):
-                s_map = named_map(s_output, s_name)
-                shown = content_at(content, s_map) if term.content_only and content is not None else None
-                s_map = only_at(shown, s_map)
-                with in_precision_of(s_map):
-                    s_map = only_at(shown, adapter(s_map))
-            if entry.reads == "map":
-                assert s_map is not None
-                t_map = only_at(shown, resize_like(named_map(t_output, t_name).detach(), s_map))
-                t_map = t_map if entry.finishes_maps else only_at(shown, like_adapted(adapter, t_map))
             inputs = TermInputs(
-                targets=targets,
-                s_output=s_output,
+                targets=batch.targets,
+                s_output=batch.s_output,
                 t_output=t_output,
-                student=student,
-                teacher=teachers[term.teacher],
+                student=self.student,
+                teacher=self.teachers[term.teacher],
                 s_name=s_name,
                 t_name=t_name,
-                s_map=s_map,
-                t_map=t_map,
                 classes=self.classes[name],
-                content=shown,
-                shared=shared,
+                shared=batch.shared.setdefault(term.teacher, {}),
+                **adapted_maps(term, batch, s_name, t_name, adapter),
             )
-            with torch.autocast(targets.boxes_xyxy.device.type, enabled=False):
+            with torch.autocast(batch.targets.boxes_xyxy.device.type, enabled=False):
                 if entry.module is None:
                     values.append(entry.compute(inputs, **term.parameters))
                 else:
@@ -268,9 +236,8 @@ class Criterion(nn.Module):
         """Factors of the teachers by name; {} where they are fixed."""
         if self.teacher_weighting == "fixed":
             return {}
-        _, teachers = self.models
         cross_entropies = [
-            teacher_cross_entropy(teachers[name], t_outputs[name], targets, s_output.image_size, classes=classes)
+            teacher_cross_entropy(self.teachers[name], t_outputs[name], targets, s_output.image_size, classes=classes)
             for name, classes in self.teacher_classes.items()
         ]
         return dict(zip(self.teacher_classes, confidence_weights(torch.stack(cross_entropies))))
@@ -281,10 +248,9 @@ class Criterion(nn.Module):
         """UserError unless weights by confidence have at least two teachers to compare, all of which classify boxes."""
         if self.teacher_weighting == "fixed":
             return
-        _, teachers = self.models
-        if len(teachers) < 2:
-            raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {len(teachers)}")
-        for name, teacher in teachers.items():
+        if len(self.teachers) < 2:
+            raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {len(self.teachers)}")
+        for name, teacher in self.teachers.items():
             if not hasattr(teacher, "class_logits_at"):
                 raise UserError(f"key 'teacher_weighting': teacher {name!r} cannot classify given boxes")
             if name not in joined:
@@ -298,22 +264,20 @@ class Criterion(nn.Module):
         With random outputs, a term about boxes compares the classes of the objects, since noise has few detections, and
         half the locations learn an object: a loss that is 0 then is 0 for any outputs.
         """
-        student, _ = self.models
-        device = next(student.parameters()).device
-        targets = probe_targets(s_probe.image_size, device)
+        targets = probe_targets(s_probe.image_size, self._device)
         generator = torch.Generator().manual_seed(0)
         anywhere = {"boxes": "targets"} if "boxes" in LOSSES[term.loss].parameters() else {}
         at_targets = dataclasses.replace(term, parameters={**term.parameters, **anywhere})
         values = []
         try:
             with self._trying():
-                self._term_loss(term, s_probe, t_probe, targets, {})
+                self._term_loss(term, BatchOutputs(s_probe, {term.teacher: t_probe}, targets))
                 for _ in range(2):
                     s, t = random_output(s_probe, generator), random_output(t_probe, generator)
-                    shared: dict[Hashable, Any] = {}
-                    if hasattr(student, "positives"):
-                        shared["positives"] = random_positives(s, targets, generator)
-                    values.append(self._term_loss(at_targets, s, t, targets, shared).item())
+                    batch = BatchOutputs(s, {term.teacher: t}, targets)
+                    if hasattr(self.student, "positives"):
+                        batch.shared[term.teacher] = {"positives": random_positives(s, targets, generator)}
+                    values.append(self._term_loss(at_targets, batch).item())
         except (ValueError, TypeError) as error:
             raise UserError(f"{key}: {error}") from None
         if max(values) <= NO_LOSS:
@@ -325,30 +289,64 @@ class Criterion(nn.Module):
     @contextlib.contextmanager
     def _trying(self) -> Iterator[None]:
         """Student and criterion in eval mode. The weights of later terms do not depend on draws in here."""
-        student, _ = self.models
-        was_training = student.training
-        self.to(next(student.parameters()).device).eval()
-        student.eval()
+        was_training = self.student.training
+        self.to(self._device).eval()
+        self.student.eval()
         try:
             with torch.random.fork_rng(devices=[]):
                 yield
         finally:
             self.train()
-            student.train(was_training)
+            self.student.train(was_training)
 
     @torch.no_grad()
     def _reads_objects(self, term: TermConfig, s_probe: Any, t_probe: Any) -> bool:
         """Whether the loss of random outputs depends on the objects of the images."""
-        student, _ = self.models
-        device = next(student.parameters()).device
         generator = torch.Generator().manual_seed(0)
         s, t = random_output(s_probe, generator), random_output(t_probe, generator)
         values = []
         with self._trying():
-            for targets in (probe_targets(s_probe.image_size, device), Targets.empty(device)):
+            for targets in (probe_targets(s_probe.image_size, self._device), Targets.empty(self._device)):
                 torch.manual_seed(0)  # a loss that draws draws the same
-                values.append(self._term_loss(term, s, t, targets, {}).item())
+                values.append(self._term_loss(term, BatchOutputs(s, {term.teacher: t}, targets)).item())
         return values[0] != values[1]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+
+def images_of(kind: str, batch: BatchOutputs, is_labelled: Tensor | None) -> BatchOutputs | None:
+    """The images of a batch that TermConfig.on names; None where it has none."""
+    if kind == "all":
+        return batch
+    if is_labelled is None:
+        return batch if kind == "labelled" else None
+    chosen = is_labelled if kind == "labelled" else ~is_labelled
+    return batch.of_images(chosen) if chosen.any() else None
+
+
+def adapted_maps(
+    term: TermConfig, batch: BatchOutputs, s_name: str, t_name: str, adapter: nn.Module
+) -> dict[str, Tensor | None]:
+    """s_map, t_map and content of TermInputs for one pair; none of them for a term that compares no maps."""
+    entry = LOSSES[term.loss]
+    if entry.reads not in ("map", "image"):
+        return {}
+    s_map = named_map(batch.s_output, s_name)
+    content = batch.content if term.content_only else None
+    if content is not None:
+        content = content_at(content, s_map)
+    s_map = only_at(content, s_map)
+    with in_precision_of(s_map):
+        s_map = only_at(content, adapter(s_map))
+    if entry.reads == "image":
+        return {"s_map": s_map, "content": content}
+    t_map = named_map(batch.t_outputs[term.teacher], t_name).detach()
+    t_map = only_at(content, resize_like(t_map, s_map))
+    if not entry.finishes_maps:
+        t_map = only_at(content, like_adapted(adapter, t_map))
+    return {"s_map": s_map, "t_map": t_map, "content": content}
 
 
 def compares_classes(term: TermConfig) -> bool:
@@ -385,37 +383,41 @@ def build_adapters(
     term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: ClassColumns | None
 ) -> nn.ModuleList:
     """One adapter per pair of maps; UserError where the pair cannot be joined."""
-    adapters = nn.ModuleList()
     entry = LOSSES[term.loss]
     if entry.reads != "map" and term.adapter != "none":
         raise UserError(f"{key}: loss {term.loss!r} compares {entry.reads}, not maps: expected adapter none")
-    for s_name, t_name in zip(term.student_maps, term.teacher_maps):
-        if entry.reads in FIXED_MAPS:
-            adapters.append(nn.Identity())
-            continue
-        try:
-            s, t = named_map(s_probe, s_name), named_map(t_probe, t_name)
-        except KeyError as error:
-            raise UserError(f"{key}: map {error.args[0]}") from None
-        shapes = f"{s_name} {tuple(s.shape)} of the student and {t_name} {tuple(t.shape)} of the teacher"
-        if entry.reads == "logits":
-            joins = classes is not None and s_name == t_name == "class_logits" and s.shape[:2] == t.shape[:2]
-            if s.shape != t.shape and not joins:
-                raise UserError(f"{key}: logits {shapes} must have equal shapes")
-            adapters.append(nn.Identity())
-            continue
-        if s.dim() != 4 or t.dim() != (2 if entry.reads == "image" else 4):
-            raise UserError(f"{key}: {shapes} are not maps (B, C, H, W)")
-        if entry.reads == "image" or (term.adapter == "none" and not entry.same_width):
-            adapters.append(nn.Identity())
-            continue
-        try:
-            adapters.append(build_adapter(term.adapter, s.shape[1], t.shape[1]))
-        except ValueError as error:
-            raise UserError(f"{key}: {s_name} and {t_name}: {error}") from None
-        if normalises(adapters[-1]) and entry.finishes_maps and not term.parameters.get("rescale", True):
-            raise UserError(f"{key}: the teacher's layers cannot take a normalised map: expected rescale: true")
-    return adapters
+    pairs = zip(term.student_maps, term.teacher_maps)
+    if entry.reads in FIXED_MAPS:
+        return nn.ModuleList(nn.Identity() for _ in pairs)
+    return nn.ModuleList(adapter_of_pair(term, key, s_probe, t_probe, *pair, classes) for pair in pairs)
+
+
+def adapter_of_pair(
+    term: TermConfig, key: str, s_probe: Any, t_probe: Any, s_name: str, t_name: str, classes: ClassColumns | None
+) -> nn.Module:
+    """The adapter between two maps; Identity between logits, image logits, and maps that need none."""
+    entry = LOSSES[term.loss]
+    try:
+        s, t = named_map(s_probe, s_name), named_map(t_probe, t_name)
+    except KeyError as error:
+        raise UserError(f"{key}: map {error.args[0]}") from None
+    shapes = f"{s_name} {tuple(s.shape)} of the student and {t_name} {tuple(t.shape)} of the teacher"
+    if entry.reads == "logits":
+        has_common_columns = classes is not None and s_name == t_name == "class_logits" and s.shape[:2] == t.shape[:2]
+        if s.shape != t.shape and not has_common_columns:
+            raise UserError(f"{key}: logits {shapes} must have equal shapes")
+        return nn.Identity()
+    if s.dim() != 4 or t.dim() != (2 if entry.reads == "image" else 4):
+        raise UserError(f"{key}: {shapes} are not maps (B, C, H, W)")
+    if entry.reads == "image" or (term.adapter == "none" and not entry.same_width):
+        return nn.Identity()
+    try:
+        adapter = build_adapter(term.adapter, s.shape[1], t.shape[1])
+    except ValueError as error:
+        raise UserError(f"{key}: {s_name} and {t_name}: {error}") from None
+    if normalises(adapter) and entry.finishes_maps and not term.parameters.get("rescale", True):
+        raise UserError(f"{key}: the teacher's layers cannot take a normalised map: expected rescale: true")
+    return adapter
 
 
 def build_losses(term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: ClassColumns | None) -> nn.ModuleList:

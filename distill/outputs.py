@@ -1,6 +1,7 @@
 """Reads a model's output by name: its maps, and the levels of a dense head."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,20 +21,20 @@ def named_map(output: Any, name: str) -> Tensor:
     return value
 
 
-def head_levels(output: Any) -> list[str]:
-    """The maps that the head of a dense detector reads, p3, p4, ..., in the order of its locations."""
-    return [name for name in output.features if name[0] == "p" and name[1:].isdigit()]
+def head_levels(map_names: Iterable[str]) -> list[str]:
+    """Of a dense detector's maps those that its head reads, p3, p4, ..., in the order of its locations."""
+    return [name for name in map_names if name[0] == "p" and name[1:].isdigit()]
 
 
 def level_layout(output: Any, values: Tensor) -> dict[str, Any]:
     """grid_sizes (one for each of head_levels) and anchors_per_pixel of a dense head, from its values (B, A, ...)."""
-    grids = [tuple(output.features[name].shape[2:]) for name in head_levels(output)]
+    grids = [tuple(output.features[name].shape[2:]) for name in head_levels(output.features)]
     return dict(grid_sizes=grids, anchors_per_pixel=values.shape[1] // max(sum(h * w for h, w in grids), 1))
 
 
 def head_level(model: Any, output: Any, name: str) -> int:
     """The index in head_levels of the level that a map belongs to: the level of that name, or else of its stride."""
-    levels, strides = head_levels(output), getattr(model, "strides", {})
+    levels, strides = head_levels(output.features), getattr(model, "strides", {})
     for row, level in enumerate(levels):
         if name == level or (name not in levels and name in strides and strides[name] == strides[level]):
             return row
