@@ -16,6 +16,7 @@ from typing import Any, Literal
 from errors import UserError
 from yaml_files import parse_yaml, read_yaml
 
+STUDENT = "student"  # the `teacher` of a term in which the student teaches itself
 RANDOM = "random"  # weights of a teacher that is untrained: its run is no measurement (Config.plumbing)
 NEAR = 0.7  # difflib's ratio from which an error offers a key for an unknown one; below it they are other words
 
@@ -136,7 +137,7 @@ class GradientShare:
 class TermConfig:
     """One distillation term: weight * schedule(epoch) * loss(adapter(student map), teacher map), summed over maps."""
 
-    teacher: str  # the name of one of `teachers`
+    teacher: str  # the name of one of `teachers`; student: itself, for a loss that compares its own layers
     loss: str  # a name in distill.terms.LOSSES
     weight: float | GradientShare  # factor of the loss; {share: 0.1}: measured, see terms.0.weight; 0: left out
     student_maps: tuple[str, ...] = ()  # maps or logits of the student; none: the loss compares boxes or whole outputs

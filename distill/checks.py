@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from config import GradientShare, TermConfig
+from config import STUDENT, GradientShare, TermConfig
 from distill.terms import LOSSES
 from errors import UserError
 
 RENAMED = {"box_beliefs": "box_classes"}  # losses, by their old names
 LOGITS = {"soft_class": "class_logits", "quality_focal": "class_logits", "localization": "box_logits"}  # by loss
 OTHER_BRANCH = {"crosskd_classes": "box", "crosskd_edges": "cls"}  # by loss: prefix of the maps that it cannot compare
-FIXED_MAPS = {"boxes": ("boxes",), "outputs": ("outputs",)}  # by Term.reads: such a term names no maps
+FIXED_MAPS = {name: (name,) for name in ("boxes", "outputs", "layers")}  # by Term.reads: such a term names no maps
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all others are 0 or more
     "temperature": (lambda number: number > 0, "a number above 0"),
     **dict.fromkeys(
@@ -26,6 +26,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all 
 
 def check_terms(terms: tuple[TermConfig, ...], teachers: tuple[str, ...]) -> dict[str, TermConfig]:
     """The terms of a config by their names, with names and maps filled in. teachers: their names."""
+    if STUDENT in teachers:
+        raise UserError(f"teacher {STUDENT!r}: this name stands for the student itself, expected another")
     by_name: dict[str, TermConfig] = {}
     for index, term in enumerate(terms):
         key = f"terms.{index}"
@@ -39,12 +41,13 @@ def check_terms(terms: tuple[TermConfig, ...], teachers: tuple[str, ...]) -> dic
 
 def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermConfig:
     """One term, as check_terms returns it."""
-    if term.teacher not in teachers:
-        raise UserError(f"{key}.teacher: found {term.teacher!r}, expected one of {', '.join(teachers) or 'no teacher'}")
     if term.loss in RENAMED:
         raise UserError(f"{key}.loss: found {term.loss!r}, which is called {RENAMED[term.loss]!r} now")
     if term.loss not in LOSSES:
         raise UserError(f"{key}.loss: found {term.loss!r}, expected one of {', '.join(LOSSES)}")
+    teachers = (STUDENT,) if LOSSES[term.loss].reads == "layers" else teachers
+    if term.teacher not in teachers:
+        raise UserError(f"{key}.teacher: found {term.teacher!r}, expected one of {', '.join(teachers) or 'no teacher'}")
     place, weight = f"{key}.weight", term.weight
     if isinstance(weight, GradientShare):
         place, weight = f"{place}.share", weight.share

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from config import GradientShare, TermConfig
+from config import STUDENT, GradientShare, TermConfig
 from datasets.class_names import join_classes
 from distill.adapters import build_adapter, like_adapted, normalises, resize_like
 from distill.batch import BatchOutputs
@@ -116,6 +116,7 @@ class Criterion(nn.Module):
         joined: dict[str, ClassColumns | None] = {}  # by teacher, so that each prints its line once
         s_probe = probe(student, image_size)
         t_probes = {name: probe(teacher, facts[name].image_size or image_size) for name, teacher in teachers.items()}
+        t_probes[STUDENT] = s_probe
         for index, (name, term) in enumerate(check_terms(terms, tuple(teachers)).items()):
             key = f"terms.{index}"
             t_probe, classes = t_probes[term.teacher], None
@@ -209,7 +210,7 @@ class Criterion(nn.Module):
     def _term_loss(self, term: TermConfig, batch: BatchOutputs) -> Tensor:
         """The sum over the term's pairs, unweighted. Losses are computed in float32, under autocast too."""
         entry, name = LOSSES[term.loss], term_name(term)
-        t_output = batch.t_outputs[term.teacher]
+        t_output = batch.t_outputs.get(term.teacher, batch.s_output)  # of itself, for STUDENT
         adapters, modules = cast(nn.ModuleList, self.adapters[name]), cast(nn.ModuleList, self.losses[name])
         values = []
         for s_name, t_name, adapter, module in zip(term.student_maps, term.teacher_maps, adapters, modules):
@@ -218,7 +219,7 @@ class Criterion(nn.Module):
                 s_output=batch.s_output,
                 t_output=t_output,
                 student=self.student,
-                teacher=self.teachers[term.teacher],
+                teacher=self.teachers.get(term.teacher, self.student),
                 s_name=s_name,
                 t_name=t_name,
                 classes=self.classes[name],
@@ -352,7 +353,7 @@ def adapted_maps(
 def compares_classes(term: TermConfig) -> bool:
     """Whether the term needs the classes that both models have."""
     entry = LOSSES[term.loss]
-    return entry.reads_scores or entry.reads != "map"
+    return entry.reads_scores or entry.reads not in ("map", "layers")
 
 
 def common_classes(key: str, teacher: str, class_names: tuple[str, ...], facts: TeacherFacts) -> ClassColumns | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from distill.decoder_queries import earlier_and_last_layer
 from distill.given_boxes import At, Boxes, box_logits, given_boxes, softmax_logits
 from distill.losses import crosskd, features, logits, masked, relations
 from distill.losses.box_classes import box_class_kl
@@ -21,6 +22,7 @@ from distill.losses.fgd import FGD
 from distill.losses.localization import localization_kl, valuable_region
 from distill.losses.masks import anchor_mask, box_density, box_mask, objects
 from distill.losses.mgd import MGD
+from distill.losses.queries import query_agreement
 from distill.outputs import anchor_outputs, branch_tail, own_anchors
 from distill.term_inputs import TermInputs
 
@@ -191,17 +193,27 @@ def image_kl(inputs: TermInputs, module: logits.TaughtImageHead) -> Tensor:
     return module(s_map=inputs.s_map, t_logits=inputs.t_logits())
 
 
+def last_layer(
+    inputs: TermInputs, *, class_weight: float = 1.0, l1_weight: float = 5.0, giou_weight: float = 2.0
+) -> Tensor:
+    """The last decoder layer teaches the earlier ones of the same student."""
+    return query_agreement(
+        **earlier_and_last_layer(inputs), class_weight=class_weight, l1_weight=l1_weight, giou_weight=giou_weight
+    )
+
+
 @dataclass(frozen=True)
 class Term:
     """A row of the table.
 
     reads: what the loss compares. map: two maps, the student's after its adapter. logits: outputs of equal locations.
     boxes: classes of given boxes. image: a map with the teacher's image logits. outputs: raw outputs of YOLOv5 heads.
+    layers: the student's own decoder layers, without a teacher.
     """
 
     compute: Callable[..., Tensor]  # the function of the term
     loss: Callable[..., Any]  # the loss that it calls, which has a section in docs/losses
-    reads: Literal["map", "logits", "boxes", "image", "outputs"] = "map"
+    reads: Literal["map", "logits", "boxes", "image", "outputs", "layers"] = "map"
     module: type[nn.Module] | None = None  # a loss that trains something, built with the widths of the maps
     same_width: bool = True  # the maps need equal channels
     reads_scores: bool = False  # needs the class scores of a dense teacher as well
@@ -237,4 +249,5 @@ LOSSES = {
     "decoupled_kl": Term(decoupled_kl, logits.decoupled_kl, "boxes"),
     "prediction_correlation": Term(prediction_correlation, logits.prediction_correlation, "boxes"),
     "image_kl": Term(image_kl, logits.image_kl, "image", logits.TaughtImageHead),
+    "last_layer": Term(last_layer, query_agreement, "layers"),
 }

@@ -8,6 +8,7 @@ logits         classes: KL, quality focal, DKD, DIST, soft targets
 localization   distributions of box edges
 crosskd        the student's maps through the rest of the teacher's head
 box_classes    classes of given boxes, sigmoid or softmax on either side
+queries        classes and boxes of the same queries of a DETR
 keywords       the error of a loss that is called without keywords
 
 `from distill import losses; losses.localization_kl(s_logits=..., t_logits=...)` has every loss that a config can name.
@@ -37,6 +38,7 @@ from distill.losses.logits import (
 )
 from distill.losses.masked import decoupled_mse, masked_mse
 from distill.losses.mgd import MGD
+from distill.losses.queries import query_agreement
 from distill.losses.relations import instance_distance, location_similarity
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "objectness_scaled",
     "prediction_correlation",
     "quality_focal",
+    "query_agreement",
     "score_weighted_l2",
     "soft_class_targets",
     "softmax_kl",

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from config import Config, TeacherConfig, from_tree, read_tree, to_tree
+from config import STUDENT, Config, TeacherConfig, from_tree, read_tree, to_tree
 from engine.comparison.compute import equal_compute_epochs
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule, when_committed
 from engine.comparison.protocol import describe_difference, differing_keys, same_teaching
@@ -159,7 +159,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int | 
 
 def four_rows(config: Config) -> dict[str, Any]:
     """The rows of a config with teachers and terms: does distillation help, and more than as much compute would?"""
-    if not config.teachers or not (config.terms or pseudo_of(config)):
+    if not (config.terms or pseudo_of(config)):
         raise UserError(
             "keys 'teachers' and 'terms': found none, expected a teacher and a term to compare, or 'rows'; train.py "
             "trains a config without them, and condense.py takes one with a section 'condense'"
@@ -167,6 +167,8 @@ def four_rows(config: Config) -> dict[str, Any]:
     alone: dict[str, Any] = {"terms": []}
     if config.data.unlabelled is not None:
         alone["data"] = {"unlabelled": None}
+    if not config.teachers:  # the student teaches itself: a row of equal compute would be the baseline again
+        return {"baseline": alone, "distilled": {}}
     distilled = {"against": ["baseline", "longer"]}
     return {"baseline": alone, "distilled": distilled, "longer": alone | {"compute_of": "distilled"}}
 
@@ -300,7 +302,7 @@ def check_teachers_of_row(file: RowFile, teachers: tuple[str, ...], where: str) 
     if (pseudo := pseudo_of(file)) is not None:
         named["data.unlabelled.pseudo.teacher"] = pseudo.teacher
     for key, name in named.items():
-        if name not in teachers:
+        if name not in (*teachers, STUDENT):
             raise UserError(f"{where}: key {key!r}: found {name!r}, expected {expected}")
 
 

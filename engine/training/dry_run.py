@@ -97,7 +97,7 @@ def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) ->
             parts = [cast(nn.ModuleList, of_terms[name])[number] for of_terms in (criterion.adapters, criterion.losses)]
             trained = sum(map(count_parameters, parts))
             on_top = f"{name_trained_part(term)}, {trained:,} parameters" if trained else "nothing"
-            t_text = f"{term.teacher} {name_and_shape(t_outputs[term.teacher], t_name)}"
+            t_text = f"{term.teacher} {name_and_shape(t_outputs.get(term.teacher, s_output), t_name)}"
             rows.append((name, name_and_shape(s_output, s_name), on_top, t_text))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from config import Config, GradientShare, TermConfig
+from config import STUDENT, Config, GradientShare, TermConfig
 
 WIDTH, ROW, BOX = 1120, 84, 62  # pixels: of the drawing, from one row to the next, height of a box
 COLUMNS = {"pictures": (12, 150), "models": (226, 220), "terms": (548, 372), "sum": (1000, 108)}  # left, width
@@ -33,7 +33,8 @@ def draw_training(config: Config) -> str:
     for y in (*y_of_teacher.values(), y_student):
         parts.append(line(COLUMNS["pictures"], y_pictures, COLUMNS["models"], y, OTHER_LINE))
     for (teacher, _, _), y in zip(rows, y_of_row):
-        parts.append(line(COLUMNS["models"], y_of_teacher[teacher], COLUMNS["terms"], y, TEACHER_LINE))
+        if teacher != STUDENT:  # it has a line to every term
+            parts.append(line(COLUMNS["models"], y_of_teacher[teacher], COLUMNS["terms"], y, TEACHER_LINE))
     for y in (*y_of_row[: len(config.terms)], y_student):
         parts.append(line(COLUMNS["models"], y_student, COLUMNS["terms"], y, STUDENT_LINE))
         parts.append(line(COLUMNS["terms"], y, COLUMNS["sum"], y_student, OTHER_LINE))
@@ -67,7 +68,8 @@ def describe_weight(term: TermConfig) -> str:
 
 def describe_maps(term: TermConfig) -> str:
     """`p3, p4 against patches, adapter conv1x1`"""
-    maps = ", ".join(term.student_maps) or "boxes or whole outputs"
+    maps = ", ".join(term.student_maps)
+    maps = maps or ("its own layers" if term.teacher == STUDENT else "boxes or whole outputs")
     against = f" against {', '.join(term.teacher_maps)}" if term.teacher_maps else ""
     return maps + against + (f", adapter {term.adapter}" if term.adapter != "none" else "")
 

@@ -173,7 +173,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(make_tiny, monkeypatch):
     optimizer = rates | {"name": "adamw", "momentum": 0.9, "clip_norm": 0.1}
 
     def config(name):
-        return make_tiny(name=name, student={"arch": "rtdetr_r18vd"}, optimizer=optimizer)
+        terms = [{"teacher": "student", "loss": "last_layer", "weight": 1.0}]
+        return make_tiny(name=name, student={"arch": "rtdetr_r18vd"}, optimizer=optimizer, terms=terms)
 
     train.run(config("whole"), quiet=True)
 

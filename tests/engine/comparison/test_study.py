@@ -234,6 +234,10 @@ def test_a_config_without_rows_is_four_of_them(tmp_path):
     assert rows[3].config.epochs == epochs_for_taught(config.epochs) > config.epochs and rows[3].config.terms == ()
     given = tiny_config(tmp_path, Path("runs"), name="x", teachers=[TEACHERS[1]], terms=[OTHER])
     assert list(four_rows(given)) == ["baseline", "distilled", "longer"]  # the teacher's passes cost compute as well
+    itself = TERM | {"teacher": "student", "loss": "last_layer"}
+    alone = tiny_config(tmp_path, Path("runs"), name="x", terms=[itself])
+    rows = plan(alone, four_rows(alone), seeds=1, source="x").rows
+    assert [(row.name, len(row.config.terms)) for row in rows] == [("baseline", 0), ("distilled", 1)]
     with pytest.raises(UserError, match="'teachers' and 'terms': found none"):
         four_rows(tiny_config(tmp_path, Path("runs"), name="x"))
 

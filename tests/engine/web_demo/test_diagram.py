@@ -42,6 +42,12 @@ def test_teachers_terms_and_student_are_drawn():
     assert drawing.count(f'stroke="{diagram.STUDENT_LINE}" stroke-width="1.6" marker-end') == 4
 
 
+def test_a_student_that_teaches_itself_has_a_term_and_no_teacher():
+    drawing = diagram.draw_training(config(terms=[{"teacher": "student", "loss": "last_layer", "weight": 1.0}]))
+    assert {"last_layer, weight 1", "its own layers"} <= set(texts(drawing))
+    assert not any(text.startswith("teacher") for text in texts(drawing))
+
+
 def test_a_teacher_of_pseudo_boxes_alone_is_drawn():
     pseudo = {"format": "yolo", "root": "r", "unlabelled": {"rest": True, "pseudo": {"teacher": "t"}}, "max_samples": 9}
     drawing = diagram.draw_training(config(data=pseudo, terms=[]))

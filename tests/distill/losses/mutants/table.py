@@ -10,6 +10,7 @@ from tests.distill.losses.mutants import (
     masked,
     masks,
     mgd,
+    queries,
     relations,
     sigmoid_logits,
 )
@@ -26,4 +27,5 @@ CASES = [
     *localization.CASES,
     *crosskd.CASES,
     *box_classes.CASES,
+    *queries.CASES,
 ]
