@@ -15,7 +15,7 @@ from errors import UserError
 RENAMED = {"box_beliefs": "box_classes"}  # losses, by their old names
 LOGITS = {"soft_class": "class_logits", "quality_focal": "class_logits", "localization": "box_logits"}  # by loss
 OTHER_BRANCH = {"crosskd_classes": "box", "crosskd_edges": "cls"}  # by loss: prefix of the maps that it cannot compare
-FIXED_MAPS = {name: (name,) for name in ("boxes", "outputs", "layers")}  # by Term.reads: such a term names no maps
+FIXED_MAPS = {name: (name,) for name in ("boxes", "outputs", "layers", "queries")}  # by Term.reads: it names no maps
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all others are 0 or more
     "temperature": (lambda number: number > 0, "a number above 0"),
     **dict.fromkeys(

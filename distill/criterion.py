@@ -196,7 +196,7 @@ class Criterion(nn.Module):
     def requested_outputs(self, teacher: str) -> frozenset[str] | None:
         """The parts of a teacher's output that its terms read, so that it need not compute the rest; None: all."""
         terms = [term for term in self.terms.values() if term.teacher == teacher]
-        whole = ("boxes", "outputs")
+        whole = ("boxes", "outputs", "queries")
         if self.teacher_weighting != "fixed" or any(LOSSES[term.loss].reads in whole for term in terms):
             return None
         parts = {name for term in terms for name in term.teacher_maps}
@@ -265,7 +265,7 @@ class Criterion(nn.Module):
         With random outputs, a term about boxes compares the classes of the objects, since noise has few detections, and
         half the locations learn an object: a loss that is 0 then is 0 for any outputs.
         """
-        targets = probe_targets(s_probe.image_size, self._device)
+        targets = self._probe_targets(term, s_probe)
         generator = torch.Generator().manual_seed(0)
         anywhere = {"boxes": "targets"} if "boxes" in LOSSES[term.loss].parameters() else {}
         at_targets = dataclasses.replace(term, parameters={**term.parameters, **anywhere})
@@ -307,10 +307,15 @@ class Criterion(nn.Module):
         s, t = random_output(s_probe, generator), random_output(t_probe, generator)
         values = []
         with self._trying():
-            for targets in (probe_targets(s_probe.image_size, self._device), Targets.empty(self._device)):
+            for targets in (self._probe_targets(term, s_probe), Targets.empty(self._device)):
                 torch.manual_seed(0)  # a loss that draws draws the same
                 values.append(self._term_loss(term, BatchOutputs(s, {term.teacher: t}, targets)).item())
         return values[0] != values[1]
+
+    def _probe_targets(self, term: TermConfig, s_probe: Any) -> Targets:
+        """Objects of a class that both models have."""
+        classes = self.classes[term_name(term)]
+        return probe_targets(s_probe.image_size, self._device, label=0 if classes is None else int(classes[0][0]))
 
     @property
     def _device(self) -> torch.device:

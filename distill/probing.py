@@ -24,21 +24,23 @@ def probe(model: nn.Module, image_size: int) -> Any:
 
 
 def random_output(output: Any, generator: torch.Generator) -> Any:
-    """The output with every map and every `..._logits` drawn from N(0, 1). Boxes and anchors are kept."""
+    """The output with all maps, all `..._logits` and a decoder's `memory` from N(0, 1). Boxes and anchors are kept."""
     draw = lambda value: torch.randn(value.shape, generator=generator).to(value)
     features = {name: draw(value) for name, value in output.features.items()}
     named = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    logits = {name: draw(v) for name, v in named.items() if name.endswith("_logits") and isinstance(v, Tensor)}
-    return dataclasses.replace(output, features=features, **logits)
+    drawn = {name: v for name, v in named.items() if name.endswith("_logits") or name == "memory"}
+    drawn = {name: draw(v) for name, v in drawn.items() if isinstance(v, Tensor)}
+    return dataclasses.replace(output, features=features, **drawn)
 
 
-def probe_targets(image_size: tuple[int, int], device: torch.device) -> Targets:
-    """Three objects in each of the two images, so that relations between objects have something to compare."""
+def probe_targets(image_size: tuple[int, int], device: torch.device, label: int = 0) -> Targets:
+    """Three objects of one class in each of two images, so that relations between objects have something to compare."""
     height, width = image_size
     sides = torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.05, 0.1, 0.4, 0.6], [0.5, 0.45, 0.95, 0.9]], device=device)
     boxes_xyxy = (sides * sides.new_tensor([width, height, width, height])).repeat(2, 1)  # (6, 4)
-    labels = torch.zeros(6, dtype=torch.int64, device=device)
-    return Targets(boxes_xyxy, labels, torch.arange(2, device=device).repeat_interleave(3), labels.bool())
+    labels = torch.full((6,), label, device=device)
+    is_ignored = torch.zeros(6, dtype=torch.bool, device=device)
+    return Targets(boxes_xyxy, labels, torch.arange(2, device=device).repeat_interleave(3), is_ignored)
 
 
 def random_positives(output: Any, targets: Targets, generator: torch.Generator) -> Tensor:

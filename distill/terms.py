@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.decoder_queries import earlier_and_last_layer
+from distill.decoder_queries import earlier_and_last_layer, of_objects
 from distill.given_boxes import At, Boxes, box_logits, given_boxes, softmax_logits
 from distill.losses import crosskd, features, logits, masked, relations
 from distill.losses.box_classes import box_class_kl
@@ -202,18 +202,27 @@ def last_layer(
     )
 
 
+def object_queries(
+    inputs: TermInputs, *, class_weight: float = 1.0, l1_weight: float = 5.0, giou_weight: float = 2.0
+) -> Tensor:
+    """Two decoders answer the same queries, made from the labelled objects."""
+    return query_agreement(
+        **of_objects(inputs), class_weight=class_weight, l1_weight=l1_weight, giou_weight=giou_weight
+    )
+
+
 @dataclass(frozen=True)
 class Term:
     """A row of the table.
 
     reads: what the loss compares. map: two maps, the student's after its adapter. logits: outputs of equal locations.
     boxes: classes of given boxes. image: a map with the teacher's image logits. outputs: raw outputs of YOLOv5 heads.
-    layers: the student's own decoder layers, without a teacher.
+    layers: the student's own decoder layers, without a teacher. queries: what both decoders make of given queries.
     """
 
     compute: Callable[..., Tensor]  # the function of the term
     loss: Callable[..., Any]  # the loss that it calls, which has a section in docs/losses
-    reads: Literal["map", "logits", "boxes", "image", "outputs", "layers"] = "map"
+    reads: Literal["map", "logits", "boxes", "image", "outputs", "layers", "queries"] = "map"
     module: type[nn.Module] | None = None  # a loss that trains something, built with the widths of the maps
     same_width: bool = True  # the maps need equal channels
     reads_scores: bool = False  # needs the class scores of a dense teacher as well
@@ -250,4 +259,5 @@ LOSSES = {
     "prediction_correlation": Term(prediction_correlation, logits.prediction_correlation, "boxes"),
     "image_kl": Term(image_kl, logits.image_kl, "image", logits.TaughtImageHead),
     "last_layer": Term(last_layer, query_agreement, "layers"),
+    "object_queries": Term(object_queries, query_agreement, "queries"),
 }

@@ -26,7 +26,7 @@ from boxes import box_iou, cxcywh_to_xyxy
 from layers.image_size import check_image_size
 from layers.precision import at_least_float32, in_precision_of
 from rtdetr.decoder import Decoded, Decoder, map_sizes
-from rtdetr.denoising import make_noisy_objects
+from rtdetr.denoising import NoisyObjects, make_noisy_objects
 from rtdetr.encoder import HybridEncoder
 from rtdetr.hgnetv2 import HGNetV2
 from rtdetr.losses import class_shares, is_in_ignored, learnt_objects, object_count, query_losses, to_fractions
@@ -166,18 +166,15 @@ class RTDETR(nn.Module):
         The noise comes from torch's global CPU generator.
         """
         decoded, objects = output.decoded(), learnt_objects(targets)
-        gt_boxes, image = to_fractions(objects.boxes_xyxy, output.image_size), objects.image
-        matches = match_queries(decoded.logits, decoded.boxes, labels=objects.labels, gt_boxes=gt_boxes, image=image)
+        gt_boxes = to_fractions(objects.boxes_xyxy, output.image_size)
+        where = dict(labels=objects.labels, gt_boxes=gt_boxes, image=objects.image)
+        matches = match_queries(decoded.logits, decoded.boxes, **where)
         count = object_count(len(objects), gt_boxes)
         about = dict(gt_boxes=gt_boxes, classes=class_shares(objects, self.num_classes, gt_boxes.dtype))
         is_ignored = is_in_ignored(decoded.boxes, targets, output.image_size)
         losses = query_losses(decoded.logits, decoded.boxes, matches, **about, count=count, is_left_out=is_ignored)
-        noisy = make_noisy_objects(
-            gt_boxes, objects.labels, image, num_images=len(decoded.memory), num_classes=self.num_classes
-        )
-        with in_precision_of(decoded.memory):
-            level_sizes = map_sizes([output.features[name] for name in LEVELS])
-            boxes, logits = self.decoder.denoise(decoded, noisy, level_sizes)
+        noisy = self.make_queries(output, targets, num_classes=self.num_classes)
+        boxes, logits = self.decode_queries(output, noisy)
         denoised = query_losses(
             logits,
             boxes,
@@ -187,6 +184,24 @@ class RTDETR(nn.Module):
             is_left_out=~noisy.is_real[:, None].expand(boxes.shape[:3]),
         )
         return losses | {f"denoising_{name}": value for name, value in denoised.items()}
+
+    def make_queries(self, output: RTDETROutput, targets: Targets, *, num_classes: int) -> NoisyObjects:
+        """Denoising queries of the learnt objects; their labels are in 0..num_classes-1, before and after the noise.
+
+        They hold nothing of this model, so another RT-DETR may decode them for the same images.
+        """
+        objects = learnt_objects(targets)
+        gt_boxes, num_images = to_fractions(objects.boxes_xyxy, output.image_size), len(output.decoded().memory)
+        return make_noisy_objects(
+            gt_boxes, objects.labels, objects.image, num_images=num_images, num_classes=num_classes
+        )
+
+    def decode_queries(self, output: RTDETROutput, noisy: NoisyObjects) -> tuple[Tensor, Tensor]:
+        """Boxes (B, L, T, 4) cxcywh_norm and logits (B, L, T, K) of denoising queries, after each decoder layer."""
+        decoded = output.decoded()
+        with in_precision_of(decoded.memory):
+            level_sizes = map_sizes([output.features[name] for name in LEVELS])
+            return self.decoder.denoise(decoded, noisy, level_sizes)
 
     def decode(self, output: RTDETROutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, Q, 4) in pixels and scores (B, Q, K) = sigmoid(query_logits). ValueError without a decoder."""

@@ -1,7 +1,7 @@
 """Distillation of a DETR's decoder: two predictions of the same query are compared, so nothing has to be matched.
 
 `query_agreement` is the loss. distill.decoder_queries chooses the queries: those of a student at its earlier layers and
-at its last one.
+at its last one, or queries made from the labelled objects, which student and teacher both decode.
 """
 
 from torch import Tensor

@@ -12,6 +12,7 @@ import checkpoint
 import models
 from config import RANDOM, Config, DataConfig, GradientShare, UnlabelledConfig
 from distill.checks import check_terms
+from distill.terms import LOSSES
 from engine.training.int8 import check_int8
 from engine.training.student import (
     backbone_of,
@@ -41,6 +42,7 @@ def check_config(config: Config, given: Collection[str] = (), processes: int = 1
     check_student(config, given, is_resumed=is_resumed)
     check_names(config, given)
     check_terms(config.terms, tuple(teacher.name for teacher in config.teachers))
+    check_kept_outputs(config)
     check_use_of_unlabelled(config)
     check_mixture(config, processes)
     check_teachers(config, given)
@@ -154,6 +156,14 @@ def check_unlabelled(settings: UnlabelledConfig, *, has_labelled: bool) -> None:
     if pseudo.image_size is not None and (pseudo.image_size < SIZE_MULTIPLE or pseudo.image_size % SIZE_MULTIPLE):
         found = f"{key}.pseudo.image_size': found {pseudo.image_size}"
         raise UserError(f"{found}, expected a multiple of {SIZE_MULTIPLE}")
+
+
+def check_kept_outputs(config: Config) -> None:
+    """UserError for a term that reads more of a teacher than the part of its output that is kept on disk."""
+    for index, term in enumerate(config.terms):
+        if config.teacher_cache_gigabytes and LOSSES[term.loss].reads == "queries":
+            found = f"key 'teacher_cache_gigabytes': found {config.teacher_cache_gigabytes} beside terms.{index}"
+            raise UserError(f"{found}, whose loss {term.loss!r} runs the teacher's decoder again, expected 0")
 
 
 def check_use_of_unlabelled(config: Config) -> None:

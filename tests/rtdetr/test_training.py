@@ -173,8 +173,13 @@ def test_an_interrupted_run_ends_with_the_same_weights(make_tiny, monkeypatch):
     optimizer = rates | {"name": "adamw", "momentum": 0.9, "clip_norm": 0.1}
 
     def config(name):
-        terms = [{"teacher": "student", "loss": "last_layer", "weight": 1.0}]
-        return make_tiny(name=name, student={"arch": "rtdetr_r18vd"}, optimizer=optimizer, terms=terms)
+        terms = [
+            {"teacher": "student", "loss": "last_layer", "weight": 1.0},
+            {"teacher": "t", "loss": "object_queries", "weight": 1.0},
+        ]
+        teachers = [{"name": "t", "arch": "rtdetr_r18vd", "weights": "random"}]
+        student = {"arch": "rtdetr_r18vd"}
+        return make_tiny(name=name, student=student, optimizer=optimizer, terms=terms, teachers=teachers)
 
     train.run(config("whole"), quiet=True)
 
