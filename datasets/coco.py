@@ -2,8 +2,8 @@
 
 Category ids may have gaps: labels are their ranks in id order, and DatasetIndex.category_ids has the ids. Ids may
 exceed 32 bits, and may be texts. `iscrowd` objects are `crowd`; objects with `ignore` (some tools write VOC's difficult
-so) are `ignore`. The area is the file's value (of the mask) where there is one. Masks are skipped before parsing: they
-are most of a file's bytes. datasets.values reads the values.
+so) are `ignore`. The area is the file's value (of the mask) where there is one. Masks are checked and taken out before
+parsing: they are most of a file's bytes. datasets.values reads the values.
 
 Two habits of tools that merge and export are corrected. A picture listed under several ids is one picture with the
 objects of all of them, and counted as a fault. A root category without objects, the supercategory of others, is no
@@ -12,12 +12,14 @@ class.
 Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312. Keypoints, captions and stuff are not read.
 """
 
+import gc
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from datasets.folders import is_left_out
@@ -28,6 +30,17 @@ from errors import UserError
 
 MAX_JSON_BYTES = 4 << 30
 TRIED = 100  # pictures of a file to look for in each folder
+_NUMBER = rb"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+"
+_SPACE = rb"[ \t\r\n]*+"
+
+
+def _list_of(item: bytes) -> bytes:
+    """The pattern of a JSON list with any number of items of a pattern."""
+    comma = _SPACE + b"," + _SPACE
+    return rb"\[" + _SPACE + rb"(?:" + item + rb"(?:" + comma + item + rb")*+)?+" + _SPACE + rb"\]"
+
+
+MASK = re.compile(rb'(?<!\\)"segmentation"' + _SPACE + b":" + _SPACE + _list_of(_list_of(_NUMBER)))
 
 
 def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
@@ -42,12 +55,25 @@ def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None
     """
     root = Path(root)
     json_path = find_json(root, split)
-    tree = read_json(json_path)
-    folder = find_folder(root, split, json_path, read_records(tree, "images", json_path))
-    index = index_coco(tree, json_path, folder, names)
+    with _no_collections():
+        tree = read_json(json_path)
+        folder = find_folder(root, split, json_path, read_records(tree, "images", json_path))
+        index = index_coco(tree, json_path, folder, names)
     if names is not None and tuple(names) != index.names:
         raise UserError(f"{json_path}: classes {', '.join(index.names)}; expected {', '.join(names)}")
     return index
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Pause the search for cycles among Python's objects: parsed labels are millions of them, and have none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def find_json(root: Path, split: str) -> Path:
@@ -89,13 +115,14 @@ def find_image(folder: Path, name: Any) -> Path | None:
     if not isinstance(name, str) or "\0" in name:
         return None
     for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
-        if (folder / spelled).is_file():
-            return folder / spelled
+        path = folder / spelled
+        if path.is_file():
+            return path
     return None
 
 
 def read_json(path: Path) -> Any:
-    """The plain values in a JSON file, with null for each mask that is a list.
+    """The plain values in a JSON file, with null for each mask that is a list of polygons.
 
     UserError for NaN, Infinity and deep nesting.
     """
@@ -124,15 +151,15 @@ def read_json(path: Path) -> Any:
 
 
 def _without_masks(data: bytes) -> bytearray:
-    """The JSON text with null for each mask that is a list; piece by piece, for its memory.
+    """The JSON text with null for each mask that is a list of lists of numbers; piece by piece, for its memory.
 
-    A match has no quote or brace, so it ends with the mask. It has no letter of NaN or Infinity, so those are still
-    refused. A quote inside a string is escaped, so a string never matches.
+    Whatever else stands there stays, and is refused or read by the parser: a mask that is not valid JSON, NaN, a mask
+    in run lengths. A quote inside a string is escaped, so a string never matches.
     """
     kept, end = bytearray(), 0
-    for match in re.finditer(rb'(?<!\\)"segmentation"\s*:\s*\[[^"{}NaI]*\]', data):
+    for match in MASK.finditer(data):
         kept += data[end : match.start()]
-        kept += b'"segmentation":null'
+        kept += b'"segmentation":null' + b"\n" * data.count(b"\n", *match.span())  # faults are named by their lines
         end = match.end()
     kept += data[end:]
     return kept
@@ -314,8 +341,8 @@ def _image_fault(record: dict) -> str | None:
         return f"id: {error}"
     if not isinstance(name, str) or not name or "\0" in name:
         return f"file_name {name!r}, expected a file name"
-    for path in map(PurePosixPath, (name, name.replace("\\", "/"))):
-        if path.is_absolute() or ".." in path.parts:
+    for spelled in (name, name.replace("\\", "/")):
+        if spelled.startswith("/") or ".." in spelled.split("/"):
             return f"file_name {name!r} leaves the dataset's folder"
     return None
 

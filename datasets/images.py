@@ -60,20 +60,27 @@ _TRANSPOSE = {
 def read_image(path: str | Path) -> np.ndarray:
     """The upright picture, uint8 (H, W, 3) RGB, contiguous. UserError names the file and its fault."""
     image = _open(path)
-    return _decode(image, path, path, _orientation(image, path))
+    if image.format != "PNG":
+        return _decode(image, path, _orientation(image, path))
+    image.close()
+    try:
+        data = Path(path).read_bytes()  # once, for the pixels and for their checksums, which Pillow does not test
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    return decode_image(data, str(path))
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """As read_image, for a file in memory, which is never written to disk. `name` names it in errors."""
     image = _open(name, data, max_pixels)
-    return _decode(image, data, name, _orientation(image, data))
+    return _decode(image, name, _orientation(image, data), data)
 
 
-def _decode(image: Image.Image, source: str | Path | bytes, path: str | Path, orientation: int) -> np.ndarray:
-    """The pixels in the form of read_image. Closes `image`."""
+def _decode(image: Image.Image, path: str | Path, orientation: int, data: bytes = b"") -> np.ndarray:
+    """The pixels in the form of read_image. Closes `image`. data: all bytes of its file; only a PNG needs them."""
     try:
         if image.format == "PNG":
-            _check_png(source if isinstance(source, bytes) else Path(source).read_bytes())
+            _check_png(data)
         if image.mode == "F":
             raise ValueError("its pixels are floats; expected 8 or 16 bits a channel")
         if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I

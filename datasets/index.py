@@ -65,9 +65,10 @@ class Sample:
         if self.crowd is None:
             object.__setattr__(self, "crowd", np.zeros(len(self.labels), dtype=bool))
         count = len(self.labels)
-        rows = {name: getattr(self, name).shape for name in ("labels", "ignore", "area", "crowd")}
-        scores = self.class_scores
-        if self.boxes_xyxy.shape != (count, 4) or set(rows.values()) != {(count,)}:
+        scores, one = self.class_scores, (count,)
+        others = self.labels.shape == one and self.ignore.shape == one and self.area.shape == one
+        if self.boxes_xyxy.shape != (count, 4) or not others or self.crowd.shape != one:
+            rows = {name: getattr(self, name).shape for name in ("labels", "ignore", "area", "crowd")}
             raise ValueError(f"{self.image_path}: rows differ: boxes_xyxy {self.boxes_xyxy.shape}, {rows}")
         if scores is not None and (scores.ndim != 2 or len(scores) != count):
             raise ValueError(f"{self.image_path}: class_scores {scores.shape}, expected ({count}, K)")

@@ -28,19 +28,15 @@ ONE_FACTOR = 0.1  # a larger share of pictures with the same wrong factor is no 
 
 @dataclass(eq=False)
 class LabelRows:
-    """The objects of one picture as parallel lists.
+    """The objects of one picture.
 
-    boxes: corners in pixels. area: None stands for the area of the box. lines: in the label file.
-    class_scores: K shares for every object, or None for every object.
+    rows: (x1, y1, x2, y2, label, difficult, crowd, area, class_scores) of each: corners in pixels; area None stands for
+        the area of the box; class_scores are K shares for every object, or None for every object.
+    lines: in the label file.
     """
 
-    boxes: list[Sequence[float]] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    difficult: list[bool] = field(default_factory=list)
-    crowd: list[bool] = field(default_factory=list)
-    area: list[float | None] = field(default_factory=list)
+    rows: list[tuple] = field(default_factory=list)
     lines: list[int | None] = field(default_factory=list)
-    class_scores: list[tuple[float, ...] | None] = field(default_factory=list)
 
     def add(
         self,
@@ -53,13 +49,8 @@ class LabelRows:
         line: int | None = None,
         class_scores: tuple[float, ...] | None = None,
     ) -> None:
-        self.boxes.append(box)
-        self.labels.append(label)
-        self.difficult.append(difficult)
-        self.crowd.append(crowd)
-        self.area.append(area)
+        self.rows.append((*box, label, difficult, crowd, area, class_scores))
         self.lines.append(line)
-        self.class_scores.append(class_scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,39 +170,44 @@ def make_sample(
 
     num_soft_classes: K if the rows have class_scores, else None.
     """
-    boxes = np.array(rows.boxes, dtype=np.float64).reshape(-1, 4)
-    labels = np.array(rows.labels, dtype=np.int64)
-    difficult, crowd = np.array(rows.difficult, dtype=bool), np.array(rows.crowd, dtype=bool)
+    boxes = np.array([row[:4] for row in rows.rows], dtype=np.float64).reshape(-1, 4)
+    columns = zip(*(row[4:] for row in rows.rows)) if rows.rows else ((),) * 5
+    label_column, difficult_column, crowd_column, area_column, scores_column = columns
+    labels = np.array(label_column, dtype=np.int64)
+    difficult, crowd = np.array(difficult_column, dtype=bool), np.array(crowd_column, dtype=bool)
+    limit = np.array([frame.width, frame.height], dtype=np.float64)
+    is_kept = np.ones(len(boxes), dtype=bool)
     if frame.orientation != 1:
         stored = (frame.height, frame.width) if frame.orientation >= 5 else (frame.width, frame.height)
         boxes = turn_boxes(boxes, frame.orientation, *stored)
-
-    limit = np.array([frame.width, frame.height], dtype=np.float64)
-    low, high = boxes[:, :2], boxes[:, 2:]  # (N, 2) each
-    is_good = (low < high) & (low >= -EDGE_TOLERANCE) & (high <= limit + EDGE_TOLERANCE) & (low < limit) & (high > 0)
-    is_kept = np.ones(len(boxes), dtype=bool)
-    if not is_good.all():  # true of few pictures of a set
+    if frame.orientation != 1 or not all(_is_inside(row, frame) for row in rows.rows):  # few pictures of a set
         boxes, is_kept = _sort_out(boxes, limit, rows, log, image_path, label_path)
-    columns = map(tuple, rows.boxes), rows.labels, rows.difficult, rows.crowd, rows.area, rows.class_scores
-    keys = list(zip(*columns))
-    if len(set(keys)) < len(keys):
+    if len(set(rows.rows)) < len(rows.rows):
         earlier = set()
-        for row, key in enumerate(keys):
+        for row, key in enumerate(rows.rows):
             if key in earlier and is_kept[row]:
                 _log_row(row, "duplicate box", "duplicate dropped", boxes, limit, rows, log, image_path, label_path)
                 is_kept[row] = False
             earlier.add(key)
 
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    if any(value is not None for value in rows.area):
-        area = np.array([b if a is None else a for a, b in zip(rows.area, area)], dtype=np.float64)
+    if area_column.count(None) < len(area_column):
+        area = np.array([b if a is None else a for a, b in zip(area_column, area)], dtype=np.float64)
     ignore, scores = difficult | crowd, None
     if num_soft_classes is not None:
-        scores = np.array(rows.class_scores, dtype=np.float64).reshape(-1, num_soft_classes)[is_kept]
+        scores = np.array(scores_column, dtype=np.float64).reshape(-1, num_soft_classes)[is_kept]
     if not is_kept.all():
         boxes, labels, ignore = boxes[is_kept], labels[is_kept], ignore[is_kept]
         area, crowd = area[is_kept], crowd[is_kept]
     return Sample(image_path, image_id, frame.width, frame.height, boxes, labels, ignore, area, crowd, scores)
+
+
+def _is_inside(row: tuple, frame: Frame) -> bool:
+    """Whether a row needs no look at its box: finite, of some size, and inside the picture up to the tolerance."""
+    x1, y1, x2, y2 = row[:4]
+    right, bottom = frame.width + EDGE_TOLERANCE, frame.height + EDGE_TOLERANCE
+    fits_x = -EDGE_TOLERANCE <= x1 < x2 <= right and x1 < frame.width and x2 > 0
+    return fits_x and -EDGE_TOLERANCE <= y1 < y2 <= bottom and y1 < frame.height and y2 > 0
 
 
 def _sort_out(

@@ -12,6 +12,11 @@ from datasets.coco import index_coco, read_coco, read_json
 from datasets.images import read_image
 from errors import UserError
 
+INVALID_MASKS = (
+    b"[1,,2] | [[1, 2], , [3]] | [[1 2]] | [[1, 2,]] | [[01]] | [[1.]] | [[.5]] | [[+1]] | [[1e]] | [[--1]] | [[1.2.3]]"
+    b' | [[1, 2] | [[1]]] | [1]2 | [[0x10]] | [[\x0b1]] | {"counts": [1,,2], "size": [3, 4]} | {"counts": "a, "b": 1}'
+).split(b" | ")
+
 
 def tree_of(annotations=(), images=None, categories=None) -> dict:
     images = [{"id": 7, "file_name": "x.jpg", "width": 100, "height": 80}] if images is None else images
@@ -222,6 +227,10 @@ def test_labels_turn_with_exif_where_the_size_says_so(make, tmp_path, stated):
         (b'{"images": [NaN]}', "NaN"),
         (b'{"images": [-Infinity]}', "-Infinity"),
         (b'{"annotations": [{"segmentation": [[NaN, 1]]}]}', "NaN"),
+        *(
+            (b'{"annotations": [{"segmentation": ' + mask + b"}]}", r"instances_val\.json:1: not valid JSON")
+            for mask in INVALID_MASKS
+        ),
         (b'{"images": [' + b"9" * 10_000 + b"]}", "not valid JSON"),
         (
             json.dumps(tree_of(categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}])).encode(),
@@ -248,6 +257,7 @@ def test_masks_are_skipped_and_nothing_else(tmp_path):
     tree = tree_of(
         [
             annotation(segmentation=[[1.5, -2, 3e2, 4.0], [5, 6, 7, 8]]),
+            annotation(segmentation=[[0, -0.5, 1e-7, 2e3], []]),
             annotation(segmentation=[], extra='"segmentation": [[1, 2]]'),
             annotation(segmentation={"counts": [1, 2], "size": [3, 4]}),
             annotation(segmentation=[[1, 2]], last=[1, [2]]),
@@ -261,6 +271,13 @@ def test_masks_are_skipped_and_nothing_else(tmp_path):
             if isinstance(row["segmentation"], list):
                 row["segmentation"] = None
         assert read_json(path) == expected
+
+
+def test_the_line_of_a_fault_counts_those_of_masks(tmp_path):
+    text = json.dumps(tree_of([annotation(segmentation=[[1, 2, 3, 4]])] * 2), indent=1)
+    (tmp_path / "a.json").write_text(text + "\n,")
+    with pytest.raises(UserError, match=rf"a\.json:{text.count(chr(10)) + 2}: not valid JSON"):
+        read_json(tmp_path / "a.json")
 
 
 def test_missing_root_and_other_names(make, tmp_path, shared_data):

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,20 @@ def test_exif_block_by_hand(order):
     for broken in (block(0), block(9), block(6, kind=5), block(6, count=2), block(6)[:20], block(6, offset=4_000_000)):
         assert exif_orientation(broken) == 1
     assert exif_orientation(b"") == exif_orientation(b"garbage") == 1
+
+
+def test_the_bytes_of_a_file_are_read_once(tmp_path):
+    counters = Path("/proc/self/io")
+    if not counters.is_file():
+        pytest.skip("needs the system's count of bytes that a process has read")
+    pixels = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
+    for suffix in (".png", ".bmp", ".jpg"):
+        path = tmp_path / f"noise{suffix}"
+        Image.fromarray(pixels).save(path)
+        before = int(counters.read_text().split()[1])  # rchar
+        read_image(path)
+        read = int(counters.read_text().split()[1]) - before
+        assert path.stat().st_size <= read < 1.5 * path.stat().st_size, suffix
 
 
 def test_modes(tmp_path):
