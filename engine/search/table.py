@@ -160,7 +160,8 @@ def ranked_lines(file: SearchFile, result: Results) -> list[str]:
     n = len(result.ranked)
     if n >= 2:
         bound = 1.96 * spread_without_relation(n)
-        lines += ["", f"If the order of {n} shapes were random, |tau| would stay below {bound:.2f} in about 95 % of cases."]
+        random = f"If the order of {n} shapes were random, |tau| would stay below {bound:.2f} in about 95 % of cases."
+        lines += ["", random]
     return lines
 
 
