@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the small real data beside the checkout, and the golden files."""
 
 import fcntl
+import gc
 import json
 import os
 import pickle
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a slow test come first, so that no process is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: the garbage collector, a tenth of the time, need not search it."""
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +93,24 @@ def runs_without_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "draw", lambda *args: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk():
+    """Only a power cut loses what was written and not flushed. Tests of the order of writing count the calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture
+def one_plot(monkeypatch):
+    """compare.py draws its plot anew after each run; here it draws the last one alone, with the pictures."""
+    from engine.comparison import plot
+
+    write = plot.write
+    last = lambda path, *results, with_pictures: write(path, *results, with_pictures=True) if with_pictures else path
+    monkeypatch.setattr(plot, "write", last)
 
 
 @pytest.fixture

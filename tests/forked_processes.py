@@ -16,7 +16,8 @@ from typing import Any
 
 TIMEOUT_S = 800  # pytest's own limit is lower for most tests
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.tensorboard", "train"])
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed", "torch.utils.tensorboard", "train", "compare", "condense"]
+FORKS.set_forkserver_preload(PRELOADED)  # torch._dynamo: DistributedDataParallel imports it, a second of a core
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def _work(function: Callable[..., Any], arguments: tuple, variables: dict[str, s
     import torch
 
     os.environ.update(variables)
+    os.fsync = lambda descriptor: None  # as in tests/conftest.py: a kill loses nothing that was written
     torch.set_num_threads(1)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
