@@ -89,6 +89,7 @@ def pictures(shared_data, tmp_path_factory):
 def study_of(pictures, files, tmp_path, monkeypatch):
     """A shipped file as a study of one step a row, its teachers read from `files`; pictures are left to other tests."""
     monkeypatch.setattr(reporting, "evaluation_pictures", lambda *args: {})
+    monkeypatch.setattr(compare.plot, "write", lambda *args, **options: None)
 
     def study(path, *more):
         text = open(path).read()
