@@ -217,7 +217,8 @@ COCO_FILES: dict[str, tuple[bytes, Outcome, str]] = {
 } | {
     "byte order mark": (b"\xef\xbb\xbf" + json.dumps(coco_tree([OWN])).encode(), "correct", ""),
     "more keys": (json.dumps(coco_tree([OWN], info={"year": 2026}, licenses=None)).encode(), "correct", ""),
-    "50 MB of masks": (json.dumps(coco_tree([OWN | {"segmentation": [[1.5] * 9_000_000]}])).encode(), "correct", ""),
+    "50 MB of masks": (json.dumps(coco_tree([OWN | {"segmentation": [[1.5]]}])).encode().replace(
+        b"[[1.5]]", b"[[" + b"1.5, " * 8_999_999 + b"1.5]]"), "correct", ""),  # json.dumps would take a second
 }
 # fmt: on
 
