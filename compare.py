@@ -34,17 +34,19 @@ Exit codes: 0 all trained, 2 a mistake in the arguments or the data, 3 a run fai
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import models
 import train
 from condense import condense
+from config import Config
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from engine.comparison import plot, submission
@@ -180,7 +182,8 @@ def compare(study: Study, *, only: list[str] | None = None, run: str | None = No
 
 def train_all(plan: Plan) -> None:
     """Do all works, together with the other processes that are at it."""
-    progress, said = plan.progress, ""
+    progress = plan.progress
+    printed: list[str] = []
     while waiting := [work for work in plan.works if progress.is_open(work)]:
         held = {}
         for work in filter(progress.can_begin, waiting):
@@ -192,8 +195,9 @@ def train_all(plan: Plan) -> None:
             write(plan)
             break
         else:
-            if said != (said := ", ".join(held)):
+            if list(held) != printed:
                 print("waiting: " + "; ".join(map(str, held.values())), flush=True)
+                printed = list(held)
             time.sleep(POLL_S)
         progress.refresh()
 
@@ -247,37 +251,46 @@ def check_rows(rows: list[Row], study: Study) -> None:
     """
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
     for row in rows:
-        try:
+        with naming(row):
             check_config(row.run(row.seeds[0]), [t.name for t in row.config.teachers if t.weights in in_place])
             if row.task is not None:
                 models.check_arch(row.task.arch)
                 if row.network_row is None:
                     check_network(row.task)
-        except UserError as error:
-            raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
     source: DatasetIndex | None = None
     for row in rows:
-        config = row.config
-        try:
+        with naming(row):
             if row.task is not None:
                 source = source or open_dataset(*training_set(study.config.data), classes=study.config.data.classes)
                 row.task.check_source(len(source))
-            data = config.data
-            names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
-            fresh = {
-                t.name: build_student(in_place[t.weights], names, say=say_nothing)
-                for t in config.teachers
-                if t.weights in in_place and not Path(t.weights).is_file()
-            }
-            student = build_student(config, names, say=say_nothing, given=fresh)
-            teachers = build_teachers(config, names, fresh, student)
-            build_criterion(config, names, student, teachers)
-            open_pseudo_teacher(config, names, fresh, say_nothing)
-            if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small
-                pictures = row.task.decoded if row.task is not None else count_training_pictures(row.run(row.seeds[0]))
-                check_batches(config, pictures, student)
-        except UserError as error:
-            raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
+            check_models(row, in_place)
+
+
+@contextlib.contextmanager
+def naming(row: Row) -> Iterator[None]:
+    """A UserError inside names the row."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
+
+
+def check_models(row: Row, in_place: dict[str, Config]) -> None:
+    """Build the models and the criterion of a row. in_place: the configs of teachers by their later weights."""
+    config, data = row.config, row.config.data
+    names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
+    fresh = {
+        t.name: build_student(in_place[t.weights], names, say=say_nothing)
+        for t in config.teachers
+        if t.weights in in_place and not Path(t.weights).is_file()
+    }
+    student = build_student(config, names, say=say_nothing, given=fresh)
+    teachers = build_teachers(config, names, fresh, student)
+    build_criterion(config, names, student, teachers)
+    open_pseudo_teacher(config, names, fresh, say_nothing)
+    if config.image_size == SIZE_MULTIPLE:  # where a batch of one image is too small
+        pictures = row.task.decoded if row.task is not None else count_training_pictures(row.run(row.seeds[0]))
+        check_batches(config, pictures, student)
 
 
 def say_nothing(line: str) -> None:

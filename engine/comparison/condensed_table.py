@@ -17,7 +17,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from engine.comparison.protocol import describe_difference, differing_keys
+from engine.comparison.protocol import describe_differences, differing_keys
 from engine.comparison.study import Row, find_random_row, random_rows, trains_alike
 from engine.comparison.table import METRICS, Result, mean_and_spread, to_json_value
 from engine.condensing.set_files import read_manifest
@@ -131,7 +131,7 @@ def refusals(row: Row, rows: dict[str, Row]) -> list[str]:
     for others in candidates:
         unlike = [differing_keys(row, other) for other in others]
         if others and all(unlike):
-            what = ", ".join(describe_difference(row, others[0], key) for key in unlike[0])
+            what = describe_differences(row, others[0], unlike[0])
             found.append(f"{row.name} is not measured by {others[0].name}, which trains differently: {what}")
     return found
 

@@ -55,7 +55,8 @@ def same_teaching(a: "Row", b: "Row") -> bool:
     return all(getattr(a.config, key) == getattr(b.config, key) for key in ("terms", "teachers", "teacher_weighting"))
 
 
-def describe_difference(a: "Row", b: "Row", key: str) -> str:
-    """`optimizer.name sgd and adamw`; only the key if its values are equal and other keys cause the difference."""
-    first, second = (flat_tree(to_tree(with_published_settings(row.config))).get(key) for row in (a, b))
-    return key if first == second else f"{key} {first} and {second}"
+def describe_differences(a: "Row", b: "Row", keys: list[str]) -> str:
+    """`epochs 20 and 40, optimizer.name sgd and adamw`; a key alone where other keys cause the difference."""
+    first, second = (flat_tree(to_tree(with_published_settings(row.config))) for row in (a, b))
+    are_equal = {key: first.get(key) == second.get(key) for key in keys}
+    return ", ".join(key if are_equal[key] else f"{key} {first.get(key)} and {second.get(key)}" for key in keys)

@@ -21,12 +21,12 @@ before the first run that needs it. A section `condense` at the top level holds 
       random_5: {condense: {method: random, pictures: 5}, seeds: 5}                      # five draws
       learnt_5: {condense: {method: gradient_matching, pictures: 5, seed: 0}, seeds: 3}  # one set
 
-A row may change every key of the config except FIXED: sections are merged, lists are replaced. A term of weight 0 is
-left out, with a note under the table. It has the teachers that
-its terms, its pseudo boxes and its student.inherit name, and no others. RowFile lists the keys of a row itself. A row
-and the rows it is compared to must train alike (engine/comparison/protocol.py), except in the keys that it names in
-`differs`. `rows.cwd.terms.0.weight=1.0` overrides one value of a row. A file without `rows` has the rows of
-`four_rows`. A section `decide` holds the rule of the verdicts (engine/comparison/decision.py).
+A row may change every key of the config except FIXED: sections are merged, lists are replaced. It has the teachers that
+its terms, its pseudo boxes and its student.inherit name, and no others. A term of weight 0 is left out, with a note
+under the table. RowFile lists the keys that only a row has. A row and the rows it is compared to must train alike
+(engine/comparison/protocol.py), except in the keys that it names in `differs`. `rows.cwd.terms.0.weight=1.0` overrides
+one value of a row. A file without `rows` has the rows of `four_rows`. A section `decide` holds the rule of the verdicts
+(engine/comparison/decision.py).
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ import models
 from config import STUDENT, Config, TeacherConfig, from_tree, read_tree, to_tree
 from engine.comparison.compute import equal_compute_epochs
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule, when_committed
-from engine.comparison.protocol import describe_difference, differing_keys, same_teaching
+from engine.comparison.protocol import describe_differences, differing_keys, same_teaching
 from engine.condensing.config import Task, read_condense
 from engine.training.idle_terms import is_idle, without_idle_terms
 from engine.training.teaching import EMA, pseudo_of, used_teachers
@@ -145,7 +145,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int | 
     seeds: of the rows that have no number of their own; None: those of the rule in the file, or one.
     """
     file = from_tree(StudyFile, read_tree(path, list(overrides)), source=str(path))
-    config = Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
+    config = config_of(file)
     if seeds is None:
         seeds = file.decide.seeds if file.decide is not None else 1
     study = plan(config, file.rows or four_rows(config), seeds=seeds, source=str(path), condense=file.condense)
@@ -155,6 +155,11 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int | 
     is_given = any(override.startswith("decide") for override in overrides)
     origin = "the command line" if is_given else when_committed(path)
     return dataclasses.replace(study, rule=file.decide, rule_origin=origin)
+
+
+def config_of(file: StudyFile | RowFile) -> Config:
+    """The keys of a config in a file that has others beside them."""
+    return Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
 
 
 def four_rows(config: Config) -> dict[str, Any]:
@@ -177,12 +182,7 @@ def plan(
     config: Config, rows: dict[str, Any], *, seeds: int, source: str, condense: dict[str, Any] | None = None
 ) -> Study:
     """The study with the config of every row; teachers that are not trained yet get the path of their later weights."""
-    teachers = {teacher.name: teacher for teacher in config.teachers}
-    if len(teachers) != len(config.teachers):
-        raise UserError(f"{source}: key 'teachers': two have the same name")
-    for index, teacher in enumerate(config.teachers):
-        if teacher.start_weights is not None and not is_trained_in_place(teacher):
-            raise UserError(f"{source}: key 'teachers.{index}.start_weights': {teacher.name!r} is not trained in place")
+    check_teachers_of_study(config.teachers, source)
     alone = dataclasses.replace(config, runs=str(Path(config.runs) / config.name), teachers=(), terms=())
     in_place = {t.name: teacher_row(alone, t, source) for t in config.teachers if is_trained_in_place(t)}
     planned: dict[str, Row] = {}
@@ -195,29 +195,21 @@ def plan(
         if name in {row.name for row in in_place.values()}:
             raise UserError(f"{where}: is the name of the row of a teacher, expected another")
         file = read_row(config, overrides, where)
-        check_teachers_of_row(file, tuple(teachers), where)
+        check_teachers_of_row(file, tuple(teacher.name for teacher in config.teachers), where)
         idle_teachers |= {term.teacher for term in file.terms if is_idle(term)}
         try:
             file, idle = without_idle_terms(file)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         files[name] = file
-        row_config = Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
-        taught = []
-        for teacher in config.teachers:
-            if teacher.name not in used_teachers(file):
-                continue
+        own_teachers = [teacher for teacher in config.teachers if teacher.name in used_teachers(file)]
+        for teacher in own_teachers:
             if teacher.name in in_place:
-                row = in_place[teacher.name]
-                planned.setdefault(row.name, row)
-                teacher = dataclasses.replace(teacher, weights=last_weights(row))
-            taught.append(teacher)
-        row_config = dataclasses.replace(row_config, runs=alone.runs, teachers=tuple(taught))
-        count = seeds if file.seeds is None else file.seeds
-        if count < 1:
-            raise UserError(f"{where}: key 'seeds': found {count}, expected at least 1")
-        seeds_of_row = tuple(range(config.seed, config.seed + count))
-        row = Row(name, row_config, seeds_of_row, differs=file.differs, compute_of=file.compute_of, idle=idle)
+                planned.setdefault(in_place[teacher.name].name, in_place[teacher.name])
+        taught = tuple(with_later_weights(teacher, in_place) for teacher in own_teachers)
+        row_config = dataclasses.replace(config_of(file), runs=alone.runs, teachers=taught)
+        own_seeds = seeds_of_row(file, config.seed, seeds, where)
+        row = Row(name, row_config, own_seeds, differs=file.differs, compute_of=file.compute_of, idle=idle)
         if file.compute_of is not None and "epochs" in overrides:
             raise UserError(f"{where}: key 'epochs': found beside 'compute_of', which sets it, expected one of them")
         if file.condense is not None:
@@ -231,6 +223,21 @@ def plan(
                 f"{teacher.name!r}: it could never act"
             )
     return Study(config, tuple(with_comparisons(planned, files, source)))
+
+
+def with_later_weights(teacher: TeacherConfig, in_place: dict[str, Row]) -> TeacherConfig:
+    """The teacher, and if a row trains it in place, with the weights that this row will write."""
+    if teacher.name not in in_place:
+        return teacher
+    return dataclasses.replace(teacher, weights=last_weights(in_place[teacher.name]))
+
+
+def seeds_of_row(file: RowFile, first: int, seeds: int, where: str) -> tuple[int, ...]:
+    """The seeds of a row, from `first` on: as many as it asks for itself, else `seeds`."""
+    count = seeds if file.seeds is None else file.seeds
+    if count < 1:
+        raise UserError(f"{where}: key 'seeds': found {count}, expected at least 1")
+    return tuple(range(first, first + count))
 
 
 def sets_folder(config: Config) -> Path:
@@ -293,6 +300,15 @@ def read_row(config: Config, overrides: Any, where: str) -> RowFile:
         if key in overrides:
             raise UserError(f"{where}: key {key!r} is the same for all rows, expected it at the top level only")
     return from_tree(RowFile, merge(to_tree(config), overrides), source=where)
+
+
+def check_teachers_of_study(teachers: Sequence[TeacherConfig], source: str) -> None:
+    """UserError for two teachers of one name, and for start weights of one that is not trained in place."""
+    if len({teacher.name for teacher in teachers}) != len(teachers):
+        raise UserError(f"{source}: key 'teachers': two have the same name")
+    for index, teacher in enumerate(teachers):
+        if teacher.start_weights is not None and not is_trained_in_place(teacher):
+            raise UserError(f"{source}: key 'teachers.{index}.start_weights': {teacher.name!r} is not trained in place")
 
 
 def check_teachers_of_row(file: RowFile, teachers: tuple[str, ...], where: str) -> None:
@@ -358,33 +374,26 @@ def with_equal_compute(row: Row, planned: dict[str, Row], where: str) -> Row:
 
 
 def with_comparisons(planned: dict[str, Row], files: dict[str, RowFile], source: str) -> list[Row]:
-    """The rows with their baselines and the rows they are compared to.
+    """The rows with their baselines, the rows they are compared to, and notes on how those train differently.
 
-    UserError if a row of `against` trains differently in a key that neither of the two names in `differs`. A teacher is
-    always another model: its row is compared, with a note on the keys that differ.
+    UserError if a row names a row in `against` that trains differently in a key that neither of the two names in
+    `differs`. A row that names none is then compared to no row, and a note says so.
     """
-    first = next(iter(files))
     compared_rows = []
     for row in planned.values():
         untaught = (n for n, f in files.items() if not is_taught(f) and f.student == row.config.student)
-        baseline = next(untaught, first)
-        against = files[row.name].against if row.name in files else None
-        is_named = against is not None
-        if against is None:
-            default = find_random_row(row, planned)
-            default = baseline if default is None or default == row.name else default
-            against = () if default == row.name else (default,)
-        compared = []
+        baseline = next(untaught, next(iter(files)))
+        named = files[row.name].against if row.name in files else None
+        compared: list[str] = []
         notes = [f"{row.name}: {row.idle}"] if row.idle else []
-        for name in against:
+        for name in default_against(row, planned, baseline) if named is None else named:
             if name not in planned or name == row.name:
                 others = ", ".join(other for other in planned if other != row.name)
                 raise UserError(f"{source}: row {row.name!r}: key 'against': found {name!r}, expected one of {others}")
             other = planned[name]
-            is_teacher = row.is_teacher or other.is_teacher
-            if refused := [] if is_teacher else differing_keys(row, other, (*row.differs, *other.differs)):
-                what = ", ".join(describe_difference(row, other, key) for key in refused)
-                if is_named:
+            if refused := refused_keys(row, other):
+                what = describe_differences(row, other, refused)
+                if named is not None:
                     raise UserError(
                         f"{source}: row {row.name!r}: key 'against': {name!r} trains differently: {what}; expected a "
                         f"row that trains alike, or `differs: [{', '.join(refused)}]` if that is what the row compares"
@@ -393,12 +402,27 @@ def with_comparisons(planned: dict[str, Row], files: dict[str, RowFile], source:
                 continue
             compared.append(name)
             keys = differing_keys(row, other)
-            keys += ["epochs"] * (row.config.epochs != other.config.epochs and "epochs" not in keys)
+            if row.config.epochs != other.config.epochs and "epochs" not in keys:
+                keys.append("epochs")
             if keys:
-                what = ", ".join(describe_difference(row, other, key) for key in keys)
-                notes.append(f"{row.name} and {name} differ in {what}")
+                notes.append(f"{row.name} and {name} differ in {describe_differences(row, other, keys)}")
         compared_rows.append(dataclasses.replace(row, baseline=baseline, against=tuple(compared), notes=tuple(notes)))
     return compared_rows
+
+
+def default_against(row: Row, planned: dict[str, Row], baseline: str) -> tuple[str, ...]:
+    """The row that one without `against` is compared to: as many random real pictures, else its baseline."""
+    other = find_random_row(row, planned)
+    if other is None or other == row.name:
+        other = baseline
+    return () if other == row.name else (other,)
+
+
+def refused_keys(row: Row, other: Row) -> list[str]:
+    """The keys in which two rows may not differ, but do. A teacher is always another model: its row is compared."""
+    if row.is_teacher or other.is_teacher:
+        return []
+    return differing_keys(row, other, (*row.differs, *other.differs))
 
 
 def find_random_row(row: Row, rows: dict[str, Row]) -> str | None:
