@@ -35,7 +35,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 from config import Config, load_config
 from datasets.loader import Batch, LoaderProcessDied
 from engine.command_line.arguments import answer_at_once, parse_train_arguments
@@ -59,8 +58,8 @@ from engine.training.exits import exit_codes
 from engine.training.idle_terms import without_idle_terms
 from engine.training.int8 import move_ranges
 from engine.training.reporting import finish, finish_epoch, measure_start
-from engine.training.saving import RESUMED_KEYS, how_to_go_on, open_folder, restore, save
-from engine.training.state import TrainingState, refuse_changes
+from engine.training.saving import how_to_go_on, load_saved, open_folder, restore, save
+from engine.training.state import TrainingState
 from engine.training.steps import averaging, check_finite, in_groups
 from errors import UserError, run_script
 from layers.over_processes import sum_over_processes
@@ -204,9 +203,7 @@ def run(
                 if processes.is_first and claim is None:
                     claim = held.enter_context(claims.take(folder.path))
                 processes.from_first(None)  # the others wait for the claim: nobody else writes the checkpoint now
-                saved = checkpoint.load_newest(folder.last, progress.say)
-                checkpoint.require_keys(saved, RESUMED_KEYS, folder.last)
-                refuse_changes(saved["config"], config, allow_change, str(folder.path))
+                saved = load_saved(folder, config, allow_change, progress.say)
             setup = build(config, processes, teachers, progress.say, saved and saved["model"])
             if processes.is_first:
                 folder, config, setup.claim = open_folder(folder, config, claim)
@@ -239,6 +236,19 @@ def start_or_continue(config: Config, claim: claims.Claim, *, quiet: bool = Fals
     return run(config, resume=folder.can_resume, claim=claim, quiet=quiet)
 
 
+def train_row(study: str, overrides: list[str], row: str, *, is_dry: bool) -> None:
+    """Train one row of a study's file, in its own folder or not at all; or run it dry."""
+    from engine.comparison.one_row import load_row, load_row_for_dry_run  # the parts of compare.py, for --row alone
+
+    if is_dry:
+        dry_run(*load_row_for_dry_run(study, overrides, row))
+        return
+    config = load_row(study, overrides, row)
+    is_first = Processes(config.device).is_first
+    with claims.take(Path(config.runs) / config.name) if is_first else contextlib.nullcontext() as claim:
+        run(config, claim=claim)
+
+
 def main(argv: list[str]) -> None:
     arguments = parse_train_arguments(argv, __doc__)
     if answer_at_once(arguments):
@@ -247,15 +257,7 @@ def main(argv: list[str]) -> None:
     if arguments.row is not None:
         if not source or arguments.resume:
             raise UserError("argument --row: expected a study's file before it, without --resume")
-        from engine.comparison.one_row import load_row, load_row_for_dry_run  # the parts of compare.py, for --row alone
-
-        if arguments.dry_run:
-            dry_run(*load_row_for_dry_run(source, overrides, arguments.row))
-        else:
-            config = load_row(source, overrides, arguments.row)
-            is_first = Processes(config.device).is_first
-            with claims.take(Path(config.runs) / config.name) if is_first else contextlib.nullcontext() as claim:
-                run(config, claim=claim)  # in that folder or not at all
+        train_row(source, overrides, arguments.row, is_dry=arguments.dry_run)
         return
     if arguments.resume:
         folder = run_folder.find(arguments.resume)

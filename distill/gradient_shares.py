@@ -1,8 +1,8 @@
 """Weights of terms given as shares of the detection loss's gradient: measured after the warm-up, then fixed.
 
-A weight taken from a paper belongs to its detector: by it, one term's gradient is hundreds of times another's. A share
-means the same for all. With L_det the student's own loss of a batch (times detection_weight), L_term the term before
-its weight and schedule, summed over its pairs of maps, and F the shared maps,
+A weight taken from a paper belongs to the paper's detector: with published weights, one term's gradient can be hundreds
+of times another's. A share means the same for all. With L_det the student's own loss of a batch (times
+detection_weight), L_term the term before its weight and schedule, summed over its pairs of maps, and F the shared maps,
 
     w = share * sum_b ||d L_det / d F||_b / sum_b ||d L_term / d F||_b
 
@@ -10,12 +10,13 @@ over BATCHES batches b, the first after the optimizer's warm-up. ||.|| is the Eu
 together, those of all processes. From then on w is a number like any other.
 
 Until then w is that of each batch alone, so the term acts from the first step, at its share, while the student changes
-fastest. A run whose warm-up never ends is weighted so to its end. A batch in which either gradient is 0 gives w = 0,
-and is not counted: one without a labelled picture, or without anything that the term compares.
+fastest. If the warm-up never ends, this holds to the end of the run. A batch in which either gradient is 0 gives w = 0
+and is not counted: it has no labelled picture, or nothing that the term compares.
 
 The shared maps are the pyramid, all its levels: the output maps of the neck, which the head reads (YOLO: p3, p4, p5;
-Faster R-CNN: p2 ... p6, or as many as it has, which RPN and RoI head read). For a term that names maps of the backbone
-(c3, c4, ...), which come before the pyramid, these maps. Derivatives are total: what p3 does through p4 counts.
+Faster R-CNN: p2 ... p6, or as many as it has, which RPN and RoI head read). A term that names maps of the backbone (c3,
+c4, ...), which come before the pyramid, is measured on these maps instead. Derivatives are total: what p3 does through
+p4 counts.
 """
 
 import re
@@ -50,7 +51,7 @@ class GradientShares(nn.Module):
         self.maps = {name: shared_maps(name, student_maps[name], map_names) for name in shares}
         self.rows = {name: row for row, name in enumerate(self.shares)}
         self.fixed: dict[str, float] = {}  # the weights that are measured
-        self.told: set[str] = set()  # those that `news` has named
+        self.announced: set[str] = set()  # those that `announcements` has named
         if self.shares:
             self.register_buffer("measured", torch.zeros(len(self.shares), 3))
             self.register_load_state_dict_post_hook(lambda module, _: module.fix())
@@ -96,29 +97,29 @@ class GradientShares(nn.Module):
             self.fix()
         return weights
 
-    def so_far(self) -> dict[str, tuple[int, float]]:
-        """Of each term that was measured in some batch: the number of batches and the weight that they give."""
+    def measured_weights(self) -> dict[str, tuple[int, float]]:
+        """By term, once it was measured in some batch: the number of such batches, and the weight that they give."""
         rows = zip(self.shares, self.measured.tolist()) if self.shares else ()
         return {n: (int(count), self.shares[n] * detection / term) for n, (count, detection, term) in rows if count}
 
     def fix(self) -> None:
         """Fix the weights that enough batches were counted for."""
-        self.fixed = {name: weight for name, (count, weight) in self.so_far().items() if count >= BATCHES}
+        self.fixed = {name: weight for name, (count, weight) in self.measured_weights().items() if count >= BATCHES}
 
     def describe(self, name: str, weight: float) -> str:
         """`cwd_big: weight 2.31, 0.1 of the detection loss's gradient on p3, p4, p5`"""
         share = f"{self.shares[name]:g} of the detection loss's gradient on {', '.join(self.maps[name])}"
         return f"{name}: weight {weight:.4g}, {share}"
 
-    def news(self) -> list[str]:
+    def announcements(self) -> list[str]:
         """A line for each weight that was fixed since the last call."""
-        new = {name: weight for name, weight in self.fixed.items() if name not in self.told}
-        self.told.update(new)
+        new = {name: weight for name, weight in self.fixed.items() if name not in self.announced}
+        self.announced.update(new)
         return [f"{self.describe(name, weight)}, from here on" for name, weight in new.items()]
 
     def report(self) -> dict[str, dict[str, float | int | None]]:
         """For report.json: of each term its share, its weight (None: each batch had its own), the batches measured."""
-        counts = {name: count for name, (count, _) in self.so_far().items()}
+        counts = {name: count for name, (count, _) in self.measured_weights().items()}
         return {
             name: {"share": share, "weight": self.fixed.get(name), "measured_batches": counts.get(name, 0)}
             for name, share in self.shares.items()

@@ -79,15 +79,13 @@ class TrainingSetup:
 
 def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
     """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
-    generator = seeded_generator(Stream.AUGMENTATION, setup.config.seed_of_views, epoch, number, setup.processes.rank)
-    settings = augmentation_at(setup.config, epoch)
     # Augmentation drops objects, so the targets stay on the host until their number is known.
     images = batch.images.to(setup.processes.device, non_blocking=True)
     images, targets = augment(
         images,
         batch.targets,
-        generator=generator,
-        settings=settings,
+        generator=augmentation_stream(setup, epoch, number),
+        settings=augmentation_at(setup.config, epoch),
         content_xyxy=batch.content_xyxy,
         groups=batch.is_labelled,
     )
@@ -103,12 +101,14 @@ def content_of_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int
     return augment_content(
         batch.content_xyxy.to(setup.processes.device),
         image_size=setup.config.image_size,
-        generator=seeded_generator(
-            Stream.AUGMENTATION, setup.config.seed_of_views, epoch, number, setup.processes.rank
-        ),
+        generator=augmentation_stream(setup, epoch, number),
         settings=augmentation_at(setup.config, epoch),
         groups=batch.is_labelled,
     )
+
+
+def augmentation_stream(setup: TrainingSetup, epoch: int, number: int) -> torch.Generator:
+    return seeded_generator(Stream.AUGMENTATION, setup.config.seed_of_views, epoch, number, setup.processes.rank)
 
 
 def images_with_boxes(setup: TrainingSetup, is_labelled: Tensor) -> tuple[Tensor, float]:
@@ -245,20 +245,20 @@ def build(
     find_unused |= config.detection_weight == 0
     learner = processes.wrap(Learner(student, criterion), find_unused=find_unused)
     return TrainingSetup(
-        config,
-        processes,
-        splits,
-        loader,
-        len(loader),
-        math.ceil(len(loader) / settings.accumulate),
-        student,
-        teachers,
-        criterion,
-        learner,
-        optimizer,
-        ema,
-        student_bfloat16(config, processes.device),
-        data,
+        config=config,
+        processes=processes,
+        splits=splits,
+        loader=loader,
+        batches_per_epoch=len(loader),
+        steps_per_epoch=math.ceil(len(loader) / settings.accumulate),
+        student=student,
+        teachers=teachers,
+        criterion=criterion,
+        learner=learner,
+        optimizer=optimizer,
+        ema=ema,
+        bfloat16=student_bfloat16(config, processes.device),
+        data=data,
     )
 
 

@@ -168,19 +168,18 @@ def check_kept_outputs(config: Config) -> None:
 
 def check_use_of_unlabelled(config: Config) -> None:
     """UserError for pictures without labels from which nothing learns, and for terms on kinds that are not there."""
-    is_there = config.data.unlabelled is not None
-    for index, term in enumerate(config.terms):
-        if term.on != "all" and not is_there:
-            raise UserError(f"key 'terms.{index}.on': found {term.on} without data.unlabelled, expected all")
     if config.data.unlabelled is None:
+        for index, term in enumerate(config.terms):
+            if term.on != "all":
+                raise UserError(f"key 'terms.{index}.on': found {term.on} without data.unlabelled, expected all")
         return
     pseudo = config.data.unlabelled.pseudo
-    if config.data.train is None and pseudo is None and config.detection_weight:
-        found = f"key 'detection_weight': found {config.detection_weight} without labelled pictures"
-        raise UserError(f"{found} (data.train is null), expected 0, or data.unlabelled.pseudo")
-    if pseudo is None and all(term.on == "labelled" for term in config.terms):
-        raise UserError("key 'data.unlabelled': no term acts on these pictures, and they have no pseudo boxes")
     if pseudo is None:
+        if config.data.train is None and config.detection_weight:
+            found = f"key 'detection_weight': found {config.detection_weight} without labelled pictures"
+            raise UserError(f"{found} (data.train is null), expected 0, or data.unlabelled.pseudo")
+        if all(term.on == "labelled" for term in config.terms):
+            raise UserError("key 'data.unlabelled': no term acts on these pictures, and they have no pseudo boxes")
         return
     if not config.detection_weight:
         raise UserError("key 'data.unlabelled.pseudo': nothing learns from boxes, expected detection_weight above 0")

@@ -52,7 +52,7 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
     if setup.criterion.terms:
         print(map_table(setup.criterion, s_output, t_outputs))
     print(balance_table(balances(terms, setup.student, set(setup.criterion.terms))))
-    for name, (_, weight) in setup.criterion.shares.so_far().items():
+    for name, (_, weight) in setup.criterion.shares.measured_weights().items():
         print(f"{setup.criterion.shares.describe(name, weight)}, on this batch")
     print(f"{'sum':<24} {sum(terms.values(), torch.zeros(())).item():.6g}")
     print(f"adapters and trained parts of losses: {count_parameters(setup.criterion):,} parameters")

@@ -32,10 +32,8 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float, backbone
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                own_name = name.rpartition(".")[2]
-                is_weight = parameter.dim() > 1 and own_name not in TOKENS
-                kind = "biases" if own_name == "bias" else "weights" if is_weight else "norms"
-                rows[BACKBONE + kind if backbone_factor != 1 and name.startswith(BACKBONE) else kind].append(parameter)
+                prefix = BACKBONE if backbone_factor != 1 and name.startswith(BACKBONE) else ""
+                rows[prefix + kind_of(name, parameter)].append(parameter)
     return [
         {
             "name": name,
@@ -45,6 +43,14 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float, backbone
         }
         for name in names
     ]
+
+
+def kind_of(name: str, parameter: Tensor) -> str:
+    """weights, norms or biases, as parameter_groups describes them."""
+    own_name = name.rpartition(".")[2]
+    if own_name == "bias":
+        return "biases"
+    return "weights" if parameter.dim() > 1 and own_name not in TOKENS else "norms"
 
 
 def build_optimizer(

@@ -1,5 +1,6 @@
 """The reports of a run: the row of an epoch, the choice of the best weights, the final test."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -62,8 +63,8 @@ def finish_epoch(
             raise StopRequested
         results, _ = evaluate(setup, setup.ema.model, index)
         stop.may_raise = False
-    is_best = setup.splits.holdout is not None and bool(results)
-    is_best = is_best and (state.best is None or results["mAP50-95"] > state.best)
+    is_held_out = setup.splits.holdout is not None
+    is_best = is_held_out and bool(results) and (state.best is None or results["mAP50-95"] > state.best)
     if is_best:
         state.best, state.best_epoch = results["mAP50-95"], epoch
     row: dict[str, float | None] = {"epoch": epoch, "time": state.seconds}
@@ -82,11 +83,9 @@ def finish_epoch(
             scalars.add_pictures(lambda: evaluation_pictures(setup, index), epoch)
     save(setup, state, folder)
     shown = {name.split("/")[-1]: value for name, value in row.items() if name not in ("epoch", *run_folder.AP_COLUMNS)}
-    where = ""
-    if results:
-        where = f"  on {len(index)} {'held-out' if setup.splits.holdout is not None else config.data.test} pictures"
+    where = f"  on {len(index)} {'held-out' if is_held_out else config.data.test} pictures" if results else ""
     progress.say(f"epoch {epoch}/{config.epochs}  {format_values(shown)}{where}" + per_iou_line(results))
-    for line in setup.criterion.shares.news():
+    for line in setup.criterion.shares.announcements():
         progress.say(line)
     return row
 
@@ -99,16 +98,41 @@ def per_iou_line(numbers: dict[str, float]) -> str:
 
 def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Evaluate the last EMA weights, and the held-out best, on the test split; write the report and the pictures."""
-    config, is_first = setup.config, setup.processes.is_first
     test, details = evaluate(setup, setup.ema.model, setup.splits.test)
-    best = None
-    if state.best_epoch is not None:
-        model, info = checkpoint.load_model(folder.best, device=str(setup.processes.device))
-        model = place(model, config, setup.processes.device)  # as when it was chosen: other kernels round differently
-        scores, _ = evaluate(setup, model, setup.splits.test)
-        best = {"epoch": info.epoch, "holdout mAP50-95": state.best, "test": scores}
+    best = measure_best(setup, state, folder)
     ranges = balance_of_run(setup, folder)
-    report = {
+    report = describe_run(setup, state, test, best, ranges)
+    if setup.processes.is_first:
+        setup.check_claim()
+        finish_weights(setup, state, folder, progress)
+        run_folder.write_report(folder.report, report)
+        draw(setup, details, folder, progress)
+        for text in closing_words(setup, folder, test, ranges):
+            progress.say(text)
+    return report
+
+
+def measure_best(setup: TrainingSetup, state: TrainingState, folder: RunFolder) -> dict[str, Any] | None:
+    """The weights that were best on the held-out pictures, on the test split; None without such weights."""
+    if state.best_epoch is None:
+        return None
+    device = setup.processes.device
+    model, info = checkpoint.load_model(folder.best, device=str(device))
+    model = place(model, setup.config, device)  # as when it was chosen: other kernels round differently
+    scores, _ = evaluate(setup, model, setup.splits.test)
+    return {"epoch": info.epoch, "holdout mAP50-95": state.best, "test": scores}
+
+
+def describe_run(
+    setup: TrainingSetup,
+    state: TrainingState,
+    test: dict[str, float],
+    best: dict[str, Any] | None,
+    ranges: list[TermRange],
+) -> dict[str, Any]:
+    """The content of report.json. test: the numbers of the last EMA weights. best: of measure_best."""
+    config = setup.config
+    return {
         "name": config.name,
         "plumbing": config.plumbing or None,
         "arch": config.student.arch,
@@ -136,22 +160,21 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         **run_folder.environment(),
         **machine_facts(setup),
     }
-    if is_first:
-        setup.check_claim()
-        finish_weights(setup, state, folder, progress)
-        run_folder.write_report(folder.report, report)
-        draw(setup, details, folder, progress)
-        for term in ranges:
-            if term.name not in setup.criterion.shares.shares:  # those are sized by gradient: their values say nothing
-                progress.say(str(term))
-        for name, counts in setup.teachers.counts().items():
-            progress.say(
-                f"parts of outputs of {name}: " + ", ".join(f"{number} {what}" for what, number in counts.items())
-            )
-        shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
-        shared = "".join(f"\n{overlap}" for overlap in setup.splits.overlaps if overlap.shared)
-        progress.say(f"{config.data.test}: {format_values(shown)}{per_iou_line(test)}{shared}\nwritten: {folder.path}")
-    return report
+
+
+def closing_words(
+    setup: TrainingSetup, folder: RunFolder, test: dict[str, float], ranges: list[TermRange]
+) -> Iterator[str]:
+    """What a run prints at its end: the ranges of its terms, the outputs kept of its teachers, and the test numbers."""
+    for term in ranges:
+        if term.name not in setup.criterion.shares.shares:  # those are sized by gradient: their values say nothing
+            yield str(term)
+    for name, counts in setup.teachers.counts().items():
+        yield f"parts of outputs of {name}: " + ", ".join(f"{number} {what}" for what, number in counts.items())
+    shown = {name: test[name] for name in ("precision", "recall", "f1", "mAP50", "mAP50-95")}
+    numbers = f"{setup.config.data.test}: {format_values(shown)}{per_iou_line(test)}"
+    overlaps = (str(overlap) for overlap in setup.splits.overlaps if overlap.shared)
+    yield "\n".join([numbers, *overlaps, f"written: {folder.path}"])
 
 
 def balance_of_run(setup: TrainingSetup, folder: RunFolder) -> list[TermRange]:

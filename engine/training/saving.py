@@ -1,6 +1,7 @@
 """The checkpoint of a run: how it is written, how a run is restored from it, and how to go on after a stop."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import checkpoint
@@ -10,7 +11,7 @@ from engine.runtime.claims import Claim
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import TrainingSetup, machine_facts
-from engine.training.state import TrainingState, describe_model
+from engine.training.state import TrainingState, describe_model, refuse_changes
 from errors import UserError
 
 RESUMED_KEYS = ("config", "position", "model", "ema", "optimizer", "criterion", "data", "machine")
@@ -69,6 +70,16 @@ def describe_student(setup: TrainingSetup, epoch: int, step: int) -> dict[str, A
     """What checkpoint.save_student needs."""
     described = describe_model(setup.config, setup.splits.names)
     return described | {"epoch": epoch, "step": step, "ema": setup.ema.model.state_dict()}
+
+
+def load_saved(
+    folder: RunFolder, config: Config, allow_change: tuple[str, ...], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The newest checkpoint of a run that goes on with this config. UserError for a key that may not differ."""
+    saved = checkpoint.load_newest(folder.last, say)
+    checkpoint.require_keys(saved, RESUMED_KEYS, folder.last)
+    refuse_changes(saved["config"], config, allow_change, str(folder.path))
+    return saved
 
 
 def restore(setup: TrainingSetup, saved: dict[str, Any], folder: RunFolder, progress: Progress) -> TrainingState:

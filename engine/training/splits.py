@@ -149,20 +149,23 @@ def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[
         with_difficult = role == "test" and config.evaluation.counts_difficult
         require_objects(report.index, report.title, place[1], with_difficult=with_difficult)
     train = reports["train"].index if "train" in reports else indexes["train"]
-    test = reports["test"].index
-    fraction = data.holdout_fraction
-    if fraction == 0:
-        return Splits(train.names, train, None, test, reports, tuple(overlaps))
+    splits = Splits(train.names, train, None, reports["test"].index, reports, tuple(overlaps))
+    return hold_out(splits, data.holdout_fraction, say) if data.holdout_fraction else splits
+
+
+def hold_out(splits: Splits, fraction: float, say: Callable[[str], None]) -> Splits:
+    """The splits with a random share of the training pictures held out, the same ones for every seed."""
+    train = splits.train
     held = round(fraction * len(train))
     if not 0 < held < len(train):
         raise UserError(f"key 'data.holdout_fraction': {fraction} of {len(train)} pictures is {held}, expected some")
     order = np.random.default_rng(0).permutation(len(train))
     kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
     train, holdout = train.subset(kept), train.subset(held_out)
-    overlaps.append(find_overlap(holdout, train, ("the held-out part", "train")))
-    if overlaps[-1].shared:
-        say(f"{overlaps[-1]}\n")
-    return Splits(train.names, train, holdout, test, reports, tuple(overlaps))
+    overlap = find_overlap(holdout, train, ("the held-out part", "train"))
+    if overlap.shared:
+        say(f"{overlap}\n")
+    return dataclasses.replace(splits, train=train, holdout=holdout, overlaps=(*splits.overlaps, overlap))
 
 
 def with_unlabelled(

@@ -104,10 +104,11 @@ def is_covered(allowed: tuple[str, ...], key: str) -> bool:
 
 def flat_tree(tree: Any, key: str = "") -> dict[str, Any]:
     """{"optimizer.momentum": 0.9, "terms.0.weight": 1.0, ...}; an empty list or dict is a value of its own."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
-    if items is None or not tree:
-        return {key: tree if items is None else []}
+    if not isinstance(tree, dict | list | tuple):
+        return {key: tree}
+    if not tree:
+        return {key: []}
     flat: dict[str, Any] = {}
-    for name, value in items:
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         flat |= flat_tree(value, f"{key}.{name}" if key else str(name))
     return flat

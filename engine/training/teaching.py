@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,14 @@ class ReadsText(Protocol):
     def set_classes(self, names: tuple[str, ...], tokenizer: ClipTokenizer) -> None: ...
 
 
+class KeptOutputs(NamedTuple):
+    """Where the outputs of a teacher are kept, the type of them, and the names of the parts that its terms read."""
+
+    cache: OutputCache
+    output_type: type
+    parts: tuple[str, ...]
+
+
 @dataclass
 class Teachers:
     """Frozen models by name, and facts about each."""
@@ -49,9 +57,7 @@ class Teachers:
     facts: dict[str, TeacherFacts]
     bfloat16: bool = False
     changing: frozenset[str] = frozenset()  # names of teachers that change during the run: the student's average
-    caches: dict[str, OutputCache] = field(default_factory=dict)  # of the teachers whose outputs are kept
-    output_types: dict[str, type] = field(default_factory=dict)  # of the same teachers
-    output_parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the same: what their terms read
+    kept: dict[str, KeptOutputs] = field(default_factory=dict)  # of the teachers that run once per image
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Any]:
@@ -61,14 +67,11 @@ class Teachers:
         the maps that terms read would have to be copied first.
         """
         outputs = {}
-        keys = [image_key(image) for image in images] if self.caches else []
+        keys = [image_key(image) for image in images] if self.kept else []
         for name in self.models:
             compute = functools.partial(self._forward, name)
-            if (cache := self.caches.get(name)) is not None:
-                output_type, parts = self.output_types[name], self.output_parts[name]
-                outputs[name] = cached_forward(compute, images, keys, cache, output_type, parts)
-            else:
-                outputs[name] = compute(images)
+            kept = self.kept.get(name)
+            outputs[name] = compute(images) if kept is None else cached_forward(compute, images, keys, *kept)
         return outputs
 
     def _forward(self, name: str, images: Tensor) -> Any:
@@ -78,7 +81,7 @@ class Teachers:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Of each teacher whose outputs are kept: the parts of outputs that were found, absent, written and so on."""
-        return {name: dataclasses.asdict(cache.counts) for name, cache in self.caches.items()}
+        return {name: dataclasses.asdict(kept.cache.counts) for name, kept in self.kept.items()}
 
     def keep_outputs(self, folder: Path, max_gigabytes: float) -> None:
         """From now on run each teacher once per image, and keep the parts of its outputs that terms read in `folder`.
@@ -92,13 +95,13 @@ class Teachers:
             size = self.facts[name].image_size
             output = probe(model, size or 224)
             try:
-                self.output_parts[name] = parts_to_keep(output, getattr(model, "requested_outputs", None))
+                parts = parts_to_keep(output, getattr(model, "requested_outputs", None))
             except TypeError as error:
                 raise UserError(f"key 'teacher_cache_gigabytes': teacher {name!r}: {error}") from None
             names = list(self.facts[name].class_names)
             fingerprint = fingerprint_of(model, image_size=size, bfloat16=self.bfloat16, class_names=names)
-            self.caches[name] = OutputCache(folder / name, max_gigabytes / len(self.models), fingerprint)
-            self.output_types[name] = type(output)
+            cache = OutputCache(folder / name, max_gigabytes / len(self.models), fingerprint)
+            self.kept[name] = KeptOutputs(cache, type(output), parts)
 
 
 def resize_images(images: Tensor, size: int | None) -> Tensor:

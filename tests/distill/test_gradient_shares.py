@@ -64,7 +64,7 @@ def test_the_weight_is_that_of_the_first_batches_after_the_warm_up():
     assert measure(shares, {"a": (1.0, 0.0)}, (1000.0, 0.0), counts=False)["a"] == pytest.approx(200)
     expected_sum = 0.0
     for number in range(1, BATCHES + 1):
-        assert shares.is_measuring and not shares.news()
+        assert shares.is_measuring and not shares.announcements()
         own = measure(shares, {"a": (float(number), 0.0)}, (6.0, 0.0), counts=True)["a"]
         assert own == pytest.approx(0.2 * 6 / number)
         expected_sum += number
@@ -72,9 +72,9 @@ def test_the_weight_is_that_of_the_first_batches_after_the_warm_up():
     expected = 0.2 * 6 * BATCHES / expected_sum
     for detection in (6.0, 600.0, 0.0):
         assert measure(shares, {"a": (1.0, 0.0)}, (detection, 0.0), counts=True)["a"] == pytest.approx(expected)
-    (line,) = shares.news()
+    (line,) = shares.announcements()
     assert line == f"a: weight {expected:.4g}, 0.2 of the detection loss's gradient on p3, p4, from here on"
-    assert shares.news() == []
+    assert shares.announcements() == []
     assert shares.report() == {"a": {"share": 0.2, "weight": pytest.approx(expected), "measured_batches": BATCHES}}
 
 
@@ -84,7 +84,7 @@ def test_a_batch_without_either_gradient_has_weight_zero_and_is_not_counted():
     assert measure(shares, {"a": (0.0, 0.0)}, (1.0, 0.0), counts=True) == {"a": 0.0}
     maps = features()  # no graph: nothing to compare in the batch
     assert float(shares({"a": torch.zeros(())}, {"box": by_hand(maps, 1.0, 0.0)}, maps, counts=True)["a"]) == 0
-    assert shares.measured.tolist() == [[0, 0, 0]] and shares.so_far() == {}
+    assert shares.measured.tolist() == [[0, 0, 0]] and shares.measured_weights() == {}
     assert shares({}, None, {}, counts=True) == {}  # no term acts
 
 
