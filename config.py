@@ -75,7 +75,7 @@ class DataConfig:
 class InheritConfig:
     """A student that begins as a selection of the channels of a wider model of its family and depth."""
 
-    teacher: str | None = None  # the wider model: the name of one of `teachers`; or `weights` says which
+    teacher: str | None = None  # the wider model: the name of one of `teachers`; or give `weights`
     weights: str | None = None  # a released file, or a checkpoint of ours
     arch: str | None = None  # the architecture in a released file that does not name it
     by: Literal["bn_gamma", "l2", "random"] = "bn_gamma"  # keep channels with large gammas, large weights, or any
@@ -86,8 +86,8 @@ class Int8Config:
     """Fine-tuning for int8: the student rounds weights and activations as export.py --int8 writes them."""
 
     percentile: float = 99.99  # an activation's range ends at its percentiles 100 - p and p; 100: min-max
-    pictures: int = 64  # training pictures that the first ranges are of
-    frozen_epochs: int = 1  # in the last epochs the ranges stay; before, they follow the batches
+    pictures: int = 64  # training pictures that the first ranges are measured on
+    frozen_epochs: int = 1  # the last epochs, in which the ranges stay; before, they follow the batches
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class TeacherConfig:
 
     name: str  # the terms refer to it by this name
     arch: str  # a key of models.ARCHITECTURES or models.TEACHERS; or ema, the running mean of the student's own weights
-    weights: str | None = None  # a released file, a checkpoint of ours; or random: untrained, to try a config without
+    weights: str | None = None  # a released file, a checkpoint of ours; or random: untrained, to try a config
     image_size: int | None = None  # side of its images in pixels; None: the student's, rounded to the teacher's stride
     aliases: dict[str, Any] = field(default_factory=dict)  # class of the dataset: class of the teacher; wins over names
     vocabulary: str | None = None  # the file of CLIP's vocabulary; None: where datasets.download puts it
@@ -238,7 +238,7 @@ class Config:
     terms: tuple[TermConfig, ...] = ()  # the distillation losses
     detection_weight: float = 1.0  # weight of the student's own losses beside the terms; 0: it learns from terms alone
     teacher_weighting: Literal["fixed", "confidence"] = "fixed"  # confidence: by each teacher's fit to the labels
-    teacher_cache_gigabytes: float = 0.0  # keep the teachers' outputs of each view on disk, up to so much; 0: no
+    teacher_cache_gigabytes: float = 0.0  # keep the teachers' outputs of each view on disk, up to this size; 0: do not
     epochs: int = 100  # passes over the training pictures
     batch_size: int = 16  # images of a batch, over all processes
     image_size: int = 640  # side of the square image in pixels, a multiple of 32
@@ -363,11 +363,12 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        choices = [a for a in args if a is not type(None)]
-        section = next((a for a in choices if dataclasses.is_dataclass(a)), None)
-        if section is not None and len(choices) > 1 and isinstance(value, dict | section):
-            return _convert(section, to_tree(value), source, key)
-        return _convert(next(a for a in choices if a is not section or len(choices) == 1), value, source, key)
+        sections = [arg for arg in args if dataclasses.is_dataclass(arg)]
+        plain = [arg for arg in args if arg is not type(None) and arg not in sections]
+        for section in sections:
+            if not plain or isinstance(value, dict | section):
+                return _convert(section, to_tree(value), source, key)
+        return _convert(plain[0], value, source, key)
     if origin is Literal:
         if value not in args:
             raise fail("one of " + ", ".join(map(str, args)))

@@ -118,14 +118,14 @@ def objectness_loss(
 
 
 def yolov8_assignment(
-    *, box_logits: Tensor, class_logits: Tensor, points: Tensor, strides: Tensor, targets: Targets, topk: int = 10
+    *, box_logits: Tensor, class_logits: Tensor, points: Tensor, strides: Tensor, targets: Targets
 ) -> Assignment:
     """task_aligned_assignment for raw logits; arguments as in yolov8_losses. No gradient."""
     with torch.no_grad():
         boxes_xyxy = decode_distances(at_least_float32(box_logits), points, strides)  # (B, A, 4) pixels
     logits = at_least_float32(class_logits)
     return task_aligned_assignment(
-        class_logits=logits, boxes_xyxy=boxes_xyxy, points=points, strides=strides, targets=targets, topk=topk
+        class_logits=logits, boxes_xyxy=boxes_xyxy, points=points, strides=strides, targets=targets
     )
 
 

@@ -13,7 +13,7 @@ lists every width and depth in place of multipliers. Decoding and losses are flo
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -242,9 +242,14 @@ class AnchorDetector(nn.Module):
         """(3, 2): widths and heights in pixels of the anchors of the level that has the stride of the map `name`."""
         return self.anchors_pixels()[LEVEL_STRIDES.index(self.strides[name])]
 
+    def _grid(self, output: AnchorOutput) -> dict[str, Any]:
+        """grid_sizes, strides and anchors: keyword arguments of yolo/losses.py and of make_anchors."""
+        sizes = level_sizes(output.image_size)
+        return {"grid_sizes": sizes, "strides": LEVEL_STRIDES, "anchors": self.anchors_pixels()}
+
     def _locations(self, output: AnchorOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Points (A, 2) in cells, strides (A, 1) and anchor sizes (A, 2) in pixels, in the order of the head."""
-        return make_anchors(level_sizes(output.image_size), LEVEL_STRIDES, self.anchors_pixels())
+        return make_anchors(**self._grid(output))
 
     def decode(self, output: AnchorOutput) -> tuple[Tensor, Tensor]:
         """boxes_xyxy (B, A, 4) in pixels, not clipped to the image, and scores (B, A, K) = objectness * class."""
@@ -261,9 +266,7 @@ class AnchorDetector(nn.Module):
             box_logits=box_logits,
             objectness_logits=objectness_logits,
             class_logits=class_logits,
-            grid_sizes=level_sizes(output.image_size),
-            strides=LEVEL_STRIDES,
-            anchors=self.anchors_pixels(),
+            **self._grid(output),
             targets=targets,
         )
 
@@ -275,9 +278,7 @@ class AnchorDetector(nn.Module):
             box_logits=box_logits,
             objectness_logits=objectness_logits,
             class_logits=class_logits,
-            grid_sizes=level_sizes(output.image_size),
-            strides=LEVEL_STRIDES,
-            anchors=self.anchors_pixels(),
+            **self._grid(output),
             targets=targets,
             matches=self._matches(output, targets),
             box_gain=self.box_gain,
@@ -296,9 +297,7 @@ class AnchorDetector(nn.Module):
         assignment = yolov5_assignment(
             box_logits=box_logits,
             class_logits=class_logits,
-            grid_sizes=level_sizes(output.image_size),
-            strides=LEVEL_STRIDES,
-            anchors=self.anchors_pixels(),
+            **self._grid(output),
             targets=targets,
             matches=self._matches(output, targets),
         )

@@ -105,7 +105,7 @@ def open_set(format: str, root: Path) -> FoundSet:
     if refused is not None:
         raise refused
     trains = [name for name in names if str(role_of(name)).startswith("train")]
-    pile, prefix = ([*trains, *names])[0] if names else one_pile(format, root), OWN if names else ""
+    pile, prefix = ([*trains, *names][0], OWN) if names else (one_pile(format, root), "")
     place = root / f"{prefix}split.yaml" if format == "yolo" else root
     if format == "yolo" and place.is_file():  # divided by an earlier call
         return open_pair(format, place, f"{prefix}train", f"{prefix}test")

@@ -169,7 +169,13 @@ def propose(
     if bad > 0.01:
         data["max_bad_fraction"] = next(limit for limit in SUGGESTED if limit >= bad)
         reasons["data.max_bad_fraction"] = f"{bad:.1%} of the pictures or objects cannot be used; see datasets.scan"
-    is_long = epochs * count / batch >= LONG_TRAINING
+    if epochs * count / batch >= LONG_TRAINING:
+        optimizer = {"name": "sgd", "learning_rate": 0.01, "accumulate": max(1, 64 // batch)}
+        reasons["optimizer.name"] = "many steps: the published rates"
+    else:
+        optimizer = {"name": "adamw", "learning_rate": 0.0015, "momentum": 0.9, "schedule": "cosine"}
+        optimizer["ema_ramp_steps"] = 500
+        reasons["optimizer.name"] = "few steps: the rates of configs/bccd_yolov8n.yaml"
     tree: dict[str, Any] = {
         "name": name,
         "data": data,
@@ -178,13 +184,9 @@ def propose(
         "epochs": epochs,
         "batch_size": batch,
         "image_size": size,
-        "optimizer": {"name": "sgd", "learning_rate": 0.01, "accumulate": max(1, 64 // batch)}
-        if is_long
-        else {"name": "adamw", "learning_rate": 0.0015, "momentum": 0.9, "schedule": "cosine", "ema_ramp_steps": 500},
+        "optimizer": optimizer,
         "evaluation": {"every_epochs": 5},
     }
-    steps = "many steps: the published rates" if is_long else "few steps: the rates of configs/bccd_yolov8n.yaml"
-    reasons["optimizer.name"] = steps
     for override in overrides:
         apply_override(tree, override)
     return tree, reasons

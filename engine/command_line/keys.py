@@ -139,7 +139,6 @@ def default_of(f: dataclasses.Field) -> str:
         value = f.default
     if dataclasses.is_dataclass(value):
         return "its defaults"
-    words = {None: "null", True: "true", False: "false", (): "[]"}
-    if not isinstance(value, dict | int | float) or isinstance(value, bool):
-        value = words.get(value, value)
-    return f"{list(value) if isinstance(value, tuple) else value}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value) if isinstance(value, tuple) else value)

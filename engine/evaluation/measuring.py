@@ -87,10 +87,9 @@ class EvaluationResult:
             lines += [coco.format_numbers(self.ap_result), coco.format_per_iou(self.ap_result)]
         else:
             lines += [voc.format_numbers(self.ap_result)]
-        lines += ["", self.table(), ""]
-        lines += [f"P and R at score {best.score_threshold:.3f}, where the mean F1 is highest ({best.mean_f1:.4f});"]
-        lines[-1] += f" at score {given.score_threshold:.3f}: P {given.mean_precision:.4f}, R {given.mean_recall:.4f},"
-        lines[-1] += f" F1 {given.mean_f1:.4f}"
+        at_best = f"P and R at score {best.score_threshold:.3f}, where the mean F1 is highest ({best.mean_f1:.4f})"
+        at_given = f"at score {given.score_threshold:.3f}: P {given.mean_precision:.4f}, R {given.mean_recall:.4f}"
+        lines += ["", self.table(), "", f"{at_best}; {at_given}, F1 {given.mean_f1:.4f}"]
         if self.seconds["inference"]:
             per_image = {k: 1000 * v / max(self.ground_truth.num_images, 1) for k, v in self.seconds.items()}
             shown = ", ".join(f"{name} {value:.1f} ms" for name, value in per_image.items())

@@ -14,7 +14,7 @@ from config import Config, GradientShare, TermConfig, from_tree
 from datasets.letterbox import letterbox
 from distill.terms import LOSSES
 from engine.drawing.heat_maps import attention_heat, grid, heat_colors, heat_legend, overlay, stack, to_pictures
-from engine.onnx_files.detector import SUFFIX, OnnxDetector
+from engine.onnx_files.detector import SUFFIX
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
 from yaml_files import read_yaml
@@ -139,11 +139,6 @@ def find_teachers(config: Config) -> dict[str, Path]:
         for teacher in config.teachers
         if teacher.weights is not None and Path(teacher.weights).is_file()
     }
-
-
-def with_maps(models: dict[str, tuple[nn.Module, CheckpointInfo]]) -> dict[str, tuple[nn.Module, CheckpointInfo]]:
-    """The models that have maps: all except ONNX files."""
-    return {name: pair for name, pair in models.items() if not isinstance(pair[0], OnnxDetector)}
 
 
 def map_names(models: list[nn.Module]) -> list[str]:
