@@ -20,10 +20,10 @@ FRESH_PRIOR = 1e-6  # odds of a class that starts fresh in a softmax; a YOLO's p
 
 
 def check_trained(info: checkpoint.CheckpointInfo, path: Path) -> None:
-    """UserError for weights that would make the numbers of a run wrong that begins with them or learns from them.
+    """UserError for weights with which the numbers of a later run would be wrong, as its start or as its teacher.
 
-    Those of a run whose teachers were random; and a last.pt of another step than its run's report says, of a training
-    that was interrupted or still goes on, whose scores are not those of the report.
+    They are refused if the teachers of their run were random. So is a last.pt of another step than the report of its
+    run: that training was interrupted or still goes on, and the report's scores are not those of the file.
     """
     if info.plumbing:
         raise UserError(f"{path}: {info.plumbing}; expected weights of a run whose teachers were trained")

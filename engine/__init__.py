@@ -9,8 +9,8 @@ pruning       the command that makes a detector narrower
 search        the command that searches widths and depths
 onnx_files    export and its checks
 web_demo      the views of app.py
-command_line  what train.py says before it trains: lists, a first config
-from_python   what retort.py is made of
+command_line  what train.py prints before it trains: lists, a first config
+from_python   the parts of retort.py
 runtime       processes, signals, progress, the folder of a run
 drawing       boxes, maps, plots
 """

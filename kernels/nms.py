@@ -36,7 +36,7 @@ from structures import Detections
 
 MAX_CANDIDATES = 30_000  # per image, the best ones, as in the public YOLO evaluations
 BLOCK = 512  # candidates compared at once: a matrix is 1 MB of float32, and the few in use at a time stay in the cache
-FEW = 1024  # so many candidates are one block, and most of their survivors are found without another
+FEW = 1024  # up to this many candidates are one block, in which most of the survivors are found
 MAX_BAND = 256  # a block whose largest class is larger is compared as one matrix, not class by class
 BAND_CHUNK = 1 << 16  # pairs compared at once class by class
 MANY = 4096  # batched_nms takes one class after another if more survivors than this may be returned

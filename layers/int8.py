@@ -7,9 +7,9 @@ pass takes the rounding for the identity (straight-through estimator, arXiv:1308
     weights       s_c = max |w_c| / 127 per output channel c,    w^ = s_c clip(round(w / s_c), -127, 127)
     activations   s = (high - low) / 255 per tensor, z = round(-low / s),    x^ = s (clip(round(x / s) + z, 0, 255) - z)
 
-round() goes to the nearest integer, of two to the even one. low <= 0 <= high, so that 0 is exact. A module that knows
-its points of rounding has a method `add_int8()` (yolo.layers.ConvBNAct); `add_int8` calls them all. Last convolutions
-and decoding stay float32: engine/onnx_files/int8.py says why.
+round() goes to the nearest integer, from halfway to the even one. low <= 0 <= high, so that 0 is exact. A module that
+can round its results has a method `add_int8()` (yolo.layers.ConvBNAct); the function `add_int8` calls all of them. Last
+convolutions and decoding stay float32; engine/onnx_files/int8.py has the reason.
 
 Differences from the paper: BatchNorm is folded with its running statistics, which stay as they are, and not with those
 of the batch: a run starts from trained weights. Ranges are means of percentiles, not of extremes, unless the percentile

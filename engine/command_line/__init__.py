@@ -1,4 +1,4 @@
-"""What train.py says before it trains: lists, a first config for a folder of pictures, and other projects' arguments.
+"""What train.py prints before it trains: lists, a first config for a folder of pictures, and other projects' arguments.
 
 keys           every key of a config with type, default and comment: `--keys`, and docs/configs.md
 models_list    architectures, teachers and losses, one line each: `--list`

@@ -172,7 +172,7 @@ def _open_onnx(model: Path | bytes, path: Path) -> OnnxDetector:
 
 
 def describe_onnx(detector: OnnxDetector) -> CheckpointInfo:
-    """What load_model tells of a checkpoint, of an ONNX file."""
+    """The description of an ONNX file, as checkpoint.load_model returns it for a checkpoint."""
     info = detector.info
     config: dict[str, Any] = {"evaluation": info.evaluation} if info.evaluation else {}
     if info.random_teachers:

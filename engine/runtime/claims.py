@@ -12,9 +12,9 @@ is the holder's heartbeat, renewed every HEARTBEAT_S seconds. It is free
     - if its holder is elsewhere and the last heartbeat is more than STALE_S seconds ago.
 
 To take a free claim n is to create the file n + 1 with O_EXCL, which succeeds for one process alone. The file with the
-highest number is never removed, so numbers only grow: somebody who looked at claim n long ago, and then was slow, can
-still create nothing but n + 1. If that number was in use in between, a higher one is there now, and he steps back. A
-single file, removed and made again, would not do: the slow one would remove the new claim in place of the old.
+highest number is never removed, so numbers only grow. A process that looked at claim n long ago, and then was slow, can
+only create n + 1. If that number has been used since, there is a higher one now, and the process steps back. A single
+file that is removed and made again would not do: the slow process would remove the new claim instead of the old one.
 
 The age of a heartbeat is the difference of two modification times of the same file system, so no machine's clock
 matters. A process that was stopped, or cut off from the network, for more than STALE_S seconds may lose its claim to
@@ -115,7 +115,7 @@ def take(path: Path) -> Claim:
                 continue
             number += 1
             if not create(file_of(path, number)):
-                continue  # somebody was faster: is his claim free?
+                continue  # another process was faster: is its claim free?
             if (highest := newest(path)) == number:
                 break
             file_of(path, number).unlink(missing_ok=True)  # the number had been in use, long ago

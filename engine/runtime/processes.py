@@ -67,8 +67,8 @@ class Processes:
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error means that another process of the group is gone.
 
-    nccl and the store raise DistError. gloo has no type for a closed connection: it raises a plain RuntimeError that
-    only its text tells apart.
+    nccl and the store raise DistError. gloo has no type for a closed connection: it raises a plain RuntimeError, whose
+    text names the peer.
     """
     return isinstance(error, dist.DistError) or "by peer" in str(error)
 

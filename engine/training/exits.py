@@ -31,8 +31,8 @@ def exit_codes() -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out.
 
-    PyTorch has a class for that on CUDA only. On the CPU it raises a plain RuntimeError, which only its text tells from
-    others: it names PyTorch's allocator, or C++'s bad_alloc.
+    PyTorch has a class for that on CUDA only. On the CPU it raises a plain RuntimeError, whose text names PyTorch's
+    allocator or C++'s bad_alloc.
     """
     text = str(error)
     return (

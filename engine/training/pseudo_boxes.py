@@ -7,12 +7,12 @@ Its detections become objects, ignored regions or nothing:
     ignore_above <= score < threshold          ignored: neither learnt as an object nor as background
     below, and classes that the dataset lacks  nothing
 
-The thresholds are one number, numbers for some classes, or chosen for each class by how many of its objects a labelled
-picture has (score_of_rank): boxes_per_object times as many detections for a picture become objects, and
-ignored_per_object times as many of the next best are ignored. So a class that the teacher finds with low scores is not
-lost. Chen et al., "Label Matching Semi-Supervised Object Detection", arXiv:2206.06608, choose thresholds by this idea;
-they do so anew during the training, and divide what is above the threshold. It takes the labelled pictures for a fair
-sample: with data.per_class rare classes are more frequent among them than they are.
+The threshold is one number, with other numbers for some classes if they are given. Or it is chosen for each class so
+that a picture has boxes_per_object times as many pseudo boxes of the class as a labelled picture has objects
+(score_of_rank); ignored_per_object times as many of the next best detections are then ignored. So a class that the
+teacher finds with low scores is not lost. The idea is that of Chen et al., "Label Matching Semi-Supervised Object
+Detection", arXiv:2206.06608, who choose anew during the training, and divide what is above the threshold. It needs
+labelled pictures that are a fair sample: with data.per_class, rare classes are too frequent among them.
 
 The detections are kept in <runs>/pseudo_boxes/<fingerprint>.npz, so all rows and seeds of a study share them. Other
 thresholds need no other file.

@@ -37,7 +37,7 @@ MAX_CHIPS = 16
 
 @dataclass(frozen=True)
 class Detector:
-    """A detector with what the page tells of it. parameters: None for an ONNX file."""
+    """A detector and the facts that the page shows of it. parameters: None for an ONNX file."""
 
     name: str
     module: nn.Module
@@ -101,7 +101,7 @@ def detect(detector: Detector, picture: np.ndarray, *, score: float, iou: float)
         return predictor([picture])[0]
 
 
-# ---------------------------------------------------------------- what the page tells of detections
+# ------------------------------------------------------------------- what the page shows of detections
 
 
 @dataclass(frozen=True)
