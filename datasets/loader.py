@@ -78,7 +78,7 @@ class Loader:
         index: any object with `samples`, each with image_path, boxes_xyxy (N, 4), labels (N,) and ignore (N,), and with
             class_scores (N, K) for soft labels.
         image_size: S, the side of the letterboxed square in pixels.
-        batch_size: pictures per batch on this rank. The last batch of an epoch may be smaller, unless `drop_last`.
+        batch_size: pictures per batch on this rank. The last batch of an epoch may be smaller.
         seed: of the order.
         workers: processes that decode (0: this one). They need an operating system with fork.
         shuffle: True for training; False for evaluation, in the order of the index.
@@ -107,7 +107,6 @@ class Loader:
         cache: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = False,
         timeout_s: float = 300.0,
         pictures_per_epoch: int = 0,
         labelled_share: float | None = None,
@@ -120,7 +119,7 @@ class Loader:
         if workers and "fork" not in multiprocessing.get_all_start_methods():
             raise UserError(f"workers={workers}: loader processes need an operating system with fork, use workers=0")
         self.index, self.batch_size, self.seed, self.workers = index, batch_size, seed, workers
-        self.shuffle, self.rank, self.world_size, self.drop_last = shuffle, rank, world_size, drop_last
+        self.shuffle, self.rank, self.world_size = shuffle, rank, world_size
         self.timeout_s = timeout_s
         self.pictures_per_epoch = pictures_per_epoch or len(index.samples)
         self.labelled_share = labelled_share
@@ -128,10 +127,6 @@ class Loader:
         self._reader = _Reader(
             index.samples, image_size, cache and _fits_in_memory(len(index.samples), image_size), workers
         )
-        if drop_last and not len(self):
-            raise UserError(
-                f"{len(index.samples)} pictures on {world_size} processes make no full batch of {batch_size}"
-            )
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -141,8 +136,7 @@ class Loader:
         """For each batch of an epoch on this rank its rows of index.samples."""
         order = self._order(epoch) if self.shuffle else list(range(len(self.index.samples)))
         rows = shard(order, self.rank, self.world_size, wrap_around=self.shuffle)
-        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        return batches[:-1] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def _order(self, epoch: int) -> list[int]:
         """The rows of a shuffled epoch, of all processes together."""
@@ -275,7 +269,7 @@ def shard(rows: list[int], rank: int, world_size: int, *, wrap_around: bool) -> 
 
 
 class _Reader(Dataset):
-    """rows of samples -> Batch, or the message of a UserError as text: an exception of a worker would lose its type."""
+    """Rows of samples -> a Batch, or the message of a UserError as text: a worker's exception would lose its type."""
 
     def __init__(self, samples, image_size: int, cache: bool, workers: int) -> None:
         self.samples, self.image_size = samples, image_size
