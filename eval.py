@@ -90,7 +90,8 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
         print(f"{args.ground_truth}: {note}")
     assert ground_truth.crowd is not None and ground_truth.difficult is not None  # GroundTruth fills them in
     ignores_difficult = args.ignore_difficult is not False or args.protocol != "coco"
-    if (ground_truth.crowd | ground_truth.difficult if ignores_difficult else ground_truth.crowd).all():
+    never_counts = ground_truth.crowd | (ground_truth.difficult & ignores_difficult)
+    if never_counts.all():
         found = f"no object that counts among {len(ground_truth)} in {ground_truth.num_images} images"
         raise UserError(f"{args.ground_truth}: {found}, expected at least one to measure by")
     return measure(
@@ -121,18 +122,21 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     if info.config.get("channels_last"):
         # As in its run: other kernels round differently.
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
-    evaluation = info.evaluation if config is None else config.evaluation.completed(published_detection(info.arch))
+    if config is None:
+        evaluation, image_size, workers, classes = info.evaluation, info.image_size, 0, info.classes
+    else:
+        evaluation = config.evaluation.completed(published_detection(info.arch))
+        image_size, workers, classes = config.image_size, config.data.workers, config.data.classes
     evaluation = replace(evaluation, **given_settings(args))
-    image_size = info.image_size if config is None else config.image_size
     image_size = image_size if args.image_size is None else args.image_size
-    workers = args.workers if args.workers is not None else 0 if config is None else config.data.workers
+    workers = workers if args.workers is None else args.workers
     check_settings(evaluation, image_size, workers)
     print(describe_settings(evaluation, image_size, device), flush=True)
     index = open_dataset(*dataset)
-    classes = args.classes.split(",") if args.classes else info.classes if config is None else config.data.classes
+    classes = tuple(args.classes.split(",")) if args.classes else classes
     if classes and (args.classes or config is not None or set(classes) <= set(index.names)):
         # The classes of a checkpoint are used only if the dataset has them: it may be another dataset.
-        index = keep_classes(index, tuple(classes), " ".join(dataset))
+        index = keep_classes(index, classes, " ".join(dataset))
     names = name_classes(info.names, args.names) if args.names else info.names
     result, index = evaluate_on_common_classes(
         model,

@@ -167,8 +167,12 @@ def yaml_splits(root: Path) -> list[str]:
 def one_pile(format: str, root: Path) -> str:
     """The name under which a reader takes the whole set. UserError for a COCO set of several files."""
     if format != "coco":
-        lists = voc_lists(root) if format == "voc" else set(split_names(format, root)) if format == "kitti" else set()
-        return next(iter(lists)) if len(lists) == 1 else "all"
+        lists: set[str] = set()
+        if format == "voc":
+            lists = voc_lists(root)
+        elif format == "kitti":
+            lists = set(split_names(format, root))
+        return lists.pop() if len(lists) == 1 else "all"
     files = coco_files(root)
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "no JSON file"

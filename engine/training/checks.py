@@ -203,8 +203,9 @@ def check_mixture(config: Config, processes: int) -> None:
         found = f"{key}: found {share}, {batch_size * share:g} of {batch_size} images"
         raise UserError(f"{found}, expected a whole number of them, at least one of each kind")
     needs_equal = settings.pseudo is None or any(term.on != "all" for term in config.terms)
-    is_even = share is not None and labelled % processes == 0 and config.data.pictures_per_epoch % batch_size == 0
-    if processes > 1 and needs_equal and not (is_even and config.data.pictures_per_epoch):
+    has_equal = share is not None and labelled % processes == 0
+    has_whole_batches = config.data.pictures_per_epoch > 0 and config.data.pictures_per_epoch % batch_size == 0
+    if processes > 1 and needs_equal and not (has_equal and has_whole_batches):
         raise UserError(
             f"{key}: found {share}, expected a share that gives each of {processes} processes equally many labelled "
             f"images, and data.pictures_per_epoch a multiple of {batch_size}"
