@@ -26,7 +26,7 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -135,10 +135,10 @@ def previous_path(path: str | Path) -> Path:
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Write all bytes and wait until the disk has them. Raises the system's OSError."""
+def write_durably(path: Path, data: bytes | memoryview | Iterable[bytes | memoryview]) -> None:
+    """Write all bytes, or all parts, and wait until the disk has them. Raises the system's OSError."""
     with open(path, "wb") as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes | memoryview) else data)
         file.flush()
         os.fsync(file.fileno())
 

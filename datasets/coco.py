@@ -14,6 +14,7 @@ Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312. Keypoi
 
 import gc
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from typing import Any
 
 from datasets.folders import is_left_out
 from datasets.index import DatasetIndex, Effect
+from datasets.kept_index import Sources
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_resized
 from datasets.values import read_flag, read_id, read_number, read_size
 from errors import UserError
@@ -40,10 +42,12 @@ def _list_of(item: bytes) -> bytes:
     return rb"\[" + _SPACE + rb"(?:" + item + rb"(?:" + comma + item + rb")*+)?+" + _SPACE + rb"\]"
 
 
-MASK = re.compile(rb'(?<!\\)"segmentation"' + _SPACE + b":" + _SPACE + _list_of(_list_of(_NUMBER)))
+MASK = re.compile(rb'"segmentation"' + _SPACE + b":" + _SPACE + _list_of(_list_of(_NUMBER)))
 
 
-def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None) -> DatasetIndex:
+def read_coco(
+    root: str | Path, split: str, names: tuple[str, ...] | None = None, sources: Sources | None = None
+) -> DatasetIndex:
     """A split of a folder in COCO's layout, or in a layout of the tools that export it.
 
     labels: annotations/instances_<split>.json; or <split>.json or instances_<split>.json there or in root; else
@@ -51,14 +55,15 @@ def read_coco(root: str | Path, split: str, names: tuple[str, ...] | None = None
     pictures: images/<split>, <split>, <split>/images, images, root, or the folder of the labels: the first that has a
         picture of the file.
     names: must equal the file's own; they are only checked.
+    sources: get every file and folder that the index depends on.
     UserError for files that are missing or not COCO's, and for pictures that were resized after labelling.
     """
-    root = Path(root)
-    json_path = find_json(root, split)
+    root, sources = Path(root), sources or Sources()
+    json_path = find_json(root, split, sources)
     with _no_collections():
         tree = read_json(json_path)
-        folder = find_folder(root, split, json_path, read_records(tree, "images", json_path))
-        index = index_coco(tree, json_path, folder, names)
+        folder = find_folder(root, split, json_path, read_records(tree, "images", json_path), sources)
+        index = index_coco(tree, json_path, folder, names, sources)
     if names is not None and tuple(names) != index.names:
         raise UserError(f"{json_path}: classes {', '.join(index.names)}; expected {', '.join(names)}")
     return index
@@ -76,47 +81,52 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def find_json(root: Path, split: str) -> Path:
-    """The labels of a split: see read_coco. UserError where there is no such file, or several."""
+def find_json(root: Path, split: str, sources: Sources | None = None) -> Path:
+    """The labels of a split, and `sources`: see read_coco. UserError where there is no such file, or several."""
+    sources = sources or Sources()
     choices = [base / f"{start}{split}.json" for base in (root / "annotations", root) for start in ("instances_", "")]
     choices.append(root / split / "_annotations.coco.json")
     for path in choices:
-        if path.is_file():
+        if sources.is_file(path):
             return path
-    beside = _json_files(root / split)
-    if len(beside) == 1:
+    beside = _json_files(root / split, sources)
+    if len(beside) == 1 and sources.is_file(beside[0]):
         return beside[0]
     if beside:
         raise UserError(f"{root / split}: {', '.join(path.name for path in beside)}; expected one file of labels")
     if root.is_file():
         raise UserError(f"{root}: a file, expected the folder with annotations/instances_{split}.json and the pictures")
     inner = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    others = [str(path.relative_to(root)) for folder in (root, *inner) for path in _json_files(folder)]
+    others = [str(path.relative_to(root)) for folder in (root, *inner) for path in _json_files(folder, sources)]
     found = f", found {', '.join(others[:20])}" if others else ""
     raise UserError(f"{choices[0]}: no such file{found}; expected the labels of split {split!r}")
 
 
-def find_folder(root: Path, split: str, json_path: Path, records: list[dict]) -> Path:
-    """The folder of a split's pictures, which `records` name: see read_coco."""
+def find_folder(root: Path, split: str, json_path: Path, records: list[dict], sources: Sources | None = None) -> Path:
+    """The folder of a split's pictures, which `records` name, and `sources`: see read_coco."""
+    sources = sources or Sources()
     folders = [root / "images" / split, root / split, root / split / "images", root / "images", root, json_path.parent]
     tried = islice(records, TRIED)
-    held = (folder for record in tried for folder in folders if find_image(folder, record.get("file_name")))
-    return next(held, None) or next(path for path in folders if path.is_dir() or path == root)
+    held = (folder for record in tried for folder in folders if find_image(folder, record.get("file_name"), sources))
+    return next(held, None) or next(path for path in folders if sources.is_folder(path) or path == root)
 
 
-def _json_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+def _json_files(folder: Path, sources: Sources) -> list[Path]:
+    if not sources.is_folder(folder):
         return []
     return sorted(p for p in folder.iterdir() if p.suffix.lower() == ".json" and not is_left_out(p.name))
 
 
-def find_image(folder: Path, name: Any) -> Path | None:
-    """The picture `file_name` in a folder; its parts are separated by / or Windows' \\. None where there is none."""
+def find_image(folder: Path, name: Any, sources: Sources | None = None) -> Path | None:
+    """The picture `file_name` in a folder; its parts are separated by / or Windows' \\. None where there is none.
+
+    sources: see read_coco.
+    """
     if not isinstance(name, str) or "\0" in name:
         return None
     for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
         path = folder / spelled
-        if path.is_file():
+        if os.path.isfile(path) if sources is None else sources.is_file(path):
             return path
     return None
 
@@ -154,10 +164,13 @@ def _without_masks(data: bytes) -> bytearray:
     """The JSON text with null for each mask that is a list of lists of numbers; piece by piece, for its memory.
 
     Whatever else stands there stays, and is refused or read by the parser: a mask that is not valid JSON, NaN, a mask
-    in run lengths. A quote inside a string is escaped, so a string never matches.
+    in run lengths. Inside a string the first quote of a match is escaped, so a string is never cut. (The test for that
+    stands here because a pattern that begins with plain letters is searched for twice as fast.)
     """
     kept, end = bytearray(), 0
     for match in MASK.finditer(data):
+        if data[match.start() - 1] == ord("\\"):
+            continue
         kept += data[end : match.start()]
         kept += b'"segmentation":null' + b"\n" * data.count(b"\n", *match.span())  # faults are named by their lines
         end = match.end()
@@ -165,15 +178,21 @@ def _without_masks(data: bytes) -> bytearray:
     return kept
 
 
-def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] | None = None) -> DatasetIndex:
-    """The index of parsed COCO labels whose pictures are in `folder`. names: see read_coco.
+def index_coco(
+    tree: Any,
+    json_path: Path,
+    folder: Path,
+    names: tuple[str, ...] | None = None,
+    sources: Sources | None = None,
+) -> DatasetIndex:
+    """The index of parsed COCO labels whose pictures are in `folder`. names, sources: see read_coco.
 
     It takes the annotations out of the tree as it reads them: those of a set of COCO's size take half a gigabyte.
     """
     log = FaultLog()
     categories = read_categories(read_records(tree, "categories", json_path), json_path)
     annotations = read_records(tree, "annotations", json_path)
-    categories = without_root(categories, annotations, names, json_path, log)
+    categories = without_root(categories, annotations, names, json_path, log, sources)
     label_of = {category: label for label, category in enumerate(categories)}
     images, first_id = _read_images(read_records(tree, "images", json_path), json_path, log)
 
@@ -192,7 +211,7 @@ def index_coco(tree: Any, json_path: Path, folder: Path, names: tuple[str, ...] 
     samples = []
     for image_id, record in images.items():
         name = record["file_name"]
-        image_path = find_image(folder, name)
+        image_path = find_image(folder, name, sources)
         if image_path is None:
             log.add(folder / name, None, "no such file", "label without picture", "left out", name)
             continue
@@ -236,7 +255,12 @@ def read_categories(records: list[dict], path: Path) -> dict[int | str, dict]:
 
 
 def without_root(
-    categories: dict, annotations: list[dict], names: tuple[str, ...] | None, path: Path, log: FaultLog
+    categories: dict,
+    annotations: list[dict],
+    names: tuple[str, ...] | None,
+    path: Path,
+    log: FaultLog,
+    sources: Sources | None = None,
 ) -> dict[int | str, dict]:
     """The categories without those that only group others: a supercategory of others, without objects of its own.
 
@@ -248,7 +272,7 @@ def without_root(
     if groups and (names is None or list(names) != all_names):
         groups -= _used(annotations, categories)
         if groups:
-            groups -= _used_elsewhere(path, {i: categories[i]["name"] for i in groups})
+            groups -= _used_elsewhere(path, {i: categories[i]["name"] for i in groups}, sources or Sources())
         for category in sorted(groups, key=str):
             reason = f"category {category!r} {categories[category]['name']!r}: a supercategory without objects"
             log.add(path, None, f"{reason}; it is no class", "root category", "noted")
@@ -272,13 +296,14 @@ def _used(annotations: Iterable[dict], categories: dict) -> set[int | str]:
     return {match for category in found if (match := match_id(category, categories)) is not None}
 
 
-def _used_elsewhere(path: Path, name_of: dict[int | str, str]) -> set[int | str]:
+def _used_elsewhere(path: Path, name_of: dict[int | str, str], sources: Sources) -> set[int | str]:
     """The categories (id -> name) with objects in another split: a file beside this one, or of the same name."""
-    folders = sorted(folder for folder in path.parent.parent.iterdir() if (folder / path.name).is_file())
-    others = [*_json_files(path.parent), *(folder / path.name for folder in folders)]
+    above = path.parent.parent
+    folders = sorted(above.iterdir()) if sources.is_folder(above) else []
+    others = [*_json_files(path.parent, sources), *(folder / path.name for folder in folders)]
     used: set[int | str] = set()
     for other in others:
-        if other.resolve() == path.resolve():
+        if not sources.is_file(other) or other.resolve() == path.resolve():
             continue
         try:
             tree = read_json(other)

@@ -1,11 +1,13 @@
 """open_dataset: read a split of a dataset in any of the formats."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
 from datasets.coco import read_coco
 from datasets.folders import list_files
 from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex
+from datasets.kept_index import KeptSets
 from datasets.kitti import read_kitti
 from datasets.subset import keep_classes
 from datasets.voc import read_voc
@@ -29,6 +31,7 @@ def open_dataset(
     names: tuple[str, ...] | None = None,
     classes: tuple[str, ...] = (),
     needs_objects: bool = True,
+    kept: KeptSets | None = None,
 ) -> DatasetIndex:
     """Read a split of a dataset on disk: labels and picture headers, no pixels.
 
@@ -38,12 +41,17 @@ def open_dataset(
         have the same names.
     classes: use only these classes of the set, in this order (subset.keep_classes); none: all.
     needs_objects: refuse a split without any object.
+    kept: take the index of a COCO set from there, where it still counts.
     Bad pictures and objects are left out and listed in `faults`: see scan.check.
     UserError for a root, split or class list that cannot be used, and for a split without any picture.
     """
     if format not in READERS:
         raise UserError(f"dataset format {format!r}, expected one of {', '.join(READERS)}")
-    index = READERS[format](root, split, names)
+    if kept is not None and format == "coco":
+        settings = {"format": format, "root": [str(root), os.path.abspath(root)], "split": split, "names": names}
+        index = kept.open(settings, lambda sources: read_coco(root, split, names, sources))
+    else:
+        index = READERS[format](root, split, names)
     if classes:
         index = keep_classes(index, tuple(classes), f"{root}: split {split!r}")
     if not index.samples:

@@ -173,32 +173,23 @@ def make_sample(
     boxes = np.array([row[:4] for row in rows.rows], dtype=np.float64).reshape(-1, 4)
     columns = zip(*(row[4:] for row in rows.rows)) if rows.rows else ((),) * 5
     label_column, difficult_column, crowd_column, area_column, scores_column = columns
-    labels = np.array(label_column, dtype=np.int64)
-    difficult, crowd = np.array(difficult_column, dtype=bool), np.array(crowd_column, dtype=bool)
-    limit = np.array([frame.width, frame.height], dtype=np.float64)
-    is_kept = np.ones(len(boxes), dtype=bool)
-    if frame.orientation != 1:
-        stored = (frame.height, frame.width) if frame.orientation >= 5 else (frame.width, frame.height)
-        boxes = turn_boxes(boxes, frame.orientation, *stored)
-    if frame.orientation != 1 or not all(_is_inside(row, frame) for row in rows.rows):  # few pictures of a set
-        boxes, is_kept = _sort_out(boxes, limit, rows, log, image_path, label_path)
-    if len(set(rows.rows)) < len(rows.rows):
-        earlier = set()
-        for row, key in enumerate(rows.rows):
-            if key in earlier and is_kept[row]:
-                _log_row(row, "duplicate box", "duplicate dropped", boxes, limit, rows, log, image_path, label_path)
-                is_kept[row] = False
-            earlier.add(key)
+    is_kept: np.ndarray | None = None  # all
+    is_plain = frame.orientation == 1 and all(_is_inside(row, frame) for row in rows.rows)
+    if not is_plain or len(set(rows.rows)) < len(rows.rows):  # few pictures of a set
+        boxes, is_kept = _sort_out(boxes, rows, frame, log, image_path, label_path)
 
+    labels = np.array(label_column, dtype=np.int64)
+    crowd = np.array(crowd_column, dtype=bool)
+    ignore = np.array(difficult_column, dtype=bool) | crowd
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     if area_column.count(None) < len(area_column):
         area = np.array([b if a is None else a for a, b in zip(area_column, area)], dtype=np.float64)
-    ignore, scores = difficult | crowd, None
+    scores = None
     if num_soft_classes is not None:
-        scores = np.array(scores_column, dtype=np.float64).reshape(-1, num_soft_classes)[is_kept]
-    if not is_kept.all():
+        scores = np.array(scores_column, dtype=np.float64).reshape(-1, num_soft_classes)
+    if is_kept is not None:
         boxes, labels, ignore = boxes[is_kept], labels[is_kept], ignore[is_kept]
-        area, crowd = area[is_kept], crowd[is_kept]
+        area, crowd, scores = area[is_kept], crowd[is_kept], None if scores is None else scores[is_kept]
     return Sample(image_path, image_id, frame.width, frame.height, boxes, labels, ignore, area, crowd, scores)
 
 
@@ -211,9 +202,16 @@ def _is_inside(row: tuple, frame: Frame) -> bool:
 
 
 def _sort_out(
-    boxes: np.ndarray, limit: np.ndarray, rows: LabelRows, log: FaultLog, image_path: Path, label_path: Path
+    boxes: np.ndarray, rows: LabelRows, frame: Frame, log: FaultLog, image_path: Path, label_path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(boxes (N, 4), clipped where they pass the edge; is_kept (N,) bool). Every change is logged."""
+    """(boxes (N, 4), turned with the picture and clipped where they pass the edge; is_kept (N,) bool).
+
+    Every change but the turn is logged.
+    """
+    if frame.orientation != 1:
+        stored = (frame.height, frame.width) if frame.orientation >= 5 else (frame.width, frame.height)
+        boxes = turn_boxes(boxes, frame.orientation, *stored)
+    limit = np.array([frame.width, frame.height], dtype=np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = boxes[:, :2], boxes[:, 2:]  # (N, 2) each
         tests = (
@@ -230,7 +228,14 @@ def _sort_out(
         is_kept &= ~is_faulty
     for row in np.flatnonzero(is_past & is_kept).tolist():
         _log_row(row, "box past the edge", "noted", boxes, limit, rows, log, image_path, label_path)
-    return np.where(is_past[:, None], np.clip(boxes, 0, np.tile(limit, 2)), boxes), is_kept
+    boxes = np.where(is_past[:, None], np.clip(boxes, 0, np.tile(limit, 2)), boxes)
+    earlier: set[tuple] = set()
+    for row, key in enumerate(rows.rows):
+        if key in earlier and is_kept[row]:
+            _log_row(row, "duplicate box", "duplicate dropped", boxes, limit, rows, log, image_path, label_path)
+            is_kept[row] = False
+        earlier.add(key)
+    return boxes, is_kept
 
 
 def _log_row(

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """As write_text."""
+def write_bytes(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """As write_text, of bytes or of parts."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write_durably(temporary, data)

@@ -24,7 +24,15 @@ from engine.training.int8 import start_ranges, student_bfloat16
 from engine.training.optimization import Ema, apply_schedule, build_optimizer
 from engine.training.optimizers import Optimizer
 from engine.training.pseudo_boxes import open_pseudo_teacher
-from engine.training.splits import Splits, count_pictures, open_indexes, scan_splits, with_unlabelled
+from engine.training.splits import (
+    Splits,
+    count_pictures,
+    keep_indexes,
+    kept_sets,
+    open_indexes,
+    scan_splits,
+    with_unlabelled,
+)
 from engine.training.state import fingerprint
 from engine.training.student import build_student
 from engine.training.teaching import Teachers, build_teachers
@@ -199,11 +207,12 @@ def build(
 
     given: teachers by name, instead of their weights. say: prints a line.
     saved: the student's state in the checkpoint of a resumed run.
-    keep: whether pseudo boxes that are made here are kept for other runs.
+    keep: whether pseudo boxes that are made here, and opened sets, are kept for other runs.
     """
     config = with_published_settings(config)
     check_config(config, given or {}, processes.count, is_resumed=saved is not None)
-    indexes = open_indexes(config)
+    kept = kept_sets(config)
+    indexes = open_indexes(config, kept)
     names = indexes["train"].names
     student = place(build_student(config, names, saved, say, given), config, processes.device)
     check_batches(config, count_pictures(indexes, config.data), student, processes.count)
@@ -219,6 +228,8 @@ def build(
         if teacher is not ema.model:  # evaluation needs all outputs of that one
             cast(DenseDetector, teacher).requested_outputs = criterion.requested_outputs(name)
     splits = scan_splits(config, indexes, say)  # decodes pictures, so it comes after all cheaper checks
+    if keep and processes.is_first:
+        keep_indexes(kept)
     splits = with_unlabelled(config, splits, pseudo_teacher, processes, say, keep=keep)
     check_batches(config, len(splits.train), student, processes.count)  # again, without those that did not decode
     data = fingerprint(splits.train)

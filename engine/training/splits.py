@@ -1,10 +1,12 @@
 """The pictures of a run: opened, checked, divided into those to train on, to choose by and to measure on.
 
 open_indexes(config)        the splits as their labels list them; no picture is decoded
+kept_sets(config)           what earlier runs kept of COCO sets, which are long to open; keep_indexes writes it
 scan_splits(config, ...)    checks the pictures, reports those that two splits share, holds out a part
 with_unlabelled(...)        adds the pictures without labels, with their pseudo boxes
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ import numpy as np
 
 from config import Config, DataConfig
 from datasets.index import DatasetIndex
+from datasets.kept_index import KeptSets
 from datasets.open import open_dataset, require_objects
 from datasets.overlap import Overlap, find_overlap
 from datasets.scan import ScanReport, check, scan
 from datasets.unlabelled import draw_per_class, join, open_pictures, without_labels
+from engine.runtime import claims, run_folder
 from engine.runtime.processes import Processes
 from engine.training.checks import check_data
 from engine.training.pseudo_boxes import PseudoBoxes, PseudoTeacher, make_pseudo_boxes
@@ -61,17 +65,31 @@ def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
     return scan_splits(config, open_indexes(config), say)
 
 
-def open_indexes(config: Config) -> dict[str, DatasetIndex]:
+def kept_sets(config: Config) -> KeptSets:
+    """The indexes that the runs in one folder share."""
+    return KeptSets(Path(config.runs) / "opened_sets")
+
+
+def keep_indexes(kept: KeptSets) -> None:
+    """Write those that are new. UserError with exit code 5 if that cannot be done."""
+    for path, parts in kept.new_files():
+        with contextlib.suppress(claims.Claimed), claims.take(path):  # another run may be writing the same
+            run_folder.make_folder(path.parent)
+            run_folder.write_bytes(path, parts)
+
+
+def open_indexes(config: Config, kept: KeptSets | None = None) -> dict[str, DatasetIndex]:
     """The splits as their labels list them: "whole", "train" (the labelled pictures of the whole), "test", and
     "unlabelled" where there are pictures without labels.
 
     data.max_samples chooses by the dataset and its keys alone: runs of several seeds train on the same pictures.
     data.per_class draws others for each seed, unless data.draw_seed is given. No picture is decoded.
+    kept: where what is read is noted, for keep_indexes.
     """
-    data = config.data
+    data, kept = config.data, kept or kept_sets(config)
     check_data(data)
-    test = open_dataset(data.format, data.root, data.test, classes=data.classes)
-    whole, train = open_labelled(config, test.names)
+    test = open_dataset(data.format, data.root, data.test, classes=data.classes, kept=kept)
+    whole, train = open_labelled(config, test.names, kept)
     if train.names != test.names:
         root = data.train_root or data.root
         found = f"{root}: the classes of {data.train!r} are {', '.join(train.names)}"
@@ -80,13 +98,18 @@ def open_indexes(config: Config) -> dict[str, DatasetIndex]:
     return indexes if data.unlabelled is None else indexes | {"unlabelled": open_unlabelled(data, whole, train)}
 
 
-def open_labelled(config: Config, names: tuple[str, ...] = ()) -> tuple[DatasetIndex, DatasetIndex]:
-    """The training split, and the pictures of it whose labels are used. names: the classes where data.train is None."""
+def open_labelled(
+    config: Config, names: tuple[str, ...] = (), kept: KeptSets | None = None
+) -> tuple[DatasetIndex, DatasetIndex]:
+    """The training split, and the pictures of it whose labels are used.
+
+    names: the classes where data.train is None. kept: as of open_indexes.
+    """
     data = config.data
     if data.train is None:
         none = DatasetIndex(names, (), format=data.format)
         return none, none
-    whole = open_dataset(*training_set(data), classes=data.classes)
+    whole = open_dataset(*training_set(data), classes=data.classes, kept=kept or kept_sets(config))
     if data.per_class:
         seed = config.seed if data.draw_seed is None else data.draw_seed
         return whole, choose(whole, draw_per_class(whole, data.per_class, seed))

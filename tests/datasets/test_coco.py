@@ -261,6 +261,7 @@ def test_masks_are_skipped_and_nothing_else(tmp_path):
             annotation(segmentation=[], extra='"segmentation": [[1, 2]]'),
             annotation(segmentation={"counts": [1, 2], "size": [3, 4]}),
             annotation(segmentation=[[1, 2]], last=[1, [2]]),
+            annotation(**{'a "segmentation': [[1, 2]], "segmentation": None}),
         ]
     )
     path = tmp_path / "a.json"
