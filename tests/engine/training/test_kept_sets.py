@@ -13,6 +13,8 @@ from engine.runtime import claims, run_folder
 from engine.training.dry_run import dry_run
 from engine.training.splits import keep_indexes, kept_sets, open_indexes
 from errors import UserError
+from tests.engine.training.distributed_worker import train_quietly
+from tests.forked_processes import run_group
 from tests.tiny_training import tiny_config, write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,3 +96,22 @@ def test_two_runs_do_not_write_the_same_file_at_once(config, reads, tmp_path):
     with claims.take(test):
         keep_indexes(kept)  # in one process a claim counts as another's
     assert [path.name for path in kept_files(tmp_path)][1:] == [files[1][0].name]
+
+
+@pytest.mark.slow
+def test_every_process_of_a_run_takes_it(config, tmp_path):
+    def start(name):
+        finished = run_group(
+            train_quietly, [(dataclasses.replace(config, name=name), False, None)] * 2, folder=tmp_path
+        )
+        return [child.code for child in finished]
+
+    assert start("first") == [0, 0] and len(kept_files(tmp_path)) == 3
+    labels = next((tmp_path / "set").rglob("*train*.json"))
+    before = labels.stat()
+    labels.write_bytes(b" " * before.st_size)  # whoever reads them fails
+    os.utime(labels, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert start("second") == [0, 0]
+    for path in (tmp_path / "runs" / "opened_sets").glob("*.index"):
+        path.unlink()
+    assert start("third") == [2, 2]
