@@ -15,7 +15,7 @@ from layers.fusion import fuse
 from models import build
 from rtdetr.rtdetr import RTDETROutput, build_rtdetr, read_best_query
 from structures import Detector
-from tests.reference.golden_models import golden_image, public_state, relative_error
+from tests.reference.golden_models import golden_image, public_state, relative_error, undrawn
 from weights import load_public, rename_public
 from weights.families import guess_family
 
@@ -30,7 +30,8 @@ GOLDENS = [
 @pytest.mark.parametrize("arch, file", GOLDENS)
 def test_reproduces_the_released_model(golden, arch, file):
     arrays, meta = golden(file)
-    model = build(arch, meta["nc"])
+    with undrawn():
+        model = build(arch, meta["nc"])
     state = public_state(meta, {})
     renamed = rename_public(model, state)[0]
     assert set(renamed) == {name for name in model.state_dict() if name in renamed or "num_batches" not in name}
@@ -70,7 +71,8 @@ def public_state_of_r18(golden):
 @pytest.fixture(scope="module")
 def model(public_state_of_r18):
     """R18 with the golden's weights: no statistic of a BatchNorm is trivial, and no two queries are alike."""
-    model = build("rtdetr_r18vd", 80)
+    with undrawn():
+        model = build("rtdetr_r18vd", 80)
     load_public(model, public_state_of_r18)
     return model.eval().requires_grad_(False)
 

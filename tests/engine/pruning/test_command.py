@@ -12,9 +12,13 @@ import export
 import models
 import predict
 import train
+from datasets.loader import Loader
+from datasets.open import open_dataset
+from engine.onnx_files.int8 import calibrate
 from engine.pruning.__main__ import main
 from errors import UserError
 from layers.channel_groups import STAYS, find_groups
+from layers.fusion import fuse
 from layers.int8 import has_int8
 from tests.exporting import save_model
 from tests.layers.test_fusion import random_statistics
@@ -113,7 +117,20 @@ def test_it_is_measured_and_finds_objects(pruned, tiny_data, tmp_path, capsys):
     assert "mAP" in capsys.readouterr().out
 
 
+def test_it_is_quantized(pruned, tiny_data):
+    """As export.py --int8 does it: the ranges of its own channels, and scores near those of float32."""
+    half = fuse(checkpoint.load_model(pruned[0] / "half.pt")[0])
+    loader = Loader(open_dataset("yolo", tiny_data, "train"), image_size=64, batch_size=8, seed=0)
+    images = next(iter(loader.epoch(0))).images.float() / 255
+    rounding = calibrate(half, [images], 99.99)
+    with torch.no_grad():
+        found, expected = (m.decode(m(images))[1] for m in (rounding, half))
+    assert has_int8(rounding) and 0 < (found - expected).abs().max()
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
 @pytest.mark.slow  # a graph is traced and optimised
+@pytest.mark.weekly  # it is one of other widths
 def test_it_is_exported_and_quantized(tiny_data, tmp_path, monkeypatch):
     """The int8 graph is traced from a model that rounds, as any other is (tests/engine/onnx_files/test_int8.py)."""
     onnx, _, _ = (pytest.importorskip(module) for module in ("onnx", "onnxruntime", "onnxscript"))

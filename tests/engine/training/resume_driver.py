@@ -24,7 +24,7 @@ from tests.tiny_training import tiny_config, write_dataset
 
 
 def make_config(folder: Path, workers: int) -> Config:
-    """Four epochs of six steps with a teacher, momentum, an adapter, mosaic that closes, held-out pictures.
+    """Three epochs of six steps with a teacher, momentum, an adapter, mosaic that closes, held-out pictures.
 
     The term's weight is measured in ten batches after the first three steps. With workers, half of each batch has no
     labels but pseudo boxes, and the term acts on that half.
@@ -35,7 +35,7 @@ def make_config(folder: Path, workers: int) -> Config:
     return tiny_config(
         folder / "data",
         folder / "runs",
-        epochs=4,
+        epochs=3,
         batch_size=4,
         save_every_steps=2,
         student={"arch": "yolov8_narrow"},

@@ -58,7 +58,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path, workers, kills):
     a, b = checkpoint.load(whole / "weights" / "last.pt"), checkpoint.load(resumed / "weights" / "last.pt")
     for key in ("model", "ema", "optimizer", "criterion", "step", "epoch"):
         assert_same_bytes(a[key], b[key], key)
-    assert a["step"] == (24 if workers == 0 else 12)
+    assert a["step"] == (18 if workers == 0 else 9)
     times = {"seconds"}
     assert {k: v for k, v in a["position"].items() if k not in times} == {
         k: v for k, v in b["position"].items() if k not in times
@@ -76,7 +76,7 @@ def read_rows(run):
         rows = list(csv.DictReader(file))
     for row in rows:
         del row["time"]
-    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     return rows
 
 
