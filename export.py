@@ -316,19 +316,19 @@ def main(argv: list[str]) -> None:
     assert nms_iou is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
 
     on = f"{plural(len(images), 'picture')} {source} at {size} px"
-    describe = lambda precision: GraphInfo(
-        info.arch,
-        info.names,
-        size,
-        suppresses,
-        precision,
-        info.source,
-        commit(),
-        to_tree(evaluation) if info.config else {},
-        info.random_teachers,
+    described = GraphInfo(
+        arch=info.arch,
+        names=info.names,
+        image_size=size,
+        suppresses=suppresses,
+        precision="float32",
+        source=info.source,
+        commit=commit(),
+        evaluation=to_tree(evaluation) if info.config else {},
+        random_teachers=info.random_teachers,
     )
     if FORMATS[args.format] != SUFFIX:
-        write_other_format(args, model, describe("float32"), images, on)
+        write_other_format(args, model, described, images, on)
         if args.format == "coreml":
             print(f"where Core ML runs: {command_for('coreml', args.output, size, dynamic=args.dynamic)}")
         return
@@ -347,7 +347,7 @@ def main(argv: list[str]) -> None:
                 iou_threshold=nms_iou if suppresses else 1.0,
                 max_detections=max_detections,
             )
-        infos[name] = describe(name)
+        infos[name] = replace(described, precision=name)
         onnx_graph.write_info(graphs[name], infos[name])
 
     batches = check_batches(images, args.dynamic)
