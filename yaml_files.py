@@ -14,7 +14,24 @@ from errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 numbers and booleans, and no key given twice."""
+    """SafeLoader with YAML 1.2 numbers and booleans, no key given twice, no alias and no deep nesting."""
+
+    source, depth = "", 0  # the text's name in errors; of the collections around the next node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{self._place(event)}: aliases (*{event.anchor}) are not supported")
+        is_collection = isinstance(event, yaml.CollectionStartEvent)
+        self.depth += is_collection
+        if self.depth > MAX_YAML_DEPTH:
+            raise UserError(f"{self._place(event)}: nested deeper than {MAX_YAML_DEPTH}")
+        node = super().compose_node(parent, index)
+        self.depth -= is_collection
+        return node
+
+    def _place(self, event: yaml.Event) -> str:
+        return f"{self.source}:{event.start_mark.line + 1 if event.start_mark else '?'}"
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -86,16 +103,10 @@ def read_yaml(path: str | Path, *, as_text: bool = False) -> Any:
 
 def parse_yaml(text: str, source: str, *, as_text: bool = False) -> Any:
     """As read_yaml, but from a text. `source` names the text in errors."""
-    depth = 0
     try:
-        for event in yaml.parse(text, Loader=_Loader):
-            line = event.start_mark.line + 1 if event.start_mark else "?"
-            if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{source}:{line}: aliases (*{event.anchor}) are not supported")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_YAML_DEPTH:
-                raise UserError(f"{source}:{line}: nested deeper than {MAX_YAML_DEPTH}")
-        return yaml.load(text, Loader=_TextLoader if as_text else _Loader)
+        loader = (_TextLoader if as_text else _Loader)(text)
+        loader.source = source
+        return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"{source}:{line}: not valid YAML: {error.problem}") from None
