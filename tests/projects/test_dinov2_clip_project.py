@@ -6,7 +6,7 @@ ones: that shows what is connected to what, not that it helps.
 
 import json
 import re
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -18,11 +18,12 @@ import train
 from config import load_config
 from engine.comparison.study import load_study
 from engine.runtime import run_folder
-from engine.training import reporting
+from engine.training import checks, reporting, teaching
 from engine.training.building import augment_batch
 from engine.training.dry_run import losses_of_batch
 from errors import UserError
 from teachers.clip import CLIP
+from teachers.clip_tokenizer import ClipTokenizer
 from teachers.dinov2 import DINOv2
 from tests.conftest import ROOT
 from tests.engine.training.test_two_stage_training import public_state
@@ -48,6 +49,16 @@ pytestmark = pytest.mark.usefixtures("one_thread", "small_second_stage")
 small_clip = partial(CLIP, patch=32, image_width=64, text_width=64, embedding_width=32, depth=1)
 small_dinov2 = partial(DINOv2, width=384, depth=1, heads=6)
 WHOLE = dict(models.TEACHERS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_tokenizer():
+    """CLIP's vocabulary is read once: it takes a fifth of a second, twice in each run. A missing one is not kept."""
+    once = cache(ClipTokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (checks, teaching):
+            patch.setattr(module, "ClipTokenizer", once)
+        yield
 
 
 @pytest.fixture(scope="module")
