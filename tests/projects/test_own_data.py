@@ -40,7 +40,7 @@ def write_yolo(shared_data, folder):
     write_dataset(folder, train=6, test=2)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "one_plot")
 @pytest.mark.parametrize(
     ("write", "format"),
     [(write_raccoons, "voc"), (write_coco, "coco"), pytest.param(write_yolo, "yolo", marks=pytest.mark.slow)],
