@@ -9,7 +9,6 @@ until the session ends: pictures of 10 MB and 24 megapixels, videos of 40 MB, we
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,39 +23,21 @@ from config import Config
 from datasets.enhance import Enhancement, enhance
 from datasets.images import SUFFIXES, read_image
 from engine.prediction import video
-from engine.prediction.files import json_rows
 from engine.runtime.processes import choose_device
-from engine.web_demo import clips, detectors, diagram, gallery, run_views, texts
+from engine.web_demo import clips, detectors, diagram, gallery, run_views, sides, texts
 from engine.web_demo.detectors import Detector, Latency
 from engine.web_demo.run_views import Run
+from engine.web_demo.sides import WHERE, Side
 from errors import UserError
 from structures import Detections
 
 RUNS = Path("runs")
 COMPARE, EXPLAIN = "Compare two models", "What distillation did"
-WHERE = ("left", "right")
 BUILT_IN, FROM_RUN, UPLOAD, CAMERA, FOLDER, VIDEO = "built in", "test split", "upload", "camera", "folder", "video"
 OTHER_FILE = "another file ..."
 WEIGHTS_SUFFIXES = ("pt", "pth", "bin", "safetensors", "npz", "onnx")
 GREY_WORLD, WHITE_PATCH = "grey world", "white patch"
 Place = st.delta_generator.DeltaGenerator  # a part of the page
-
-
-@dataclass(frozen=True)
-class Side:
-    """What is chosen on one side of the page.
-
-    run: None for a file that belongs to no run. key: tells its weights from all others, for what is cached.
-    """
-
-    detector: Detector
-    run: Run | None
-    key: str
-
-    @property
-    def facts(self) -> str:
-        score = self.run.score() if self.run else "mAP not measured"
-        return f"{self.detector.describe()}, **{score}**"
 
 
 @dataclass(frozen=True)
@@ -288,14 +269,10 @@ def show_results(
 
 def show_downloads(views: Sequence[Image.Image], found: Sequence[Detections], pair: tuple[Side, Side]) -> None:
     names = [side.detector.name for side in pair]
-    rows = {
-        f"{where} {name}": json_rows(0, "picture", rows, side.detector.names)
-        for where, name, rows, side in zip(WHERE, names, found, pair)
-    }
     sheet = gallery.as_jpeg(gallery.beside(views[0], views[1], names))
     place = st.container(horizontal=True)
     place.download_button("Download both pictures", sheet, "detections.jpg", "image/jpeg", on_click="ignore")
-    text = json.dumps(rows, indent=1)
+    text = sides.boxes_json(found, pair)
     place.download_button("Download boxes (JSON)", text, "detections.json", "application/json", on_click="ignore")
 
 
@@ -368,10 +345,10 @@ def explain(pair: tuple[Side, Side], enhanced: np.ndarray) -> None:
         st.info(f"How {pair[1].detector.name} was trained is unknown: {place}.")
     else:
         explain_run(run, config)
-    runs = {title: side.run for title, side in titled(pair).items() if side.run}
+    runs = {title: side.run for title, side in sides.by_title(pair).items() if side.run}
     terms = run_views.term_columns(config) if config else {}
     show_curves(runs, list(terms))
-    shown = titled(pair)
+    shown = sides.by_title(pair)
     for name, path in (run_views.find_teachers(config) if config else {}).items():
         shown[f"teacher {name}"] = side_of(path, path.stat().st_mtime, name)
     maps = tuple(name for term in terms.values() for name in term.student_maps)
@@ -380,13 +357,6 @@ def explain(pair: tuple[Side, Side], enhanced: np.ndarray) -> None:
     if sheet and sheet.is_file():
         st.header("The maps that the terms compare, at the end of the run", anchor=False)
         st.image(str(sheet))
-
-
-def titled(pair: tuple[Side, Side]) -> dict[str, Side]:
-    """The sides by name: one if both are the same model, with their places if two models have one name."""
-    if pair[0].key != pair[1].key and pair[0].detector.name == pair[1].detector.name:
-        return {f"{side.detector.name} ({where})": side for side, where in zip(pair, WHERE)}
-    return {side.detector.name: side for side in pair}
 
 
 def explain_run(run: Run, config: Config) -> None:
