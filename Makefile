@@ -24,7 +24,7 @@ app: setup  ## The demo in a browser, at http://localhost:8501, with the models 
 
 browser: setup  ## The demo's test in headless Chromium, which has to be installed; SCREENSHOTS=. takes the README's
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[browser]'
-	$(BIN)/python -m pytest tests/engine/web_demo/test_browser.py
+	$(BIN)/python -m pytest tests/engine/web_demo/test_browser.py $(if $(SCREENSHOTS),-k screenshots)
 
 # A process for each core, at most four, with one thread of torch each: most tests are too small for two threads to help.
 # The tests of a file stay together, for the fixtures that they share; tests/conftest.py puts the longest files first.

@@ -1,12 +1,14 @@
 """The demo in headless Chromium, against its own server: its layout at two widths, and everything that can be done.
 
 Skipped without playwright (the extra `browser`) or without a Chromium on the PATH. SCREENSHOTS=folder takes the
-README's pictures into docs/app/, of the runs of the checkout in that folder: `make demo`, `make browser SCREENSHOTS=.`
+pictures of docs/app/ instead, of the runs of the checkout in that folder. SHOWN names two of them and a built-in
+picture: `make browser SCREENSHOTS=. SHOWN="study/baseline_seed0, study/distilled_seed0, photo: a cat"`.
 """
 
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -33,7 +35,10 @@ pytestmark = [
 OFFLINE = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 PATIENCE = 60_000  # milliseconds
+LARGE = {"width": 1400, "height": 1000}
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
+SHOWN = [name.strip() for name in os.environ.get("SHOWN", "").split(",") if name.strip()]  # left, right, picture
+LOAD_SECONDS = os.environ.get("LOAD_SECONDS")
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +75,13 @@ def address(folder):
 def page(address):
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*OFFLINE, *CAMERA])
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page = browser.new_page(viewport=LARGE)
         page.set_default_timeout(PATIENCE)
         page.context.grant_permissions(["camera"])
         page.faults = []
         page.on("console", lambda message: page.faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: page.faults.append(str(error)))
+        page.first_visit = visit(browser, address)
         page.goto(address)
         page.locator("img").nth(3).wait_for()
         settle(page)
@@ -117,18 +123,10 @@ def choose(page, label: str, option: str) -> None:
 
 def start_again(page) -> None:
     settle(page)
+    page.set_viewport_size(LARGE)
     page.reload()
     page.locator("img").nth(3).wait_for()
     settle(page)
-
-
-def take(page, name: str, *, width: int = 1400, height: int = 1000, quality: int = 80) -> None:
-    if SCREENSHOTS:
-        page.set_viewport_size({"width": width, "height": height})
-        page.wait_for_timeout(3000)  # tables and charts are drawn after the script has ended
-        (ROOT / "docs" / "app").mkdir(parents=True, exist_ok=True)
-        shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-        shot.save(ROOT / "docs" / "app" / f"{name}.jpg", quality=quality, optimize=True)
 
 
 @pytest.mark.parametrize("width, least", [(1400, 640), (900, 400)])
@@ -141,20 +139,61 @@ def test_pictures_are_as_wide_as_the_page_allows(page, width, least):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_the_page_is_there_soon(page):
-    """The server is warm: what a visitor waits for. Other load on the machine may make it longer."""
+def test_the_page_is_there_soon(page, address):
+    """The server is warm, the browser's cache empty: what a visitor waits for until both models' boxes are drawn.
+
+    LOAD_SECONDS=4: of five visits the median takes at most so long, and all are printed. Other load makes it longer.
+    """
     settle(page)
+    seconds = [round(visit(page.context.browser, address), 2) for _ in range(5 if LOAD_SECONDS else 1)]
+    print(f"the server's first visit {page.first_visit:.2f} s, later ones {seconds}")
+    assert sorted(seconds)[len(seconds) // 2] < float(LOAD_SECONDS or 15)
+
+
+def visit(browser, address: str) -> float:
+    """Seconds from the address to the second picture with boxes, in a browser that has never been here."""
+    context = browser.new_context(viewport=LARGE)
+    page = context.new_page()
     start = time.perf_counter()
-    page.reload()
-    page.locator("img").nth(1).wait_for()
-    assert time.perf_counter() - start < float(os.environ.get("LOAD_SECONDS", "15"))
+    page.goto(address)
+    page.locator("img").nth(1).wait_for(timeout=PATIENCE)
+    seconds = time.perf_counter() - start
+    settle(page)  # its last pictures are still asked for
+    context.close()
+    return seconds
 
 
-def test_switch_and_compare(page):
-    take(page, "narrow", width=900)
-    page.set_viewport_size({"width": 1400, "height": 1000})
+def test_thresholds_decide_which_boxes_are_shown(page):
     start_again(page)
-    take(page, "compare")
+    shown, seen = count_boxes(page), picture(page, 1).get_attribute("src")
+    move(page, "Overlap (IoU), at most", "Home")
+    assert 0 < count_boxes(page) < shown and picture(page, 1).get_attribute("src") != seen
+    move(page, "Score, at least", "End")
+    assert count_boxes(page) == 0
+
+
+def count_boxes(page) -> int:
+    return sum(map(int, page.locator(".chip b").all_inner_texts()))
+
+
+def move(page, name: str, key: str) -> None:
+    """A slider to its least value (Home) or its largest (End)."""
+    page.get_by_role("slider", name=name).press(key)
+    page.wait_for_timeout(1000)
+    settle(page)
+
+
+def test_the_latency_stands_below_both_pictures(page):
+    start_again(page)
+    latencies = page.get_by_text(re.compile(r"^\d+(\.\d)? ms \(\d+(\.\d)? to \d+(\.\d)?\)"))
+    assert latencies.count() == 2
+    for number in range(2):
+        above, latency = picture(page, number).bounding_box(), latencies.nth(number).bounding_box()
+        assert latency["x"] == pytest.approx(above["x"], abs=2) and latency["y"] > above["y"] + above["height"]
+
+
+def test_enhance_and_compare_with_a_divider(page):
+    start_again(page)
     before = picture(page, 3).get_attribute("src")
     page.get_by_text("Enhance the picture", exact=True).click()
     settle(page)
@@ -220,6 +259,7 @@ def test_an_upload_is_refused_politely(page, name, data, expected):
 def test_a_snapshot(page):
     start_again(page)
     choose(page, "Picture", "camera")
+    page.wait_for_function("document.querySelector('video')?.readyState >= 2")  # a frame is there: else it is black
     page.get_by_role("button", name="Take Photo").click()
     page.locator('[data-testid="stImage"] img').nth(3).wait_for()
     settle(page)
@@ -255,4 +295,22 @@ def test_what_distillation_did(page):
     page.get_by_test_id("stVegaLiteChart").first.wait_for()
     drawing = page.locator("img").first
     assert drawing.bounding_box()["width"] > 1000 and drawing.evaluate("image => image.naturalHeight") > 100
+
+
+@pytest.mark.skipif(not SCREENSHOTS, reason="takes the documentation's pictures: SCREENSHOTS=folder")
+def test_screenshots(page):
+    for label, option in zip(("Left model", "Right model", "Which"), SHOWN):
+        choose(page, label, option)
+    take(page, "compare")
+    take(page, "narrow", width=900)
+    page.get_by_text("What distillation did", exact=True).click()
+    page.get_by_text("Where the maps are strong").wait_for()
     take(page, "distillation", height=2850, quality=60)
+
+
+def take(page, name: str, *, width: int = 1400, height: int = 1000, quality: int = 80) -> None:
+    page.set_viewport_size({"width": width, "height": height})
+    settle(page)
+    page.wait_for_timeout(3000)  # tables and charts are drawn after the script has ended
+    shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    shot.save(ROOT / "docs" / "app" / f"{name}.jpg", quality=quality, optimize=True)
