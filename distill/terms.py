@@ -139,7 +139,10 @@ def localization(
     weight = inputs.teacher_scores() if region == "scores" else inputs.positives() >= 0
     if region == "valuable":
         t_boxes = inputs.teacher.decode(inputs.t_output)[0].detach()  # they fit from the first epoch on
-        weight |= valuable_region(boxes_xyxy=t_boxes, gt_index=inputs.positives(), targets=inputs.targets, gamma=gamma)
+        is_ignored = inputs.student.in_ignored_boxes(inputs.s_output, inputs.targets)
+        weight |= valuable_region(
+            boxes_xyxy=t_boxes, gt_index=inputs.positives(), targets=inputs.targets, is_ignored=is_ignored, gamma=gamma
+        )
     return localization_kl(**inputs.logits(), weight=weight, temperature=temperature)
 
 

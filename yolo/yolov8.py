@@ -29,7 +29,7 @@ from layers.image_size import check_image_size
 from layers.precision import at_least_float32
 from structures import Detections, Targets
 from weights import ClassRows
-from yolo.assigners import make_points
+from yolo.assigners import in_ignored_box, make_points
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, upsample
 from yolo.losses import decode_distances, yolov8_assignment, yolov8_losses
 from yolo.released_names import YOLOV8_NAMES
@@ -308,6 +308,11 @@ class AnchorFreeDetector(nn.Module):
         return yolov8_assignment(
             box_logits=box_logits, class_logits=class_logits, points=points, strides=strides, targets=targets
         ).gt_index
+
+    def in_ignored_boxes(self, output: AnchorFreeOutput, targets: Targets) -> Tensor:
+        """(B, A) bool: the locations of the head whose center lies inside an ignored box."""
+        points, strides = self._locations(output)
+        return in_ignored_box(points * strides, targets, len(output.logits()[0]))
 
     @torch.no_grad()
     def detect(

@@ -63,7 +63,7 @@ def valuable_region(
     boxes_xyxy: Tensor,
     gt_index: Tensor,
     targets: Targets,
-    is_ignored: Tensor | None = None,
+    is_ignored: Tensor,
     gamma: float = 0.25,
 ) -> Tensor:
     """The valuable localization region (VLR): locations near an object that learn nothing, (B, A) bool.
@@ -86,7 +86,7 @@ def valuable_region(
         boxes_xyxy: (B, A, 4), pixels. Either the teacher's boxes, which fit from the first epoch on and overlap an
             object where the teacher's distributions describe it; or the student's, by which its assigner chose.
         gt_index: (B, A) int64, the row of `targets` that the student's assigner gives a location, or -1.
-        is_ignored: (B, A) bool, locations to leave out: those inside ignored boxes.
+        is_ignored: (B, A) bool, locations to leave out: those whose center lies inside an ignored box.
         gamma: the published value is 0.25.
     Memory: about 100 bytes for every pair of an object with positives and a location.
     """
@@ -107,7 +107,7 @@ def valuable_region(
     region = torch.zeros(b, a, dtype=torch.int32, device=gt_index.device)
     region = region.index_add_(0, image, is_near.int()) > 0
     region &= ~is_positive
-    return region if is_ignored is None else region & ~is_ignored
+    return region & ~is_ignored
 
 
 def paired_diou(a: Tensor, b: Tensor) -> Tensor:

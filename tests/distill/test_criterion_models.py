@@ -104,6 +104,24 @@ def test_terms_that_ask_the_models_act(case, yolos, pictures):
     assert not any(key.startswith(("models", "student")) for key in criterion.state_dict())
 
 
+def test_the_valuable_region_leaves_out_ignored_boxes(yolos, pictures):
+    """An ignored box over both images takes the region around the positives, and leaves the positives."""
+    student, teacher = yolos["student"], yolos["v8"]
+    build_one = lambda region: build(student, teacher, "localization", ("box_logits",), parameters={"region": region})
+    everywhere = torch.tensor([[-1.0, -1.0, SIZE + 1.0, SIZE + 1.0]] * 2)
+    ignored = Targets(everywhere, torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([True, True]))
+    fields = ("boxes_xyxy", "labels", "image", "ignore")
+    covered = Targets(*(torch.cat([getattr(t, name) for t in (TARGETS, ignored)]) for name in fields))
+    found = {
+        (region, name): value(build_one(region), student, teacher, pictures, targets)["localization_t"].item()
+        for region in ("main", "valuable")
+        for name, targets in (("plain", TARGETS), ("covered", covered))
+    }
+    assert found["valuable", "plain"] != pytest.approx(found["main", "plain"], rel=1e-3)
+    assert found["valuable", "covered"] == pytest.approx(found["main", "covered"], rel=1e-6)
+    assert found["main", "covered"] == pytest.approx(found["main", "plain"], rel=1e-6)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_teacher_that_leaves_out_what_no_term_reads_teaches_the_same(case, yolos, pictures):
     student, teacher, loss, maps, changes = CASES[case]

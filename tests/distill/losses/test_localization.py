@@ -55,7 +55,7 @@ def test_the_shell_around_one_object():
     gt = (0.0, 0.0, 10.0, 10.0)
     boxes = torch.tensor([gt, (0, 0, 10, 6), (8, 8, 18, 18), gt, (50, 50, 60, 60)]).float()[None]
     gt_index = torch.tensor([[0, -1, -1, -1, -1]])
-    region = valuable_region(boxes_xyxy=boxes, gt_index=gt_index, targets=objects(gt))
+    region = valuable_region(boxes_xyxy=boxes, gt_index=gt_index, targets=objects(gt), is_ignored=gt_index > 0)
     assert region.tolist() == [[False, True, False, True, False]]  # a perfect box that was not chosen belongs to it
     ignored = torch.tensor([[False, False, False, True, False]])
     region = valuable_region(boxes_xyxy=boxes, gt_index=gt_index, targets=objects(gt), is_ignored=ignored)
@@ -68,7 +68,9 @@ def test_a_poorer_positive_lowers_the_bar():
     overlaps = paired_diou(boxes[0], torch.tensor(gt))
     gt_index = torch.tensor([[0, 0, -1]])
     for gamma in (0.2, 0.4):
-        region = valuable_region(boxes_xyxy=boxes, gt_index=gt_index, targets=objects(gt), gamma=gamma)
+        region = valuable_region(
+            boxes_xyxy=boxes, gt_index=gt_index, targets=objects(gt), is_ignored=gt_index > 0, gamma=gamma
+        )
         assert region[0, 2].item() == (overlaps[2] >= gamma * overlaps[:2].mean()).item()
 
 
@@ -76,7 +78,9 @@ def test_objects_of_another_image_and_without_positives_have_no_shell():
     gt = (0.0, 0.0, 10.0, 10.0)
     boxes = torch.tensor(gt).expand(2, 3, 4)
     gt_index = torch.tensor([[-1, -1, -1], [1, -1, -1]])
-    region = valuable_region(boxes_xyxy=boxes, gt_index=gt_index, targets=objects(gt, gt, image=(0, 1)))
+    region = valuable_region(
+        boxes_xyxy=boxes, gt_index=gt_index, targets=objects(gt, gt, image=(0, 1)), is_ignored=gt_index > 1
+    )
     assert region.tolist() == [[False, False, False], [False, True, True]]
 
 
@@ -84,7 +88,7 @@ def test_the_region_of_half_precision_boxes_is_that_of_float32():
     boxes = (torch.rand(1, 200, 4) * 20).cumsum(-1).bfloat16()
     gt_index = torch.full((1, 200), -1)
     gt_index[0, :5] = 0
-    given = dict(gt_index=gt_index, targets=objects((5.0, 10.0, 30.0, 50.0)))
+    given = dict(gt_index=gt_index, targets=objects((5.0, 10.0, 30.0, 50.0)), is_ignored=gt_index > 0)
     assert torch.equal(valuable_region(boxes_xyxy=boxes, **given), valuable_region(boxes_xyxy=boxes.float(), **given))
     with pytest.raises(ValueError, match="must be"):
         valuable_region(boxes_xyxy=boxes[:, :5], **given)
