@@ -74,8 +74,10 @@ def scene(objects: int = 4, *, seed: int = 0, locations: int = 30) -> tuple[np.n
     return boxes, gt_index, targets
 
 
-def region_of(region, boxes, gt_index, targets, **others) -> np.ndarray:
-    given = dict(boxes_xyxy=torch.tensor(boxes), gt_index=torch.tensor(gt_index), targets=targets)
+def region_of(region, boxes, gt_index, targets, is_ignored=None, **others) -> np.ndarray:
+    """Without is_ignored nothing is."""
+    ignored = torch.tensor(np.zeros(gt_index.shape, dtype=bool) if is_ignored is None else is_ignored)
+    given = dict(boxes_xyxy=torch.tensor(boxes), gt_index=torch.tensor(gt_index), targets=targets, is_ignored=ignored)
     got = region(**given, **others)
     assert got.dtype == torch.bool
     return got.numpy()
@@ -90,8 +92,7 @@ def check_region_matches(region) -> None:
             expected = reference.valuable_region(
                 boxes, gt_index, targets.boxes_xyxy.numpy(), targets.image.numpy(), is_ignored, gamma
             )
-            mask = None if is_ignored is None else torch.tensor(is_ignored)
-            got = region_of(region, boxes, gt_index, targets, gamma=gamma, is_ignored=mask)
+            got = region_of(region, boxes, gt_index, targets, gamma=gamma, is_ignored=is_ignored)
             np.testing.assert_array_equal(got, expected)
             total += expected.sum()
     assert total > 40
