@@ -68,7 +68,7 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
     image_paths: list[Path] = []
     folders = LabelFolders(found.base)
     for entry in found.entries:
-        image_paths += _list_pictures(found.base, entry, folders, log)
+        image_paths += _list_pictures(found, entry, folders, log)
     unique = list(dict.fromkeys(image_paths))
     if len(unique) < len(image_paths):
         reason = f"{len(image_paths) - len(unique)} pictures are listed more than once"
@@ -100,7 +100,7 @@ def list_pictures(root: Path, split: str) -> tuple[list[Path], FaultLog]:
     """The pictures of a split, as read_yolo lists them, without a look at any label; and the pictures not found."""
     yaml_path, log = find_yaml(root), FaultLog()
     found = _read_yaml(yaml_path, split) if yaml_path is not None else _read_folders(root, split)
-    return [path for entry in found.entries for path in _list_pictures(found.base, entry, None, log)], log
+    return [path for entry in found.entries for path in _list_pictures(found, entry, None, log)], log
 
 
 class Place(NamedTuple):
@@ -262,18 +262,19 @@ def _number_names(base: Path, log: FaultLog) -> tuple[str, ...]:
     return tuple(map(str, range(largest + 1)))
 
 
-def _list_pictures(base: Path, entry: str, folders: LabelFolders | None, log: FaultLog) -> list[Path]:
+def _list_pictures(found: _Set, entry: str, folders: LabelFolders | None, log: FaultLog) -> list[Path]:
     """The pictures of a folder (with its subfolders, sorted) or of a list file (in its order).
 
     folders: gets the place of their labels; None: labels do not matter.
     """
+    base = found.base
     straight = entry.replace("\\", "/")  # Windows' separator; some exporters write paths one folder too high
     choices = [base / spelled for spelled in (entry, straight, straight.removeprefix("../"))]
     path = next((choice for choice in choices if choice.exists()), choices[0])
     if path.is_dir():
         return _list_folder(path, folders, log)
     if not path.is_file():
-        raise UserError(f"{path.resolve()}: no such folder or list of pictures")
+        raise UserError(f"{found.source}: {entry!r} leads to {path.resolve()}, no such folder or list of pictures")
     pictures = []
     for number, line in read_lines(path):
         choices = [folder / spelled for spelled in _spellings(line) for folder in (path.parent, base)]

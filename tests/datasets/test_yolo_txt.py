@@ -218,7 +218,7 @@ def test_paths_are_relative_to_the_yaml_file(make, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "yaml, words",
     [
-        ("names: [a]\ntrain: images/none\n", r"images/none: no such folder or list"),
+        ("names: [a]\ntrain: images/none\n", r"yaml: 'images/none' leads to .*images/none, no such folder or list"),
         ("names: [a]\nval: images/train\n", "no split 'train', found val"),
         ("names: [a]\npath: elsewhere\ntrain: images/train\n", "elsewhere.*is no folder"),
         ("names: [a, b]\nnc: 3\ntrain: images/train\n", "nc is 3, but there are 2"),
