@@ -205,6 +205,8 @@ def run(
                 processes.from_first(None)  # the others wait for the claim: nobody else writes the checkpoint now
                 saved = load_saved(folder, config, allow_change, progress.say)
             setup = build(config, processes, teachers, progress.say, saved and saved["model"])
+            if folder is not None and saved is not None:
+                state = restore(setup, saved, folder, progress)  # before anything is written: it may refuse
             if processes.is_first:
                 folder, config, setup.claim = open_folder(folder, config, claim)
                 if setup.claim is not claim:
@@ -213,8 +215,6 @@ def run(
             if processes.is_first:
                 for role, report in setup.splits.reports.items():
                     report.write(folder.path / "dataset" / role)
-            if saved is not None:
-                state = restore(setup, saved, folder, progress)
             progress.say(f"{folder.path}: {describe_setup(setup)}")
             if saved is None:
                 measure_start(setup, state, progress)

@@ -60,12 +60,14 @@ class Optimizer(ABC):
         return {"state": {number[p]: state for p, state in self.state.items()}, "param_groups": groups}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over the settings and the state. ValueError if the groups have other sizes."""
+        """Take over the state of the parameters; settings stay. ValueError for that of other groups or another kind."""
         sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], self.param_groups)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"the saved optimizer has groups of {sizes[0]} parameters, expected {sizes[1]}")
-        for group, other in zip(self.param_groups, saved["param_groups"]):
-            group.update({key: value for key, value in other.items() if key != "params"})
+        names = list(self.first_state(torch.zeros(1)))
+        for state in saved["state"].values():
+            if sorted(state) != sorted(names):
+                raise ValueError(f"the saved optimizer holds {', '.join(state)}, expected {', '.join(names)}")
         parameters = self._parameters()
         self.state = {
             parameters[number]: {name: value.to(parameters[number]) for name, value in state.items()}

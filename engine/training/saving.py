@@ -94,7 +94,10 @@ def restore(setup: TrainingSetup, saved: dict[str, Any], folder: RunFolder, prog
     checkpoint.load_state(setup.student, saved["model"], folder.last)
     checkpoint.load_state(setup.ema.model, saved["ema"], folder.last)
     checkpoint.load_state(setup.criterion, saved["criterion"], folder.last)
-    setup.optimizer.load_state_dict(saved["optimizer"])
+    try:
+        setup.optimizer.load_state_dict(saved["optimizer"])
+    except ValueError as error:  # a change that was allowed
+        raise UserError(f"{folder.path}: {error}; the run cannot go on with this change") from None
     return TrainingState(**saved["position"])
 
 

@@ -85,7 +85,7 @@ def test_a_saved_state_goes_on(case, saved_by):
     second.load_state_dict(first.state_dict())
     resumed = own(groups(second), lr=7.0, **settings)
     resumed.load_state_dict(begun.state_dict())
-    assert [group["lr"] for group in resumed.param_groups] == [0.05, 0.05]
+    assert [group["lr"] for group in resumed.param_groups] == [7.0, 7.0]  # its own
     walk(second, resumed, range(2, 4))
     assert_same(second.state_dict(), whole.state_dict())
 
@@ -96,6 +96,9 @@ def test_a_state_of_other_groups_is_refused():
     other = Sgd(groups(layers)[:1], lr=1.0, momentum=0.9)
     with pytest.raises(ValueError, match=r"groups of \[2\] parameters, expected \[2, 3\]"):
         optimizer.load_state_dict(other.state_dict())
+    walk(layers, optimizer, range(1))
+    with pytest.raises(ValueError, match="holds momentum_buffer, expected step, exp_avg, exp_avg_sq"):
+        AdamW(groups(layers), lr=1.0, betas=(0.8, 0.999)).load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("case", ["momentum", "adamw"])

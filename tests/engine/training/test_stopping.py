@@ -188,6 +188,27 @@ def test_resume_refuses_another_config(make_tiny, monkeypatch, changes, key):
     assert "--allow-change" in str(error.value)
 
 
+def test_an_allowed_change_counts_or_is_refused_before_anything_is_written(make_tiny, monkeypatch):
+    config = make_tiny(epochs=1, optimizer={"backbone_factor": 0.5})
+    train.run(config, quiet=True)
+    folder = run_folder.Path(config.runs) / "tiny"
+    contents = lambda: {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents()
+    for changes, words in (({"backbone_factor": 1.0}, "has groups of"), ({"name": "adamw"}, "holds momentum")):
+        changed = make_tiny(epochs=2, optimizer={"backbone_factor": 0.5} | changes)
+        with pytest.raises(UserError, match=f"tiny: the saved optimizer {words}"):
+            train.run(changed, resume=True, quiet=True, allow_change=("epochs", "optimizer"))
+        assert contents() == before
+    used = []
+    monkeypatch.setattr(train, "train", lambda setup, *rest: used.append(setup.optimizer.param_groups))
+    monkeypatch.setattr(train, "finish", lambda *rest: {})
+    changed = make_tiny(epochs=2, optimizer={"backbone_factor": 0.2, "weight_decay": 0.25})
+    train.run(changed, resume=True, quiet=True, allow_change=("epochs", "optimizer"))
+    (groups,) = used
+    assert [group["factor"] for group in groups] == [1, 1, 1, 0.2, 0.2, 0.2]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0, 0] * 2
+
+
 def test_what_a_resumed_run_may_change(make_tiny):
     config = make_tiny()
     tree = to_tree(config)
