@@ -1,6 +1,6 @@
 """The index of a split, kept in a file: a second start reads neither labels nor the headers of pictures again.
 
-Sources     what a reading looked at: each file with its size and time of change, each missing file, each listed folder
+Sources     what a reading looked at: each file with its size and times of change, each missing file, each listed folder
 KeptIndex   an index in a file, which counts only while all of this, the settings and the readers' code are the same
 KeptSets    the files of a folder, and the indexes to keep there
 
@@ -10,8 +10,10 @@ with the index.
 The file is data that can run nothing: the length of its head (8 bytes), the head (JSON), the columns of COLUMNS, one
 after the other as in memory, and a SHA-256 of all that.
 
-A change is seen by size and time, so one that leaves both as they were is not. As a file system's clock has steps, an
-index whose sources changed less than RECENT_NS before they were read is not kept.
+A change is seen by the size and two times, that of the contents and that of the file's entry. The first can be set, and
+copies and archives set it to the original's; the second cannot (Windows has none, but the time when a file was made).
+As a file system's clock has steps, an index whose contents changed less than RECENT_NS before they were read is not
+kept.
 """
 
 import hashlib
@@ -38,24 +40,26 @@ DIGEST_BYTES = 32
 # name: (type, values in a row). Truth values come last, so that all others lie at multiples of 8 bytes.
 OBJECT_COLUMNS = {"boxes_xyxy": ("f8", 4), "labels": ("i8", 1), "area": ("f8", 1)}
 OBJECT_COLUMNS |= {"ignore": ("?", 1), "crowd": ("?", 1)}
-# A source has its state; a picture has its source, width, height and number of objects.
-COLUMNS = {"sources": ("i8", 2), "pictures": ("i8", 4)} | OBJECT_COLUMNS
+# A source has its State; a picture has its source, width, height and number of objects.
+COLUMNS = {"sources": ("i8", 3), "pictures": ("i8", 4)} | OBJECT_COLUMNS
+State = tuple[int, int, int]  # bytes, and when the contents and the entry of a file changed last (nanoseconds)
 
 
-def state_of(path: str) -> tuple[int, int]:
-    """(bytes, nanoseconds of the last change) of a file. Instead of bytes NO_FILE for a folder, MISSING for nothing."""
+def state_of(path: str) -> State:
+    """The state of a file. Instead of bytes NO_FILE for a folder, MISSING for nothing."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return MISSING, 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else NO_FILE, found.st_mtime_ns
+        return MISSING, 0, 0
+    size = found.st_size if stat.S_ISREG(found.st_mode) else NO_FILE
+    return size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class Sources:
     """The files and folders that a reading looked at, each as it was at the first look, before it was read."""
 
     def __init__(self) -> None:
-        self.states: dict[str, tuple[int, int]] = {}
+        self.states: dict[str, State] = {}
         self._began_ns = time.time_ns()
 
     def is_file(self, path: str | Path) -> bool:
@@ -66,7 +70,7 @@ class Sources:
         """As os.path.isdir. The reading depends from now on on the names in this folder, or on there being none."""
         return self._look_at(str(path))[0] == NO_FILE
 
-    def _look_at(self, path: str) -> tuple[int, int]:
+    def _look_at(self, path: str) -> State:
         state = self.states.get(path)
         if state is None:
             state = self.states[path] = state_of(path)
@@ -74,7 +78,7 @@ class Sources:
 
     def are_settled(self) -> bool:
         """Whether another change would change a time as well."""
-        return max((changed for _, changed in self.states.values()), default=0) < self._began_ns - RECENT_NS
+        return max((changed for _, changed, _ in self.states.values()), default=0) < self._began_ns - RECENT_NS
 
 
 class KeptIndex:
@@ -107,7 +111,7 @@ class KeptIndex:
             column = body[start:end].view(kind)
             columns[name], start = column.reshape(-1, width) if width > 1 else column, end
         states = zip(head["paths"], columns["sources"].tolist())
-        if any(state_of(path) != (size, changed) for path, (size, changed) in states):
+        if any(state_of(path) != tuple(state) for path, state in states):
             return None
         return _unpack(head, columns)
 

@@ -153,6 +153,10 @@ CHANGES = {
     "labels of the same time": lambda root: replace_without_a_new_time(
         root / "annotations" / "train.json", json.dumps(tree(), indent=1).encode()
     ),
+    "labels of as many bytes and the same time": lambda root: replace_without_a_new_time(
+        root / "annotations" / "train.json",
+        (root / "annotations" / "train.json").read_bytes().replace(b"[40, 24,", b"[41, 24,"),
+    ),
     "labels that are found first": lambda root: shutil.copy(
         root / "annotations" / "train.json", root / "annotations" / "instances_train.json"
     ),
