@@ -8,6 +8,7 @@
 A picture without labels is a Sample with is_labelled False. It has no objects, unless a teacher found some.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -91,7 +92,7 @@ def open_pictures(format: str | None, root: str | Path, split: str | None, names
         raise UserError(f"format {format!r} lists no pictures without labels, expected one of {', '.join(LISTS)}")
     else:
         listed = LISTS[format](root, split, log)
-    samples: dict[Path, Sample] = {}
+    samples: dict[str, Sample] = {}
     for name, path in listed:
         if path is None:
             log.add(root, None, f"no picture {name}", "no such picture", "left out", name)
@@ -102,7 +103,7 @@ def open_pictures(format: str | None, root: str | Path, split: str | None, names
             reason = str(error).removeprefix(f"{path}: ")
             log.add(path, None, reason, "unreadable picture", "picture dropped", path.name)
             continue
-        samples.setdefault(path, unlabelled_sample(path, name, width, height))
+        samples.setdefault(os.path.abspath(path), unlabelled_sample(path, name, width, height))
     if not samples:
         first = f"; first fault: {log.faults[0]}" if log.faults else ""
         raise UserError(f"{source} has no usable picture{first}")

@@ -187,7 +187,7 @@ def _stem(line: str, part: _Part) -> str:
         raise UserError(f"{part.source}: {line!r} leaves the dataset's folder")
     if path.suffix.lower() in (*SUFFIXES, *UNREAD) and not (part.annotations / f"{line}.xml").is_file():
         return str(path.with_suffix(""))
-    return line
+    return str(path)
 
 
 def _log_unlabelled(part: _Part, stems: set[str], log: FaultLog) -> None:

@@ -69,7 +69,10 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
     folders = LabelFolders(found.base)
     for entry in found.entries:
         image_paths += _list_pictures(found, entry, folders, log)
-    unique = list(dict.fromkeys(image_paths))
+    by_place: dict[str, Path] = {}  # a path may be spelled in several ways
+    for path in image_paths:
+        by_place.setdefault(os.path.abspath(path), path)
+    unique = list(by_place.values())
     if len(unique) < len(image_paths):
         reason = f"{len(image_paths) - len(unique)} pictures are listed more than once"
         log.add(found.source, None, reason, "listed twice", "noted")

@@ -8,6 +8,7 @@ with_unlabelled(...)        adds the pictures without labels, with their pseudo 
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,17 +125,18 @@ def open_unlabelled(data: DataConfig, whole: DatasetIndex, train: DatasetIndex) 
     settings = data.unlabelled
     assert settings is not None
     parts = []
-    labelled = {sample.image_path for sample in train.samples}
+    place_of = lambda sample: os.path.abspath(sample.image_path)
+    labelled = set(map(place_of, train.samples))
     if settings.rest:
-        rest = [row for row, sample in enumerate(whole.samples) if sample.image_path not in labelled]
+        rest = [row for row, sample in enumerate(whole.samples) if place_of(sample) not in labelled]
         if not rest:
             raise UserError("key 'data.unlabelled.rest': every picture of data.train is labelled, expected fewer")
         parts.append(without_labels(whole.subset(rest)))
     if settings.split is not None or settings.root is not None:
         format = None if settings.split is None else settings.format or data.format
         parts.append(open_pictures(format, settings.root or data.root, settings.split, whole.names))
-    samples = {sample.image_path: sample for part in parts for sample in part.samples}
-    kept = tuple(sample for path, sample in samples.items() if path not in labelled)
+    samples = {place_of(sample): sample for part in parts for sample in part.samples}
+    kept = tuple(sample for place, sample in samples.items() if place not in labelled)
     if not kept:
         raise UserError("key 'data.unlabelled': all of its pictures are labelled, expected others")
     faults = tuple(fault for part in parts for fault in part.faults)

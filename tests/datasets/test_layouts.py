@@ -1,5 +1,7 @@
 """The folders that tools export, read as they lie; and sets without one object, refused by every reader."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -157,13 +159,18 @@ def test_labels_beside_pictures_in_a_folder_called_images(tmp_path):
     assert boxes(read_yolo(tmp_path, "train")) == [BOX]
 
 
-def test_lists_of_windows_and_of_darknet(tmp_path):
+def test_lists_of_windows_and_of_darknet(tmp_path, monkeypatch):
     picture(tmp_path / "sub" / "x.png")
     text(tmp_path / "sub" / "x.txt", ROW)
     text(tmp_path / "obj.names", "cell\n")
     text(tmp_path / "train.txt", "sub\\x.png\ndata/sub/x.png\n")
     index = read_yolo(tmp_path, "train")
     assert boxes(index) == [BOX] and [fault.kind for fault in index.faults] == ["listed twice"]
+    monkeypatch.chdir(tmp_path)
+    for spelled in ("sub/../sub/x.png", str(tmp_path / "sub" / "x.png")):
+        text(tmp_path / "train.txt", f"sub/x.png\n{spelled}\n")
+        index = read_yolo(Path("."), "train")
+        assert boxes(index) == [BOX] and [fault.kind for fault in index.faults] == ["listed twice"]
     text(tmp_path / "train.txt", "sub/x.png\nother/sub/x.png\n")  # another folder is not the same picture
     assert [fault.kind for fault in read_yolo(tmp_path, "train").faults] == ["label without picture"]
 

@@ -332,7 +332,7 @@ def test_broken_picture(make, tmp_path):
 def test_lists(make, tmp_path):
     make(annotation_xml(""))
     list_path = tmp_path / "ImageSets" / "Main" / "train.txt"
-    list_path.write_text("x.jpg\nx\ngood\n")
+    list_path.write_text("x.jpg\nx\n./good\ngood\n")
     index = read_voc(tmp_path, "train")
     assert [sample.image_id for sample in index.samples] == ["x", "good"]
     assert kinds(index) == [("noted", "listed twice")]

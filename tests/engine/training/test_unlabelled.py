@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ def test_another_source_and_its_overlap(make_tiny, tiny_data, tmp_path):
     config = make_tiny(data=few(root=str(more)))
     assert len(open_indexes(config)["unlabelled"]) == 20
     again = make_tiny(data=few(split="train"))  # the labelled ones among them stay labelled
+    spelled = make_tiny(data=few(root=os.path.relpath(tiny_data / "images" / "train")))  # by other paths
+    assert len(open_indexes(spelled)["unlabelled"]) == 18
     assert (
         sorted(ids(open_indexes(again)["unlabelled"], False))
         == sorted(ids(open_indexes(config)["unlabelled"], False))[:18]
