@@ -18,6 +18,7 @@ File format, little-endian: MAGIC, the CRC-32 of everything after it, the length
 of the entry; name, dtype and shape of each tensor), the bytes of the tensors. Reading it runs no code from the file.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -82,7 +83,6 @@ class OutputCache:
         self.max_bytes = int(max_gigabytes * 1e9)
         self.fingerprint = fingerprint
         self.counts = CacheCounts()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._num_bytes = sum(size for _, size, _ in self._scan())
         self._num_uncounted = 0  # bytes written since the folder was scanned
         self._is_full = False
@@ -139,11 +139,12 @@ class OutputCache:
     def _write(self, path: Path, data: bytes) -> None:
         temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
             os.replace(temporary, path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there may be no folder
+                temporary.unlink()
             self.counts.not_written += 1
         else:
             self._num_bytes += len(data)  # too many if it replaced an entry; _trim counts again

@@ -317,8 +317,8 @@ def test_mosaic_closes(make_tiny):
 
 def test_dry_run(make_tiny, tmp_path, capsys):
     path, _ = teacher_file(tmp_path)
-    config = make_tiny(teachers=[{"name": "t", "arch": "yolov8_narrow", "weights": str(path)}], terms=TERMS)
-    train.dry_run(config)
+    teachers = [{"name": "t", "arch": "yolov8_narrow", "weights": str(path)}]
+    train.dry_run(make_tiny(teachers=teachers, terms=TERMS, teacher_cache_gigabytes=1))
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 5 and "%" in line}
     assert set(rows) == {"box", "cls", "dfl", "mse_t", "soft_class_t"}

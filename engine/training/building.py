@@ -207,7 +207,7 @@ def build(
 
     given: teachers by name, instead of their weights. say: prints a line.
     saved: the student's state in the checkpoint of a resumed run.
-    keep: whether pseudo boxes that are made here, and opened sets, are kept for other runs.
+    keep: whether pseudo boxes that are made here, opened sets and outputs of teachers are kept for other runs.
     """
     config = with_published_settings(config)
     check_config(config, given or {}, processes.count, is_resumed=saved is not None)
@@ -250,7 +250,8 @@ def build(
     if config.student.int8 is not None and saved is None:
         start_ranges(student, ema.model, splits.train, config, processes.device)
     if config.teacher_cache_gigabytes:
-        teachers.keep_outputs(Path(config.runs) / "teacher_outputs", config.teacher_cache_gigabytes)
+        room = config.teacher_cache_gigabytes if keep else 1e-9  # a byte, so that nothing is written
+        teachers.keep_outputs(Path(config.runs) / "teacher_outputs", room)
     # While a term is off, its adapter gets no gradients. Without detection losses, the student's head may get none.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
     find_unused |= config.detection_weight == 0

@@ -303,6 +303,9 @@ def test_a_disk_that_refuses_costs_nothing_but_the_entry(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     assert torch.equal(cache.put("k", {"x": torch.ones(2)})["x"], torch.ones(2))
     assert cache.counts.not_written == 1 and cache.counts.written == 0 and files(cache) == []
+    (tmp_path / "file").touch()
+    cache = OutputCache(tmp_path / "file" / "t", 1.0, "a")  # no folder can be made there
+    assert torch.equal(cache.put("k", {"x": torch.ones(2)})["x"], torch.ones(2)) and cache.counts.not_written == 1
 
 
 def test_an_entry_appears_only_when_it_is_whole(tmp_path, monkeypatch):
