@@ -10,7 +10,7 @@ from pathlib import Path
 
 import checkpoint
 import models
-from config import RANDOM, Config, DataConfig, GradientShare, UnlabelledConfig
+from config import RANDOM, STUDENT, Config, DataConfig, GradientShare, UnlabelledConfig
 from distill.checks import check_terms
 from distill.terms import LOSSES
 from engine.training.int8 import check_int8
@@ -52,7 +52,8 @@ def check_numbers(config: Config, processes: int) -> None:
     if config.batch_size < 1 or config.batch_size % processes:
         expected = f"a multiple of {processes} processes" if processes > 1 else "at least 1"
         raise UserError(f"key 'batch_size': found {config.batch_size}, expected {expected}")
-    if not config.detection_weight >= 0 or (config.detection_weight == 0 and not config.terms):
+    taught_by_itself = all(term.teacher == STUDENT for term in config.terms)
+    if not config.detection_weight >= 0 or (config.detection_weight == 0 and taught_by_itself):
         raise UserError(f"key 'detection_weight': found {config.detection_weight}, expected a number above 0")
     for index, term in enumerate(config.terms):
         if isinstance(term.weight, GradientShare) and config.detection_weight == 0:

@@ -99,6 +99,10 @@ MISTAKES = {
     "epochs": (lambda f: {"epochs": 0}, "'epochs': found 0, expected at least 1"),
     "size": (lambda f: {"image_size": 50}, "'image_size': found 50"),
     "accumulate": (lambda f: {"optimizer": {"accumulate": 0}}, "'optimizer.accumulate': found 0"),
+    "nothing but itself": (
+        lambda f: {"detection_weight": 0.0, "terms": [{"teacher": "student", "loss": "last_layer", "weight": 1}]},
+        "'detection_weight': found 0.0, expected a number above 0",
+    ),
     "rate": (lambda f: {"optimizer": {"learning_rate": 0.0}}, "'optimizer.learning_rate': found 0.0"),
     "rate of the backbone": (
         lambda f: {"optimizer": {"backbone_factor": 0.0}},
