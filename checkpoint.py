@@ -21,6 +21,7 @@ file, fsync, rename, fsync of the folder); the previous file stays as `<name>.pr
 every record in the zip container, which torch.load does not do.
 """
 
+import contextlib
 import io
 import os
 import pickle
@@ -124,7 +125,7 @@ def _replace(path: Path, data: bytes | memoryview, *, keep_previous: bool = Fals
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         kept = "the checkpoint before it is untouched" if path.exists() else "there is no earlier checkpoint"
         raise UserError(f"{path}: could not be written: {error.strerror}; {kept}", DISK_EXIT_CODE) from None
 
@@ -133,6 +134,12 @@ def previous_path(path: str | Path) -> Path:
     """weights/last.pt -> weights/last.prev.pt"""
     path = Path(path)
     return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def discard(path: Path) -> None:
+    """Remove a half-written file, where there is one; its folder may be missing, or a file."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def write_durably(path: Path, data: bytes | memoryview | Iterable[bytes | memoryview]) -> None:

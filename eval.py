@@ -45,6 +45,7 @@ from typing import Any, get_args
 
 import torch
 
+from checkpoint import DISK_EXIT_CODE
 from config import EvaluationConfig, load_config
 from datasets.class_names import read_class_map
 from datasets.open import READERS, open_dataset
@@ -305,6 +306,9 @@ def add_file_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
+    for file in filter(None, (args.json, args.save_detections)):
+        if not Path(file).parent.is_dir():
+            raise UserError(f"{file}: could not be written: no such folder", DISK_EXIT_CODE)
     if args.ground_truth or args.detections:
         if not (args.ground_truth and args.detections) or args.checkpoint or args.config:
             raise UserError("expected --ground-truth and --detections together, without a checkpoint or config")

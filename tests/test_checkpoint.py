@@ -102,6 +102,13 @@ def test_disk_errors_elsewhere(tmp_path, monkeypatch, call):
     assert error.value.exit_code == 5 and path.read_bytes() == before
 
 
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "weights").touch()
+    with pytest.raises(UserError, match="could not be written") as error:
+        checkpoint.save(tmp_path / "weights" / "last.pt", small_state())
+    assert error.value.exit_code == 5
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)

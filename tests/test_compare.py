@@ -60,6 +60,13 @@ def names(trained):
     return [config.name for config in trained]
 
 
+def test_a_folder_that_cannot_be_made_is_the_disk(config, trained, tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(UserError, match="Not a directory") as error:
+        compare.compare(make(config))
+    assert error.value.exit_code == 5 and not trained
+
+
 def test_every_row_with_the_first_seed_then_with_the_next(config, trained):
     results = compare.compare(make(config, seeds=2))
     assert names(trained) == [

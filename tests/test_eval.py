@@ -121,10 +121,12 @@ def test_ctrl_c_is_no_traceback(capsys):
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-def test_json_that_cannot_be_written_is_the_disk_and_leaves_the_old(voc_files, tmp_path):
+@pytest.mark.parametrize("folder", ["no", "file"])
+def test_json_that_cannot_be_written_is_the_disk_before_anything_is_measured(tmp_path, capsys, folder):
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match="could not be written") as error:
-        eval.main([*voc_files, "--json", str(tmp_path / "no" / "folder.json")])
-    assert error.value.exit_code == 5
+        eval.main(["--ground-truth", "gt", "--detections", "dt", "--json", str(tmp_path / folder / "x.json")])
+    assert error.value.exit_code == 5 and not capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------- with a checkpoint

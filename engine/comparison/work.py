@@ -137,7 +137,7 @@ def read_failure(work: Work) -> tuple[int, str] | None:
     """When a run failed, as the file system tells it, and why; None if it did not."""
     try:
         return work.failure.stat().st_mtime_ns, work.failure.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import DISK_EXIT_CODE, previous_path, sync_folder, write_durably
+from checkpoint import DISK_EXIT_CODE, discard, previous_path, sync_folder, write_durably
 from config import Config, to_tree
 from engine.runtime import claims
 from errors import UserError
@@ -144,7 +144,7 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise UserError(f"{path}: could not be written: {error.strerror}", DISK_EXIT_CODE) from None
 
 

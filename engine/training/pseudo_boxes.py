@@ -292,6 +292,6 @@ def detect_once(
             np.savez_compressed(file, **{name: getattr(found, name) for name in COLUMNS})
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        checkpoint.discard(partial)
         raise UserError(f"{path}: {error.strerror or error}", exit_code=5) from None
     return found
