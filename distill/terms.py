@@ -138,6 +138,8 @@ def localization(
         raise ValueError(f"region: found {region!r}, expected scores, main or valuable")
     weight = inputs.teacher_scores() if region == "scores" else inputs.positives() >= 0
     if region == "valuable":
+        if not hasattr(inputs.student, "in_ignored_boxes"):
+            raise ValueError("region valuable needs a student with a method in_ignored_boxes; a YOLOv8 has one")
         t_boxes = inputs.teacher.decode(inputs.t_output)[0].detach()  # they fit from the first epoch on
         is_ignored = inputs.student.in_ignored_boxes(inputs.s_output, inputs.targets)
         weight |= valuable_region(

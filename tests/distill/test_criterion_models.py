@@ -19,6 +19,7 @@ from errors import UserError
 from structures import Detections, Targets
 from teachers.output_cache import join_output, parts_of, parts_to_keep, split_output
 from tests.reference.logit_distillation import sigmoid
+from yolo.yolov8 import AnchorFreeDetector
 
 SIZE = 64
 TARGETS = Targets(
@@ -104,7 +105,7 @@ def test_terms_that_ask_the_models_act(case, yolos, pictures):
     assert not any(key.startswith(("models", "student")) for key in criterion.state_dict())
 
 
-def test_the_valuable_region_leaves_out_ignored_boxes(yolos, pictures):
+def test_the_valuable_region_leaves_out_ignored_boxes(yolos, pictures, monkeypatch):
     """An ignored box over both images takes the region around the positives, and leaves the positives."""
     student, teacher = yolos["student"], yolos["v8"]
     build_one = lambda region: build(student, teacher, "localization", ("box_logits",), parameters={"region": region})
@@ -120,6 +121,9 @@ def test_the_valuable_region_leaves_out_ignored_boxes(yolos, pictures):
     assert found["valuable", "plain"] != pytest.approx(found["main", "plain"], rel=1e-3)
     assert found["valuable", "covered"] == pytest.approx(found["main", "covered"], rel=1e-6)
     assert found["main", "covered"] == pytest.approx(found["main", "plain"], rel=1e-6)
+    monkeypatch.delattr(AnchorFreeDetector, "in_ignored_boxes")
+    with pytest.raises(UserError, match="region valuable needs a student with"):
+        build_one("valuable")
 
 
 @pytest.mark.parametrize("case", CASES)
