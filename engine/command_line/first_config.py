@@ -153,7 +153,7 @@ def propose(
     reasons = {
         "image_size": size_reason,
         "batch_size": batch_reason,
-        "epochs": f"about {minutes:.0f} minutes here for the student alone, by one measured step, without evaluation",
+        "epochs": f"about {minutes:.0f} min here for the student alone, by one measured step, without evaluation",
         "student.arch": "`train.py --list` has all",
         "data.test": "no number is chosen on it",
         "data.workers": "processes that read pictures; 0: the training process",

@@ -39,7 +39,7 @@ def test_the_config_is_one_that_trains(folder, capsys):
     lines = (folder / "own.yaml").read_text().splitlines()
     keys = [line for line in lines if ":" in line and not line.lstrip().startswith("#") and not line.endswith(":")]
     assert all("  # " in line for line in keys)
-    assert "epochs: 100  # about 20 minutes here for the student alone" in "\n".join(lines)
+    assert "epochs: 100  # about 20 min here for the student alone" in "\n".join(lines)
 
 
 def test_nothing_is_overwritten_and_mistakes_write_nothing(folder):
