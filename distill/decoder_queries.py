@@ -10,7 +10,7 @@ from distill.given_boxes import to_student_labels
 from distill.term_inputs import TermInputs
 
 
-def earlier_and_last_layer(inputs: TermInputs) -> dict[str, Tensor]:
+def earlier_and_last_layer(inputs: TermInputs) -> dict[str, Any]:
     """Logits (B, L - 1, Q, K) and boxes (B, L - 1, Q, 4) of the student: s_ of its decoder layers 1 to L - 1, t_ of L.
 
     A query keeps its place from layer to layer. ValueError for a student without an earlier decoder layer.
@@ -25,8 +25,9 @@ def earlier_and_last_layer(inputs: TermInputs) -> dict[str, Tensor]:
     return pairs
 
 
-def of_objects(inputs: TermInputs) -> dict[str, Tensor]:
-    """Logits (N, L, J) and boxes (N, L, 4) of N denoising queries of the labelled objects, for the student's L layers.
+def of_objects(inputs: TermInputs) -> dict[str, Any]:
+    """Logits (N, L, J) and boxes (N, L, 4) of N denoising queries of the labelled objects, for the student's L layers;
+    and `repeats`, the queries of an object with the same sign.
 
     t_ are those of the teacher's last layer, for each of the L. J are the classes that both models have; an object of
     another class makes no query, and the noise draws labels of these classes alone. The draws use torch's global CPU
@@ -51,4 +52,5 @@ def of_objects(inputs: TermInputs) -> dict[str, Tensor]:
     with torch.no_grad():
         t_logits, t_boxes = decoded_by(inputs.teacher, inputs.t_output, t_columns)
     t_logits, t_boxes = t_logits[:, -1:].expand_as(s_logits), t_boxes[:, -1:].expand_as(s_boxes)
-    return {"s_logits": s_logits, "t_logits": t_logits, "s_boxes": s_boxes, "t_boxes": t_boxes}
+    pairs = {"s_logits": s_logits, "t_logits": t_logits, "s_boxes": s_boxes, "t_boxes": t_boxes}
+    return pairs | {"repeats": noisy.groups}

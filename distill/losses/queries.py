@@ -21,12 +21,13 @@ def query_agreement(
     class_weight: float = 1.0,
     l1_weight: float = 5.0,
     giou_weight: float = 2.0,
+    repeats: int = 1,
 ) -> Tensor:
     """Classes and boxes of N queries, each weighted by how sure the teacher is that it has found an object.
 
         L   = 1 / max(sum_n w_n, 1) * sum_n w_n * [ a_c sum_k KL(Bern(p^t_nk) || Bern(p^s_nk))
                                                     + a_1 |b^s_n - b^t_n|_1 + a_g (1 - GIoU(b^s_n, b^t_n)) ]
-        w_n = max_k p^t_nk,    p_nk = sigmoid(logit_nk)
+        w_n = max_k p^t_nk / R,    p_nk = sigmoid(logit_nk)
 
     The weight lets the few queries with an object count more than the hundreds of background, whose boxes mean nothing.
 
@@ -34,6 +35,8 @@ def query_agreement(
         s_logits, t_logits: (..., K), before the sigmoid; every leading index is one query n.
         s_boxes, t_boxes: (..., 4) cxcywh_norm: center x, center y, width and height as fractions of the image; width
             and height above 0.
+        repeats: R, how many queries stand for the same thing, so that a process which repeats its objects more
+            often than another does not count more.
         class_weight, l1_weight, giou_weight: a_c, a_1, a_g. The defaults are those of RT-DETR (arXiv:2304.08069).
     Returns:
         scalar (); 0 for no queries.
@@ -46,4 +49,4 @@ def query_agreement(
     distance = (s_boxes - t_boxes).abs().sum(-1)
     giou = paired_giou(cxcywh_to_xyxy(s_boxes), cxcywh_to_xyxy(t_boxes), eps=0)
     difference = class_weight * classes + l1_weight * distance + giou_weight * (1 - giou)
-    return weighted_mean(difference, t_logits.sigmoid().amax(-1))
+    return weighted_mean(difference, t_logits.sigmoid().amax(-1) / repeats)

@@ -120,7 +120,7 @@ def test_both_decode_the_same_queries_and_the_last_answer_of_the_teacher_teaches
     last = {"t_logits": t_logits[:, 1:].expand_as(s_logits), "t_boxes": t_boxes[:, 1:].expand_as(s_boxes)}
     pairs = {"s_logits": s_logits, "s_boxes": s_boxes} | last
     rows = {key: value[real.expand_as(value)].view(-1, value.shape[-1]) for key, value in pairs.items()}
-    torch.testing.assert_close(teach(student, teacher), query_agreement(**rows))
+    torch.testing.assert_close(teach(student, teacher), query_agreement(**rows, repeats=noisy.groups))
 
 
 def test_the_student_learns_from_the_queries_down_to_its_backbone_and_the_teacher_does_not():

@@ -20,14 +20,14 @@ def giou(a, b):
     return common / union - (hull - union) / hull
 
 
-def query_agreement(s_logits, t_logits, s_boxes, t_boxes, class_weight=1.0, l1_weight=5.0, giou_weight=2.0):
+def query_agreement(s_logits, t_logits, s_boxes, t_boxes, class_weight=1.0, l1_weight=5.0, giou_weight=2.0, repeats=1):
     total, weights = 0.0, 0.0
     for place in np.ndindex(s_logits.shape[:-1]):
         pairs = [(log_pair(s), log_pair(t)) for s, t in zip(s_logits[place], t_logits[place])]
         classes = sum(np.sum(np.exp(of_t) * (of_t - of_s)) for of_s, of_t in pairs)
         distance = sum(abs(s - t) for s, t in zip(s_boxes[place], t_boxes[place]))
         apart = 1 - giou(s_boxes[place], t_boxes[place])
-        weight = max(np.exp(of_t[0]) for _, of_t in pairs)
+        weight = max(np.exp(of_t[0]) for _, of_t in pairs) / repeats
         total += weight * (class_weight * classes + l1_weight * distance + giou_weight * apart)
         weights += weight
     return total / max(weights, 1.0)

@@ -119,7 +119,8 @@ def test_other_families_teach_it_by_boxes_and_by_its_encoder_map(teacher):
 
 # -------------------------------------------------------------------------------------------------- two processes
 
-UNEQUAL = ([0, 1], [2])  # images of each process
+UNEQUAL = ([3, 4], [5])  # images of each process; the most objects of an image, and so the groups, differ
+TERMS = (TermConfig("student", "last_layer", 1.0), TermConfig("t", "object_queries", 1.0))
 
 
 def still_noise(shape, num_classes):
@@ -132,14 +133,25 @@ def still_noise(shape, num_classes):
 
 def gradients_of(rows):
     """By loss, all gradients in one row, in float64, of a model in eval mode (batches share no statistics)."""
-    images, targets = shapes(3)
+    images, targets = shapes(6)
     model = fresh(width=16)
     fill(model.state_dict())  # fresh weights give all cells nearly one score, and rounding would choose the queries
     model.double().eval()
-    chosen = torch.tensor([row in rows for row in range(3)])
+    teacher = fresh(width=16)
+    fill(teacher.state_dict())
+    with torch.no_grad():  # another model, which finds other boxes and classes
+        for parameter in teacher.decoder.parameters():
+            parameter.mul_(0.9)
+    teacher.double().eval().requires_grad_(False)
+    chosen = torch.tensor([row in rows for row in range(6)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoising, "draw_noise", still_noise)
-        losses = model.losses(model(images[chosen].double()), targets.of_images(chosen))
+        output = model(images[chosen].double())
+        losses = model.losses(output, targets.of_images(chosen))
+        criterion = Criterion(TERMS, student=model, teachers={"t": teacher}, epochs=1)
+        with torch.no_grad():
+            t_output = teacher(images[chosen].double())
+        losses |= criterion(output, {"t": t_output}, targets.of_images(chosen), 0.0)
     found = {}
     for name, loss in losses.items():
         each = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
@@ -153,7 +165,7 @@ def of_process(rank):
 
 def test_two_processes_learn_as_one_with_the_joined_batch(tmp_path):
     first, second = in_two_processes(of_process, tmp_path)
-    joined, own = gradients_of([0, 1, 2]), gradients_of([0, 1])
+    joined, own = gradients_of([3, 4, 5]), gradients_of([3, 4])
     for name, expected in joined.items():
         both = (first[name] + second[name]) / 2
         assert (both - expected).abs().max() <= 1e-7 * expected.abs().max(), name

@@ -39,6 +39,7 @@ CASES = [
                     "usual": queries(),
                     "weights": queries(class_weight=0.3, l1_weight=2.0, giou_weight=7.0),
                     "classes alone": queries(l1_weight=0.0, giou_weight=0.0),
+                    "repeated": queries(repeats=40),  # little enough in all that the sum of weights is below 1
                     "one": queries(1, classes=1),
                     "none": queries(2, 0),
                     "background": queries() | {"t_logits": queries()["t_logits"] - 9},
@@ -58,7 +59,8 @@ CASES = [
             refuses(queries() | {key: queries()[key][..., :1, :] for key in ("s_boxes", "t_boxes")}, "(..., 4)"),
         ),
         mutants={
-            "mean over queries": Edit("t_logits.sigmoid().amax(-1)", "None"),
+            "mean over queries": Edit("t_logits.sigmoid().amax(-1) / repeats", "None"),
+            "every repeat counts": Edit(" / repeats", ""),
             "the student's score as weight": Edit("t_logits.sigmoid().amax(-1)", "s_logits.sigmoid().amax(-1)"),
             "mean score as weight": Edit("t_logits.sigmoid().amax(-1)", "t_logits.sigmoid().mean(-1)"),
             "mean over classes": Edit(
