@@ -99,7 +99,7 @@ def our_detections(head: Tensor, score_threshold: float, multi_label: bool) -> D
 
 
 def in_a_row(contestants: dict[str, Callable], calls: int) -> dict[str, Callable]:
-    """The contestants, each of which makes so many calls in its turn that a short call is timed well."""
+    """The contestants, each of which makes `calls` calls in its turn: a single short call cannot be timed well."""
     return {name: lambda call=call: [call() for _ in range(calls)] for name, call in contestants.items()}
 
 

@@ -210,7 +210,10 @@ class Criterion(nn.Module):
     def _term_loss(self, term: TermConfig, batch: BatchOutputs) -> Tensor:
         """The sum over the term's pairs, unweighted. Losses are computed in float32, under autocast too."""
         entry, name = LOSSES[term.loss], term_name(term)
-        t_output = batch.t_outputs.get(term.teacher, batch.s_output)  # of itself, for STUDENT
+        if term.teacher == STUDENT:
+            teacher, t_output = self.student, batch.s_output
+        else:
+            teacher, t_output = self.teachers[term.teacher], batch.t_outputs[term.teacher]
         adapters, modules = cast(nn.ModuleList, self.adapters[name]), cast(nn.ModuleList, self.losses[name])
         values = []
         for s_name, t_name, adapter, module in zip(term.student_maps, term.teacher_maps, adapters, modules):
@@ -219,7 +222,7 @@ class Criterion(nn.Module):
                 s_output=batch.s_output,
                 t_output=t_output,
                 student=self.student,
-                teacher=self.teachers.get(term.teacher, self.student),
+                teacher=teacher,
                 s_name=s_name,
                 t_name=t_name,
                 classes=self.classes[name],

@@ -26,12 +26,12 @@ def earlier_and_last_layer(inputs: TermInputs) -> dict[str, Any]:
 
 
 def of_objects(inputs: TermInputs) -> dict[str, Any]:
-    """Logits (N, L, J) and boxes (N, L, 4) of N denoising queries of the labelled objects, for the student's L layers;
-    and `repeats`, the queries of an object with the same sign.
+    """Logits (N, L, J) and boxes (N, L, 4) of N denoising queries of the labelled objects, for the student's L layers.
 
     t_ are those of the teacher's last layer, for each of the L. J are the classes that both models have; an object of
-    another class makes no query, and the noise draws labels of these classes alone. The draws use torch's global CPU
-    generator. ValueError unless both models decode such queries.
+    another class makes no query, and the noise draws labels of these classes alone. repeats is the number of groups of
+    queries, each with every object once. The draws use torch's global CPU generator. ValueError unless both models
+    decode such queries.
     """
     for role, model in (("student", inputs.student), ("teacher", inputs.teacher)):
         if not hasattr(model, "decode_queries"):

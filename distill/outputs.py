@@ -22,7 +22,7 @@ def named_map(output: Any, name: str) -> Tensor:
 
 
 def head_levels(map_names: Iterable[str]) -> list[str]:
-    """Of a dense detector's maps those that its head reads, p3, p4, ..., in the order of its locations."""
+    """The maps that the head of a dense detector reads, p3, p4, ..., in the order of its locations."""
     return [name for name in map_names if name[0] == "p" and name[1:].isdigit()]
 
 

@@ -47,7 +47,7 @@ class Space:
     high: float
 
     def flops(self, shape: Shape) -> int:
-        """Of a forward pass for one image."""
+        """The FLOPs of a forward pass for one image."""
         return count_flops(shape, self.num_classes, self.image_size)
 
     def holds(self, shape: Shape) -> bool:

@@ -250,7 +250,7 @@ def build(
     if config.student.int8 is not None and saved is None:
         start_ranges(student, ema.model, splits.train, config, processes.device)
     if config.teacher_cache_gigabytes:
-        room = config.teacher_cache_gigabytes if keep else 1e-9  # a byte, so that nothing is written
+        room = config.teacher_cache_gigabytes if keep else 1e-9  # a byte: outputs are read, none is written
         teachers.keep_outputs(Path(config.runs) / "teacher_outputs", room)
     # While a term is off, its adapter gets no gradients. Without detection losses, the student's head may get none.
     find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)

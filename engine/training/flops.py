@@ -1,4 +1,4 @@
-"""FLOPs of forward passes and of a training step, counted from a config. Of a weights file only the widths are read.
+"""FLOPs of forward passes and of a training step, counted from a config. A weights file is read for its widths alone.
 
 A FLOP is an addition or a multiplication in a convolution or matrix product (torch's FlopCounterMode, on the meta
 device). Activations, normalisation, RoIAlign, non-maximum suppression and attention's softmax are not counted.

@@ -105,6 +105,13 @@ def test_terms_that_ask_the_models_act(case, yolos, pictures):
     assert not any(key.startswith(("models", "student")) for key in criterion.state_dict())
 
 
+def test_a_teacher_whose_output_is_missing_is_no_teacher(yolos, pictures):
+    """The student's own output never stands in for it."""
+    criterion = build(yolos["student"], yolos["v8"], "soft_class", ("class_logits",))
+    with pytest.raises(KeyError, match="'t'"):
+        criterion(yolos["student"](pictures), {}, TARGETS, 0.0)
+
+
 def test_the_valuable_region_leaves_out_ignored_boxes(yolos, pictures, monkeypatch):
     """An ignored box over both images takes the region around the positives, and leaves the positives."""
     student, teacher = yolos["student"], yolos["v8"]
