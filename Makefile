@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## A student with few labels, alone and taught, on the embedded set; ends with a table and a picture
 	$(BIN)/python -m datasets.shapes data/shapes --train 480 --test 120 --image-size 160
-	$(BIN)/python compare.py configs/studies/demo.yaml --seeds 1
+	$(BIN)/python compare.py configs/studies/demo.yaml --seeds 1 --submit local --workers 2
 
 app: setup  ## The demo in a browser, at http://localhost:8501, with the models that `make demo` trained
 	$(BIN)/python -m streamlit run app.py --server.address $(ADDRESS)

@@ -5,6 +5,7 @@ submitit (github.com/facebookincubator/submitit), which is asked for where it is
 """
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from errors import UserError, require
 from yaml_files import parse_yaml
 
+PROGRESS = ("== ", "epoch ")  # how the lines of a worker begin that say which run it trains, and how far it is
 A_WEEK_MIN = 7 * 24 * 60  # submitit's own limit for a local process is two minutes
 
 
@@ -39,10 +41,17 @@ def device_of(worker: int, count: int) -> str | None:
     return visible[worker % count]
 
 
+def environment(worker: int, workers: int) -> dict[str, str]:
+    """What a worker of this machine adds to the environment: its GPU, and its part of the cores unless that is set."""
+    device = device_of(worker, torch.cuda.device_count())
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    return {"OMP_NUM_THREADS": threads} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+
+
 def run_workers(
     cluster: str, command: Sequence[str], *, workers: int, options: dict[str, Any], folder: Path
 ) -> list[str]:
-    """Submit the command `workers` times, and wait until all have ended; the error of each that failed.
+    """Submit the command `workers` times, print how far each is until all have ended; the error of each that failed.
 
     folder: for submitit's logs. UserError if the jobs cannot be submitted.
     """
@@ -54,8 +63,7 @@ def run_workers(
         defaults = {"name": "compare"} | ({"timeout_min": A_WEEK_MIN} if cluster == "local" else {})
         executor.update_parameters(**(defaults | options))
         for worker in range(workers):
-            device = device_of(worker, torch.cuda.device_count()) if cluster == "local" else None
-            env = {**os.environ, "CUDA_VISIBLE_DEVICES": device} if device is not None else None
+            env = os.environ | environment(worker, workers) if cluster == "local" else None
             jobs.append(executor.submit(submitit.helpers.CommandFunction(list(command), cwd=os.getcwd(), env=env)))
     except (
         RuntimeError,
@@ -67,8 +75,28 @@ def run_workers(
     ) as error:
         raise UserError(f"argument --submit: {' '.join(str(error).split())}") from None
     print(f"submitted: {', '.join(f'{job.job_id} ({job.paths.stdout})' for job in jobs)}", flush=True)
-    errors = [job.exception() for job in jobs]  # waits
+    places = [0] * len(jobs)
+    waiting = True
+    while waiting:
+        waiting = not all(job.done() for job in jobs)
+        for worker, job in enumerate(jobs):
+            lines, places[worker] = new_lines(job.paths.stdout, places[worker])
+            for line in lines:
+                if line.startswith(PROGRESS):
+                    print(f"worker {worker + 1}: {line}", flush=True)
+        time.sleep(0.5 if waiting else 0)
+    errors = [job.exception() for job in jobs]
     return [last_error(str(error)) for error in errors if error is not None]
+
+
+def new_lines(log: Path, place: int) -> tuple[list[str], int]:
+    """The whole lines of a file that is being written, from byte `place` on, and the place behind them."""
+    if not log.is_file():
+        return [], place
+    with log.open("rb") as stream:
+        stream.seek(place)
+        whole, end, _ = stream.read().rpartition(b"\n")
+    return whole.decode(errors="replace").splitlines(), place + len(whole) + len(end)
 
 
 def last_error(text: str) -> str:

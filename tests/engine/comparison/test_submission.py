@@ -35,6 +35,25 @@ def test_workers_of_a_machine_share_its_devices(monkeypatch):
     assert submission.device_of(0, 0) is None
 
 
+def test_workers_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(submission.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [submission.environment(0, workers)["OMP_NUM_THREADS"] for workers in (1, 3, 9)] == ["8", "2", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert submission.environment(0, 3)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_log_is_read_by_whole_lines(tmp_path):
+    log = tmp_path / "log"
+    assert submission.new_lines(log, 0) == ([], 0)
+    log.write_bytes("é one\ntw".encode())
+    lines, place = submission.new_lines(log, 0)
+    assert (lines, place) == (["é one"], 7)
+    log.write_bytes("é one\ntwo\nthree\n".encode())
+    assert submission.new_lines(log, place) == (["two", "three"], 17)
+    assert submission.new_lines(log, 17) == ([], 17)
+
+
 @pytest.mark.parametrize(
     ("cluster", "options", "message"),
     [("local", {"spped": 1}, "spped"), ("slurm", {}, "slurm cluster"), ("local", {"nodes": 2}, "only one node")],
@@ -59,6 +78,8 @@ def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys):
     compare.main(["study.yaml", "epochs=1", "--rows", "baseline", *two])
     printed = capsys.readouterr().out
     assert "submitted: " in printed and "| baseline | yolov8_narrow |" in printed
+    starts = {line[:9] for line in printed.splitlines() if "== baseline_seed" in line}
+    assert starts == {"worker 1:", "worker 2:"} and printed.count(": epoch 1/1") == 2
     tree = json.loads((tmp_path / "runs" / "study" / "comparison.json").read_text())
     assert [len(row["seeds"]) for row in tree["rows"] if row["name"] == "baseline"] == [2]
     logs = [path.read_text() for path in (tmp_path / "runs" / "study" / "jobs").rglob("*.out")]
