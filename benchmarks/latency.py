@@ -1,7 +1,7 @@
 """What a detector costs: parameters, FLOPs, and milliseconds for one image in every form it can take.
 
     python benchmarks/latency.py [--arch yolov8n | --checkpoint FILE] [--image-size 640] [--threads N] [--rounds 21]
-    python benchmarks/latency.py --archs yolov8n,rtdetr_r18vd [...]     # detectors of ours, one line each
+    python benchmarks/latency.py --models yolov8n,runs/NAME [--output FILE.json]     # detectors of ours, one line each
     /path/to/env/bin/python benchmarks/latency.py      # an environment with torch, onnx, onnxruntime and ultralytics
 
 A call takes one image (1, 3, S, S) to decoded boxes and scores of every location, without suppression: what both
@@ -15,8 +15,9 @@ is the memory layout of images and weights, without it they are contiguous; bflo
 export.py would write, for one image of this size, run by onnxruntime on the CPU; int8 is calibrated on noise.
 "OpenVINO" is what --format openvino would write, where its package is installed.
 
---archs times several detectors in one run, folded and channels_last, round by round in turns. The ratio of one to the
-first is the median of the ratios of the rounds, so that it holds on a machine whose speed changes.
+--models times several detectors in one run, architectures or trained ones, folded and channels_last, and as an ONNX
+graph, round by round in turns. The ratio of one to the first is the median of those of the rounds, so that it holds on
+a machine whose speed changes.
 
 FLOPs are those that torch.utils.flop_counter counts: of convolutions and matrix products alone, a multiplication
 and an addition being two.
@@ -26,12 +27,13 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import json
 import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.detector import open_session
 from engine.onnx_files.int8 import calibrate, trace_int8
 from engine.onnx_files.other_formats import openvino_files
+from engine.runtime.run_folder import commit, write_text
 from errors import run_script
 from layers.fusion import fuse
 from rtdetr.rtdetr import RTDETR
@@ -129,22 +132,40 @@ def peer_calls(arch: str, images: Tensor, with_onnx: bool) -> dict[str, Call]:
     return calls
 
 
-def compare_archs(archs: list[str], images: Tensor, args: argparse.Namespace) -> list[str]:
-    """The header and a line for each detector: parameters, FLOPs, its median time, and that relative to the first."""
-    calls, costs = {}, {}
-    for arch in archs:
+def compare_models(names: list[str], images: Tensor, args: argparse.Namespace, with_onnx: bool) -> list[dict[str, Any]]:
+    """The `parameters` and `flops` of each detector, and for each form its median time and that over the first's."""
+    rows, calls = [], {}
+    for name in names:
         torch.manual_seed(0)
-        model = models.build(arch, NUM_CLASSES).eval().requires_grad_(False)
-        costs[arch] = sum(p.numel() for p in model.parameters()) / 1e6, count_flops(model, images) / 1e9
-        calls[arch] = torch_call(fuse(model), lambda model, images: model.decode(model(images)), images, True, False)
+        model = models.build(name, NUM_CLASSES) if name in models.ARCHITECTURES else checkpoint.load_model(name)[0]
+        model = model.eval().requires_grad_(False)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        rows.append({"name": name, "parameters": parameters, "flops": count_flops(model, images)})
+        calls[name, "pytorch"] = torch_call(
+            fuse(model), lambda model, images: model.decode(model(images)), images, True, False
+        )
+        if with_onnx:
+            graph = onnx_graph.trace(fuse(model), images.shape[-1], dynamic=False)
+            calls[name, "onnx"] = onnx_call(graph, images)
     seconds = take_turns(calls, args)
-    lines = [f"{'detector':<16}{'M parameters':>14}{'GFLOP':>8}{'CPU ms' if args.cpu_time else 'ms':>8}{'ratio':>8}"]
-    for arch in archs:
-        ratio = statistics.median(own / first for own, first in zip(seconds[arch], seconds[archs[0]]))
-        parameters, flops = costs[arch]
-        milliseconds = 1000 * statistics.median(seconds[arch])
-        lines.append(f"{arch:<16}{parameters:14.2f}{flops:8.1f}{milliseconds:8.0f}{ratio:8.2f}")
-    return lines
+    for cost in rows:
+        for form in ("pytorch", "onnx") if with_onnx else ("pytorch",):
+            own, first = seconds[cost["name"], form], seconds[names[0], form]
+            cost[f"{form}_ms"] = 1000 * statistics.median(own)
+            cost[f"{form}_ratio"] = statistics.median(a / b for a, b in zip(own, first))
+    return rows
+
+
+def models_table(rows: list[dict[str, Any]], *, cpu_time: bool) -> str:
+    forms = [form for form in ("pytorch", "onnx") if f"{form}_ms" in rows[0]]
+    width = 2 + max(len(cost["name"]) for cost in rows)
+    unit = "CPU ms" if cpu_time else "ms"
+    heads = "".join(f"{f'{form} {unit}':>16}{'ratio':>8}" for form in forms)
+    lines = [f"{'detector':<{width}}{'M parameters':>14}{'GFLOP':>8}{heads}"]
+    for cost in rows:
+        times = "".join(f"{cost[f'{form}_ms']:16.1f}{cost[f'{form}_ratio']:8.2f}" for form in forms)
+        lines.append(f"{cost['name']:<{width}}{cost['parameters'] / 1e6:14.2f}{cost['flops'] / 1e9:8.2f}{times}")
+    return "\n".join(lines)
 
 
 def count_flops(model: nn.Module, images: Tensor) -> int:
@@ -172,13 +193,22 @@ def main(argv: list[str]) -> None:
     parser = options(__doc__, rounds=21, image_size=640)
     parser.add_argument("--arch", default="yolov8n")
     parser.add_argument("--checkpoint", help="time this model; nothing stands beside it")
-    parser.add_argument("--archs", metavar="A,B", help="time these detectors of ours in one form")
+    parser.add_argument("--models", metavar="A,B", help="time these architectures, checkpoints or runs of ours")
+    parser.add_argument("--output", type=Path, help="with --models: write the numbers into this JSON file")
     args = parse(parser, argv)
     with_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
     images = torch.rand(1, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
-    if args.archs:
-        print(f"{args.image_size} px, {versions()}")
-        print("\n".join(compare_archs(args.archs.split(","), images, args)))
+    if args.models:
+        rows = compare_models(args.models.split(","), images, args, with_onnx)
+        print(f"{args.image_size} px, {versions()}\n{models_table(rows, cpu_time=args.cpu_time)}")
+        if args.output:
+            about = {
+                "image_size": args.image_size,
+                "versions": versions(),
+                "cpu_time": args.cpu_time,
+                "commit": commit(),
+            }
+            write_text(args.output, json.dumps(about | {"models": rows}, indent=1) + "\n")
         return
     model, ours = our_calls(None if args.checkpoint else args.arch, args.checkpoint, images, with_onnx)
     calls = {("ours", name): call for name, call in ours.items()}

@@ -1,6 +1,7 @@
 """The benchmark of latency still runs, counts what it says it counts, and compares like with like."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -35,15 +36,26 @@ def test_times_a_checkpoint(tmp_path, capsys, without_onnx):
     assert "model.pt" in (said := capsys.readouterr().out) and "CPU ms" in said
 
 
-def test_detectors_in_one_run(capsys, monkeypatch):
+def test_detectors_in_one_run(tmp_path, capsys, monkeypatch):
     """The ratio is that of the rounds: a machine that is ten times slower in one round does not change it."""
-    times = {"yolov8_narrow": [1.0, 10.0, 1.0], "rtdetr_r18vd": [2.0, 20.0, 2.0]}
-    monkeypatch.setattr(latency, "take_turns", lambda calls, args: {name: times[name] for name in calls})
-    latency.main(["--archs", "yolov8_narrow,rtdetr_r18vd", "--image-size", "64"])
+    trained = str(save_model(tmp_path / "model.pt", "yolov5nu"))
+    times = {"yolov8_narrow": [1.0, 10.0, 1.0], trained: [2.0, 20.0, 2.0]}
+    monkeypatch.setattr(latency, "take_turns", lambda calls, args: {call: times[call[0]] for call in calls})
+    output = tmp_path / "times.json"
+    latency.main(["--models", ",".join(times), "--image-size", "64", "--output", str(output)])
     first, head, *rows = capsys.readouterr().out.splitlines()
-    assert first.startswith("64 px, torch ") and head.split() == ["detector", "M", "parameters", "GFLOP", "ms", "ratio"]
+    assert first.startswith("64 px, torch ") and head.split()[:6] == [
+        "detector",
+        "M",
+        "parameters",
+        "GFLOP",
+        "pytorch",
+        "ms",
+    ]
     assert [row.split()[0] for row in rows] == list(times)
-    assert [row.split()[-2:] for row in rows] == [["1000", "1.00"], ["2000", "2.00"]]
+    assert [row.split()[3:5] for row in rows] == [["1000.0", "1.00"], ["2000.0", "2.00"]]
+    costs = json.loads(output.read_text())["models"]
+    assert [cost["pytorch_ratio"] for cost in costs] == [1, 2] and all(cost["flops"] > 0 for cost in costs)
 
 
 def test_flops_are_two_a_multiplication():
