@@ -267,12 +267,13 @@ def detect_once(
 ) -> DetectionTable:
     """The detections of a frozen teacher in pictures, in its classes: from the file in `folder`, or computed now.
 
-    The file is named by the weights, the size, `settings` (arguments of detect) and the pictures' names and bytes. One
-    that cannot be read is made again, and `say` says so. keep: whether to write it. workers: processes that decode.
+    The file is named by the weights, the size, `settings` (arguments of detect) and the bytes of the pictures: frames
+    without compression have one size, and often the names of other frames. A file that cannot be read is made again,
+    and `say` says so. keep: whether to write it. workers: processes that decode.
     """
     digest = hashlib.sha256(fingerprint_of(model, image_size=image_size, **settings).encode())
     for sample in pictures.samples:
-        digest.update(f"\n{sample.image_path.name} {os.path.getsize(sample.image_path)}".encode())
+        digest.update(hashlib.blake2b(sample.image_path.read_bytes()).digest())
     path = folder / f"{digest.hexdigest()[:32]}.npz"
     if path.is_file():
         try:

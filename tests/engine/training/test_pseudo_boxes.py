@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -168,3 +169,20 @@ def test_the_teacher_sees_whole_files_once(black, tmp_path):
     assert path.read_bytes() == whole
     path.unlink()
     assert len(detect(model, keep=False)) == 3 and not path.exists()
+
+
+def test_other_pictures_of_the_same_names_and_sizes_are_looked_at_anew(black, tmp_path):
+    """Frames without compression: a file of another picture has as many bytes, and here the same name and time."""
+    model, options = Corner(), dict(folder=tmp_path / "kept", device=torch.device("cpu"), say=print)
+    settings = {"score_threshold": 0.01, "iou_threshold": 0.7, "max_detections": 300}
+    path, found = tmp_path / "frame.bmp", []
+    index = DatasetIndex(("a", "b"), (unlabelled_sample(path, 0, 32, 32),))
+    for x1 in (0, 16):
+        pixels = np.full((32, 32, 3), 255, np.uint8)
+        pixels[:, x1 : x1 + 16] = 0
+        Image.fromarray(pixels).save(path)
+        os.utime(path, (0, 0))
+        found.append(detect_once(model, index, 32, settings, **options).boxes_xyxy[0, 0])
+    assert found == [0, 16] and len(model.seen) == 2
+    detect_once(model, index, 32, settings, **options)
+    assert len(model.seen) == 2  # the same bytes: its file is read
