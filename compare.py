@@ -63,15 +63,13 @@ from engine.training.exits import NOT_FINITE_EXIT_CODE
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures, training_set
 from engine.training.teaching import build_teachers
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 POLL_S = 5.0  # between two looks at runs that other processes work on
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("compare.py", __doc__)
     parser.add_argument("config", help="a YAML file: a study with `rows`, or a config with teachers and terms")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
     parser.add_argument(

@@ -19,7 +19,6 @@ Exit codes: 0 made, or finished before, 2 a mistake in the arguments or the data
 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
-import argparse
 import dataclasses
 import io
 import json
@@ -61,15 +60,13 @@ from engine.runtime.processes import choose_device
 from engine.runtime.progress import Progress
 from engine.training.batch_norms import norm_of_one_value
 from engine.training.exits import MEMORY_EXIT_CODE, is_out_of_memory
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from random_streams import Stream, seeded_generator
 from structures import Targets
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="condense.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("condense.py", __doc__)
     parser.add_argument("config", help="a YAML file: a training config, or a study")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
     parser.add_argument("--row", metavar="NAME", help="make the set of this row of a study")

@@ -1,9 +1,12 @@
 """The one exception for mistakes a user can make, and the one place that turns it into a line and an exit code."""
 
+import argparse
 import io
+import re
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -16,6 +19,29 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(" ".join(message.split("\n")))
         self.exit_code = exit_code
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser of arguments. Its help is `description` and `epilog` as they stand; its errors are UserErrors."""
+
+    def __init__(self, command: str, description: str | None, epilog: str | None = None) -> None:
+        as_it_stands = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=command, description=description, epilog=epilog, formatter_class=as_it_stands)
+
+    def error(self, message: str) -> NoReturn:
+        help_ = f"{self.prog} --help"
+        if match := re.fullmatch(r"(.*: )?invalid choice: (\S+) \(choose from (.*)\)", message):
+            message = f"{match[1] or ''}found {match[2]}, expected one of {match[3].replace(chr(39), '')}"
+        elif match := re.fullmatch(r"(.*: )?invalid (\S+) value: (.*)", message):
+            kind = {"int": "whole number", "float": "number"}.get(match[2], match[2])
+            message = f"{match[1] or ''}found {match[3]}, expected a {kind}"
+        elif match := re.fullmatch(r"the following arguments are required: (.*)", message):
+            optional = {str(action.metavar) for action in self._actions if action.nargs == "*"}
+            missing = [name for name in match[1].split(", ") if name not in optional]
+            message = f"found no {', no '.join(missing)}; {help_} has an example"
+        elif match := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
+            message = f"argument {match[1]}: no such argument; {help_} lists them"
+        raise UserError(message)
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:

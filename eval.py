@@ -56,7 +56,7 @@ from engine.evaluation.measuring import EvaluationResult, Protocol, measure
 from engine.onnx_files.detector import load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from metrics import coco
 from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names
@@ -212,9 +212,7 @@ def describe_settings(evaluation: EvaluationConfig, image_size: int, device: tor
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The parsed arguments. UserError for a flag that the requested kind of evaluation does not use."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("eval.py", __doc__)
     parser.add_argument("checkpoint", nargs="?", help="a checkpoint, a released file, a run, or a .onnx file")
     parser.add_argument(
         "dataset",

@@ -63,7 +63,7 @@ from engine.onnx_files.other_formats import LEAST_SIDE, command_for, openvino_fi
 from engine.prediction.sources import find_pictures
 from engine.runtime.run_folder import RunFolder, commit, write_bytes
 from engine.runtime.timing import rotate, wall_seconds
-from errors import UserError, require, run_script
+from errors import ArgumentParser, UserError, require, run_script
 from layers.fusion import fuse
 from layers.int8 import has_int8, remove_int8
 from predict import plural
@@ -220,9 +220,7 @@ def open_splits(args: argparse.Namespace, info: CheckpointInfo) -> tuple[Dataset
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("export.py", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a released file or a run")
     parser.add_argument("--arch", help="architecture of a released file that leaves it open")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="the runtime to write for (%(default)s)")
@@ -265,19 +263,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     suffix = FORMATS[args.format]
     args.output = args.output or args.checkpoint.with_suffix(suffix)
     if args.output.suffix.lower() != suffix:
-        parser.error(f"--output: found {args.output}, expected a name ending in {suffix}")
+        raise UserError(f"argument --output: found {args.output}, expected a name ending in {suffix}")
     if args.format != "onnx" and (args.int8 or args.with_nms):
-        parser.error(f"--format {args.format}: has no --int8 and no --with-nms, expected them with onnx alone")
+        raise UserError(
+            f"argument --format {args.format}: has no --int8 and no --with-nms, expected them with onnx alone"
+        )
     if args.image_size is not None and (args.image_size < SIZE_MULTIPLE or args.image_size % SIZE_MULTIPLE):
-        parser.error(f"--image-size: found {args.image_size}, expected a multiple of {SIZE_MULTIPLE}")
+        raise UserError(f"argument --image-size: found {args.image_size}, expected a multiple of {SIZE_MULTIPLE}")
     for name in ("max_detections", "calibration_pictures"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
+            raise UserError(f"argument --{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
     if args.percentile is not None and not 50 < args.percentile <= 100:
-        parser.error(f"--percentile: found {args.percentile}, expected above 50 and at most 100")
+        raise UserError(f"argument --percentile: found {args.percentile}, expected above 50 and at most 100")
     for name in ("calibrate", "percentile"):
         if getattr(args, name) is not None and not args.int8:
-            parser.error(f"--{name}: found it alone, expected --int8 beside it")
+            raise UserError(f"argument --{name}: found it alone, expected --int8 beside it")
     return args
 
 

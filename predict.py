@@ -53,7 +53,7 @@ from engine.runtime.interruption import StopSignals
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import DISK_EXIT_CODE
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from structures import Detections
 
 
@@ -266,9 +266,7 @@ def fraction(text: str) -> float:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("predict.py", __doc__)
     parser.add_argument("checkpoint", help="a checkpoint, a released file, a run, or a .onnx file")
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="picture, video, folder, 'pattern' or webcam")
     parser.add_argument(
@@ -299,9 +297,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_detections", "max_frames"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
+            raise UserError(f"argument --{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
     if args.image_size is not None and (args.image_size < 32 or args.image_size % 32):
-        parser.error(f"--image-size: found {args.image_size}, expected a multiple of 32")
+        raise UserError(f"argument --image-size: found {args.image_size}, expected a multiple of 32")
     return args
 
 

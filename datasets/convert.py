@@ -17,7 +17,6 @@ Truncation, poses, masks and 3D columns are not read, so they are not written. T
 at all.
 """
 
-import argparse
 import json
 import os
 import re
@@ -34,7 +33,7 @@ import numpy as np
 from datasets.index import ANY_CLASS, DatasetIndex, Sample
 from datasets.open import READERS, open_dataset
 from datasets.scan import check, scan
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from yaml_files import dump_yaml
 
 Indices = dict[str, DatasetIndex]  # by split
@@ -310,13 +309,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.convert",
-        description=__doc__,
+    parser = ArgumentParser(
+        "python -m datasets.convert",
+        __doc__,
         epilog="Example: python -m datasets.convert voc data/bccd trainval,test coco data/bccd_coco\n"
         "Exit codes: 0 written, 2 a mistake in the arguments or the data, 5 a file that could not be written, "
         "130 after Ctrl-C.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("src_format", choices=tuple(READERS), help="how the labels are stored")
     parser.add_argument("src_root", help="folder of the dataset (yolo: or its data.yaml)")

@@ -30,7 +30,6 @@ two different halves would go unnoticed. Archives and manifest.json (url, bytes,
     WEIGHTS is one file, <root>/weights/<name>/<its released name>.
 """
 
-import argparse
 import hashlib
 import http.client
 import json
@@ -46,7 +45,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 CHUNK_BYTES = 1 << 20
 SAY_BYTES = 256 << 20  # bytes between two lines of progress
@@ -366,13 +365,12 @@ def _check_members(path: Path, limit: int, members: list[tuple[str, int, bool]])
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.download",
-        description=__doc__,
+    parser = ArgumentParser(
+        "python -m datasets.download",
+        __doc__,
         epilog="Example: python -m datasets.download bccd resnet18 --root data\n"
         "Exit codes: 0 fetched, 2 a mistake in the arguments or the data, 5 a file that could not be written, "
         "130 after Ctrl-C.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="+", choices=tuple(DATASETS), metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("--root", default="data", metavar="FOLDER", help="folder to fetch into (%(default)s)")

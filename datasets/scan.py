@@ -7,7 +7,6 @@ Opening a dataset checks every label row and every picture's header. `decode` al
 truncated ones. Box sizes are COCO's: small below an area of 32 x 32 pixels, large from 96 x 96.
 """
 
-import argparse
 import csv
 import os
 from collections import Counter
@@ -22,7 +21,7 @@ from datasets.images import read_image
 from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.open import READERS, open_dataset
 from datasets.overlap import find_overlap
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
 SHOWN_NAME = 24  # characters of a class name in the table
@@ -234,13 +233,12 @@ def _align(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] | None = None
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.scan",
-        description=__doc__,
+    parser = ArgumentParser(
+        "python -m datasets.scan",
+        __doc__,
         epilog="Example: python -m datasets.scan voc data/bccd trainval,test --decode\n"
         "Exit codes: 0 fit to train on, 2 a mistake in the arguments or too much bad data, "
         "5 a file that could not be written, 130 after Ctrl-C.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("format", choices=tuple(READERS), help="how the labels are stored")
     parser.add_argument("root", help="folder of the dataset (yolo: or its data.yaml)")

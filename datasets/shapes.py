@@ -11,7 +11,6 @@ MIN_VISIBLE of every object is visible: a placement that would hide more of itse
 elsewhere, so every drawn object has a label.
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from yaml_files import dump_yaml
 
 NAMES = ("disk", "ring", "square", "triangle", "hexagon", "star", "cross", "heart")
@@ -35,13 +34,12 @@ SUPERSAMPLING = 4  # of outlines, per axis
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.shapes",
-        description=__doc__,
+    parser = ArgumentParser(
+        "python -m datasets.shapes",
+        __doc__,
         epilog="Example: python -m datasets.shapes data/shapes --train 2000 --test 500 --image-size 160\n"
         "Exit codes: 0 written, 2 a mistake in the arguments or the data, 5 a file that could not be written, "
         "130 after Ctrl-C.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("root", type=Path, help="folder to write")
     parser.add_argument("--train", type=int, default=1000, help="number of training pictures (%(default)s)")

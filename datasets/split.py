@@ -17,7 +17,6 @@ that lacks most of the class (iterative stratification, Sechidis et al., "On the
 ECML PKDD 2011). The same pictures, fractions and seed give the same splits.
 """
 
-import argparse
 import json
 import os
 import re
@@ -34,7 +33,7 @@ from datasets.open import READERS, open_dataset
 from datasets.values import read_id
 from datasets.voc import find_part
 from datasets.yolo_txt import find_yaml
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from yaml_files import dump_yaml, read_yaml
 
 KEPT_YAML_KEYS = ("kpt_shape", "flip_idx", "task")  # they describe the rows of label files
@@ -265,13 +264,12 @@ WRITERS = {"voc": voc_lists, "coco": coco_files, "yolo": yolo_lists, "kitti": ki
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.split",
-        description=__doc__,
+    parser = ArgumentParser(
+        "python -m datasets.split",
+        __doc__,
         epilog="Example: python -m datasets.split voc data/bccd all --test 0.2 --val 0.1\n"
         "Exit codes: 0 written, 2 a mistake in the arguments or the data, 5 a file that could not be written, "
         "130 after Ctrl-C.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("format", choices=tuple(READERS), help="how the labels are stored")
     parser.add_argument("root", help="folder of the dataset (yolo: or its data.yaml)")

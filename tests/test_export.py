@@ -239,10 +239,10 @@ def test_a_model_that_cannot_be_exported(tmp_path, monkeypatch):
         (["--max-detections", "0"], "--max-detections: found 0, expected at least 1"),
     ],
 )
-def test_bad_options_are_usage_errors(arguments, said, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_bad_options_are_usage_errors(arguments, said):
+    with pytest.raises(UserError, match=said) as stop:
         export.main(["w.pt", *arguments])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.exit_code == 2
 
 
 def test_no_checkpoint(tmp_path):

@@ -17,10 +17,9 @@ Exit codes: 0 done, 2 a file that is missing, damaged or refused, 4 tensors that
 could not be written, 130 after Ctrl-C.
 """
 
-import argparse
 from pathlib import Path
 
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from weights.convert import convert
 from weights.load import read_state_dict
 
@@ -52,9 +51,7 @@ def describe(path: str | Path, num_first: int = 5) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m weights", __doc__)
     parser.add_argument("command", choices=["inspect", "convert"], help="describe a file, or write it as safetensors")
     parser.add_argument("file", type=Path, help="a .pt, .pth, .safetensors or .npz file; with convert also a run")
     parser.add_argument("output", type=Path, nargs="?", help="with convert: the file to write, NAME.safetensors")

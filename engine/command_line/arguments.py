@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.command_line.translation import options_of, refuse_unknown
-from errors import UserError
+from errors import ArgumentParser, UserError
 
 
 def parse_train_arguments(argv: Sequence[str], description: str | None) -> argparse.Namespace:
     """The parsed arguments, `config` None where only overrides are given. UserError for flags of other projects."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("train.py", description)
     parser.add_argument("config", nargs="?", help="a YAML file; not needed with --resume")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the config")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")

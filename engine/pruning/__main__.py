@@ -44,7 +44,7 @@ from distill.pruning.files import widths_text
 from engine.runtime.run_folder import write_text
 from engine.training.building import count_parameters
 from engine.training.splits import take, training_set
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from layers.channel_groups import ChannelGroups, find_groups
 from structures import Targets
 
@@ -129,9 +129,7 @@ def batches_of(index: DatasetIndex, image_size: int) -> Iterator[tuple[Tensor, T
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.pruning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m engine.pruning", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours, or a released one with --arch")
     parser.add_argument("--flops", type=float, required=True, metavar="SHARE", help="of its FLOPs that stay, in 0..1")
     parser.add_argument("--by", choices=("taylor", "bn_gamma", "l2", "random"), required=True, help="the score")

@@ -52,7 +52,7 @@ from engine.training.checks import check_config
 from engine.training.exits import NOT_FINITE_EXIT_CODE
 from engine.training.splits import training_set
 from engine.training.student import build_student
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 
 class Search:
@@ -217,9 +217,7 @@ def train_once(config: Config) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m engine.search", __doc__)
     parser.add_argument("config", help="a YAML file with a section `search`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
     return parser.parse_intermixed_args(argv)

@@ -40,7 +40,7 @@ def test_each_command_is_answered(there, here):
 
 
 def check_command(line: str) -> None:
-    """UserError, or SystemExit of argparse, for a command that would not begin."""
+    """UserError for a command that would not begin."""
     _, script, *argv = shlex.split(line)
     if script == "export.py":
         assert export.parse_arguments(argv)

@@ -1,0 +1,45 @@
+"""What a command says of arguments that it cannot use: one line, with what was found and what was expected."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from errors import ArgumentParser, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser("tool.py", "A tool.", epilog="Example: tool.py a")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--kind", choices=["one", "two"])
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "found no config; tool.py --help has an example"),
+        ("a --count x", "argument --count: found 'x', expected a whole number"),
+        ("a --share x", "argument --share: found 'x', expected a number"),
+        ("a --count", "argument --count: expected one argument"),
+        ("a --kind three", "argument --kind: found 'three', expected one of one, two"),
+        ("a b=1 --wrong 3", "argument --wrong: no such argument; tool.py --help lists them"),
+    ],
+)
+def test_each_mistake_is_one_line(line, said):
+    with pytest.raises(UserError) as error:
+        make_parser().parse_intermixed_args(line.split())
+    assert str(error.value) == said and error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["compare.py", "condense.py", "predict.py", "-m weights", "-m datasets.split"])
+def test_a_command_without_its_arguments_ends_in_one_line(command):
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: found no ") and done.stderr.count("\n") == 1
