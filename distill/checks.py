@@ -22,6 +22,18 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all 
         ("psi", "drop", "score_threshold"), (lambda number: 0 <= number < 1, "a number of 0 up to less than 1")
     ),
 }
+BOXES_READ: dict[str, tuple[str, tuple[str, ...]]] = {
+    "score_threshold": ("boxes", ("teacher",)),
+    "max_boxes": ("boxes", ("teacher", "proposals")),
+}
+READ_WITH: dict[
+    str, dict[str, tuple[str, tuple[str, ...]]]
+] = {  # by loss: a parameter -> the choice in another parameter that reads it; else it would change nothing
+    "masked_mse": {name: ("mask", ("anchors",)) for name in ("psi", "anchor_sizes", "anchor_ratios")},
+    "localization": {"gamma": ("region", ("valuable",))},
+    "box_classes": BOXES_READ | {"boxes": ("at", ("boxes",))},
+    **dict.fromkeys(("softmax_kl", "decoupled_kl", "prediction_correlation"), BOXES_READ),
+}
 
 
 def check_terms(terms: tuple[TermConfig, ...], teachers: tuple[str, ...]) -> dict[str, TermConfig]:
@@ -55,6 +67,8 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermCon
         raise UserError(f"{place}: found {weight}, expected a number above 0: the term could never act")
     if term.stop_epoch is not None and term.stop_epoch <= 0:
         raise UserError(f"{key}.stop_epoch: found {term.stop_epoch}, expected more than 0: the term could never act")
+    if term.final_fraction and term.decay == "none":
+        raise UserError(f"{key}.final_fraction: found {term.final_fraction} with decay none, expected linear or cosine")
     if term.content_only and (LOSSES[term.loss].reads != "map" or LOSSES[term.loss].finishes_maps):
         raise UserError(f"{key}.content_only: loss {term.loss!r} compares more than maps, expected false")
     student_maps, teacher_maps = check_maps(term, key)
@@ -66,10 +80,23 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermCon
         value = term.parameters[name]
         if expected := expected_instead(name, value, parameters[name].default):
             raise UserError(f"{key}.parameters.{name}: found {value!r}, expected {expected}")
+    check_choices(term, key)
     name = term_name(term)
     if not name.replace("-", "_").isidentifier():
         raise UserError(f"{key}.name: found {name!r}, expected letters, digits, _ and - (it names a column of the log)")
     return dataclasses.replace(term, name=name, student_maps=student_maps, teacher_maps=teacher_maps)
+
+
+def check_choices(term: TermConfig, key: str) -> None:
+    """UserError for a parameter that changes nothing, because another one chooses what does not read it."""
+    parameters = LOSSES[term.loss].parameters()
+    values = {name: argument.default for name, argument in parameters.items()} | term.parameters
+    for name, (other, choices) in READ_WITH.get(term.loss, {}).items():
+        if values[name] != parameters[name].default and values[other] not in choices:
+            raise UserError(
+                f"{key}.parameters.{name}: found {values[name]!r} beside {other}: {values[other]}, which does not read "
+                f"it, expected {other}: {' or '.join(choices)}"
+            )
 
 
 def term_name(term: TermConfig) -> str:

@@ -25,7 +25,7 @@ from distill.checks import FIXED_MAPS, check_terms, term_name
 from distill.gradient_shares import GradientShares
 from distill.outputs import content_at, head_levels, named_map, only_at
 from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
-from distill.teacher_weights import confidence_weights, teacher_cross_entropy
+from distill.teacher_weights import confidence_weights, of_labelled, teacher_cross_entropy
 from distill.term_inputs import TermInputs
 from distill.terms import LOSSES
 from errors import UserError
@@ -176,7 +176,7 @@ class Criterion(nn.Module):
         zero = torch.zeros((), device=targets.boxes_xyxy.device)
         whole = BatchOutputs(s_output, t_outputs, targets, content)
         factors = {name: schedule_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
-        teacher_weights = self._teacher_weights(s_output, t_outputs, targets)
+        teacher_weights = self._teacher_weights(s_output, t_outputs, of_labelled(targets, is_labelled))
         parts: dict[str, BatchOutputs | None] = {}  # by TermConfig.on, in the order of the terms: gradients round by it
         values: dict[str, Tensor] = {}  # of the terms that their schedules let act
         for name, term in self.terms.items():

@@ -81,6 +81,8 @@ def box_logits(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dict[st
     for role, model in (("student", inputs.student), ("teacher", inputs.teacher)):
         if not hasattr(model, "class_logits_at"):
             raise ValueError(f"the {role} cannot classify given boxes: it has no class_logits_at")
+    if at == "assigned" and not hasattr(inputs.student, "location_logits"):
+        raise ValueError("at: found assigned, but the student assigns objects to no locations: it is not dense")
     classified = inputs.targets if at == "assigned" else chosen
     per_image, row = boxes_by_image(classified.boxes_xyxy, classified.image, len(any_map(inputs.s_output)))
     scale = teacher_scale(inputs.image_size, inputs.t_output.image_size, like=classified.boxes_xyxy)

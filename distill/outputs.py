@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from distill.losses.masks import make_anchor_sizes
 
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width, where none are given
+
 
 def named_map(output: Any, name: str) -> Tensor:
     """The tensor `name` of a model's output: of its `features`, or else an attribute. KeyError where there is none."""
@@ -69,7 +71,8 @@ def own_anchors(inputs: Any, sizes: tuple[float, ...] | None, ratios: tuple[floa
 
     They are those of the student's head at the stride of its map, or else those of the teacher's head. `sizes`, in
     strides of the map, replaces them: one anchor for each size and each of `ratios`, height / width. FGFI is not
-    defined for two heads without anchors; sizes of 2 and 4 strides are used there.
+    defined for two heads without anchors; sizes of 2 and 4 strides are used there. ValueError for ratios, other than
+    the default, that the head's own anchors would replace.
     """
     pairs = ((inputs.student, inputs.s_name, inputs.s_output), (inputs.teacher, inputs.t_name, inputs.t_output))
     for model, name, output in pairs:
@@ -78,6 +81,8 @@ def own_anchors(inputs: Any, sizes: tuple[float, ...] | None, ratios: tuple[floa
                 anchors = model.anchors_at(name)
             except KeyError as error:
                 raise ValueError(f"mask anchors: {error.args[0]}") from None
+            if tuple(ratios) != ANCHOR_RATIOS:
+                raise ValueError("anchor_ratios: the head has anchors of its own, expected anchor_sizes beside them")
             (height, width), (own_height, own_width) = inputs.image_size, output.image_size
             return anchors * anchors.new_tensor([width / own_width, height / own_height])
     stride = inputs.image_size[1] / inputs.s_map.shape[3]

@@ -32,6 +32,11 @@ def confidence_weights(cross_entropy: Tensor) -> Tensor:
     return count / (count - 1) * (1 - cross_entropy.softmax(0))
 
 
+def of_labelled(targets: Targets, is_labelled: Tensor | None) -> Targets:
+    """The objects of labelled images: pseudo boxes would praise the teacher that made them. is_labelled (B,) bool."""
+    return targets if is_labelled is None else targets[is_labelled.to(targets.image.device)[targets.image]]
+
+
 @torch.no_grad()
 def teacher_cross_entropy(
     teacher: nn.Module,

@@ -23,7 +23,7 @@ from distill.losses.localization import localization_kl, valuable_region
 from distill.losses.masks import anchor_mask, box_density, box_mask, objects
 from distill.losses.mgd import MGD
 from distill.losses.queries import query_agreement
-from distill.outputs import anchor_outputs, branch_tail, own_anchors
+from distill.outputs import ANCHOR_RATIOS, anchor_outputs, branch_tail, own_anchors
 from distill.term_inputs import TermInputs
 
 
@@ -53,7 +53,7 @@ def score_weighted_l2(inputs: TermInputs) -> Tensor:
 
 def masked_mse(
     inputs: TermInputs, *, mask: Literal["boxes", "anchors", "positives"] = "boxes", psi: float = 0.5,
-    anchor_sizes: tuple[float, ...] | None = None, anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    anchor_sizes: tuple[float, ...] | None = None, anchor_ratios: tuple[float, ...] = ANCHOR_RATIOS,
 ) -> Tensor:  # fmt: skip
     """mask: boxes, inside them; anchors, near them as FGFI publishes it; positives, where the student learns an object.
 

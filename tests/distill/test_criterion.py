@@ -201,6 +201,31 @@ def test_a_number_that_no_loss_is_defined_for_is_refused(loss, name, value):
     assert "\n" not in str(error.value)
 
 
+NOT_READ = [
+    ("masked_mse", {"psi": 0.3}, "psi: found 0.3 beside mask: boxes, .* expected mask: anchors"),
+    ("masked_mse", {"mask": "positives", "anchor_sizes": [2.0]}, "anchor_sizes: found .* beside mask: positives"),
+    ("localization", {"region": "main", "gamma": 0.5}, "gamma: found 0.5 beside region: main"),
+    ("box_classes", {"boxes": "teacher", "at": "assigned"}, "boxes: found 'teacher' beside at: assigned"),
+    ("softmax_kl", {"max_boxes": 20}, "max_boxes: found 20 beside boxes: targets, .* boxes: teacher or proposals"),
+    ("decoupled_kl", {"boxes": "proposals", "score_threshold": 0.1}, "score_threshold: found 0.1 beside boxes: prop"),
+]
+
+
+@pytest.mark.parametrize(("loss", "parameters", "message"), NOT_READ)
+def test_a_parameter_that_would_change_nothing_is_refused(loss, parameters, message):
+    maps = {"localization": ("box_logits",), "masked_mse": ("p3",)}.get(loss, ())
+    with pytest.raises(UserError, match=rf"^terms\.0\.parameters\.{message}") as error:
+        check_term(term(loss=loss, student_maps=maps, parameters=parameters), "terms.0", ("big",))
+    assert "\n" not in str(error.value)
+    defaults = {name: LOSSES[loss].parameters()[name].default for name in parameters}
+    check_term(term(loss=loss, student_maps=maps, parameters=defaults), "terms.0", ("big",))  # says nothing new
+
+
+def test_a_final_fraction_without_a_decay_is_refused():
+    with pytest.raises(UserError, match=r"^terms\.0\.final_fraction: found 0\.5 with decay none"):
+        check_term(term(final_fraction=0.5), "terms.0", ("big",))
+
+
 def test_a_power_below_one_is_refused():
     with pytest.raises(UserError, match=r"terms\.0: power 0\.5 must be at least 1"):
         build(term(loss="attention", parameters={"power": 0.5}))

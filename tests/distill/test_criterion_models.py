@@ -259,6 +259,11 @@ def test_a_two_stage_teacher_and_a_dense_student_meet_at_boxes(yolos, pictures):
     assert found > 0
 
 
+def test_a_student_that_is_not_dense_has_no_assigned_boxes(yolos):
+    with pytest.raises(UserError, match=r"terms\.0: at: found assigned, but the student assigns objects to no"):
+        build(TwoStage(1), yolos["v8"], "box_classes", parameters={"at": "assigned"})
+
+
 def test_an_image_head_learns_from_logits_of_whole_images(pictures):
     student, teacher = TwoStage(1), TwoStage(2).requires_grad_(False)
     facts = {"t": TeacherFacts(("c", "z", "a"))}  # two classes in common
@@ -338,8 +343,16 @@ def test_a_teacher_that_knows_the_labels_counts_more(yolos, pictures):
             assert found.item() == pytest.approx(doubts[-1], rel=1e-5)
         weights = confidence_weights(torch.tensor(doubts)).float()
         before, after = plain(s, t, TARGETS, 0.0), trusted(s, t, TARGETS, 0.0)
+        first = torch.tensor([True, False])  # the second image has pseudo boxes, which a teacher itself has made
+        labelled = trusted(s, t, TARGETS, 0.0, is_labelled=first)
+        of_labels = TARGETS[TARGETS.image == 0]
+        trusts = [teacher_cross_entropy(m, t[name], of_labels, (SIZE, SIZE)) for name, m in teachers.items()]
+        weights_of_labels = confidence_weights(torch.stack(trusts))
     for weight, name in zip(weights, before):
         torch.testing.assert_close(after[name], weight * before[name])
+    for weight, name in zip(weights_of_labels, before):
+        torch.testing.assert_close(labelled[name], weight * before[name], rtol=1e-5, atol=0)
+    assert (weights - weights_of_labels).abs().max() > 1e-3
     assert trusted.requested_outputs("a") is None
     with pytest.raises(UserError, match="compares teachers, found 1"):
         build(student, yolos["v8"], "cwd", ("p3",), teacher_weighting="confidence")

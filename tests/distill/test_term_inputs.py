@@ -174,6 +174,9 @@ def test_fgfi_takes_the_anchors_of_the_detector(yolov5s):
     assert anchors_of(yolov8, yolov5, "p3", 2 * SIZE) == widths_and_heights(yolov5.anchors_pixels()[0] / 2)
     sides = [round((w * h) ** 0.5) for w, h in own_anchors(pair_inputs(yolov8, yolov8, "p3"), none, ratios).tolist()]
     assert sorted(sides) == [16, 16, 16, 32, 32, 32]
+    with pytest.raises(ValueError, match=r"anchor_ratios: the head has anchors of its own, expected anchor_sizes"):
+        own_anchors(pair_inputs(yolov8, yolov5, "p3"), none, (1.0,))
+    assert len(own_anchors(pair_inputs(yolov8, yolov5, "p3"), (8.0,), (1.0,))) == 1
     assert anchors_of(yolov5, yolov5, "p3", SIZE, (8.0,)) == [[45, 91], [64, 64], [91, 45]]
 
 
