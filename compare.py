@@ -34,12 +34,11 @@ Exit codes: 0 all trained, 2 a mistake in the arguments or the data, 3 a run fai
 """
 
 import argparse
-import contextlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +62,7 @@ from engine.training.exits import NOT_FINITE_EXIT_CODE
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures, training_set
 from engine.training.teaching import build_teachers
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, expect, naming, run_script
 
 POLL_S = 5.0  # between two looks at runs that other processes work on
 
@@ -110,8 +109,7 @@ def main(argv: list[str]) -> None:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """UserError for numbers and combinations that cannot be meant."""
     for name, value in (("--seeds", arguments.seeds), ("--workers", arguments.workers)):
-        if value is not None and value < 1:
-            raise UserError(f"argument {name}: found {value}, expected at least 1")
+        expect(value is None or value >= 1, f"argument {name}", value, "at least 1")
     ways = {"--run": arguments.run, "--print-runs": arguments.print_runs, "--submit": arguments.submit}
     given = [name for name, value in ways.items() if value]
     if arguments.run and arguments.rows is not None:
@@ -249,7 +247,7 @@ def check_rows(rows: list[Row], study: Study) -> None:
     """
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
     for row in rows:
-        with naming(row):
+        with naming(f"row {row.name!r}"):
             check_config(row.run(row.seeds[0]), [t.name for t in row.config.teachers if t.weights in in_place])
             if row.task is not None:
                 models.check_arch(row.task.arch)
@@ -257,20 +255,11 @@ def check_rows(rows: list[Row], study: Study) -> None:
                     check_network(row.task)
     source: DatasetIndex | None = None
     for row in rows:
-        with naming(row):
+        with naming(f"row {row.name!r}"):
             if row.task is not None:
                 source = source or open_dataset(*training_set(study.config.data), classes=study.config.data.classes)
                 row.task.check_source(len(source))
             check_models(row, in_place)
-
-
-@contextlib.contextmanager
-def naming(row: Row) -> Iterator[None]:
-    """A UserError inside names the row."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"row {row.name!r}: {error}", error.exit_code) from None
 
 
 def check_models(row: Row, in_place: dict[str, Config]) -> None:

@@ -60,7 +60,7 @@ from engine.runtime.processes import choose_device
 from engine.runtime.progress import Progress
 from engine.training.batch_norms import norm_of_one_value
 from engine.training.exits import MEMORY_EXIT_CODE, is_out_of_memory
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, naming, run_script
 from random_streams import Stream, seeded_generator
 from structures import Targets
 
@@ -249,7 +249,7 @@ def build_learner(
         """A fresh detector for every call; distill.condense.network_pool seeds torch around it."""
         return models.build(task.arch, len(real.index.names))
 
-    try:
+    with naming("key 'condense.matching'", ValueError):
         draw_augmentation(torch.Generator())
         network = build_network(0)
         matched_parameters(network, c.matching.layers)
@@ -262,8 +262,6 @@ def build_learner(
             draw_real=real.draw(c.real_batch),
             draw_augmentation=draw_augmentation,
         )
-    except ValueError as error:
-        raise UserError(f"key 'condense.matching': {error}") from None
 
 
 def build_head_matching(
@@ -272,10 +270,8 @@ def build_head_matching(
     """Matching with a linear head on a frozen network. UserError for settings that it refuses."""
     backbone = FrozenBackbone(network, synthetic.image_size, len(real.index.names))
     data = backbone.data_of(real)
-    try:
+    with naming("key 'condense.head'", ValueError):
         return HeadMatching(synthetic, settings=settings, features=backbone.features, grid=backbone.grid, real=data)
-    except ValueError as error:
-        raise UserError(f"key 'condense.head': {error}") from None
 
 
 def refuse_one_value(task: Task, network: nn.Module) -> None:

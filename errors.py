@@ -1,10 +1,11 @@
 """The one exception for mistakes a user can make, and the one place that turns it into a line and an exit code."""
 
 import argparse
+import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NoReturn
 
@@ -42,6 +43,21 @@ class ArgumentParser(argparse.ArgumentParser):
         elif match := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
             message = f"argument {match[1]}: no such argument; {help_} lists them"
         raise UserError(message)
+
+
+def expect(is_met: bool, what: str, found: object, expected: str) -> None:
+    """UserError `WHAT: found FOUND, expected EXPECTED` unless a condition is met. what: such as "key 'epochs'"."""
+    if not is_met:
+        raise UserError(f"{what}: found {found}, expected {expected}")
+
+
+@contextlib.contextmanager
+def naming(place: str, kind: type[Exception] = UserError) -> Iterator[None]:
+    """An error of this kind inside becomes a UserError that begins with the place; its exit code stays."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(f"{place}: {error}", getattr(error, "exit_code", 2)) from None
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:

@@ -56,7 +56,7 @@ from engine.evaluation.measuring import EvaluationResult, Protocol, measure
 from engine.onnx_files.detector import load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, expect, run_script
 from metrics import coco
 from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names
@@ -187,17 +187,14 @@ def check_settings(evaluation: EvaluationConfig, image_size: int, workers: int) 
     assert score_threshold is not None and iou_threshold is not None and max_detections is not None  # completed
     check_fraction("--score-threshold", score_threshold)
     check_fraction("--nms-iou", iou_threshold)
-    at_least = {"--batch-size": (evaluation.batch_size, 1), "--max-detections": (max_detections, 1)}
-    for flag, (value, least) in (at_least | {"--workers": (workers, 0)}).items():
-        if value < least:
-            raise UserError(f"{flag}: found {value}, expected at least {least}")
-    if image_size < 32 or image_size % 32:
-        raise UserError(f"--image-size: found {image_size}, expected a multiple of 32")
+    expect(evaluation.batch_size >= 1, "--batch-size", evaluation.batch_size, "at least 1")
+    expect(max_detections >= 1, "--max-detections", max_detections, "at least 1")
+    expect(workers >= 0, "--workers", workers, "at least 0")
+    expect(image_size >= 32 and image_size % 32 == 0, "--image-size", image_size, "a multiple of 32")
 
 
 def check_fraction(flag: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{flag}: found {value:g}, expected a number in 0..1")
+    expect(0 <= value <= 1, flag, f"{value:g}", "a number in 0..1")
 
 
 def describe_settings(evaluation: EvaluationConfig, image_size: int, device: torch.device) -> str:

@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from errors import UserError
+from errors import expect
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class DecisionRule:
             ("level", 0 < self.level < 1, "a number between 0 and 1"),
             ("seeds", self.seeds >= 2, "at least 2"),
         ):
-            if not fits:
-                raise UserError(f"{source}: key 'decide.{key}': found {getattr(self, key)}, expected {expected}")
+            expect(fits, f"{source}: key 'decide.{key}'", getattr(self, key), expected)
 
     def half_width(self, values: np.ndarray) -> float:
         """Half the confidence interval of the mean of n >= 2 values."""

@@ -44,7 +44,7 @@ from engine.comparison.protocol import describe_differences, differing_keys, sam
 from engine.condensing.config import Task, read_condense
 from engine.training.idle_terms import is_idle, without_idle_terms
 from engine.training.teaching import EMA, pseudo_of, used_teachers
-from errors import UserError
+from errors import UserError, expect, naming
 
 FIXED = ("name", "runs", "seed", "teachers")  # one for the whole study
 ROW_NAME = re.compile(r"[A-Za-z0-9_+-]+")  # a folder name that is valid in --rows and before a dot
@@ -197,10 +197,8 @@ def plan(
         file = read_row(config, overrides, where)
         check_teachers_of_row(file, tuple(teacher.name for teacher in config.teachers), where)
         idle_teachers |= {term.teacher for term in file.terms if is_idle(term)}
-        try:
+        with naming(where):
             file, idle = without_idle_terms(file)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
         files[name] = file
         own_teachers = [teacher for teacher in config.teachers if teacher.name in used_teachers(file)]
         for teacher in own_teachers:
@@ -235,8 +233,7 @@ def with_later_weights(teacher: TeacherConfig, in_place: dict[str, Row]) -> Teac
 def seeds_of_row(file: RowFile, first: int, seeds: int, where: str) -> tuple[int, ...]:
     """The seeds of a row, from `first` on: as many as it asks for itself, else `seeds`."""
     count = seeds if file.seeds is None else file.seeds
-    if count < 1:
-        raise UserError(f"{where}: key 'seeds': found {count}, expected at least 1")
+    expect(count >= 1, f"{where}: key 'seeds'", count, "at least 1")
     return tuple(range(first, first + count))
 
 
@@ -277,14 +274,10 @@ def condensed_row(
         weights = last_weights(planned[network.row])
         network = dataclasses.replace(network, weights=weights, row=None)
         task = dataclasses.replace(task, condense=dataclasses.replace(task.condense, network=network))
-    try:
+    with naming(where):
         task.check()
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if file.decoded and task.decoded == task.condense.pictures:
-        raise UserError(
-            f"{where}: key 'decoded': found true, expected a set of condense.formation with more than one tile"
-        )
+    is_met = not file.decoded or task.decoded > task.condense.pictures
+    expect(is_met, f"{where}: key 'decoded'", "true", "a set of condense.formation with more than one tile")
     data = dataclasses.replace(row.config.data, train_format="yolo", train="train_decoded" if file.decoded else "train")
     # max_samples is meant for the real pictures; the set is small already.
     row_config = dataclasses.replace(row.config, data=dataclasses.replace(data, max_samples=0))
@@ -318,8 +311,7 @@ def check_teachers_of_row(file: RowFile, teachers: tuple[str, ...], where: str) 
     if (pseudo := pseudo_of(file)) is not None:
         named["data.unlabelled.pseudo.teacher"] = pseudo.teacher
     for key, name in named.items():
-        if name not in (*teachers, STUDENT):
-            raise UserError(f"{where}: key {key!r}: found {name!r}, expected {expected}")
+        expect(name in (*teachers, STUDENT), f"{where}: key {key!r}", repr(name), expected)
 
 
 def merge(tree: dict, overrides: dict) -> dict:

@@ -19,7 +19,7 @@ from distill.condense.gradient_distance import DISTANCES
 from distill.condense.gradient_matching import MatchingSettings
 from distill.condense.head_matching import CURVATURE, HeadSettings
 from distill.condense.head_matching import DISTANCES as HEAD_DISTANCES
-from errors import UserError
+from errors import UserError, expect
 
 Rule = Literal[  # how real pictures are chosen
     "random",  # at random
@@ -182,18 +182,17 @@ class Task:
     def check(self) -> None:
         """UserError for every mistake in the settings."""
         c, key = self.condense, "key 'condense"
-        if c.pictures < 1:
-            raise UserError(f"{key}.pictures': found {c.pictures}, expected at least 1")
-        found = f"{key}.formation': found {list(c.formation)}, expected"
-        if len(c.formation) != 2 or not all(1 <= side <= self.image_size for side in c.formation):
-            raise UserError(f"{found} [rows, columns], each 1 to {self.image_size}")
+        expect(c.pictures >= 1, f"{key}.pictures'", c.pictures, "at least 1")
+        where, size = f"{key}.formation'", self.image_size
+        is_pair = len(c.formation) == 2 and all(1 <= side <= size for side in c.formation)
+        expect(is_pair, where, list(c.formation), f"[rows, columns], each 1 to {size}")
         tiles = math.prod(c.formation)
-        if c.method == "mosaic" and tiles == 1:
-            raise UserError(f"{found} more than one tile: a mosaic of one picture is random")
-        if tiles > 1 and not self.is_learnt and c.method != "mosaic":
-            raise UserError(f"{found} [1, 1]: {c.method} stores pictures as they are")
-        if c.crops < 1 or self.image_size % c.crops:
-            raise UserError(f"{key}.crops': found {c.crops}, expected a divisor of {self.image_size} pixels")
+        if c.method == "mosaic":
+            expect(tiles > 1, where, list(c.formation), "more than one tile: a mosaic of one picture is random")
+        elif not self.is_learnt:
+            expect(tiles == 1, where, list(c.formation), f"[1, 1]: {c.method} stores pictures as they are")
+        is_met = c.crops >= 1 and size % c.crops == 0
+        expect(is_met, f"{key}.crops'", c.crops, f"a divisor of {size} pixels")
         if self.needs_network and c.network.weights is None:
             raise UserError(f"{key}.network': {c.method} needs a trained network, expected {{weights: FILE}}")
         if self.data.train is None or self.data.per_class or self.data.unlabelled is not None:
@@ -201,24 +200,18 @@ class Task:
                 "keys 'data.train', 'data.per_class', 'data.unlabelled': a set is condensed from labelled "
                 "pictures, expected a split alone (data.max_samples takes some of them)"
             )
-        if c.real_batch < 1:
-            raise UserError(f"{key}.real_batch': found {c.real_batch}, expected at least 1")
+        expect(c.real_batch >= 1, f"{key}.real_batch'", c.real_batch, "at least 1")
         for name in ("save_every_steps", "picture_every_steps"):
-            if getattr(c, name) < 0:
-                raise UserError(f"{key}.{name}': found {getattr(c, name)}, expected a number, or 0 for never")
-        if c.matching.seed:
-            found = f"{key}.matching.seed': found {c.matching.seed}"
-            raise UserError(f"{found}, expected none: condense.seed is the seed of the whole set")
-        if c.matching.steps < 0:
-            raise UserError(f"{key}.matching.steps': found {c.matching.steps}, expected a number, or 0 for none")
-        if c.matching.distance not in DISTANCES:
-            found = f"{key}.matching.distance': found {c.matching.distance!r}"
-            raise UserError(f"{found}, expected one of {', '.join(DISTANCES)}")
-        if c.head.steps < 0:
-            raise UserError(f"{key}.head.steps': found {c.head.steps}, expected a number, or 0 for none")
-        if c.head.distance not in (CURVATURE, *HEAD_DISTANCES):
-            expected = ", ".join((CURVATURE, *HEAD_DISTANCES))
-            raise UserError(f"{key}.head.distance': found {c.head.distance!r}, expected one of {expected}")
+            expect(getattr(c, name) >= 0, f"{key}.{name}'", getattr(c, name), "a number, or 0 for never")
+        seed, of_whole = c.matching.seed, "none: condense.seed is the seed of the whole set"
+        expect(not seed, f"{key}.matching.seed'", seed, of_whole)
+        for name, learning, distances in (
+            ("matching", c.matching, DISTANCES),
+            ("head", c.head, (CURVATURE, *HEAD_DISTANCES)),
+        ):
+            where, steps, distance = f"{key}.{name}", learning.steps, learning.distance
+            expect(steps >= 0, f"{where}.steps'", steps, "a number, or 0 for none")
+            expect(distance in distances, f"{where}.distance'", repr(distance), f"one of {', '.join(distances)}")
 
     def check_source(self, count: int) -> None:
         """UserError if the source has too few pictures: each is used at most once."""

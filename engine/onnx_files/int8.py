@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.onnx_files import graph as onnx_graph
-from errors import UserError
+from errors import naming
 from layers.int8 import (
     WEIGHT_LEVELS,
     Int8Range,
@@ -56,10 +56,8 @@ class GraphRange(nn.Module):
 def check_quantizable(model: nn.Module, arch: str) -> None:
     """UserError for a family that has no int8 form."""
     if not has_int8(model):
-        try:
+        with naming(f"{arch} has no int8 form", ValueError):
             add_int8(copy.deepcopy(model))
-        except ValueError as error:
-            raise UserError(f"{arch} has no int8 form: {error}") from None
 
 
 @torch.no_grad()

@@ -43,8 +43,9 @@ from distill.pruning.cut import channels_to_keep
 from distill.pruning.files import widths_text
 from engine.runtime.run_folder import write_text
 from engine.training.building import count_parameters
+from engine.training.checks import check_image_size
 from engine.training.splits import take, training_set
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, expect, naming, run_script
 from layers.channel_groups import ChannelGroups, find_groups
 from structures import Targets
 
@@ -54,10 +55,8 @@ BATCH_SIZE = 4  # images of a gradient: small, see scores.taylor
 def prune(args: argparse.Namespace) -> None:
     model, info = checkpoint.load_model(args.checkpoint, args.arch)
     image_size = args.image_size or info.image_size
-    try:
+    with naming(f"{args.checkpoint}: {info.arch} cannot be pruned", ValueError):
         groups = find_groups(model)
-    except ValueError as error:
-        raise UserError(f"{args.checkpoint}: {info.arch} cannot be pruned: {error}") from None
     state = model.state_dict()
     flops = flops_of_widths(state, groups, image_size=image_size, regions=count_regions(model))
     before = flops(groups.widths())
@@ -116,8 +115,7 @@ def take_pictures(data: list[str], count: int) -> DatasetIndex:
         settings = load_config(data[0]).data
         index = open_dataset(*training_set(settings), classes=settings.classes)
     else:
-        expected = f"expected a config, or {'|'.join(READERS)} ROOT [SPLIT]"
-        raise UserError(f"--data: found {' '.join(data)!r}, {expected}")
+        raise UserError(f"--data: found {' '.join(data)!r}, expected a config, or {'|'.join(READERS)} ROOT [SPLIT]")
     return take(index, count) if count < len(index) else index
 
 
@@ -144,21 +142,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--floor", type=float, default=0.25, help="share of each group that stays (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of random scores (%(default)s)")
     args = parser.parse_args(argv)
-    if not 0 < args.flops < 1:
-        raise UserError(f"--flops: found {args.flops:g}, expected a share between 0 and 1")
-    if not 0 <= args.floor <= 1:
-        raise UserError(f"--floor: found {args.floor:g}, expected a share in 0..1")
-    for flag, value in (("--multiple", args.multiple), ("--pictures", args.pictures)):
-        if value < 1:
-            raise UserError(f"{flag}: found {value}, expected at least 1")
-    size = args.image_size
-    if size is not None and (size < 32 or size % 32):
-        raise UserError(f"--image-size: found {size}, expected a multiple of 32")
+    expect(0 < args.flops < 1, "--flops", f"{args.flops:g}", "a share between 0 and 1")
+    expect(0 <= args.floor <= 1, "--floor", f"{args.floor:g}", "a share in 0..1")
+    expect(args.multiple >= 1, "--multiple", args.multiple, "at least 1")
+    expect(args.pictures >= 1, "--pictures", args.pictures, "at least 1")
+    if args.image_size is not None:
+        check_image_size("--image-size", args.image_size)
     if (args.by == "taylor") != (args.data is not None):
         found = "nothing, expected pictures for" if args.data is None else "pictures, which only taylor reads, with"
         raise UserError(f"--data: found {found} --by {args.by}")
-    if args.out.suffix != ".pt":
-        raise UserError(f"--out: found {args.out}, expected a name that ends in .pt")
+    expect(args.out.suffix == ".pt", "--out", args.out, "a name that ends in .pt")
     if args.out.resolve() == args.checkpoint.resolve():
         raise UserError(f"--out: found the checkpoint itself, {args.out}, expected another file")
     return args

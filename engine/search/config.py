@@ -27,7 +27,7 @@ from config import Config, from_tree, read_tree
 from engine.comparison.decision import DecisionRule
 from engine.runtime import run_folder
 from engine.training.idle_terms import without_idle_terms
-from errors import UserError
+from errors import UserError, expect
 
 Teaching = Literal["labels", "distillation"]
 MAX_DEPTH = 12  # deeper, synflow exceeds float64
@@ -90,8 +90,7 @@ def check(file: SearchFile, source: str) -> None:
     """UserError for values that are out of range, or that a search cannot vary."""
     search, student = file.search, file.student
     models.check_arch(student.arch)
-    if models.size_of(student.arch) is None:
-        raise UserError(f"{source}: key 'student.arch': found {student.arch}, expected a YOLOv8")
+    expect(models.size_of(student.arch) is not None, f"{source}: key 'student.arch'", student.arch, "a YOLOv8")
     for key in ("weights", "inherit", "widths", "int8"):
         if getattr(student, key) is not None:
             raise UserError(f"{source}: key 'student.{key}': every shape begins fresh, expected none")
@@ -109,5 +108,4 @@ def check(file: SearchFile, source: str) -> None:
         ("ranked", 0 <= search.ranked <= (most := search.shapes * file.decide.seeds), f"0..{most}, random shapes"),
         ("on", "distillation" not in search.on or file.terms, "labels: the file has no terms"),
     ):
-        if not is_fine:
-            raise UserError(f"{source}: key 'search.{name}': found {getattr(search, name)}, expected {expected}")
+        expect(bool(is_fine), f"{source}: key 'search.{name}'", getattr(search, name), expected)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import checkpoint
 import models
-from config import RANDOM, STUDENT, Config, DataConfig, GradientShare, UnlabelledConfig
+from config import RANDOM, STUDENT, Config, DataConfig, GradientShare, PseudoBoxConfig, UnlabelledConfig
 from distill.checks import check_terms
 from distill.terms import LOSSES
 from engine.training.int8 import check_int8
@@ -23,7 +23,7 @@ from engine.training.student import (
     inherit_source,
 )
 from engine.training.teaching import EMA, check_input_size, check_names, find_file
-from errors import UserError
+from errors import UserError, expect, naming
 from frcnn.pretrained import load_backbone
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
 from weights import file_of_run, load_public
@@ -59,8 +59,7 @@ def check_numbers(config: Config, processes: int) -> None:
         if isinstance(term.weight, GradientShare) and config.detection_weight == 0:
             found = f"key 'terms.{index}.weight.share': a share of the detection loss's gradient, whose weight is 0"
             raise UserError(f"{found}; expected a number as weight, or detection_weight above 0")
-    if config.image_size < SIZE_MULTIPLE or config.image_size % SIZE_MULTIPLE:
-        raise UserError(f"key 'image_size': found {config.image_size}, expected a multiple of {SIZE_MULTIPLE}")
+    check_image_size("key 'image_size'", config.image_size)
     if config.patience and not config.data.holdout_fraction:
         raise UserError("key 'patience': needs held-out pictures to judge by, expected data.holdout_fraction above 0")
     optimizer, evaluation = config.optimizer, config.evaluation
@@ -79,45 +78,41 @@ def check_numbers(config: Config, processes: int) -> None:
         "evaluation.max_detections": (evaluation.max_detections, 1),
     }
     for key, (value, least) in at_least.items():
-        if value is not None and not (math.isfinite(value) and value >= least):
-            raise UserError(f"key {key!r}: found {value}, expected at least {least}")
+        is_met = value is None or (math.isfinite(value) and value >= least)
+        expect(is_met, f"key {key!r}", value, f"at least {least}")
     for key in ("score_threshold", "iou_threshold"):
         value = getattr(evaluation, key)
-        if value is not None and not 0 <= value <= 1:
-            raise UserError(f"key 'evaluation.{key}': found {value}, expected a number in 0..1")
+        expect(value is None or 0 <= value <= 1, f"key 'evaluation.{key}'", value, "a number in 0..1")
     for key in ("learning_rate", "backbone_factor"):
         value = getattr(optimizer, key)
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"key 'optimizer.{key}': found {value}, expected a number above 0")
+        expect(math.isfinite(value) and value > 0, f"key 'optimizer.{key}'", value, "a number above 0")
+
+
+def check_image_size(what: str, size: int) -> None:
+    expect(size >= SIZE_MULTIPLE and size % SIZE_MULTIPLE == 0, what, size, f"a multiple of {SIZE_MULTIPLE}")
 
 
 def check_data(data: DataConfig) -> None:
     """The keys that choose the pictures to train on."""
     if data.train_format is not None and data.train_root is None:
         raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
-    if data.max_samples < -1:
-        raise UserError(f"key 'data.max_samples': found {data.max_samples}, expected a number, or -1 for all")
+    expect(data.max_samples >= -1, "key 'data.max_samples'", data.max_samples, "a number, or -1 for all")
     if data.train is None and (data.unlabelled is None or data.train_root or data.per_class or data.max_samples > 0):
         raise UserError("key 'data.train': found null, expected a split; or data.unlabelled, and no other training key")
     if data.train is None and data.holdout_fraction:
         raise UserError("key 'data.holdout_fraction': there are no labelled pictures (data.train is null), expected 0")
-    if data.per_class < 0 or (data.per_class and data.max_samples > 0):
-        found = f"key 'data.per_class': found {data.per_class}"
-        raise UserError(f"{found}, expected a number of pictures without data.max_samples, or 0 for all")
-    if data.draw_seed is not None and (data.draw_seed < 0 or not data.per_class):
-        raise UserError(f"key 'data.draw_seed': found {data.draw_seed}, expected 0 or more beside data.per_class")
+    is_met = data.per_class == 0 or (data.per_class > 0 and data.max_samples <= 0)
+    expected = "a number of pictures without data.max_samples, or 0 for all"
+    expect(is_met, "key 'data.per_class'", data.per_class, expected)
+    is_met = data.draw_seed is None or (data.draw_seed >= 0 and data.per_class > 0)
+    expect(is_met, "key 'data.draw_seed'", data.draw_seed, "0 or more beside data.per_class")
     if data.unlabelled is not None:
         check_unlabelled(data.unlabelled, has_labelled=data.train is not None)
-    if data.pictures_per_epoch < 0:
-        found = f"key 'data.pictures_per_epoch': found {data.pictures_per_epoch}"
-        raise UserError(f"{found}, expected a number, or 0 for one pass over the set")
-    if not 0 <= data.holdout_fraction < 1:
-        found = f"key 'data.holdout_fraction': found {data.holdout_fraction}"
-        raise UserError(f"{found}, expected 0 up to less than 1")
-    if not 0 <= data.max_bad_fraction <= 1:
-        raise UserError(f"key 'data.max_bad_fraction': found {data.max_bad_fraction}, expected a number in 0..1")
-    if data.workers < 0:
-        raise UserError(f"key 'data.workers': found {data.workers}, expected a number, or 0 for none")
+    pictures, holdout, bad = data.pictures_per_epoch, data.holdout_fraction, data.max_bad_fraction
+    expect(pictures >= 0, "key 'data.pictures_per_epoch'", pictures, "a number, or 0 for one pass over the set")
+    expect(0 <= holdout < 1, "key 'data.holdout_fraction'", holdout, "0 up to less than 1")
+    expect(0 <= bad <= 1, "key 'data.max_bad_fraction'", bad, "a number in 0..1")
+    expect(data.workers >= 0, "key 'data.workers'", data.workers, "a number, or 0 for none")
 
 
 def check_unlabelled(settings: UnlabelledConfig, *, has_labelled: bool) -> None:
@@ -133,30 +128,29 @@ def check_unlabelled(settings: UnlabelledConfig, *, has_labelled: bool) -> None:
         raise UserError(f"{key}': found no pictures, expected rest: true, a split, or the root of a folder")
     if settings.format is not None and settings.split is None:
         raise UserError(f"{key}.format': found {settings.format} without a split, expected both")
-    if settings.max_samples < 0:
-        raise UserError(f"{key}.max_samples': found {settings.max_samples}, expected a number, or 0 for all")
-    if settings.labelled_share is not None and not 0 < settings.labelled_share < 1:
-        raise UserError(f"{key}.labelled_share': found {settings.labelled_share}, expected a number between 0 and 1")
-    if pseudo is None:
-        return
-    of_classes = {f"class_thresholds.{name}": value for name, value in pseudo.class_thresholds.items()}
-    for where, value in {"threshold": pseudo.threshold, **of_classes}.items():
+    share = settings.labelled_share
+    expect(settings.max_samples >= 0, f"{key}.max_samples'", settings.max_samples, "a number, or 0 for all")
+    expect(share is None or 0 < share < 1, f"{key}.labelled_share'", share, "a number between 0 and 1")
+    if pseudo is not None:
+        check_pseudo_boxes(pseudo, f"{key}.pseudo")
+
+
+def check_pseudo_boxes(settings: PseudoBoxConfig, key: str) -> None:
+    of_classes = {f"class_thresholds.{name}": value for name, value in settings.class_thresholds.items()}
+    for where, value in {"threshold": settings.threshold, **of_classes}.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= 1:
-            raise UserError(f"{key}.pseudo.{where}': found {value!r}, expected a score above 0 and at most 1")
-    if not 0 < pseudo.ignore_above <= 1:
-        raise UserError(f"{key}.pseudo.ignore_above': found {pseudo.ignore_above}, expected above 0 and at most 1")
+        expect(is_number and 0 < value <= 1, f"{key}.{where}'", repr(value), "a score above 0 and at most 1")
+    expect(0 < settings.ignore_above <= 1, f"{key}.ignore_above'", settings.ignore_above, "above 0 and at most 1")
     for name in ("boxes_per_object", "ignored_per_object"):
-        value = getattr(pseudo, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{key}.pseudo.{name}': found {value}, expected a number of 0 or more")
-    if pseudo.ignored_per_object is not None and pseudo.boxes_per_object is None:
-        raise UserError(f"{key}.pseudo.ignored_per_object': found it alone, expected boxes_per_object beside it")
-    if pseudo.iou_threshold is not None and not 0 < pseudo.iou_threshold <= 1:
-        raise UserError(f"{key}.pseudo.iou_threshold': found {pseudo.iou_threshold}, expected above 0 and at most 1")
-    if pseudo.image_size is not None and (pseudo.image_size < SIZE_MULTIPLE or pseudo.image_size % SIZE_MULTIPLE):
-        found = f"{key}.pseudo.image_size': found {pseudo.image_size}"
-        raise UserError(f"{found}, expected a multiple of {SIZE_MULTIPLE}")
+        value = getattr(settings, name)
+        is_met = value is None or (math.isfinite(value) and value >= 0)
+        expect(is_met, f"{key}.{name}'", value, "a number of 0 or more")
+    is_met = settings.ignored_per_object is None or settings.boxes_per_object is not None
+    expect(is_met, f"{key}.ignored_per_object'", "it alone", "boxes_per_object beside it")
+    iou = settings.iou_threshold
+    expect(iou is None or 0 < iou <= 1, f"{key}.iou_threshold'", iou, "above 0 and at most 1")
+    if settings.image_size is not None:
+        check_image_size(f"{key}.image_size'", settings.image_size)
 
 
 def check_kept_outputs(config: Config) -> None:
@@ -216,10 +210,8 @@ def check_mixture(config: Config, processes: int) -> None:
 def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bool = False) -> None:
     """The student's architecture, the files of its weights, and the frozen parts of its backbone."""
     settings = config.student
-    try:
+    with naming("key 'student.arch'"):
         models.check_arch(settings.arch)
-    except UserError as error:
-        raise UserError(f"key 'student.arch': {error}") from None
     check_backbone(settings)
     check_inherit(config)
     check_int8(config)
@@ -267,10 +259,8 @@ def check_file(key: str, arch: str, path: str, *, is_backbone: bool = False) -> 
     Returns two facts about its model: the number that its image size is a multiple of, and whether it reads text.
     """
     status = Path(path).stat()
-    try:
+    with naming(key):
         return _read_weights(arch, path, is_backbone, status.st_mtime_ns, status.st_size)
-    except UserError as error:
-        raise UserError(f"{key}: {error}", error.exit_code) from None
 
 
 @functools.lru_cache(maxsize=64)

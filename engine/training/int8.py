@@ -8,7 +8,7 @@ from datasets.index import DatasetIndex
 from datasets.loader import Loader
 from engine.drawing.predictions import spread
 from engine.runtime.processes import use_bfloat16
-from errors import UserError
+from errors import UserError, expect, naming
 from layers.int8 import add_int8, has_int8, observe_ranges
 
 CALIBRATION_BATCH = 8  # pictures whose percentiles are taken together
@@ -21,12 +21,10 @@ def check_int8(config: Config) -> None:
         return
     if config.student.weights is None:
         raise UserError("key 'student.int8': needs a trained student to begin from, expected student.weights")
-    if not 50 < settings.percentile <= 100:
-        found = f"key 'student.int8.percentile': found {settings.percentile}"
-        raise UserError(f"{found}, expected above 50 and at most 100")
+    percentile = settings.percentile
+    expect(50 < percentile <= 100, "key 'student.int8.percentile'", percentile, "above 50 and at most 100")
     for key, value, least in (("pictures", settings.pictures, 1), ("frozen_epochs", settings.frozen_epochs, 0)):
-        if value < least:
-            raise UserError(f"key 'student.int8.{key}': found {value}, expected at least {least}")
+        expect(value >= least, f"key 'student.int8.{key}'", value, f"at least {least}")
     if config.compile:
         raise UserError("key 'compile': found true beside student.int8, whose ranges move, expected false")
     if config.precision == "bfloat16":
@@ -37,10 +35,8 @@ def prepare_int8(student: nn.Module, config: Config) -> None:
     """Let the student round to 8 bits, if the config asks for it; a resumed one does already."""
     if config.student.int8 is None or has_int8(student):
         return
-    try:
+    with naming(f"key 'student.int8': {config.student.arch}", ValueError):
         add_int8(student)
-    except ValueError as error:
-        raise UserError(f"key 'student.int8': {config.student.arch}: {error}") from None
 
 
 def student_bfloat16(config: Config, device: torch.device) -> bool:

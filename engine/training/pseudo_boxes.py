@@ -39,7 +39,7 @@ from datasets.index import DatasetIndex
 from datasets.loader import Loader
 from engine.evaluation.measuring import detect_all
 from engine.training.teaching import load_frozen, pseudo_of
-from errors import UserError
+from errors import UserError, expect, naming
 from metrics.tables import DetectionTable
 from structures import DenseDetector
 from teachers.output_cache import fingerprint_of
@@ -157,18 +157,15 @@ def open_pseudo_teacher(
         return None
     key = "key 'data.unlabelled.pseudo"
     for name in settings.class_thresholds:
-        if name not in names:
-            raise UserError(f"{key}.class_thresholds': found {name!r}, expected some of {', '.join(names)}")
+        expect(name in names, f"{key}.class_thresholds'", repr(name), f"some of {', '.join(names)}")
     number = [teacher.name for teacher in config.teachers].index(settings.teacher)
     teacher = config.teachers[number]
     model, t_names = load_frozen(teacher, f"key 'teachers.{number}", names, given, None)
     if hasattr(model, "requested_outputs"):
         cast(DenseDetector, model).requested_outputs = None  # it is a copy
     aliases = {str(s_name): str(t_name) for s_name, t_name in teacher.aliases.items()}
-    try:
+    with naming(f"{key}.teacher': teacher {teacher.name!r}", ValueError):
         columns, t_columns = join_classes(names, t_names, aliases=aliases)
-    except ValueError as error:
-        raise UserError(f"{key}.teacher': teacher {teacher.name!r}: {error}") from None
     label_of = np.full(len(t_names), -1)
     label_of[t_columns.numpy()] = columns.numpy()
     missing = [name for label, name in enumerate(names) if label not in label_of]

@@ -18,7 +18,7 @@ from distill.pruning.files import read_widths
 from distill.pruning.inherit import inherited_state
 from engine.training.int8 import prepare_int8
 from engine.training.optimization import BACKBONE
-from errors import UserError
+from errors import UserError, naming
 from frcnn.norm import freeze_norms
 from frcnn.pretrained import Backbone, freeze, load_backbone
 from layers.channel_groups import find_groups
@@ -73,10 +73,8 @@ def widths_in_config(settings: ModelConfig) -> dict[str, int] | None:
     """The widths of student.widths; UserError, with the key, for a file that does not fit."""
     if settings.widths is None:
         return None
-    try:
+    with naming("key 'student.widths'"):
         return read_widths(settings.widths, settings.arch)
-    except UserError as error:
-        raise UserError(f"key 'student.widths': {error}") from None
 
 
 def inherit(
@@ -101,10 +99,8 @@ def inherit(
         values = scores.random(groups, seeded_generator(Stream.CHANNELS, config.seed))
     else:
         values = {"bn_gamma": scores.bn_gamma, "l2": scores.l2}[choice.by](wide.state_dict(), groups)
-    try:
+    with naming(f"key 'student.inherit': {source}", ValueError):
         state = inherited_state(student, wide, groups, values)
-    except ValueError as error:
-        raise UserError(f"key 'student.inherit': {source}: {error}") from None
     if settings.new_head:
         class_head = cast(tuple[str, ...], student.class_head)
         state |= {name: value for name, value in student.state_dict().items() if name.startswith(class_head)}
@@ -183,11 +179,8 @@ def check_widths(settings: ModelConfig) -> None:
         found = f"found {settings.widths} beside student.weights"
         raise UserError(f"key 'student.widths': {found}, which have widths of their own, expected one of them")
     widths = widths_in_config(settings)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            models.build(settings.arch, 1, widths=widths)
-        except UserError as error:
-            raise UserError(f"key 'student.widths': {settings.widths}: {error}") from None
+    with torch.random.fork_rng(devices=[]), naming(f"key 'student.widths': {settings.widths}"):
+        models.build(settings.arch, 1, widths=widths)
 
 
 def check_backbone(settings: ModelConfig) -> None:
@@ -215,10 +208,8 @@ def check_backbone(settings: ModelConfig) -> None:
 def freeze_backbone(student: nn.Module, settings: ModelConfig) -> None:
     """Freeze the stages and the norms of a Faster R-CNN's backbone that the config names."""
     if settings.trainable_stages is not None:
-        try:
+        with naming("key 'student.trainable_stages'", ValueError):
             freeze(backbone_of(student), settings.trainable_stages)
-        except ValueError as error:
-            raise UserError(f"key 'student.trainable_stages': {error}") from None
     if settings.frozen_norms:
         freeze_norms(backbone_of(student))
 

@@ -23,7 +23,7 @@ from config import Config, PseudoBoxConfig, TeacherConfig
 from datasets.download import how_to_fetch
 from distill.criterion import TeacherFacts
 from distill.probing import probe
-from errors import UserError
+from errors import UserError, expect, naming
 from layers.fusion import fuse
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
 from teachers.output_cache import OutputCache, cached_forward, fingerprint_of, image_key, parts_to_keep
@@ -250,18 +250,16 @@ def set_class_prompts(model: nn.Module, teacher: TeacherConfig, key: str, names:
     reader = cast(ReadsText, model)
     if not reader.class_names:
         tokenizer = ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH)
-        try:
+        with naming(f"{key}.aliases'"):
             reader.set_classes(tuple(str(teacher.aliases.get(name, name)) for name in names), tokenizer)
-        except UserError as error:
-            raise UserError(f"{key}.aliases': {error}") from None
     return reader.class_names
 
 
 def check_input_size(teacher: TeacherConfig, key: str, multiple: int) -> None:
     """UserError where a teacher's image size is no multiple of what its model takes."""
     size = teacher.image_size
-    if size is not None and (size < 1 or size % multiple):
-        raise UserError(f"{key}.image_size': found {size}, expected a multiple of {multiple}")
+    is_met = size is None or (size >= 1 and size % multiple == 0)
+    expect(is_met, f"{key}.image_size'", size, f"a multiple of {multiple}")
 
 
 def input_size(teacher: TeacherConfig, key: str, model: nn.Module, image_size: int) -> int | None:
