@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errors import UserError
+from structures import DetectionSettings
 from yaml_files import parse_yaml, read_yaml
 
 STUDENT = "student"  # the `teacher` of a term in which the student teaches itself
@@ -215,16 +216,22 @@ class EvaluationConfig:
         """Whether difficult objects are objects to be found; for the VOC protocols they never are."""
         return self.protocol == "coco" and not self.ignore_difficult
 
-    def completed(self, published: Any) -> "EvaluationConfig":
-        """A copy whose missing thresholds are those of `published` (models.DetectionSettings)."""
-        names = ("score_threshold", "iou_threshold", "max_detections")
-        missing = {name: getattr(published, name) for name in names if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing)
+    def completed(self, published: DetectionSettings) -> "EvaluationConfig":
+        """A copy whose missing thresholds are the published ones."""
+        given = dataclasses.asdict(published)
+        return dataclasses.replace(self, **{name: v for name, v in given.items() if getattr(self, name) is None})
+
+    @property
+    def detection(self) -> DetectionSettings:
+        """The thresholds, of a config that is `completed`."""
+        score, iou, most = self.score_threshold, self.iou_threshold, self.max_detections
+        assert score is not None and iou is not None and most is not None
+        return DetectionSettings(score, iou, most)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of engine.evaluation.measuring.evaluate_model: the fields about how, not when."""
-        when = ("every_epochs", "of_start")
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in when}
+        """Arguments of engine.evaluation.measuring.evaluate_model, of a config that is `completed`."""
+        names = ("protocol", "ignore_difficult", "batch_size", "precision")
+        return {"detection": self.detection} | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

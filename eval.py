@@ -182,13 +182,11 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_settings(evaluation: EvaluationConfig, image_size: int, workers: int) -> None:
     """UserError, naming the flag, for a setting out of range."""
-    score_threshold, iou_threshold = evaluation.score_threshold, evaluation.iou_threshold
-    max_detections = evaluation.max_detections
-    assert score_threshold is not None and iou_threshold is not None and max_detections is not None  # completed
-    check_fraction("--score-threshold", score_threshold)
-    check_fraction("--nms-iou", iou_threshold)
+    detection = evaluation.detection
+    check_fraction("--score-threshold", detection.score_threshold)
+    check_fraction("--nms-iou", detection.iou_threshold)
     expect(evaluation.batch_size >= 1, "--batch-size", evaluation.batch_size, "at least 1")
-    expect(max_detections >= 1, "--max-detections", max_detections, "at least 1")
+    expect(detection.max_detections >= 1, "--max-detections", detection.max_detections, "at least 1")
     expect(workers >= 0, "--workers", workers, "at least 0")
     expect(image_size >= 32 and image_size % 32 == 0, "--image-size", image_size, "a multiple of 32")
 

@@ -36,7 +36,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,13 +158,10 @@ def print_comparison(
         name: evaluate_model(detector, index, image_size=size, **evaluation.arguments())
         for name, detector in detectors.items()
     }
-    iou_threshold, max_detections = evaluation.iou_threshold, evaluation.max_detections
-    assert iou_threshold is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
+    timed = asdict(replace(evaluation.detection, score_threshold=0.25))
 
     def run(detector: OnnxDetector) -> Callable[[], object]:
-        return lambda: detector.detect(
-            detector(image), score_threshold=0.25, iou_threshold=iou_threshold, max_detections=max_detections
-        )
+        return lambda: detector.detect(detector(image), **timed)
 
     seconds = rotate({name: run(detector) for name, detector in detectors.items()}, TIMED_ROUNDS, wall_seconds)
     print(f"{len(index)} pictures, {size} px, {torch.get_num_threads()} threads")
@@ -311,9 +308,9 @@ def main(argv: list[str]) -> None:
     rounding = copy.deepcopy(model) if args.int8 and has_int8(model) else None  # the model as int8 computes it
     remove_int8(model)
     evaluation = replace(info.evaluation, precision="float32")  # the file has a precision of its own
-    nms_iou = evaluation.iou_threshold if args.nms_iou is None else args.nms_iou
-    max_detections = args.max_detections or evaluation.max_detections
-    assert nms_iou is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
+    usual = evaluation.detection
+    nms_iou = usual.iou_threshold if args.nms_iou is None else args.nms_iou
+    max_detections = args.max_detections or usual.max_detections
 
     on = f"{plural(len(images), 'picture')} {source} at {size} px"
     described = GraphInfo(

@@ -4,7 +4,6 @@ ARCHITECTURES and TEACHERS map names to builders. A detector may be a teacher to
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache, partial
 from typing import Any
@@ -23,6 +22,7 @@ from layers.channel_groups import find_groups
 from layers.int8 import without_ranges
 from layers.widths import set_widths, widths_of_shapes
 from rtdetr.rtdetr import build_rtdetr
+from structures import DetectionSettings
 from teachers.clip import build_clip
 from teachers.dinov2 import build_dinov2
 from yolo.yolov5 import build_yolov5, build_yolov5u
@@ -78,15 +78,6 @@ TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "dinov2_vitl14": partial(build_dinov2, "vitl14"),
     "dinov2_vitl14_reg": partial(build_dinov2, "vitl14_reg"),
 }
-
-
-@dataclass(frozen=True)
-class DetectionSettings:
-    """The arguments of `detect`: which detections it keeps."""
-
-    score_threshold: float
-    iou_threshold: float  # of non-maximum suppression; 1 suppresses nothing
-    max_detections: int  # in an image
 
 
 # How the publishers of each family evaluate it: the YOLOs as in their current code, Faster R-CNN with the thresholds of

@@ -54,7 +54,7 @@ from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import DISK_EXIT_CODE
 from errors import ArgumentParser, UserError, run_script
-from structures import Detections
+from structures import Detections, DetectionSettings
 
 
 @dataclass
@@ -316,9 +316,9 @@ def main(argv: list[str]) -> int:
     image_size = args.image_size or info.image_size
     if isinstance(model, OnnxDetector):
         model.check_size(image_size, image_size)
-    iou_threshold = info.evaluation.iou_threshold if args.nms_iou is None else args.nms_iou
-    max_detections = args.max_detections or info.evaluation.max_detections
-    assert iou_threshold is not None and max_detections is not None  # CheckpointInfo.evaluation gives both
+    usual = info.evaluation.detection
+    iou_threshold = usual.iou_threshold if args.nms_iou is None else args.nms_iou
+    max_detections = args.max_detections or usual.max_detections
     if info.plumbing:
         print(info.plumbing)
     if not args.quiet:
@@ -329,9 +329,7 @@ def main(argv: list[str]) -> int:
     predictor = Predictor(
         model,
         image_size=image_size,
-        score_threshold=args.score_threshold,
-        iou_threshold=iou_threshold,
-        max_detections=max_detections,
+        detection=DetectionSettings(args.score_threshold, iou_threshold, max_detections),
         device=device,
         bfloat16=use_bfloat16(args.precision, device),
     )

@@ -128,6 +128,15 @@ def select_images(output: Any, chosen: Tensor) -> Any:
     return replace(output, **picked)
 
 
+@dataclass(frozen=True)
+class DetectionSettings:
+    """The arguments of a detector's `detect`: which detections it keeps."""
+
+    score_threshold: float = 0.001
+    iou_threshold: float = 0.7  # of non-maximum suppression; 1 suppresses nothing
+    max_detections: int = 300  # in an image
+
+
 @runtime_checkable
 class Detector(Protocol):
     """The interface of a model for train.py, eval.py, predict.py and distill/. There is no base class.

@@ -31,6 +31,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from structures import DetectionSettings
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
@@ -149,7 +151,7 @@ def write_peer_data(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def measure(model, index: DatasetIndex) -> dict[str, float]:
-    result = evaluate_model(model, index, image_size=IMAGE_SIZE, batch_size=32, ignore_difficult=True)
+    result = evaluate_model(model, index, DetectionSettings(), image_size=IMAGE_SIZE, batch_size=32)
     return {name: result.numbers[name] for name in ("mAP50-95", "mAP50")}
 
 

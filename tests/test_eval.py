@@ -14,6 +14,7 @@ from datasets import open_dataset
 from datasets.convert import convert
 from engine.evaluation import measuring
 from errors import UserError, run_script
+from structures import DetectionSettings
 from tests.test_fine_tuning import released_state
 from tests.tiny_training import write_dataset
 
@@ -147,9 +148,8 @@ def test_checkpoint_on_a_dataset(tmp_path, capsys):
     assert "Speed: loading" in capsys.readouterr().out
     # The same from Python, and a config in place of the dataset.
     index = open_dataset("yolo", root, "test")
-    again = measuring.evaluate_model(
-        model, index, image_size=64, batch_size=8, max_detections=50, score_threshold=0.0001
-    )
+    detection = DetectionSettings(score_threshold=0.0001, max_detections=50)
+    again = measuring.evaluate_model(model, index, detection, image_size=64, batch_size=8)
     assert len(again.detections) == tree["detections"]
     config = tmp_path / "c.yaml"
     config.write_text(

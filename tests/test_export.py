@@ -21,6 +21,7 @@ from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
 from layers.fusion import fuse
 from rtdetr.rtdetr import RTDETR
+from structures import DetectionSettings
 from tests.conftest import ROOT
 from tests.exporting import ARCH, NAMES, fill, save_model
 from tests.tiny_training import SIZE
@@ -374,7 +375,7 @@ def test_yolov5_on_photographs(tmp_path, capsys):
     detector, said = load_detector(output)
     assert said == info
     read = [read_image(picture.path) for picture in find_pictures(photos)[:4]]
-    expected, found = (Predictor(m, image_size=640, score_threshold=0.1)(read) for m in (model, detector))
+    expected, found = (Predictor(m, image_size=640, detection=DetectionSettings(0.1))(read) for m in (model, detector))
     assert sum(map(len, expected)) > 1
     for ours, theirs in zip(expected, found, strict=True):
         torch.testing.assert_close(ours.boxes_xyxy, theirs.boxes_xyxy, rtol=0, atol=0.01)

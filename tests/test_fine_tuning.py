@@ -20,6 +20,7 @@ from engine.evaluation.cross_dataset import on_common_classes
 from engine.evaluation.measuring import evaluate_model
 from engine.training import building, teaching
 from errors import UserError
+from structures import DetectionSettings
 from weights.class_rows import ClassRows, take_rows
 
 FILE_NAMES = ("zebra", "Cat", "airplane", "tv", "potted plant")
@@ -245,7 +246,7 @@ def test_before_training_the_map_is_that_of_the_coco_model(arch, file, shared_da
     released, info = checkpoint.load_model(path, arch)
     student, _ = start(path, arch, index.names)
     pair = [
-        evaluate_model(m, i, image_size=192, batch_size=12)
+        evaluate_model(m, i, DetectionSettings(), image_size=192, batch_size=12)
         for m, i in (on_common_classes(released, index, info.names)[:2], (student, index))
     ]
     untrained, own = (result.numbers["mAP50-95"] for result in pair)

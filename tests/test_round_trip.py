@@ -15,6 +15,7 @@ import models
 import predict
 from datasets.letterbox import letterbox
 from engine.prediction.predictor import Predictor
+from structures import DetectionSettings
 
 NAMES = ("traffic light", "1")  # a name of two words, and one that could be a place
 PICTURES = ("0.png", "1.PNG", "a/0.png", "b/0.png", "b/v1.0 é.png", "b/x.png")
@@ -72,7 +73,7 @@ def test_files_of_predict_and_eval_give_the_numbers_of_the_model(tmp_path, arch)
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(images / name, format="PNG")
     model = tiny_model(arch, list(pictures.values()))
-    found = Predictor(model, image_size=SIZE, score_threshold=0.001, iou_threshold=0.6)(list(pictures.values()))
+    found = Predictor(model, image_size=SIZE, detection=DetectionSettings(0.001, 0.6))(list(pictures.values()))
     boxes_of, seen = {}, Counter()
     for (name, pixels), detections in zip(pictures.items(), found):  # the truth: some of what it finds, moved a little
         height, width = pixels.shape[:2]

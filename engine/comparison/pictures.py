@@ -20,7 +20,7 @@ from engine.drawing.detections import draw_tile
 from engine.drawing.predictions import labels_of, spread
 from engine.prediction.predictor import Predictor
 from engine.runtime import run_folder
-from structures import Detections
+from structures import Detections, DetectionSettings
 
 PICTURES = 4  # lines
 COLUMNS = 4  # the labels, and at most three rows
@@ -82,11 +82,8 @@ def detect(result: Result, paths: list) -> list[Detections]:
     """The detections of a row's first finished seed in each picture, from SCORE_THRESHOLD on."""
     folder = run_folder.RunFolder(result.row.folder(result.seeds[0]))
     model, info = checkpoint.load_model(folder.last)
-    iou_threshold = info.evaluation.iou_threshold
-    assert iou_threshold is not None  # CheckpointInfo.evaluation gives it
-    predictor = Predictor(
-        model, image_size=info.image_size, score_threshold=SCORE_THRESHOLD, iou_threshold=iou_threshold
-    )
+    detection = DetectionSettings(SCORE_THRESHOLD, info.evaluation.detection.iou_threshold)
+    predictor = Predictor(model, image_size=info.image_size, detection=detection)
     found: list[Detections] = []
     for start in range(0, len(paths), BATCH):
         found += predictor([read_image(path) for path in paths[start : start + BATCH]])

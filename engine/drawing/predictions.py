@@ -29,8 +29,7 @@ def prediction_sheet(
     image_size: int,
     device: torch.device,
     count: int,
-    score_threshold: float = SCORE_THRESHOLD,
-    iou_threshold: float = 0.7,
+    iou_threshold: float,
 ) -> Image.Image:
     """`count` pictures spread over the split, two to a line, each with its labels and with the model's detections."""
     detector = cast(Detector, model)  # PyTorch types every attribute of a module as Tensor | Module
@@ -40,7 +39,7 @@ def prediction_sheet(
     for batch in loader.epoch(0):
         output = model(batch.images.to(device).float() / 255)
         found = detector.detect(
-            output, score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=100
+            output, score_threshold=SCORE_THRESHOLD, iou_threshold=iou_threshold, max_detections=100
         )
         for row, detections in enumerate(found):
             sample = chosen.samples[int(batch.indices[row])]
@@ -49,7 +48,7 @@ def prediction_sheet(
             pixels = read_image(sample.image_path)
             tiles.append(draw_tile(pixels, labels_of(sample), index.names, TILE, show_scores=False))
             tiles.append(draw_tile(pixels, shown, index.names, TILE))
-    return pair_sheet(tiles, ("labels", f"detections, score {score_threshold:g} and above"))
+    return pair_sheet(tiles, ("labels", f"detections, score {SCORE_THRESHOLD:g} and above"))
 
 
 def pair_sheet(tiles: Sequence[Image.Image], titles: tuple[str, str]) -> Image.Image:

@@ -8,8 +8,8 @@ Both return an EvaluationResult.
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -23,7 +23,7 @@ from engine.runtime.processes import use_bfloat16
 from errors import UserError
 from metrics import coco, report, voc
 from metrics.tables import DetectionTable, GroundTruth, ground_truth_from_samples
-from structures import Detections, Detector
+from structures import Detections, DetectionSettings, Detector
 
 Protocol = Literal["coco", "voc07", "voc12"]
 NOT_FINITE_EXIT_CODE = 3
@@ -177,22 +177,18 @@ def measure(
 def evaluate_model(
     model: nn.Module,
     index: DatasetIndex,
+    detection: DetectionSettings,
     *,
     image_size: int,
     batch_size: int,
     device: torch.device | str = "cpu",
     precision: Literal["auto", "float32", "bfloat16"] = "float32",
-    score_threshold: float = 0.001,
-    iou_threshold: float = 0.7,
-    max_detections: int = 300,
     workers: int = 0,
     protocol: Protocol = "coco",
     ignore_difficult: bool = True,
     report_score: float = 0.25,
-    cache: bool = False,
     loader: Loader | None = None,
     sharded: bool = False,
-    on_batch: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Run a detector over every picture of an index and measure its detections in pixels of the original pictures.
 
@@ -200,12 +196,10 @@ def evaluate_model(
     detections and with one batch. The COCO numbers use the best 100 detections of each class in an image.
 
     Args:
-        score_threshold, iou_threshold, max_detections: arguments of model.detect; max_detections is per image.
         loader: unshuffled, over all of `index`, or with `sharded` over this process's part of it. None: made from
-            image_size, batch_size, workers and cache.
+            image_size, batch_size and workers.
         sharded: every process of the torch.distributed group calls this at the same time and takes its part of the
             pictures; each gets the whole result. Otherwise the caller works alone.
-        on_batch: called with the number of batches done and their total.
     """
     num_classes = getattr(model, "num_classes", len(index.names))
     if num_classes != len(index.names):
@@ -221,16 +215,15 @@ def evaluate_model(
             seed=0,
             workers=workers,
             shuffle=False,
-            cache=cache,
+            cache=False,
             rank=rank,
             world_size=world_size,
         )
-    settings = dict(score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=max_detections)
     device, was_training = torch.device(device), model.training
     model.eval()
     try:
         bfloat16 = use_bfloat16(precision, device)
-        detections, seconds = detect_all(model, index, loader, device, bfloat16, settings, on_batch)
+        detections, seconds = detect_all(model, index, loader, detection, device, bfloat16)
     finally:
         model.train(was_training)
     if world_size > 1:
@@ -254,28 +247,22 @@ def detect_all(
     model: nn.Module,
     index: DatasetIndex,
     loader: Loader,
+    detection: DetectionSettings,
     device: torch.device,
-    bfloat16: bool,
-    settings: dict[str, Any],
-    on_batch: Callable[[int, int], None] | None,
+    bfloat16: bool = False,
 ) -> tuple[DetectionTable, dict[str, float]]:
-    """The detections of a model in eval mode on the loader's pictures, and the seconds of "loading" and "inference".
-
-    settings: keyword arguments of model.detect.
-    """
+    """The detections of a model in eval mode on the loader's pictures, and the seconds of "loading" and "inference"."""
     detector = cast(Detector, model)  # PyTorch types every attribute of a module as Tensor | Module
     tables, seconds = [], {"loading": 0.0, "inference": 0.0}
     began = time.perf_counter()
-    for number, batch in enumerate(loader.epoch(0), 1):
+    for batch in loader.epoch(0):
         seconds["loading"] += time.perf_counter() - began
         began = time.perf_counter()
         images = batch.images.to(device, non_blocking=True).float() / 255  # (B, 3, S, S)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
             output = model(images)
-        tables.append(to_table(detector.detect(output, **settings), batch, index))
+        tables.append(to_table(detector.detect(output, **asdict(detection)), batch, index))
         seconds["inference"] += time.perf_counter() - began
-        if on_batch is not None:
-            on_batch(number, len(loader))
         began = time.perf_counter()
     return DetectionTable.concatenate(tables), seconds
 

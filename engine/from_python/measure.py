@@ -1,9 +1,10 @@
 """Measures a loaded model on a dataset, as eval.py does."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+from config import EvaluationConfig
 from datasets.class_names import read_class_map
 from datasets.open import open_dataset
 from datasets.subset import keep_classes
@@ -23,8 +24,8 @@ def evaluate(
     workers: int = 0,
     **settings: Any,
 ) -> EvaluationResult:
-    """See retort.evaluate. data: format, root, split. settings: those of EvaluationConfig.arguments()."""
-    known = list(model.info.evaluation.arguments())
+    """See retort.evaluate. data: format, root, split. settings: those of EvaluationConfig about how, not when."""
+    known = [f.name for f in fields(EvaluationConfig) if f.name not in ("every_epochs", "of_start")]
     if unknown := [name for name in settings if name not in known]:
         raise UserError(f"argument {unknown[0]}: expected one of classes, class_map, image_size, {', '.join(known)}")
     evaluation, title = replace(model.info.evaluation, **settings), " ".join(data)

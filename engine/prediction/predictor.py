@@ -1,6 +1,7 @@
 """A detector for pictures of any size, with boxes in their pixels: for predict.py, app.py and compare.py."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 from datasets.letterbox import letterbox, unletterbox
 from layers.fusion import fuse
-from structures import Detections
+from structures import Detections, DetectionSettings
+
+SHOWN = DetectionSettings(score_threshold=0.25)  # enough for a person who looks at the boxes
 
 
 class Predictor:
@@ -19,20 +22,14 @@ class Predictor:
         model: nn.Module,
         *,
         image_size: int,
-        score_threshold: float = 0.25,
-        iou_threshold: float = 0.7,
-        max_detections: int = 300,
+        detection: DetectionSettings = SHOWN,
         device: torch.device | str = "cpu",
         bfloat16: bool = False,
     ) -> None:
         self.device = torch.device(device)
         fused = fuse(model).to(self.device)
         self.model = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
-        self.image_size = image_size
-        self.settings = dict(
-            score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=max_detections
-        )
-        self.bfloat16 = bfloat16
+        self.image_size, self.detection, self.bfloat16 = image_size, detection, bfloat16
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
@@ -43,7 +40,7 @@ class Predictor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             output = self.model(images)
         found = []
-        for picture, square, detections in zip(pictures, squares, self.model.detect(output, **self.settings)):
+        for picture, square, detections in zip(pictures, squares, self.model.detect(output, **asdict(self.detection))):
             _, scale, (left, top, _, _) = square
             height, width = picture.shape[:2]
             boxes = unletterbox(detections.boxes_xyxy.float(), scale, (left, top), width, height)

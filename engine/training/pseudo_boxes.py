@@ -23,7 +23,7 @@ import os
 import socket
 import zipfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ from engine.evaluation.measuring import detect_all
 from engine.training.teaching import load_frozen, pseudo_of
 from errors import UserError, expect, naming
 from metrics.tables import DetectionTable
-from structures import DenseDetector
+from structures import DenseDetector, DetectionSettings
 from teachers.output_cache import fingerprint_of
 
 LOWEST_SCORE = 0.01  # detections are kept from here on, for every choice of thresholds
@@ -135,14 +135,14 @@ def finite_or_none(score: float) -> float | None:
 class PseudoTeacher:
     """The frozen teacher of pseudo boxes.
 
-    label_of: for each of its classes the dataset's, or -1. image_size: in pixels. detection: the arguments of `detect`.
+    label_of: for each of its classes the dataset's, or -1. image_size: in pixels.
     """
 
     name: str
     model: nn.Module
     label_of: np.ndarray
     image_size: int
-    detection: dict[str, float]
+    detection: DetectionSettings
 
 
 def open_pseudo_teacher(
@@ -172,11 +172,8 @@ def open_pseudo_teacher(
     if missing:
         say(f"pseudo boxes: teacher {teacher.name!r} knows no {', '.join(missing)}")
     published = models.published_detection(teacher.arch)
-    detection = {
-        "score_threshold": LOWEST_SCORE,
-        "iou_threshold": published.iou_threshold if settings.iou_threshold is None else settings.iou_threshold,
-        "max_detections": published.max_detections,
-    }
+    iou_threshold = published.iou_threshold if settings.iou_threshold is None else settings.iou_threshold
+    detection = DetectionSettings(LOWEST_SCORE, iou_threshold, published.max_detections)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from PyTorch's stubs
     return PseudoTeacher(teacher.name, model, label_of, pseudo_image_size(config, given), detection)
@@ -194,7 +191,7 @@ def make_pseudo_boxes(
     labels = teacher.label_of[found.labels]
     found = replace(found[labels >= 0], labels=labels[labels >= 0])
     thresholds, ignore_above = choose_thresholds(settings, found, len(pictures), labelled)
-    size, iou_threshold = teacher.image_size, teacher.detection["iou_threshold"]
+    size, iou_threshold = teacher.image_size, teacher.detection.iou_threshold
     names, count = labelled.names, len(pictures)
     return PseudoBoxes(teacher.name, size, iou_threshold, names, found, thresholds, ignore_above, count)
 
@@ -254,7 +251,7 @@ def detect_once(
     model: nn.Module,
     pictures: DatasetIndex,
     image_size: int,
-    settings: dict[str, float],
+    detection: DetectionSettings,
     *,
     folder: Path,
     device: torch.device,
@@ -264,11 +261,11 @@ def detect_once(
 ) -> DetectionTable:
     """The detections of a frozen teacher in pictures, in its classes: from the file in `folder`, or computed now.
 
-    The file is named by the weights, the size, `settings` (arguments of detect) and the bytes of the pictures: frames
+    The file is named by the weights, the size, the thresholds and the bytes of the pictures: frames
     without compression have one size, and often the names of other frames. A file that cannot be read is made again,
     and `say` says so. keep: whether to write it. workers: processes that decode.
     """
-    digest = hashlib.sha256(fingerprint_of(model, image_size=image_size, **settings).encode())
+    digest = hashlib.sha256(fingerprint_of(model, image_size=image_size, **asdict(detection)).encode())
     for sample in pictures.samples:
         digest.update(hashlib.blake2b(sample.image_path.read_bytes()).digest())
     path = folder / f"{digest.hexdigest()[:32]}.npz"
@@ -280,7 +277,7 @@ def detect_once(
             say(f"{path}: damaged, made again ({error})")
     say(f"pseudo boxes: a teacher looks at {len(pictures)} pictures, at {image_size} px")
     loader = Loader(pictures, image_size=image_size, batch_size=BATCH, seed=0, shuffle=False, workers=workers)
-    found, _ = detect_all(model.to(device), pictures, loader, device, False, settings, None)
+    found, _ = detect_all(model.to(device), pictures, loader, detection, device)
     if not keep:
         return found
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")

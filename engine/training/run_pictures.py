@@ -74,14 +74,12 @@ def write_pictures(setup: TrainingSetup, details: DetectionReport, folder: RunFo
 
 
 def prediction_picture(setup: TrainingSetup, index: DatasetIndex, count: int) -> Image.Image:
-    iou_threshold = setup.config.evaluation.iou_threshold
-    assert iou_threshold is not None  # with_published_settings has filled it in
     return prediction_sheet(
         setup.ema.model,
         index,
         image_size=setup.config.image_size,
         device=setup.processes.device,
-        iou_threshold=iou_threshold,
+        iou_threshold=setup.config.evaluation.detection.iou_threshold,
         count=count,
     )
 

@@ -26,11 +26,10 @@ from engine.runtime.processes import choose_device
 from engine.runtime.timing import rotate, wall_seconds
 from engine.web_demo.gallery import ONE_AT_A_TIME
 from errors import UserError
-from structures import Detections
+from structures import Detections, DetectionSettings
 
 MAX_WEIGHTS_MEGABYTES = 200  # of an uploaded file; YOLOv8x has 137 MB, Faster R-CNN 160
 MAX_IMAGE_SIZE = 2048  # pixels: a file's own image size decides how much memory a picture takes
-TIMING = dict(score_threshold=0.25, iou_threshold=0.7, max_detections=300)
 TIMED_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 1.0, 3, 15
 MAX_CHIPS = 16
 
@@ -96,7 +95,7 @@ def _detector(name: str, model: nn.Module, info: CheckpointInfo) -> Detector:
 def detect(detector: Detector, picture: np.ndarray, *, score: float, iou: float) -> Detections:
     """The detections in a picture, uint8 RGB (H, W, 3), in its pixels, best first."""
     predictor = copy.copy(detector.predictor)  # sessions share the detector and have thresholds of their own
-    predictor.settings = TIMING | dict(score_threshold=score, iou_threshold=iou)
+    predictor.detection = DetectionSettings(score, iou)
     with ONE_AT_A_TIME:
         return predictor([picture])[0]
 
@@ -119,17 +118,11 @@ class Latency:
 
 
 def measure_latency(pair: Sequence[Detector], picture: np.ndarray) -> list[Latency]:
-    """The latency of each detector at the thresholds TIMING.
+    """The latency of each detector at the thresholds predictor.SHOWN.
 
     They take turns after a round that is not counted, so that other load on the machine affects all of them alike.
     """
-
-    def run(detector: Detector) -> None:
-        predictor = copy.copy(detector.predictor)
-        predictor.settings = TIMING
-        predictor([picture])
-
-    calls = {number: functools.partial(run, detector) for number, detector in enumerate(pair)}
+    calls = {number: functools.partial(detector.predictor, [picture]) for number, detector in enumerate(pair)}
     with ONE_AT_A_TIME:
         rough = sum(rotate(calls, 1, wall_seconds)[number][0] for number in calls)
         rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(TIMED_SECONDS / max(rough, 1e-9))))

@@ -73,11 +73,8 @@ def test_the_student_is_measured_as_the_detector_that_it_is(arguments, weights, 
     for branch, theta in zip(model.head.cls, head, strict=True):
         branch[-1].weight.data = theta[:, :-1, None, None].float()
         branch[-1].bias.data = theta[:, -1].float()
-    settings = models.published_detection("yolov8n")
-    expected = evaluate_model(
-        model, made.test.real.index, image_size=SIZE, batch_size=8, score_threshold=settings.score_threshold,
-        iou_threshold=settings.iou_threshold, max_detections=settings.max_detections,
-    )  # fmt: skip
+    detection = models.published_detection("yolov8n")
+    expected = evaluate_model(model, made.test.real.index, detection, image_size=SIZE, batch_size=8)
     got, expected = made.test.measure(head).detections, expected.detections
     assert len(got) == len(expected) > 50
     for name, tolerance in (("scores", 1e-5), ("boxes_xyxy", 0.05)):  # folded BatchNorms round otherwise

@@ -40,7 +40,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "frcnn": MODEL,
     "rtdetr": MODEL,
     "teachers": MODEL,
-    "models": {"errors", "layers", "yolo", "frcnn", "rtdetr", "teachers"},
+    "models": {"structures", "errors", "layers", "yolo", "frcnn", "rtdetr", "teachers"},
     "checkpoint": {"layers", "errors", "config", "models", "weights", "datasets.class_names"},
     "fine_tuning": {"checkpoint", "layers", "errors", "models", "weights", "datasets.class_names"},
     "engine.onnx_files": BASE | {"kernels", "checkpoint", "layers"},

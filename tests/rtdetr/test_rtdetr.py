@@ -14,7 +14,7 @@ from errors import UserError
 from layers.fusion import fuse
 from models import build
 from rtdetr.rtdetr import RTDETROutput, build_rtdetr, read_best_query
-from structures import Detector
+from structures import DetectionSettings, Detector
 from tests.reference.golden_models import golden_image, public_state, relative_error, undrawn
 from weights import load_public, rename_public
 from weights.families import guess_family
@@ -285,7 +285,7 @@ def test_a_public_file_loads_predicts_and_gives_its_class_count(public_file):
     model, info = checkpoint.load_model(public_file, "rtdetr_r18vd")
     assert info.arch == "rtdetr_r18vd" and len(info.names) == 80 and info.source == "public"
     assert model.num_classes == 80 and not model.training
-    predictor = predict.Predictor(model, image_size=128, score_threshold=0.0, max_detections=50)
+    predictor = predict.Predictor(model, image_size=128, detection=DetectionSettings(0.0, max_detections=50))
     picture = (255 * np.random.default_rng(0).random((70, 100, 3))).astype(np.uint8)
     (found,) = predictor([picture])
     assert len(found) == 50 and found.scores.diff().le(0).all() and (found.boxes_xyxy <= 100).all()

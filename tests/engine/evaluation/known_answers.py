@@ -12,7 +12,7 @@ from torch import nn
 from datasets.index import DatasetIndex, Sample
 from datasets.letterbox import letterbox_boxes, letterbox_geometry
 from engine.evaluation.measuring import evaluate_model
-from structures import Detections
+from structures import Detections, DetectionSettings
 
 NAMES = ("a", "b", "c")
 SIZES = [(100, 60), (60, 100), (64, 64), (31, 90), (200, 40), (50, 50), (128, 96)]  # width, height
@@ -70,7 +70,7 @@ def evaluate_as_one_of_several(folder: Path) -> None:
     dist.init_process_group("gloo")
     index = make_index(folder)
     model = KnowsTheAnswers(index, 64)
-    result = evaluate_model(model, index, image_size=64, batch_size=2, sharded=True)
+    result = evaluate_model(model, index, DetectionSettings(), image_size=64, batch_size=2, sharded=True)
     rows = {name: getattr(result.detections, name).tolist() for name in ("image", "boxes_xyxy", "scores", "labels")}
     answer = {"pictures": sum(map(len, [model.calls])), "numbers": result.numbers, "detections": rows}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(answer))

@@ -10,6 +10,7 @@ import torch
 from engine.evaluation import measuring
 from errors import UserError
 from metrics.tables import DetectionTable, GroundTruth
+from structures import DetectionSettings
 from tests.engine.evaluation.known_answers import KnowsTheAnswers, evaluate_as_one_of_several, make_index
 from tests.forked_processes import run_group
 
@@ -24,7 +25,9 @@ def known(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_boxes_come_back_in_pixels_of_the_original_picture(known, batch_size, workers):
     model, index = known
-    result = measuring.evaluate_model(model, index, image_size=64, batch_size=batch_size, workers=workers)
+    result = measuring.evaluate_model(
+        model, index, DetectionSettings(), image_size=64, batch_size=batch_size, workers=workers
+    )
     found = result.detections[result.detections.scores > 0.1]
     expected = result.ground_truth
     assert found.image.tolist() == expected.image.tolist() == [i for i in range(7) for _ in range(i)]
@@ -40,29 +43,19 @@ def test_boxes_come_back_in_pixels_of_the_original_picture(known, batch_size, wo
 def test_model_is_left_as_it_was_and_gets_the_settings(known):
     model, index = known
     model.train()
-    done = []
-    measuring.evaluate_model(
-        model,
-        index,
-        image_size=64,
-        batch_size=4,
-        score_threshold=0.02,
-        iou_threshold=0.6,
-        max_detections=17,
-        on_batch=lambda *numbers: done.append(numbers),
-    )
-    assert model.training and done == [(1, 2), (2, 2)]
+    measuring.evaluate_model(model, index, DetectionSettings(0.02, 0.6, 17), image_size=64, batch_size=4)
+    assert model.training
     assert model.calls == [{"score_threshold": 0.02, "iou_threshold": 0.6, "max_detections": 17}] * 2
     model.detect = lambda output, **settings: (_ for _ in ()).throw(RuntimeError("stop"))
     with pytest.raises(RuntimeError, match="stop"):
-        measuring.evaluate_model(model, index, image_size=64, batch_size=4)
+        measuring.evaluate_model(model, index, DetectionSettings(), image_size=64, batch_size=4)
     assert model.training
 
 
 @pytest.mark.parametrize("protocol", ["voc07", "voc12"])
 def test_voc_protocols_ignore_difficult_objects(known, protocol):
     model, index = known
-    result = measuring.evaluate_model(model, index, image_size=64, batch_size=4, protocol=protocol)
+    result = measuring.evaluate_model(model, index, DetectionSettings(), image_size=64, batch_size=4, protocol=protocol)
     assert result.numbers["AP50"] == pytest.approx(1.0)
     assert result.report.instances.sum() == sum((~s.ignore).sum() for s in index.samples) < len(result.ground_truth)
     assert "mAP50-95" in result.table() and f"{protocol[-2:]}" in protocol
@@ -74,7 +67,7 @@ def test_non_finite_boxes_name_the_picture(known):
     broken = lambda number: answer(number) if number != 3 else nan_boxes(answer(number))
     model.answer = broken
     with pytest.raises(UserError, match=r"3\.png: the model found boxes that are not finite") as error:
-        measuring.evaluate_model(model, index, image_size=64, batch_size=4)
+        measuring.evaluate_model(model, index, DetectionSettings(), image_size=64, batch_size=4)
     assert error.value.exit_code == 3
 
 
@@ -87,12 +80,12 @@ def test_another_number_of_classes_is_refused(known):
     model, index = known
     model.num_classes = 4
     with pytest.raises(UserError, match="the model has 4 classes, the dataset 3"):
-        measuring.evaluate_model(model, index, image_size=64, batch_size=4)
+        measuring.evaluate_model(model, index, DetectionSettings(), image_size=64, batch_size=4)
 
 
 def test_two_processes_find_what_one_finds(known, tmp_path):
     model, index = known
-    alone = measuring.evaluate_model(model, index, image_size=64, batch_size=2)
+    alone = measuring.evaluate_model(model, index, DetectionSettings(), image_size=64, batch_size=2)
     finished = run_group(evaluate_as_one_of_several, [(tmp_path,)] * 2, folder=tmp_path)
     assert [child.code for child in finished] == [0, 0], finished
     answers = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

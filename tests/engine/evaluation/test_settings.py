@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from engine.runtime import run_folder
 from engine.training import building, reporting
 from errors import UserError
 from metrics.tables import DetectionTable, ground_truth_from_samples
+from structures import DetectionSettings
 from tests.tiny_training import SIZE, tiny_config, write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_second_stage")
@@ -88,7 +90,7 @@ def used(monkeypatch):
         pass
 
     def note(*args, **settings):
-        found.update(settings)
+        found.update(settings | asdict(settings["detection"]))
         raise Stop
 
     monkeypatch.setattr(cross_dataset, "evaluate_model", note)
@@ -169,8 +171,8 @@ def test_rtdetr_without_suppression(data, tmp_path):
     model = saved(tmp_path / "m.pt", "rtdetr_r18vd", {"batch_size": 6})
     found = numbers_of_eval(tmp_path, tmp_path / "m.pt", "yolo", data, "test")
     index = open_dataset("yolo", data, "test")
-    settings = {"score_threshold": 0.001, "iou_threshold": 1.0, "max_detections": 300}
-    expected = evaluate_model(model, index, image_size=SIZE, batch_size=6, **settings).numbers
+    detection = DetectionSettings(0.001, 1.0, 300)
+    expected = evaluate_model(model, index, detection, image_size=SIZE, batch_size=6).numbers
     assert found["mAP50-95"] == pytest.approx(expected["mAP50-95"], abs=1e-6)
 
 

@@ -18,11 +18,12 @@ from datasets.loader import Loader
 from engine.evaluation import measuring
 from engine.onnx_files.detector import load_detector, load_onnx
 from errors import UserError
+from structures import DetectionSettings
 from tests.exporting import ARCH, NAMES
 from tests.tiny_training import SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = dict(score_threshold=0.0, iou_threshold=0.6, max_detections=50)
+SETTINGS = DetectionSettings(score_threshold=0.0, iou_threshold=0.6, max_detections=50)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def half_right(model, index):
 
     A model of a few steps finds nothing; of this truth it finds some, and every score and box has a say in the mAP.
     """
-    found = measuring.evaluate_model(model, index, image_size=SIZE, batch_size=4, **SETTINGS).detections
+    found = measuring.evaluate_model(model, index, SETTINGS, image_size=SIZE, batch_size=4).detections
     rng = np.random.default_rng(0)
     samples = []
     for number, sample in enumerate(index.samples):
@@ -59,8 +60,9 @@ def index(exported, model):
 def test_map_is_that_of_pytorch(exported, model, index, kind):
     detector, info = load_detector(getattr(exported, kind))
     assert (info.arch, info.names, info.image_size, info.source) == (ARCH, NAMES, SIZE, "ours")
-    settings = dict(image_size=SIZE, batch_size=4, **SETTINGS)
-    expected, found = (measuring.evaluate_model(m, index, **settings) for m in (model, detector))
+    expected, found = (
+        measuring.evaluate_model(m, index, SETTINGS, image_size=SIZE, batch_size=4) for m in (model, detector)
+    )
     assert 0.05 < expected.numbers["mAP50-95"] < expected.numbers["mAP50"] < 0.95
     for name, value in expected.numbers.items():
         assert found.numbers[name] == pytest.approx(value, abs=1e-4, nan_ok=True), name
@@ -84,7 +86,7 @@ def test_predictor_finds_the_same_boxes(exported, model, kind):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (h, w, 3), dtype=np.uint8) for h, w in ((40, 90), (64, 64), (200, 120))]
     detector, _ = load_detector(getattr(exported, kind))
-    expected, found = (predict.Predictor(m, image_size=SIZE, **SETTINGS)(pictures) for m in (model, detector))
+    expected, found = (predict.Predictor(m, image_size=SIZE, detection=SETTINGS)(pictures) for m in (model, detector))
     for ours, theirs in zip(expected, found, strict=True):
         assert len(ours) == len(theirs) > 0 and torch.equal(ours.labels, theirs.labels)
         torch.testing.assert_close(ours.boxes_xyxy, theirs.boxes_xyxy, rtol=0, atol=1e-2)
@@ -180,6 +182,5 @@ def test_what_does_not_fit_is_refused(exported, index, tmp_path):
     with pytest.raises(UserError, match="no class in common: the dataset has cat, dog; the model has green, red"):
         eval.main([str(exported.fixed), "yolo", str(other), "test"])
     with pytest.raises(UserError, match="the model has 2 classes, the dataset 3"):
-        measuring.evaluate_model(
-            load_onnx(exported.fixed), dataclasses.replace(index, names=("a", "b", "c")), image_size=SIZE, batch_size=4
-        )
+        other_index = dataclasses.replace(index, names=("a", "b", "c"))
+        measuring.evaluate_model(load_onnx(exported.fixed), other_index, SETTINGS, image_size=SIZE, batch_size=4)

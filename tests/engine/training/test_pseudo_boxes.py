@@ -15,7 +15,7 @@ from datasets.unlabelled import unlabelled_sample
 from engine.training import pseudo_boxes
 from engine.training.pseudo_boxes import PseudoBoxes, choose_thresholds, detect_once, score_of_rank
 from metrics.tables import DetectionTable
-from structures import Detections, select_images
+from structures import Detections, DetectionSettings, select_images
 from tests.datasets.test_unlabelled import index_of
 from tests.distill import test_images
 from tests.distill.losses.mutants.machinery import Edit, apply_edit
@@ -141,12 +141,12 @@ def black(tmp_path):
 
 def test_the_teacher_sees_whole_files_once(black, tmp_path):
     """Boxes are in pixels of the files. A second call reads them, until model, size, settings or pictures differ."""
-    settings = {"score_threshold": 0.01, "iou_threshold": 0.7, "max_detections": 300}
+    settings = DetectionSettings(0.01, 0.7, 300)
     said, folder = [], tmp_path / "kept"
 
     def detect(model, index=black, image_size=64, keep=True, **changes):
         options = dict(folder=folder, device=torch.device("cpu"), say=said.append, keep=keep)
-        return detect_once(model, index, image_size, settings | changes, **options)
+        return detect_once(model, index, image_size, dataclasses.replace(settings, **changes), **options)
 
     model = Corner()
     found = detect(model)

@@ -13,6 +13,7 @@ from engine.evaluation import measuring
 from engine.runtime import run_folder
 from engine.training import building
 from errors import UserError
+from structures import DetectionSettings
 from tests.engine.training.test_distilled_training import save_teacher
 from tests.tiny_training import SIZE, tiny_config, write_dataset
 
@@ -161,7 +162,7 @@ def test_two_stage_models_are_evaluated(data, tmp_path):
     path = save_teacher(tmp_path / "model.pt", arch="fasterrcnn_mobilenet_v3_small")
     model, _ = checkpoint.load_model(path)
     index = open_dataset("yolo", data, "test")
-    result = measuring.evaluate_model(model, index, image_size=SIZE, batch_size=2, device="cpu")
+    result = measuring.evaluate_model(model, index, DetectionSettings(), image_size=SIZE, batch_size=2, device="cpu")
     assert 0 <= result.numbers["mAP50-95"] <= 1
 
 
