@@ -48,10 +48,9 @@ import torch
 from checkpoint import DISK_EXIT_CODE
 from config import EvaluationConfig, load_config
 from datasets.class_names import read_class_map
-from datasets.open import READERS, open_dataset
-from datasets.subset import keep_classes
+from datasets.open import READERS
 from engine.command_line.translation import options_of, refuse_unknown
-from engine.evaluation.cross_dataset import evaluate_on_common_classes
+from engine.evaluation.cross_dataset import evaluate_on_dataset
 from engine.evaluation.measuring import EvaluationResult, Protocol, measure
 from engine.onnx_files.detector import load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
@@ -111,21 +110,22 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     Each setting comes from its flag, else the config, else the checkpoint, else what its family was published with.
     """
     config = load_config(args.config, args.dataset) if args.config else None
+    place: tuple[str, str, str]
     if config is not None:
-        dataset = (config.data.format, config.data.root, config.data.test)
+        place = (config.data.format, config.data.root, config.data.test)
     elif len(args.dataset) not in (2, 3) or args.dataset[0] not in READERS:
         found = " ".join(args.dataset) or "nothing"
         raise UserError(f"after the checkpoint found {found!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
     else:
-        dataset = (*args.dataset[:2], args.dataset[2] if len(args.dataset) == 3 else "test")
+        place = (args.dataset[0], args.dataset[1], args.dataset[2] if len(args.dataset) == 3 else "test")
     device = choose_device(args.device or ("auto" if config is None else config.device))
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision or "float32")
     if info.config.get("channels_last"):
         # As in its run: other kernels round differently.
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
-    if config is None:
-        evaluation, image_size, workers, classes = info.evaluation, info.image_size, 0, info.classes
-    else:
+    evaluation, image_size, workers = info.evaluation, info.image_size, 0
+    classes: tuple[str, ...] = ()
+    if config is not None:
         evaluation = config.evaluation.completed(published_detection(info.arch))
         image_size, workers, classes = config.image_size, config.data.workers, config.data.classes
     evaluation = replace(evaluation, **given_settings(args))
@@ -133,19 +133,13 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     workers = workers if args.workers is None else args.workers
     check_settings(evaluation, image_size, workers)
     print(describe_settings(evaluation, image_size, device), flush=True)
-    index = open_dataset(*dataset)
-    classes = tuple(args.classes.split(",")) if args.classes else classes
-    if classes and (args.classes or config is not None or set(classes) <= set(index.names)):
-        # The classes of a checkpoint are used only if the dataset has them: it may be another dataset.
-        index = keep_classes(index, classes, " ".join(dataset))
-    names = name_classes(info.names, args.names) if args.names else info.names
-    result, index = evaluate_on_common_classes(
+    result, index = evaluate_on_dataset(
         model,
-        index,
-        names,
-        read_class_map(args.class_map),
-        title=" ".join(dataset),
-        root=dataset[1],
+        name_classes(info.names, args.names) if args.names else info.names,
+        place,
+        classes=tuple(args.classes.split(",")) if args.classes else classes,
+        own_classes=info.classes if config is None else (),
+        given=read_class_map(args.class_map),
         with_difficult=evaluation.counts_difficult,
         image_size=image_size,
         device=device,

@@ -31,7 +31,7 @@ from distill.criterion import Criterion
 from engine.comparison.study import load_study
 from engine.comparison.table import Result
 from engine.evaluation.measuring import EvaluationResult
-from engine.from_python import measure, model
+from engine.from_python import model
 from engine.from_python.changes import as_overrides
 from engine.from_python.found import Detections
 from engine.from_python.model import Model
@@ -128,4 +128,4 @@ def evaluate(
     Classes that model and dataset name differently are joined by meaning: `result.class_map` says which.
     """
     held = detector if isinstance(detector, Model) else load(detector)
-    return measure.evaluate(held, (format, str(root), split), **settings)
+    return model.evaluate(held, (format, str(root), split), **settings)

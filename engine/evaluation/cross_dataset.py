@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from datasets.class_names import ClassMap, map_classes
 from datasets.index import ANY_CLASS, DatasetIndex, Sample
-from datasets.open import require_objects
+from datasets.open import open_dataset, require_objects
+from datasets.subset import keep_classes
 from engine.evaluation.measuring import EvaluationResult, evaluate_model
 from structures import Detections, Detector
 
@@ -45,24 +46,31 @@ def on_common_classes(
     return CommonClasses(model, class_map), map_index(index, class_map), class_map
 
 
-def evaluate_on_common_classes(
+def evaluate_on_dataset(
     model: nn.Module,
-    index: DatasetIndex,
     names: tuple[str, ...],
-    given: dict[str, str | None] | None = None,
+    place: tuple[str, str, str],
     *,
-    title: str,
-    root: str,
+    classes: tuple[str, ...] = (),
+    own_classes: tuple[str, ...] = (),
+    given: dict[str, str | None] | None = None,
     with_difficult: bool,
     **settings: Any,
 ) -> tuple[EvaluationResult, DatasetIndex]:
     """evaluate_model on the classes that a model (class `names`) shares with a dataset; also the dataset with these.
 
-    title, root, with_difficult: as in datasets.open.require_objects, which raises UserError where no object is left.
+    place: format, root, split. classes: measure only these classes of the dataset; none: own_classes, to which the
+    model's run was limited, if the dataset has them all. given: as in map_classes.
+    with_difficult: as in datasets.open.require_objects, which raises UserError where no object is left.
     settings: arguments of evaluate_model.
     """
+    index, title = open_dataset(*place), " ".join(place)
+    if not classes and set(own_classes) <= set(index.names):
+        classes = own_classes
+    if classes:
+        index = keep_classes(index, classes, title)
     model, index, class_map = on_common_classes(model, index, names, given)
-    require_objects(index, title, root, with_difficult=with_difficult)
+    require_objects(index, title, place[1], with_difficult=with_difficult)
     result = evaluate_model(model, index, **settings)
     if index.faults:
         print(f"{len(index.faults)} faults in the labels or pictures, the first: {index.faults[0]}")

@@ -1,7 +1,9 @@
-"""A detector as a user of retort.py holds it: loaded by name or from a file, and shown pictures."""
+"""A detector as a user of retort.py holds it: loaded by name or from a file, shown pictures, measured on a dataset."""
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +12,11 @@ from torch import Tensor, nn
 
 import models
 from checkpoint import CheckpointInfo
-from datasets.class_names import COCO
+from config import EvaluationConfig
+from datasets.class_names import COCO, read_class_map
 from datasets.images import read_image
+from engine.evaluation.cross_dataset import evaluate_on_dataset
+from engine.evaluation.measuring import EvaluationResult
 from engine.from_python.found import Detections
 from engine.onnx_files.detector import OnnxDetector, load_detector
 from engine.prediction.predictor import Predictor
@@ -113,6 +118,37 @@ def load(
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
     where = torch.device("cpu") if isinstance(module, OnnxDetector) else chosen
     return Model(module, info, str(source), where)
+
+
+def evaluate(
+    model: Model,
+    place: tuple[str, str, str],
+    *,
+    classes: Sequence[str] = (),
+    class_map: Sequence[str] = (),
+    image_size: int | None = None,
+    workers: int = 0,
+    **settings: Any,
+) -> EvaluationResult:
+    """See retort.evaluate. place: format, root, split. settings: those of EvaluationConfig about how, not when."""
+    known = [f.name for f in fields(EvaluationConfig) if f.name not in ("every_epochs", "of_start")]
+    if unknown := [name for name in settings if name not in known]:
+        raise UserError(f"argument {unknown[0]}: expected one of classes, class_map, image_size, {', '.join(known)}")
+    evaluation = replace(model.info.evaluation, **settings)
+    result, _ = evaluate_on_dataset(
+        model.module,
+        model.names,
+        place,
+        classes=tuple(classes),
+        own_classes=model.info.classes,
+        given=read_class_map(list(class_map)),
+        with_difficult=evaluation.counts_difficult,
+        image_size=image_size or model.image_size,
+        device=model.device,
+        workers=workers,
+        **evaluation.arguments(),
+    )
+    return result
 
 
 def untrained(arch: str, classes: Sequence[str] | None, device: torch.device) -> Model:
