@@ -149,9 +149,8 @@ def peer_forward(setting: Setting) -> tuple[nn.Module, nn.Module, Forward]:
 def build_step(setting: Setting) -> Callable[[int, Mark], dict[str, float]]:
     """step(number, mark) -> the terms' values: one step of train.py, a pure function of its number and the weights."""
     student, others, forward = (peer_forward if setting.contestant == "peer" else our_forward)(setting)
-    settings, augmentation, device = OptimizerConfig(), AugmentConfig(), setting.device
-    decay = dict(momentum=settings.momentum, weight_decay=settings.weight_decay)
-    optimizer = build_optimizer((student, others), name="sgd", learning_rate=1e-3, **decay)
+    settings, augmentation, device = OptimizerConfig(learning_rate=1e-3), AugmentConfig(), setting.device
+    optimizer = build_optimizer((student, others), settings)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
     host_images, host_targets = random_batch(setting.scale.batch_size, setting.scale.image_size)

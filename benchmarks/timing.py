@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from boxes import xyxy_to_cxcywh
+from config import OptimizerConfig
 from engine.runtime.timing import Call, cpu_seconds, rotate, wall_seconds
 from engine.training.optimization import build_optimizer
 from structures import Targets
@@ -132,7 +133,7 @@ def build_step(
     """A function that makes one step of SGD with Nesterov momentum and returns its loss."""
     if channels_last:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer([model], name="sgd", learning_rate=1e-3, momentum=0.937, weight_decay=5e-4)
+    optimizer = build_optimizer([model], OptimizerConfig(learning_rate=1e-3))
 
     def step() -> float:
         total = loss(images)

@@ -133,19 +133,9 @@ def images_with_boxes(setup: TrainingSetup, is_labelled: Tensor) -> tuple[Tensor
 
 def set_learning_rates(setup: TrainingSetup, step: int) -> float:
     """Set the optimizer's rates for a step of the run; returns the scheduled learning rate."""
+    total_steps, warmup_steps = setup.config.epochs * setup.steps_per_epoch, setup.warmup_steps
     settings = setup.config.optimizer
-    return apply_schedule(
-        setup.optimizer,
-        step,
-        total_steps=setup.config.epochs * setup.steps_per_epoch,
-        warmup_steps=setup.warmup_steps,
-        learning_rate=settings.learning_rate,
-        final_fraction=settings.final_fraction,
-        schedule=settings.schedule,
-        momentum=settings.momentum,
-        warmup_momentum=settings.warmup_momentum,
-        warmup_bias_learning_rate=settings.warmup_bias_learning_rate,
-    )
+    return apply_schedule(setup.optimizer, step, settings, total_steps=total_steps, warmup_steps=warmup_steps)
 
 
 def evaluation_loader(setup: TrainingSetup, index: DatasetIndex) -> Loader:
@@ -235,14 +225,7 @@ def build(
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)
     loader = training_loader(config, splits.train, processes)
-    optimizer = build_optimizer(
-        (student, criterion),
-        name=settings.name,
-        learning_rate=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        backbone_factor=settings.backbone_factor,
-    )
+    optimizer = build_optimizer((student, criterion), settings)
     if config.compile:
         for module in (student, *(model for model in teachers.models.values() if model is not ema.model)):
             module.compile()

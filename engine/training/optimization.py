@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from config import OptimizerConfig
 from engine.training.optimizers import AdamW, Optimizer, Sgd
 
 TOKENS = ("class_token", "registers", "positions")  # names of the learnt inputs in our vision transformers
@@ -53,22 +54,13 @@ def kind_of(name: str, parameter: Tensor) -> str:
     return "weights" if parameter.dim() > 1 and own_name not in TOKENS else "norms"
 
 
-def build_optimizer(
-    modules: Iterable[nn.Module],
-    *,
-    name: str,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    backbone_factor: float = 1.0,
-) -> Optimizer:
+def build_optimizer(modules: Iterable[nn.Module], settings: OptimizerConfig) -> Optimizer:
     """`sgd` (Nesterov momentum) or `adamw` (betas = momentum, 0.999) over parameter_groups(modules)."""
-    groups = [group for group in parameter_groups(modules, weight_decay, backbone_factor) if group["params"]]
-    if name == "sgd":
-        return Sgd(groups, lr=learning_rate, momentum=momentum)
-    if name == "adamw":
-        return AdamW(groups, lr=learning_rate, betas=(momentum, 0.999))
-    raise ValueError(f"optimizer {name!r}: expected sgd or adamw")
+    groups = parameter_groups(modules, settings.weight_decay, settings.backbone_factor)
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return Sgd(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    return AdamW(groups, lr=settings.learning_rate, betas=(settings.momentum, 0.999))
 
 
 def schedule_factor(progress: float, *, final_fraction: float, schedule: str) -> float:
@@ -85,17 +77,7 @@ def schedule_factor(progress: float, *, final_fraction: float, schedule: str) ->
 
 
 def apply_schedule(
-    optimizer: Optimizer,
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    learning_rate: float,
-    final_fraction: float,
-    schedule: str,
-    momentum: float,
-    warmup_momentum: float,
-    warmup_bias_learning_rate: float,
+    optimizer: Optimizer, step: int, settings: OptimizerConfig, *, total_steps: int, warmup_steps: int
 ) -> float:
     """Set the rates for optimizer step `step` of 0..total_steps-1 and return the scheduled learning rate.
 
@@ -104,14 +86,16 @@ def apply_schedule(
     base rate of its classes in a few steps. AdamW does not need that: its biases rise from 0 like the rest.
     All of this is multiplied by the `factor` of a group; the scheduled learning rate is that of a factor of 1.
     """
-    target = learning_rate * schedule_factor(step / total_steps, final_fraction=final_fraction, schedule=schedule)
+    final, schedule = settings.final_fraction, settings.schedule
+    target = settings.learning_rate * schedule_factor(step / total_steps, final_fraction=final, schedule=schedule)
     warmth = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     is_sgd = isinstance(optimizer, Sgd)
     for group in optimizer.param_groups:
-        start = warmup_bias_learning_rate if is_sgd and group["name"].endswith("biases") else 0.0
+        start = settings.warmup_bias_learning_rate if is_sgd and group["name"].endswith("biases") else 0.0
         group["lr"] = group["factor"] * (start + (target - start) * warmth)
         if is_sgd:
-            group["momentum"] = warmup_momentum + (momentum - warmup_momentum) * warmth
+            first = settings.warmup_momentum
+            group["momentum"] = first + (settings.momentum - first) * warmth
     return target
 
 

@@ -1,6 +1,7 @@
 """Parameter groups, schedules and EMA against their formulas, written out again in float64."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import models
+from config import OptimizerConfig
 from engine.training.optimization import Ema, apply_schedule, build_optimizer, parameter_groups, schedule_factor
 
 
@@ -59,10 +61,10 @@ def test_a_backbone_with_a_factor_has_groups_of_its_own():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_rate_of_a_backbone_is_its_factor_times_the_rest_at_every_step(name):
-    settings = dict(name=name, learning_rate=0.1, momentum=0.9, weight_decay=0.1, backbone_factor=0.25)
-    optimizer = build_optimizer((WithBackbone(),), **settings)
+    settings = replace(RATES, name=name, weight_decay=0.1, backbone_factor=0.25)
+    optimizer = build_optimizer((WithBackbone(),), settings)
     for step in (0, 3, 9, 50, 99):
-        assert apply_schedule(optimizer, step, **RATES) == pytest.approx(0.1 * (1 - 0.99 * step / 100))
+        assert apply_schedule(optimizer, step, settings, **STEPS) == pytest.approx(0.1 * (1 - 0.99 * step / 100))
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         assert rates["backbone.weights"] == rates["backbone.norms"] == 0.25 * rates["weights"] > 0
         assert rates["backbone.biases"] == 0.25 * rates["biases"]
@@ -104,9 +106,8 @@ def test_schedule_factor(schedule):
         schedule_factor(0.5, final_fraction=f, schedule="step")
 
 
-RATES = dict(
-    total_steps=100,
-    warmup_steps=10,
+STEPS = dict(total_steps=100, warmup_steps=10)
+RATES = OptimizerConfig(
     learning_rate=0.1,
     final_fraction=0.01,
     schedule="linear",
@@ -118,10 +119,10 @@ RATES = dict(
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_warmup_and_schedule(name):
-    optimizer = build_optimizer((Small(),), name=name, learning_rate=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = build_optimizer((Small(),), replace(RATES, name=name))
     rows = []
     for step in range(100):
-        target = apply_schedule(optimizer, step, **RATES)
+        target = apply_schedule(optimizer, step, RATES, **STEPS)
         rows.append([target, *(group["lr"] for group in optimizer.param_groups)])
     target, weights, norms, biases = np.array(rows).T
     steps = np.arange(100)
@@ -132,15 +133,15 @@ def test_warmup_and_schedule(name):
     first = 0.3 if name == "sgd" else 0.0
     np.testing.assert_allclose(biases, first + (target - first) * warmth, rtol=1e-12)
     if name == "sgd":
-        apply_schedule(optimizer, 4, **RATES)
+        apply_schedule(optimizer, 4, RATES, **STEPS)
         assert [group["momentum"] for group in optimizer.param_groups] == [pytest.approx(0.7)] * 3
     else:
         assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_no_warmup():
-    optimizer = build_optimizer((Small(),), name="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0)
-    apply_schedule(optimizer, 0, **RATES | {"warmup_steps": 0})
+    optimizer = build_optimizer((Small(),), replace(RATES, momentum=0.0, weight_decay=0.0))
+    apply_schedule(optimizer, 0, RATES, **STEPS | {"warmup_steps": 0})
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
 
 
@@ -149,7 +150,7 @@ def test_decay_moves_weights_only(name):
     """With zero gradients only decayed weights move, and by learning rate times decay."""
     model = Small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = build_optimizer((model,), name=name, learning_rate=0.5, momentum=0.0, weight_decay=0.1)
+    optimizer = build_optimizer((model,), OptimizerConfig(name=name, learning_rate=0.5, momentum=0.0, weight_decay=0.1))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.timing import random_batch
-from config import TermConfig
+from config import OptimizerConfig, TermConfig
 from engine.training.optimization import build_optimizer
 from kernels.backend import IS_INTERPRETED
 
@@ -22,7 +22,7 @@ def setting(device, bfloat16: bool) -> gpu.Setting:
 def test_every_step_has_the_losses_and_gradients_of_the_specifications(device, monkeypatch):
     """From the same weights, in float32, at each step of a training run: class outputs, channels, masked maps."""
     student, criterion, forward = gpu.our_forward(setting(device, bfloat16=False), MASKED)
-    optimizer = build_optimizer((student, criterion), name="sgd", learning_rate=1e-3, momentum=0.9, weight_decay=5e-4)
+    optimizer = build_optimizer((student, criterion), OptimizerConfig(learning_rate=1e-3, momentum=0.9))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     images, targets = (part.to(device) for part in random_batch(BATCH_SIZE, IMAGE_SIZE))
     images = images.contiguous(memory_format=torch.channels_last)
