@@ -50,7 +50,8 @@ from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from engine.comparison import plot, submission
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree
-from engine.comparison.study import Row, Study, last_weights, load_study
+from engine.comparison.rows import Row, last_weights
+from engine.comparison.study import Study, load_study
 from engine.comparison.table import Result, as_json, markdown
 from engine.comparison.work import StudyProgress, Work, list_work, refuse_other, with_needs, write_failure
 from engine.condensing.methods import check_network

@@ -1,8 +1,7 @@
 """The parts of compare.py.
 
 study            the rows of a file, each a config trained with several seeds
-protocol         whether two rows train alike
-compute          the epochs for as much compute as another row
+rows             one row, whether two train alike, the epochs for as much compute as another
 decision         the rule of the verdicts
 table            the score of each row, and whether two scores differ
 plot             comparison.png

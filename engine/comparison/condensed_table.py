@@ -1,6 +1,6 @@
 """The value of condensed sets: the part of comparison.md and comparison.json about rows that train on one.
 
-A row with score s (the mean over its seeds) is compared to two rows that train alike (engine/comparison/protocol.py):
+A row with score s (the mean over its seeds) is compared to two rows that train alike (engine/comparison/rows.py):
 
     s_full      on all real pictures, without distillation
     s_random    on as many random real pictures, with the row's distillation terms; the mean over its draws
@@ -17,8 +17,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from engine.comparison.protocol import describe_differences, differing_keys
-from engine.comparison.study import Row, find_random_row, random_rows, trains_alike
+from engine.comparison.rows import Row, describe_differences, differing_keys, find_random_row, random_rows, trains_alike
 from engine.comparison.table import METRICS, Result, mean_and_spread, to_json_value
 from engine.condensing.set_files import read_manifest
 

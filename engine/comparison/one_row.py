@@ -6,7 +6,8 @@ from torch import nn
 
 from config import Config
 from datasets.open import open_dataset
-from engine.comparison.study import Row, Study, last_weights, load_study
+from engine.comparison.rows import Row, last_weights
+from engine.comparison.study import Study, load_study
 from engine.condensing.set_files import read_manifest
 from engine.training.student import build_student
 from errors import UserError

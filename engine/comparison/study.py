@@ -24,7 +24,7 @@ before the first run that needs it. A section `condense` at the top level holds 
 A row may change every key of the config except FIXED: sections are merged, lists are replaced. It has the teachers that
 its terms, its pseudo boxes and its student.inherit name, and no others. A term of weight 0 is left out, with a note
 under the table. RowFile lists the keys that only a row has. A row and the rows it is compared to must train alike
-(engine/comparison/protocol.py), except in the keys that it names in `differs`. `rows.cwd.terms.0.weight=1.0` overrides
+(engine/comparison/rows.py), except in the keys that it names in `differs`. `rows.cwd.terms.0.weight=1.0` overrides
 one value of a row. A file without `rows` has the rows of `four_rows`. A section `decide` holds the rule of the verdicts
 (engine/comparison/decision.py).
 """
@@ -38,9 +38,15 @@ from typing import Any
 
 import models
 from config import STUDENT, Config, TeacherConfig, from_tree, read_tree, to_tree
-from engine.comparison.compute import equal_compute_epochs
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule, when_committed
-from engine.comparison.protocol import describe_differences, differing_keys, same_teaching
+from engine.comparison.rows import (
+    Row,
+    describe_differences,
+    differing_keys,
+    equal_compute_epochs,
+    find_random_row,
+    last_weights,
+)
 from engine.condensing.config import Task, read_condense
 from engine.training.idle_terms import is_idle, without_idle_terms
 from engine.training.teaching import EMA, pseudo_of, used_teachers
@@ -69,46 +75,6 @@ class RowFile(Config):
     differs: tuple[str, ...] = ()  # keys or sections in which it may train differently from those
     seeds: int | None = None  # None: as many as --seeds
     compute_of: str | None = None  # a row above: train for as many FLOPs as it and its teachers (replaces epochs)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. config: the config of its runs, except their names and seeds.
-
-    baseline: the row that the cost of a step is relative to: the first row with the same student that no teacher
-    teaches, else the first of the file.
-    against: the rows it is compared to. A row that names none is compared to the row on as many random real pictures
-    (if it trains on a condensed set) or to its baseline, provided that row trains alike.
-    """
-
-    name: str
-    config: Config
-    seeds: tuple[int, ...]
-    baseline: str = ""
-    against: tuple[str, ...] = ()
-    is_teacher: bool = False
-    task: Task | None = None  # the set it trains on
-    sets: Path = Path()
-    network_row: str | None = None  # the row whose first run its set is made with
-    compute_of: str | None = None  # the row that its number of epochs comes from
-    differs: tuple[str, ...] = ()
-    idle: str = ""  # the line on its terms of weight 0, which are left out
-    notes: tuple[str, ...] = ()  # idle; keys in which it differs from rows it is, or therefore is not, compared to
-
-    def run(self, seed: int) -> Config:
-        config = dataclasses.replace(self.config, name=f"{self.name}_seed{seed}", seed=seed)
-        if self.task is None:
-            return config
-        data = dataclasses.replace(config.data, train_root=str(self.set_folder(seed)))
-        return dataclasses.replace(config, data=data)
-
-    def set_folder(self, seed: int) -> Path:
-        """The folder of the synthetic set of a run."""
-        assert self.task is not None
-        return self.task.with_seed(seed).folder(self.sets)
-
-    def folder(self, seed: int) -> Path:
-        return Path(self.config.runs) / f"{self.name}_seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -347,11 +313,6 @@ def teacher_row(alone: Config, teacher: TeacherConfig, source: str) -> Row:
     return Row(f"teacher_{teacher.name}", config, (alone.seed,), is_teacher=True)
 
 
-def last_weights(row: Row) -> str:
-    """The weights file of a teacher that is trained in place."""
-    return str(row.folder(row.seeds[0]) / "weights" / "last.pt")
-
-
 def with_equal_compute(row: Row, planned: dict[str, Row], where: str) -> Row:
     """The row with the epochs that cost as much as those of the row `compute_of` with its teachers."""
     others = [name for name, other in planned.items() if not other.is_teacher and other.compute_of is None]
@@ -415,22 +376,3 @@ def refused_keys(row: Row, other: Row) -> list[str]:
     if row.is_teacher or other.is_teacher:
         return []
     return differing_keys(row, other, (*row.differs, *other.differs))
-
-
-def find_random_row(row: Row, rows: dict[str, Row]) -> str | None:
-    """The name of the row that trains alike on as many random real pictures; None if there is none."""
-    return next((other.name for other in random_rows(row, rows) if trains_alike(other, row)), None)
-
-
-def random_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
-    """The rows on as many random real pictures as this one stores, with its terms, also if they train differently."""
-    if row.task is None:
-        return []
-    size = ("random", row.task.condense.pictures)
-    with_sets = ((other, other.task.condense) for other in rows.values() if other.task is not None)
-    return [other for other, c in with_sets if (c.method, c.pictures) == size and same_teaching(other, row)]
-
-
-def trains_alike(a: Row, b: Row, *, terms: bool = True) -> bool:
-    """Whether two rows differ only in their pictures and, with `terms` False, in their teachers and terms."""
-    return not differing_keys(a, b) and (not terms or same_teaching(a, b))

@@ -12,7 +12,8 @@ import numpy as np
 
 from config import to_tree
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule
-from engine.comparison.study import Row, Study
+from engine.comparison.rows import Row
+from engine.comparison.study import Study
 
 NO_VERDICT = "plumbing"  # in place of the verdict of a row whose teachers have random weights
 METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "f1"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config, from_tree, to_tree
-from engine.comparison.study import Row, last_weights
+from engine.comparison.rows import Row, last_weights
 from engine.comparison.table import Result
 from engine.condensing.set_files import read_manifest
 from engine.runtime import claims

@@ -3,8 +3,8 @@
 import pytest
 
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree, full_row
-from engine.comparison.protocol import differing_keys
-from engine.comparison.study import find_random_row, plan
+from engine.comparison.rows import differing_keys, find_random_row
+from engine.comparison.study import plan
 from engine.comparison.table import Result, as_json, markdown
 from errors import UserError
 from tests.tiny_training import tiny_config
