@@ -18,7 +18,7 @@ from collections.abc import Collection
 import numpy as np
 
 from engine.comparison.rows import Row, describe_differences, differing_keys, find_random_row, random_rows, trains_alike
-from engine.comparison.table import METRICS, Result, mean_and_spread, to_json_value
+from engine.comparison.table import METRICS, Result, mean_and_spread, table_row, to_json_value
 from engine.condensing.set_files import read_manifest
 
 SOURCE = ("train", "train_root", "train_format", "max_samples")  # keys that define the real pictures
@@ -37,7 +37,7 @@ def condensed_markdown(results: dict[str, Result], only: Collection[str] | None 
         "row yet, or no gap beyond two standard errors of the draws. Seconds and GB: time and peak memory of making "
         "the set.",
         "",
-        f"| {' | '.join(HEAD)} |",
+        table_row(HEAD),
         f"|{'|'.join('---:' if name not in HEAD[:4] else '---' for name in HEAD)}|",
     ]
     for row in rows:
@@ -46,7 +46,7 @@ def condensed_markdown(results: dict[str, Result], only: Collection[str] | None 
         cells += [row["steps"], *(mean_and_spread(result.values(metric)) for metric in METRICS)]
         cells += [_number(row["of_full"], ".3f"), _number(row["gap_closed"], "+.2f")]
         cells += [_number(row["seconds"], ".0f"), _number(row["peak_gigabytes"], ".2f")]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(table_row(cells))
     refused = [line for row in rows for line in row["refused"]]
     lines += [""] * bool(refused) + [f"{line}." for line in refused]
     return "\n".join([*lines, *phase_lines(results, only)]) + "\n"
@@ -65,7 +65,7 @@ def phase_lines(results: dict[str, Result], only: Collection[str] | None) -> lis
         phase = "baseline" if task is None else "condensed"
         phase += " + distillation" * bool(result.row.config.terms)
         metrics = [mean_and_spread(result.values(name)) for name in ("mAP50", "precision", "recall", "F1")]
-        lines.append(f"| {' | '.join((phase, dataset, *metrics))} |")
+        lines.append(table_row((phase, dataset, *metrics)))
     return lines
 
 

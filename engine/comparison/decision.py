@@ -50,6 +50,13 @@ class DecisionRule:
         n = len(values)
         return student_quantile(self.level, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
 
+    def interval(self, values: np.ndarray) -> tuple[float, float] | None:
+        """The confidence interval of the mean of n values; None for less than two."""
+        if len(values) < 2:
+            return None
+        mean, half = float(values.mean()), self.half_width(values)
+        return mean - half, mean + half
+
     def verdict(self, values: np.ndarray) -> str:
         """The verdict on paired differences (n,)."""
         n = len(values)

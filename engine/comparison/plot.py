@@ -86,8 +86,8 @@ def draw_scores(axis: "Axes", finished: list[Result], rule: DecisionRule) -> Non
     for offset, (metric, (color, marker)) in enumerate(METRICS.items()):
         for row, result in enumerate(finished):
             values = result.values(metric)
-            half = rule.half_width(values) if len(values) > 1 else None
-            draw_mean(axis, values, row + 0.4 * (0.5 - offset), half, limits, color, marker, f"{values.mean():.3f}")
+            ends = rule.interval(values)
+            draw_mean(axis, values, row + 0.4 * (0.5 - offset), ends, limits, color, marker, f"{values.mean():.3f}")
         axis.plot([], [], color=color, marker=marker, linestyle="", label=metric)
     models = {result.row.config.student.arch for result in finished}
     labels = [r.name if len(models) == 1 else f"{r.name} ({r.row.config.student.arch})" for r in finished]
@@ -101,8 +101,7 @@ def draw_differences(axis: "Axes", compared: list[Difference], rule: DecisionRul
     kinds = [next(kind for kind in KINDS if difference.verdict.startswith(kind)) for difference in compared]
     for row, (difference, kind) in enumerate(zip(compared, kinds)):
         values = difference.decisive
-        half = rule.half_width(values) if len(values) > 1 else None
-        draw_mean(axis, values, row, half, limits, *KINDS[kind], f"{values.mean():+.3f}")
+        draw_mean(axis, values, row, difference.interval, limits, *KINDS[kind], f"{values.mean():+.3f}")
     for kind in dict.fromkeys(kinds):
         color, marker = KINDS[kind]
         axis.plot([], [], color=color, marker=marker, linestyle="", label=EXPLAINED.get(kind, kind))
@@ -131,7 +130,7 @@ def draw_mean(
     axis: "Axes",
     values: np.ndarray,
     row: float,
-    half: float | None,
+    ends: tuple[float, float] | None,
     limits: tuple[float, float],
     color: str,
     marker: str,
@@ -139,8 +138,7 @@ def draw_mean(
 ) -> None:
     """The mean of a row, its seeds, its interval (which ends in an arrow where it leaves the limits) and its number."""
     mean = float(values.mean())
-    if half is not None:
-        ends = (mean - half, mean + half)
+    if ends is not None:
         low, high = max(ends[0], limits[0]), min(ends[1], limits[1])
         axis.plot([low, high], [row, row], color=color, linewidth=1.4)
         for end, at, arrow in ((ends[0], low, "<"), (ends[1], high, ">")):

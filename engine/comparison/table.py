@@ -5,7 +5,7 @@ engine/comparison/decision.py has the rule of the verdicts.
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,10 +82,7 @@ class Difference:
     @property
     def interval(self) -> tuple[float, float] | None:
         """Of the mean difference in the rule's metric; None for less than two seeds."""
-        if len(self.seeds) < 2:
-            return None
-        mean, half = float(self.decisive.mean()), self.rule.half_width(self.decisive)
-        return mean - half, mean + half
+        return self.rule.interval(self.decisive)
 
 
 def differences(results: dict[str, Result], rule: DecisionRule = DEFAULT_RULE) -> list[Difference]:
@@ -110,6 +107,15 @@ def cost_per_step(result: Result, results: dict[str, Result]) -> float | None:
         return None
     reference = baseline.seconds_per_step().mean()
     return float(result.seconds_per_step().mean() / reference) if reference > 0 else None
+
+
+def table_row(cells: Iterable[object]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def interval_cell(ends: tuple[float, float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:+.3f} .. {ends[1]:+.3f}"
 
 
 def mean_and_spread(values: np.ndarray, *, sign: str = "") -> str:
@@ -144,8 +150,8 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     starts = distinct_starts(shown)
     for result in shown:
         if result.name in starts:
-            lines.append(f"| {' | '.join(start_cells(result, is_only=len(starts) == 1))} |")
-        lines.append(f"| {' | '.join(score_cells(result, results))} |")
+            lines.append(table_row(start_cells(result, is_only=len(starts) == 1)))
+        lines.append(table_row(score_cells(result, results)))
     lines += [
         "",
         f"Differences are paired by seed. The rule ({study.rule_origin}): {study.rule.describe()}. Of rows without any "
@@ -155,8 +161,7 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
         "|---|---|---:|---:|---:|---:|---|",
     ]
     names = {result.name for result in shown}
-    for difference in (d for d in differences(results, study.rule) if d.name in names):
-        lines.append(f"| {' | '.join(difference_cells(difference))} |")
+    lines += [table_row(difference_cells(d)) for d in differences(results, study.rule) if d.name in names]
     marked = [f"**{r.name}: {r.row.config.plumbing}.**" for r in shown if r.row.config.plumbing]
     lines += ["", *marked] if marked else []
     lines += [""] * any(result.row.notes for result in shown)
@@ -212,14 +217,13 @@ def score_cells(result: Result, results: dict[str, Result]) -> list[str]:
 
 
 def difference_cells(difference: Difference) -> list[str]:
-    ends = difference.interval
     return [
         difference.name,
         difference.against,
         str(len(difference.seeds)),
         mean_and_spread(difference.mAP50, sign="+"),
         mean_and_spread(difference.mAP, sign="+"),
-        "-" if ends is None else f"{ends[0]:+.3f} .. {ends[1]:+.3f}",
+        interval_cell(difference.interval),
         difference.verdict,
     ]
 

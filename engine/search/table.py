@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from config import to_tree
-from engine.comparison.table import mean_and_spread, to_json_value
+from engine.comparison.table import interval_cell, mean_and_spread, table_row, to_json_value
 from engine.search.config import SearchFile, Teaching
 from engine.search.kendall import kendall_tau, spread_without_relation
 from engine.search.methods import Scored
@@ -107,8 +107,7 @@ def found_lines(file: SearchFile, result: Results, origin: str) -> list[str]:
         scores = np.array([found.best[1] for found in searches])
         minutes = np.array([found.minutes for found in searches])
         shape, _ = max((found.best for found in searches), key=lambda pair: pair[1])
-        cells = [method, str(len(searches)), mean_and_spread(scores), f"{minutes.mean():.1f}", shape.name]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row([method, len(searches), mean_and_spread(scores), f"{minutes.mean():.1f}", shape.name]))
     level = f"{100 * rule.level:g} % interval"
     lines += [
         "",
@@ -118,10 +117,8 @@ def found_lines(file: SearchFile, result: Results, origin: str) -> list[str]:
         "|---|---|---:|---:|---:|---|",
     ]
     for name, against, values in differences(result):
-        ends = interval(file, values)
-        between = "-" if ends is None else f"{ends[0]:+.3f} .. {ends[1]:+.3f}"
-        cells = [name, against, str(len(values)), mean_and_spread(values, sign="+"), between, rule.verdict(values)]
-        lines.append(f"| {' | '.join(cells)} |")
+        mean, between = mean_and_spread(values, sign="+"), interval_cell(rule.interval(values))
+        lines.append(table_row([name, against, len(values), mean, between, rule.verdict(values)]))
     shape, score = result.best()
     return [*lines, "", f"The best of all shapes that were trained in full: {shape.name}, {score:.3f}."]
 
@@ -136,14 +133,6 @@ def differences(result: Results) -> list[tuple[str, str, np.ndarray]]:
             count = min(len(best[name]), len(other))
             compared.append((name, against, best[name][:count] - other[:count]))
     return compared
-
-
-def interval(file: SearchFile, values: np.ndarray) -> tuple[float, float] | None:
-    """Of the mean difference; None for less than two draws."""
-    if len(values) < 2:
-        return None
-    mean, half = float(values.mean()), file.decide.half_width(values)
-    return mean - half, mean + half
 
 
 def ranked_lines(file: SearchFile, result: Results) -> list[str]:
@@ -202,7 +191,7 @@ def result_tree(file: SearchFile, space: Space, result: Results) -> dict[str, An
                 "method": name,
                 "against": against,
                 "values": to_json_value(values),
-                "interval": interval(file, values),
+                "interval": file.decide.interval(values),
                 "verdict": file.decide.verdict(values),
             }
             for name, against, values in differences(result)
