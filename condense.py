@@ -24,6 +24,7 @@ import io
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ import models
 from config import from_tree, read_tree
 from datasets.augment import draw_siamese
 from distill.condense.gradient_matching import GradientMatching
-from distill.condense.head_matching import HeadMatching, HeadSettings
+from distill.condense.head_matching import HeadMatching
 from distill.condense.mean_gradient import matched_parameters
 from distill.condense.synthetic import SyntheticSet
 from engine.comparison.study import StudyFile, load_study, sets_folder, task_of
@@ -126,7 +127,7 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
             if (manifest := read_manifest(folder)) is not None:
                 progress.say(f"made by another process: {folder}")
                 return manifest
-            return make(task, folder, real, network, where, progress, stop, claim)
+            return make(Job(task, folder, real, network, where, progress, stop, claim))
         except StopRequested:
             print(f"stopped, saved in {part}; give the same command to continue", flush=True)
             raise SystemExit(stop.exit_code) from None
@@ -146,30 +147,39 @@ def refuse_other(settings: dict[str, Any], task: Task, folder: Path) -> None:
         raise UserError(f"{found}; give another --output or name, or remove it")
 
 
-def make(
-    task: Task,
-    folder: Path,
-    real: RealPictures,
-    network: nn.Module | None,
-    device: torch.device,
-    progress: Progress,
-    stop: StopSignals,
-    claim: claims.Claim,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """A set in the making. network: the trained one, if its method needs one. claim: on the folder."""
+
+    task: Task
+    folder: Path
+    real: RealPictures
+    network: nn.Module | None
+    device: torch.device
+    progress: Progress
+    stop: StopSignals
+    claim: claims.Claim
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.real.index.names
+
+
+def make(job: Job) -> dict[str, Any]:
     """Make the pictures of the set, learn them if its method does, then write its files; return the manifest."""
-    c, cost = task.condense, Cost(device)
-    stop.may_raise = True  # nothing is lost
-    layout = first_layout(task, real, network)
-    stop.may_raise = False
+    task, real, c, cost = job.task, job.real, job.task.condense, Cost(job.device)
+    job.stop.may_raise = True  # nothing is lost
+    layout = first_layout(task, real, job.network)
+    job.stop.may_raise = False
     splits: dict[str, list[Picture]] = {}
     if task.is_learnt or task.formation != (1, 1):
-        synthetic = to_synthetic(task, layout, device)
+        synthetic = to_synthetic(task, layout, job.device)
         if task.is_learnt:
-            learner = build_learner(task, synthetic, real, network)
-            learn(task, learner, layout, real.index.names, part_folder(folder), cost, progress, stop, claim)
+            learn(job, build_learner(job, synthetic), layout, cost)
         splits[STORED] = stored_pictures(synthetic, layout)
         if task.formation != (1, 1):
-            splits[DECODED] = decoded_pictures(synthetic, layout)
+            images, targets = synthetic.decode(torch.arange(len(synthetic)))
+            splits[DECODED] = as_pictures(images.detach().cpu(), targets.to("cpu"), layout.content_xyxy)
     else:
         splits[STORED] = as_pictures(layout.images, layout.targets, layout.content_xyxy)
     manifest = {
@@ -186,13 +196,13 @@ def make(
         "ignored_objects_left_out": real.ignored,
         "seconds": cost.seconds,
         "peak_gigabytes": cost.gigabytes,
-        "device": str(device),
+        "device": str(job.device),
         "settings": task.settings(),
         **run_folder.environment(),
     }
-    claim.check()
-    write_set(folder, splits, real.index.names, manifest)
-    progress.say(f"written: {folder}, {c.pictures} pictures with {len(layout.targets)} objects")
+    job.claim.check()
+    write_set(job.folder, splits, job.names, manifest)
+    job.progress.say(f"written: {job.folder}, {c.pictures} pictures with {len(layout.targets)} objects")
     return manifest
 
 
@@ -233,21 +243,22 @@ def to_synthetic(task: Task, layout: Layout, device: torch.device) -> SyntheticS
     return SyntheticSet(made.pixels.to(device), made.targets, formation, layout.content_xyxy)
 
 
-def build_learner(
-    task: Task, synthetic: SyntheticSet, real: RealPictures, network: nn.Module | None
-) -> GradientMatching | HeadMatching:
+def build_learner(job: Job, synthetic: SyntheticSet) -> GradientMatching | HeadMatching:
     """The optimisation of the pixels. UserError for settings that it refuses."""
-    c = task.condense
+    task, real, c = job.task, job.real, job.task.condense
     if c.method == "linear_head":
-        assert network is not None  # task.needs_network
-        return build_head_matching(c.head, synthetic, real, network)
+        assert job.network is not None  # task.needs_network
+        backbone = FrozenBackbone(job.network, synthetic.image_size, len(job.names))
+        data = backbone.data_of(real)
+        with naming("key 'condense.head'", ValueError):
+            return HeadMatching(synthetic, settings=c.head, features=backbone.features, grid=backbone.grid, real=data)
 
     def draw_augmentation(generator: torch.Generator):
         return draw_siamese(generator=generator, settings=c.augment)
 
     def build_network(seed: int) -> nn.Module:
         """A fresh detector for every call; distill.condense.network_pool seeds torch around it."""
-        return models.build(task.arch, len(real.index.names))
+        return models.build(task.arch, len(job.names))
 
     with naming("key 'condense.matching'", ValueError):
         draw_augmentation(torch.Generator())
@@ -264,16 +275,6 @@ def build_learner(
         )
 
 
-def build_head_matching(
-    settings: HeadSettings, synthetic: SyntheticSet, real: RealPictures, network: nn.Module
-) -> HeadMatching:
-    """Matching with a linear head on a frozen network. UserError for settings that it refuses."""
-    backbone = FrozenBackbone(network, synthetic.image_size, len(real.index.names))
-    data = backbone.data_of(real)
-    with naming("key 'condense.head'", ValueError):
-        return HeadMatching(synthetic, settings=settings, features=backbone.features, grid=backbone.grid, real=data)
-
-
 def refuse_one_value(task: Task, network: nn.Module) -> None:
     """UserError if a single real picture gives a BatchNorm one value per channel."""
     norm = norm_of_one_value(network, task.image_size)
@@ -282,32 +283,29 @@ def refuse_one_value(task: Task, network: nn.Module) -> None:
         raise UserError(f"{found} per channel, expected at least 2: more pictures, or a larger image_size")
 
 
-def learn(
-    task: Task,
-    learner: GradientMatching | HeadMatching,
-    layout: Layout,
-    names: tuple[str, ...],
-    part: Path,
-    cost: Cost,
-    progress: Progress,
-    stop: StopSignals,
-    claim: claims.Claim,
-) -> None:
-    """Run all remaining steps and save the state in `part`. After a signal: save, then StopRequested."""
-    c, total = task.condense, learner.settings.steps
+def learn(job: Job, learner: GradientMatching | HeadMatching, layout: Layout, cost: Cost) -> None:
+    """Run all remaining steps and save the state in <folder>.part. After a signal: save, then StopRequested."""
+    c, progress, stop, part = job.task.condense, job.progress, job.stop, part_folder(job.folder)
     state_file, rows = part / "state.pt", []
     (part / "steps").mkdir(parents=True, exist_ok=True)
-    run_folder.write_text(part / "settings.json", json.dumps(task.settings()))
+    run_folder.write_text(part / "settings.json", json.dumps(job.task.settings()))
+
+    def draw(step: int) -> None:
+        """Write steps/000500.png: all stored pictures as they are now."""
+        out = io.BytesIO()
+        draw_set(stored_pictures(learner.synthetic, layout), job.names).save(out, "PNG")
+        run_folder.write_bytes(part / "steps" / f"{step:06}.png", out.getvalue())
+
     if state_file.is_file():
         state = checkpoint.load_newest(state_file, progress.say)
         learner.load_state_dict(state["learner"])
         rows = state["rows"]
         cost.add(state["seconds"], state["gigabytes"])
     else:
-        draw_step(learner.synthetic, layout, names, part, 0)
+        draw(0)
 
     def save() -> None:
-        claim.check()
+        job.claim.check()
         state = {"step": learner.steps_done, "learner": learner.state_dict(), "rows": rows}
         state |= {"seconds": cost.seconds, "gigabytes": cost.gigabytes}
         checkpoint.save(state_file, state, keep_previous=True)
@@ -319,11 +317,11 @@ def learn(
         if stop.received is not None or (c.save_every_steps and done % c.save_every_steps == 0):
             save()
         if c.picture_every_steps and done % c.picture_every_steps == 0:
-            draw_step(learner.synthetic, layout, names, part, done)
+            draw(done)
         if stop.received is not None:
             raise StopRequested
 
-    progress.start(c.method, total, learner.steps_done)
+    progress.start(c.method, learner.settings.steps, learner.steps_done)
     try:
         learner.run(on_step)
     except UserError:
@@ -337,22 +335,10 @@ def learn(
         run_folder.write_text(part / "steps.csv", "\n".join(lines) + "\n")
 
 
-def draw_step(synthetic: SyntheticSet, layout: Layout, names: tuple[str, ...], part: Path, step: int) -> None:
-    """Write steps/000500.png: all stored pictures as they are now."""
-    out = io.BytesIO()
-    draw_set(stored_pictures(synthetic, layout), names).save(out, "PNG")
-    run_folder.write_bytes(part / "steps" / f"{step:06}.png", out.getvalue())
-
-
 def stored_pictures(synthetic: SyntheticSet, layout: Layout) -> list[Picture]:
     """The stored pictures; without padding if each holds one real picture."""
     content = layout.content_xyxy if synthetic.tiles == 1 else None
     return as_pictures(synthetic.pixels.detach().cpu(), synthetic.stored_targets().to("cpu"), content)
-
-
-def decoded_pictures(synthetic: SyntheticSet, layout: Layout) -> list[Picture]:
-    images, targets = synthetic.decode(torch.arange(len(synthetic)))
-    return as_pictures(images.detach().cpu(), targets.to("cpu"), layout.content_xyxy)
 
 
 def as_pictures(images: Tensor, targets: Targets, content_xyxy: Tensor | None) -> list[Picture]:
