@@ -133,12 +133,7 @@ def split_names(format: str, root: Path) -> list[str]:
         lists = {path.stem for base in (root, root / "training") for path in (base / "ImageSets").glob("*.txt")}
         return sorted(lists) or ["train", "val"]  # read_kitti makes these up
     if format == "coco":
-        files = {
-            path.stem.removeprefix("instances_")
-            for base in (root, root / "annotations")
-            for path in base.glob("*.json")
-        }
-        return sorted(files | inner)
+        return sorted({path.stem.removeprefix("instances_") for path in coco_files(root)} | inner)
     years = [path for base in (root, root / "VOCdevkit") for path in sorted(base.glob("VOC[0-9]*"))]
     names = {f"{year.name[3:]}/{name}" for year in years for name in voc_lists(year)} | voc_lists(root)
     annotations = (root / name for name in ("Annotations", "annotations"))

@@ -17,13 +17,13 @@ If no row had any effect, one in 1 / (1 - level) would still be called better or
 """
 
 import math
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from engine.runtime.run_folder import git
 from errors import expect
 
 
@@ -111,17 +111,9 @@ def student_probability(t: float, degrees: int) -> float:
 def when_committed(path: str | Path) -> str:
     """How the rule of a study's file is dated: by the last commit of the file, and whether it was changed since."""
     path = Path(path).resolve()
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(path.parent), *arguments, "--", path.name]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    if (changes := git("status", "--porcelain")) is None:
+    if (changes := git(path.parent, "status", "--porcelain", "--", path.name)) is None:
         return f"{path.name}, of unknown date: in no git checkout"
-    date = git("log", "-1", "--format=%cs")  # an error before the first commit of all
+    date = git(path.parent, "log", "-1", "--format=%cs", "--", path.name)  # an error before the first commit of all
     if not date:
         return f"{path.name}, not committed"
     return f"{path.name}, changed since its commit of {date}" if changes else f"{path.name}, committed {date}"

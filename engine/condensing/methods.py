@@ -129,7 +129,7 @@ def crop_layout(task: Task, real: RealPictures, count: int) -> Layout:
     """`count` mosaics of crops around objects, with the classes in turn."""
     grid, generator = task.condense.crops, seeded_generator(Stream.CROPS, task.seed)
     cell = real.image_size // grid
-    rows, labels, _ = real.objects()
+    rows, labels = real.objects()
     num_crops = count * grid**2
     if num_crops > len(rows):
         raise UserError(f"key 'condense.pictures': {num_crops} crops need as many objects; there are {len(rows)}")

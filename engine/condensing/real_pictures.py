@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,17 +57,10 @@ class RealPictures:
     def class_counts(self) -> Tensor:
         """(N, K): number of objects of each class in each picture."""
         counts = torch.zeros(len(self), len(self.index.names), dtype=torch.int64)
-        rows, labels, _ = self.objects()
+        rows, labels = self.objects()
         return counts.index_put((rows, labels), torch.ones_like(rows), accumulate=True)
 
-    def objects(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For every object: row of its picture and label, both int64, and area in pixels of the square."""
-        rows, labels, areas = [], [], []
-        for row, sample in enumerate(self.index.samples):
-            counts = ~sample.ignore
-            boxes = np.clip(sample.boxes_xyxy[counts], 0, [sample.width, sample.height] * 2)
-            sides = (boxes[:, 2:] - boxes[:, :2]) * (self.image_size / max(sample.width, sample.height))
-            rows.append(torch.full((int(counts.sum()),), row))
-            labels.append(torch.from_numpy(sample.labels[counts]))
-            areas.append(torch.from_numpy(sides.prod(1)))
-        return torch.cat(rows), torch.cat(labels), torch.cat(areas)
+    def objects(self) -> tuple[Tensor, Tensor]:
+        """For every object: row of its picture and label, both int64."""
+        labels = [torch.from_numpy(sample.labels[~sample.ignore]) for sample in self.index.samples]
+        return torch.cat([torch.full((len(own),), row) for row, own in enumerate(labels)]), torch.cat(labels)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from types import TracebackType
 
 import numpy as np
 
@@ -29,9 +28,7 @@ class Window:
     def __enter__(self) -> "Window":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.cv2.destroyAllWindows()
 
     def show(self, pixels: np.ndarray) -> bool:

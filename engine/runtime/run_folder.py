@@ -213,11 +213,14 @@ def environment() -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of this checkout, with `-dirty` if files differ from it; None outside a git checkout."""
     root = Path(__file__).resolve().parents[2]
+    head, changes = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain", "--untracked-files=no")
+    return None if head is None or changes is None else head + "-dirty" * bool(changes)
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What a command of git prints in a folder; None where it fails, or git is absent."""
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        run = lambda *args: subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        head = run("rev-parse", "HEAD")
-        return head + ("-dirty" if run("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -26,7 +26,6 @@ Exit codes: 0 done, 2 a mistake in the arguments or the data, 4 out of memory, 5
 130 after Ctrl-C, 143 after SIGTERM.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -61,16 +60,7 @@ class Search:
     def __init__(self, file: SearchFile, origin: str) -> None:
         self.file, self.origin = file, origin
         self.index: DatasetIndex = open_dataset(*training_set(file.data), classes=file.data.classes)
-        settings = file.search
-        self.space = space_of(
-            file.student.arch,
-            len(self.index.names),
-            file.image_size,
-            flops=settings.flops,
-            least=settings.least,
-            widths=settings.widths,
-            depth=settings.depth,
-        )
+        self.space = space_of(file.student.arch, len(self.index.names), file.image_size, file.search)
         self.results: dict[Teaching, Results] = {}
         self.reports: dict[str, dict[str, Any]] = {}
 
@@ -216,15 +206,11 @@ def train_once(config: Config) -> dict[str, Any]:
     return json.loads(folder.report.read_text(encoding="utf-8"))
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m engine.search", __doc__)
     parser.add_argument("config", help="a YAML file with a section `search`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
-    return parser.parse_intermixed_args(argv)
-
-
-def main(argv: list[str]) -> None:
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_intermixed_args(argv)
     file = load_search(arguments.config, arguments.overrides)
     is_given = any(override.startswith("decide") for override in arguments.overrides)
     search = Search(file, "the command line" if is_given else when_committed(arguments.config))

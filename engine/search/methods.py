@@ -13,25 +13,14 @@ trained before is drawn again.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-import torch
-
-from engine.search.space import Shape, choose
+from engine.search.space import Shape, Space, choose
 from random_streams import Stream, seeded_generator
 
 Scored = list[tuple[Shape, float]]
 
 
-class Shapes(Protocol):
-    """What the methods need of space.Space."""
-
-    def draw(self, generator: torch.Generator, taken: Sequence[Shape]) -> Shape: ...
-
-    def mutate(self, shape: Shape, generator: torch.Generator, taken: Sequence[Shape]) -> Shape: ...
-
-
-def random_shapes(space: Shapes, count: int, *, seed: int) -> list[Shape]:
+def random_shapes(space: Space, count: int, *, seed: int) -> list[Shape]:
     """Different shapes; the first of them are the same whatever the count."""
     shapes: list[Shape] = []
     for number in range(count):
@@ -40,7 +29,7 @@ def random_shapes(space: Shapes, count: int, *, seed: int) -> list[Shape]:
 
 
 def evolve(
-    space: Shapes, count: int, score: Callable[[Shape], float], *, seed: int, population: int, tournament: int
+    space: Space, count: int, score: Callable[[Shape], float], *, seed: int, population: int, tournament: int
 ) -> list[Shape]:
     """Regularised evolution (arXiv:1802.01548, algorithm 1): all shapes, in the order in which they were trained.
 

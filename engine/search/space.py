@@ -8,6 +8,7 @@ import torch
 
 import models
 from distill.pruning.files import widths_text
+from engine.search.config import SearchConfig
 from errors import UserError
 from layers.channel_groups import find_groups
 
@@ -108,29 +109,18 @@ class Space:
         return widths_text(self.arch, find_groups(model).widths())
 
 
-def space_of(
-    arch: str,
-    num_classes: int,
-    image_size: int,
-    *,
-    flops: float,
-    least: float,
-    widths: tuple[float, ...],
-    depth: int,
-) -> Space:
-    """The space around a YOLOv8. flops: the limit, as a share of its own; least: as a share of the limit.
-
-    widths: the least and the largest factor of a stage's channels. depth: the largest.
-    """
-    own = own_shape(arch)
+def space_of(arch: str, num_classes: int, image_size: int, settings: SearchConfig) -> Space:
+    """The space around a YOLOv8 that the section `search` of a config describes."""
+    own, (narrowest, widest) = own_shape(arch), settings.widths
     channels = tuple(
-        tuple(w for w in range(MULTIPLE, int(widths[1] * c) + 1, MULTIPLE) if w >= widths[0] * c) for c in own.channels
+        tuple(w for w in range(MULTIPLE, int(widest * c) + 1, MULTIPLE) if w >= narrowest * c) for c in own.channels
     )
     if not all(channels):
-        found = f"key 'search.widths': {widths[0]:g} to {widths[1]:g} of {', '.join(map(str, own.channels))} channels"
+        found = f"key 'search.widths': {narrowest:g} to {widest:g} of {', '.join(map(str, own.channels))} channels"
         raise UserError(f"{found} hold no multiple of {MULTIPLE} for every stage, expected a wider range")
-    high = flops * count_flops(own, num_classes, image_size)
-    return Space(arch, num_classes, image_size, channels, tuple(range(1, depth + 1)), least * high, high)
+    high = settings.flops * count_flops(own, num_classes, image_size)
+    depths = tuple(range(1, settings.depth + 1))
+    return Space(arch, num_classes, image_size, channels, depths, settings.least * high, high)
 
 
 def own_shape(arch: str) -> Shape:

@@ -67,18 +67,6 @@ def digest(picture: np.ndarray) -> str:
 # ---------------------------------------------------------------- built-in pictures
 
 
-def dim(picture: np.ndarray) -> np.ndarray:
-    return adjust_gamma(picture, 0.4)
-
-
-def under_a_lamp(picture: np.ndarray) -> np.ndarray:
-    return (picture * np.array([1.0, 0.75, 0.4])).astype(np.uint8)
-
-
-def in_fog(picture: np.ndarray) -> np.ndarray:
-    return (165 + 0.25 * picture).astype(np.uint8)
-
-
 def noisy(picture: np.ndarray) -> np.ndarray:
     noise = np.random.default_rng(0).normal(0, 30, picture.shape)
     return (picture + noise).clip(0, 255).astype(np.uint8)
@@ -86,9 +74,9 @@ def noisy(picture: np.ndarray) -> np.ndarray:
 
 BUILT_IN: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray] | None] | str] = {
     # the number of a drawn picture and what is done to it, or the file of a photo
-    "shapes under a warm lamp": (10, under_a_lamp),
-    "shapes in the dark": (0, dim),
-    "shapes in fog": (2, in_fog),
+    "shapes under a warm lamp": (10, lambda picture: (picture * np.array([1.0, 0.75, 0.4])).astype(np.uint8)),
+    "shapes in the dark": (0, lambda picture: adjust_gamma(picture, 0.4)),
+    "shapes in fog": (2, lambda picture: (165 + 0.25 * picture).astype(np.uint8)),
     "shapes with noise": (1, noisy),
     "shapes": (0, None),
     "more shapes": (10, None),

@@ -13,7 +13,7 @@ CODES = {  # what each command may exit with, besides 0, 2 for a mistake, 5 for 
     "export": {4},
     "compare": {3, 4, 143},
     "condense": {4, 143},
-    "engine.pruning.__main__": set(),
+    "engine.pruning": set(),
     "engine.search.__main__": {4, 143},
     "weights.__main__": {4},
     "datasets.download": set(),

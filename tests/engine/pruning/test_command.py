@@ -15,7 +15,7 @@ import train
 from datasets.loader import Loader
 from datasets.open import open_dataset
 from engine.onnx_files.int8 import calibrate
-from engine.pruning.__main__ import main
+from engine.pruning import main
 from errors import UserError
 from layers.channel_groups import STAYS, find_groups
 from layers.fusion import fuse

@@ -7,6 +7,7 @@ import checkpoint
 import fine_tuning
 import models
 from distill.pruning.files import read_widths
+from engine.search.config import SearchConfig
 from engine.search.space import Shape, count_flops, space_of
 from engine.training.flops import forward_flops
 from errors import UserError
@@ -20,7 +21,7 @@ SHAPE = Shape((8, 24, 32, 56, 64), (2, 1, 3, 1, 2))
 
 @pytest.fixture(scope="module")
 def space():
-    return space_of("yolov8_half", 3, 64, flops=0.9, least=0.7, widths=(0.5, 1.5), depth=3)
+    return space_of("yolov8_half", 3, 64, SearchConfig(flops=0.9, least=0.7, widths=(0.5, 1.5), depth=3))
 
 
 def test_draws_and_mutations_are_within_the_limits(space):
@@ -53,7 +54,7 @@ def test_the_control_is_the_architecture_with_the_largest_factor(space):
     assert scaled.depths == (1, 2, 2, 1, 1) and space.flops(scaled) <= space.high
     assert all(width % 8 == 0 for width in scaled.channels)
     own = Shape((8, 16, 32, 64, 128), (1, 2, 2, 1, 1))
-    assert space_of("yolov8_half", 3, 64, flops=1.0, least=0, widths=(1, 1), depth=1).scaled() == own
+    assert space_of("yolov8_half", 3, 64, SearchConfig(flops=1.0, least=0, widths=(1, 1), depth=1)).scaled() == own
 
 
 def test_a_shape_is_a_file_of_widths_a_model_and_a_checkpoint(space, tmp_path):
@@ -102,10 +103,10 @@ def test_the_control_lies_within_the_limit():
     """For limits below and far above the architecture's own FLOPs; where that cannot be, nothing is trained."""
     settings = {"least": 0.5, "widths": (0.5, 1.5), "depth": 2}
     for share in (0.5, 30.0):
-        space = space_of("yolov8_half", 3, 64, flops=share, **settings)
+        space = space_of("yolov8_half", 3, 64, SearchConfig(flops=share, **settings))
         assert 0.8 * space.high < space.flops(space.scaled()) <= space.high
     with pytest.raises(UserError, match=r"'search\.flops': the narrowest yolov8_half costs 0\.0.. GFLOPs, expected a"):
-        space_of("yolov8_half", 3, 64, flops=0.01, **settings).scaled()
+        space_of("yolov8_half", 3, 64, SearchConfig(flops=0.01, **settings)).scaled()
 
 
 @pytest.mark.parametrize(
@@ -119,4 +120,4 @@ def test_a_space_without_shapes_is_refused(changes, message, monkeypatch):
     monkeypatch.setattr("engine.search.space.TRIES", 3)
     settings = {"flops": 0.5, "least": 0.5, "widths": (0.5, 1.5), "depth": 2} | changes
     with pytest.raises(UserError, match=message):
-        space_of("yolov8_half", 3, 64, **settings).draw(seeded_generator(Stream.SHAPES, 0, 0))
+        space_of("yolov8_half", 3, 64, SearchConfig(**settings)).draw(seeded_generator(Stream.SHAPES, 0, 0))
