@@ -63,11 +63,12 @@ from engine.onnx_files.other_formats import LEAST_SIDE, command_for, openvino_fi
 from engine.prediction.sources import find_pictures
 from engine.runtime.run_folder import RunFolder, commit, write_bytes
 from engine.runtime.timing import rotate, wall_seconds
-from errors import ArgumentParser, UserError, require, run_script
+from errors import ArgumentParser, UserError, expect, require, run_script
 from layers.fusion import fuse
 from layers.int8 import has_int8, remove_int8
 from predict import plural
 from rtdetr.rtdetr import RTDETR
+from structures import DetectionSettings
 from weights import file_of_run
 
 if TYPE_CHECKING:
@@ -96,19 +97,20 @@ def check_exportable(model: nn.Module, arch: str) -> None:
         )
 
 
-def choose_pictures(args: argparse.Namespace, test: DatasetIndex | None) -> tuple[list[Path], str]:
-    """The pictures to check the graph on, and a description of their source.
+def choose_images(args: argparse.Namespace, test: DatasetIndex | None, image_size: int) -> tuple[Tensor, str]:
+    """The images to check the graph on, as in load_images, and what they are.
 
     They come from --pictures, else from `test` (the split that int8 is measured on), else from the test split of the
-    checkpoint's run. Without a dataset there are none.
+    checkpoint's run. Without a dataset they are drawn.
     """
     if args.pictures:
-        return [picture.path for picture in find_pictures(args.pictures)[:CHECK_PICTURES]], "of --pictures"
-    if test is None:
-        test = find_test_split(args.checkpoint.resolve().parent)
-    if test is None:
-        return [], "drawn for the check"
-    return [sample.image_path for sample in spread(test, CHECK_PICTURES).samples], "of the test split"
+        paths, source = [picture.path for picture in find_pictures(args.pictures)[:CHECK_PICTURES]], "of --pictures"
+    elif (index := find_test_split(args.checkpoint.resolve().parent) if test is None else test) is not None:
+        paths, source = [sample.image_path for sample in spread(index, CHECK_PICTURES).samples], "of the test split"
+    else:
+        paths, source = [], "drawn for the check"
+    images = load_images(paths, image_size) if paths else draw_images(image_size)
+    return images, f"{plural(len(images), 'picture')} {source} at {image_size} px"
 
 
 def find_test_split(weights: Path) -> DatasetIndex | None:
@@ -202,6 +204,33 @@ def write_other_format(args: argparse.Namespace, model: nn.Module, info: GraphIn
         print(f"written: {args.output.with_suffix(suffix)} ({info.arch}, {len(info.names)} classes, float32)")
 
 
+def write_onnx(
+    args: argparse.Namespace,
+    model: nn.Module,
+    rounding: nn.Module | None,
+    info: GraphInfo,
+    detection: DetectionSettings,
+    images: Tensor,
+    on: str,
+) -> tuple[dict[str, "ModelProto"], dict[str, GraphInfo]]:
+    """Check and write the graph of a model, and that of `rounding`, which computes it in int8; also returns both."""
+    graphs = {"float32": onnx_graph.trace(model, info.image_size, dynamic=args.dynamic)}
+    if rounding is not None:
+        graphs["int8"] = trace_int8(rounding, info.image_size, dynamic=args.dynamic)
+    infos, files = {}, {"float32": args.output, "int8": args.output.with_suffix(f".int8{SUFFIX}")}
+    for name in graphs:
+        if args.with_nms:
+            graphs[name] = onnx_graph.append_selection(graphs[name], detection)
+        infos[name] = replace(info, precision=name)
+        onnx_graph.write_info(graphs[name], infos[name])
+    batches = check_batches(images, args.dynamic)
+    check_difference(args, compare(model, graphs["float32"], batches, suppresses=info.suppresses), "ONNX", on)
+    for name, graph in graphs.items():
+        write_bytes(files[name], graph.SerializeToString())
+        print(f"written: {files[name]} ({info.arch}, {len(info.names)} classes, {name})")
+    return graphs, infos
+
+
 def open_splits(args: argparse.Namespace, info: CheckpointInfo) -> tuple[DatasetIndex, DatasetIndex]:
     """The splits to calibrate on and to measure on. UserError if their classes are not the model's."""
     if len(args.calibrate) not in (2, 3) or args.calibrate[0] not in READERS:
@@ -259,22 +288,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args.checkpoint = file_of_run(args.checkpoint)
     suffix = FORMATS[args.format]
     args.output = args.output or args.checkpoint.with_suffix(suffix)
-    if args.output.suffix.lower() != suffix:
-        raise UserError(f"argument --output: found {args.output}, expected a name ending in {suffix}")
+    expect(args.output.suffix.lower() == suffix, "argument --output", args.output, f"a name ending in {suffix}")
     if args.format != "onnx" and (args.int8 or args.with_nms):
         raise UserError(
             f"argument --format {args.format}: has no --int8 and no --with-nms, expected them with onnx alone"
         )
-    if args.image_size is not None and (args.image_size < SIZE_MULTIPLE or args.image_size % SIZE_MULTIPLE):
-        raise UserError(f"argument --image-size: found {args.image_size}, expected a multiple of {SIZE_MULTIPLE}")
+    size, percentile = args.image_size, args.percentile
+    is_met = size is None or (size >= SIZE_MULTIPLE and size % SIZE_MULTIPLE == 0)
+    expect(is_met, "argument --image-size", size, f"a multiple of {SIZE_MULTIPLE}")
     for name in ("max_detections", "calibration_pictures"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"argument --{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
-    if args.percentile is not None and not 50 < args.percentile <= 100:
-        raise UserError(f"argument --percentile: found {args.percentile}, expected above 50 and at most 100")
+        value = getattr(args, name)
+        expect(value is None or value >= 1, f"argument --{name.replace('_', '-')}", value, "at least 1")
+    is_met = percentile is None or 50 < percentile <= 100
+    expect(is_met, "argument --percentile", percentile, "above 50 and at most 100")
     for name in ("calibrate", "percentile"):
-        if getattr(args, name) is not None and not args.int8:
-            raise UserError(f"argument --{name}: found it alone, expected --int8 beside it")
+        is_met = args.int8 or getattr(args, name) is None
+        expect(is_met, f"argument --{name}", "it alone", "--int8 beside it")
     return args
 
 
@@ -302,17 +331,11 @@ def main(argv: list[str]) -> None:
         check_int8(args, model, info.arch)
     splits = open_splits(args, info) if args.calibrate else None
     size, suppresses = args.image_size or info.image_size, not isinstance(model, RTDETR)
-    paths, source = choose_pictures(args, splits[1] if splits else None)
-    images = load_images(paths, size) if paths else draw_images(size)
+    images, on = choose_images(args, splits[1] if splits else None, size)
     model = fuse(model)
     rounding = copy.deepcopy(model) if args.int8 and has_int8(model) else None  # the model as int8 computes it
     remove_int8(model)
     evaluation = replace(info.evaluation, precision="float32")  # the file has a precision of its own
-    usual = evaluation.detection
-    nms_iou = usual.iou_threshold if args.nms_iou is None else args.nms_iou
-    max_detections = args.max_detections or usual.max_detections
-
-    on = f"{plural(len(images), 'picture')} {source} at {size} px"
     described = GraphInfo(
         arch=info.arch,
         names=info.names,
@@ -326,36 +349,19 @@ def main(argv: list[str]) -> None:
     )
     if FORMATS[args.format] != SUFFIX:
         write_other_format(args, model, described, images, on)
-        if args.format == "coreml":
-            print(f"where Core ML runs: {command_for('coreml', args.output, size, dynamic=args.dynamic)}")
-        return
-    graphs = {"float32": onnx_graph.trace(model, size, dynamic=args.dynamic)}
-    if splits and rounding is None:
-        pictures = calibration_images(splits[0], size, args.calibration_pictures)
-        rounding = calibrate(model, pictures, PERCENTILE if args.percentile is None else args.percentile)
-    if rounding is not None:
-        graphs["int8"] = trace_int8(rounding, size, dynamic=args.dynamic)
-    infos, files = {}, {"float32": args.output, "int8": args.output.with_suffix(f".int8{SUFFIX}")}
-    for name in graphs:
-        if args.with_nms:
-            graphs[name] = onnx_graph.append_selection(
-                graphs[name],
-                score_threshold=args.score_threshold,
-                iou_threshold=nms_iou if suppresses else 1.0,
-                max_detections=max_detections,
-            )
-        infos[name] = replace(described, precision=name)
-        onnx_graph.write_info(graphs[name], infos[name])
-
-    batches = check_batches(images, args.dynamic)
-    check_difference(args, compare(model, graphs["float32"], batches, suppresses=suppresses), "ONNX", on)
-    for name, graph in graphs.items():
-        write_bytes(files[name], graph.SerializeToString())
-        print(f"written: {files[name]} ({info.arch}, {len(info.names)} classes, {name})")
-    if args.format == "engine":
-        print(f"where TensorRT runs: {command_for('engine', args.output, size, dynamic=args.dynamic)}")
-    if splits:
-        print_comparison(graphs, infos, splits[1], images[:1], evaluation)
+    else:
+        if splits and rounding is None:
+            pictures = calibration_images(splits[0], size, args.calibration_pictures)
+            rounding = calibrate(model, pictures, PERCENTILE if args.percentile is None else args.percentile)
+        iou = args.nms_iou if suppresses else 1.0  # 1 suppresses nothing
+        given = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
+        detection = evaluation.detection.changed(iou_threshold=iou, **given)
+        graphs, infos = write_onnx(args, model, rounding, described, detection, images, on)
+        if splits:
+            print_comparison(graphs, infos, splits[1], images[:1], evaluation)
+    for runtime, where in (("engine", "TensorRT runs"), ("coreml", "Core ML runs")):
+        if args.format == runtime:
+            print(f"where {where}: {command_for(runtime, args.output, size, dynamic=args.dynamic)}")
 
 
 if __name__ == "__main__":

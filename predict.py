@@ -53,8 +53,8 @@ from engine.runtime.interruption import StopSignals
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import DISK_EXIT_CODE
-from errors import ArgumentParser, UserError, run_script
-from structures import Detections, DetectionSettings
+from errors import ArgumentParser, UserError, expect, run_script
+from structures import Detections
 
 
 @dataclass
@@ -83,29 +83,22 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+@dataclass
 class Prediction:
     """One call of predict.py: the detector, the requested outputs, and the totals so far."""
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        names: Sequence[str],
-        output: Path,
-        *,
-        batch_size: int = 8,
-        write_json: bool = False,
-        write_txt: bool = False,
-        draw: bool = True,
-        quiet: bool = False,
-        max_frames: int | None = None,
-        window: Window | None = None,
-    ) -> None:
-        self.predictor, self.names, self.output = predictor, names, output
-        self.batch_size, self.draw, self.quiet, self.max_frames = batch_size, draw, quiet, max_frames
-        self.files = PredictionFiles(output, names, write_json=write_json, write_txt=write_txt)
-        self.window, self.is_ended = window, False  # is_ended: by q or by closing the window
-        self.totals = Totals()
-        self.image_ids = itertools.count(1)
+    predictor: Predictor
+    names: Sequence[str]
+    output: Path
+    files: PredictionFiles
+    batch_size: int
+    draw: bool
+    quiet: bool
+    max_frames: int | None
+    window: Window | None
+    is_ended: bool = False  # by q or by closing the window
+    totals: Totals = field(default_factory=Totals)
+    image_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def run(self, sources: Sequence[Source], stop: StopSignals) -> Totals:
         """Write everything into `output` and print the totals. A signal received by `stop` ends it after a batch."""
@@ -296,10 +289,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     refuse_unknown("predict.py", argv, options_of(parser))
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_detections", "max_frames"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"argument --{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
-    if args.image_size is not None and (args.image_size < 32 or args.image_size % 32):
-        raise UserError(f"argument --image-size: found {args.image_size}, expected a multiple of 32")
+        value = getattr(args, name)
+        expect(value is None or value >= 1, f"argument --{name.replace('_', '-')}", value, "at least 1")
+    size = args.image_size
+    expect(size is None or (size >= 32 and size % 32 == 0), "argument --image-size", size, "a multiple of 32")
     return args
 
 
@@ -316,30 +309,22 @@ def main(argv: list[str]) -> int:
     image_size = args.image_size or info.image_size
     if isinstance(model, OnnxDetector):
         model.check_size(image_size, image_size)
-    usual = info.evaluation.detection
-    iou_threshold = usual.iou_threshold if args.nms_iou is None else args.nms_iou
-    max_detections = args.max_detections or usual.max_detections
+    given = {"score_threshold": args.score_threshold, "iou_threshold": args.nms_iou}
+    detection = info.evaluation.detection.changed(max_detections=args.max_detections, **given)
     if info.plumbing:
         print(info.plumbing)
     if not args.quiet:
         print(
-            f"{image_size} px, scores from {args.score_threshold:g}, NMS IoU {iou_threshold:g}, at most "
-            f"{max_detections} detections a picture"
+            f"{image_size} px, scores from {detection.score_threshold:g}, NMS IoU {detection.iou_threshold:g}, at most "
+            f"{detection.max_detections} detections a picture"
         )
-    predictor = Predictor(
-        model,
-        image_size=image_size,
-        detection=DetectionSettings(args.score_threshold, iou_threshold, max_detections),
-        device=device,
-        bfloat16=use_bfloat16(args.precision, device),
-    )
+    bfloat16 = use_bfloat16(args.precision, device)
     prediction = Prediction(
-        predictor,
+        Predictor(model, image_size=image_size, detection=detection, device=device, bfloat16=bfloat16),
         info.names,
         args.output,
+        PredictionFiles(args.output, info.names, write_json=args.json, write_txt=args.txt),
         batch_size=args.batch_size,
-        write_json=args.json,
-        write_txt=args.txt,
         draw=not args.no_pictures,
         quiet=args.quiet,
         max_frames=args.max_frames,

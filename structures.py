@@ -136,6 +136,10 @@ class DetectionSettings:
     iou_threshold: float = 0.7  # of non-maximum suppression; 1 suppresses nothing
     max_detections: int = 300  # in an image
 
+    def changed(self, **given: Any) -> "DetectionSettings":
+        """A copy with those of the given values that are not None."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
 
 @runtime_checkable
 class Detector(Protocol):

@@ -23,7 +23,6 @@ from engine.prediction.predictor import Predictor
 from engine.prediction.sources import find_pictures
 from engine.runtime.processes import choose_device
 from errors import UserError
-from structures import DetectionSettings
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -81,9 +80,10 @@ class Model:
             raise UserError(f"argument score: found {score!r}, expected a number in 0..1")
         opened = open_pictures(pictures)
         predictor, usual = self._fused(), self.info.evaluation.detection
-        iou = usual.iou_threshold if iou is None else iou
         predictor.image_size = image_size or self.image_size
-        predictor.detection = DetectionSettings(score, iou, max_detections or usual.max_detections)
+        predictor.detection = usual.changed(
+            score_threshold=score, iou_threshold=iou, max_detections=max_detections or None
+        )
         found = []
         for start in range(0, len(opened), batch_size):
             batch = [(source, read_pixels(picture, source)) for source, picture in opened[start : start + batch_size]]

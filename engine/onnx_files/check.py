@@ -1,7 +1,7 @@
 """Whether a graph computes what the PyTorch model does: every box and score, and the detections that it chooses."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.onnx_files.detector import open_session
-from engine.onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, float32_at_most
+from engine.onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, selection_inputs
 from errors import UserError
 from kernels.nms import select_detections
-from structures import DenseDetector
+from structures import DenseDetector, DetectionSettings
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -114,21 +114,11 @@ def _check_selection(
     """UserError if the graph selects other detections, at a threshold with CHECK_CANDIDATES in the first image."""
     all_scores = torch.from_numpy(session.run(names[1:], feed)[0])
     score_threshold = all_scores[0].flatten().topk(min(CHECK_CANDIDATES, all_scores[0].numel())).values[-1].item()
-    iou_threshold, max_detections = 0.7 if suppresses else 1.0, 100
-    settings = {
-        "score_threshold": np.array(score_threshold, np.float32),
-        "iou_threshold": np.array(float32_at_most(iou_threshold)),
-        "max_detections": np.array(max_detections, np.int64),
-    }
-    *found, image, all_boxes, all_scores = map(torch.from_numpy, session.run([*DETECTIONS, *names], feed | settings))
-    expected = select_detections(
-        all_boxes,
-        all_scores,
-        score_threshold=score_threshold,
-        iou_threshold=iou_threshold,
-        max_detections=max_detections,
-        max_candidates=max(1, all_scores[0].numel()),
-    )
+    detection = DetectionSettings(score_threshold, 0.7 if suppresses else 1.0, 100)
+    feed = feed | selection_inputs(detection)
+    *found, image, all_boxes, all_scores = map(torch.from_numpy, session.run([*DETECTIONS, *names], feed))
+    candidates = max(1, all_scores[0].numel())
+    expected = select_detections(all_boxes, all_scores, **asdict(detection), max_candidates=candidates)
     for row, detections in enumerate(expected):
         columns = (detections.boxes_xyxy, detections.scores, detections.labels)
         if not all(torch.equal(ours[image == row], theirs) for ours, theirs in zip(found, columns)):

@@ -5,7 +5,7 @@ in boxes and scores. The results differ only by rounding.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import checkpoint
 from checkpoint import CheckpointInfo
-from engine.onnx_files.graph import DETECTIONS, GraphInfo, float32_at_most, read_info
+from engine.onnx_files.graph import DETECTIONS, GraphInfo, read_info, selection_inputs
 from errors import UserError, require
 from kernels.nms import select_detections
-from structures import Detections
+from structures import Detections, DetectionSettings
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -83,20 +83,11 @@ class OnnxDetector(nn.Module):
         """The same as for the PyTorch model: best first, after class-wise suppression unless it needs none."""
         if not self.info.suppresses:
             iou_threshold = 1.0  # no IoU is above it
+        detection = DetectionSettings(score_threshold, iou_threshold, max_detections)
         if not self.has_selection:
             assert output.boxes_xyxy is not None and output.scores is not None  # forward ran the file
-            return select_detections(
-                output.boxes_xyxy,
-                output.scores,
-                score_threshold=score_threshold,
-                iou_threshold=iou_threshold,
-                max_detections=max_detections,
-            )
-        settings = {
-            "score_threshold": np.array(score_threshold, np.float32),
-            "iou_threshold": np.array(float32_at_most(iou_threshold)),
-            "max_detections": np.array(max_detections, np.int64),
-        }
+            return select_detections(output.boxes_xyxy, output.scores, **asdict(detection))
+        settings = selection_inputs(detection)
         found = []
         for part in self._parts(output.images):
             rows = self.session.run(None, {"images": part.numpy(), **settings})

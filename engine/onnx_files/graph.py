@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, require
-from structures import DenseDetector
+from structures import DenseDetector, DetectionSettings
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, ValueInfoProto
@@ -205,14 +205,20 @@ def set_shape(value: "ValueInfoProto", sizes: list[int | str]) -> None:
             dimension.dim_value = size
 
 
-def append_selection(
-    model: "ModelProto", *, score_threshold: float, iou_threshold: float, max_detections: int
-) -> "ModelProto":
+def selection_inputs(detection: DetectionSettings) -> dict[str, np.ndarray]:
+    """The scalar inputs of a graph with selection."""
+    return {
+        "score_threshold": np.array(detection.score_threshold, np.float32),
+        "iou_threshold": np.array(float32_at_most(detection.iou_threshold)),
+        "max_detections": np.array(detection.max_detections, np.int64),
+    }
+
+
+def append_selection(model: "ModelProto", detection: DetectionSettings) -> "ModelProto":
     """A graph that ends in PREDICTIONS -> one that ends in DETECTIONS: rows sorted by image, then best first.
 
-    boxes_xyxy (N, 4) float32, scores (N,) float32, labels (N,) int64, image (N,) int64: the row of the batch. The three
-    arguments become scalar inputs of the graph with these values as defaults, so that a caller may leave them out. An
-    iou_threshold of 1 suppresses nothing.
+    boxes_xyxy (N, 4) float32, scores (N,) float32, labels (N,) int64, image (N,) int64: the row of the batch. The
+    settings become scalar inputs of the graph with these values as defaults, so that a caller may leave them out.
     """
     import onnx
     from onnx import compose, numpy_helper, parser
@@ -226,11 +232,7 @@ def append_selection(
         network.graph, selection.graph, io_map=[(f"all_{name}", f"all_{name}") for name in PREDICTIONS]
     )
     graph.name = "detector"
-    defaults: dict[str, np.ndarray] = {
-        "score_threshold": np.array(score_threshold, np.float32),
-        "iou_threshold": np.array(float32_at_most(iou_threshold)),
-        "max_detections": np.array(max_detections, np.int64),
-    }
+    defaults = selection_inputs(detection)
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in defaults.items())
     network.graph.CopyFrom(graph)
     onnx.checker.check_model(network)

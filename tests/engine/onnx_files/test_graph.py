@@ -17,6 +17,7 @@ from engine.onnx_files.graph import (
 )
 from errors import UserError
 from kernels.nms import select_detections
+from structures import DetectionSettings
 from tests.reference.nms_cases import random_boxes
 
 onnx = pytest.importorskip("onnx")
@@ -41,9 +42,7 @@ detector (float[batch, locations, 4] given_boxes, float[batch, locations, classe
 @pytest.fixture(scope="module")
 def selection():
     """selection(boxes_xyxy, scores, **thresholds) -> the four outputs as tensors; thresholds may be left out."""
-    model = append_selection(
-        parser.parse_model(PASSED_THROUGH), score_threshold=0.25, iou_threshold=0.5, max_detections=3
-    )
+    model = append_selection(parser.parse_model(PASSED_THROUGH), DetectionSettings(0.25, 0.5, 3))
     session = open_session(model.SerializeToString())
 
     def run(boxes_xyxy, scores, **thresholds):
