@@ -61,7 +61,7 @@ from engine.training.building import build_criterion, build_student
 from engine.training.checks import SIZE_MULTIPLE, check_config
 from engine.training.exits import NOT_FINITE_EXIT_CODE
 from engine.training.pseudo_boxes import open_pseudo_teacher
-from engine.training.splits import count_training_pictures, training_set
+from engine.training.splits import count_training_pictures
 from engine.training.teaching import build_teachers
 from errors import ArgumentParser, UserError, expect, naming, run_script
 
@@ -258,7 +258,7 @@ def check_rows(rows: list[Row], study: Study) -> None:
     for row in rows:
         with naming(f"row {row.name!r}"):
             if row.task is not None:
-                source = source or open_dataset(*training_set(study.config.data), classes=study.config.data.classes)
+                source = source or open_dataset(*study.config.data.train_place, classes=study.config.data.classes)
                 row.task.check_source(len(source))
             check_models(row, in_place)
 
@@ -266,7 +266,7 @@ def check_rows(rows: list[Row], study: Study) -> None:
 def check_models(row: Row, in_place: dict[str, Config]) -> None:
     """Build the models and the criterion of a row. in_place: the configs of teachers by their later weights."""
     config, data = row.config, row.config.data
-    names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
+    names = open_dataset(*data.test_place, classes=data.classes).names
     fresh = {
         t.name: build_student(in_place[t.weights], names, say=say_nothing)
         for t in config.teachers

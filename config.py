@@ -71,6 +71,15 @@ class DataConfig:
     cache: bool = True  # keep the decoded, resized uint8 pictures in memory (3 * image_size^2 bytes each)
     workers: int = 0  # processes that read pictures; 0: the training process reads them
 
+    @property
+    def train_place(self) -> tuple[str, str, str]:
+        """Format, root and split of the training pictures."""
+        return self.train_format or self.format, self.train_root or self.root, self.train or ""
+
+    @property
+    def test_place(self) -> tuple[str, str, str]:
+        return self.format, self.root, self.test
+
 
 @dataclass(frozen=True)
 class InheritConfig:

@@ -112,7 +112,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     config = load_config(args.config, args.dataset) if args.config else None
     place: tuple[str, str, str]
     if config is not None:
-        place = (config.data.format, config.data.root, config.data.test)
+        place = config.data.test_place
     elif len(args.dataset) not in (2, 3) or args.dataset[0] not in READERS:
         found = " ".join(args.dataset) or "nothing"
         raise UserError(f"after the checkpoint found {found!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")

@@ -119,7 +119,7 @@ def find_test_split(weights: Path) -> DatasetIndex | None:
         return None
     try:
         data = load_config(RunFolder(weights.parent).config).data
-        return open_dataset(data.format, data.root, data.test, classes=data.classes, needs_objects=False)
+        return open_dataset(*data.test_place, classes=data.classes, needs_objects=False)
     except UserError:
         return None
 

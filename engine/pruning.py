@@ -44,7 +44,7 @@ from distill.pruning.files import widths_text
 from engine.runtime.run_folder import write_text
 from engine.training.building import count_parameters
 from engine.training.checks import check_image_size
-from engine.training.splits import take, training_set
+from engine.training.splits import take
 from errors import ArgumentParser, UserError, expect, naming, run_script
 from layers.channel_groups import ChannelGroups, find_groups
 from structures import Targets
@@ -113,7 +113,7 @@ def take_pictures(data: list[str], count: int) -> DatasetIndex:
         index = open_dataset(data[0], data[1], data[2] if len(data) == 3 else "train")
     elif len(data) == 1:
         settings = load_config(data[0]).data
-        index = open_dataset(*training_set(settings), classes=settings.classes)
+        index = open_dataset(*settings.train_place, classes=settings.classes)
     else:
         raise UserError(f"--data: found {' '.join(data)!r}, expected a config, or {'|'.join(READERS)} ROOT [SPLIT]")
     return take(index, count) if count < len(index) else index

@@ -51,8 +51,7 @@ def load_row_for_dry_run(path: str, overrides: list[str], name: str) -> tuple[Co
         print(row.idle)
     if not (missing := untrained(config, study)):
         return config, {}
-    data = config.data
-    names = open_dataset(data.format, data.root, data.test, classes=data.classes).names
+    names = open_dataset(*config.data.test_place, classes=config.data.classes).names
     print(f"not trained yet, untrained models are used: {', '.join(missing)}")
     return config, {name: build_student(row.config, names) for name, row in missing.items()}
 

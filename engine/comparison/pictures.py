@@ -51,7 +51,7 @@ class Pictures:
 
 def compare_pictures(config: Config, results: list[Result]) -> Pictures | None:
     """The pictures on which the first finished seeds of these rows differ most; None if no test picture has objects."""
-    index = open_dataset(config.data.format, config.data.root, config.data.test, classes=config.data.classes)
+    index = open_dataset(*config.data.test_place, classes=config.data.classes)
     with_objects = [number for number, sample in enumerate(index.samples) if len(labels_of(sample))]
     if not with_objects:
         return None
@@ -84,10 +84,8 @@ def detect(result: Result, paths: list) -> list[Detections]:
     model, info = checkpoint.load_model(folder.last)
     detection = DetectionSettings(SCORE_THRESHOLD, info.evaluation.detection.iou_threshold)
     predictor = Predictor(model, image_size=info.image_size, detection=detection)
-    found: list[Detections] = []
-    for start in range(0, len(paths), BATCH):
-        found += predictor([read_image(path) for path in paths[start : start + BATCH]])
-    return found
+    batches = (paths[start : start + BATCH] for start in range(0, len(paths), BATCH))
+    return [found for batch in batches for found in predictor([read_image(path) for path in batch])]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from datasets.loader import Batch, Loader
 from datasets.open import open_dataset, require_objects
 from datasets.scan import check, scan
 from distill.condense import coresets
-from engine.training.splits import DECODE_AT_MOST, take, training_set
+from engine.training.splits import DECODE_AT_MOST, take
 from errors import UserError
 from structures import Targets
 
@@ -21,7 +21,7 @@ class RealPictures:
     """The training pictures of a dataset, letterboxed to squares of S pixels. Ignored objects are left out."""
 
     def __init__(self, data: DataConfig, image_size: int) -> None:
-        place = training_set(data)
+        place = data.train_place
         index = open_dataset(*place, classes=data.classes)
         if 0 < data.max_samples < len(index):
             index = take(index, data.max_samples)

@@ -49,7 +49,6 @@ from engine.search.table import Found, Ranked, Results
 from engine.training.building import count_parameters
 from engine.training.checks import check_config
 from engine.training.exits import NOT_FINITE_EXIT_CODE
-from engine.training.splits import training_set
 from engine.training.student import build_student
 from errors import ArgumentParser, UserError, run_script
 
@@ -59,7 +58,7 @@ class Search:
 
     def __init__(self, file: SearchFile, origin: str) -> None:
         self.file, self.origin = file, origin
-        self.index: DatasetIndex = open_dataset(*training_set(file.data), classes=file.data.classes)
+        self.index: DatasetIndex = open_dataset(*file.data.train_place, classes=file.data.classes)
         self.space = space_of(file.student.arch, len(self.index.names), file.image_size, file.search)
         self.results: dict[Teaching, Results] = {}
         self.reports: dict[str, dict[str, Any]] = {}

@@ -261,9 +261,9 @@ def detect_once(
 ) -> DetectionTable:
     """The detections of a frozen teacher in pictures, in its classes: from the file in `folder`, or computed now.
 
-    The file is named by the weights, the size, the thresholds and the bytes of the pictures: frames
-    without compression have one size, and often the names of other frames. A file that cannot be read is made again,
-    and `say` says so. keep: whether to write it. workers: processes that decode.
+    The file is named by the weights, the size, the thresholds and the bytes of the pictures: frames without compression
+    have one size, and often the names of other frames. A file that cannot be read is made again, and `say` says so.
+    keep: whether to write it. workers: processes that decode.
     """
     digest = hashlib.sha256(fingerprint_of(model, image_size=image_size, **asdict(detection)).encode())
     for sample in pictures.samples:

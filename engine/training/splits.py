@@ -89,7 +89,7 @@ def open_indexes(config: Config, kept: KeptSets | None = None) -> dict[str, Data
     """
     data, kept = config.data, kept or kept_sets(config)
     check_data(data)
-    test = open_dataset(data.format, data.root, data.test, classes=data.classes, kept=kept)
+    test = open_dataset(*data.test_place, classes=data.classes, kept=kept)
     whole, train = open_labelled(config, test.names, kept)
     if train.names != test.names:
         root = data.train_root or data.root
@@ -110,7 +110,7 @@ def open_labelled(
     if data.train is None:
         none = DatasetIndex(names, (), format=data.format)
         return none, none
-    whole = open_dataset(*training_set(data), classes=data.classes, kept=kept or kept_sets(config))
+    whole = open_dataset(*data.train_place, classes=data.classes, kept=kept or kept_sets(config))
     if data.per_class:
         seed = config.seed if data.draw_seed is None else data.draw_seed
         return whole, choose(whole, draw_per_class(whole, data.per_class, seed))
@@ -151,7 +151,7 @@ def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[
     refuse_overlap(overlap, data)
     reports: dict[str, ScanReport] = {}
     overlaps: list[Overlap] = []
-    places = {"train": training_set(data), "test": (data.format, data.root, data.test)}
+    places = {"train": data.train_place, "test": data.test_place}
     if data.train is None:
         del places["train"]
     if "unlabelled" in indexes:
@@ -229,11 +229,6 @@ def refuse_overlap(overlap: Overlap, data: DataConfig) -> None:
             f"data.test {data.test!r} has no picture of its own: {overlap}; expected others, which `python -m "
             f"datasets.split` makes of one split, or data.allow_overlap=true to measure what is remembered"
         )
-
-
-def training_set(data: DataConfig) -> tuple[str, str, str]:
-    """Format, root and split of the training pictures."""
-    return data.train_format or data.format, data.train_root or data.root, data.train or ""
 
 
 def count_training_pictures(config: Config) -> int:

@@ -105,7 +105,7 @@ def find_folder_pictures(folder: str) -> dict[str, Path]:
 def find_test_pictures(config: Config) -> dict[str, Path]:
     """Some pictures of a run's test split, by name. UserError if the dataset is missing."""
     data = config.data
-    index = open_dataset(data.format, data.root, data.test, classes=data.classes)
+    index = open_dataset(*data.test_place, classes=data.classes)
     return {Path(s.image_path).name: Path(s.image_path) for s in spread(index, NUM_TEST_PICTURES).samples}
 
 

@@ -174,7 +174,7 @@ def test_the_teacher_sees_whole_files_once(black, tmp_path):
 def test_other_pictures_of_the_same_names_and_sizes_are_looked_at_anew(black, tmp_path):
     """Frames without compression: a file of another picture has as many bytes, and here the same name and time."""
     model, options = Corner(), dict(folder=tmp_path / "kept", device=torch.device("cpu"), say=print)
-    settings = {"score_threshold": 0.01, "iou_threshold": 0.7, "max_detections": 300}
+    settings = DetectionSettings(0.01, 0.7, 300)
     path, found = tmp_path / "frame.bmp", []
     index = DatasetIndex(("a", "b"), (unlabelled_sample(path, 0, 32, 32),))
     for x1 in (0, 16):
