@@ -39,12 +39,11 @@ import models
 import weights
 from config import RANDOM, EvaluationConfig, from_tree, plumbing_mark
 from datasets.class_names import released_names
-from errors import UserError
+from errors import DISK_EXIT_CODE, UserError
 from layers.int8 import add_int8, without_ranges
 
 FORMAT = 1
 DAMAGE = (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, KeyError, ValueError, zlib.error)
-DISK_EXIT_CODE = 5
 PUBLIC_IMAGE_SIZE = 640  # pixels, for a public file that does not give a size
 MAX_CLASSES = 100_000  # so that a file cannot ask for a class head of any size; ImageNet-21k has 21,841
 

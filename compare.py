@@ -59,11 +59,10 @@ from engine.runtime import claims, run_folder
 from engine.training.batch_norms import check_batches
 from engine.training.building import build_criterion, build_student
 from engine.training.checks import SIZE_MULTIPLE, check_config
-from engine.training.exits import NOT_FINITE_EXIT_CODE
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures
 from engine.training.teaching import build_teachers
-from errors import ArgumentParser, UserError, expect, naming, run_script
+from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, expect, naming, run_script
 
 POLL_S = 5.0  # between two looks at runs that other processes work on
 

@@ -60,8 +60,8 @@ from engine.runtime.peak_memory import peak_gigabytes, reset_peak
 from engine.runtime.processes import choose_device
 from engine.runtime.progress import Progress
 from engine.training.batch_norms import norm_of_one_value
-from engine.training.exits import MEMORY_EXIT_CODE, is_out_of_memory
-from errors import ArgumentParser, UserError, naming, run_script
+from engine.training.exits import is_out_of_memory
+from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, naming, run_script
 from random_streams import Stream, seeded_generator
 from structures import Targets
 

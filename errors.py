@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NoReturn
 
+LOST_EXIT_CODE, NOT_FINITE_EXIT_CODE, MEMORY_EXIT_CODE, DISK_EXIT_CODE = 1, 3, 4, 5
+
 
 class UserError(Exception):
     """A mistake in a path, key, label line, picture, checkpoint or argument.
 
     The message is one line: the file, the line or key, what was found, and what was expected.
-    `exit_code` is 2 for usage and data, 3 for non-finite numbers, 4 for lack of memory, 5 for the disk.
+    `exit_code` is 2 for usage and data; the names above are of the others: a lost process of a run, numbers that are
+    not finite, lack of memory, the disk.
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:

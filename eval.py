@@ -45,7 +45,6 @@ from typing import Any, get_args
 
 import torch
 
-from checkpoint import DISK_EXIT_CODE
 from config import EvaluationConfig, load_config
 from datasets.class_names import read_class_map
 from datasets.open import READERS
@@ -55,7 +54,7 @@ from engine.evaluation.measuring import EvaluationResult, Protocol, measure
 from engine.onnx_files.detector import load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
-from errors import ArgumentParser, UserError, expect, run_script
+from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script
 from metrics import coco
 from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names

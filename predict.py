@@ -52,8 +52,7 @@ from engine.prediction.window import Window
 from engine.runtime.interruption import StopSignals
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
-from engine.runtime.run_folder import DISK_EXIT_CODE
-from errors import ArgumentParser, UserError, expect, run_script
+from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script
 from structures import Detections
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import DISK_EXIT_CODE, UserError
 from weights.load import HASH_IN_NAME, file_of_run, read_state_dict
 from weights.shared_file import FORMAT, to_bytes, to_half
 
 SUFFIX = ".safetensors"
-DISK_EXIT_CODE = 5
 
 
 def convert(path: Path, output: Path, *, half: bool = False, arch: str | None = None) -> str:

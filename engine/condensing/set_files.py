@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from checkpoint import DISK_EXIT_CODE, sync_folder
+from checkpoint import sync_folder
 from datasets.convert import data_yaml, yolo_labels
 from engine.drawing.detections import draw_tile
 from engine.runtime import run_folder
-from errors import UserError
+from errors import DISK_EXIT_CODE, UserError
 from structures import Detections
 
 SHEET_PICTURES = 64  # at most, on set.png

@@ -20,13 +20,12 @@ from datasets.class_names import ClassMap
 from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
 from engine.runtime.processes import use_bfloat16
-from errors import UserError
+from errors import NOT_FINITE_EXIT_CODE, UserError
 from metrics import coco, report, voc
 from metrics.tables import DetectionTable, GroundTruth, ground_truth_from_samples
 from structures import Detections, DetectionSettings, Detector
 
 Protocol = Literal["coco", "voc07", "voc12"]
-NOT_FINITE_EXIT_CODE = 3
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from datasets.images import MAX_PIXELS
-from engine.runtime.run_folder import DISK_EXIT_CODE
-from errors import UserError, require
+from errors import DISK_EXIT_CODE, UserError, require
 
 if TYPE_CHECKING:
     import av

@@ -36,8 +36,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoint import DISK_EXIT_CODE
-from errors import UserError
+from errors import DISK_EXIT_CODE, UserError
 
 FOLDER = ".claims"
 HEARTBEAT_S = 15.0

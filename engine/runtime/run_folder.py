@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from checkpoint import DISK_EXIT_CODE, discard, previous_path, sync_folder, write_durably
+from checkpoint import discard, previous_path, sync_folder, write_durably
 from config import Config, to_tree
 from engine.runtime import claims
-from errors import UserError
+from errors import DISK_EXIT_CODE, UserError
 from yaml_files import dump_yaml
 
 AP_COLUMNS = tuple(f"metrics/AP{percent}" for percent in range(50, 100, 5))  # at each IoU threshold

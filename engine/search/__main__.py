@@ -48,9 +48,8 @@ from engine.search.space import Shape, space_of
 from engine.search.table import Found, Ranked, Results
 from engine.training.building import count_parameters
 from engine.training.checks import check_config
-from engine.training.exits import NOT_FINITE_EXIT_CODE
 from engine.training.student import build_student
-from errors import ArgumentParser, UserError, run_script
+from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, run_script
 
 
 class Search:

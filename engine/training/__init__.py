@@ -14,9 +14,9 @@ dry_run       the losses and gradients of one batch, printed
 flops         what a training step costs, counted from a config
 balance       the distillation terms compared with the detection loss
 state         how far a run is, and which keys may differ when it is resumed
-steps         parts of the training step: the losses of a batch, averaging over processes, values not finite
+steps         parts of the training step: groups of batches, averaging over processes, values not finite
 saving        last.pt: written and restored
 reporting     the row of an epoch, the best weights, the final test
-exits         exit codes, and the errors that lead to them
+exits         the errors of PyTorch that end a run, with their exit codes
 run_pictures  pictures of detections and of the compared maps
 """

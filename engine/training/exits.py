@@ -1,4 +1,4 @@
-"""Exit codes of a run, and the errors of PyTorch that lead to them."""
+"""The errors of PyTorch that end a run, with their exit codes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,9 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from engine.runtime.processes import is_lost_process
-from errors import UserError
-
-LOST_EXIT_CODE, NOT_FINITE_EXIT_CODE, MEMORY_EXIT_CODE = 1, 3, 4
+from errors import LOST_EXIT_CODE, MEMORY_EXIT_CODE, UserError
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from datasets.index import DatasetIndex
 from datasets.loader import Loader
 from engine.evaluation.measuring import detect_all
 from engine.training.teaching import load_frozen, pseudo_of
-from errors import UserError, expect, naming
+from errors import DISK_EXIT_CODE, UserError, expect, naming
 from metrics.tables import DetectionTable
 from structures import DenseDetector, DetectionSettings
 from teachers.output_cache import fingerprint_of
@@ -288,5 +288,5 @@ def detect_once(
         os.replace(partial, path)
     except OSError as error:
         checkpoint.discard(partial)
-        raise UserError(f"{path}: {error.strerror or error}", exit_code=5) from None
+        raise UserError(f"{path}: {error.strerror or error}", DISK_EXIT_CODE) from None
     return found

@@ -12,7 +12,7 @@ from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import TrainingSetup, machine_facts
 from engine.training.state import TrainingState, describe_model, refuse_changes
-from errors import UserError
+from errors import DISK_EXIT_CODE, UserError
 
 RESUMED_KEYS = ("config", "position", "model", "ema", "optimizer", "criterion", "data", "machine")
 
@@ -51,7 +51,7 @@ def finish_weights(setup: TrainingSetup, state: TrainingState, folder: RunFolder
     try:
         checkpoint.save_student(folder.student, student, half=setup.config.student_file == "float16")
     except UserError as error:
-        if error.exit_code == checkpoint.DISK_EXIT_CODE:
+        if error.exit_code == DISK_EXIT_CODE:
             raise
         progress.say(f"{error}; written as float32")
         checkpoint.save_student(folder.student, student)

@@ -12,9 +12,8 @@ from datasets.index import DatasetIndex
 from datasets.loader import Batch
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
-from engine.training.exits import NOT_FINITE_EXIT_CODE
 from engine.training.state import TrainingState
-from errors import UserError
+from errors import NOT_FINITE_EXIT_CODE, UserError
 
 
 def in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

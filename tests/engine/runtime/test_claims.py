@@ -8,10 +8,9 @@ import time
 
 import pytest
 
-import checkpoint
 import train
 from engine.runtime import claims
-from errors import UserError
+from errors import DISK_EXIT_CODE, UserError
 from tests.tiny_training import tiny_config
 
 ELSEWHERE = {"host": "node7", "pid": 4242, "machine": "another boot", "started": 1}
@@ -245,7 +244,7 @@ def test_a_full_disk_leaves_it_free(run, monkeypatch):
         patch.setattr(claims.json, "dumps", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(UserError, match=r"tiny: could not be claimed: .*No space left") as raised:
             claims.take(run)
-    assert raised.value.exit_code == checkpoint.DISK_EXIT_CODE
+    assert raised.value.exit_code == DISK_EXIT_CODE
     assert claims.newest(run) == number + 1 and not is_held(run)
 
 
