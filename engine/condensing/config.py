@@ -181,9 +181,9 @@ class Task:
 
     def check(self) -> None:
         """UserError for every mistake in the settings."""
-        c, key = self.condense, "key 'condense"
-        expect(c.pictures >= 1, f"{key}.pictures'", c.pictures, "at least 1")
-        where, size = f"{key}.formation'", self.image_size
+        c = self.condense
+        expect(c.pictures >= 1, "key 'condense.pictures'", c.pictures, "at least 1")
+        where, size = "key 'condense.formation'", self.image_size
         is_pair = len(c.formation) == 2 and all(1 <= side <= size for side in c.formation)
         expect(is_pair, where, list(c.formation), f"[rows, columns], each 1 to {size}")
         tiles = math.prod(c.formation)
@@ -192,26 +192,26 @@ class Task:
         elif not self.is_learnt:
             expect(tiles == 1, where, list(c.formation), f"[1, 1]: {c.method} stores pictures as they are")
         is_met = c.crops >= 1 and size % c.crops == 0
-        expect(is_met, f"{key}.crops'", c.crops, f"a divisor of {size} pixels")
+        expect(is_met, "key 'condense.crops'", c.crops, f"a divisor of {size} pixels")
         if self.needs_network and c.network.weights is None:
-            raise UserError(f"{key}.network': {c.method} needs a trained network, expected {{weights: FILE}}")
+            raise UserError(f"key 'condense.network': {c.method} needs a trained network, expected {{weights: FILE}}")
         if self.data.train is None or self.data.per_class or self.data.unlabelled is not None:
             raise UserError(
                 "keys 'data.train', 'data.per_class', 'data.unlabelled': a set is condensed from labelled "
                 "pictures, expected a split alone (data.max_samples takes some of them)"
             )
-        expect(c.real_batch >= 1, f"{key}.real_batch'", c.real_batch, "at least 1")
+        expect(c.real_batch >= 1, "key 'condense.real_batch'", c.real_batch, "at least 1")
         for name in ("save_every_steps", "picture_every_steps"):
-            expect(getattr(c, name) >= 0, f"{key}.{name}'", getattr(c, name), "a number, or 0 for never")
+            expect(getattr(c, name) >= 0, f"key 'condense.{name}'", getattr(c, name), "a number, or 0 for never")
         seed, of_whole = c.matching.seed, "none: condense.seed is the seed of the whole set"
-        expect(not seed, f"{key}.matching.seed'", seed, of_whole)
+        expect(not seed, "key 'condense.matching.seed'", seed, of_whole)
         for name, learning, distances in (
             ("matching", c.matching, DISTANCES),
             ("head", c.head, (CURVATURE, *HEAD_DISTANCES)),
         ):
-            where, steps, distance = f"{key}.{name}", learning.steps, learning.distance
-            expect(steps >= 0, f"{where}.steps'", steps, "a number, or 0 for none")
-            expect(distance in distances, f"{where}.distance'", repr(distance), f"one of {', '.join(distances)}")
+            where, steps, distance = f"condense.{name}", learning.steps, learning.distance
+            expect(steps >= 0, f"key '{where}.steps'", steps, "a number, or 0 for none")
+            expect(distance in distances, f"key '{where}.distance'", repr(distance), f"one of {', '.join(distances)}")
 
     def check_source(self, count: int) -> None:
         """UserError if the source has too few pictures: each is used at most once."""

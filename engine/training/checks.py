@@ -117,20 +117,20 @@ def check_data(data: DataConfig) -> None:
 
 def check_unlabelled(settings: UnlabelledConfig, *, has_labelled: bool) -> None:
     """The keys of the pictures without labels, and of their pseudo boxes."""
-    key = "key 'data.unlabelled"
+    key = "data.unlabelled"
     pseudo = settings.pseudo
     needs_labelled = {"rest": settings.rest, "labelled_share": settings.labelled_share is not None}
     needs_labelled["pseudo.boxes_per_object"] = pseudo is not None and pseudo.boxes_per_object is not None
     for name, is_given in needs_labelled.items():
         if is_given and not has_labelled:
-            raise UserError(f"{key}.{name}': there are no labelled pictures (data.train is null), expected none")
+            raise UserError(f"key '{key}.{name}': there are no labelled pictures (data.train is null), expected none")
     if not settings.rest and settings.split is None and settings.root is None:
-        raise UserError(f"{key}': found no pictures, expected rest: true, a split, or the root of a folder")
+        raise UserError(f"key '{key}': found no pictures, expected rest: true, a split, or the root of a folder")
     if settings.format is not None and settings.split is None:
-        raise UserError(f"{key}.format': found {settings.format} without a split, expected both")
+        raise UserError(f"key '{key}.format': found {settings.format} without a split, expected both")
     share = settings.labelled_share
-    expect(settings.max_samples >= 0, f"{key}.max_samples'", settings.max_samples, "a number, or 0 for all")
-    expect(share is None or 0 < share < 1, f"{key}.labelled_share'", share, "a number between 0 and 1")
+    expect(settings.max_samples >= 0, f"key '{key}.max_samples'", settings.max_samples, "a number, or 0 for all")
+    expect(share is None or 0 < share < 1, f"key '{key}.labelled_share'", share, "a number between 0 and 1")
     if pseudo is not None:
         check_pseudo_boxes(pseudo, f"{key}.pseudo")
 
@@ -139,18 +139,18 @@ def check_pseudo_boxes(settings: PseudoBoxConfig, key: str) -> None:
     of_classes = {f"class_thresholds.{name}": value for name, value in settings.class_thresholds.items()}
     for where, value in {"threshold": settings.threshold, **of_classes}.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        expect(is_number and 0 < value <= 1, f"{key}.{where}'", repr(value), "a score above 0 and at most 1")
-    expect(0 < settings.ignore_above <= 1, f"{key}.ignore_above'", settings.ignore_above, "above 0 and at most 1")
+        expect(is_number and 0 < value <= 1, f"key '{key}.{where}'", repr(value), "a score above 0 and at most 1")
+    expect(0 < settings.ignore_above <= 1, f"key '{key}.ignore_above'", settings.ignore_above, "above 0 and at most 1")
     for name in ("boxes_per_object", "ignored_per_object"):
         value = getattr(settings, name)
         is_met = value is None or (math.isfinite(value) and value >= 0)
-        expect(is_met, f"{key}.{name}'", value, "a number of 0 or more")
+        expect(is_met, f"key '{key}.{name}'", value, "a number of 0 or more")
     is_met = settings.ignored_per_object is None or settings.boxes_per_object is not None
-    expect(is_met, f"{key}.ignored_per_object'", "it alone", "boxes_per_object beside it")
+    expect(is_met, f"key '{key}.ignored_per_object'", "it alone", "boxes_per_object beside it")
     iou = settings.iou_threshold
-    expect(iou is None or 0 < iou <= 1, f"{key}.iou_threshold'", iou, "above 0 and at most 1")
+    expect(iou is None or 0 < iou <= 1, f"key '{key}.iou_threshold'", iou, "above 0 and at most 1")
     if settings.image_size is not None:
-        check_image_size(f"{key}.image_size'", settings.image_size)
+        check_image_size(f"key '{key}.image_size'", settings.image_size)
 
 
 def check_kept_outputs(config: Config) -> None:
@@ -237,17 +237,17 @@ def check_teachers(config: Config, given: Collection[str]) -> None:
         found = len(config.teachers)
         raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {found}")
     for index, teacher in enumerate(config.teachers):
-        key = f"key 'teachers.{index}"
+        key = f"teachers.{index}"
         if teacher.name in given:
             continue
         if teacher.arch != EMA and teacher.arch not in models.TEACHERS:
             try:
                 models.check_arch(teacher.arch)
             except UserError as error:
-                raise UserError(f"{key}.arch': {error}, {', '.join(models.TEACHERS)}, {EMA}") from None
+                raise UserError(f"key '{key}.arch': {error}, {', '.join(models.TEACHERS)}, {EMA}") from None
         if (path := find_file(teacher, key)) is None:
             continue
-        multiple, reads_text = check_file(f"{key}.weights'", teacher.arch, path)
+        multiple, reads_text = check_file(f"key '{key}.weights'", teacher.arch, path)
         check_input_size(teacher, key, multiple)
         if reads_text:
             ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH)

@@ -155,16 +155,17 @@ def open_pseudo_teacher(
     """
     if (settings := pseudo_of(config)) is None:
         return None
-    key = "key 'data.unlabelled.pseudo"
     for name in settings.class_thresholds:
-        expect(name in names, f"{key}.class_thresholds'", repr(name), f"some of {', '.join(names)}")
+        expect(
+            name in names, "key 'data.unlabelled.pseudo.class_thresholds'", repr(name), f"some of {', '.join(names)}"
+        )
     number = [teacher.name for teacher in config.teachers].index(settings.teacher)
     teacher = config.teachers[number]
-    model, t_names = load_frozen(teacher, f"key 'teachers.{number}", names, given, None)
+    model, t_names = load_frozen(teacher, f"teachers.{number}", names, given, None)
     if hasattr(model, "requested_outputs"):
         cast(DenseDetector, model).requested_outputs = None  # it is a copy
     aliases = {str(s_name): str(t_name) for s_name, t_name in teacher.aliases.items()}
-    with naming(f"{key}.teacher': teacher {teacher.name!r}", ValueError):
+    with naming(f"key 'data.unlabelled.pseudo.teacher': teacher {teacher.name!r}", ValueError):
         columns, t_columns = join_classes(names, t_names, aliases=aliases)
     label_of = np.full(len(t_names), -1)
     label_of[t_columns.numpy()] = columns.numpy()

@@ -18,7 +18,7 @@ from distill.pruning.files import read_widths
 from distill.pruning.inherit import inherited_state
 from engine.training.int8 import prepare_int8
 from engine.training.optimization import BACKBONE
-from errors import UserError, naming
+from errors import UserError, expect, naming
 from frcnn.norm import freeze_norms
 from frcnn.pretrained import Backbone, freeze, load_backbone
 from layers.channel_groups import find_groups
@@ -111,19 +111,19 @@ def inherit(
 
 def inherit_source(config: Config) -> tuple[str, str]:
     """The architecture and the file that the student inherits from; UserError where it cannot."""
-    choice, key = config.student.inherit, "key 'student.inherit"
+    choice = config.student.inherit
     assert choice is not None
     arch, path = choice.arch, choice.weights
     if choice.teacher is not None:
         teacher = next(teacher for teacher in config.teachers if teacher.name == choice.teacher)
-        arch, path = teacher.arch, teacher.weights
+        arch, path, found = teacher.arch, teacher.weights, f"key 'student.inherit.teacher': {choice.teacher!r}"
         if teacher.is_random:
-            raise UserError(f"{key}.teacher': {choice.teacher!r} has random weights, expected a file to begin from")
+            raise UserError(f"{found} has random weights, expected a file to begin from")
         if path is None:
-            raise UserError(f"{key}.teacher': {choice.teacher!r} has no weights; compare.py trains it in place first")
+            raise UserError(f"{found} has no weights; compare.py trains it in place first")
     assert path is not None
     if not Path(path).is_file():
-        raise UserError(f"{key}': {path}: no such file, expected a weights file")
+        raise UserError(f"key 'student.inherit': {path}: no such file, expected a weights file")
     if arch is None:
         try:
             arch = checkpoint.load_model(path)[1].arch
@@ -135,24 +135,22 @@ def inherit_source(config: Config) -> tuple[str, str]:
 
 def check_inherit(config: Config) -> None:
     """UserError for keys of student.inherit that contradict others, or that name a model of another family or depth."""
-    settings, choice, key = config.student, config.student.inherit, "key 'student.inherit"
+    settings, choice = config.student, config.student.inherit
     if choice is None:
         return
     for other in ("weights", "backbone_weights"):
         if (found := getattr(settings, other)) is not None:
             raise UserError(f"key 'student.{other}': found {found} beside student.inherit, expected one of them")
     if (choice.teacher is None) == (choice.weights is None):
-        raise UserError(
-            f"{key}': found teacher {choice.teacher!r} and weights {choice.weights!r}, expected one of them"
-        )
+        found = f"teacher {choice.teacher!r} and weights {choice.weights!r}"
+        raise UserError(f"key 'student.inherit': found {found}, expected one of them")
     arch = choice.arch
     if choice.teacher is not None:
         arches = {teacher.name: teacher.arch for teacher in config.teachers}
         if choice.teacher not in arches:
             expected = ", ".join(arches) or "a teacher: there are none"
-            raise UserError(f"{key}.teacher': found {choice.teacher!r}, expected {expected}")
-        if arch is not None:
-            raise UserError(f"{key}.arch': found {arch} beside a teacher, which has its own, expected none")
+            raise UserError(f"key 'student.inherit.teacher': found {choice.teacher!r}, expected {expected}")
+        expect(arch is None, "key 'student.inherit.arch'", f"{arch} beside a teacher, which has its own", "none")
         arch = arches[choice.teacher]
     if arch is not None:
         check_same_family(settings.arch, arch)

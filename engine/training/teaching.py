@@ -131,7 +131,7 @@ def build_teachers(
     for index, teacher in enumerate(config.teachers):
         if teacher.name not in teaching:
             continue
-        key = f"key 'teachers.{index}"
+        key = f"teachers.{index}"
         model, t_names = load_frozen(teacher, key, names, given, ema)
         frozen[teacher.name] = model
         size = input_size(teacher, key, model, config.image_size)
@@ -186,16 +186,16 @@ def find_file(teacher: TeacherConfig, key: str) -> str | None:
     """The weights file of a teacher; None for the student's average and random weights. UserError if it is missing."""
     if teacher.arch == EMA:
         if teacher.weights is not None:
-            raise UserError(f"{key}.weights': found {teacher.weights!r}, the student's average has no file")
+            raise UserError(f"key '{key}.weights': found {teacher.weights!r}, the student's average has no file")
         return None
     if teacher.is_random:
         return None
     if teacher.weights is None:
         advice = "" if teacher.arch in models.TEACHERS else "; compare.py trains a detector in place"
-        raise UserError(f"{key}.weights': found none, expected a file{how_to_fetch(teacher.arch)}{advice}")
+        raise UserError(f"key '{key}.weights': found none, expected a file{how_to_fetch(teacher.arch)}{advice}")
     file = file_of_run(teacher.weights)
     if not file.is_file():
-        found = f"{key}.weights': {teacher.weights}: no such file"
+        found = f"key '{key}.weights': {teacher.weights}: no such file"
         raise UserError(f"{found}, expected weights of {teacher.arch}{how_to_fetch(teacher.arch)}")
     return str(file)
 
@@ -209,7 +209,7 @@ def load(
     path = find_file(teacher, key)
     if path is None:
         if ema is None:
-            raise UserError(f"{key}.arch': the student's average is not at hand here, expected another teacher")
+            raise UserError(f"key '{key}.arch': the student's average is not at hand here, expected another teacher")
         return ema, names
     if teacher.arch in models.TEACHERS:
         model = models.build_teacher(teacher.arch)
@@ -250,7 +250,7 @@ def set_class_prompts(model: nn.Module, teacher: TeacherConfig, key: str, names:
     reader = cast(ReadsText, model)
     if not reader.class_names:
         tokenizer = ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH)
-        with naming(f"{key}.aliases'"):
+        with naming(f"key '{key}.aliases'"):
             reader.set_classes(tuple(str(teacher.aliases.get(name, name)) for name in names), tokenizer)
     return reader.class_names
 
@@ -259,7 +259,7 @@ def check_input_size(teacher: TeacherConfig, key: str, multiple: int) -> None:
     """UserError where a teacher's image size is no multiple of what its model takes."""
     size = teacher.image_size
     is_met = size is None or (size >= 1 and size % multiple == 0)
-    expect(is_met, f"{key}.image_size'", size, f"a multiple of {multiple}")
+    expect(is_met, f"key '{key}.image_size'", size, f"a multiple of {multiple}")
 
 
 def input_size(teacher: TeacherConfig, key: str, model: nn.Module, image_size: int) -> int | None:
