@@ -35,7 +35,7 @@ do not fit in memory, 5 a file that could not be written, 130 after Ctrl-C.
 import argparse
 import copy
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,12 +137,6 @@ def draw_images(image_size: int) -> Tensor:
 def to_images(pictures: Sequence[np.ndarray], image_size: int) -> Tensor:
     squares = np.stack([letterbox(picture, image_size)[0] for picture in pictures])
     return torch.from_numpy(squares).permute(0, 3, 1, 2).float().contiguous() / 255
-
-
-def calibration_images(index: DatasetIndex, image_size: int, count: int) -> Iterator[Tensor]:
-    """`count` pictures evenly spaced in the split, (1, 3, S, S) float32 each."""
-    for sample in spread(index, count).samples:
-        yield load_images([sample.image_path], image_size)
 
 
 def print_comparison(
@@ -351,7 +345,8 @@ def main(argv: list[str]) -> None:
         write_other_format(args, model, described, images, on)
     else:
         if splits and rounding is None:
-            pictures = calibration_images(splits[0], size, args.calibration_pictures)
+            chosen = spread(splits[0], args.calibration_pictures).samples
+            pictures = (load_images([sample.image_path], size) for sample in chosen)
             rounding = calibrate(model, pictures, PERCENTILE if args.percentile is None else args.percentile)
         iou = args.nms_iou if suppresses else 1.0  # 1 suppresses nothing
         given = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}

@@ -177,7 +177,8 @@ class Prediction:
         labels: Counter[int] = Counter()
         done, seconds, began = 0, 0.0, time.perf_counter()
         progress = Progress(quiet=self.quiet, unit="frame")
-        progress.start(reader.name, self.expected_frames(reader))
+        known = [count for count in (reader.frame_count, self.max_frames) if count]
+        progress.start(reader.name, min(known, default=None))
         frames = itertools.islice(reader, self.max_frames)
         # frames of a camera, and those that are shown, go to the model one by one, as they come
         is_live = source.camera is not None or self.window is not None
@@ -204,10 +205,6 @@ class Prediction:
         if reader.broken:
             fault = f"{reader.first_fault} first, after which frames may show traces of it"
             print(f"skipped: {reader.name}: {plural(reader.broken, 'broken frame')} ({fault})", flush=True)
-
-    def expected_frames(self, reader: VideoReader) -> int | None:
-        """None if unknown."""
-        return min(reader.frame_count or self.max_frames or 0, self.max_frames or reader.frame_count) or None
 
     def video_line(self, reader: VideoReader, done: int, seconds: float, labels: Counter[int], speed: float) -> str:
         frames = plural(done, "frame") if reader.frame_count in (0, done) else f"{done} of {reader.frame_count} frames"

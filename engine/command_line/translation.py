@@ -164,7 +164,7 @@ def answer_command(command: str, argv: Sequence[str], unknown: Sequence[str]) ->
     renamed = OF_COMMANDS[command]
     kept, found = translate(command, argv, unknown, renamed)
     order = list(renamed)
-    alone = sorted((name for name in found if is_alone(renamed[name])), key=order.index)
+    alone = sorted((name for name in found if not renamed[name].startswith("--")), key=order.index)  # without a flag
     model, inputs = ([found[name] for name in alone if (name in OF_MODEL) == is_model] for is_model in (True, False))
     place = 0  # in `kept`, of the inputs: behind the model, which is one of its words if no flag named it
     if not model:
@@ -172,11 +172,6 @@ def answer_command(command: str, argv: Sequence[str], unknown: Sequence[str]) ->
     flags = [found[name] for name in found if name not in alone]
     line = " ".join(filter(None, ["python", command, *model, *kept[:place], *inputs, *kept[place:], *flags]))
     return f"found {' '.join(unknown)}: these are flags of other projects, expected: {line}"
-
-
-def is_alone(template: str) -> bool:
-    """Whether it is an argument without a flag."""
-    return not template.startswith("--")
 
 
 def answer_train(command: str, argv: Sequence[str], unknown: Sequence[str]) -> str:
