@@ -46,7 +46,7 @@ from typing import Any, get_args
 import torch
 
 from config import EvaluationConfig, load_config
-from datasets.class_names import read_class_map
+from datasets.class_names import are_numbers, read_class_map
 from datasets.open import READERS
 from engine.command_line.translation import options_of, refuse_unknown
 from engine.evaluation.cross_dataset import evaluate_on_dataset
@@ -159,7 +159,7 @@ def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:
     names = read_names(path)
     if len(names) != len(own):
         raise UserError(f"{path}: found {len(names)} names, expected one for each of the model's {len(own)} classes")
-    if own != names and own != tuple(map(str, range(len(own)))):
+    if own != names and not are_numbers(own):
         print(f"{path}: names the model's classes {', '.join(names[:10])}; its file names them {', '.join(own[:10])}")
     return names
 

@@ -52,6 +52,11 @@ NEAR = {
 }
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether the names of classes are "0", "1", ...: those of a file that has none."""
+    return tuple(names) == tuple(map(str, range(len(names))))
+
+
 def coco_by_id() -> tuple[str, ...]:
     """The 90 classes of models that predict category ids (torchvision's detectors): column k is the id k + 1.
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.class_names import ClassMap, map_classes
+from datasets.class_names import ClassMap, are_numbers, map_classes
 from datasets.index import ANY_CLASS, DatasetIndex, Sample
 from datasets.open import open_dataset, require_objects
 from datasets.subset import keep_classes
@@ -35,7 +35,7 @@ def on_common_classes(
     compared: the lists are equal, or the model has no names ("0", "1", ..., none of which the dataset has) and nothing
     is `given`, so that its classes are matched by column. given, UserError: as in map_classes.
     """
-    is_unnamed = names == tuple(map(str, range(len(names)))) and not set(names) & set(index.names)
+    is_unnamed = are_numbers(names) and not set(names) & set(index.names)
     if not given and (is_unnamed or names == tuple(index.names)):
         if names != tuple(index.names) and len(names) == len(index.names):
             print(f"the model's classes have no names, so the dataset's are used in order: {', '.join(index.names)}")

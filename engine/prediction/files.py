@@ -12,6 +12,7 @@ from typing import TextIO
 import torch
 
 from boxes import xyxy_to_cxcywh, xyxy_to_xywh
+from datasets.class_names import are_numbers
 from engine.prediction.sources import Source
 from engine.prediction.video import Frame
 from structures import Detections
@@ -33,7 +34,7 @@ class PredictionFiles:
         self._open = contextlib.ExitStack()
         self._json: TextIO | None = None
         self._separator = "[\n"
-        if self.write_txt and not is_unnamed(self.names):
+        if self.write_txt and not are_numbers(self.names):
             with complete_file(self.output / "labels" / CLASS_LIST) as path:
                 path.write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8")
         if self.write_json:
@@ -100,11 +101,6 @@ def yolo_text(found: Detections, width: int, height: int) -> str:
     boxes = xyxy_to_cxcywh(found.boxes_xyxy.double()) / size
     rows = zip(found.labels.tolist(), boxes.tolist(), found.scores.tolist())
     return "".join(f"{label} {' '.join(f'{v:.9f}' for v in box)} {score:.9g}\n" for label, box, score in rows)
-
-
-def is_unnamed(names: Sequence[str]) -> bool:
-    """Whether the class names are only numbers, because the model's file has none."""
-    return tuple(names) == tuple(map(str, range(len(names))))
 
 
 def format_counts(labels: Counter[int], names: Sequence[str]) -> str:
