@@ -47,7 +47,6 @@ from engine.training.building import (
     TrainingSetup,
     augment_batch,
     build,
-    content_of_batch,
     describe_setup,
     images_with_boxes,
     set_learning_rates,
@@ -90,8 +89,7 @@ def train_step(
     # While a term's weight is measured, the gradient on the student's maps is needed, which a compiled graph hides.
     student = setup.student.forward if setup.criterion.shares.is_measuring else setup.student
     for number, batch in enumerate(batches, state.batch):
-        images, targets = augment_batch(setup, batch, state.epoch, number)
-        content = content_of_batch(setup, batch, state.epoch, number)
+        images, targets, content = augment_batch(setup, batch, state.epoch, number)
         t_outputs = setup.teachers(images)
 
         def losses_of_batch() -> dict[str, Tensor]:

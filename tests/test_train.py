@@ -219,7 +219,7 @@ def test_accumulated_gradient(make_tiny, monkeypatch, sum_over_batch):
     parts = building.build(config, Processes("cpu"), None, lambda line: None)
     expected = None
     for number, batch in enumerate(parts.loader.epoch(0)):
-        images, targets = building.augment_batch(parts, batch, 0, number)
+        images, targets, _ = building.augment_batch(parts, batch, 0, number)
         parts.learner.train()
         loss = sum(losses_of_batch(parts, images, targets, {}, 0.0).values())
         (loss * (len(batch) if sum_over_batch else 0.5)).backward()
@@ -367,7 +367,7 @@ def test_bfloat16_and_contiguous(make_tiny):
     losses = []
     for changes in ({"precision": "bfloat16"}, {"channels_last": False}, {}):
         parts = building.build(make_tiny(**changes), Processes("cpu"), None, lambda line: None)
-        images, targets = building.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+        images, targets, _ = building.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         assert images.is_contiguous(memory_format=torch.channels_last) == parts.config.channels_last
         terms = losses_of_batch(parts, images, targets, {}, 0.0)
         assert all(term.dtype == torch.float32 for term in terms.values())

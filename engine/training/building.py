@@ -85,38 +85,35 @@ class TrainingSetup:
             self.claim.check()
 
 
-def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets]:
-    """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank)."""
+def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets, Tensor | None]:
+    """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank).
+
+    The last value is (B, 1, H, W) bool, False in the padding of the images; None where no term leaves padding out.
+    """
+    config, device, groups = setup.config, setup.processes.device, batch.is_labelled
+    settings = augmentation_at(config, epoch)
+    stream = (Stream.AUGMENTATION, config.seed_of_views, epoch, number, setup.processes.rank)
     # Augmentation drops objects, so the targets stay on the host until their number is known.
-    images = batch.images.to(setup.processes.device, non_blocking=True)
     images, targets = augment(
-        images,
+        batch.images.to(device, non_blocking=True),
         batch.targets,
-        generator=augmentation_stream(setup, epoch, number),
-        settings=augmentation_at(setup.config, epoch),
+        generator=seeded_generator(*stream),
+        settings=settings,
         content_xyxy=batch.content_xyxy,
-        groups=batch.is_labelled,
+        groups=groups,
     )
-    if setup.config.channels_last:
+    if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    return images, targets.to(setup.processes.device)
-
-
-def content_of_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> Tensor | None:
-    """(B, 1, H, W) bool, False in the padding of augment_batch's images; None where no term leaves padding out."""
-    if not setup.criterion.leaves_padding_out:
-        return None
-    return augment_content(
-        batch.content_xyxy.to(setup.processes.device),
-        image_size=setup.config.image_size,
-        generator=augmentation_stream(setup, epoch, number),
-        settings=augmentation_at(setup.config, epoch),
-        groups=batch.is_labelled,
-    )
-
-
-def augmentation_stream(setup: TrainingSetup, epoch: int, number: int) -> torch.Generator:
-    return seeded_generator(Stream.AUGMENTATION, setup.config.seed_of_views, epoch, number, setup.processes.rank)
+    content = None
+    if setup.criterion.leaves_padding_out:
+        content = augment_content(
+            batch.content_xyxy.to(device),
+            image_size=config.image_size,
+            generator=seeded_generator(*stream),  # the draws of the images, once more
+            settings=settings,
+            groups=groups,
+        )
+    return images, targets.to(device), content
 
 
 def images_with_boxes(setup: TrainingSetup, is_labelled: Tensor) -> tuple[Tensor, float]:

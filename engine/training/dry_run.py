@@ -15,7 +15,6 @@ from engine.training.building import (
     TrainingSetup,
     augment_batch,
     build,
-    content_of_batch,
     count_parameters,
     describe_setup,
     images_with_boxes,
@@ -38,13 +37,12 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
         print(config.plumbing)
     setup = build(config, Processes(config.device), teachers, print, keep=False)
     batch = next(setup.loader.epoch(0))
-    images, targets = augment_batch(setup, batch, 0, 0)
+    images, targets, content = augment_batch(setup, batch, 0, 0)
     t_outputs = setup.teachers(images)
     with torch.no_grad(), in_eval_mode(setup.student):
         s_output = setup.student(images)
     setup.learner.train()
     epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
-    content = content_of_batch(setup, batch, 0, 0)
     terms = losses_of_batch(setup, images, targets, t_outputs, epoch, content, batch.is_labelled)
     print(describe_setup(setup))
     kinds = "" if batch.is_labelled.all() else f", {int(batch.is_labelled.sum())} of them labelled"

@@ -147,9 +147,9 @@ def spoil_images(patch: pytest.MonkeyPatch, value: float) -> None:
     original = train.augment_batch
 
     def spoiled(setup: Any, batch: Any, epoch: int, number: int) -> Any:
-        images, targets = original(setup, batch, epoch, number)
+        images, targets, content = original(setup, batch, epoch, number)
         images[0, 0, 0, 0] = value if epoch else images[0, 0, 0, 0]
-        return images, targets
+        return images, targets, content
 
     patch.setattr(train, "augment_batch", spoiled)
 

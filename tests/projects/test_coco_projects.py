@@ -132,7 +132,7 @@ def test_only_the_student_and_the_adapters_learn(path, row, terms, study_of):
     assert optimized == {id(value) for _, value in learning}
     assert sum(value.dim() == 4 for value in parts.criterion.parameters()) == terms
 
-    images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+    images, targets, _ = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
     parts.learner.train()
     losses = losses_of_batch(parts, images, targets, parts.teachers(images), 0.5)
     assert all(losses[name].item() > 0 for name in parts.criterion.terms) and len(parts.criterion.terms) > 0
@@ -167,7 +167,7 @@ def test_confidence_makes_the_difference(study_of):
     study, found = study_of(BOTH), {}
     for name in ("fixed", "confidence"):
         parts = train.build(row_of(study, name).config, Processes("cpu"), None, lambda line: None)
-        images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+        images, targets, _ = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         parts.learner.eval()
         losses = losses_of_batch(parts, images, targets, parts.teachers(images), 0.5)
         found[name] = {term: losses[term] for term in parts.criterion.terms}
@@ -240,7 +240,7 @@ def test_rtdetr_x_itself_from_its_own_file(study_of, golden, tmp_path):
     torch.save({"model": state, "names": dict(enumerate(COCO))}, file)
     config = row_of(study_of(RTDETR, "teachers.0.arch=rtdetr_x", f"teachers.0.weights={file}"), "mse").config
     parts = train.build(config, Processes("cpu"), None, lambda line: None)
-    images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+    images, targets, _ = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
     outputs = parts.teachers(images)
     assert [outputs["rtdetr_x"].features[level].shape[1:] for level in ("p3", "p4", "p5")] == [
         (384, 8, 8), (384, 4, 4), (384, 2, 2)

@@ -142,7 +142,7 @@ def test_alpha_beta_and_gamma_scale_their_terms(overrides, tmp_path):
     for name, changes in (("one", []), ("other", ["detection_weight=2", "terms.0.weight=3", "terms.1.weight=0.25"])):
         config = load_config(CONFIG, [*overrides, f"name={name}", f"student.arch={STUDENTS[1]}", *changes])
         parts = train.build(config, train.Processes("cpu"), None, lambda line: None)
-        images, targets = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+        images, targets, _ = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         torch.manual_seed(0)
         parts.learner.eval()
         rows.append(losses_of_batch(parts, images, targets, parts.teachers(images), 0.0))

@@ -164,7 +164,7 @@ def test_the_average_teaches_what_it_is_at_each_step(tmp_path):
     term = {"teacher": "mean", "loss": "mse", "weight": 1.0, "student_maps": ["p3"]}
     config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=[{"name": "mean", "arch": "ema"}], terms=[term])
     parts = building.build(config, Processes("cpu"), None, lambda text: None)
-    images, targets = building.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+    images, targets, _ = building.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
     parts.student.eval()
     value = lambda: losses_of_batch(parts, images, targets, parts.teachers(images), 0.0)["mse_mean"].item()
     assert value() == 0

@@ -252,7 +252,7 @@ def test_mosaics_are_of_one_kind(make):
     everything = {"mosaic": 1.0, "mixup": 1.0, "close_mosaic_epochs": 0}
     setup = building.build(make(data=few(), terms=[TERM], augment=everything), Processes("cpu"), None, quiet)
     for number, batch in enumerate(setup.loader.epoch(0)):
-        images, targets = building.augment_batch(setup, batch, 0, number)
+        images, targets, _ = building.augment_batch(setup, batch, 0, number)
         assert len(targets) and batch.is_labelled[targets.image].all() and images.shape == (8, 3, SIZE, SIZE)
 
 
