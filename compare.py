@@ -59,6 +59,7 @@ from engine.runtime import claims, run_folder
 from engine.training.batch_norms import check_batches
 from engine.training.building import build_criterion, build_student
 from engine.training.checks import SIZE_MULTIPLE, check_config
+from engine.training.inputs import Inputs, digest_of_labels, labels_of, weights_of
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures
 from engine.training.teaching import build_teachers
@@ -150,7 +151,7 @@ def make_plan(study: Study, *, only: list[str] | None = None, run: str | None = 
         retried, shown = works[-1:], [works[-1].row.name]
     progress = StudyProgress(every, {row.name: find_finished(row) for row in study.rows}, retried)
     open_rows = {work.row.name for work in works if progress.is_open(work)}
-    check_rows([row for row in study.rows if row.name in open_rows], study)
+    progress.inputs.add("now", check_rows([row for row in study.rows if row.name in open_rows], study))
     return Plan(study, works, progress, shown)
 
 
@@ -240,11 +241,12 @@ def find_finished(row: Row) -> Result:
     return result
 
 
-def check_rows(rows: list[Row], study: Study) -> None:
+def check_rows(rows: list[Row], study: Study) -> Inputs:
     """Build the models and the criterion of every row, to find mistakes in the last row before the first is trained.
 
-    Teachers that are not trained yet are replaced by untrained models.
+    Teachers that are not trained yet are replaced by untrained models. Returns the inputs that are there already.
     """
+    inputs: Inputs = {}
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
     for row in rows:
         with naming(f"row {row.name!r}"):
@@ -259,13 +261,22 @@ def check_rows(rows: list[Row], study: Study) -> None:
             if row.task is not None:
                 source = source or open_dataset(*study.config.data.train_place, classes=study.config.data.classes)
                 row.task.check_source(len(source))
-            check_models(row, in_place)
+            check_models(row, in_place, inputs)
+    return inputs
 
 
-def check_models(row: Row, in_place: dict[str, Config]) -> None:
-    """Build the models and the criterion of a row. in_place: the configs of teachers by their later weights."""
+def check_models(row: Row, in_place: dict[str, Config], inputs: Inputs) -> None:
+    """Build the models and the criterion of a row. in_place: the configs of teachers by their later weights.
+
+    inputs: gets those of the row that are there already.
+    """
     config, data = row.config, row.config.data
-    names = open_dataset(*data.test_place, classes=data.classes).names
+    index = open_dataset(*data.test_place, classes=data.classes)
+    names = index.names
+    inputs |= {labels_of(data.test_place, data): digest_of_labels(index)} | weights_of(config)
+    of_train = labels_of(data.train_place, data)
+    if row.task is None and data.train is not None and of_train not in inputs:
+        inputs[of_train] = digest_of_labels(open_dataset(*data.train_place, classes=data.classes))
     fresh = {
         t.name: build_student(in_place[t.weights], names, say=say_nothing)
         for t in config.teachers

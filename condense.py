@@ -61,6 +61,7 @@ from engine.runtime.processes import choose_device
 from engine.runtime.progress import Progress
 from engine.training.batch_norms import norm_of_one_value
 from engine.training.exits import is_out_of_memory
+from engine.training.inputs import weights_named
 from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, naming, run_script
 from random_streams import Stream, seeded_generator
 from structures import Targets
@@ -194,6 +195,7 @@ def make(job: Job) -> dict[str, Any]:
         "source": {"format": real.place[0], "root": real.place[1], "split": real.place[2], "pictures": len(real)},
         "source_pictures": list(layout.sources),
         "ignored_objects_left_out": real.ignored,
+        "inputs": real.inputs | ({} if job.network is None else weights_named([c.network.weights])),
         "seconds": cost.seconds,
         "peak_gigabytes": cost.gigabytes,
         "device": str(job.device),

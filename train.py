@@ -204,7 +204,8 @@ def run(
                 saved = load_saved(folder, config, allow_change, progress.say)
             setup = build(config, processes, teachers, progress.say, saved and saved["model"])
             if folder is not None and saved is not None:
-                state = restore(setup, saved, folder, progress)  # before anything is written: it may refuse
+                # Before anything is written: it may refuse.
+                state = restore(setup, saved, folder, progress, allow_change)
             if processes.is_first:
                 folder, config, setup.claim = open_folder(folder, config, claim)
                 if setup.claim is not claim:

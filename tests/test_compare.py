@@ -47,7 +47,7 @@ def trained(monkeypatch):
         return report
 
     monkeypatch.setattr(compare.train, "run", run)
-    monkeypatch.setattr(compare, "check_rows", lambda rows, study: None)
+    monkeypatch.setattr(compare, "check_rows", lambda rows, study: {})
     monkeypatch.setattr(compare.plot, "write", lambda path, *_, **__: path)
     return configs
 
@@ -93,6 +93,31 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(config, train
     trained.clear()
     compare.compare(make(config))
     assert names(trained) == ["taught_seed5 resumed", "longer_seed5"]
+
+
+def test_runs_before_and_after_a_change_of_labels_or_weights_are_refused(config, trained, monkeypatch):
+    """A table would mix numbers of two sets, or of two teachers."""
+    inputs = {"labels of voc set test": "a", "weights big.pt": "b"}
+    before, run = dict(inputs), compare.train.run
+
+    def run_with_inputs(config, **options):
+        report = run(config, **options) | {"inputs": dict(inputs)}
+        (Path(config.runs) / config.name / "report.json").write_text(json.dumps(report))
+        return report
+
+    monkeypatch.setattr(compare.train, "run", run_with_inputs)
+    compare.compare(make(config))
+    monkeypatch.setattr(compare, "check_rows", lambda rows, study: dict(inputs))
+    for name in before:  # changed before the runs of the second seed: none is trained
+        inputs[name] = "c"
+        with pytest.raises(UserError, match=f"^now: the {name} are not those of .*baseline_seed5: changed in between"):
+            compare.compare(make(config, seeds=2))
+        inputs[name] = before[name]
+    assert len(trained) == 4
+    monkeypatch.setattr(compare, "check_rows", lambda rows, study: {})
+    inputs["weights big.pt"] = "c"  # changed while they are trained
+    with pytest.raises(UserError, match=r"baseline_seed6: the weights big.pt are not those of .*seed5: changed"):
+        compare.compare(make(config, seeds=2))
 
 
 def test_more_seeds_and_rows_are_added_to_what_is_there(config, trained):
@@ -381,3 +406,11 @@ def test_end_to_end(config, tmp_path, capsys, monkeypatch, one_plot):
     assert capsys.readouterr().out.count("finished before") == 4
     for result, other in zip(results, again):
         assert result.reports[5]["test"] == other.reports[5]["test"]
+
+    labels = tmp_path / "data" / "labels" / "test" / "000.txt"
+    labels.write_text("0 0.5 0.5 0.2 0.2\n")  # corrected after the first seed
+    overrides = [f"teachers.0.{key}" for key in ("epochs=1", "arch=yolov8_narrow")]
+    more = load_study(path, [*overrides, "rows.baseline.evaluation.every_epochs=1"], seeds=2)
+    with pytest.raises(UserError, match=r"now: the labels of yolo .* test are not those of .*baseline_seed5: changed"):
+        compare.compare(more)
+    assert not list(study.folder.glob("*_seed6"))

@@ -18,6 +18,7 @@ from engine.condensing.set_files import read_manifest
 from engine.runtime import claims
 from engine.runtime.run_folder import RunFolder, write_text
 from engine.training.building import with_published_settings
+from engine.training.inputs import KnownInputs
 from errors import UserError
 from yaml_files import read_yaml
 
@@ -88,17 +89,22 @@ class StudyProgress:
     """
 
     def __init__(self, works: Sequence[Work], results: dict[str, Result], retried: Iterable[Work]) -> None:
-        self.works, self.results = works, results
+        self.works, self.results, self.inputs = works, results, KnownInputs()
         self._failed: dict[str, str] = {}
         self._forgiven = {work.name: read_failure(work) for work in retried}
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the reports and failures of all runs. A run whose teacher, network or set failed has failed."""
+        """Read the reports and failures of all runs. A run whose teacher, network or set failed has failed.
+
+        UserError where labels or weights changed between two runs, or between a set and a run.
+        """
         by_name = {work.name: work for work in self.works}
         self._failed = {}
         for work in self.works:
             result = self.results[work.row.name]
+            if work.is_set and (manifest := read_manifest(work.path)) is not None:
+                self.inputs.add(work.path, manifest.get("inputs", {}))
             if not work.is_set:
                 result.failures.pop(work.seed, None)
                 if self._read_report(work):
@@ -119,6 +125,8 @@ class StudyProgress:
         if work.seed not in reports and file.is_file():
             refuse_other(RunFolder(work.path), work.row.run(work.seed))  # it may be of another version of the study
             reports[work.seed] = json.loads(file.read_text(encoding="utf-8"))
+        if work.seed in reports:
+            self.inputs.add(work.path, reports[work.seed].get("inputs", {}))
         return work.seed in reports
 
     def is_open(self, work: Work) -> bool:

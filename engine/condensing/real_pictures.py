@@ -12,6 +12,7 @@ from datasets.loader import Batch, Loader
 from datasets.open import open_dataset, require_objects
 from datasets.scan import check, scan
 from distill.condense import coresets
+from engine.training.inputs import digest_of_labels, labels_of
 from engine.training.splits import DECODE_AT_MOST, take
 from errors import UserError
 from structures import Targets
@@ -23,6 +24,7 @@ class RealPictures:
     def __init__(self, data: DataConfig, image_size: int) -> None:
         place = data.train_place
         index = open_dataset(*place, classes=data.classes)
+        self.inputs = {labels_of(place, data): digest_of_labels(index)}
         if 0 < data.max_samples < len(index):
             index = take(index, data.max_samples)
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))

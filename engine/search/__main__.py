@@ -48,6 +48,7 @@ from engine.search.space import Shape, space_of
 from engine.search.table import Found, Ranked, Results
 from engine.training.building import count_parameters
 from engine.training.checks import check_config
+from engine.training.inputs import KnownInputs
 from engine.training.student import build_student
 from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, run_script
 
@@ -61,6 +62,7 @@ class Search:
         self.space = space_of(file.student.arch, len(self.index.names), file.image_size, file.search)
         self.results: dict[Teaching, Results] = {}
         self.reports: dict[str, dict[str, Any]] = {}
+        self.inputs = KnownInputs()
 
     def run(self) -> None:
         """Rank the shapes under every teaching, then search, and write after each part.
@@ -153,7 +155,9 @@ class Search:
                 run_folder.make_folder(widths.parent)
                 run_folder.write_text(widths, self.space.widths_text(shape))
             try:
-                self.reports[config.name] = train_once(config)
+                report = train_once(config)
+                self.inputs.add(Path(config.runs) / config.name, report.get("inputs", {}))
+                self.reports[config.name] = report
             except UserError as error:
                 if error.exit_code != NOT_FINITE_EXIT_CODE:
                     raise

@@ -20,6 +20,7 @@ from engine.runtime.claims import Claim
 from engine.runtime.processes import Processes, use_bfloat16
 from engine.training.batch_norms import check_batches
 from engine.training.checks import check_config
+from engine.training.inputs import Inputs, inputs_of
 from engine.training.int8 import start_ranges, student_bfloat16
 from engine.training.optimization import Ema, apply_schedule, build_optimizer
 from engine.training.optimizers import Optimizer
@@ -72,6 +73,7 @@ class TrainingSetup:
     ema: Ema
     bfloat16: bool
     data: str  # engine.training.state.fingerprint of the training pictures
+    inputs: Inputs  # what it reads by name
     evaluation_loaders: dict[int, Loader] = field(default_factory=dict)
     claim: Claim | None = None  # on the run's folder, in the first process of a run that writes one
 
@@ -251,6 +253,7 @@ def build(
         ema=ema,
         bfloat16=student_bfloat16(config, processes.device),
         data=data,
+        inputs=inputs_of(config, indexes, is_resumed=saved is not None),
     )
 
 

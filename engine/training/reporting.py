@@ -147,6 +147,7 @@ def describe_run(
         "pseudo_boxes": None if setup.splits.pseudo is None else setup.splits.pseudo.to_tree(),
         "shared_pictures": {" and ".join(o.names): len(o.shared) for o in setup.splits.overlaps},
         "evaluation": to_tree(config.evaluation),
+        "inputs": setup.inputs,
         "start": state.start,
         "test": test,
         "best_on_holdout": best,

@@ -11,6 +11,7 @@ from engine.runtime.claims import Claim
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import TrainingSetup, machine_facts
+from engine.training.inputs import inputs_of_resumed
 from engine.training.state import TrainingState, describe_model, refuse_changes
 from errors import DISK_EXIT_CODE, UserError
 
@@ -31,6 +32,7 @@ def save(setup: TrainingSetup, state: TrainingState, folder: RunFolder) -> None:
         "optimizer": setup.optimizer.state_dict(),
         "criterion": setup.criterion.state_dict(),
         "data": setup.data,
+        "inputs": setup.inputs,
         "machine": machine_facts(setup),
     }
     checkpoint.save(folder.last, saved, keep_previous=True)
@@ -82,10 +84,17 @@ def load_saved(
     return saved
 
 
-def restore(setup: TrainingSetup, saved: dict[str, Any], folder: RunFolder, progress: Progress) -> TrainingState:
+def restore(
+    setup: TrainingSetup,
+    saved: dict[str, Any],
+    folder: RunFolder,
+    progress: Progress,
+    allow_change: tuple[str, ...] = (),
+) -> TrainingState:
     """Load the models and the optimizer from a checkpoint of this run, and return its state."""
     if saved["data"] != setup.data:
         raise UserError(f"{folder.path}: the training pictures or labels are not those that the run started with")
+    setup.inputs = inputs_of_resumed(saved.get("inputs", {}), setup.inputs, allow_change, str(folder.path))
     for key, value in machine_facts(setup).items():
         if saved["machine"][key] != value:
             progress.say(
