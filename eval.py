@@ -56,6 +56,7 @@ from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
 from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script
 from metrics import coco
+from metrics.annotations import edge_note
 from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names
 from metrics.tables import inclusive_to_continuous
@@ -85,7 +86,7 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
         ground_truth = inclusive_to_continuous(ground_truth)
     if found_is_inclusive:
         detections = inclusive_to_continuous(detections)
-    for note in annotations.notes:
+    for note in (*annotations.notes, *edge_note(annotations.ground_truth, annotations.sizes)):
         print(f"{args.ground_truth}: {note}")
     assert ground_truth.crowd is not None and ground_truth.difficult is not None  # GroundTruth fills them in
     ignores_difficult = args.ignore_difficult is not False or args.protocol != "coco"

@@ -26,7 +26,7 @@ from typing import Any
 from datasets.folders import is_left_out
 from datasets.index import DatasetIndex, Effect
 from datasets.kept_index import Sources
-from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_resized
+from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_misread, refuse_resized
 from datasets.values import read_flag, read_id, read_number, read_size
 from errors import UserError
 
@@ -223,6 +223,7 @@ def index_coco(
                 make_sample(rows, frame, log, image_path=image_path, image_id=image_id, label_path=json_path)
             )
     refuse_resized(log, json_path)
+    refuse_misread(log, json_path)
     names, ids = tuple(record["name"] for record in categories.values()), tuple(categories)
     return DatasetIndex(names, tuple(samples), tuple(log.faults), ids, "coco", source)
 

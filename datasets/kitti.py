@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import ANY_CLASS, DatasetIndex, Effect
-from datasets.rows import FaultLog, LabelRows, log_passed_over, log_unread, make_sample, read_frame
+from datasets.rows import FaultLog, LabelRows, log_passed_over, log_unread, make_sample, read_frame, refuse_misread
 from datasets.text_lines import read_lines, read_names
 from datasets.values import read_number
 from errors import UserError
@@ -69,6 +69,7 @@ def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = Non
                 log.add(label_path, number, reason, kind, effect, image_path.name)
         samples.append(make_sample(rows, frame, log, image_path=image_path, image_id=stem, label_path=label_path))
     log_passed_over(base / "image_2", samples, log)
+    refuse_misread(log, base / "label_2")
     return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "kitti", str(base / "label_2"))
 
 

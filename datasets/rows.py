@@ -7,7 +7,8 @@ Every reader collects LabelRows and passes them to `make_sample`, so one rule ho
     more than one pixel past the edge of the picture                    kept, clipped to the picture, noted
     up to one pixel past the edge (rounding of the source)              kept unchanged
 
-Where label files state the size of their pictures, refuse_resized finds pictures that were resized after labelling.
+Where label files state the size of their pictures, refuse_resized finds pictures that were resized after labelling. In
+every format refuse_misread finds boxes that cannot be meant as they are read.
 """
 
 from collections import Counter
@@ -20,6 +21,7 @@ import numpy as np
 from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD, read_header, turn_boxes
 from datasets.index import Effect, Fault, Sample
+from datasets.values import are_fractions
 from errors import UserError
 
 EDGE_TOLERANCE = 1.0  # pixels
@@ -66,13 +68,15 @@ class FaultLog:
     """The faults of one read, in their order, and how the stated sizes of pictures compare with the real ones.
 
     stated: number of pictures whose label file states a size.
+    objects: number of boxes; past: of them, those that pass the edge of their picture by more than EDGE_TOLERANCE, in
+        past_pictures pictures; fractions: those that would be fractions, if they were not read as pixels.
     resized: for each of those that has another size, (the factors from the stated to the real width and height, a text
         with both sizes).
     """
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
-        self.stated = 0
+        self.stated = self.objects = self.past = self.past_pictures = self.fractions = 0
         self.resized: list[tuple[tuple[float, float], str]] = []
 
     def add(
@@ -149,6 +153,23 @@ def refuse_resized(log: FaultLog, source: Path) -> None:
         )
 
 
+def refuse_misread(log: FaultLog, source: Path) -> None:
+    """UserError for boxes in another form than that of their format, or of other pictures.
+
+    This is so if all of them are fractions where pixels are read; or if more than half of them, in three pictures or
+    more, pass the edge. Then a size was read where a corner stands, or the pictures were made smaller.
+    """
+    if log.objects and log.fractions == log.objects:
+        raise UserError(f"{source}: all {log.objects} boxes lie in 0..1, expected pixels")
+    if log.past_pictures >= 3 and log.past > log.objects / 2:
+        kinds = ("box past the edge", "box outside the picture")
+        first = next((str(fault) for fault in log.faults if fault.kind in kinds), "")
+        raise UserError(
+            f"{source}: {log.past} of {log.objects} boxes pass the edge of their picture, the first: {first}; expected "
+            "the pictures that were labelled, and boxes in the form of the format"
+        )
+
+
 def log_unread(paths: list[Path], log: FaultLog) -> None:
     """Add a fault for each of these pictures, whose formats are not read."""
     for path in paths:
@@ -171,6 +192,9 @@ def make_sample(
     num_soft_classes: K if the rows have class_scores, else None.
     """
     boxes = np.array([row[:4] for row in rows.rows], dtype=np.float64).reshape(-1, 4)
+    if log.fractions == log.objects and are_fractions(boxes):  # one box in pixels is enough
+        log.fractions += len(boxes)
+    log.objects += len(boxes)
     columns = zip(*(row[4:] for row in rows.rows)) if rows.rows else ((),) * 5
     label_column, difficult_column, crowd_column, area_column, scores_column = columns
     is_kept: np.ndarray | None = None  # all
@@ -221,6 +245,8 @@ def _sort_out(
             ("box outside the picture", ((high <= 0) | (low >= limit)).any(1)),
         )
         is_past = np.any((low < -EDGE_TOLERANCE) | (high > limit + EDGE_TOLERANCE), axis=1)
+    log.past += int(is_past.sum())
+    log.past_pictures += int(is_past.any())
     is_kept = np.ones(len(boxes), dtype=bool)
     for kind, is_faulty in tests:
         for row in np.flatnonzero(is_faulty & is_kept).tolist():

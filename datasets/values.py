@@ -8,6 +8,9 @@ was found and what was expected; the caller adds the file and the line.
 import math
 from typing import Any
 
+import numpy as np
+
+NORM_TOLERANCE = 0.01  # fractions up to 1.01 come from rounding; larger ones are pixels or broken
 YES = frozenset({"1", "true", "yes", "t", "y"})
 NO = frozenset({"", "0", "false", "no", "f", "n", "unspecified", "none", "null"})
 
@@ -83,6 +86,11 @@ def box_fault(x1: float, y1: float, x2: float, y2: float) -> tuple[str, str] | N
     if x1 == x2 or y1 == y2:
         return f"zero-size box: {corners}", "zero-size box"
     return None
+
+
+def are_fractions(boxes: np.ndarray) -> bool:
+    """Whether boxes (N, 4), read as pixels, are fractions of their pictures: all in 0..1, and not whole numbers."""
+    return len(boxes) > 0 and bool((np.abs(boxes) <= 1 + NORM_TOLERANCE).all() and (boxes % 1 > 0).any())
 
 
 def short(value: Any) -> str:

@@ -18,7 +18,16 @@ from pathlib import Path, PurePosixPath
 from datasets.folders import is_left_out, list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import DatasetIndex, Effect, Sample
-from datasets.rows import FaultLog, LabelRows, log_passed_over, log_unread, make_sample, read_frame, refuse_resized
+from datasets.rows import (
+    FaultLog,
+    LabelRows,
+    log_passed_over,
+    log_unread,
+    make_sample,
+    read_frame,
+    refuse_misread,
+    refuse_resized,
+)
 from datasets.text_lines import read_lines, read_names
 from datasets.values import box_fault, read_flag, read_number
 from datasets.voc_xml import Object, read_annotation
@@ -65,6 +74,7 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
     for folder in dict.fromkeys(part.pictures for part in parts):
         log_passed_over(folder, samples, log)
     refuse_resized(log, root)
+    refuse_misread(log, root)
     places = dict.fromkeys(str(part.annotations) for part in parts)
     return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "voc", ", ".join(places))
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets.rows import Frame, LabelRows
+from datasets.values import NORM_TOLERANCE
 from errors import UserError
 
-NORM_TOLERANCE = 0.01  # fractions up to 1.01 come from rounding; larger ones are pixels or broken
 SUM_TOLERANCE = 0.001  # a sum of shares this near to 1 comes from rounding; the shares are divided by it
 EDGE_TOLERANCE = 0.02  # how far a box may leave the picture, as a fraction of it
 CERTAIN = 0.2  # share of rows that cannot have keypoints: 0.25 to 0.9 for polygons, near 0 for keypoints

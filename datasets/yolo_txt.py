@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD
 from datasets.index import NO_LABEL_FILE, DatasetIndex, Sample
-from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame
+from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame, refuse_misread
 from datasets.text_lines import check_names, read_lines, read_names
 from datasets.yolo_rows import LongRows, add_row, read_kpt_shape, read_shares
 from errors import UserError
@@ -90,6 +90,7 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
         if sample is not None:
             samples.append(sample)
     long_rows.decide()
+    refuse_misread(log, found.source)
     soft = sum(sample.class_scores is not None for sample in samples)
     if 0 < soft < len(samples):
         raise UserError(

@@ -43,6 +43,19 @@ class Annotations:
     notes: tuple[str, ...] = ()
 
 
+def edge_note(ground_truth: GroundTruth, sizes: Sequence[tuple[float, float] | None]) -> tuple[str, ...]:
+    """A note on objects that pass the edge of their picture by more than a pixel, where its size is known."""
+    limits = np.array([(np.inf, np.inf) if size is None else size for size in sizes], dtype=np.float64).reshape(-1, 2)
+    limits = limits[ground_truth.image]  # (N, 2)
+    boxes = ground_truth.boxes_xyxy
+    known = np.isfinite(limits).all(axis=1)
+    is_past = known & ((boxes[:, :2] < -1) | (boxes[:, 2:] > limits + 1)).any(axis=1)
+    if not is_past.any():
+        return ()
+    found = f"{int(is_past.sum())} of {len(boxes)} objects pass the edge of their picture"
+    return (f"{found}; taken as they are, where training and the evaluation of a checkpoint cut them",)
+
+
 def is_number(token: str) -> bool:
     """Whether a class is written as a number: 3, 03 or, from numpy, 3.0."""
     return re.fullmatch(r"[0-9]{1,9}(\.0*)?", token) is not None

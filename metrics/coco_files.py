@@ -10,7 +10,7 @@ import numpy as np
 
 from datasets.coco import match_id, read_categories, read_json, without_root
 from datasets.rows import FaultLog
-from datasets.values import read_flag, read_id, read_number, read_size, short
+from datasets.values import are_fractions, read_flag, read_id, read_number, read_size, short
 from datasets.voc import CLASSES as VOC_CLASSES
 from errors import UserError
 from metrics.annotations import Annotations, find_labels, places, plain_number, usable_rows, with_classes
@@ -244,6 +244,8 @@ def _read_boxes(rows: list[dict], where: Callable[[int], str]) -> np.ndarray:
         except ValueError:
             raise UserError(f"{where(n)}: bbox: found {short(box)}, expected 4 numbers") from None
     xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    if are_fractions(xywh):
+        raise UserError(f"{where(0)}: bbox: found {boxes[0]}, and all boxes lie in 0..1, expected pixels")
     is_inverted = (xywh[:, 2:] < 0).any(axis=1)
     if is_inverted.any():
         n = int(is_inverted.argmax())

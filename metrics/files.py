@@ -38,9 +38,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from datasets import text_lines
 from datasets.folders import list_files
-from datasets.values import box_fault, read_flag
+from datasets.values import are_fractions, box_fault, read_flag
 from datasets.voc import CLASSES
 from datasets.voc_xml import read_annotation
 from datasets.yolo_txt import yaml_names
@@ -140,6 +142,8 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
             rows.token.append(item.name)
             rows.box.append(corners)
             rows.where.append(where)
+    if are_fractions(np.array(rows.box).reshape(-1, 4)):
+        raise UserError(f"{rows.where[0]}: all boxes lie in 0..1, expected pixels")
     found = tuple(sorted(set(rows.token)))
     class_list = next((p for p in (folder / CLASS_LIST, folder.parent / CLASS_LIST) if p.is_file()), None)
     if names is None and class_list is not None:

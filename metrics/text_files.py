@@ -11,7 +11,7 @@ import numpy as np
 from datasets.folders import is_left_out, list_files
 from datasets.images import SUFFIXES, read_size
 from datasets.text_lines import read_lines, read_names
-from datasets.values import box_fault, read_number
+from datasets.values import NORM_TOLERANCE, are_fractions, box_fault, read_number
 from errors import UserError
 from metrics.annotations import (
     Annotations,
@@ -30,7 +30,6 @@ from metrics.tables import DetectionTable, GroundTruth
 TextBoxes = Literal["xyxy", "xywh", "cxcywhn"]
 TEXT_BOXES = ("xyxy", "xywh", "cxcywhn")
 CLASS_LIST = "classes.txt"
-NORM_TOLERANCE = 0.01  # fractions up to 1.01 come from rounding, as in datasets.yolo_rows
 ORDER_HINT = "text is read as `class score box`; --score-last takes the last column; "
 MOST_NORM = 2.0  # a detection may leave its picture; larger numbers are pixels
 
@@ -230,7 +229,7 @@ def check_score(score: float, where: str, hint: str = "") -> float:
 def check_boxes(rows: Rows, text_boxes: TextBoxes, option: str) -> None:
     """UserError for fractions in a format of pixels, and for a box turned inside out."""
     values = np.array([columns[-4:] for columns in rows.columns]).reshape(-1, 4)
-    if text_boxes != "cxcywhn" and len(values) and (abs(values) <= 1 + NORM_TOLERANCE).all() and (values % 1 > 0).any():
+    if text_boxes != "cxcywhn" and are_fractions(values):
         also = ", for text of predict.py also --score-last" if option == "--detection-boxes" else ""
         raise UserError(
             f"{rows.where[0]}: all boxes lie in 0..1, expected pixels (for fractions: {option} cxcywhn{also})"

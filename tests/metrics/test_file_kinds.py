@@ -157,6 +157,20 @@ def test_fractions_for_pixels_and_pixels_for_fractions_are_refused(tmp_path):
         read_ground_truth(truth, text_boxes="cxcywhn", images=tmp_path)
 
 
+def test_fractions_in_json_and_xml_are_refused(tmp_path):
+    fractions, pixels = {"bbox": [0.2, 0.1, 0.4, 0.3]}, {"bbox": [2, 1, 4, 3]}
+    truth = read_ground_truth(write_coco(tmp_path / "gt.json", rows=[fractions, pixels]))  # one is in pixels: all are
+    write_xml(tmp_path / "voc" / "a.xml", (0.2, 0.1, 0.4, 0.3))
+    row = fractions | {"image_id": 1, "category_id": 10}
+    for read in (
+        lambda: read_ground_truth(write_coco(tmp_path / "gt.json", rows=[fractions])),
+        lambda: read_ground_truth(tmp_path / "voc"),
+        lambda: read_detections(write_rows(tmp_path / "dt.json", row), truth),
+    ):
+        with pytest.raises(UserError, match=r"all boxes lie in 0\.\.1, expected pixels$"):
+            read()
+
+
 def test_a_text_file_without_a_picture_is_left_out_and_noted(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
     Image.new("RGB", (40, 20)).save(tmp_path / "c.png")

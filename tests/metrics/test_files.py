@@ -8,9 +8,11 @@ from PIL import Image
 
 from errors import UserError
 from metrics import coco
+from metrics.annotations import edge_note
 from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names
 from metrics.picture_names import split_name
+from metrics.tables import GroundTruth
 from tests.reference.random_detections import as_tables, random_coco_set
 
 XML = """<annotation><size><width>60</width><height>40</height></size>{objects}</annotation>"""
@@ -254,3 +256,11 @@ def test_bad_places(tmp_path):
     (tmp_path / "gt" / "x.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         read_ground_truth(tmp_path / "gt")
+
+
+def test_objects_past_the_edge_are_noted():
+    columns = {"image": [0, 0, 1, 1], "labels": [0] * 4, "num_images": 2, "names": ("a",)}
+    boxes = [[-0.9, 0, 10, 20.9], [5, 5, 10, 22], [5, 5, 90, 90], [-9, 5, 10, 20]]
+    truth = GroundTruth(boxes_xyxy=np.array(boxes, float), **columns)
+    assert edge_note(truth, ((10, 20), None))[0].startswith("1 of 4 objects pass the edge of their picture; taken")
+    assert edge_note(truth, ((10, 20), (90, 90)))[0].startswith("2 of 4 ") and edge_note(truth, (None, None)) == ()
