@@ -175,7 +175,15 @@ def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[
         require_objects(report.index, report.title, place[1], with_difficult=with_difficult)
     train = reports["train"].index if "train" in reports else indexes["train"]
     splits = Splits(train.names, train, None, reports["test"].index, reports, tuple(overlaps))
-    return hold_out(splits, data.holdout_fraction, say) if data.holdout_fraction else splits
+    if not data.holdout_fraction:
+        return splits
+    splits = hold_out(splits, data.holdout_fraction, say)
+    parts = ((splits.train, True), (splits.holdout, config.evaluation.counts_difficult))
+    for part, with_difficult in parts:  # without an object every epoch has the same score, and the first is the best
+        if part is not None:
+            title = f"key 'data.holdout_fraction': {data.holdout_fraction} of {len(train)} pictures leaves a part"
+            require_objects(part, title, places["train"][1], with_difficult=with_difficult)
+    return splits
 
 
 def hold_out(splits: Splits, fraction: float, say: Callable[[str], None]) -> Splits:

@@ -44,6 +44,19 @@ def test_pictures_are_held_out_of_those_that_are_taken(make):
     )
 
 
+@pytest.mark.parametrize("part", ["holdout", "train"])
+def test_a_part_without_an_object_is_refused(make, tmp_path, part):
+    """Held-out pictures without one give every epoch the same score: the first would be the best."""
+    splits = make(holdout_fraction=0.3)
+    for name in names(getattr(splits, part)):
+        (tmp_path / "set" / "labels" / "train" / name).with_suffix(".txt").write_text("")
+    with pytest.raises(
+        UserError, match=r"^key 'data.holdout_fraction': 0.3 of 12 .* part: \d pictures and not one obj"
+    ):
+        make(holdout_fraction=0.3)
+    assert make().train.names  # without a part, the other objects are enough
+
+
 def test_a_negative_number_is_refused(make):
     with pytest.raises(UserError, match=r"data.max_samples': found -2, expected a number, or -1 for all"):
         make(max_samples=-2)
