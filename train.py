@@ -25,10 +25,11 @@ saved, and its last good checkpoint always stays whole.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ from datasets.loader import Batch, LoaderProcessDied
 from engine.command_line.arguments import answer_at_once, parse_train_arguments
 from engine.runtime import claims, run_folder
 from engine.runtime.interruption import StopRequested, StopSignals
-from engine.runtime.processes import Processes, keep_freed_memory
+from engine.runtime.processes import Processes, averaging, keep_freed_memory
 from engine.runtime.progress import Progress, ScalarLog
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import (
@@ -53,13 +54,12 @@ from engine.training.building import (
     with_published_settings,
 )
 from engine.training.dry_run import dry_run
-from engine.training.exits import exit_codes
+from engine.training.exits import check_finite, exit_codes
 from engine.training.idle_terms import without_idle_terms
 from engine.training.int8 import move_ranges
 from engine.training.reporting import finish, finish_epoch, measure_start
 from engine.training.saving import how_to_go_on, load_saved, open_folder, restore, save
 from engine.training.state import TrainingState
-from engine.training.steps import averaging, check_finite, in_groups
 from errors import UserError, run_script
 from layers.over_processes import sum_over_processes
 from random_streams import Stream, seeded_generator
@@ -121,6 +121,12 @@ def train_step(
     state.step += 1
     setup.ema.update(state.step)
     return [dict(zip(losses, values[i * len(losses) :])) for i in range(len(batches))]
+
+
+def in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` consecutive batches; the last may be shorter."""
+    while group := list(itertools.islice(batches, size)):
+        yield group
 
 
 def train(

@@ -64,6 +64,13 @@ class Processes:
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=find_unused)
 
 
+def averaging(learner: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager:
+    """The context of a backward pass: only after the last batch of a step are gradients averaged over the processes."""
+    if isinstance(learner, nn.parallel.DistributedDataParallel) and not is_last:
+        return learner.no_sync()
+    return contextlib.nullcontext()
+
+
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error means that another process of the group is gone.
 

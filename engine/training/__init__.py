@@ -14,9 +14,8 @@ dry_run       the losses and gradients of one batch, printed
 flops         what a training step costs, counted from a config
 balance       the distillation terms compared with the detection loss
 state         how far a run is, and which keys may differ when it is resumed
-steps         parts of the training step: groups of batches, averaging over processes, values not finite
 saving        last.pt: written and restored
 reporting     the row of an epoch, the best weights, the final test
-exits         the errors of PyTorch that end a run, with their exit codes
+exits         errors of PyTorch and numbers not finite, which end a run
 run_pictures  pictures of detections and of the compared maps
 """

@@ -1,12 +1,19 @@
-"""The errors of PyTorch that end a run, with their exit codes."""
+"""What ends a run with an exit code of its own: errors of PyTorch, and numbers that are not finite."""
 
 import contextlib
+import json
+import math
 from collections.abc import Iterator
 
 import torch
 
+from datasets.index import DatasetIndex
+from datasets.loader import Batch
+from engine.runtime import run_folder
 from engine.runtime.processes import is_lost_process
-from errors import LOST_EXIT_CODE, MEMORY_EXIT_CODE, UserError
+from engine.runtime.run_folder import RunFolder
+from engine.training.state import TrainingState
+from errors import LOST_EXIT_CODE, MEMORY_EXIT_CODE, NOT_FINITE_EXIT_CODE, UserError
 
 
 @contextlib.contextmanager
@@ -35,4 +42,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text or "bad_alloc" in text
+    )
+
+
+def check_finite(
+    values: list[float],
+    names: list[str],
+    batches: list[Batch],
+    index: DatasetIndex,
+    state: TrainingState,
+    folder: RunFolder,
+) -> None:
+    """UserError, before the weights change, where a value is not finite; nonfinite.json lists the batch's pictures.
+
+    values: every loss of every batch in the order of `names`, then the norm of the gradient.
+    """
+    if all(map(math.isfinite, values)):
+        return
+    *terms, norm = values
+    wrong = {name: value for name, value in zip(names * len(batches), terms) if not math.isfinite(value)}
+    wrong = wrong or {"the gradient's norm": norm}
+    pictures = [str(index.samples[row].image_path) for batch in batches for row in batch.indices.tolist()]
+    with contextlib.suppress(UserError):
+        details = {"step": state.step, "terms": {k: str(v) for k, v in wrong.items()}, "pictures": pictures}
+        run_folder.write_text(folder.path / "nonfinite.json", json.dumps(details, indent=2) + "\n")
+    shown = ", ".join(pictures[:8]) + (f" and {len(pictures) - 8} more" if len(pictures) > 8 else "")
+    raise UserError(
+        f"step {state.step}: {', '.join(f'{name} is {value}' for name, value in wrong.items())}, expected finite "
+        f"numbers; pictures of the batch: {shown}; the last checkpoint is untouched",
+        NOT_FINITE_EXIT_CODE,
     )
