@@ -23,7 +23,8 @@ from tests.exporting import ARCH, NAMES
 from tests.tiny_training import SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = DetectionSettings(score_threshold=0.0, iou_threshold=0.6, max_detections=50)
+SETTINGS = dict(score_threshold=0.0, iou_threshold=0.6, max_detections=50)
+DETECTION = DetectionSettings(**SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def half_right(model, index):
 
     A model of a few steps finds nothing; of this truth it finds some, and every score and box has a say in the mAP.
     """
-    found = measuring.evaluate_model(model, index, SETTINGS, image_size=SIZE, batch_size=4).detections
+    found = measuring.evaluate_model(model, index, DETECTION, image_size=SIZE, batch_size=4).detections
     rng = np.random.default_rng(0)
     samples = []
     for number, sample in enumerate(index.samples):
@@ -61,7 +62,7 @@ def test_map_is_that_of_pytorch(exported, model, index, kind):
     detector, info = load_detector(getattr(exported, kind))
     assert (info.arch, info.names, info.image_size, info.source) == (ARCH, NAMES, SIZE, "ours")
     expected, found = (
-        measuring.evaluate_model(m, index, SETTINGS, image_size=SIZE, batch_size=4) for m in (model, detector)
+        measuring.evaluate_model(m, index, DETECTION, image_size=SIZE, batch_size=4) for m in (model, detector)
     )
     assert 0.05 < expected.numbers["mAP50-95"] < expected.numbers["mAP50"] < 0.95
     for name, value in expected.numbers.items():
@@ -86,7 +87,7 @@ def test_predictor_finds_the_same_boxes(exported, model, kind):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (h, w, 3), dtype=np.uint8) for h, w in ((40, 90), (64, 64), (200, 120))]
     detector, _ = load_detector(getattr(exported, kind))
-    expected, found = (predict.Predictor(m, image_size=SIZE, detection=SETTINGS)(pictures) for m in (model, detector))
+    expected, found = (predict.Predictor(m, image_size=SIZE, detection=DETECTION)(pictures) for m in (model, detector))
     for ours, theirs in zip(expected, found, strict=True):
         assert len(ours) == len(theirs) > 0 and torch.equal(ours.labels, theirs.labels)
         torch.testing.assert_close(ours.boxes_xyxy, theirs.boxes_xyxy, rtol=0, atol=1e-2)
@@ -183,4 +184,4 @@ def test_what_does_not_fit_is_refused(exported, index, tmp_path):
         eval.main([str(exported.fixed), "yolo", str(other), "test"])
     with pytest.raises(UserError, match="the model has 2 classes, the dataset 3"):
         other_index = dataclasses.replace(index, names=("a", "b", "c"))
-        measuring.evaluate_model(load_onnx(exported.fixed), other_index, SETTINGS, image_size=SIZE, batch_size=4)
+        measuring.evaluate_model(load_onnx(exported.fixed), other_index, DETECTION, image_size=SIZE, batch_size=4)
