@@ -20,6 +20,7 @@ from datasets.index import DatasetIndex
 from datasets.kept_index import KeptSets
 from datasets.open import open_dataset, require_objects
 from datasets.overlap import Overlap, find_overlap
+from datasets.rows import FaultLog
 from datasets.scan import ScanReport, check, scan
 from datasets.unlabelled import draw_per_class, join, open_pictures, without_labels
 from engine.runtime import claims, run_folder
@@ -120,7 +121,8 @@ def open_labelled(
 def open_unlabelled(data: DataConfig, whole: DatasetIndex, train: DatasetIndex) -> DatasetIndex:
     """The pictures without labels: the rest of the training split, and those of data.unlabelled's own split or folder.
 
-    A picture in both, or among the labelled ones, counts once (by its path).
+    A picture in both counts once (by its path). One that is a labelled picture too, some of which may be held out, is
+    left to those: by its path, or else as a link or a copy with the same bytes, which is a fault in the report.
     """
     settings = data.unlabelled
     assert settings is not None
@@ -140,8 +142,23 @@ def open_unlabelled(data: DataConfig, whole: DatasetIndex, train: DatasetIndex) 
     if not kept:
         raise UserError("key 'data.unlabelled': all of its pictures are labelled, expected others")
     faults = tuple(fault for part in parts for fault in part.faults)
-    index = dataclasses.replace(parts[-1], samples=kept, faults=faults)
+    index = without_copies(dataclasses.replace(parts[-1], samples=kept, faults=faults), train)
     return take(index, settings.max_samples) if 0 < settings.max_samples < len(index) else index
+
+
+def without_copies(unlabelled: DatasetIndex, labelled: DatasetIndex) -> DatasetIndex:
+    """The pictures without labels that are no labelled ones under another path; the others are faults."""
+    shared = {pair.path: pair for pair in find_overlap(unlabelled, labelled, ("unlabelled", "train")).shared}
+    kept = tuple(sample for sample in unlabelled.samples if sample.image_path not in shared)
+    if not kept:
+        example = next(iter(shared.values()))
+        found = f"such as {example.path} and {example.others[0]}"
+        raise UserError(f"key 'data.unlabelled': all of its pictures are copies of labelled ones, {found}")
+    log = FaultLog()
+    for path, (_, others, is_file) in shared.items():
+        reason = f"it has the {'file' if is_file else 'bytes'} of the labelled picture {others[0]}"
+        log.add(path, None, reason, "copy of a labelled picture", "duplicate dropped", path.name)
+    return dataclasses.replace(unlabelled, samples=kept, faults=(*unlabelled.faults, *log.faults))
 
 
 def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[[str], None] = print) -> Splits:

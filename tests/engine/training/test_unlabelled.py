@@ -105,6 +105,28 @@ def test_another_source_and_its_overlap(make_tiny, tiny_data, tmp_path):
         open_indexes(make_tiny(data={"unlabelled": {"rest": True}}))
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_a_copy_of_a_labelled_picture_is_not_unlabelled(make_tiny, tmp_path, fraction):
+    """By its bytes or as a link; the held-out pictures are among the labelled ones."""
+    more = tmp_path / "more"
+    more.mkdir()
+    Image.fromarray(np.full((40, 50, 3), 7, np.uint8)).save(more / "own.png")
+    config = make_tiny(data=few(rest=False, root=str(more)) | {"holdout_fraction": fraction})
+    labelled = [sample.image_path for sample in open_indexes(config)["train"].samples]
+    for number, path in enumerate(labelled):
+        (more / f"copy{number}.png").write_bytes(path.read_bytes())
+    (more / "link.png").symlink_to(labelled[0])
+    lines = []
+    splits = open_splits(config, lines.append)
+    assert [sample.image_path.name for sample in splits.reports["unlabelled"].index.samples] == ["own.png"]
+    (said,) = [line for line in lines if "copy of a labelled picture" in line]
+    assert f" {len(labelled) + 1}  duplicate dropped  copy of a labelled picture" in said
+    assert count_training_pictures(config) == len(labelled) - round(fraction * len(labelled)) + 1
+    (more / "own.png").unlink()
+    with pytest.raises(UserError, match="'data.unlabelled': all of its pictures are copies of labelled ones, such as"):
+        open_indexes(config)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
