@@ -11,14 +11,15 @@ as float16.
     part = cache.get(key)                           None if it is not in the cache
     output = join_output(OutputType, rows)          the inverse of split_output
 
-`cached_forward` does all of this for a batch. The fingerprint of a cache names the teacher, the input size and the
-settings. An entry with another fingerprint is never found.
+`cached_forward` does all of this for a batch. The fingerprint of a cache names the teacher, its code, the input size and
+the settings. An entry with another fingerprint is never found.
 
 File format, little-endian: MAGIC, the CRC-32 of everything after it, the length of a JSON header, the header (the name
 of the entry; name, dtype and shape of each tensor), the bytes of the tensors. Reading it runs no code from the file.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -43,6 +44,8 @@ KEPT_AFTER_TRIM = 0.9  # of the cap, so that only some writes have to scan the f
 ABANDONED_SECONDS = 3600.0  # an unfinished file of this age belongs to a process that died
 STALE_SECONDS = 24 * 3600.0  # an entry that was not used for a day makes room for others
 RECOUNT = 0.05  # of the cap: what is written before the bytes of other processes are counted anew
+FOLDERS_OF_CODE = ("datasets", "frcnn", "kernels", "layers", "rtdetr", "teachers", "yolo")
+CODE = ("boxes.py", "models.py", *(f"{folder}/**/*.py" for folder in FOLDERS_OF_CODE))
 DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -295,11 +298,17 @@ def image_key(pixels: Tensor) -> str:
 
 
 def fingerprint_of(model: nn.Module, **settings: Any) -> str:
-    """A digest of a model's class, all its parameters and buffers, and the settings.
+    """A digest of a model's modules and code, all its parameters and buffers, and the settings.
 
-    settings: JSON values of everything else that the outputs depend on: input size, precision, class names.
+    Of a module it has the class and the public attributes that are JSON values, such as a stride or a number of
+    proposals. settings: JSON values of everything else that the outputs depend on: input size, precision, class names.
     """
-    digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
+    digest = hashlib.sha256(f"{code_version()} {torch.__version__}".encode())
+    for name, module in model.named_modules():
+        public = {key: value for key, value in vars(module).items() if key[0] != "_" and _is_json(value)}
+        public.pop("requested_outputs", None)  # parts have entries of their own
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        digest.update(f"\n{name} {kind} {json.dumps(public, sort_keys=True)}".encode())
     for name, tensor in sorted(
         [*model.named_parameters(), *model.named_buffers()]
     ):  # state_dict leaves some buffers out
@@ -307,6 +316,23 @@ def fingerprint_of(model: nn.Module, **settings: Any) -> str:
         digest.update(_bytes_of(tensor))
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+    """A digest of the sources that outputs depend on: those of models, and of what reads pictures for them."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(path for name in CODE for path in root.glob(name)):
+        digest.update(f"\n{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

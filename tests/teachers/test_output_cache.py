@@ -3,11 +3,13 @@
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from teachers import output_cache
 from teachers.dinov2 import DINOv2, DINOv2Output
 from teachers.output_cache import (
     RECOUNT,
@@ -362,6 +364,8 @@ def test_fingerprints():
     found.add(fingerprint_of(nn.ModuleList(model), image_size=28))
     model.requested_outputs = frozenset({"patches"})
     assert fingerprint_of(model, image_size=28) == same  # parts have entries of their own
+    model.requested_outputs = None
+    assert fingerprint_of(model, image_size=28) == same
     model.register_buffer("prompts", torch.zeros(1), persistent=False)
     found.add(fingerprint_of(model, image_size=28))
     model[1].running_mean[0] += 1
@@ -369,6 +373,34 @@ def test_fingerprints():
     model[0].bias.data = torch.nextafter(model[0].bias.data, torch.tensor(9.0))
     found.add(fingerprint_of(model, image_size=28))
     assert len(found) == 8
+
+
+def test_a_fingerprint_names_what_no_weight_shows():
+    """Equal weights, other outputs: an epsilon, a number of proposals, other layers, another forward."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU())
+    found = {fingerprint_of(model)}
+    model[1].eps = 0.1
+    found.add(fingerprint_of(model))
+    model.selection = {"proposals": 150}
+    found.add(fingerprint_of(model))
+    model[2] = nn.SiLU()
+    found.add(fingerprint_of(model))
+    assert len(found) == 4
+
+
+def test_the_version_of_the_code(tmp_path, monkeypatch):
+    root = Path(output_cache.__file__).parent.parent
+    for name in ("boxes.py", "yolo/yolov8.py", "layers/fusion.py", "datasets/letterbox.py", "teachers/output_cache.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    monkeypatch.setattr(output_cache, "__file__", str(tmp_path / "teachers" / "output_cache.py"))
+    version = output_cache.code_version.__wrapped__
+    found = [version(), version()]
+    for name in ("boxes.py", "yolo/yolov8.py", "datasets/letterbox.py"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"#")
+        found.append(version())
+    (tmp_path / "notes.py").write_bytes(b"")
+    assert found[0] == found[1] and version() == found[-1] and len(set(found)) == 4
 
 
 # a teacher ----------------------------------------------------------------------------------------------------------
