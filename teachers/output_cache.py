@@ -11,8 +11,8 @@ as float16.
     part = cache.get(key)                           None if it is not in the cache
     output = join_output(OutputType, rows)          the inverse of split_output
 
-`cached_forward` does all of this for a batch. The fingerprint of a cache names the teacher, its code, the input size and
-the settings. An entry with another fingerprint is never found.
+`cached_forward` does all of this for a batch. The fingerprint of a cache names the teacher, its code, the input size
+and the settings. An entry with another fingerprint is never found.
 
 File format, little-endian: MAGIC, the CRC-32 of everything after it, the length of a JSON header, the header (the name
 of the entry; name, dtype and shape of each tensor), the bytes of the tensors. Reading it runs no code from the file.
