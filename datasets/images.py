@@ -3,14 +3,14 @@
 Conversion to RGB:
 
     grey (L, 1-bit)         repeated three times
-    16-bit grey             its high byte
+    12-bit, 16-bit grey     its high 8 bits
     palette                 looked up
     alpha (LA, PA, RGBA)    dropped, not blended, as in OpenCV
     CMYK                    converted without a colour profile
     several frames, pages   the first one
 
-EXIF orientation is applied; an orientation that is only in XMP is not read. Float pixels are refused, and so are GIF,
-HEIC, AVIF, JPEG 2000 and JPEG XL, by name.
+EXIF orientation is applied; an orientation that is only in XMP is not read. Float and signed 16-bit pixels are refused,
+grey that is all black in 8 bits, and GIF, HEIC, AVIF, JPEG 2000 and JPEG XL, by name.
 
 Every limit is checked here and not by turning Pillow's warnings into errors: warning filters belong to the whole
 process, and pictures are read in threads. A truncated file is an error; it is never filled up with grey.
@@ -84,8 +84,7 @@ def _decode(image: Image.Image, path: str | Path, orientation: int, data: bytes 
         if image.mode == "F":
             raise ValueError("its pixels are floats; expected 8 or 16 bits a channel")
         if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I
-            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
-            rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+            rgb = Image.fromarray(_high_bits(image)).convert("RGB")
         else:
             rgb = image.convert("RGB")
         transpose = _TRANSPOSE.get(orientation)
@@ -96,6 +95,23 @@ def _decode(image: Image.Image, path: str | Path, orientation: int, data: bytes 
         raise UserError(f"{path}: {_decode_fault(error)}") from None
     finally:
         image.close()
+
+
+def _high_bits(image: Image.Image) -> np.ndarray:
+    """16-bit grey as uint8 (H, W). ValueError for values that are no such grey. Pillow ignores these tags of a TIFF."""
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    bits, sample_format = (np.ravel(tags.get(tag, default))[0] for tag, default in ((258, 16), (339, 1)))
+    grey = np.asarray(image).astype(np.int64)
+    low, high = int(grey.min()), int(grey.max())
+    if (bits, sample_format) == (16, 2) or low < 0 or high > 65535:
+        raise ValueError(f"its pixels are integers from {low} to {high}; expected 8 or 16 bits without a sign")
+    depth = min(int(bits), 16)
+    if tags.get(262) == 0:  # white is zero
+        grey = (1 << depth) - 1 - grey
+    grey >>= depth - 8
+    if 0 < high < 1 << (depth - 8):
+        raise ValueError(f"its {depth}-bit pixels are {low} to {high}, one grey in 8 bits; expected their whole range")
+    return grey.astype(np.uint8)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

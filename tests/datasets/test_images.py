@@ -140,6 +140,47 @@ def test_a_png_may_hold_exif_after_its_pixels(tmp_path):
     assert read_size(tmp_path / "b.png") in ((HEIGHT, WIDTH), (WIDTH, HEIGHT))  # a broken end is no crash
 
 
+def grey_tiff(grey: np.ndarray, bits: int, photometric: int, sample_format: int) -> bytes:
+    """An uncompressed TIFF of one strip. grey (H, W), W even. At 12 bits two pixels take three bytes."""
+    height, width = grey.shape
+    if bits == 12:
+        a, b = grey.reshape(-1, 2).T
+        data = np.stack((a >> 4, (a & 15) << 4 | b >> 8, b & 255), 1).astype(np.uint8).tobytes()
+    else:
+        data = grey.astype(f"<u{bits // 8}").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
+    rows = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in (tags | {339: sample_format}).items()]
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(rows)) + b"".join(rows) + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "bits, photometric, factor, faulty",
+    [
+        (16, 1, 257, False),
+        (16, 0, 257, False),
+        (12, 1, 16, False),
+        (16, 1, 1, True),
+        (16, 1, 16, False),
+        (32, 1, 999, True),
+    ],
+)
+def test_grey_of_many_bits(tmp_path, bits, photometric, factor, faulty):
+    """White may be 0, 12 bits are not 16, and what would be black or cut is refused."""
+    grey = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 256
+    stored = grey * factor
+    (tmp_path / "a.tif").write_bytes(grey_tiff(stored if photometric else 65535 - stored, bits, photometric, 1))
+    if faulty:
+        with pytest.raises(UserError, match=r"its 16-bit pixels are 0 to 255|integers from 0 to 254745"):
+            read_image(tmp_path / "a.tif")
+        return
+    expected = stored >> (bits - 8)  # of which 12 bits in 16 are dark, as they may be meant
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), np.repeat(expected[:, :, None], 3, 2))
+    if bits == 16:
+        (tmp_path / "a.tif").write_bytes(grey_tiff(stored >> 1, bits, 1, 2))
+        with pytest.raises(UserError, match="without a sign"):
+            read_image(tmp_path / "a.tif")
+
+
 def test_tiff(tmp_path):
     """What becomes RGB how is the same as for PNG; floats are refused."""
     grey = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 256).astype(np.uint16)
