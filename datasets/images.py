@@ -81,12 +81,7 @@ def _decode(image: Image.Image, path: str | Path, orientation: int, data: bytes 
     try:
         if image.format == "PNG":
             _check_png(data)
-        if image.mode == "F":
-            raise ValueError("its pixels are floats; expected 8 or 16 bits a channel")
-        if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I
-            rgb = Image.fromarray(_high_bits(image)).convert("RGB")
-        else:
-            rgb = image.convert("RGB")
+        rgb = to_rgb(image)
         transpose = _TRANSPOSE.get(orientation)
         if transpose is not None and image.format != "TIFF":  # Pillow turns a TIFF when it loads it
             rgb = rgb.transpose(transpose)
@@ -95,6 +90,17 @@ def _decode(image: Image.Image, path: str | Path, orientation: int, data: bytes 
         raise UserError(f"{path}: {_decode_fault(error)}") from None
     finally:
         image.close()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture in RGB, by the table above, with its `info`. ValueError for pixels that are refused."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats; expected 8 or 16 bits a channel")
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    rgb = Image.fromarray(_high_bits(image)).convert("RGB")  # 16-bit grey: I;16 and its byte orders, or I
+    rgb.info = image.info.copy()
+    return rgb
 
 
 def _high_bits(image: Image.Image) -> np.ndarray:

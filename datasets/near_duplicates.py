@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from datasets.images import read_image
+from errors import UserError
+
 DISTANCE = 4  # bits; unrelated photographs differ in 32 on average
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
 
@@ -58,9 +61,13 @@ def difference_hash(path: Path) -> int | None:
     """The 64-bit hash of the upright picture; None where it does not decode."""
     try:
         with Image.open(path) as picture:
-            picture.draft("L", (144, 128))  # a JPEG is decoded at a fraction of its size
-            small = ImageOps.exif_transpose(picture).convert("L").resize((9, 8), Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            if picture.format == "JPEG":
+                picture.draft("L", (144, 128))  # it is decoded at a fraction of its size
+                upright = ImageOps.exif_transpose(picture)
+            else:
+                upright = Image.fromarray(read_image(path))
+            small = upright.convert("L").resize((9, 8), Image.Resampling.BOX)
+    except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     grey = np.asarray(small)  # (8, 9)
     return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes(), "big")

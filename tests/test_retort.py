@@ -129,9 +129,18 @@ def test_a_turned_photo_is_upright(run, model, tmp_path):
     np.testing.assert_array_equal(boxes_of([file]), boxes_of([opened]))
 
 
+def test_a_picture_of_16_bits_is_that_of_its_file(model, tmp_path):
+    grey = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 16
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    found = model.predict([tmp_path / "grey.png", Image.open(tmp_path / "grey.png"), Image.fromarray(grey)])
+    for one in found:
+        np.testing.assert_array_equal(one.picture, np.repeat((grey >> 8)[..., None], 3, 2))
+
+
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
+        (Image.fromarray(np.zeros((8, 8), np.float32)), "picture 0: its pixels are floats"),
         (np.zeros((8, 8), np.uint8), r"picture 0: found uint8 \(8, 8\), expected uint8 \(H, W, 3\)"),
         (np.zeros((8, 8, 3)), r"picture 0: found float64 \(8, 8, 3\), expected uint8"),
         (torch.zeros(8, 8, 3), r"picture 0: found a tensor \(8, 8, 3\), expected \(3, H, W\)"),

@@ -14,7 +14,7 @@ import models
 from checkpoint import CheckpointInfo
 from config import EvaluationConfig
 from datasets.class_names import COCO, read_class_map
-from datasets.images import read_image
+from datasets.images import read_image, to_rgb
 from engine.evaluation.cross_dataset import evaluate_on_dataset
 from engine.evaluation.measuring import EvaluationResult
 from engine.from_python.found import Detections
@@ -22,7 +22,7 @@ from engine.onnx_files.detector import OnnxDetector, load_detector
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import find_pictures
 from engine.runtime.processes import choose_device
-from errors import UserError
+from errors import UserError, naming
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -177,7 +177,8 @@ def read_pixels(picture: Picture, source: str) -> np.ndarray:
     if isinstance(picture, str | Path):
         return read_image(picture)
     if isinstance(picture, Image.Image):
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        with naming(source, ValueError):
+            return np.array(ImageOps.exif_transpose(to_rgb(picture)))
     if isinstance(picture, Tensor):
         if picture.dim() != 3 or picture.shape[0] != 3:
             raise UserError(f"{source}: found a tensor {tuple(picture.shape)}, expected (3, H, W), RGB")

@@ -177,6 +177,15 @@ def test_versions_of_a_picture_are_near_and_others_are_not(tmp_path):
     assert difference_hash(paths[-1]) is None
 
 
+def test_grey_of_16_bits_is_seen_as_it_is_read(tmp_path):
+    """Not as white, which would make all such pictures one group."""
+    paths = [tmp_path / f"{number}.{suffix}" for number in range(3) for suffix in ("png", "tif")]
+    for number, path in enumerate(paths):
+        small = np.random.default_rng(number // 2).integers(256, 65536, (8, 9))
+        Image.fromarray(np.kron(small, np.ones((8, 8))).astype(np.uint16)).save(path)
+    assert group_near_duplicates(paths).tolist() == [0, 0, 1, 1, 2, 2]
+
+
 def test_names_join_versions_and_frames(tmp_path):
     names = ("a_jpg.rf.0a1B.jpg", "b.jpg", "a_jpg.rf.9f.jpg", "clip1_001.jpg", "clip1_002.jpg", "clip2_001.jpg")
     for number, name in enumerate(names):
