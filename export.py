@@ -340,6 +340,7 @@ def main(argv: list[str]) -> None:
         commit=commit(),
         evaluation=to_tree(evaluation) if info.config else {},
         random_teachers=info.random_teachers,
+        classes=info.classes,
     )
     if FORMATS[args.format] != SUFFIX:
         write_other_format(args, model, described, images, on)

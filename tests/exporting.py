@@ -63,7 +63,8 @@ def export_student(folder: Path) -> Exported:
     terms = [{"teacher": "big", "loss": "mse", "weight": 0.5, "student_maps": ["p3", "p4"], "adapter": "conv1x1"}]
     teachers = [{"name": "big", "arch": ARCH, "weights": str(save_model(folder / "teacher.pt", ARCH))}]
     student = {"arch": ARCH, "weights": str(save_model(folder / "start.pt", ARCH))}
-    config = tiny_config(data, folder / "runs", epochs=1, student=student, teachers=teachers, terms=terms)
+    parts = {"student": student, "teachers": teachers, "terms": terms, "data": {"classes": list(NAMES)}}
+    config = tiny_config(data, folder / "runs", epochs=1, **parts)
     train.run(config, quiet=True)
     weights = folder / "runs" / "tiny" / "weights" / "last.pt"
     said, pictures = [], ["--pictures", str(data / "images")]

@@ -118,7 +118,7 @@ def test_metadata(exported):
 
     entries = {entry.key: entry.value for entry in onnx.load(exported.int8).metadata_props}
     info = onnx_graph.read_info(entries, exported.int8)
-    assert (info.arch, info.names, info.image_size) == (ARCH, NAMES, SIZE)
+    assert (info.arch, info.names, info.image_size, info.classes) == (ARCH, NAMES, SIZE, NAMES)
     assert (info.suppresses, info.precision, info.source) == (True, "int8", "ours")
     assert info.commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", info.commit)
 

@@ -96,6 +96,7 @@ class GraphInfo:
     precision: float32 or int8. source: "ours" or "public", from its checkpoint.
     evaluation: plain values of the EvaluationConfig that the checkpoint was measured with; empty in older files.
     random_teachers: of the checkpoint's run, which was then no measurement; not in older files.
+    classes: of the dataset, those that the checkpoint's run was limited to (data.classes); not in older files.
     """
 
     arch: str
@@ -107,9 +108,11 @@ class GraphInfo:
     commit: str | None
     evaluation: dict[str, Any] = field(default_factory=dict)
     random_teachers: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
-LATER = ("evaluation", "random_teachers")  # fields that older files lack
+LISTS = ("names", "random_teachers", "classes")  # fields that are lists of texts
+LATER = ("evaluation", "random_teachers", "classes")  # fields that older files lack
 
 
 class Decoded(nn.Module):
@@ -276,9 +279,9 @@ def read_info(entries: dict[str, str], path: object) -> GraphInfo:
         fields = {name: json.loads(entries[PREFIX + name]) for name in names}
     except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: its metadata is damaged: {error}") from None
-    lists = [fields["names"], fields.setdefault("random_teachers", [])]
+    lists = [fields.setdefault(name, []) for name in LISTS]
     are_texts = all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
     if not are_texts or type(fields["image_size"]) is not int or not isinstance(fields["arch"], str):
-        keys = "'arch', 'names', 'image_size' or 'random_teachers'"
+        keys = "'arch', 'names', 'image_size', 'random_teachers' or 'classes'"
         raise UserError(f"{path}: its metadata is damaged: {keys} is not what export.py writes")
-    return GraphInfo(**fields | {name: tuple(fields[name]) for name in ("names", "random_teachers")})
+    return GraphInfo(**fields | {name: tuple(fields[name]) for name in LISTS})
