@@ -119,6 +119,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     state.step += 1
+    setup.processes.share_buffers(setup.student)  # else each process would keep, and measure, an average of its own
     setup.ema.update(state.step)
     return [dict(zip(losses, values[i * len(losses) :])) for i in range(len(batches))]
 

@@ -57,6 +57,17 @@ class Processes:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return bool(shared)
 
+    @torch.no_grad()
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the floating-point buffers of process 0, such as the running statistics of BatchNorm."""
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        if self.count == 1 or not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(flat, src=0)
+        for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+            buffer.copy_(values.view_as(buffer))
+
     def wrap(self, module: nn.Module, *, find_unused: bool) -> nn.Module:
         """The module in DistributedDataParallel, which averages its gradients over the processes."""
         if self.count == 1:

@@ -58,11 +58,19 @@ def gradients(data: Path, folder: Path, processes: Processes, kind: str) -> dict
     return written | {f"batch: measured {name}": value for name, value in measured.items()} | found
 
 
+def average(data: Path, folder: Path, processes: Processes) -> dict[str, torch.Tensor]:
+    """The student's running average after a step, in which each process normalises images of its own."""
+    config = tiny_config(data, folder / "runs", augment=PLAIN, optimizer={"accumulate": 2})
+    parts = building.build(config, processes, None, lambda line: None)
+    parts.learner.train()
+    train.train_step(parts, list(parts.loader.epoch(0))[:2], TrainingState(), run_folder.RunFolder(folder))
+    return parts.ema.model.state_dict()
+
+
 def save_gradients(data: Path, folder: Path) -> None:
     with Processes("cpu") as processes:
-        torch.save(
-            {kind: gradients(data, folder, processes, kind) for kind in KINDS}, folder / f"rank{processes.rank}.pt"
-        )
+        found = {kind: gradients(data, folder, processes, kind) for kind in KINDS}
+        torch.save(found | {"average": average(data, folder, processes)}, folder / f"rank{processes.rank}.pt")
 
 
 def train_as_command(config: Path) -> None:

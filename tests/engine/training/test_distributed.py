@@ -62,6 +62,8 @@ def test_gradients_equal_one_process_with_the_double_batch(data, tmp_path):
     finished = run_group(save_gradients, [(data, tmp_path)] * 2, folder=tmp_path)
     assert [child.code for child in finished] == [0, 0], finished
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    first, second = (rank["average"] for rank in ranks)  # which each measures on its part of the pictures
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for kind in KINDS:
