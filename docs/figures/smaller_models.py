@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPORTS = HERE.parent / "reports"
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 400, 70, 70, 690, 330  # pixels
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 400, 70, 70, 790, 330  # pixels
 GREY, GREEN, RED = "#777777", "#228833", "#aa3377"
 ALONE, TAUGHT, SCRATCH = (GREY, "tuned alone"), (GREEN, "tuned with a teacher"), (RED, "from scratch")
 # Rows of the same shape have one time: that of the row named first, as docs/reports/animals_latency.json has it.
