@@ -166,7 +166,8 @@ def describe_onnx(detector: OnnxDetector) -> CheckpointInfo:
     """The description of an ONNX file, as checkpoint.load_model returns it for a checkpoint."""
     info = detector.info
     config: dict[str, Any] = {"evaluation": info.evaluation} if info.evaluation else {}
-    config["data"] = {"classes": info.classes}
+    if info.classes:
+        config["data"] = {"classes": info.classes}
     if info.random_teachers:
         config["teachers"] = [{"name": name, "weights": checkpoint.RANDOM} for name in info.random_teachers]
     return CheckpointInfo(info.arch, info.names, info.image_size, source=info.source, config=config)
