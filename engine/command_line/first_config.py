@@ -22,12 +22,14 @@ from datasets.folders import list_files
 from datasets.images import SUFFIXES
 from datasets.index import DatasetIndex
 from datasets.scan import SUGGESTED, scan
+from datasets.subset import keep_classes
 from engine.command_line.data_folder import FoundSet, look
 from engine.command_line.keys import SECTIONS, keys_of
 from engine.runtime.peak_memory import peak_gigabytes, reset_peak
 from engine.runtime.processes import choose_device
 from engine.runtime.run_folder import write_text
-from errors import UserError
+from engine.training.checks import check_data, check_numbers
+from errors import UserError, naming
 from structures import Detector, Targets
 from yaml_files import dump_yaml
 
@@ -61,11 +63,14 @@ def write_first_config(path: Path, folder: Path, overrides: Sequence[str], teach
         raise UserError(f"argument --init: {path} is there already, expected a new name")
     if not path.parent.is_dir():
         raise UserError(f"argument --init: {path.parent}: no such folder")
+    given = check_given(path, overrides, teacher)
     found = look(folder)
     if found is None:
         write_without_labels(path, folder, overrides, teacher or UNLABELLED_TEACHER)
         return
     print(describe(found))
+    if classes := given.data.classes:
+        keep_classes(found.train_index, classes, str(folder))
     tree, reasons = propose(found, path.stem, overrides, teacher)
     text = annotate(tree, reasons, f"{path}: made by train.py --init for {folder}; docs/configs.md has all keys.")
     from_tree(Config, tree, source=str(path))
@@ -74,12 +79,27 @@ def write_first_config(path: Path, folder: Path, overrides: Sequence[str], teach
     print(f"written: {path}\nnext: python {command} {path}")
 
 
+def check_given(path: Path, overrides: Sequence[str], teacher: str | None) -> Config:
+    """The given keys, beside defaults. UserError for a mistake in them or in --teacher, before any picture is read."""
+    tree: dict[str, Any] = {"name": path.stem, "data": {"format": "yolo", "root": "."}, "student": {"arch": STUDENT}}
+    for override in overrides:
+        apply_override(tree, override)
+    given = cast(Config, from_tree(Config, tree, source=str(path)))
+    check_numbers(given, processes=1)
+    check_data(given.data)
+    with naming("key 'student.arch'"):
+        models.check_arch(given.student.arch)
+    if teacher is not None:
+        with naming("argument --teacher"):
+            models.check_arch(teacher)
+    return given
+
+
 def write_without_labels(path: Path, folder: Path, overrides: Sequence[str], teacher: str) -> None:
     """The config of a student that learns from a released teacher's boxes on pictures without labels.
 
     A set to measure on is not there, so its place is left to the user: the printed next line names the keys.
     """
-    models.check_arch(teacher)
     count = len(list_files(folder, SUFFIXES))
     tree: dict[str, Any] = {
         "name": path.stem,
@@ -141,7 +161,6 @@ def propose(
     for override in overrides:
         apply_override(given, override)
     arch = given.get("student", {}).get("arch", STUDENT)
-    models.check_arch(arch)
     size, size_reason = choose_image_size([found.train_index, found.test_index], device.type)
     size = given.get("image_size", size)
     measured = measure(arch, len(found.train_index.names), size, device)
@@ -262,7 +281,6 @@ def free_gigabytes(device: torch.device) -> float | None:
 
 def taught_by(teacher: str, arch: str) -> dict[str, Any]:
     """A teacher that compare.py trains on the same pictures, and a term on the maps of equal strides that both have."""
-    models.check_arch(teacher)
     if teacher.startswith(tuple(models.NEED_WEIGHTS)):
         raise UserError(f"argument --teacher: {teacher} does not learn from scratch, expected a detector that does")
     with torch.device("meta"):

@@ -51,7 +51,11 @@ def test_nothing_is_overwritten_and_mistakes_write_nothing(folder):
         (["new.yaml"], "expected --init FILE.yaml --data FOLDER"),
         (["new.yaml", "--data", "nothing"], "nothing: no such folder"),
         (["new.yaml", "--data", "data", "epoch=3"], "unknown key 'epoch', did you mean 'epochs'"),
-        (["new.yaml", "--data", "data", "student.arch=yolov9"], "did you mean"),
+        (["new.yaml", "--data", "nothing", "epochs=ten"], "key 'epochs': found 'ten', expected an integer"),
+        (["new.yaml", "--data", "nothing", "batch_size=0"], "key 'batch_size': found 0, expected at least 1"),
+        (["new.yaml", "--data", "data", "data.classes=[blue]"], "data: classes: found 'blue', expected"),
+        (["new.yaml", "--data", "nothing", "student.arch=yolov9"], "'student.arch': .* did you mean"),
+        (["new.yaml", "--data", "nothing", "--teacher", "yolov9"], "argument --teacher: .* did you mean"),
         (["new.yaml", "--data", "data", "--teacher", "rtdetr_l"], "rtdetr_l does not learn from scratch"),
     ):
         with pytest.raises(UserError, match=message):
