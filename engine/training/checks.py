@@ -13,6 +13,7 @@ import models
 from config import RANDOM, STUDENT, Config, DataConfig, GradientShare, PseudoBoxConfig, UnlabelledConfig
 from distill.checks import check_terms
 from distill.terms import LOSSES
+from engine.runtime.run_folder import check_name
 from engine.training.int8 import check_int8
 from engine.training.student import (
     backbone_of,
@@ -37,6 +38,8 @@ def check_config(config: Config, given: Collection[str] = (), processes: int = 1
     given: names of teachers that need no weights: their modules are given, or they are trained first.
     is_resumed: the student goes on from a checkpoint, so the file that it started from may be gone.
     """
+    if not is_resumed:
+        check_name(config.name)
     check_numbers(config, processes)
     check_data(config.data)
     check_student(config, given, is_resumed=is_resumed)
@@ -224,7 +227,8 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
         start = file_of_run(settings.weights)
         if not start.is_file():
             expected = "null, which starts fresh" if settings.weights == RANDOM else "weights or a run"
-            raise UserError(f"key 'student.weights': {settings.weights}: no such file, expected {expected}")
+            found = "no checkpoint in this folder" if Path(settings.weights).is_dir() else "no such file"
+            raise UserError(f"key 'student.weights': {settings.weights}: {found}, expected {expected}")
         check_file("key 'student.weights'", settings.arch, str(start))
     elif settings.backbone_weights is not None:
         file = find_backbone_file(Path(settings.backbone_weights), settings.arch)

@@ -61,6 +61,8 @@ def with_teacher(files, term=None, **changes):
 MISTAKES = {
     "unknown student": (lambda f: {"student": {"arch": "yolo9t"}}, r"'student.arch': architecture 'yolo9t' is unknown"),
     "no such weights": (lambda f: {"student": {"weights": "no.pt"}}, "'student.weights': no.pt: no such file"),
+    "a folder without weights": (lambda f: {"student": {"weights": str(f)}}, "'student.weights': .*: no checkpoint in"),
+    "a name above": (lambda f: {"name": "../up"}, r"key 'name': found '\.\./up', expected the name of a folder"),
     "weights that are none": (lambda f: {"student": {"weights": str(f / "text.pt")}}, "'student.weights': .*text.pt"),
     "damaged weights": (lambda f: {"student": {"weights": str(f / "damaged.pt")}}, "'student.weights': .*damaged.pt"),
     "weights of another": (lambda f: {"student": {"weights": str(f / "yolov5nu.pt")}}, "holds yolov5nu, expected"),
