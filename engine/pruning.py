@@ -48,6 +48,7 @@ from engine.training.splits import take
 from errors import ArgumentParser, UserError, expect, naming, run_script
 from layers.channel_groups import ChannelGroups, find_groups
 from structures import Targets
+from yaml_files import read_yaml
 
 BATCH_SIZE = 4  # images of a gradient: small, see scores.taylor
 
@@ -154,7 +155,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     expect(args.out.suffix == ".pt", "--out", args.out, "a name that ends in .pt")
     if args.out.resolve() == args.checkpoint.resolve():
         raise UserError(f"--out: found the checkpoint itself, {args.out}, expected another file")
+    check_is_of_widths(args.out.with_suffix(".yaml"))
     return args
+
+
+def check_is_of_widths(path: Path) -> None:
+    """UserError where the widths would overwrite a file of something else, such as the config own.yaml by own.pt."""
+    if not path.exists():
+        return
+    try:
+        tree = read_yaml(path)
+    except UserError:
+        tree = None
+    if not isinstance(tree, dict) or tree.keys() != {"arch", "widths"}:
+        raise UserError(f"--out: its widths would overwrite {path}, which is no file of widths, expected another name")
 
 
 def main(argv: list[str]) -> None:

@@ -175,6 +175,18 @@ def test_mistakes_are_one_line_and_leave_nothing(pruned, tmp_path, words, messag
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+def test_widths_overwrite_widths_alone(pruned, tmp_path):
+    words = [str(pruned[0] / "whole.pt"), *WORDS, "--out", str(tmp_path / "own.pt")]
+    for text in ("name: own\n", "a: [1\n"):
+        (tmp_path / "own.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"--out: its widths would overwrite .*own\.yaml, which is no"):
+            main(words)
+        assert (tmp_path / "own.yaml").read_text() == text and not (tmp_path / "own.pt").exists()
+    (tmp_path / "own.yaml").write_text("arch: yolov8_half\nwidths: {}\n")
+    main(words)
+    assert len(read_yaml(tmp_path / "own.yaml")["widths"]) > 1
+
+
 def test_a_family_without_groups_and_other_classes_are_refused(tmp_path, tiny_data):
     save_model(tmp_path / "mobile.pt", "fasterrcnn_mobilenet_v3_small")
     with pytest.raises(UserError, match=r"mobile\.pt: fasterrcnn_mobilenet_v3_small cannot be pruned: "):
