@@ -35,7 +35,7 @@ def convert(path: Path, output: Path, *, half: bool = False, arch: str | None = 
     if not output.parent.is_dir():
         raise UserError(f"{output}: no such folder: {output.parent}")
     state, info = read_state_dict(path)
-    if arch is not None and info.ours and arch != info.arch:
+    if arch is not None and arch != info.arch and (info.ours or info.arch):
         raise UserError(f"{path}: holds {info.arch}, expected {arch}")
     own_arch = arch or info.arch
     description = {

@@ -166,6 +166,14 @@ def test_refused(output, options, reason, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
+def test_a_released_file_of_another_architecture_is_refused(tmp_path):
+    tensors = {key: torch.zeros(shape) for key, shape, *_ in LAYOUTS["yolov5n"]}
+    torch.save(tensors, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds yolov5n, expected yolov8s"):
+        main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors"), "--arch", "yolov8s"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
 def test_an_open_architecture_is_given(tmp_path, capsys):
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     for options, arch in (((), None), (("--arch", "fasterrcnn_mobilenet_v3_large_320"),) * 2):
