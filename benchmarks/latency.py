@@ -50,7 +50,8 @@ from engine.onnx_files.detector import open_session
 from engine.onnx_files.int8 import calibrate, trace_int8
 from engine.onnx_files.other_formats import openvino_files
 from engine.runtime.run_folder import commit, write_text
-from errors import run_script
+from engine.training.checks import check_image_size
+from errors import UserError, run_script
 from layers.fusion import fuse
 from rtdetr.rtdetr import RTDETR
 
@@ -196,6 +197,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--models", metavar="A,B", help="time these architectures, checkpoints or runs of ours")
     parser.add_argument("--output", type=Path, help="with --models: write the numbers into this JSON file")
     args = parse(parser, argv)
+    check_image_size("--image-size", args.image_size)
+    if args.output and not (args.models and args.output.parent.is_dir() and not args.output.is_dir()):
+        raise UserError(f"--output: found {args.output}, expected a file in a folder that is there, with --models")
     with_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
     images = torch.rand(1, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
     if args.models:

@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from boxes import xyxy_to_cxcywh
 from config import OptimizerConfig
 from engine.runtime.timing import Call, cpu_seconds, rotate, wall_seconds
 from engine.training.optimization import build_optimizer
+from errors import ArgumentParser, expect
 from structures import Targets
 
 Seconds = dict[Any, list[float]]  # by contestant
@@ -21,7 +23,7 @@ Seconds = dict[Any, list[float]]  # by contestant
 
 def options(doc: str, *, rounds: int, **sizes: int) -> argparse.ArgumentParser:
     """--rounds, --threads, --cpu-time, and an option for each size, as --image-size for image_size=320."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(sys.argv[0]).name, doc)
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=rounds)
@@ -33,6 +35,8 @@ def options(doc: str, *, rounds: int, **sizes: int) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """The arguments; torch has as many threads as they ask for."""
     args = parser.parse_args(argv)
+    expect(args.rounds >= 1, "--rounds", args.rounds, "at least 1")
+    expect(args.threads >= 0, "--threads", args.threads, "at least 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     return args

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import latency
+from errors import UserError
 from tests.exporting import save_model
 
 
@@ -56,6 +57,23 @@ def test_detectors_in_one_run(tmp_path, capsys, monkeypatch):
     assert [row.split()[3:5] for row in rows] == [["1000.0", "1.00"], ["2000.0", "2.00"]]
     costs = json.loads(output.read_text())["models"]
     assert [cost["pytorch_ratio"] for cost in costs] == [1, 2] and all(cost["flops"] > 0 for cost in costs)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models"], "argument --models: expected one argument"),
+        (["--rounds", "many"], "argument --rounds: found 'many', expected a whole number"),
+        (["--rounds", "0"], "--rounds: found 0, expected at least 1"),
+        (["--image-size", "33"], "--image-size: found 33, expected a multiple of 32"),
+        (["--models", "yolov8n", "--output", "."], r"--output: found \., expected a file in a folder that is there"),
+        (["--output", "a.json"], r"--output: found a\.json, expected .*, with --models"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_timed(words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        latency.main(words)
+    assert "\n" not in str(caught.value)
 
 
 def test_flops_are_two_a_multiplication():
