@@ -5,6 +5,7 @@ submitit (github.com/facebookincubator/submitit), which is asked for where it is
 """
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,12 @@ A_WEEK_MIN = 7 * 24 * 60  # submitit's own limit for a local process is two minu
 
 
 def require_submitit(cluster: str) -> None:
-    """UserError with the install command if submitit is missing: call it before any work."""
+    """UserError if submitit (with the install command) or SLURM is missing: call it before any work."""
     require("submitit", "submit", f"--submit {cluster}")
+    if cluster == "slurm" and shutil.which("srun") is None:
+        raise UserError(
+            "argument --submit: found no srun here, expected a machine of a slurm cluster, or --submit local"
+        )
 
 
 def read_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -20,6 +20,17 @@ def test_without_submitit_a_line_says_what_to_install(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+def test_without_slurm_a_line_says_so_before_any_work(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    study_worker.write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(compare, "make_plan", None)  # is not called
+    with pytest.raises(UserError, match="argument --submit: found no srun here, expected a machine of a slurm cluster"):
+        compare.main(["study.yaml", "--submit", "slurm"])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_options_are_values_of_yaml():
     options = submission.read_options(
         ["timeout_min=600", "slurm_partition=gpu", "slurm_additional_parameters={qos: a}"]
