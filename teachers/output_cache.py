@@ -301,11 +301,12 @@ def fingerprint_of(model: nn.Module, **settings: Any) -> str:
     """A digest of a model's modules and code, all its parameters and buffers, and the settings.
 
     Of a module it has the class and the public attributes that are JSON values, such as a stride or a number of
-    proposals. settings: JSON values of everything else that the outputs depend on: input size, precision, class names.
+    proposals; no lists, which a module may fill while it runs. settings: JSON values of everything else that the
+    outputs depend on: input size, precision, class names.
     """
     digest = hashlib.sha256(f"{code_version()} {torch.__version__}".encode())
     for name, module in model.named_modules():
-        public = {key: value for key, value in vars(module).items() if key[0] != "_" and _is_json(value)}
+        public = {key: value for key, value in vars(module).items() if key[0] != "_" and _is_setting(value)}
         public.pop("requested_outputs", None)  # parts have entries of their own
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         digest.update(f"\n{name} {kind} {json.dumps(public, sort_keys=True)}".encode())
@@ -327,12 +328,12 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def _is_json(value: Any) -> bool:
+def _is_setting(value: Any) -> bool:
     try:
         json.dumps(value, sort_keys=True)
     except (TypeError, ValueError):
         return False
-    return True
+    return not isinstance(value, list)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -385,6 +385,8 @@ def test_a_fingerprint_names_what_no_weight_shows():
     found.add(fingerprint_of(model))
     model[2] = nn.SiLU()
     found.add(fingerprint_of(model))
+    model.seen = ["a list that it fills"]
+    found.add(fingerprint_of(model))
     assert len(found) == 4
 
 
