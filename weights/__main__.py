@@ -8,8 +8,8 @@ Examples:
     python -m weights inspect yolov8n.pt
     python -m weights convert runs/bccd_yolov8n student.safetensors --half
 
-FILE is any released layout that is read here, a checkpoint of train.py (its averaged weights are taken), or for convert
-the folder of a run. Tensors stay as they are, bit by bit. Class names, architecture, image size, versions and a
+FILE is any released layout that is read here, a checkpoint of train.py (its averaged weights are taken), or the
+folder of a run. Tensors stay as they are, bit by bit. Class names, architecture, image size, versions and a
 checksum are in the metadata, so every command takes OUT as it is, without --arch. --half stores float16, in half the
 space; BatchNorm's statistics stay as they are.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_script
 from weights.convert import convert
-from weights.load import read_state_dict
+from weights.load import file_of_run, read_state_dict
 
 
 def describe(path: str | Path, num_first: int = 5) -> str:
@@ -53,7 +53,7 @@ def describe(path: str | Path, num_first: int = 5) -> str:
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m weights", __doc__)
     parser.add_argument("command", choices=["inspect", "convert"], help="describe a file, or write it as safetensors")
-    parser.add_argument("file", type=Path, help="a .pt, .pth, .safetensors or .npz file; with convert also a run")
+    parser.add_argument("file", type=Path, help="a .pt, .pth, .safetensors or .npz file, or a run")
     parser.add_argument("output", type=Path, nargs="?", help="with convert: the file to write, NAME.safetensors")
     parser.add_argument("--tensors", type=int, default=5, help="with inspect: number of entries to list (%(default)s)")
     parser.add_argument("--half", action="store_true", help="with convert: store float16")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     if arguments.command == "inspect":
         if arguments.output or arguments.half or arguments.arch:
             raise UserError("inspect: expected one FILE, and no --half or --arch")
-        print(describe(arguments.file, max(arguments.tensors, 0)))
+        print(describe(file_of_run(arguments.file), max(arguments.tensors, 0)))
         return
     if arguments.output is None:
         raise UserError("convert: expected FILE and OUT.safetensors")

@@ -148,6 +148,12 @@ def test_half_refuses_what_it_cannot_hold(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_a_run_is_inspected(tmp_path, capsys):
+    write_run(tmp_path / "one")
+    main(["inspect", str(tmp_path / "one")])
+    assert "family     yolov8_narrow, a checkpoint of train.py" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("output", "options", "reason"),
     [
