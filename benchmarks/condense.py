@@ -32,7 +32,7 @@ from distill.condense.network_pool import PoolSettings
 from distill.condense.synthetic import SyntheticSet
 from engine.runtime.peak_memory import peak_gigabytes
 from engine.runtime.timing import rotate, wall_and_cpu
-from errors import run_script
+from errors import ArgumentParser, run_script
 
 STORED = (16, 64, 256)
 IMAGES, NUM_CLASSES = 16, 3
@@ -55,7 +55,7 @@ def measure(arch: str, stored: int, in_step: int, image_size: int, steps: int) -
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("--arch", nargs="+", default=["yolov8_narrow", "yolov8n"])
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--stored", type=int, nargs="+", default=list(STORED))

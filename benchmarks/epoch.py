@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.folders import list_files
 from datasets.images import SUFFIXES
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZE = 16
@@ -207,7 +207,7 @@ def measure(data: Path, args: argparse.Namespace) -> dict[tuple[str, str], list[
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("data", type=Path, help="a YOLO set with the splits train and val")
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--image-size", type=int, default=192)

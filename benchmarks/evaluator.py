@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.runtime.timing import wall_and_cpu
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 WIDTH, HEIGHT = 640.0, 480.0
 EVALUATORS = {"ours": "metrics.coco", "pycocotools": "pycocotools", "faster-coco-eval": "faster_coco_eval"}
@@ -205,7 +205,7 @@ def measure(name: str, path: str) -> None:
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--detections", type=int, default=100, help="for each image (%(default)s)")

@@ -45,7 +45,7 @@ from engine.evaluation.cross_dataset import on_common_classes
 from engine.evaluation.measuring import evaluate_model
 from engine.runtime import run_folder
 from engine.training.splits import take
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 ARCH, IMAGE_SIZE, NUM_PICTURES, EPOCHS, BATCH_SIZE = "yolov8n", 192, 1000, 10, 16
 RECIPES = {
@@ -162,7 +162,7 @@ def measure_file(path: str | Path, arch: str, index: DatasetIndex) -> dict[str, 
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("recipes", nargs="*", metavar="key=value ...", help="further recipes")
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", required=True)

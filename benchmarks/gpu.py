@@ -31,7 +31,6 @@ A contestant whose results differ from eager's has no times. Targets: 1.3 times 
 losses at 0.8 of copying, 5 times eager, 1.5 times torch.compile.
 """
 
-import argparse
 import dataclasses
 import gc
 import itertools
@@ -60,7 +59,7 @@ from distill.criterion import TeacherFacts
 from engine.runtime.processes import choose_device
 from engine.training.optimization import Ema, build_optimizer
 from engine.training.teaching import Teachers
-from errors import run_script
+from errors import ArgumentParser, run_script
 from kernels.backend import HAS_TRITON
 from structures import Targets
 
@@ -297,7 +296,7 @@ def markdown(rows: Rows) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="rows begin until then")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")

@@ -31,7 +31,7 @@ from distill.condense.network_pool import NetworkPool, PoolSettings, as_float, s
 from distill.condense.synthetic import SyntheticSet
 from engine.condensing.config import SIAMESE
 from engine.condensing.real_pictures import RealPictures
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 from structures import Targets
 
 FEW, MANY, AT_ONCE = 12, 48, 12
@@ -89,7 +89,7 @@ def print_ages(real: RealPictures, arch: str, normalization: str, args: argparse
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("--root", default="data/bccd")
     parser.add_argument("--arch", default="yolov8_narrow")
     parser.add_argument("--image-size", type=int, default=160)

@@ -58,7 +58,7 @@ from engine.condensing.set_files import draw_set, to_picture
 from engine.evaluation.measuring import EvaluationResult, measure, to_table
 from engine.runtime import run_folder
 from engine.runtime.peak_memory import peak_gigabytes, reset_peak
-from errors import run_script
+from errors import ArgumentParser, run_script
 from kernels.nms import select_detections
 from metrics.tables import DetectionTable, ground_truth_from_samples
 from random_streams import Stream, seeded_generator
@@ -258,7 +258,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("--format", default="voc")
     parser.add_argument("--data", required=True)
     for split in ("train", "val", "test"):

@@ -26,7 +26,7 @@ from benchmarks.evaluator import resident_mb
 from datasets.kept_index import RECENT_NS, KeptSets
 from datasets.open import open_dataset
 from datasets.scan import scan
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 WIDTH, HEIGHT, NUM_CLASSES, MASK_NUMBERS = 640, 480, 80, 40
 LINKS_OF_A_FILE = 30_000  # file systems limit them, some to 65,000
@@ -80,7 +80,7 @@ def measure(root: str) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("--pictures", type=int, default=118_000)
     parser.add_argument("--measure", metavar="ROOT", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

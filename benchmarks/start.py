@@ -51,7 +51,9 @@ def measure(source: str, overrides: list[str]) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from errors import ArgumentParser
+
+    parser = ArgumentParser(Path(__file__).name, __doc__)
     parser.add_argument("config", help="a YAML file of train.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the config")
     parser.add_argument("--seconds", type=float, default=3.0, help="the limit (%(default)s)")

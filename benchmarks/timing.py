@@ -33,9 +33,9 @@ def options(doc: str, *, rounds: int, **sizes: int) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The arguments; torch has as many threads as they ask for."""
+    """The arguments; torch has as many threads as they ask for. Not every benchmark has --rounds."""
     args = parser.parse_args(argv)
-    expect(args.rounds >= 1, "--rounds", args.rounds, "at least 1")
+    expect(getattr(args, "rounds", 1) >= 1, "--rounds", getattr(args, "rounds", 1), "at least 1")
     expect(args.threads >= 0, "--threads", args.threads, "at least 0")
     if args.threads:
         torch.set_num_threads(args.threads)
