@@ -34,6 +34,7 @@ Exit codes: 0 all trained, 2 a mistake in the arguments or the data, 3 a run fai
 """
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -46,7 +47,6 @@ import models
 import train
 from condense import condense
 from config import Config
-from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from engine.comparison import plot, submission
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree
@@ -247,6 +247,7 @@ def check_rows(rows: list[Row], study: Study) -> Inputs:
     Teachers that are not trained yet are replaced by untrained models. Returns the inputs that are there already.
     """
     inputs: Inputs = {}
+    open_once = functools.cache(lambda place, classes: open_dataset(*place, classes=classes))
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
     for row in rows:
         with naming(f"row {row.name!r}"):
@@ -255,28 +256,26 @@ def check_rows(rows: list[Row], study: Study) -> Inputs:
                 models.check_arch(row.task.arch)
                 if row.network_row is None:
                     check_network(row.task)
-    source: DatasetIndex | None = None
+    real = study.config.data
     for row in rows:
+        data = row.config.data
         with naming(f"row {row.name!r}"):
             if row.task is not None:
-                source = source or open_dataset(*study.config.data.train_place, classes=study.config.data.classes)
-                row.task.check_source(len(source))
-            check_models(row, in_place, inputs)
+                row.task.check_source(len(open_once(real.train_place, real.classes)))
+            check_models(row, in_place, open_once(data.test_place, data.classes).names)
+            places = [data.test_place]
+            if row.task is None and data.train is not None:
+                places.append(data.train_place)
+            for place in places:
+                if (name := labels_of(place, data)) not in inputs:
+                    inputs[name] = digest_of_labels(open_once(place, data.classes))
+            inputs |= weights_of(row.config, known=inputs)
     return inputs
 
 
-def check_models(row: Row, in_place: dict[str, Config], inputs: Inputs) -> None:
-    """Build the models and the criterion of a row. in_place: the configs of teachers by their later weights.
-
-    inputs: gets those of the row that are there already.
-    """
-    config, data = row.config, row.config.data
-    index = open_dataset(*data.test_place, classes=data.classes)
-    names = index.names
-    inputs |= {labels_of(data.test_place, data): digest_of_labels(index)} | weights_of(config)
-    of_train = labels_of(data.train_place, data)
-    if row.task is None and data.train is not None and of_train not in inputs:
-        inputs[of_train] = digest_of_labels(open_dataset(*data.train_place, classes=data.classes))
+def check_models(row: Row, in_place: dict[str, Config], names: tuple[str, ...]) -> None:
+    """Build the models and the criterion of a row. in_place: the configs of teachers by their later weights."""
+    config = row.config
     fresh = {
         t.name: build_student(in_place[t.weights], names, say=say_nothing)
         for t in config.teachers

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from errors import UserError
 from structures import DetectionSettings
-from yaml_files import parse_yaml, read_yaml
+from yaml_files import parse_yaml, read_mapping
 
 STUDENT = "student"  # the `teacher` of a term in which the student teaches itself
 RANDOM = "random"  # weights of a teacher that is untrained: its run is no measurement (Config.plumbing)
@@ -308,9 +308,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a YAML file after overrides, not yet checked."""
-    tree = read_yaml(path)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: found {type(tree).__name__}, expected keys and values")
+    tree = read_mapping(path)
     for override in overrides:
         apply_override(tree, override)
     return tree

@@ -101,6 +101,15 @@ def read_yaml(path: str | Path, *, as_text: bool = False) -> Any:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
+def read_mapping(path: str | Path, expected: str = "keys and values", *, as_text: bool = False) -> dict[str, Any]:
+    """The keys and values of a YAML file, as read_yaml reads them. UserError if it holds something else, or nothing."""
+    tree = read_yaml(path, as_text=as_text)
+    if not isinstance(tree, dict):
+        kinds = {type(None): "nothing", list: "a list", str: "a text"}
+        raise UserError(f"{path}: found {kinds.get(type(tree), 'a number')}, expected {expected}")
+    return tree
+
+
 def parse_yaml(text: str, source: str, *, as_text: bool = False) -> Any:
     """As read_yaml, but from a text. `source` names the text in errors."""
     try:

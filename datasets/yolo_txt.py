@@ -28,7 +28,7 @@ from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_fra
 from datasets.text_lines import check_names, read_lines, read_names
 from datasets.yolo_rows import LongRows, add_row, read_kpt_shape, read_shares
 from errors import UserError
-from yaml_files import read_yaml
+from yaml_files import read_mapping
 
 NAME_FILES = ("obj.names", "classes.txt", "_darknet.labels")
 MAX_CLASSES = 100_000
@@ -184,9 +184,7 @@ def find_yaml(root: Path) -> Path | None:
 
 def _read_yaml(path: Path, split: str) -> _Set:
     """The files of a split by the yaml file. Scalars stay text: a class may be called `no` or `1e3`."""
-    tree = read_yaml(path, as_text=True)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: found {type(tree).__name__}, expected the keys names, train, val")
+    tree = read_mapping(path, "the keys names, train, val", as_text=True)
     names = yaml_names(tree, path)
     base = path.parent / (tree.get("path") or ".")
     if not base.is_dir():

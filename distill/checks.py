@@ -22,13 +22,12 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all 
         ("psi", "drop", "score_threshold"), (lambda number: 0 <= number < 1, "a number of 0 up to less than 1")
     ),
 }
-BOXES_READ: dict[str, tuple[str, tuple[str, ...]]] = {
+ReadWith = dict[str, tuple[str, tuple[str, ...]]]  # a parameter -> another one, and its values that read the first
+BOXES_READ: ReadWith = {
     "score_threshold": ("boxes", ("teacher",)),
     "max_boxes": ("boxes", ("teacher", "proposals")),
 }
-READ_WITH: dict[
-    str, dict[str, tuple[str, tuple[str, ...]]]
-] = {  # by loss: a parameter -> the choice in another parameter that reads it; else it would change nothing
+READ_WITH: dict[str, ReadWith] = {  # by loss; with other values the parameter would change nothing
     "masked_mse": {name: ("mask", ("anchors",)) for name in ("psi", "anchor_sizes", "anchor_ratios")},
     "localization": {"gamma": ("region", ("valuable",))},
     "box_classes": BOXES_READ | {"boxes": ("at", ("boxes",))},

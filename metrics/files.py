@@ -61,7 +61,7 @@ from metrics.text_files import (
     read_text_ground_truth,
     text_paths,
 )
-from yaml_files import read_yaml
+from yaml_files import read_mapping
 
 
 def read_ground_truth(
@@ -114,10 +114,7 @@ def read_names(path: str | Path) -> tuple[str, ...]:
     path = Path(path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         return text_lines.read_names(path)
-    tree = read_yaml(path, as_text=True)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: found {type(tree).__name__}, expected the key names")
-    return yaml_names(tree, path)
+    return yaml_names(read_mapping(path, "the key names", as_text=True), path)
 
 
 def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) -> Annotations:

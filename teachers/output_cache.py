@@ -300,9 +300,9 @@ def image_key(pixels: Tensor) -> str:
 def fingerprint_of(model: nn.Module, **settings: Any) -> str:
     """A digest of a model's modules and code, all its parameters and buffers, and the settings.
 
-    Of a module it has the class and the public attributes that are JSON values, such as a stride or a number of
-    proposals; no lists, which a module may fill while it runs. settings: JSON values of everything else that the
-    outputs depend on: input size, precision, class names.
+    For each module it includes the class and those public attributes that are JSON values, such as a stride or a number
+    of proposals. It skips lists, which a module may fill while it runs. settings: JSON values of everything else that
+    the outputs depend on: input size, precision, class names.
     """
     digest = hashlib.sha256(f"{code_version()} {torch.__version__}".encode())
     for name, module in model.named_modules():

@@ -7,6 +7,8 @@ import json
 import math
 from pathlib import Path
 
+from svg import page
+
 HERE = Path(__file__).resolve().parent
 REPORTS = HERE.parent / "reports"
 PANELS = (  # report, title, labelled pictures of the rows `labels` and `all_labels`
@@ -60,21 +62,18 @@ def panel(rows: dict[str, list[float]], title: str, counts: tuple[int, int], lef
 
 
 def picture() -> str:
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#222">',
-        "<title>mAP against the number of labelled pictures, alone and taught</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        '<text x="10" y="22" font-size="14" font-weight="bold">What a teacher gives a student that has few labels: '
-        "test mAP, equally many steps</text>",
-    ]
+    lines = []
     for index, (name, title, counts) in enumerate(PANELS):
         tree = json.loads((REPORTS / f"{name}.json").read_text())
         lines += panel({row["name"]: row["mAP"] for row in tree["rows"]}, title, counts, MARGIN + 400 * index)
-    lines += [
-        f'<text x="10" y="{HEIGHT - 8}" fill="#666">Small dots: seeds. Drawn by docs/figures/few_labels.py</text>'
-    ]
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return page(
+        WIDTH,
+        HEIGHT,
+        "mAP against the number of labelled pictures, alone and taught",
+        "What a teacher gives a student that has few labels: test mAP, equally many steps",
+        lines,
+        "Small dots: seeds. Drawn by docs/figures/few_labels.py",
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ python docs/figures/smaller_models.py
 import json
 from pathlib import Path
 
+from svg import page
+
 HERE = Path(__file__).resolve().parent
 REPORTS = HERE.parent / "reports"
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 400, 70, 70, 790, 330  # pixels
@@ -37,15 +39,7 @@ def picture() -> str:
     def y(score: float) -> float:
         return BOTTOM - score / 0.45 * (BOTTOM - TOP)
 
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#222">',
-        "<title>mAP of smaller models against the time that a picture takes</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        '<text x="10" y="22" font-size="14" font-weight="bold">Six kinds of animals, 160 px: test mAP against the time '
-        "of a picture in onnxruntime</text>",
-        f'<path d="M{LEFT} {TOP} V{BOTTOM} H{RIGHT}" stroke="#999" fill="none"/>',
-    ]
+    lines = [f'<path d="M{LEFT} {TOP} V{BOTTOM} H{RIGHT}" stroke="#999" fill="none"/>']
     for tenth in range(5):
         at = y(tenth / 10)
         lines.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tenth / 10:.1f}</text>')
@@ -65,11 +59,17 @@ def picture() -> str:
             f'<text x="{LEFT + 30 + 170 * index}" y="50">{text}</text>',
         ]
     unit = "CPU milliseconds" if times["cpu_time"] else "milliseconds"
-    lines += [
-        f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" text-anchor="middle">{unit} of a picture, one thread</text>',
-        f'<text x="10" y="{HEIGHT - 8}" fill="#666">Means over seeds. Drawn by docs/figures/smaller_models.py</text>',
-    ]
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    lines.append(
+        f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" text-anchor="middle">{unit} of a picture, one thread</text>'
+    )
+    return page(
+        WIDTH,
+        HEIGHT,
+        "mAP of smaller models against the time that a picture takes",
+        "Six kinds of animals, 160 px: test mAP against the time of a picture in onnxruntime",
+        lines,
+        "Means over seeds. Drawn by docs/figures/smaller_models.py",
+    )
 
 
 if __name__ == "__main__":

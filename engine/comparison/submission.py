@@ -4,6 +4,7 @@ The workers share the runs among themselves by claims, so no scheduler has to kn
 submitit (github.com/facebookincubator/submitit), which is asked for where it is used.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -91,6 +92,8 @@ def run_workers(
                     print(f"worker {worker + 1}: {line}", flush=True)
         time.sleep(0.5 if waiting else 0)
     errors = [job.exception() for job in jobs]
+    with contextlib.suppress(OSError):
+        (folder / "%j").rmdir()  # submitit makes the folder by its pattern as well
     return [last_error(str(error)) for error in errors if error is not None]
 
 

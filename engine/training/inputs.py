@@ -5,7 +5,7 @@ such a change do not belong in one table, and a run that is resumed after it is 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from config import Config, DataConfig
@@ -40,18 +40,19 @@ def digest_of_labels(index: DatasetIndex) -> str:
     return digest.hexdigest()
 
 
-def weights_of(config: Config, *, is_resumed: bool = False) -> Inputs:
-    """The files of weights that a run begins with or learns from, as far as they are there."""
+def weights_of(config: Config, *, is_resumed: bool = False, known: Collection[str] = ()) -> Inputs:
+    """The files of weights that a run begins with or learns from, as far as they are there and not `known`."""
     paths = [teacher.weights for teacher in config.teachers]
     if not is_resumed:
         inherited = config.student.inherit.weights if config.student.inherit is not None else None
         paths += [config.student.weights, config.student.backbone_weights, inherited]
-    return weights_named(paths)
+    return weights_named(paths, known)
 
 
-def weights_named(paths: Iterable[str | None]) -> Inputs:
-    files = {path: file_of_run(path) for path in paths if path is not None}
-    return {f"{WEIGHTS}{path}": digest_of_file(file) for path, file in files.items() if file.is_file()}
+def weights_named(paths: Iterable[str | None], known: Collection[str] = ()) -> Inputs:
+    """The files that are there, each by its path; without those whose names are `known`."""
+    files = {f"{WEIGHTS}{path}": file_of_run(path) for path in paths if path is not None}
+    return {name: digest_of_file(file) for name, file in files.items() if name not in known and file.is_file()}
 
 
 def digest_of_file(path: Path) -> str:
@@ -59,10 +60,11 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def inputs_of_resumed(before: Inputs, now: Inputs, allowed: tuple[str, ...], run: str) -> Inputs:
+def inputs_of_resumed(before: Inputs, now: Inputs, data: DataConfig, allowed: tuple[str, ...], run: str) -> Inputs:
     """Those of the whole run. UserError for one that was another when it started; allowed: keys that may change."""
+    keys = {labels_of(data.train_place, data): "data.train", labels_of(data.test_place, data): "data.test"}
     for name, digest in now.items():
-        key = "data.test" if name.startswith(LABELS) else "teachers"
+        key = keys.get(name, "teachers")
         if before.get(name, digest) != digest and not is_covered(allowed, key):
             raise UserError(
                 f"{run}: the {name} are not those that the run started with (--allow-change {key} if that is meant)"

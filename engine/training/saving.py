@@ -94,7 +94,8 @@ def restore(
     """Load the models and the optimizer from a checkpoint of this run, and return its state."""
     if saved["data"] != setup.data:
         raise UserError(f"{folder.path}: the training pictures or labels are not those that the run started with")
-    setup.inputs = inputs_of_resumed(saved.get("inputs", {}), setup.inputs, allow_change, str(folder.path))
+    before, data = saved.get("inputs", {}), setup.config.data
+    setup.inputs = inputs_of_resumed(before, setup.inputs, data, allow_change, str(folder.path))
     for key, value in machine_facts(setup).items():
         if saved["machine"][key] != value:
             progress.say(

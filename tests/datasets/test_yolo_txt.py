@@ -232,7 +232,7 @@ def test_paths_are_relative_to_the_yaml_file(make, tmp_path, monkeypatch):
         ("names: [a]\ntrain: {a: b}\n", "expected a folder"),
         ("names: [a]\ntrain: []\n", "expected a folder"),
         ("names: [a]\ntrain: images/train\ntrain: images\n", "given twice"),
-        ("- a\n", "found list"),
+        ("- a\n", "found a list"),
         ("names: *x\n", "undefined alias|aliases"),
         ("names: !!python/object:os.system {}\n", "could not determine a constructor|not valid YAML"),
         ("names: [a]\ntrain: labels\n", "no pictures in this folder"),

@@ -32,7 +32,7 @@ DATA_REFUSED = {
     "a path to nowhere": ("names: [a]\npath: elsewhere\ntrain: images/train\n", "elsewhere.*is no folder"),
     "keypoints of text": ("names: [a]\nkpt_shape: many\ntrain: images/train\n", "kpt_shape"),
     "keypoints of four": ("names: [a]\nkpt_shape: [2, 4]\ntrain: images/train\n", "kpt_shape"),
-    "a list": ("- a\n", "found list"), "a text": ("a\n", "found str"), "empty": ("", "found NoneType|found str"),
+    "a list": ("- a\n", "found a list"), "a text": ("a\n", "found a text"), "empty": ("", "found nothing"),
     "a tag of Python": ("names: !!python/object/apply:os.mkdir [ran-tag]\n", ":1: not valid YAML"),
     "a tag of its own": ("names: !cell [a]\ntrain: images/train\n", ":1: not valid YAML"),
     "an alias": ("names: &n [a]\ntrain: *n\n", ":2: aliases"),

@@ -101,12 +101,3 @@ def test_a_wrong_line_is_noticed():
     text = "a = 1\n    b = 2\n    c = 3\n"
     assert holds(text, "b = 2\nc = 3\n")
     assert not holds(text, "b = 2\nc = 4\n") and not holds(text, "a = 1\nc = 3\n")
-
-
-def test_the_plot_of_the_readme_is_drawn_from_the_report():
-    path = ROOT / "docs" / "figures" / "gains.py"
-    names = {"__file__": str(path), "__name__": "gains"}
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)
-    assert names["picture"]() == path.with_suffix(".svg").read_text(encoding="utf-8"), "draw it anew: python " + str(
-        path
-    )

@@ -1,7 +1,7 @@
 """Channel groups: what is left after a cut computes what the whole model computes with these channels at zero.
 
-Of a removed channel all rows are zeroed in the whole model: weight, bias, and what its BatchNorm adds. So every layer
-reads silu(0) = relu(0) = 0 there, whichever layers the groups say read it.
+In the whole model, all rows of a removed channel are set to zero: weight, bias, and what its BatchNorm adds. So every
+layer reads silu(0) = relu(0) = 0 there, whichever layers the groups say read it.
 """
 
 import pytest

@@ -93,6 +93,7 @@ def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys):
     assert starts == {"worker 1:", "worker 2:"} and printed.count(": epoch 1/1") == 2
     tree = json.loads((tmp_path / "runs" / "study" / "comparison.json").read_text())
     assert [len(row["seeds"]) for row in tree["rows"] if row["name"] == "baseline"] == [2]
+    assert not (tmp_path / "runs" / "study" / "jobs" / "%j").exists()
     logs = [path.read_text() for path in (tmp_path / "runs" / "study" / "jobs").rglob("*.out")]
     assert len(logs) == 2 and sum(log.count("== baseline_seed") for log in logs) == 2
 

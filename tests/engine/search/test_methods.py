@@ -29,7 +29,7 @@ def test_the_first_shapes_are_the_same_for_every_count_and_method():
 
 
 def test_the_oldest_dies_however_good_it_is():
-    """A tournament of so many that the best of the living is the parent: the first shape is the best of all."""
+    """The tournament is larger than the population, so the best living shape is the parent: first the best of all."""
     space = Numbers()
     first = random_shapes(space, 3, seed=0)
     score = lambda shape: 1e6 if shape == first[0] else first.index(shape) if shape in first else -shape
@@ -42,7 +42,7 @@ def test_the_oldest_dies_however_good_it_is():
 
 
 def test_the_parent_is_the_best_of_the_tournament_and_no_more():
-    """Of a tournament of one, any living shape is the parent, also the worst."""
+    """In a tournament of one, any living shape can become the parent, even the worst."""
     space = Numbers()
     evolve(space, 60, float, seed=1, population=2, tournament=1)
     shapes = evolve(Numbers(), 60, float, seed=1, population=2, tournament=1)

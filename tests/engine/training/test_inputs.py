@@ -41,18 +41,31 @@ def test_weights_that_a_run_learns_from(tmp_path):
     found = weights_of(config)
     assert [name.removeprefix(f"weights {tmp_path}/") for name in found] == ["big.pt", "run", "start.pt"]
     assert set(weights_of(config, is_resumed=True)) == set(found) - {f"weights {tmp_path / 'start.pt'}"}
+    first, *rest = found
+    assert list(weights_of(config, known={first: ""})) == rest
     (tmp_path / "run" / "weights" / "last.pt").write_bytes(b"trained anew")
     now = weights_of(config)
     assert [name for name in found if now[name] != found[name]] == [f"weights {tmp_path / 'run'}"]
     with pytest.raises(UserError, match=r"^runs/a: the weights .*run are not those that the run started with"):
-        inputs_of_resumed(found, now, ("data.test",), "runs/a")
-    assert inputs_of_resumed(found, now, ("teachers",), "runs/a") == now
-    assert inputs_of_resumed({}, now, (), "runs/a") == now  # a checkpoint from before inputs were saved
+        inputs_of_resumed(found, now, config.data, ("data",), "runs/a")
+    assert inputs_of_resumed(found, now, config.data, ("teachers",), "runs/a") == now
+    assert inputs_of_resumed({}, now, config.data, (), "runs/a") == now  # a checkpoint from before inputs were saved
     known = KnownInputs()
     known.add("runs/a", found)
     known.add("runs/a", found)
     with pytest.raises(UserError, match=r"^runs/b: the weights .*run are not those of runs/a: changed in between"):
         known.add("runs/b", now)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_of_a_split_are_covered_by_its_own_key(split, tmp_path):
+    data = tiny_config(tmp_path, tmp_path / "runs").data
+    name = labels_of(getattr(data, f"{split}_place"), data)
+    before, now = {name: "a", "labels of another": "c"}, {name: "b"}
+    for allowed in ((), ("teachers",), ("data.test" if split == "train" else "data.train",)):
+        with pytest.raises(UserError, match=rf"the {name} are not those .* \(--allow-change data\.{split} if"):
+            inputs_of_resumed(before, now, data, allowed, "runs/a")
+    assert inputs_of_resumed(before, now, data, (f"data.{split}",), "runs/a") == before | now
 
 
 def test_labels_differ_by_what_only_the_evaluation_reads():
