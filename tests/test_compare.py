@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -408,9 +409,15 @@ def test_end_to_end(config, tmp_path, capsys, monkeypatch, one_plot):
         assert result.reports[5]["test"] == other.reports[5]["test"]
 
     labels = tmp_path / "data" / "labels" / "test" / "000.txt"
+    before = labels.read_text()
     labels.write_text("0 0.5 0.5 0.2 0.2\n")  # corrected after the first seed
     overrides = [f"teachers.0.{key}" for key in ("epochs=1", "arch=yolov8_narrow")]
     more = load_study(path, [*overrides, "rows.baseline.evaluation.every_epochs=1"], seeds=2)
     with pytest.raises(UserError, match=r"now: the labels of yolo .* test are not those of .*baseline_seed5: changed"):
+        compare.compare(more)
+    labels.write_text(before)
+    teacher = study.folder / "teacher_big_seed5" / "weights" / "last.pt"
+    shutil.copy(study.folder / "baseline_seed5" / "weights" / "last.pt", teacher)  # trained anew, by other means
+    with pytest.raises(UserError, match=r"now: the weights .*teacher_big_seed5.* are not those of .*taught_seed5"):
         compare.compare(more)
     assert not list(study.folder.glob("*_seed6"))

@@ -375,7 +375,7 @@ def test_fingerprints():
     assert len(found) == 8
 
 
-def test_a_fingerprint_names_what_no_weight_shows():
+def test_a_fingerprint_names_what_no_weight_shows(monkeypatch):
     """Equal weights, other outputs: an epsilon, a number of proposals, other layers, another forward."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU())
     found = {fingerprint_of(model)}
@@ -388,6 +388,8 @@ def test_a_fingerprint_names_what_no_weight_shows():
     model.seen = ["a list that it fills"]
     found.add(fingerprint_of(model))
     assert len(found) == 4
+    monkeypatch.setattr(output_cache, "code_version", lambda: "of another commit")
+    assert fingerprint_of(model) not in found
 
 
 def test_the_version_of_the_code(tmp_path, monkeypatch):
