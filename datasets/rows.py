@@ -154,7 +154,7 @@ def refuse_resized(log: FaultLog, source: Path) -> None:
 
 
 def refuse_misread(log: FaultLog, source: Path) -> None:
-    """UserError for boxes in another form than that of their format, or of other pictures.
+    """UserError where boxes do not have the form of their format, or belong to other pictures.
 
     This is so if all of them are fractions where pixels are read; or if more than half of them, in three pictures or
     more, pass the edge. Then a size was read where a corner stands, or the pictures were made smaller.

@@ -33,7 +33,7 @@ def confidence_weights(cross_entropy: Tensor) -> Tensor:
 
 
 def of_labelled(targets: Targets, is_labelled: Tensor | None) -> Targets:
-    """The objects of labelled images: pseudo boxes would praise the teacher that made them. is_labelled (B,) bool."""
+    """The objects of labelled images: pseudo boxes would favour the teacher that made them. is_labelled (B,) bool."""
     return targets if is_labelled is None else targets[is_labelled.to(targets.image.device)[targets.image]]
 
 

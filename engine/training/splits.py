@@ -121,8 +121,8 @@ def open_labelled(
 def open_unlabelled(data: DataConfig, whole: DatasetIndex, train: DatasetIndex) -> DatasetIndex:
     """The pictures without labels: the rest of the training split, and those of data.unlabelled's own split or folder.
 
-    A picture in both counts once (by its path). One that is a labelled picture too, some of which may be held out, is
-    left to those: by its path, or else as a link or a copy with the same bytes, which is a fault in the report.
+    A picture in both counts once (by its path). Labelled pictures, held out or not, are dropped: by their path, or as
+    links and copies with the same bytes, which are faults of the report.
     """
     settings = data.unlabelled
     assert settings is not None
@@ -147,7 +147,7 @@ def open_unlabelled(data: DataConfig, whole: DatasetIndex, train: DatasetIndex) 
 
 
 def without_copies(unlabelled: DatasetIndex, labelled: DatasetIndex) -> DatasetIndex:
-    """The pictures without labels that are no labelled ones under another path; the others are faults."""
+    """Drop the pictures without labels that are copies of labelled ones; each becomes a fault of the report."""
     shared = {pair.path: pair for pair in find_overlap(unlabelled, labelled, ("unlabelled", "train")).shared}
     kept = tuple(sample for sample in unlabelled.samples if sample.image_path not in shared)
     if not kept:
