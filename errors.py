@@ -55,8 +55,8 @@ def expect(is_met: bool, what: str, found: object, expected: str) -> None:
 
 
 @contextlib.contextmanager
-def naming(place: str, kind: type[Exception] = UserError) -> Iterator[None]:
-    """An error of this kind inside becomes a UserError that begins with the place; its exit code stays."""
+def naming(place: str, kind: type[Exception] | tuple[type[Exception], ...] = UserError) -> Iterator[None]:
+    """An error of this kind, or these, inside becomes a UserError that begins with the place; its exit code stays."""
     try:
         yield
     except kind as error:

@@ -8,10 +8,9 @@ The name of a map is a key of `output.features` (p3, c4, ...) or an attribute of
 could never act is refused before any training step: see Criterion.
 """
 
-import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -19,20 +18,19 @@ from torch import Tensor, nn
 
 from config import STUDENT, GradientShare, TermConfig
 from datasets.class_names import join_classes
-from distill.adapters import build_adapter, like_adapted, normalises, resize_like
+from distill.adapters import like_adapted, resize_like
 from distill.batch import BatchOutputs
-from distill.checks import FIXED_MAPS, check_terms, term_name
+from distill.checks import check_terms, term_name
 from distill.gradient_shares import GradientShares
 from distill.outputs import content_at, head_levels, named_map, only_at
-from distill.probing import NO_LOSS, probe, probe_targets, random_output, random_positives
+from distill.probing import probe, reads_objects, try_term
 from distill.teacher_weights import confidence_weights, of_labelled, teacher_cross_entropy
-from distill.term_inputs import TermInputs
+from distill.term_inputs import ClassColumns, TermInputs
 from distill.terms import LOSSES
-from errors import UserError
+from distill.trained_parts import build_adapters, build_losses
+from errors import UserError, naming
 from layers.precision import in_precision_of
 from structures import Detector, Targets
-
-ClassColumns = tuple[Tensor, Tensor]  # of the student and of the teacher, see join_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,22 +111,25 @@ class Criterion(nn.Module):
         if not terms:
             return
         facts = {name: (facts or {}).get(name, TeacherFacts()) for name in teachers}
-        joined: dict[str, ClassColumns | None] = {}  # by teacher, so that each prints its line once
+
+        @functools.cache  # it prints its line once for each teacher
+        def classes_of(teacher: str) -> ClassColumns | None:
+            return common_classes(teacher, class_names, facts[teacher])
+
         s_probe = probe(student, image_size)
         t_probes = {name: probe(teacher, facts[name].image_size or image_size) for name, teacher in teachers.items()}
         t_probes[STUDENT] = s_probe
-        for index, (name, term) in enumerate(check_terms(terms, tuple(teachers)).items()):
-            key = f"terms.{index}"
-            t_probe, classes = t_probes[term.teacher], None
-            if compares_classes(term):
-                if term.teacher not in joined:
-                    joined[term.teacher] = common_classes(key, term.teacher, class_names, facts[term.teacher])
-                classes = joined[term.teacher]
-            self.adapters[name] = build_adapters(term, key, s_probe, t_probe, classes)
-            self.losses[name] = build_losses(term, key, s_probe, t_probe, classes)
-            self.terms[name], self.classes[name] = term, classes
-            self._try_term(term, key, s_probe, t_probe)
-            if not unlabelled_has_boxes and term.on != "labelled" and self._reads_objects(term, s_probe, t_probe):
+        self.terms = check_terms(terms, tuple(teachers))
+        for index, (name, term) in enumerate(self.terms.items()):
+            key, t_probe = f"terms.{index}", t_probes[term.teacher]
+            with naming(key):
+                classes = self.classes[name] = classes_of(term.teacher) if compares_classes(term) else None
+                self.adapters[name] = build_adapters(term, s_probe, t_probe, classes)
+            with naming(f"{key}.parameters", (ValueError, TypeError)):
+                self.losses[name] = build_losses(term, s_probe, t_probe, classes)
+            with naming(key, (UserError, ValueError, TypeError)):
+                try_term(self, term, s_probe, t_probe)
+            if not unlabelled_has_boxes and term.on != "labelled" and reads_objects(self, term, s_probe, t_probe):
                 raise UserError(
                     f"{key}.on: found {term.on}, but loss {term.loss!r} reads the objects of an image, and unlabelled "
                     "ones have none: expected on: labelled, or data.unlabelled.pseudo"
@@ -136,7 +137,10 @@ class Criterion(nn.Module):
         shares = {n: t.weight.share for n, t in self.terms.items() if isinstance(t.weight, GradientShare)}
         maps = {name: term.student_maps for name, term in self.terms.items()}
         self.shares = GradientShares(shares, maps, tuple(s_probe.features))
-        self._check_weighting(class_names, facts, joined)
+        if teacher_weighting != "fixed":
+            with naming("key 'teacher_weighting'"):
+                check_comparable(teachers)
+                self.teacher_classes = {name: classes_of(name) for name in teachers}
 
     @property
     def student(self) -> nn.Module:
@@ -177,14 +181,13 @@ class Criterion(nn.Module):
         whole = BatchOutputs(s_output, t_outputs, targets, content)
         factors = {name: schedule_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
         teacher_weights = self._teacher_weights(s_output, t_outputs, of_labelled(targets, is_labelled))
-        parts: dict[str, BatchOutputs | None] = {}  # by TermConfig.on, in the order of the terms: gradients round by it
+        kinds = dict.fromkeys(term.on for term in self.terms.values())  # in their order: gradients round by it
+        parts = {kind: images_of(kind, whole, is_labelled) for kind in kinds}
         values: dict[str, Tensor] = {}  # of the terms that their schedules let act
         for name, term in self.terms.items():
-            if term.on not in parts:
-                parts[term.on] = images_of(term.on, whole, is_labelled)
-            part = parts[term.on]
             if factors[name] != 0:
-                values[name] = zero if part is None else self._term_loss(term, part)
+                part = parts[term.on]
+                values[name] = zero if part is None else self.term_loss(term, part)
         weights = self.shares(values, detection, s_output.features if values else {}, counts=is_warm)
         losses = dict.fromkeys(self.terms, zero)
         for name, value in values.items():
@@ -207,8 +210,11 @@ class Criterion(nn.Module):
             parts |= {"class_logits", "objectness_logits", *head_levels(strides)}
         return frozenset(parts)
 
-    def _term_loss(self, term: TermConfig, batch: BatchOutputs) -> Tensor:
-        """The sum over the term's pairs, unweighted. Losses are computed in float32, under autocast too."""
+    def term_loss(self, term: TermConfig, batch: BatchOutputs) -> Tensor:
+        """The sum over the pairs of one of self.terms, unweighted. Losses are computed in float32, under autocast too.
+
+        term: its parameters may be others.
+        """
         entry, name = LOSSES[term.loss], term_name(term)
         if term.teacher == STUDENT:
             teacher, t_output = self.student, batch.s_output
@@ -245,84 +251,6 @@ class Criterion(nn.Module):
             for name, classes in self.teacher_classes.items()
         ]
         return dict(zip(self.teacher_classes, confidence_weights(torch.stack(cross_entropies))))
-
-    def _check_weighting(
-        self, class_names: tuple[str, ...], facts: dict[str, TeacherFacts], joined: dict[str, ClassColumns | None]
-    ) -> None:
-        """UserError unless weights by confidence have at least two teachers to compare, all of which classify boxes."""
-        if self.teacher_weighting == "fixed":
-            return
-        if len(self.teachers) < 2:
-            raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {len(self.teachers)}")
-        for name, teacher in self.teachers.items():
-            if not hasattr(teacher, "class_logits_at"):
-                raise UserError(f"key 'teacher_weighting': teacher {name!r} cannot classify given boxes")
-            if name not in joined:
-                joined[name] = common_classes("key 'teacher_weighting'", name, class_names, facts[name])
-            self.teacher_classes[name] = joined[name]
-
-    @torch.no_grad()
-    def _try_term(self, term: TermConfig, key: str, s_probe: Any, t_probe: Any) -> None:
-        """Compute a term for the probe images and for random outputs: UserError where it fails, or is always 0.
-
-        With random outputs, a term about boxes compares the classes of the objects, since noise has few detections, and
-        half the locations learn an object: a loss that is 0 then is 0 for any outputs.
-        """
-        targets = self._probe_targets(term, s_probe)
-        generator = torch.Generator().manual_seed(0)
-        anywhere = {"boxes": "targets"} if "boxes" in LOSSES[term.loss].parameters() else {}
-        at_targets = dataclasses.replace(term, parameters={**term.parameters, **anywhere})
-        values = []
-        try:
-            with self._trying():
-                self._term_loss(term, BatchOutputs(s_probe, {term.teacher: t_probe}, targets))
-                for _ in range(2):
-                    s, t = random_output(s_probe, generator), random_output(t_probe, generator)
-                    batch = BatchOutputs(s, {term.teacher: t}, targets)
-                    if hasattr(self.student, "positives"):
-                        batch.shared[term.teacher] = {"positives": random_positives(s, targets, generator)}
-                    values.append(self._term_loss(at_targets, batch).item())
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{key}: {error}") from None
-        if max(values) <= NO_LOSS:
-            raise UserError(
-                f"{key}: loss {term.loss!r} is 0 whatever student and teacher predict, it could never act: expected "
-                "more than one class or pixel to compare, and a weight above 0 for some part of the loss"
-            )
-
-    @contextlib.contextmanager
-    def _trying(self) -> Iterator[None]:
-        """Student and criterion in eval mode. The weights of later terms do not depend on draws in here."""
-        was_training = self.student.training
-        self.to(self._device).eval()
-        self.student.eval()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            self.train()
-            self.student.train(was_training)
-
-    @torch.no_grad()
-    def _reads_objects(self, term: TermConfig, s_probe: Any, t_probe: Any) -> bool:
-        """Whether the loss of random outputs depends on the objects of the images."""
-        generator = torch.Generator().manual_seed(0)
-        s, t = random_output(s_probe, generator), random_output(t_probe, generator)
-        values = []
-        with self._trying():
-            for targets in (self._probe_targets(term, s_probe), Targets.empty(self._device)):
-                torch.manual_seed(0)  # a loss that draws draws the same
-                values.append(self._term_loss(term, BatchOutputs(s, {term.teacher: t}, targets)).item())
-        return values[0] != values[1]
-
-    def _probe_targets(self, term: TermConfig, s_probe: Any) -> Targets:
-        """Objects of a class that both models have."""
-        classes = self.classes[term_name(term)]
-        return probe_targets(s_probe.image_size, self._device, label=0 if classes is None else int(classes[0][0]))
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.student.parameters()).device
 
 
 def images_of(kind: str, batch: BatchOutputs, is_labelled: Tensor | None) -> BatchOutputs | None:
@@ -364,7 +292,16 @@ def compares_classes(term: TermConfig) -> bool:
     return entry.reads_scores or entry.reads not in ("map", "layers")
 
 
-def common_classes(key: str, teacher: str, class_names: tuple[str, ...], facts: TeacherFacts) -> ClassColumns | None:
+def check_comparable(teachers: dict[str, nn.Module]) -> None:
+    """UserError unless weights by confidence have at least two teachers to compare, all of which classify boxes."""
+    if len(teachers) < 2:
+        raise UserError(f"confidence compares teachers, found {len(teachers)}")
+    for name, teacher in teachers.items():
+        if not hasattr(teacher, "class_logits_at"):
+            raise UserError(f"teacher {name!r} cannot classify given boxes")
+
+
+def common_classes(teacher: str, class_names: tuple[str, ...], facts: TeacherFacts) -> ClassColumns | None:
     """Columns of the classes that student and teacher share; None where the lists are equal or not given.
 
     Prints one line where the lists differ: the classes that the teacher names otherwise, and those that it lacks.
@@ -372,10 +309,8 @@ def common_classes(key: str, teacher: str, class_names: tuple[str, ...], facts: 
     t_names = facts.class_names or class_names
     if t_names == tuple(class_names) and not facts.aliases:
         return None
-    try:
+    with naming(f"teacher {teacher!r}", ValueError):
         s_columns, t_columns = join_classes(class_names, t_names, aliases=facts.aliases)
-    except ValueError as error:
-        raise UserError(f"{key}: teacher {teacher!r}: {error}") from None
     pairs = [(class_names[s], t_names[t]) for s, t in zip(s_columns.tolist(), t_columns.tolist())]
     renamed = [f"{s_name} is its {t_name}" for s_name, t_name in pairs if s_name != t_name]
     shared = {s_name for s_name, _ in pairs}
@@ -386,62 +321,3 @@ def common_classes(key: str, teacher: str, class_names: tuple[str, ...], facts: 
         print(line + (f"; {', '.join(renamed)}" if renamed else ""))
     is_equal = len(pairs) == len(t_names) == len(class_names) and torch.equal(s_columns, t_columns)
     return None if is_equal else (s_columns, t_columns)
-
-
-def build_adapters(
-    term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: ClassColumns | None
-) -> nn.ModuleList:
-    """One adapter per pair of maps; UserError where the pair cannot be joined."""
-    entry = LOSSES[term.loss]
-    if entry.reads != "map" and term.adapter != "none":
-        raise UserError(f"{key}: loss {term.loss!r} compares {entry.reads}, not maps: expected adapter none")
-    pairs = zip(term.student_maps, term.teacher_maps)
-    if entry.reads in FIXED_MAPS:
-        return nn.ModuleList(nn.Identity() for _ in pairs)
-    return nn.ModuleList(adapter_of_pair(term, key, s_probe, t_probe, *pair, classes) for pair in pairs)
-
-
-def adapter_of_pair(
-    term: TermConfig, key: str, s_probe: Any, t_probe: Any, s_name: str, t_name: str, classes: ClassColumns | None
-) -> nn.Module:
-    """The adapter between two maps; Identity between logits, image logits, and maps that need none."""
-    entry = LOSSES[term.loss]
-    try:
-        s, t = named_map(s_probe, s_name), named_map(t_probe, t_name)
-    except KeyError as error:
-        raise UserError(f"{key}: map {error.args[0]}") from None
-    shapes = f"{s_name} {tuple(s.shape)} of the student and {t_name} {tuple(t.shape)} of the teacher"
-    if entry.reads == "logits":
-        has_common_columns = classes is not None and s_name == t_name == "class_logits" and s.shape[:2] == t.shape[:2]
-        if s.shape != t.shape and not has_common_columns:
-            raise UserError(f"{key}: logits {shapes} must have equal shapes")
-        return nn.Identity()
-    if s.dim() != 4 or t.dim() != (2 if entry.reads == "image" else 4):
-        raise UserError(f"{key}: {shapes} are not maps (B, C, H, W)")
-    if entry.reads == "image" or (term.adapter == "none" and not entry.same_width):
-        return nn.Identity()
-    try:
-        adapter = build_adapter(term.adapter, s.shape[1], t.shape[1])
-    except ValueError as error:
-        raise UserError(f"{key}: {s_name} and {t_name}: {error}") from None
-    if normalises(adapter) and entry.finishes_maps and not term.parameters.get("rescale", True):
-        raise UserError(f"{key}: the teacher's layers cannot take a normalised map: expected rescale: true")
-    return adapter
-
-
-def build_losses(term: TermConfig, key: str, s_probe: Any, t_probe: Any, classes: ClassColumns | None) -> nn.ModuleList:
-    """The module of each pair, built with the widths of its maps, or Identity for a loss that trains nothing."""
-    entry = LOSSES[term.loss]
-    losses = nn.ModuleList()
-    for s_name, t_name in zip(term.student_maps, term.teacher_maps):
-        widths: tuple[int, ...] = ()
-        if entry.reads == "map":
-            widths = (named_map(t_probe, t_name).shape[1],)
-        elif entry.reads == "image":
-            num_classes = named_map(t_probe, t_name).shape[1] if classes is None else len(classes[0])
-            widths = (named_map(s_probe, s_name).shape[1], num_classes)
-        try:
-            losses.append(entry.module(*widths, **term.parameters) if entry.module else nn.Identity())
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{key}.parameters: {error}") from None
-    return losses

@@ -1,12 +1,22 @@
 """Tries a term before training: outputs of grey images and random ones, to find shapes and losses that are always 0."""
 
+import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from config import TermConfig
+from distill.batch import BatchOutputs
+from distill.checks import term_name
+from distill.terms import LOSSES
+from errors import UserError
 from structures import Targets
+
+if TYPE_CHECKING:
+    from distill.criterion import Criterion
 
 NO_LOSS = 1e-12  # rounding can leave this much of a loss that is 0 by its formula
 
@@ -21,6 +31,69 @@ def probe(model: nn.Module, image_size: int) -> Any:
         return model(torch.full((2, 3, image_size, image_size), 0.5, device=parameter.device, dtype=parameter.dtype))
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def try_term(criterion: "Criterion", term: TermConfig, s_probe: Any, t_probe: Any) -> None:
+    """Compute a term for the probe images and for random outputs: ValueError or UserError where that fails or is 0.
+
+    With random outputs, a term about boxes compares the classes of the objects, since noise has few detections, and
+    half the locations learn an object: a loss that is 0 then is 0 for any outputs.
+    """
+    targets = objects_of_probe(criterion, term, s_probe)
+    generator = torch.Generator().manual_seed(0)
+    anywhere = {"boxes": "targets"} if "boxes" in LOSSES[term.loss].parameters() else {}
+    at_targets = dataclasses.replace(term, parameters={**term.parameters, **anywhere})
+    values = []
+    with in_eval_mode(criterion):
+        criterion.term_loss(term, BatchOutputs(s_probe, {term.teacher: t_probe}, targets))
+        for _ in range(2):
+            s, t = random_output(s_probe, generator), random_output(t_probe, generator)
+            batch = BatchOutputs(s, {term.teacher: t}, targets)
+            if hasattr(criterion.student, "positives"):
+                batch.shared[term.teacher] = {"positives": random_positives(s, targets, generator)}
+            values.append(criterion.term_loss(at_targets, batch).item())
+    if max(values) <= NO_LOSS:
+        raise UserError(
+            f"loss {term.loss!r} is 0 whatever student and teacher predict, it could never act: expected more than one "
+            "class or pixel to compare, and a weight above 0 for some part of the loss"
+        )
+
+
+@torch.no_grad()
+def reads_objects(criterion: "Criterion", term: TermConfig, s_probe: Any, t_probe: Any) -> bool:
+    """Whether the loss of random outputs depends on the objects of the images."""
+    generator = torch.Generator().manual_seed(0)
+    s, t = random_output(s_probe, generator), random_output(t_probe, generator)
+    objects = objects_of_probe(criterion, term, s_probe)
+    values = []
+    with in_eval_mode(criterion):
+        for targets in (objects, Targets.empty(objects.labels.device)):
+            torch.manual_seed(0)  # a loss that draws draws the same
+            values.append(criterion.term_loss(term, BatchOutputs(s, {term.teacher: t}, targets)).item())
+    return values[0] != values[1]
+
+
+@contextlib.contextmanager
+def in_eval_mode(criterion: "Criterion") -> Iterator[None]:
+    """Student and criterion in eval mode. The weights of later terms do not depend on draws in here."""
+    student = criterion.student
+    was_training = student.training
+    criterion.to(next(student.parameters()).device).eval()
+    student.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        criterion.train()
+        student.train(was_training)
+
+
+def objects_of_probe(criterion: "Criterion", term: TermConfig, s_probe: Any) -> Targets:
+    """probe_targets of a class that both models have."""
+    classes = criterion.classes[term_name(term)]
+    device = next(criterion.student.parameters()).device
+    return probe_targets(s_probe.image_size, device, label=0 if classes is None else int(classes[0][0]))
 
 
 def random_output(output: Any, generator: torch.Generator) -> Any:

@@ -12,6 +12,8 @@ from distill.losses.masks import location_scores, positive_masks, score_maps
 from distill.outputs import head_level, level_layout, named_map
 from structures import Targets
 
+ClassColumns = tuple[Tensor, Tensor]  # of the student and of the teacher: the classes that both have (join_classes)
+
 
 @dataclass(frozen=True)
 class TermInputs:
@@ -26,7 +28,7 @@ class TermInputs:
     t_name: str = ""
     s_map: Tensor | None = None  # (B, C, H, W), after the adapter; None for a term that compares no maps
     t_map: Tensor | None = None  # (B, C, H, W) at the grid of s_map; None for a term that compares no maps
-    classes: tuple[Tensor, Tensor] | None = None  # columns that both models have (join_classes); None: equal lists
+    classes: ClassColumns | None = None  # None: equal lists
     content: Tensor | None = None  # (B, 1, H, W) bool at the grid of s_map, False where it is left out; None: all True
     shared: dict[Hashable, Any] = field(default_factory=dict)  # computed once in a step for all terms of a teacher
 

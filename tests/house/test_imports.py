@@ -48,6 +48,8 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "distill.condense": BASE,
     "distill": BASE | {"kernels", "layers"},
     "distill.checks": BASE | {"distill", "config"},
+    "distill.probing": BASE | {"distill", "config"},
+    "distill.trained_parts": BASE | {"distill", "config"},
     "distill.criterion": BASE | {"distill", "kernels", "layers", "config", "datasets.class_names"},
     "engine.runtime": BASE | {"config", "checkpoint"},
     "engine.drawing": BASE | {"datasets", "metrics", "engine.runtime", "teachers.dinov2"},

@@ -152,7 +152,7 @@ def test_a_torchvision_file_is_read_by_category_id(files, pictures):
     model, info = checkpoint.load_model(files / "fasterrcnn.pth", "fasterrcnn_resnet18")
     assert model.num_classes == 90 and info.names == coco_by_id() and info.source == "public"
     index = open_dataset("coco", pictures, "train2017")
-    s_columns, t_columns = common_classes("terms.0", "fasterrcnn", index.names, TeacherFacts(info.names))
+    s_columns, t_columns = common_classes("fasterrcnn", index.names, TeacherFacts(info.names))
     assert s_columns.tolist() == list(range(80))
     assert (t_columns + 1).tolist() == list(index.category_ids)
 
