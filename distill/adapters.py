@@ -94,3 +94,18 @@ def resize_to(t_map: Tensor, size: tuple[int, int]) -> Tensor:
     if t_map.shape[-2:] == size:
         return t_map
     return F.interpolate(t_map.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def resize_shown(t_map: Tensor, shown: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """resize_to of the pixels where `shown` (B, 1, H', W') is True alone: what the others hold has no effect.
+
+        out_p = sum_q w_pq m_q t_q / sum_q w_pq m_q,    w the weights of resize_to, m = shown
+
+    Also returns where any shown pixel counts, (B, 1, *size) bool; elsewhere the map is 0.
+    """
+    seen = t_map.masked_fill(~shown, 0)
+    if t_map.shape[-2:] == size:
+        return seen, shown
+    share = resize_to(shown.float(), size)
+    is_reached = share > 0
+    return resize_to(seen, size) / share.where(is_reached, 1), is_reached

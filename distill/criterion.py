@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from config import STUDENT, GradientShare, TermConfig
 from datasets.class_names import join_classes
-from distill.adapters import like_adapted, resize_like
+from distill.adapters import like_adapted, resize_like, resize_shown
 from distill.batch import BatchOutputs
 from distill.checks import check_terms, term_name
 from distill.gradient_shares import GradientShares
@@ -266,24 +266,25 @@ def images_of(kind: str, batch: BatchOutputs, is_labelled: Tensor | None) -> Bat
 def adapted_maps(
     term: TermConfig, batch: BatchOutputs, s_name: str, t_name: str, adapter: nn.Module
 ) -> dict[str, Tensor | None]:
-    """s_map, t_map and content of TermInputs for one pair; none of them for a term that compares no maps."""
+    """The maps and contents of TermInputs for one pair; none of them for a term that compares no maps."""
     entry = LOSSES[term.loss]
     if entry.reads not in ("map", "image"):
         return {}
-    s_map = named_map(batch.s_output, s_name)
-    content = batch.content if term.content_only else None
-    if content is not None:
-        content = content_at(content, s_map)
+    s_map, t_map, content, t_content = named_map(batch.s_output, s_name), None, None, None
+    if entry.reads == "map":
+        t_map = named_map(batch.t_outputs[term.teacher], t_name).detach()
+    if t_map is not None and term.content_only and batch.content is not None:
+        t_content = content_at(batch.content, t_map)
+        t_map, is_reached = resize_shown(t_map, t_content, (s_map.shape[2], s_map.shape[3]))
+        content = content_at(batch.content, s_map) & is_reached
     s_map = only_at(content, s_map)
     with in_precision_of(s_map):
         s_map = only_at(content, adapter(s_map))
-    if entry.reads == "image":
-        return {"s_map": s_map, "content": content}
-    t_map = named_map(batch.t_outputs[term.teacher], t_name).detach()
-    t_map = only_at(content, resize_like(t_map, s_map))
-    if not entry.finishes_maps:
-        t_map = only_at(content, like_adapted(adapter, t_map))
-    return {"s_map": s_map, "t_map": t_map, "content": content}
+    if t_map is not None:
+        t_map = only_at(content, resize_like(t_map, s_map))
+        if not entry.finishes_maps:
+            t_map = only_at(content, like_adapted(adapter, t_map))
+    return {"s_map": s_map, "t_map": t_map, "content": content, "t_content": t_content}
 
 
 def compares_classes(term: TermConfig) -> bool:

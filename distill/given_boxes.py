@@ -34,6 +34,8 @@ def given_boxes(inputs: TermInputs, boxes: Boxes, score_threshold: float, max_bo
     if boxes == "targets":
         return objects(inputs.targets)
     if boxes == "teacher":
+        if not hasattr(inputs.teacher, "detect"):
+            raise ValueError("boxes: found teacher, but this teacher detects nothing: only a detector does")
         detections = inputs.teacher.detect(
             inputs.t_output, score_threshold=score_threshold, iou_threshold=0.6, max_detections=max_boxes
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.adapters import resize_to
+from distill.adapters import resize_shown, resize_to
 from distill.losses.masks import location_scores, positive_masks, score_maps
 from distill.outputs import head_level, level_layout, named_map
 from structures import Targets
@@ -30,6 +30,7 @@ class TermInputs:
     t_map: Tensor | None = None  # (B, C, H, W) at the grid of s_map; None for a term that compares no maps
     classes: ClassColumns | None = None  # None: equal lists
     content: Tensor | None = None  # (B, 1, H, W) bool at the grid of s_map, False where it is left out; None: all True
+    t_content: Tensor | None = None  # the same at the teacher's own grid
     shared: dict[Hashable, Any] = field(default_factory=dict)  # computed once in a step for all terms of a teacher
 
     @property
@@ -73,24 +74,34 @@ class TermInputs:
 
     def teacher_score_map(self) -> Tensor:
         """(B, H, W): the teacher's scores at the level of t_map, resized to the grid of s_map; 0 outside `content`."""
-        scores = self._score_maps()[head_level(self.teacher, self.t_output, self.t_name)]
-        return (scores if self.content is None else scores * self.content)[:, 0]
+        row = head_level(self.teacher, self.t_output, self.t_name)
+        level, size = self._score_levels()[row][:, None], self._student_sizes()[row]
+        if self.content is None or self.t_content is None:
+            return resize_to(level, size)[:, 0]
+        return (resize_shown(level, self.t_content, size)[0] * self.content)[:, 0]
 
     def teacher_score_sum(self) -> Tensor:
-        """The sum of the teacher's scores over all levels, (): roughly the number of locations with an object."""
-        return torch.cat([level.flatten(1) for level in self._score_maps()], 1).sum()
+        """The sum of the teacher's scores over all levels, (): roughly the number of locations with an object.
 
-    def _score_maps(self) -> list[Tensor]:
-        """masks.score_maps of the teacher, (B, 1, H, W), each at the student's grid of that level.
+        Each level is resized to the student's grid first.
+        """
+        levels = zip(self._score_levels(), self._student_sizes())
+        return torch.cat([resize_to(level[:, None], size).flatten(1) for level, size in levels], 1).sum()
+
+    def _score_levels(self) -> list[Tensor]:
+        """masks.score_maps of the teacher, (B, H', W') at its own grids."""
+        logits, objectness = self._score_logits()
+        compute = lambda: score_maps(logits, **level_layout(self.t_output, logits), t_objectness_logits=objectness)
+        return self.computed_once(("score_maps", self.classes is None), compute)
+
+    def _student_sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of the student's grid at each of the teacher's levels.
 
         If the teacher gets another image size, all its grids differ from the student's by one factor, this pair's.
         """
-        logits, objectness = self._score_logits()
-        compute = lambda: score_maps(logits, **level_layout(self.t_output, logits), t_objectness_logits=objectness)
-        levels = self.computed_once(("score_maps", self.classes is None), compute)
         (h, w), (t_h, t_w) = self.maps()["s_map"].shape[2:], named_map(self.t_output, self.t_name).shape[2:]
-        sizes = [(max(round(m.shape[1] * h / t_h), 1), max(round(m.shape[2] * w / t_w), 1)) for m in levels]
-        return [resize_to(level[:, None], size) for level, size in zip(levels, sizes)]
+        sizes = (level.shape[1:] for level in self._score_levels())
+        return [(max(round(own_h * h / t_h), 1), max(round(own_w * w / t_w), 1)) for own_h, own_w in sizes]
 
     def _score_logits(self) -> tuple[Tensor, Tensor | None]:
         """The teacher's class logits (B, A, K), for the classes that both have, and its objectness logits (B, A)."""

@@ -6,9 +6,10 @@ in float64 for float64. Student gradients only: the teacher's map is detached. A
 gives 0.
 
 The grey padding of an image takes part like the rest, as in public toolboxes. A term with `content_only: true` leaves
-it out: before and after the adapter both maps are set to 0 there, so what they hold in the padding has neither effect
-nor gradient. Its pixels still count, as zeros, in a mean, in a softmax over pixels (CWD, FGD) and in a standard
-deviation (PKD); a context or generator network (FGD, MGD) works there too.
+it out: before and after the adapter both maps are set to 0 there, the teacher's before it is resized as well
+(adapters.resize_shown), so what they hold in the padding has neither effect nor gradient. Its pixels still count, as
+zeros, in a mean, in a softmax over pixels (CWD, FGD) and in a standard deviation (PKD); a context or generator network
+(FGD, MGD) works there too.
 """
 
 import torch

@@ -11,7 +11,6 @@ from config import TermConfig
 from distill.checks import check_term, expected_instead
 from distill.criterion import Criterion, TeacherFacts, schedule_factor
 from distill.losses.logits import soft_class_targets
-from distill.outputs import content_at
 from distill.terms import LOSSES
 from errors import UserError
 from structures import Targets
@@ -277,45 +276,6 @@ def test_every_loss_of_maps_and_logits_acts_through_the_criterion(name):
     assert all(p.grad is not None for p in trained.values())
     without_objects = criterion(student(IMAGES), t, Targets.empty(), epoch=0.0)[f"{name}_big"]
     assert without_objects.isfinite()
-
-
-@pytest.mark.parametrize("adapter", ["conv1x1", "conv1x1_norm", "conv3x3"])
-@pytest.mark.parametrize(
-    "name",
-    "mse cosine cwd pkd attention location_similarity fgd masked_mse decoupled_mse score_weighted_l2".split(),
-)
-def test_padding_takes_no_part_where_a_term_leaves_it_out(name, adapter):
-    """What either model makes of the lower half moves neither loss nor gradient; without content_only it does."""
-    student, teacher = TinyDetector(4), TinyDetector(6).requires_grad_(False).eval()
-    content = torch.ones(2, 1, 32, 32, dtype=torch.bool)
-    content[:, :, 16:] = False
-    found = {}
-    for only in (True, False):
-        criterion = build(
-            term(loss=name, student_maps=("p3",), adapter=adapter, content_only=only),
-            student=student,
-            teachers={"big": teacher},
-        )
-        s, t = student(IMAGES), teacher(IMAGES)
-        values = []
-        for _ in range(2):
-            loss = criterion(s, {"big": t}, TARGETS, 0.0, content)[f"{name}_big"]
-            (gradient,) = torch.autograd.grad(loss, s.features["p3"])
-            values.append(loss.item())
-            t.features["p3"][:, :, 2:] += 3 * torch.randn(2, 6, 2, 4)
-            t.class_logits[:, 8:16] += 3  # the locations of these cells
-            s.features["p3"].data[:, :, 2:] += torch.randn(2, 4, 2, 4)
-        found[only] = values[0] == values[1], gradient[:, :, 2:].abs().max().item() == 0, gradient[:, :, :2].any()
-        assert criterion.leaves_padding_out == only
-    assert found[True] == (True, True, True) and not found[False][0]
-
-
-def test_thin_content_keeps_the_cells_that_have_most_of_it():
-    content = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
-    content[0, :, 9:11] = True  # two rows of a cell of eight
-    content[1, :, 8:21] = True
-    found = content_at(content, torch.zeros(2, 6, 4, 4))[:, 0, :, 0]
-    assert found.tolist() == [[False, True, False, False], [False, True, True, False]]
 
 
 def test_options_of_masks_reach_them():

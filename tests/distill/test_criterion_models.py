@@ -316,6 +316,13 @@ def test_refused(case, yolos):
     assert all(torch.equal(before[k], v) for k, v in yolos[student].state_dict().items())
 
 
+def test_a_teacher_that_detects_nothing_has_no_boxes_of_its_own(yolos):
+    teacher = models.build_teacher("dinov2_vits14")
+    with pytest.raises(UserError, match=r"terms\.0: boxes: found teacher, but this teacher detects nothing"):
+        changes = dict(parameters={"boxes": "teacher"}, facts={"t": TeacherFacts(image_size=56)})
+        build(yolos["student"], teacher, "box_classes", **changes)
+
+
 def test_confidence_weights():
     """Against the published form in float64; equal doubts weigh 1, and the mean is always 1."""
     doubt = np.array([0.2, 1.5, 0.7])
