@@ -76,16 +76,26 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.
     return _decode(image, name, _orientation(image, data), data)
 
 
+def pillow_pixels(image: Image.Image) -> np.ndarray:
+    """An image of Pillow as read_image reads its file, turned by the same rule. ValueError for pixels it refuses.
+
+    Pillow's own exif_transpose also turns by XMP, and reads EXIF by other types.
+    """
+    rgb = to_rgb(image)  # loads the file: what stands behind its pixels is in `info` after that
+    return _turn(rgb, 1 if image.format == "TIFF" else exif_orientation(rgb.info.get("exif", b"")))
+
+
+def _turn(rgb: Image.Image, orientation: int) -> np.ndarray:
+    transpose = _TRANSPOSE.get(orientation)
+    return np.array(rgb if transpose is None else rgb.transpose(transpose))
+
+
 def _decode(image: Image.Image, path: str | Path, orientation: int, data: bytes = b"") -> np.ndarray:
     """The pixels in the form of read_image. Closes `image`. data: all bytes of its file; only a PNG needs them."""
     try:
         if image.format == "PNG":
             _check_png(data)
-        rgb = to_rgb(image)
-        transpose = _TRANSPOSE.get(orientation)
-        if transpose is not None and image.format != "TIFF":  # Pillow turns a TIFF when it loads it
-            rgb = rgb.transpose(transpose)
-        return np.array(rgb)
+        return _turn(to_rgb(image), 1 if image.format == "TIFF" else orientation)  # Pillow turns a TIFF as it loads it
     except Exception as error:  # decoders raise any exception for bytes that are no picture
         raise UserError(f"{path}: {_decode_fault(error)}") from None
     finally:

@@ -9,7 +9,16 @@ import pytest
 from PIL import Image
 
 from datasets import images
-from datasets.images import decode_image, exif_orientation, find_picture, read_header, read_image, read_size, turn_boxes
+from datasets.images import (
+    decode_image,
+    exif_orientation,
+    find_picture,
+    pillow_pixels,
+    read_header,
+    read_image,
+    read_size,
+    turn_boxes,
+)
 from errors import UserError
 
 HEIGHT, WIDTH = 40, 64
@@ -370,3 +379,35 @@ def test_bytes_of_a_truncated_and_of_a_large_picture(tmp_path):
     with pytest.raises(UserError, match=r"upload: too large, 64 x 40, expected a picture of at most 2,559 pixels"):
         decode_image(file.getvalue(), "upload", max_pixels=2559)
     assert decode_image(file.getvalue(), "upload", max_pixels=2560).shape == (40, 64, 3)
+
+
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    b"</rdf:RDF></x:xmpmeta>"
+)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_an_image_of_pillow_is_turned_as_its_file(tmp_path, suffix, orientation):
+    path = tmp_path / f"turned{suffix}"
+    save_with_orientation(path, orientation)
+    for opened in (Image.open(path), Image.open(path).copy(), Image.open(path).convert("RGB")):
+        np.testing.assert_array_equal(pillow_pixels(opened), read_image(path))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_neither_a_file_nor_its_image_is_turned_by_xmp(tmp_path, suffix):
+    path = tmp_path / f"xmp{suffix}"
+    Image.fromarray(stored_pixels()).save(path, xmp=XMP)
+    assert Image.open(path).getexif()[0x0112] == 6  # Pillow does
+    np.testing.assert_array_equal(pillow_pixels(Image.open(path)), read_image(path))
+
+
+def test_an_exif_tag_of_one_byte_turns_a_file_and_its_image(tmp_path):
+    row = struct.pack("<HHIB3x", 0x0112, 1, 1, 6)
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + row + bytes(4)
+    Image.fromarray(stored_pixels()).save(tmp_path / "byte.jpg", exif=block)
+    assert read_image(tmp_path / "byte.jpg").shape == (WIDTH, HEIGHT, 3)
+    np.testing.assert_array_equal(pillow_pixels(Image.open(tmp_path / "byte.jpg")), read_image(tmp_path / "byte.jpg"))
