@@ -176,17 +176,10 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_settings(evaluation: EvaluationConfig, image_size: int, workers: int) -> None:
     """UserError, naming the flag, for a setting out of range."""
-    detection = evaluation.detection
-    check_fraction("--score-threshold", detection.score_threshold)
-    check_fraction("--nms-iou", detection.iou_threshold)
+    evaluation.detection.check(score="--score-threshold", iou="--nms-iou", most="--max-detections")
     expect(evaluation.batch_size >= 1, "--batch-size", evaluation.batch_size, "at least 1")
-    expect(detection.max_detections >= 1, "--max-detections", detection.max_detections, "at least 1")
     expect(workers >= 0, "--workers", workers, "at least 0")
     expect(image_size >= 32 and image_size % 32 == 0, "--image-size", image_size, "a multiple of 32")
-
-
-def check_fraction(flag: str, value: float) -> None:
-    expect(0 <= value <= 1, flag, f"{value:g}", "a number in 0..1")
 
 
 def describe_settings(evaluation: EvaluationConfig, image_size: int, device: torch.device) -> str:
@@ -227,7 +220,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         if getattr(args, action.dest) != action.default:
             beside = "--ground-truth and --detections" if is_files else "a checkpoint"
             raise UserError(f"{action.option_strings[0]}: has no meaning with {beside}, expected it left out")
-    check_fraction("--report-score", args.report_score)
+    expect(0 <= args.report_score <= 1, "--report-score", f"{args.report_score:g}", "a number in 0..1")
     return args
 
 

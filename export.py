@@ -66,7 +66,7 @@ from engine.runtime.timing import rotate, wall_seconds
 from errors import ArgumentParser, UserError, expect, require, run_script
 from layers.fusion import fuse
 from layers.int8 import has_int8, remove_int8
-from predict import plural
+from predict import fraction, plural
 from rtdetr.rtdetr import RTDETR
 from structures import DetectionSettings
 from weights import file_of_run
@@ -251,9 +251,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--with-nms", action="store_true", help="end in detections (default: boxes and scores)")
     parser.add_argument(
-        "--score-threshold", type=float, default=0.25, help="default in the file, with --with-nms (%(default)s)"
+        "--score-threshold", type=fraction, default=0.25, help="default in the file, with --with-nms (%(default)s)"
     )
-    parser.add_argument("--nms-iou", type=float, help="default in the file, with --with-nms (as evaluated)")
+    parser.add_argument("--nms-iou", type=fraction, help="default in the file, with --with-nms (as evaluated)")
     parser.add_argument("--max-detections", type=int, help="default in the file, with --with-nms (as evaluated)")
     parser.add_argument(
         "--pictures", nargs="+", default=[], metavar="SOURCE", help="check on these pictures (default: as above)"

@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from errors import expect
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -139,6 +141,12 @@ class DetectionSettings:
     def changed(self, **given: Any) -> "DetectionSettings":
         """A copy with those of the given values that are not None."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def check(self, *, score: str, iou: str, most: str) -> None:
+        """UserError for a value out of range. score, iou, most: what the user calls the three."""
+        for what, value in ((score, self.score_threshold), (iou, self.iou_threshold)):
+            expect(0 <= value <= 1, what, f"{value:g}", "a number in 0..1")
+        expect(self.max_detections >= 1, most, self.max_detections, "at least 1")
 
 
 @runtime_checkable

@@ -165,6 +165,28 @@ def test_thresholds_are_those_that_are_given(run, model):
         model.predict(photo(run), score=25)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("iou", 1.5),
+        ("iou", float("nan")),
+        ("max_detections", 0),
+        ("max_detections", -1),
+        ("batch_size", -1),
+        ("image_size", 0),
+        ("image_size", 100),
+        ("score", float("nan")),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(run, model, name, value):
+    """Python takes a negative count as one from the end, and an empty range as no work: nothing would fail."""
+    with pytest.raises(retort.UserError, match=f"argument {name}: found {value:g}, expected"):
+        model.predict(photo(run), **{name: value})
+    name = {"iou": "iou_threshold", "score": "score_threshold"}.get(name, name)
+    with pytest.raises(retort.UserError, match=f"argument {name}: found {value:g}, expected"):
+        retort.evaluate(model, "yolo", run / "set", "test", **{name: value})
+
+
 def test_weights_that_change_change_what_is_found(run):
     """predict runs a copy with folded BatchNorms; it is made anew where it would be out of date."""
     model = retort.load(run / "run", device="cpu")
@@ -271,6 +293,8 @@ def test_evaluate_gives_the_numbers_of_the_run_and_of_the_command(run, model, tr
     assert written["numbers"] == result.numbers and written["detections"] == len(result.detections) == 5 * 20
     only = retort.evaluate(model, "yolo", run / "set", "test", classes=["red"])
     assert list(only.ap_result.per_class) == ["red"]
+    with pytest.raises(retort.UserError, match="argument protocol: found 'voc', expected one of coco, voc07, voc12"):
+        retort.evaluate(model, "yolo", run / "set", "test", protocol="voc")
     with pytest.raises(retort.UserError, match="argument protocoll: expected one of classes"):
         retort.evaluate(model, "yolo", run / "set", "test", protocoll="voc07")
 

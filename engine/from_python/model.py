@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 import models
 from checkpoint import CheckpointInfo
 from config import EvaluationConfig
 from datasets.class_names import COCO, read_class_map
-from datasets.images import read_image, to_rgb
+from datasets.images import pillow_pixels, read_image
 from engine.evaluation.cross_dataset import evaluate_on_dataset
 from engine.evaluation.measuring import EvaluationResult
 from engine.from_python.found import Detections
@@ -22,7 +22,7 @@ from engine.onnx_files.detector import OnnxDetector, load_detector
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import find_pictures
 from engine.runtime.processes import choose_device
-from errors import UserError, naming
+from errors import UserError, expect, naming
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -74,16 +74,16 @@ class Model:
         score: detections with a lower one are dropped. iou: non-maximum suppression drops a box with a higher IoU with
             a better one of its class. max_detections: of a picture. None: as the model is evaluated.
         image_size: side of the model's square input in pixels, a multiple of 32. None: as it was trained.
-        UserError for a picture that cannot be read, or that is no picture.
+        UserError for a picture that cannot be read, or that is no picture, and for a value out of range.
         """
-        if not 0 <= score <= 1:
-            raise UserError(f"argument score: found {score!r}, expected a number in 0..1")
+        given = {"score_threshold": score, "iou_threshold": iou, "max_detections": max_detections}
+        detection = self.info.evaluation.detection.changed(**given)
+        detection.check(score="argument score", iou="argument iou", most="argument max_detections")
+        size = checked_size(self.image_size if image_size is None else image_size)
+        expect(batch_size >= 1, "argument batch_size", batch_size, "at least 1")
         opened = open_pictures(pictures)
-        predictor, usual = self._fused(), self.info.evaluation.detection
-        predictor.image_size = image_size or self.image_size
-        predictor.detection = usual.changed(
-            score_threshold=score, iou_threshold=iou, max_detections=max_detections or None
-        )
+        predictor = self._fused()
+        predictor.image_size, predictor.detection = size, detection
         found = []
         for start in range(0, len(opened), batch_size):
             batch = [(source, read_pixels(picture, source)) for source, picture in opened[start : start + batch_size]]
@@ -134,7 +134,17 @@ def evaluate(
     known = [f.name for f in fields(EvaluationConfig) if f.name not in ("every_epochs", "of_start")]
     if unknown := [name for name in settings if name not in known]:
         raise UserError(f"argument {unknown[0]}: expected one of classes, class_map, image_size, {', '.join(known)}")
+    for name in ("protocol", "precision"):
+        expected = get_args(get_type_hints(EvaluationConfig)[name])
+        if name in settings:
+            expect(
+                settings[name] in expected, f"argument {name}", repr(settings[name]), f"one of {', '.join(expected)}"
+            )
     evaluation = replace(model.info.evaluation, **settings)
+    names = {"score": "score_threshold", "iou": "iou_threshold", "most": "max_detections"}
+    evaluation.detection.check(**{key: f"argument {name}" for key, name in names.items()})
+    expect(evaluation.batch_size >= 1, "argument batch_size", evaluation.batch_size, "at least 1")
+    expect(workers >= 0, "argument workers", workers, "at least 0")
     result, _ = evaluate_on_dataset(
         model.module,
         model.names,
@@ -143,12 +153,18 @@ def evaluate(
         own_classes=model.info.classes,
         given=read_class_map(list(class_map)),
         with_difficult=evaluation.counts_difficult,
-        image_size=image_size or model.image_size,
+        image_size=checked_size(model.image_size if image_size is None else image_size),
         device=model.device,
         workers=workers,
         **evaluation.arguments(),
     )
     return result
+
+
+def checked_size(size: int) -> int:
+    """The side of the model's input. UserError for a value out of range."""
+    expect(size >= 32 and size % 32 == 0, "argument image_size", size, "a multiple of 32")
+    return size
 
 
 def untrained(arch: str, classes: Sequence[str] | None, device: torch.device) -> Model:
@@ -178,7 +194,7 @@ def read_pixels(picture: Picture, source: str) -> np.ndarray:
         return read_image(picture)
     if isinstance(picture, Image.Image):
         with naming(source, ValueError):
-            return np.array(ImageOps.exif_transpose(to_rgb(picture)))
+            return pillow_pixels(picture)
     if isinstance(picture, Tensor):
         if picture.dim() != 3 or picture.shape[0] != 3:
             raise UserError(f"{source}: found a tensor {tuple(picture.shape)}, expected (3, H, W), RGB")
