@@ -56,7 +56,8 @@ def convert(
 
     classes: write only these classes of the source, in this order; none: all.
     Returns new split -> its index, and the losses: description -> count.
-    UserError for a destination that is not empty, names that the format cannot hold, and too many bad samples.
+    UserError for a destination that is not empty, names that the format cannot hold, too many bad samples, and, in VOC
+    and KITTI, a picture with other objects in each of two splits.
     """
     dst_root = Path(dst_root)
     if dst_format not in WRITERS:
@@ -152,7 +153,9 @@ def write_voc(folder: Path, indices: Indices, class_names: Names, picture_names:
             name = picture_names[sample.image_path]
             stems.append(Path(name).stem)
             _copy(sample, folder / "JPEGImages", name)
-            _write(folder / "Annotations" / f"{stems[-1]}.xml", _voc_xml(sample, name, class_names))
+            _write_labels(
+                folder / "Annotations" / f"{stems[-1]}.xml", _voc_xml(sample, name, class_names), sample, split
+            )
             _count_common_losses(sample, losses)
             losses["crowd flags (written as difficult)"] += int((sample.crowd & (sample.labels != ANY_CLASS)).sum())
             losses["regions of no class (left out)"] += int((sample.labels == ANY_CLASS).sum())
@@ -291,7 +294,7 @@ def write_kitti(folder: Path, indices: Indices, class_names: Names, picture_name
                     continue  # COCO files repeat such a region for each class
                 regions.update([corners] if ignore else [])
                 lines.append(f"{kind} -1 -1 -10 {corners} -1 -1 -1 -1000 -1000 -1000 -10\n")
-            _write(folder / "training" / "label_2" / f"{stems[-1]}.txt", "".join(lines))
+            _write_labels(folder / "training" / "label_2" / f"{stems[-1]}.txt", "".join(lines), sample, split)
         _write(folder / "ImageSets" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
 
 
@@ -302,6 +305,16 @@ def _number(value: float, digits: int = 9) -> str:
     """The shortest text of a rounded number, without a point if it is whole."""
     value = round(value, digits)
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _write_labels(path: Path, text: str, sample: Sample, split: str) -> None:
+    """Write the only label file of a picture. UserError where another split has written it with other objects."""
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        found = f"{sample.image_path}: has other objects in split {split!r} than in one before it"
+        raise UserError(
+            f"{found}, and the format has one label file a picture; expected the splits in sets of their own"
+        )
+    _write(path, text)
 
 
 def _write(path: Path, text: str) -> None:

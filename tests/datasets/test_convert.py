@@ -9,6 +9,7 @@ from PIL import Image
 from datasets import ANY_CLASS, open_dataset
 from datasets.convert import convert, data_yaml, main
 from errors import UserError
+from tests.datasets.small_sets import coco, picture, text
 from yaml_files import parse_yaml
 
 
@@ -225,6 +226,23 @@ def test_bad_samples_stop_a_conversion(shared_data, tmp_path):
         convert("yolo", tmp_path / "in", ["train"], "voc", tmp_path / "out")
     convert("yolo", tmp_path / "in", ["train"], "voc", tmp_path / "out", max_bad_fraction=0.5)
     assert len(open_dataset("voc", tmp_path / "out", "train")) == 10
+
+
+@pytest.mark.parametrize("via", ["voc", "kitti", "yolo", "coco"])
+def test_a_picture_with_other_objects_in_each_split_keeps_both_or_is_refused(tmp_path, via):
+    """VOC and KITTI have one label file a picture: the second split would take the first one's objects."""
+    source = tmp_path / "source"
+    picture(source / "images" / "x.png")
+    for split, category in (("train", 1), ("test", 2)):
+        text(source / "annotations" / f"instances_{split}.json", coco(("cell", "cup"), ((1, category),)))
+    if via in ("voc", "kitti"):
+        with pytest.raises(UserError, match=r"x\.png: has other objects in split 'test' than in one before it"):
+            convert("coco", source, ["train", "test"], via, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    convert("coco", source, ["train", "test"], via, tmp_path / "out")
+    found = [open_dataset(via, tmp_path / "out", split).samples[0].labels.tolist() for split in ("train", "test")]
+    assert found == [[0], [1]]
 
 
 def test_splits_that_clash(shared_data, tmp_path):
