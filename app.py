@@ -75,7 +75,7 @@ def main() -> None:
             picture = choose_picture(source, chooser[1], pair[1].run)
         if picture is None:
             return
-        enhanced = enhance_once(gallery.digest(picture), steps, picture)
+        enhanced = enhance_once(gallery.digest(picture.pixels), steps, picture.pixels)
         if page == COMPARE:
             show_results(picture, enhanced, pair, places, thresholds)
         else:
@@ -197,10 +197,12 @@ def step(
     return value if is_on else None
 
 
-def choose_picture(source: str, place: Place, run: Run | None) -> np.ndarray | None:
+def choose_picture(source: str, place: Place, run: Run | None) -> gallery.Picture | None:
     """The chosen picture; None before there is one. UserError for a picture that is refused."""
     if source == BUILT_IN:
-        return gallery.built_in_picture(place.selectbox("Which", list(gallery.BUILT_IN), key="built_in"))
+        return gallery.shrink(
+            gallery.built_in_picture(place.selectbox("Which", list(gallery.BUILT_IN), key="built_in"))
+        )
     if source == FROM_RUN and run is not None:
         return choose_of(find_test_pictures(str(run.folder.path), run), place, "test")
     if source == FOLDER:
@@ -219,7 +221,7 @@ def choose_picture(source: str, place: Place, run: Run | None) -> np.ndarray | N
     return None if file is None else gallery.read_upload(file.getvalue())
 
 
-def choose_of(paths: dict[str, Path], place: Place, key: str) -> np.ndarray:
+def choose_of(paths: dict[str, Path], place: Place, key: str) -> gallery.Picture:
     return gallery.shrink(read_image(paths[place.selectbox("Which", list(paths), key=key)]))
 
 
@@ -241,7 +243,7 @@ def find_test_pictures(folder: str, _run: Run) -> dict[str, Path]:
 
 
 def show_results(
-    picture: np.ndarray,
+    picture: gallery.Picture,
     enhanced: np.ndarray,
     pair: tuple[Side, Side],
     places: Sequence[Place],
@@ -255,9 +257,9 @@ def show_results(
             st.image(view, width="stretch", output_format="JPEG")
             st.html(detectors.class_chips(rows, side.detector.names))
             latencies.append(st.empty())
-    show_downloads(views, found, pair)
+    show_downloads(views, [gallery.scaled(rows, enhanced, picture.size) for rows in found], pair)
     left, right = st.columns(2)
-    plain = {"picture": gallery.shown(picture), "enhanced": gallery.shown(enhanced)}
+    plain = {"picture": gallery.shown(picture.pixels), "enhanced": gallery.shown(enhanced)}
     for place, (title, view) in zip((left, right), plain.items()):
         place.image(view, caption=title, width="stretch", output_format="JPEG")
     show_divided(plain | {f"{side.detector.name} ({where})": view for side, view, where in zip(pair, views, WHERE)})
@@ -268,6 +270,7 @@ def show_results(
 
 
 def show_downloads(views: Sequence[Image.Image], found: Sequence[Detections], pair: tuple[Side, Side]) -> None:
+    """found: in pixels of the picture's file."""
     names = [side.detector.name for side in pair]
     sheet = gallery.as_jpeg(gallery.beside(views[0], views[1], names))
     place = st.container(horizontal=True)

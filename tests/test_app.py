@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import checkpoint
+from engine.web_demo import gallery, sides
 from tests.conftest import ROOT
 from tests.engine.training.test_distilled_training import TERMS
 from tests.engine.web_demo.tiny_app import clip, photo, png, write_runs
@@ -180,6 +181,18 @@ def test_upload(start, runs, kind):
     assert not check(app).image
     upload(app, f"mine.{kind.lower()}", photo(kind=kind))
     assert errors(app) == "" and pictures(app)["picture"] != before and len(latencies(app)) == 2
+
+
+def test_downloaded_boxes_are_in_pixels_of_the_uploaded_file(start, runs, monkeypatch):
+    """The page shrinks a larger picture before it detects."""
+    found = []
+    monkeypatch.setattr(sides, "boxes_json", lambda rows, pair: found.extend(rows) or "{}")
+    app = start(runs)
+    app.slider(key="score").set_value(0.01).run()
+    found.clear()
+    upload(app, "large.jpg", photo(1920, 1080))
+    right = max(float(rows.boxes_xyxy[:, 2].max()) for rows in found if len(rows))
+    assert gallery.WORKING_SIDE + 64 < right <= 1920
 
 
 @pytest.mark.parametrize(

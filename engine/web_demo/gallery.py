@@ -5,6 +5,7 @@ import io
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +36,18 @@ PHOTOS = Path(__file__).parents[2] / "docs" / "notebooks" / "photos"  # free of 
 SHAPES_SIZE = 160  # pixels, like the demo's training pictures
 
 
-def read_upload(data: bytes) -> np.ndarray:
-    """An uploaded file as uint8 RGB (H, W, 3), at most WORKING_SIDE pixels a side. UserError if it is too large or bad.
+class Picture(NamedTuple):
+    """A picture of the page: pixels (H, W, 3) uint8 RGB, at most WORKING_SIDE a side; size (width, height) of its file.
+
+    The size is what boxes that leave the page must fit to.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+
+
+def read_upload(data: bytes) -> Picture:
+    """An uploaded file. UserError if it is too large or bad.
 
     Nothing is written to disk. The size in pixels is read from the header: a picture that is too large is not decoded.
     """
@@ -48,10 +59,11 @@ def read_upload(data: bytes) -> np.ndarray:
         return shrink(decode_image(data, "the uploaded file", max_pixels=MAX_MEGAPIXELS * 1_000_000))
 
 
-def shrink(picture: np.ndarray) -> np.ndarray:
+def shrink(picture: np.ndarray) -> Picture:
     """The picture, or a smaller copy whose longer side is WORKING_SIDE."""
-    scale = WORKING_SIDE / max(picture.shape[:2])
-    return picture if scale >= 1 else np.asarray(resize(Image.fromarray(picture), scale))
+    scale, (height, width) = WORKING_SIDE / max(picture.shape[:2]), picture.shape[:2]
+    pixels = picture if scale >= 1 else np.asarray(resize(Image.fromarray(picture), scale))
+    return Picture(pixels, (width, height))
 
 
 def resize(picture: Image.Image, scale: float) -> Image.Image:
@@ -120,10 +132,14 @@ def shown(picture: np.ndarray, side: int = SHOWN_SIDE) -> Image.Image:
 def shown_with(picture: np.ndarray, found: Detections, names: Sequence[str], side: int = SHOWN_SIDE) -> Image.Image:
     """The same with detections; lines and letters do not depend on the picture's own size."""
     canvas = shown(picture, side)
+    return draw_detections(canvas, scaled(found, picture, canvas.size), names, magnify=LABELS)
+
+
+def scaled(found: Detections, picture: np.ndarray, size: tuple[int, int]) -> Detections:
+    """The detections in a picture as they are in its copy of another size (width, height)."""
     height, width = picture.shape[:2]
-    scale = torch.tensor([canvas.width / width, canvas.height / height]).repeat(2)
-    moved = Detections(found.boxes_xyxy * scale, found.scores, found.labels)
-    return draw_detections(canvas, moved, names, magnify=LABELS)
+    scale = torch.tensor([size[0] / width, size[1] / height]).repeat(2)
+    return Detections(found.boxes_xyxy * scale, found.scores, found.labels)
 
 
 def beside(left: Image.Image, right: Image.Image, titles: Sequence[str]) -> Image.Image:

@@ -19,8 +19,17 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def test_a_picture_is_shrunk_to_the_working_size():
-    assert gallery.read_upload(jpeg(2560, 640)).shape == (320, 1280, 3)
-    assert gallery.read_upload(jpeg(31, 7)).shape == (7, 31, 3)
+    assert gallery.read_upload(jpeg(2560, 640)).pixels.shape == (320, 1280, 3)
+    assert gallery.read_upload(jpeg(31, 7)).pixels.shape == (7, 31, 3)
+
+
+def test_boxes_of_a_shrunk_picture_fit_its_file():
+    picture = gallery.read_upload(jpeg(2561, 640))
+    height, width = picture.pixels.shape[:2]
+    found = Detections(torch.tensor([[0.0, 0.0, width, height]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(
+        gallery.scaled(found, picture.pixels, picture.size).boxes_xyxy[0, 2:].tolist(), [2561.0, 640.0]
+    )
 
 
 def test_an_upload_is_at_most_so_many_bytes_and_pixels(monkeypatch):

@@ -42,7 +42,7 @@ class Upload:
 
     def read(self) -> Any:
         if self.kind == "picture":
-            return gallery.read_upload(self.data)
+            return gallery.read_upload(self.data).pixels
         if self.kind == "weights":
             return detectors.load_upload(self.data, self.name)
         return list(clips.read_frames(self.data))
@@ -201,7 +201,7 @@ def test_an_uploaded_model_finds_what_it_finds_from_disk(tmp_path, one_thread):
     checkpoint.save(tmp_path / "a.pt", state | {"ema": models.build("yolov8_narrow", 2).state_dict()})
     held = detectors.load_upload((tmp_path / "a.pt").read_bytes(), "a.pt")
     read = detectors.load_file(tmp_path / "a.pt", "a.pt")
-    picture = gallery.read_upload(photo())
+    picture = gallery.read_upload(photo()).pixels
     one, two = (detectors.detect(each, picture, score=0.0, iou=0.7) for each in (held, read))
     assert len(one) and torch.equal(one.boxes_xyxy, two.boxes_xyxy) and torch.equal(one.scores, two.scores)
     assert held.describe() == read.describe() == "yolov8_narrow, 0.89 M parameters, 2 classes, 64 px"
