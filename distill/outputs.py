@@ -4,12 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from distill.losses.masks import make_anchor_sizes
-
-ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width, where none are given
 
 
 def named_map(output: Any, name: str) -> Tensor:
@@ -41,52 +36,6 @@ def head_level(model: Any, output: Any, name: str) -> int:
         if name == level or (name not in levels and name in strides and strides[name] == strides[level]):
             return row
     raise ValueError(f"map {name!r}: the head has no level of its stride, only {', '.join(levels) or 'none'}")
-
-
-def anchor_outputs(inputs: Any) -> dict[str, Tensor]:
-    """s_ and t_ box, objectness and class logits of two heads. ValueError unless anchors and classes are equal."""
-    if not all(hasattr(model, "anchors_pixels") for model in (inputs.student, inputs.teacher)):
-        raise ValueError("both models must have objectness and anchors (YOLOv5, YOLOv7-tiny)")
-    if not torch.equal(inputs.student.anchors_pixels().cpu(), inputs.teacher.anchors_pixels().cpu()):
-        raise ValueError("the anchors of student and teacher differ: their locations predict different boxes")
-    if inputs.classes is not None:
-        raise ValueError("whole outputs can be compared where the class lists are equal")
-    pairs = {"s": inputs.s_output, "t": inputs.t_output}
-    names = ("box_logits", "objectness_logits", "class_logits")
-    return {f"{key}_{name}": getattr(output, name) for key, output in pairs.items() for name in names}
-
-
-def branch_tail(inputs: Any) -> nn.Module:
-    """The layers that follow the teacher's map in its branch, frozen, in eval mode. ValueError where there are none."""
-    if not hasattr(inputs.teacher, "tail"):
-        raise ValueError(f"the teacher has no branch that goes on from {inputs.t_name}")
-    try:
-        return inputs.teacher.tail(inputs.t_name)
-    except KeyError as error:
-        raise ValueError(f"the teacher's branches: {error.args[0]}") from None
-
-
-def own_anchors(inputs: Any, sizes: tuple[float, ...] | None, ratios: tuple[float, ...]) -> Tensor:
-    """The anchors at the map of a pair, (n, 2) widths and heights in pixels of the student's images.
-
-    They are those of the student's head at the stride of its map, or else those of the teacher's head. `sizes`, in
-    strides of the map, replaces them: one anchor for each size and each of `ratios`, height / width. FGFI is not
-    defined for two heads without anchors; sizes of 2 and 4 strides are used there. ValueError for ratios, other than
-    the default, that the head's own anchors would replace.
-    """
-    pairs = ((inputs.student, inputs.s_name, inputs.s_output), (inputs.teacher, inputs.t_name, inputs.t_output))
-    for model, name, output in pairs:
-        if sizes is None and hasattr(model, "anchors_at"):
-            try:
-                anchors = model.anchors_at(name)
-            except KeyError as error:
-                raise ValueError(f"mask anchors: {error.args[0]}") from None
-            if tuple(ratios) != ANCHOR_RATIOS:
-                raise ValueError("anchor_ratios: the head has anchors of its own, expected anchor_sizes beside them")
-            (height, width), (own_height, own_width) = inputs.image_size, output.image_size
-            return anchors * anchors.new_tensor([width / own_width, height / own_height])
-    stride = inputs.image_size[1] / inputs.s_map.shape[3]
-    return make_anchor_sizes([size * stride for size in sizes or (2.0, 4.0)], list(ratios))
 
 
 def content_at(content: Tensor, feature_map: Tensor) -> Tensor:

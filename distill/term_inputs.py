@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.adapters import resize_shown, resize_to
-from distill.losses.masks import location_scores, positive_masks, score_maps
+from distill.losses.masks import location_scores, make_anchor_sizes, positive_masks, score_maps
 from distill.outputs import head_level, level_layout, named_map
 from structures import Targets
 
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width, where none are given
 ClassColumns = tuple[Tensor, Tensor]  # of the student and of the teacher: the classes that both have (join_classes)
 
 
@@ -122,3 +123,48 @@ class TermInputs:
         gt_index = self.positives()
         levels = positive_masks(gt_index >= 0, **level_layout(self.s_output, gt_index))
         return levels[head_level(self.student, self.s_output, self.s_name)]
+
+    def anchor_outputs(self) -> dict[str, Tensor]:
+        """s_ and t_ box, objectness and class logits of two heads with equal anchors and classes, else ValueError."""
+        if not all(hasattr(model, "anchors_pixels") for model in (self.student, self.teacher)):
+            raise ValueError("both models must have objectness and anchors (YOLOv5, YOLOv7-tiny)")
+        if not torch.equal(self.student.anchors_pixels().cpu(), self.teacher.anchors_pixels().cpu()):
+            raise ValueError("the anchors of student and teacher differ: their locations predict different boxes")
+        if self.classes is not None:
+            raise ValueError("whole outputs can be compared where the class lists are equal")
+        pairs = {"s": self.s_output, "t": self.t_output}
+        names = ("box_logits", "objectness_logits", "class_logits")
+        return {f"{key}_{name}": getattr(output, name) for key, output in pairs.items() for name in names}
+
+    def teacher_tail(self) -> nn.Module:
+        """The layers behind t_map in the teacher's branch, frozen, in eval mode. ValueError where there are none."""
+        if not hasattr(self.teacher, "tail"):
+            raise ValueError(f"the teacher has no branch that goes on from {self.t_name}")
+        try:
+            return self.teacher.tail(self.t_name)
+        except KeyError as error:
+            raise ValueError(f"the teacher's branches: {error.args[0]}") from None
+
+    def anchors(self, sizes: tuple[float, ...] | None, ratios: tuple[float, ...]) -> Tensor:
+        """The anchors at s_map, (n, 2) widths and heights in pixels of the student's images.
+
+        They are those of the student's head at the stride of its map, or else those of the teacher's head. `sizes`, in
+        strides of the map, replaces them: one anchor for each size and each of `ratios`, height / width. FGFI is not
+        defined for two heads without anchors; sizes of 2 and 4 strides are used there. ValueError for ratios, other
+        than the default, that the head's own anchors would replace.
+        """
+        pairs = ((self.student, self.s_name, self.s_output), (self.teacher, self.t_name, self.t_output))
+        for model, name, output in pairs:
+            if sizes is None and hasattr(model, "anchors_at"):
+                try:
+                    anchors = model.anchors_at(name)
+                except KeyError as error:
+                    raise ValueError(f"mask anchors: {error.args[0]}") from None
+                if tuple(ratios) != ANCHOR_RATIOS:
+                    raise ValueError(
+                        "anchor_ratios: the head has anchors of its own, expected anchor_sizes beside them"
+                    )
+                (height, width), (own_height, own_width) = self.image_size, output.image_size
+                return anchors * anchors.new_tensor([width / own_width, height / own_height])
+        stride = self.image_size[1] / self.grid()["grid_size"][1]
+        return make_anchor_sizes([size * stride for size in sizes or (2.0, 4.0)], list(ratios))

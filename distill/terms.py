@@ -23,8 +23,7 @@ from distill.losses.localization import localization_kl, valuable_region
 from distill.losses.masks import anchor_mask, box_density, box_mask, objects
 from distill.losses.mgd import MGD
 from distill.losses.queries import query_agreement
-from distill.outputs import ANCHOR_RATIOS, anchor_outputs, branch_tail, own_anchors
-from distill.term_inputs import TermInputs
+from distill.term_inputs import ANCHOR_RATIOS, TermInputs
 
 
 def mse(inputs: TermInputs) -> Tensor:
@@ -57,14 +56,14 @@ def masked_mse(
 ) -> Tensor:  # fmt: skip
     """mask: boxes, inside them; anchors, near them as FGFI publishes it; positives, where the student learns an object.
 
-    anchor_sizes, anchor_ratios: for mask anchors; sizes in strides of the map. None: the detector's own (own_anchors).
+    anchor_sizes, anchor_ratios: for mask anchors; sizes in strides of the map. None: the detector's own.
     """
     if mask == "boxes":
         where = box_mask(inputs.targets, **inputs.grid())
     elif mask == "positives":
         where = inputs.positive_mask()
     elif mask == "anchors":
-        anchors = own_anchors(inputs, anchor_sizes, anchor_ratios)
+        anchors = inputs.anchors(anchor_sizes, anchor_ratios)
         where = anchor_mask(inputs.targets, **inputs.grid(), anchor_sizes=anchors, psi=psi)
     else:
         raise ValueError(f"mask: found {mask!r}, expected boxes, anchors or positives")
@@ -101,7 +100,7 @@ def instance_distance(inputs: TermInputs, *, size: int = 3) -> Tensor:
 
 
 def crosskd_classes(inputs: TermInputs, *, beta: float = 1.0, rescale: bool = True) -> Tensor:
-    tail, total = branch_tail(inputs), inputs.teacher_score_sum()
+    tail, total = inputs.teacher_tail(), inputs.teacher_score_sum()
     columns = None if inputs.classes is None else inputs.classes[1]
     return crosskd.crosskd_classes(
         **inputs.maps(), t_tail=tail, normaliser=total, columns=columns, beta=beta, rescale=rescale
@@ -109,7 +108,7 @@ def crosskd_classes(inputs: TermInputs, *, beta: float = 1.0, rescale: bool = Tr
 
 
 def crosskd_edges(inputs: TermInputs, *, temperature: float = 1.0, rescale: bool = True) -> Tensor:
-    tail, weight, total = branch_tail(inputs), inputs.teacher_score_map(), inputs.teacher_score_sum()
+    tail, weight, total = inputs.teacher_tail(), inputs.teacher_score_map(), inputs.teacher_score_sum()
     return crosskd.crosskd_edges(
         **inputs.maps(), t_tail=tail, weight=weight, normaliser=total, temperature=temperature, rescale=rescale
     )
@@ -152,7 +151,7 @@ def objectness_scaled(
     inputs: TermInputs, *, objectness_weight: float = 1.0, class_weight: float = 1.0, box_weight: float = 1.0
 ) -> Tensor:
     return logits.objectness_scaled(
-        **anchor_outputs(inputs), objectness_weight=objectness_weight, class_weight=class_weight, box_weight=box_weight
+        **inputs.anchor_outputs(), objectness_weight=objectness_weight, class_weight=class_weight, box_weight=box_weight
     )
 
 

@@ -13,7 +13,6 @@ from distill.criterion import Criterion, TeacherFacts
 from distill.given_boxes import assigned_labels
 from distill.losses.masked import masked_mse
 from distill.losses.masks import anchor_mask
-from distill.outputs import own_anchors
 from distill.term_inputs import TermInputs
 from errors import UserError
 from frcnn.matching import match
@@ -165,18 +164,18 @@ def test_fgfi_takes_the_anchors_of_the_detector(yolov5s):
     yolov8, rcnn = models.build("yolov8n", 3), models.build("fasterrcnn_resnet18", 3)
     none, ratios = None, (0.5, 1.0, 2.0)
     anchors_of = lambda s, t, name, size=SIZE, sizes=none: widths_and_heights(
-        own_anchors(pair_inputs(s, t, name, size), sizes, ratios)
+        pair_inputs(s, t, name, size).anchors(sizes, ratios)
     )
     ours = widths_and_heights(yolov5.anchors_pixels()[0])
     assert ours == [[10, 13], [16, 30], [33, 23]] and anchors_of(yolov5, rcnn, "p3") == ours
     assert anchors_of(rcnn, yolov5, "p3") == [[46, 90], [64, 64], [90, 46]] == anchors_of(rcnn, yolov5, "c3")
     assert anchors_of(yolov8, yolov5, "p3") == ours  # those of the teacher, in pixels of the student's images:
     assert anchors_of(yolov8, yolov5, "p3", 2 * SIZE) == widths_and_heights(yolov5.anchors_pixels()[0] / 2)
-    sides = [round((w * h) ** 0.5) for w, h in own_anchors(pair_inputs(yolov8, yolov8, "p3"), none, ratios).tolist()]
+    sides = [round((w * h) ** 0.5) for w, h in pair_inputs(yolov8, yolov8, "p3").anchors(none, ratios).tolist()]
     assert sorted(sides) == [16, 16, 16, 32, 32, 32]
     with pytest.raises(ValueError, match=r"anchor_ratios: the head has anchors of its own, expected anchor_sizes"):
-        own_anchors(pair_inputs(yolov8, yolov5, "p3"), none, (1.0,))
-    assert len(own_anchors(pair_inputs(yolov8, yolov5, "p3"), (8.0,), (1.0,))) == 1
+        pair_inputs(yolov8, yolov5, "p3").anchors(none, (1.0,))
+    assert len(pair_inputs(yolov8, yolov5, "p3").anchors((8.0,), (1.0,))) == 1
     assert anchors_of(yolov5, yolov5, "p3", SIZE, (8.0,)) == [[45, 91], [64, 64], [91, 45]]
 
 
@@ -194,7 +193,7 @@ def test_masked_imitation_of_yolov5_marks_by_its_anchors(yolov5s):
 def test_a_pyramid_without_the_stride_is_refused():
     rcnn = models.build("fasterrcnn_mobilenet_v3_small", 3)
     with pytest.raises(ValueError, match="mask anchors: 'c4' has the stride of no level with anchors"):
-        own_anchors(pair_inputs(rcnn, rcnn, "c4"), None, (1.0,))
+        pair_inputs(rcnn, rcnn, "c4").anchors(None, (1.0,))
 
 
 def test_every_batch_of_a_step_has_masks_of_its_own_and_a_step_repeats(yolov5s):
