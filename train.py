@@ -31,7 +31,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +44,7 @@ from engine.runtime.interruption import StopRequested, StopSignals
 from engine.runtime.processes import Processes, averaging, keep_freed_memory
 from engine.runtime.progress import Progress, ScalarLog
 from engine.runtime.run_folder import RunFolder
-from engine.training.building import (
-    TrainingSetup,
-    augment_batch,
-    build,
-    describe_setup,
-    images_with_boxes,
-    set_learning_rates,
-    with_published_settings,
-)
+from engine.training.building import TrainingSetup, build, describe_setup, with_published_settings
 from engine.training.dry_run import dry_run
 from engine.training.exits import check_finite, exit_codes
 from engine.training.idle_terms import without_idle_terms
@@ -60,10 +52,10 @@ from engine.training.int8 import move_ranges
 from engine.training.reporting import finish, finish_epoch, measure_start
 from engine.training.saving import how_to_go_on, load_saved, open_folder, restore, save
 from engine.training.state import TrainingState
+from engine.training.step import augment_batch, detection_losses, set_learning_rates
 from errors import UserError, run_script
 from layers.over_processes import sum_over_processes
 from random_streams import Stream, seeded_generator
-from structures import Detector, select_images
 
 
 def train_step(
@@ -77,11 +69,9 @@ def train_step(
         mean over the batches of L     without
 
     B and L are those of all processes together: W processes learn like one with the joined batches, except for batch
-    normalisation and random draws. The normalisers of L are those of its own batch. The detection losses are those of
-    the images with boxes alone (images_with_boxes), so their size does not depend on how many others are among them.
+    normalisation and random draws. The normalisers of L are those of its own batch.
     """
     config, optimizer, rows = setup.config, setup.optimizer, []
-    detector = cast(Detector, setup.student)  # the same module, typed by its own methods
     set_learning_rates(setup, state.step)
     stream = seeded_generator(Stream.STEP, config.seed, state.step, setup.processes.rank)
     torch.manual_seed(stream.initial_seed())
@@ -95,10 +85,7 @@ def train_step(
         def losses_of_batch() -> dict[str, Tensor]:
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
                 s_output = student(images)
-            boxed, weight = images_with_boxes(setup, batch.is_labelled)  # the labelled ones, or all
-            boxed_output, boxed_targets = select_images(s_output, boxed), targets.of_images(boxed)
-            detection = detector.losses(boxed_output, boxed_targets) if config.detection_weight else {}
-            detection = {name: weight * value for name, value in detection.items()}
+            detection = detection_losses(setup, s_output, targets, batch.is_labelled)
             epoch = state.epoch + number / setup.batches_per_epoch  # fractional: the schedules of the terms follow it
             terms = setup.criterion(
                 s_output, t_outputs, targets, epoch, content, batch.is_labelled, detection=detection, is_warm=is_warm

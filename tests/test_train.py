@@ -15,7 +15,7 @@ from config import load_config
 from engine.drawing.predictions import TILE
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes, choose_device, use_bfloat16
-from engine.training import building, reporting, run_pictures
+from engine.training import building, reporting, run_pictures, step
 from engine.training.dry_run import losses_of_batch
 from engine.training.optimization import Ema
 from engine.training.splits import open_splits
@@ -219,7 +219,7 @@ def test_accumulated_gradient(make_tiny, monkeypatch, sum_over_batch):
     parts = building.build(config, Processes("cpu"), None, lambda line: None)
     expected = None
     for number, batch in enumerate(parts.loader.epoch(0)):
-        images, targets, _ = building.augment_batch(parts, batch, 0, number)
+        images, targets, _ = step.augment_batch(parts, batch, 0, number)
         parts.learner.train()
         loss = sum(losses_of_batch(parts, images, targets, {}, 0.0).values())
         (loss * (len(batch) if sum_over_batch else 0.5)).backward()
@@ -310,9 +310,9 @@ def test_holdout_is_a_partition_and_the_same_for_every_seed(make_tiny):
 
 def test_mosaic_closes(make_tiny):
     config = make_tiny(epochs=12, augment={"mixup": 0.3, "close_mosaic_epochs": 4})
-    closed = [building.augmentation_at(config, epoch).mosaic == 0 for epoch in range(12)]
+    closed = [step.augmentation_at(config, epoch).mosaic == 0 for epoch in range(12)]
     assert closed == [False] * 8 + [True] * 4
-    assert building.augmentation_at(config, 11).scale == config.augment.scale
+    assert step.augmentation_at(config, 11).scale == config.augment.scale
 
 
 def test_dry_run(make_tiny, tmp_path, capsys):
@@ -367,7 +367,7 @@ def test_bfloat16_and_contiguous(make_tiny):
     losses = []
     for changes in ({"precision": "bfloat16"}, {"channels_last": False}, {}):
         parts = building.build(make_tiny(**changes), Processes("cpu"), None, lambda line: None)
-        images, targets, _ = building.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+        images, targets, _ = step.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         assert images.is_contiguous(memory_format=torch.channels_last) == parts.config.channels_last
         terms = losses_of_batch(parts, images, targets, {}, 0.0)
         assert all(term.dtype == torch.float32 for term in terms.values())

@@ -6,10 +6,13 @@ student       the detector that is trained, with its start weights
 splits        the pictures to train on, with and without labels, and those to measure on
 pseudo_boxes  a teacher's detections as boxes of pictures without labels
 building      builds student, teachers, criterion, optimizer and EMA from a config and its pictures
+inputs        digests of the labels and weights that a run reads
 teaching      builds the frozen teachers, and computes their outputs for a batch
 batch_norms   finds batches that are too small for BatchNorm
 optimization  parameter groups, the choice of an optimizer, schedules, the running mean of the weights
 optimizers    SGD and AdamW
+step          augmentation, the student's own losses, learning rates
+int8          a student that is fine-tuned for int8
 dry_run       the losses and gradients of one batch, printed
 flops         what a training step costs, counted from a config
 balance       the distillation terms compared with the detection loss

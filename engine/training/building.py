@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import models
-from config import AugmentConfig, Config
-from datasets.augment import augment, augment_content
+from config import Config
 from datasets.index import DatasetIndex
-from datasets.loader import Batch, Loader
+from datasets.loader import Loader
 from distill.criterion import Criterion
 from engine.runtime.claims import Claim
 from engine.runtime.processes import Processes, use_bfloat16
@@ -22,7 +21,7 @@ from engine.training.batch_norms import check_batches
 from engine.training.checks import check_config
 from engine.training.inputs import Inputs, inputs_of
 from engine.training.int8 import start_ranges, student_bfloat16
-from engine.training.optimization import Ema, apply_schedule, build_optimizer
+from engine.training.optimization import Ema, build_optimizer
 from engine.training.optimizers import Optimizer
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import (
@@ -37,8 +36,7 @@ from engine.training.splits import (
 from engine.training.state import fingerprint
 from engine.training.student import build_student
 from engine.training.teaching import Teachers, build_teachers
-from random_streams import Stream, seeded_generator
-from structures import DenseDetector, Targets
+from structures import DenseDetector
 
 
 class Learner(nn.Module):
@@ -85,56 +83,6 @@ class TrainingSetup:
         """UserError if another process has taken the run over; call it before writing to its folder."""
         if self.claim is not None:
             self.claim.check()
-
-
-def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Targets, Tensor | None]:
-    """Batch `number` of an epoch on the device, augmented: a pure function of (seed, epoch, number, rank).
-
-    The last value is (B, 1, H, W) bool, False in the padding of the images; None where no term leaves padding out.
-    """
-    config, device, groups = setup.config, setup.processes.device, batch.is_labelled
-    settings = augmentation_at(config, epoch)
-    stream = (Stream.AUGMENTATION, config.seed_of_views, epoch, number, setup.processes.rank)
-    # Augmentation drops objects, so the targets stay on the host until their number is known.
-    images, targets = augment(
-        batch.images.to(device, non_blocking=True),
-        batch.targets,
-        generator=seeded_generator(*stream),
-        settings=settings,
-        content_xyxy=batch.content_xyxy,
-        groups=groups,
-    )
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    content = None
-    if setup.criterion.leaves_padding_out:
-        content = augment_content(
-            batch.content_xyxy.to(device),
-            image_size=config.image_size,
-            generator=seeded_generator(*stream),  # the draws of the images, once more
-            settings=settings,
-            groups=groups,
-        )
-    return images, targets.to(device), content
-
-
-def images_with_boxes(setup: TrainingSetup, is_labelled: Tensor) -> tuple[Tensor, float]:
-    """(B,) bool, the images that the detection losses learn from, and the weight of these losses.
-
-    They are the labelled ones, and all with pseudo boxes. In a batch without any, the losses of all images count 0, so
-    that every batch has the same losses.
-    """
-    weight = setup.config.detection_weight
-    if setup.splits.pseudo is not None:
-        return torch.ones_like(is_labelled), weight
-    return (is_labelled, weight) if is_labelled.any() else (torch.ones_like(is_labelled), 0.0)
-
-
-def set_learning_rates(setup: TrainingSetup, step: int) -> float:
-    """Set the optimizer's rates for a step of the run; returns the scheduled learning rate."""
-    total_steps, warmup_steps = setup.config.epochs * setup.steps_per_epoch, setup.warmup_steps
-    settings = setup.config.optimizer
-    return apply_schedule(setup.optimizer, step, settings, total_steps=total_steps, warmup_steps=warmup_steps)
 
 
 def evaluation_loader(setup: TrainingSetup, index: DatasetIndex) -> Loader:
@@ -292,13 +240,6 @@ def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, 
         teacher_weighting=config.teacher_weighting,
         unlabelled_has_boxes=config.data.unlabelled is None or config.data.unlabelled.pseudo is not None,
     )
-
-
-def augmentation_at(config: Config, epoch: int) -> AugmentConfig:
-    """The augmentation of an epoch: the last ones have neither mosaic nor mixup, so that images are whole again."""
-    if epoch >= config.epochs - config.augment.close_mosaic_epochs:
-        return dataclasses.replace(config.augment, mosaic=0.0, mixup=0.0)
-    return config.augment
 
 
 def count_parameters(module: nn.Module) -> int:

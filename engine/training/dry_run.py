@@ -11,18 +11,11 @@ from distill.outputs import named_map
 from distill.terms import LOSSES
 from engine.runtime.processes import Processes
 from engine.training.balance import balance_table, balances
-from engine.training.building import (
-    TrainingSetup,
-    augment_batch,
-    build,
-    count_parameters,
-    describe_setup,
-    images_with_boxes,
-    set_learning_rates,
-)
+from engine.training.building import TrainingSetup, build, count_parameters, describe_setup
 from engine.training.idle_terms import without_idle_terms
 from engine.training.run_pictures import in_eval_mode
-from structures import Detector, Targets, select_images
+from engine.training.step import augment_batch, detection_losses, set_learning_rates
+from structures import Targets
 
 
 def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> None:
@@ -76,11 +69,7 @@ def losses_of_batch(
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=setup.bfloat16):
         s_output = setup.student(images)
     is_labelled = torch.ones(len(images), dtype=torch.bool) if is_labelled is None else is_labelled
-    boxed, weight = images_with_boxes(setup, is_labelled)
-    losses = {}
-    if setup.config.detection_weight:
-        losses = cast(Detector, setup.student).losses(select_images(s_output, boxed), targets.of_images(boxed))
-    losses = {name: weight * value for name, value in losses.items()}
+    losses = detection_losses(setup, s_output, targets, is_labelled)
     return losses | setup.criterion(s_output, t_outputs, targets, epoch, content, is_labelled, detection=losses)
 
 

@@ -14,17 +14,11 @@ from engine.runtime.interruption import StopRequested, StopSignals
 from engine.runtime.progress import Progress, ScalarLog, format_values
 from engine.runtime.run_folder import RunFolder
 from engine.training.balance import TermRange, term_ranges
-from engine.training.building import (
-    TrainingSetup,
-    count_parameters,
-    evaluation_loader,
-    machine_facts,
-    place,
-    set_learning_rates,
-)
+from engine.training.building import TrainingSetup, count_parameters, evaluation_loader, machine_facts, place
 from engine.training.run_pictures import draw, evaluation_pictures
 from engine.training.saving import finish_weights, save, save_best
 from engine.training.state import TrainingState
+from engine.training.step import set_learning_rates
 from metrics.report import DetectionReport
 
 

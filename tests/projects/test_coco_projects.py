@@ -22,8 +22,8 @@ from engine.comparison.study import load_study
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes
 from engine.training import reporting
-from engine.training.building import augment_batch, set_learning_rates
 from engine.training.dry_run import losses_of_batch
+from engine.training.step import augment_batch, set_learning_rates
 from errors import UserError
 from tests.conftest import ROOT
 from tests.reference import golden_models

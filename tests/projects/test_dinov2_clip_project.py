@@ -19,8 +19,8 @@ from config import load_config
 from engine.comparison.study import load_study
 from engine.runtime import run_folder
 from engine.training import checks, reporting, teaching
-from engine.training.building import augment_batch
 from engine.training.dry_run import losses_of_batch
+from engine.training.step import augment_batch
 from errors import UserError
 from teachers.clip import CLIP
 from teachers.clip_tokenizer import ClipTokenizer

@@ -15,7 +15,7 @@ import train
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes
 from engine.runtime.progress import Progress
-from engine.training import building, reporting, teaching
+from engine.training import building, reporting, step, teaching
 from engine.training.dry_run import losses_of_batch
 from engine.training.state import TrainingState
 from errors import UserError
@@ -164,7 +164,7 @@ def test_the_average_teaches_what_it_is_at_each_step(tmp_path):
     term = {"teacher": "mean", "loss": "mse", "weight": 1.0, "student_maps": ["p3"]}
     config = tiny_config(tmp_path / "data", tmp_path / "runs", teachers=[{"name": "mean", "arch": "ema"}], terms=[term])
     parts = building.build(config, Processes("cpu"), None, lambda text: None)
-    images, targets, _ = building.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
+    images, targets, _ = step.augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
     parts.student.eval()
     value = lambda: losses_of_batch(parts, images, targets, parts.teachers(images), 0.0)["mse_mean"].item()
     assert value() == 0
@@ -229,7 +229,7 @@ def test_a_teacher_is_asked_once_about_a_view(tmp_path, monkeypatch):
         config = tiny_config(tmp_path / "data", tmp_path / "runs", **changes | more)
         setup = building.build(config, Processes("cpu"), None, lambda line: None)
         numbered = [(epoch, *pair) for epoch in (0, 1) for pair in enumerate(setup.loader.epoch(epoch))]
-        images = [building.augment_batch(setup, batch, epoch, number)[0] for epoch, number, batch in numbered]
+        images = [step.augment_batch(setup, batch, epoch, number)[0] for epoch, number, batch in numbered]
         found = [setup.teachers(batch)["big"] for batch in images]
         return images, found, setup.teachers.counts().get("big")
 

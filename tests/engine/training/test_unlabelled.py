@@ -13,7 +13,7 @@ import models
 import train
 from datasets.loader import Loader
 from engine.runtime.processes import Processes
-from engine.training import building, pseudo_boxes
+from engine.training import building, pseudo_boxes, step
 from engine.training.checks import check_config
 from engine.training.dry_run import dry_run
 from engine.training.splits import count_training_pictures, open_indexes, open_splits
@@ -234,8 +234,10 @@ def test_pseudo_boxes_are_learnt_on_all_images(make):
     config = make(data=few(pseudo=PSEUDO | {"boxes_per_object": 1.0}))
     setup = building.build(config, Processes("cpu"), None, quiet)
     batch = next(setup.loader.epoch(0))
-    boxed, weight = building.images_with_boxes(setup, batch.is_labelled)
-    assert boxed.all() and weight == 1 and set(batch.targets.image.tolist()) == set(range(8))
+    assert not batch.is_labelled.all() and set(batch.targets.image.tolist()) == set(range(8))
+    losses = setup.student.losses(output := setup.student(batch.images.float() / 255), batch.targets)
+    found = step.detection_losses(setup, output, batch.targets, batch.is_labelled)
+    assert {name: value.item() for name, value in found.items()} == {name: x.item() for name, x in losses.items()}
     tree = setup.splits.pseudo.to_tree()["classes"]
     ignored = sum(int(sample.ignore.sum()) for sample in setup.splits.train.samples)
     assert ignored == sum(counts["ignored"] for counts in tree.values()) > 0
@@ -274,7 +276,7 @@ def test_mosaics_are_of_one_kind(make):
     everything = {"mosaic": 1.0, "mixup": 1.0, "close_mosaic_epochs": 0}
     setup = building.build(make(data=few(), terms=[TERM], augment=everything), Processes("cpu"), None, quiet)
     for number, batch in enumerate(setup.loader.epoch(0)):
-        images, targets, _ = building.augment_batch(setup, batch, 0, number)
+        images, targets, _ = step.augment_batch(setup, batch, 0, number)
         assert len(targets) and batch.is_labelled[targets.image].all() and images.shape == (8, 3, SIZE, SIZE)
 
 
