@@ -223,7 +223,7 @@ def index_coco(
                 make_sample(rows, frame, log, image_path=image_path, image_id=image_id, label_path=json_path)
             )
     refuse_resized(log, json_path)
-    refuse_misread(log, json_path)
+    refuse_misread(log, json_path, is_centered=False)
     names, ids = tuple(record["name"] for record in categories.values()), tuple(categories)
     return DatasetIndex(names, tuple(samples), tuple(log.faults), ids, "coco", source)
 

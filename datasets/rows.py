@@ -21,7 +21,7 @@ import numpy as np
 from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD, read_header, turn_boxes
 from datasets.index import Effect, Fault, Sample
-from datasets.values import are_fractions
+from datasets.values import are_corners, are_fractions, far_past, fit_as_corners
 from errors import UserError
 
 EDGE_TOLERANCE = 1.0  # pixels
@@ -70,6 +70,8 @@ class FaultLog:
     stated: number of pictures whose label file states a size.
     objects: number of boxes; past: of them, those that pass the edge of their picture by more than EDGE_TOLERANCE, in
         past_pictures pictures; fractions: those that would be fractions, if they were not read as pixels.
+    far: boxes that are values.far_past; fitting: of these, those whose numbers are corners, where the format has a
+        center and a size (key True) or a corner and a size (False).
     resized: for each of those that has another size, (the factors from the stated to the real width and height, a text
         with both sizes).
     """
@@ -78,6 +80,7 @@ class FaultLog:
         self.faults: list[Fault] = []
         self.stated = self.objects = self.past = self.past_pictures = self.fractions = 0
         self.resized: list[tuple[tuple[float, float], str]] = []
+        self.far, self.fitting = 0, {True: 0, False: 0}
 
     def add(
         self, path: str | Path, line: int | None, reason: str, kind: str, effect: Effect, picture: str = ""
@@ -153,20 +156,26 @@ def refuse_resized(log: FaultLog, source: Path) -> None:
         )
 
 
-def refuse_misread(log: FaultLog, source: Path) -> None:
+def refuse_misread(log: FaultLog, source: Path, *, is_centered: bool | None = None) -> None:
     """UserError where boxes do not have the form of their format, or belong to other pictures.
 
     This is so if all of them are fractions where pixels are read; or if more than half of them, in three pictures or
-    more, pass the edge. Then a size was read where a corner stands, or the pictures were made smaller.
+    more, pass the edge. Then a size was read where a corner stands, or the pictures were made smaller. Fewer boxes are
+    enough where the format has a size, if those that are far past the edge are corners (values.are_corners).
+    is_centered: the format has a center (True) or a corner (False) and a size; None: two corners.
     """
     if log.objects and log.fractions == log.objects:
         raise UserError(f"{source}: all {log.objects} boxes lie in 0..1, expected pixels")
-    if log.past_pictures >= 3 and log.past > log.objects / 2:
+    is_cut = log.past_pictures >= 3 and log.past > log.objects / 2
+    is_corner = is_centered is not None and are_corners(log.far, log.fitting[is_centered], log.objects)
+    if is_cut or is_corner:
         kinds = ("box past the edge", "box outside the picture")
         first = next((str(fault) for fault in log.faults if fault.kind in kinds), "")
+        size = f"{'center' if is_centered else 'left, top'}, width and height: those far outside fit as corners"
+        expected = size if is_corner else "the pictures that were labelled, and boxes in the form of the format"
         raise UserError(
             f"{source}: {log.past} of {log.objects} boxes pass the edge of their picture, the first: {first}; expected "
-            "the pictures that were labelled, and boxes in the form of the format"
+            f"{expected}"
         )
 
 
@@ -247,6 +256,11 @@ def _sort_out(
         is_past = np.any((low < -EDGE_TOLERANCE) | (high > limit + EDGE_TOLERANCE), axis=1)
     log.past += int(is_past.sum())
     log.past_pictures += int(is_past.any())
+    if frame.orientation == 1:
+        is_far = far_past(boxes, limit)
+        log.far += int(is_far.sum())
+        for is_centered in log.fitting:
+            log.fitting[is_centered] += int((is_far & fit_as_corners(boxes, limit, is_centered=is_centered)).sum())
     is_kept = np.ones(len(boxes), dtype=bool)
     for kind, is_faulty in tests:
         for row in np.flatnonzero(is_faulty & is_kept).tolist():

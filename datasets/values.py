@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 NORM_TOLERANCE = 0.01  # fractions up to 1.01 come from rounding; larger ones are pixels or broken
+OVERSHOOT = 0.1  # of a side: no rounding and no sloppy hand takes a box this far past the edge
+CORNERS = 0.01  # a larger share of boxes that are corners is no accident
 YES = frozenset({"1", "true", "yes", "t", "y"})
 NO = frozenset({"", "0", "false", "no", "f", "n", "unspecified", "none", "null"})
 
@@ -91,6 +93,30 @@ def box_fault(x1: float, y1: float, x2: float, y2: float) -> tuple[str, str] | N
 def are_fractions(boxes: np.ndarray) -> bool:
     """Whether boxes (N, 4), read as pixels, are fractions of their pictures: all in 0..1, and not whole numbers."""
     return len(boxes) > 0 and bool((np.abs(boxes) <= 1 + NORM_TOLERANCE).all() and (boxes % 1 > 0).any())
+
+
+def far_past(boxes_xyxy: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """(N,) bool: boxes (N, 4) that leave their picture by more than OVERSHOOT of a side. sides (N, 2): its two."""
+    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    return ((low < -OVERSHOOT * sides) | (high > (1 + OVERSHOOT) * sides)).any(axis=1)
+
+
+def fit_as_corners(boxes_xyxy: np.ndarray, sides: np.ndarray, *, is_centered: bool) -> np.ndarray:
+    """(N,) bool: boxes (N, 4) whose numbers, read as a point and a size, are corners inside their picture.
+
+    is_centered: the point is the center, else the left top corner. sides: as in far_past.
+    """
+    low, size = boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+    point = low + size / 2 if is_centered else low
+    return ((point >= -1) & (point < size) & (size <= sides + 1)).all(axis=1)
+
+
+def are_corners(far: int, fitting: int, total: int) -> bool:
+    """Whether a file has corners where a point and a size are read: its boxes that leave their pictures fit as these.
+
+    far: number of boxes that are far_past; fitting: of these, the ones that fit_as_corners; total: of all boxes.
+    """
+    return fitting >= 3 and fitting > CORNERS * total and fitting >= 0.9 * far
 
 
 def short(value: Any) -> str:

@@ -90,7 +90,7 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
         if sample is not None:
             samples.append(sample)
     long_rows.decide()
-    refuse_misread(log, found.source)
+    refuse_misread(log, found.source, is_centered=True)
     soft = sum(sample.class_scores is not None for sample in samples)
     if 0 < soft < len(samples):
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from datasets.values import are_corners, far_past, fit_as_corners
 from errors import UserError
 from metrics.picture_names import PictureFinder
 from metrics.tables import GroundTruth
@@ -45,15 +46,43 @@ class Annotations:
 
 def edge_note(ground_truth: GroundTruth, sizes: Sequence[tuple[float, float] | None]) -> tuple[str, ...]:
     """A note on objects that pass the edge of their picture by more than a pixel, where its size is known."""
-    limits = np.array([(np.inf, np.inf) if size is None else size for size in sizes], dtype=np.float64).reshape(-1, 2)
-    limits = limits[ground_truth.image]  # (N, 2)
-    boxes = ground_truth.boxes_xyxy
+    limits, boxes = _sides(ground_truth.image, sizes), ground_truth.boxes_xyxy
     known = np.isfinite(limits).all(axis=1)
     is_past = known & ((boxes[:, :2] < -1) | (boxes[:, 2:] > limits + 1)).any(axis=1)
     if not is_past.any():
         return ()
     found = f"{int(is_past.sum())} of {len(boxes)} objects pass the edge of their picture"
     return (f"{found}; taken as they are, where training and the evaluation of a checkpoint cut them",)
+
+
+def refuse_corners(
+    boxes_xyxy: np.ndarray,
+    image: Sequence[int],
+    sizes: Sequence[tuple[float, float] | None],
+    where: Callable[[int], str],
+    *,
+    is_centered: bool,
+) -> None:
+    """UserError where boxes (N, 4) that were read as a point and a size are corners (datasets.values.are_corners).
+
+    image: of each box. sizes: of each image; boxes in an image of unknown size are not judged.
+    where: row -> its place in the file. is_centered: the point is the center, else the left top corner.
+    """
+    sides = _sides(image, sizes)
+    is_far = far_past(boxes_xyxy, sides)
+    fits = is_far & fit_as_corners(boxes_xyxy, sides, is_centered=is_centered)
+    if are_corners(int(is_far.sum()), int(fits.sum()), len(boxes_xyxy)):
+        first = where(int(fits.argmax()))
+        expected = f"{'center' if is_centered else 'left, top'}, width and height: those far outside fit as corners"
+        raise UserError(
+            f"{first}: {int(is_far.sum())} of {len(fits)} boxes leave their image, this one first; expected {expected}"
+        )
+
+
+def _sides(image: Sequence[int] | np.ndarray, sizes: Sequence[tuple[float, float] | None]) -> np.ndarray:
+    """(N, 2): width and height of the image of each box; infinite where unknown."""
+    known = [(np.inf, np.inf) if size is None else size for size in sizes]
+    return np.array(known, dtype=np.float64).reshape(-1, 2)[np.asarray(image, dtype=np.int64)]
 
 
 def is_number(token: str) -> bool:

@@ -13,7 +13,15 @@ from datasets.rows import FaultLog
 from datasets.values import are_fractions, read_flag, read_id, read_number, read_size, short
 from datasets.voc import CLASSES as VOC_CLASSES
 from errors import UserError
-from metrics.annotations import Annotations, find_labels, places, plain_number, usable_rows, with_classes
+from metrics.annotations import (
+    Annotations,
+    find_labels,
+    places,
+    plain_number,
+    refuse_corners,
+    usable_rows,
+    with_classes,
+)
 from metrics.picture_names import PictureFinder
 from metrics.tables import DetectionTable, GroundTruth
 from metrics.text_files import check_score
@@ -48,6 +56,8 @@ def read_coco(path: Path) -> Annotations:
         _read(read_number, row, "area", where, n) if row.get("area") is not None else None for n, row in enumerate(rows)
     ]
     area = np.array([own if a is None else a for a, own in zip(stated_area, box_area.tolist())], dtype=np.float64)
+    sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images.values())
+    refuse_corners(boxes, image, sizes, where, is_centered=False)
     kept, notes = usable_rows(boxes, (image, labels, crowd.tolist(), ignore.tolist(), area.tolist()), where)
     ground_truth = GroundTruth(
         np.array(image, dtype=np.int64)[kept],
@@ -65,7 +75,6 @@ def read_coco(path: Path) -> Annotations:
     number_labels = [places(names), {str(category): label for category, label in label_of.items()}]
     if set(names) <= set(VOC_CLASSES):
         number_labels.append(places(names, VOC_CLASSES))  # VOC's own order, where the file has another
-    sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images.values())
     notes += tuple(fault.reason for fault in log.faults)
     return Annotations(
         ground_truth, pictures, image_ids, finder, sizes, category_ids, tuple(number_labels), "continuous", notes
@@ -111,6 +120,7 @@ def read_coco_detections(path: Path, annotations: Annotations) -> tuple[GroundTr
     image = _find_images(rows, own_pictures, annotations, where)
     ground_truth, labels = _find_labels(rows, own_names, annotations, where)
     boxes, box_area = _corners(_read_boxes(rows, where))
+    refuse_corners(boxes, image, annotations.sizes, where, is_centered=False)
     scores = [_read(read_number, row, "score", where, n) for n, row in enumerate(rows)]
     for n in (n for n, score in enumerate(scores) if not 0 <= score <= 1):
         check_score(scores[n], where(n))

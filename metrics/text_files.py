@@ -20,6 +20,7 @@ from metrics.annotations import (
     is_number,
     places,
     plain_number,
+    refuse_corners,
     sorted_tokens,
     usable_rows,
     with_classes,
@@ -90,7 +91,8 @@ def read_text_ground_truth(
     for image, picture in enumerate(pictures):
         if picture in path_of:
             read_text_rows(rows, path_of[picture], image, sizes.get(picture), text_boxes, names=names or listed or ())
-    check_boxes(rows, text_boxes, "--ground-truth-boxes")
+    all_sizes = tuple(sizes.get(picture) for picture in pictures)
+    check_boxes(rows, text_boxes, "--ground-truth-boxes", all_sizes)
     is_yolo = text_boxes == "cxcywhn"  # the format in which a class is a position in the list of names
     declared = listed if names is None else tuple(names)
     number_labels: tuple[Mapping[str, int], ...] = ()
@@ -109,7 +111,6 @@ def read_text_ground_truth(
         notes += (f"boxes read as left, top, width, height; {also}",)
     if alone:  # left out in training too: the pictures themselves are fine
         notes += (f"{len(alone)} text file{'s' * (len(alone) > 1)} without a picture left out, first: {alone[0]}",)
-    all_sizes = tuple(sizes.get(picture) for picture in pictures)
     pixels: Pixels = "continuous" if is_yolo else "as taken"
     finder = PictureFinder(pictures)
     return Annotations(ground_truth, pictures, pictures, finder, all_sizes, None, number_labels, pixels, notes)
@@ -130,7 +131,7 @@ def read_text_detections(
         score_at = -1 if score_last else 0
         class_names = listed or ground_truth.names
         read_text_rows(rows, path, image, annotations.sizes[image], text_boxes, score_at=score_at, names=class_names)
-    check_boxes(rows, text_boxes, "--detection-boxes")
+    check_boxes(rows, text_boxes, "--detection-boxes", annotations.sizes)
     check_order(rows, text_boxes, score_last)
     are_numbers = not annotations.number_labels and all(map(is_number, ground_truth.names))
     if listed is not None and not are_numbers:  # else the numbers of both sides are names
@@ -226,8 +227,11 @@ def check_score(score: float, where: str, hint: str = "") -> float:
     return score
 
 
-def check_boxes(rows: Rows, text_boxes: TextBoxes, option: str) -> None:
-    """UserError for fractions in a format of pixels, and for a box turned inside out."""
+def check_boxes(rows: Rows, text_boxes: TextBoxes, option: str, sizes: Sequence[tuple[float, float] | None]) -> None:
+    """UserError for fractions in a format of pixels, a box turned inside out, and corners read as a point and a size.
+
+    sizes: (width, height) of each image, None where unknown.
+    """
     values = np.array([columns[-4:] for columns in rows.columns]).reshape(-1, 4)
     if text_boxes != "cxcywhn" and are_fractions(values):
         also = ", for text of predict.py also --score-last" if option == "--detection-boxes" else ""
@@ -238,6 +242,9 @@ def check_boxes(rows: Rows, text_boxes: TextBoxes, option: str) -> None:
         fault = box_fault(*box)
         if fault is not None and fault[1] != "zero-size box":
             raise UserError(f"{where}: {fault[0]}, expected left <= right and top <= bottom ({option} is {text_boxes})")
+    if text_boxes != "xyxy":
+        boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
+        refuse_corners(boxes, rows.image, sizes, lambda n: rows.where[n], is_centered=text_boxes == "cxcywhn")
 
 
 def check_order(rows: Rows, text_boxes: TextBoxes, score_last: bool) -> None:

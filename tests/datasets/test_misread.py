@@ -70,6 +70,30 @@ def test_corners_in_place_of_a_size_are_refused(form, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("form", ["coco", "yolo"])
+def test_some_corners_among_sizes_are_refused(form, tmp_path):
+    """Sets that were merged: most boxes are right, so fewer than half pass an edge."""
+    right = [in_form(form, box) for box in GOOD * 10]
+    wrong = [box if form == "coco" else as_fractions(box) for box in GOOD * 2]
+    with pytest.raises(UserError, match=r"6 of 48 boxes pass the edge .* expected .* width and height: .* as corners"):
+        open_dataset(form, write_set(tmp_path / "merged", form, right + wrong), "all")
+    assert len(open_dataset(form, write_set(tmp_path / "two", form, right + wrong[:2]), "all")) == 42  # accidents
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo"])
+def test_boxes_that_are_not_cut_at_the_edge_are_no_corners(form, tmp_path):
+    past = [
+        (-12, 10, 30, 40),
+        (70, 20, 110, 50),
+        (40, -9, 80, 20),
+        (50, 40, 90, 73),
+        (80, 50, 110, 74),
+        (-10, -8, 14, 16),
+    ]
+    index = open_dataset(form, write_set(tmp_path, form, [in_form(form, box) for box in past + GOOD * 3]), "all")
+    assert [fault.kind for fault in index.faults] == ["box past the edge"] * len(past)
+
+
 @pytest.mark.parametrize("form", ["voc", "coco", "kitti"])
 def test_smaller_pictures_than_those_that_were_labelled_are_refused(form, tmp_path):
     """Their label files state no size, so refuse_resized does not see it."""
