@@ -46,7 +46,7 @@ from typing import Any, get_args
 import torch
 
 from config import EvaluationConfig, load_config
-from datasets.class_names import are_numbers, read_class_map
+from datasets.class_names import alike, are_numbers, read_class_map
 from datasets.open import READERS
 from engine.command_line.translation import options_of, refuse_unknown
 from engine.evaluation.cross_dataset import evaluate_on_dataset
@@ -72,8 +72,13 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
     annotations = read_ground_truth(
         args.ground_truth, names=names, text_boxes=args.ground_truth_boxes, images=args.images
     )
+    of_detections: list[str] = []
     ground_truth, detections = read_detections(
-        args.detections, annotations, text_boxes=args.detection_boxes, score_last=args.score_last
+        args.detections,
+        annotations,
+        text_boxes=args.detection_boxes,
+        score_last=args.score_last,
+        notes=of_detections,
     )
     truth_is_inclusive = found_is_inclusive = args.pixels == "inclusive"
     if args.pixels == "auto":
@@ -88,6 +93,8 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
         detections = inclusive_to_continuous(detections)
     for note in (*annotations.notes, *edge_note(annotations.ground_truth, annotations.sizes)):
         print(f"{args.ground_truth}: {note}")
+    for note in (*of_detections, *alike(ground_truth.names)):
+        print(f"{args.detections}: {note}")
     assert ground_truth.crowd is not None and ground_truth.difficult is not None  # GroundTruth fills them in
     ignores_difficult = args.ignore_difficult is not False or args.protocol != "coco"
     never_counts = ground_truth.crowd | (ground_truth.difficult & ignores_difficult)

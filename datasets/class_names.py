@@ -192,6 +192,14 @@ def places_by_name(names: Sequence[str]) -> dict[str, list[int]]:
     return places
 
 
+def alike(names: Sequence[str]) -> list[str]:
+    """A line for each classes that differ only in case, spaces, underscores and hyphens: one class, written twice?"""
+    groups = (places for places in places_by_name(names).values() if len(places) > 1)
+    return [
+        f"{' and '.join(repr(names[place]) for place in places)} are counted as different classes" for places in groups
+    ]
+
+
 def find_columns(name: str, of_model: dict[str, list[int]], model_names: Sequence[str]) -> tuple[int, ...]:
     """The model's columns for a class of the dataset: of the same name, else of a synonym, else of a broader class.
 

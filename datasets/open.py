@@ -2,11 +2,13 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+from datasets import class_names
 from datasets.coco import read_coco
 from datasets.folders import list_files
-from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex
+from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.kept_index import KeptSets
 from datasets.kitti import read_kitti
 from datasets.subset import keep_classes
@@ -52,6 +54,8 @@ def open_dataset(
         index = kept.open(settings, lambda sources: read_coco(root, split, names, sources))
     else:
         index = READERS[format](root, split, names)
+    alike = [Fault(str(root), None, line, "classes of alike names") for line in class_names.alike(index.names)]
+    index = replace(index, faults=(*index.faults, *alike)) if alike else index
     if classes:
         index = keep_classes(index, tuple(classes), f"{root}: split {split!r}")
     if not index.samples:

@@ -98,7 +98,7 @@ def are_fractions(boxes: np.ndarray) -> bool:
 def far_past(boxes_xyxy: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """(N,) bool: boxes (N, 4) that leave their picture by more than OVERSHOOT of a side. sides (N, 2): its two."""
     low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
-    return ((low < -OVERSHOOT * sides) | (high > (1 + OVERSHOOT) * sides)).any(axis=1)
+    return np.any((low < -OVERSHOOT * sides) | (high > (1 + OVERSHOOT) * sides), axis=1)
 
 
 def fit_as_corners(boxes_xyxy: np.ndarray, sides: np.ndarray, *, is_centered: bool) -> np.ndarray:
@@ -108,7 +108,7 @@ def fit_as_corners(boxes_xyxy: np.ndarray, sides: np.ndarray, *, is_centered: bo
     """
     low, size = boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
     point = low + size / 2 if is_centered else low
-    return ((point >= -1) & (point < size) & (size <= sides + 1)).all(axis=1)
+    return np.all((point >= -1) & (point < size) & (size <= sides + 1), axis=1)
 
 
 def are_corners(far: int, fitting: int, total: int) -> bool:

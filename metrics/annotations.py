@@ -96,13 +96,16 @@ def plain_number(token: str) -> str:
 
 
 def find_labels(
-    used: Mapping[str, str], names: Sequence[str], number_labels: Sequence[Mapping[str, int]]
+    used: Mapping[str, str],
+    names: Sequence[str],
+    number_labels: Sequence[Mapping[str, int]],
+    notes: list[str] | None = None,
 ) -> dict[str, int]:
     """The label of each class token. `used`: token -> the place where it stands first.
 
     A token is one of `names`, or a number in one of `number_labels`. If numbers can be names as well as positions, one
     rule is taken that fits all of them; beside tokens that are words it is the names. UserError if two rules fit and
-    give different labels, and for a token that fits none.
+    give different labels, and for a token that fits none. notes: gets a line on numbers that are not names.
     """
     by_name = {name: label for label, name in enumerate(names)}
     numbers = [token for token in used if is_number(token)]
@@ -128,6 +131,10 @@ def find_labels(
             f"{used[unclear]}: class {unclear!r} may be {both}: expected the names of classes, or the list that "
             "the numbers are places in: classes.txt beside the text files, or --names FILE"
         )
+    if notes is not None and any(names[label] != number for number, label in first.items()):
+        shown = sorted(first, key=lambda number: int(plain_number(number)))[:20]
+        more = f", ... ({len(first)} in all)" if len(first) > len(shown) else ""
+        notes.append(f"numbers of classes are read as {', '.join(f'{n} = {names[first[n]]}' for n in shown)}{more}")
     return {token: by_name[token] for token in used if token not in first} | first
 
 

@@ -101,7 +101,9 @@ def _merge_images(path: Path, entries: list[dict], ids: Ids) -> tuple[dict[int |
     return images, row_of_id
 
 
-def read_coco_detections(path: Path, annotations: Annotations) -> tuple[GroundTruth, DetectionTable]:
+def read_coco_detections(
+    path: Path, annotations: Annotations, notes: list[str] | None = None
+) -> tuple[GroundTruth, DetectionTable]:
     tree = read_json(path)
     rows, kind = tree, "results"
     own_pictures: dict[int | str, str | None] = {}
@@ -118,7 +120,7 @@ def read_coco_detections(path: Path, annotations: Annotations) -> tuple[GroundTr
     where = _places(path, kind)
     _check_objects(rows, where)
     image = _find_images(rows, own_pictures, annotations, where)
-    ground_truth, labels = _find_labels(rows, own_names, annotations, where)
+    ground_truth, labels = _find_labels(rows, own_names, annotations, where, notes)
     boxes, box_area = _corners(_read_boxes(rows, where))
     refuse_corners(boxes, image, annotations.sizes, where, is_centered=False)
     scores = [_read(read_number, row, "score", where, n) for n, row in enumerate(rows)]
@@ -147,7 +149,11 @@ def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where
 
 
 def _find_labels(
-    rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]
+    rows: list[dict],
+    own: Mapping,
+    annotations: Annotations,
+    where: Callable[[int], str],
+    notes: list[str] | None,
 ) -> tuple[GroundTruth, list[int]]:
     """The ground truth, and the class of each row. Where no list declares names, classes of the rows alone are added.
 
@@ -173,7 +179,7 @@ def _find_labels(
         ground_truth = with_classes(ground_truth, _first(tokens, where))
         return ground_truth, [ground_truth.names.index(token) for token in tokens]
     is_unnamed = all(text == str(row.get("category_id")) for text, row in zip(texts, rows))  # as predict.py writes it
-    of_text = find_labels(_first(texts, where), names, annotations.number_labels if is_unnamed else ())
+    of_text = find_labels(_first(texts, where), names, annotations.number_labels if is_unnamed else (), notes)
     of_id: dict[int | str | None, int] = {i: label for label, i in enumerate(ids or ())}
     used = _first(keys, where)
     if not used.keys() <= of_id.keys():
@@ -181,7 +187,7 @@ def _find_labels(
         if ids is not None and wrong is not None:
             raise UserError(f"{used[wrong]}: category_id: found {wrong!r}, expected one of the ground truth's")
         number_labels = annotations.number_labels if ids is None else ({str(i): label for i, label in of_id.items()},)
-        label_of = find_labels({str(key): place for key, place in used.items()}, names, number_labels)
+        label_of = find_labels({str(key): place for key, place in used.items()}, names, number_labels, notes)
         of_id = {key: label_of[str(key)] for key in used}
     return ground_truth, [of_id[key] if text is None else of_text[text] for text, key in zip(texts, keys)]
 

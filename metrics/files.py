@@ -97,16 +97,18 @@ def read_detections(
     *,
     text_boxes: TextBoxes = "xyxy",
     score_last: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[GroundTruth, DetectionTable]:
     """The ground truth to compare with, and the detections of a COCO JSON file or a folder of text files.
 
     The ground truth is that of `annotations`. If no list declares its names, classes that only the detections have are
-    added. UserError for an image or class that the ground truth does not have, or that may be two.
+    added. notes: gets a line on class numbers, whose order only the user can check. UserError for an image or class
+    that the ground truth does not have, or that may be two.
     """
     path = Path(path)
     if path.is_dir():
-        return read_text_detections(path, annotations, text_boxes, score_last)
-    return read_coco_detections(path, annotations)
+        return read_text_detections(path, annotations, text_boxes, score_last, notes)
+    return read_coco_detections(path, annotations, notes)
 
 
 def read_names(path: str | Path) -> tuple[str, ...]:

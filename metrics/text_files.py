@@ -117,7 +117,7 @@ def read_text_ground_truth(
 
 
 def read_text_detections(
-    folder: Path, annotations: Annotations, text_boxes: TextBoxes, score_last: bool
+    folder: Path, annotations: Annotations, text_boxes: TextBoxes, score_last: bool, notes: list[str] | None = None
 ) -> tuple[GroundTruth, DetectionTable]:
     paths, listed = text_paths(folder), class_list(folder)
     if not paths and any(not is_left_out(path.name) for path in folder.iterdir()):
@@ -139,7 +139,7 @@ def read_text_detections(
     if not annotations.number_labels:
         rows.token = [plain_number(token) for token in rows.token]
         ground_truth = with_classes(ground_truth, rows.used)
-    label_of = find_labels(rows.used, ground_truth.names, annotations.number_labels if listed is None else ())
+    label_of = find_labels(rows.used, ground_truth.names, annotations.number_labels if listed is None else (), notes)
     boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
     image_column, scores = np.array(rows.image, dtype=np.int64), np.array(rows.score, dtype=np.float64)
     return ground_truth, DetectionTable(image_column, boxes, scores, rows.labels(label_of))

@@ -232,3 +232,22 @@ def test_names_of_a_file_name_the_classes_of_a_bare_state_dict(tmp_path, capsys)
     names.write_text("green\nred\nblue\n")
     with pytest.raises(UserError, match=r"classes\.txt: found 3 names, expected one for each of the model's 2 classes"):
         eval.main([*arguments, "--names", str(names)])
+
+
+def test_what_numbers_and_alike_names_are_taken_for_is_printed(tmp_path, capsys):
+    """Another model numbers its classes in its own order: numbers fit in range, and only a person can see the order."""
+    truth, found = tmp_path / "truth", tmp_path / "found"
+    truth.mkdir()
+    found.mkdir()
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>"
+    objects = "".join(f"<object><name>{name}</name>{box}</object>" for name in ("wheel", "Wheel", "axle"))
+    (truth / "x.xml").write_text(f"<annotation>{objects}</annotation>")
+    (found / "x.txt").write_text("2 0.9 1 2 30 40\n0 0.9 1 2 30 40\n")
+    arguments = ["--ground-truth", str(truth), "--detections", str(found)]
+    eval.main(arguments)
+    printed = capsys.readouterr().out.splitlines()
+    assert f"{found}: numbers of classes are read as 0 = Wheel, 2 = wheel" in printed
+    assert f"{found}: 'Wheel' and 'wheel' are counted as different classes" in printed
+    (found / "classes.txt").write_text("wheel\nWheel\naxle\n")  # the model's own order
+    eval.main(arguments)
+    assert "numbers of classes" not in capsys.readouterr().out

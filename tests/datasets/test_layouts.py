@@ -409,3 +409,18 @@ def test_a_label_file_of_two_pictures_is_noted(tmp_path):
     text(tmp_path / "data.yaml", "names: [cell]\ntrain: images\n")
     (fault,) = read_yolo(tmp_path, "train").faults
     assert fault.effect == "noted" and fault.reason == "the labels of x.jpg and of x.png"
+
+
+@pytest.mark.parametrize("form", ["voc", "coco", "yolo"])
+def test_classes_that_differ_in_case_alone_are_noted(tmp_path, form):
+    """Two people labelled: a class written in two ways is learnt as two."""
+    for stem, name in (("x", "Red cell"), ("y", "red_cell"), ("z", "cup")):
+        picture(tmp_path / "images" / f"{stem}.png")
+        text(tmp_path / "Annotations" / f"{stem}.xml", xml(name, filename=f"{stem}.png"))
+        text(tmp_path / "labels" / f"{stem}.txt", ROW)
+    text(tmp_path / "all.json", coco(("Red cell", "cup", "red_cell")))
+    text(tmp_path / "classes.txt" if form == "yolo" else tmp_path / "names", "Red cell\ncup\nred_cell\n")
+    index = open_dataset(form, tmp_path, "all")
+    (fault,) = [fault for fault in index.faults if fault.kind == "classes of alike names"]
+    assert fault.reason == "'Red cell' and 'red_cell' are counted as different classes" and fault.effect == "noted"
+    assert len(index.names) == 3
