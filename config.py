@@ -363,6 +363,11 @@ def from_tree(cls: type, tree: Any, *, source: str, key: str = "") -> Any:
     return cls(**values)
 
 
+def only_config(file: Config) -> Config:
+    """The keys of a config in a file that has others beside them."""
+    return Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
+
+
 def _join(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 

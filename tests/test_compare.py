@@ -12,7 +12,7 @@ import checkpoint
 import compare
 import models
 from config import to_tree
-from engine.comparison.study import load_study, plan
+from engine.comparison.study import build_study, load_study
 from engine.comparison.work import first_difference, list_work, write_failure
 from engine.runtime import claims, run_folder
 from errors import UserError
@@ -54,7 +54,7 @@ def trained(monkeypatch):
 
 
 def make(config, rows=ROWS, *, seeds=1):
-    return plan(config, rows, seeds=seeds, source="study.yaml")
+    return build_study(config, rows, seeds=seeds, source="study.yaml")
 
 
 def names(trained):

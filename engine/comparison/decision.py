@@ -17,6 +17,7 @@ If no row had any effect, one in 1 / (1 - level) would still be called better or
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -106,6 +107,11 @@ def student_probability(t: float, degrees: int) -> float:
         term *= math.cos(theta) ** 2 * (k - 1) / k
         total += term
     return 2 / math.pi * (theta + math.sin(theta) * total) if is_odd else math.sin(theta) * total
+
+
+def rule_origin(path: str | Path, overrides: Iterable[str]) -> str:
+    """Where the rule of a file that was read with these overrides comes from."""
+    return "the command line" if any(o.startswith("decide") for o in overrides) else when_committed(path)
 
 
 def when_committed(path: str | Path) -> str:

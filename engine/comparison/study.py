@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import models
-from config import STUDENT, Config, TeacherConfig, from_tree, read_tree, to_tree
-from engine.comparison.decision import DEFAULT_RULE, DecisionRule, when_committed
+from config import STUDENT, Config, TeacherConfig, from_tree, only_config, read_tree, to_tree
+from engine.comparison.decision import DEFAULT_RULE, DecisionRule, rule_origin
 from engine.comparison.rows import (
     Row,
     describe_differences,
@@ -91,7 +91,7 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.runs) / self.config.name
+        return study_folder(self.config)
 
     def with_teachers(self, names: list[str]) -> list[Row]:
         """The rows of these names and the teachers trained for them, in the order of the table."""
@@ -111,21 +111,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int | 
     seeds: of the rows that have no number of their own; None: those of the rule in the file, or one.
     """
     file = from_tree(StudyFile, read_tree(path, list(overrides)), source=str(path))
-    config = config_of(file)
+    config = only_config(file)
     if seeds is None:
         seeds = file.decide.seeds if file.decide is not None else 1
-    study = plan(config, file.rows or four_rows(config), seeds=seeds, source=str(path), condense=file.condense)
+    study = build_study(config, file.rows or four_rows(config), seeds=seeds, source=str(path), condense=file.condense)
     if file.decide is None:
         return study
     file.decide.check(str(path))
-    is_given = any(override.startswith("decide") for override in overrides)
-    origin = "the command line" if is_given else when_committed(path)
-    return dataclasses.replace(study, rule=file.decide, rule_origin=origin)
-
-
-def config_of(file: StudyFile | RowFile) -> Config:
-    """The keys of a config in a file that has others beside them."""
-    return Config(**{f.name: getattr(file, f.name) for f in dataclasses.fields(Config)})
+    return dataclasses.replace(study, rule=file.decide, rule_origin=rule_origin(path, overrides))
 
 
 def four_rows(config: Config) -> dict[str, Any]:
@@ -144,49 +137,41 @@ def four_rows(config: Config) -> dict[str, Any]:
     return {"baseline": alone, "distilled": distilled, "longer": alone | {"compute_of": "distilled"}}
 
 
-def plan(
+def build_study(
     config: Config, rows: dict[str, Any], *, seeds: int, source: str, condense: dict[str, Any] | None = None
 ) -> Study:
     """The study with the config of every row; teachers that are not trained yet get the path of their later weights."""
     check_teachers_of_study(config.teachers, source)
-    alone = dataclasses.replace(config, runs=str(Path(config.runs) / config.name), teachers=(), terms=())
-    in_place = {t.name: teacher_row(alone, t, source) for t in config.teachers if is_trained_in_place(t)}
+    in_place = {t.name: teacher_row(config, t, source) for t in config.teachers if is_trained_in_place(t)}
     planned: dict[str, Row] = {}
     files: dict[str, RowFile] = {}
     idle_teachers: set[str] = set()
     for name, overrides in rows.items():
         where = f"{source}: row {name!r}"
-        if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
-            raise UserError(f"{where}: expected a name of letters, digits, _, + and -")
         if name in {row.name for row in in_place.values()}:
             raise UserError(f"{where}: is the name of the row of a teacher, expected another")
-        file = read_row(config, overrides, where)
-        check_teachers_of_row(file, tuple(teacher.name for teacher in config.teachers), where)
+        file = read_row(config, name, overrides, where)
         idle_teachers |= {term.teacher for term in file.terms if is_idle(term)}
         with naming(where):
             file, idle = without_idle_terms(file)
-        files[name] = file
         own_teachers = [teacher for teacher in config.teachers if teacher.name in used_teachers(file)]
-        for teacher in own_teachers:
-            if teacher.name in in_place:
-                planned.setdefault(in_place[teacher.name].name, in_place[teacher.name])
-        taught = tuple(with_later_weights(teacher, in_place) for teacher in own_teachers)
-        row_config = dataclasses.replace(config_of(file), runs=alone.runs, teachers=taught)
+        planned |= {row.name: row for t in own_teachers if (row := in_place.get(t.name)) is not None}
+        taught_by = tuple(with_later_weights(teacher, in_place) for teacher in own_teachers)
+        row_config = dataclasses.replace(only_config(file), runs=str(study_folder(config)), teachers=taught_by)
         own_seeds = seeds_of_row(file, config.seed, seeds, where)
         row = Row(name, row_config, own_seeds, differs=file.differs, compute_of=file.compute_of, idle=idle)
-        if file.compute_of is not None and "epochs" in overrides:
-            raise UserError(f"{where}: key 'epochs': found beside 'compute_of', which sets it, expected one of them")
         if file.condense is not None:
             row = condensed_row(row, file, config, condense or {}, planned, where)
-        planned[name] = row if file.compute_of is None else with_equal_compute(row, planned, where)
-    used = {teacher.name for row in planned.values() for teacher in row.config.teachers}
-    for index, teacher in enumerate(config.teachers):
-        if teacher.name not in used | idle_teachers:
-            raise UserError(
-                f"{source}: key 'teachers.{index}.name': no row has a term or pseudo boxes of "
-                f"{teacher.name!r}: it could never act"
-            )
-    return Study(config, tuple(with_comparisons(planned, files, source)))
+        if file.compute_of is not None:
+            row = with_equal_compute(row, planned, where)
+        files[name], planned[name] = file, row
+    check_each_teaches(config.teachers, planned, idle_teachers, source)
+    return Study(config, tuple(with_comparisons(row, planned, files, source) for row in planned.values()))
+
+
+def study_folder(config: Config) -> Path:
+    """The folder of the runs, sets and tables of a study, or of the sets of a single config."""
+    return Path(config.runs) / config.name
 
 
 def with_later_weights(teacher: TeacherConfig, in_place: dict[str, Row]) -> TeacherConfig:
@@ -205,7 +190,7 @@ def seeds_of_row(file: RowFile, first: int, seeds: int, where: str) -> tuple[int
 
 def sets_folder(config: Config) -> Path:
     """The folder of the synthetic sets of a study or of a single config."""
-    return Path(config.runs) / config.name / "sets"
+    return study_folder(config) / "sets"
 
 
 def task_of(config: Config, section: dict[str, Any], source: str) -> Task:
@@ -225,21 +210,8 @@ def condensed_row(
         raise UserError(f"{where}: key 'data.train_root': found beside 'condense', expected one of them")
     section = merge(shared, file.condense or {})
     task = task_of(dataclasses.replace(config, image_size=file.image_size), section, where)
-    network = task.condense.network
-    network_row = network.row if task.needs_network else None
-    if network.row is not None:
-        if network.weights is not None:
-            raise UserError(f"{where}: key 'condense.network': found a row and weights, expected one of them")
-        real_rows = [name for name, other in planned.items() if other.task is None]
-        if network.row not in real_rows:
-            expected = ", ".join(real_rows) or "none is above it"
-            raise UserError(
-                f"{where}: key 'condense.network.row': found {network.row!r}, expected a row of real pictures above: "
-                f"{expected}"
-            )
-        weights = last_weights(planned[network.row])
-        network = dataclasses.replace(network, weights=weights, row=None)
-        task = dataclasses.replace(task, condense=dataclasses.replace(task.condense, network=network))
+    network_row = task.condense.network.row if task.needs_network else None
+    task = with_network_of_row(task, planned, where)
     with naming(where):
         task.check()
     is_met = not file.decoded or task.decoded > task.condense.pictures
@@ -250,15 +222,35 @@ def condensed_row(
     return dataclasses.replace(row, config=row_config, task=task, sets=sets_folder(config), network_row=network_row)
 
 
-def read_row(config: Config, overrides: Any, where: str) -> RowFile:
-    """A row of the file merged into the shared config. UserError for an unknown key or a value of a wrong type."""
+def with_network_of_row(task: Task, planned: dict[str, Row], where: str) -> Task:
+    """The task, and if a row trains its network, with the weights that this row will write."""
+    network = task.condense.network
+    if network.row is None:
+        return task
+    if network.weights is not None:
+        raise UserError(f"{where}: key 'condense.network': found a row and weights, expected one of them")
+    real_rows = [name for name, row in planned.items() if row.task is None]
+    expected = "a row of real pictures above: " + (", ".join(real_rows) or "none is above it")
+    expect(network.row in real_rows, f"{where}: key 'condense.network.row'", repr(network.row), expected)
+    network = dataclasses.replace(network, weights=last_weights(planned[network.row]), row=None)
+    return dataclasses.replace(task, condense=dataclasses.replace(task.condense, network=network))
+
+
+def read_row(config: Config, name: Any, overrides: Any, where: str) -> RowFile:
+    """A row of the file merged into the shared config. UserError for a mistake in its name or in one of its keys."""
+    if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
+        raise UserError(f"{where}: expected a name of letters, digits, _, + and -")
     overrides = {} if overrides is None else overrides
     if not isinstance(overrides, dict):
         raise UserError(f"{where}: found {overrides!r}, expected keys and values")
     for key in FIXED:
         if key in overrides:
             raise UserError(f"{where}: key {key!r} is the same for all rows, expected it at the top level only")
-    return from_tree(RowFile, merge(to_tree(config), overrides), source=where)
+    file = from_tree(RowFile, merge(to_tree(config), overrides), source=where)
+    if file.compute_of is not None and "epochs" in overrides:
+        raise UserError(f"{where}: key 'epochs': found beside 'compute_of', which sets it, expected one of them")
+    check_teachers_of_row(file, tuple(teacher.name for teacher in config.teachers), where)
+    return file
 
 
 def check_teachers_of_study(teachers: Sequence[TeacherConfig], source: str) -> None:
@@ -268,6 +260,17 @@ def check_teachers_of_study(teachers: Sequence[TeacherConfig], source: str) -> N
     for index, teacher in enumerate(teachers):
         if teacher.start_weights is not None and not is_trained_in_place(teacher):
             raise UserError(f"{source}: key 'teachers.{index}.start_weights': {teacher.name!r} is not trained in place")
+
+
+def check_each_teaches(teachers: Sequence[TeacherConfig], planned: dict[str, Row], idle: set[str], source: str) -> None:
+    """UserError for a teacher that no row has, except for `idle`, those of terms of weight 0."""
+    used = {teacher.name for row in planned.values() for teacher in row.config.teachers}
+    for index, teacher in enumerate(teachers):
+        if teacher.name not in used | idle:
+            raise UserError(
+                f"{source}: key 'teachers.{index}.name': no row has a term or pseudo boxes of "
+                f"{teacher.name!r}: it could never act"
+            )
 
 
 def check_teachers_of_row(file: RowFile, teachers: tuple[str, ...], where: str) -> None:
@@ -299,18 +302,19 @@ def is_trained_in_place(teacher: TeacherConfig) -> bool:
     return teacher.weights is None and teacher.arch != EMA and teacher.arch not in models.TEACHERS
 
 
-def teacher_row(alone: Config, teacher: TeacherConfig, source: str) -> Row:
+def teacher_row(config: Config, teacher: TeacherConfig, source: str) -> Row:
     """The row that trains a teacher: the shared protocol with its own model, epochs and optimizer, and one seed.
 
     It learns from the labelled pictures alone; those of its key `data` may be others.
     """
+    tree = to_tree(dataclasses.replace(config, runs=str(study_folder(config)), teachers=(), terms=()))
     own = {"weights": teacher.start_weights, "backbone_weights": teacher.backbone_weights}
-    tree = to_tree(alone) | {"student": {"arch": teacher.arch, **own}}
-    tree["optimizer"] = tree["optimizer"] | teacher.optimizer
-    tree["data"] = tree["data"] | {"unlabelled": None} | teacher.data
-    tree["epochs"] = alone.epochs if teacher.epochs is None else teacher.epochs
-    config = from_tree(Config, tree, source=f"{source}: teacher {teacher.name!r}")
-    return Row(f"teacher_{teacher.name}", config, (alone.seed,), is_teacher=True)
+    tree["student"] = {"arch": teacher.arch, **own}
+    tree["optimizer"] |= teacher.optimizer
+    tree["data"] |= {"unlabelled": None} | teacher.data
+    tree["epochs"] = config.epochs if teacher.epochs is None else teacher.epochs
+    own_config = from_tree(Config, tree, source=f"{source}: teacher {teacher.name!r}")
+    return Row(f"teacher_{teacher.name}", own_config, (config.seed,), is_teacher=True)
 
 
 def with_equal_compute(row: Row, planned: dict[str, Row], where: str) -> Row:
@@ -326,41 +330,38 @@ def with_equal_compute(row: Row, planned: dict[str, Row], where: str) -> Row:
     return dataclasses.replace(row, config=dataclasses.replace(row.config, epochs=epochs))
 
 
-def with_comparisons(planned: dict[str, Row], files: dict[str, RowFile], source: str) -> list[Row]:
-    """The rows with their baselines, the rows they are compared to, and notes on how those train differently.
+def with_comparisons(row: Row, planned: dict[str, Row], files: dict[str, RowFile], source: str) -> Row:
+    """The row with its baseline, the rows it is compared to, and notes on how those train differently.
 
-    UserError if a row names a row in `against` that trains differently in a key that neither of the two names in
-    `differs`. A row that names none is then compared to no row, and a note says so.
+    UserError if it names a row in `against` that trains differently in a key that neither of the two names in
+    `differs`. If it names none, it is then compared to no row, and a note says so.
     """
-    compared_rows = []
-    for row in planned.values():
-        untaught = (n for n, f in files.items() if not is_taught(f) and f.student == row.config.student)
-        baseline = next(untaught, next(iter(files)))
-        named = files[row.name].against if row.name in files else None
-        compared: list[str] = []
-        notes = [f"{row.name}: {row.idle}"] if row.idle else []
-        for name in default_against(row, planned, baseline) if named is None else named:
-            if name not in planned or name == row.name:
-                others = ", ".join(other for other in planned if other != row.name)
-                raise UserError(f"{source}: row {row.name!r}: key 'against': found {name!r}, expected one of {others}")
-            other = planned[name]
-            if refused := refused_keys(row, other):
-                what = describe_differences(row, other, refused)
-                if named is not None:
-                    raise UserError(
-                        f"{source}: row {row.name!r}: key 'against': {name!r} trains differently: {what}; expected a "
-                        f"row that trains alike, or `differs: [{', '.join(refused)}]` if that is what the row compares"
-                    )
-                notes.append(f"{row.name} is compared to no row: {name} trains differently ({what})")
-                continue
-            compared.append(name)
-            keys = differing_keys(row, other)
-            if row.config.epochs != other.config.epochs and "epochs" not in keys:
-                keys.append("epochs")
-            if keys:
-                notes.append(f"{row.name} and {name} differ in {describe_differences(row, other, keys)}")
-        compared_rows.append(dataclasses.replace(row, baseline=baseline, against=tuple(compared), notes=tuple(notes)))
-    return compared_rows
+    untaught = (name for name, file in files.items() if not is_taught(file) and file.student == row.config.student)
+    baseline = next(untaught, next(iter(files)))
+    named = files[row.name].against if row.name in files else None
+    where = f"{source}: row {row.name!r}: key 'against'"
+    others = [name for name in planned if name != row.name]
+    against: list[str] = []
+    notes = [f"{row.name}: {row.idle}"] if row.idle else []
+    for name in default_against(row, planned, baseline) if named is None else named:
+        expect(name in others, where, repr(name), f"one of {', '.join(others)}")
+        other = planned[name]
+        if refused := refused_keys(row, other):
+            what = describe_differences(row, other, refused)
+            if named is not None:
+                raise UserError(
+                    f"{where}: {name!r} trains differently: {what}; expected a row that trains alike, or `differs: "
+                    f"[{', '.join(refused)}]` if that is what the row compares"
+                )
+            notes.append(f"{row.name} is compared to no row: {name} trains differently ({what})")
+            continue
+        against.append(name)
+        keys = differing_keys(row, other)
+        if row.config.epochs != other.config.epochs and "epochs" not in keys:
+            keys.append("epochs")
+        if keys:
+            notes.append(f"{row.name} and {name} differ in {describe_differences(row, other, keys)}")
+    return dataclasses.replace(row, baseline=baseline, against=tuple(against), notes=tuple(notes))
 
 
 def default_against(row: Row, planned: dict[str, Row], baseline: str) -> tuple[str, ...]:

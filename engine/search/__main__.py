@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import train
-from config import Config
+from config import Config, only_config
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
 from datasets.open import open_dataset
-from engine.comparison.decision import when_committed
+from engine.comparison.decision import rule_origin
 from engine.comparison.table import METRICS
 from engine.comparison.work import refuse_other
 from engine.runtime import claims, run_folder
@@ -134,12 +134,16 @@ class Search:
 
     def config_of(self, teaching: Teaching, shape: Shape, epochs: int) -> Config:
         """The config of a training."""
-        file, widths = self.file, self.widths_of(shape)
-        shared = {f.name: getattr(file, f.name) for f in dataclasses.fields(Config)}
+        shared = only_config(self.file)
         if teaching == "labels":
-            shared |= {"teachers": (), "terms": ()}
-        own = {"name": f"{teaching}_{shape.name}_{epochs}", "epochs": epochs, "runs": str(file.folder / "runs")}
-        return Config(**shared | own | {"student": dataclasses.replace(file.student, widths=str(widths))})
+            shared = dataclasses.replace(shared, teachers=(), terms=())
+        return dataclasses.replace(
+            shared,
+            name=f"{teaching}_{shape.name}_{epochs}",
+            runs=str(self.file.folder / "runs"),
+            epochs=epochs,
+            student=dataclasses.replace(shared.student, widths=str(self.widths_of(shape))),
+        )
 
     def widths_of(self, shape: Shape) -> Path:
         """Its file of widths, which its first training writes."""
@@ -147,27 +151,28 @@ class Search:
 
     def score(self, teaching: Teaching, shape: Shape, epochs: int) -> float:
         """The score of a shape after these epochs, read from its run or trained now; 0 if that failed."""
-        config = self.config_of(teaching, shape, epochs)
-        if config.name in self.results[teaching].failures:
+        config, failures = self.config_of(teaching, shape, epochs), self.results[teaching].failures
+        if config.name in failures:
             return 0.0
-        if config.name not in self.reports:
+        if is_new := config.name not in self.reports:
             if not (widths := self.widths_of(shape)).is_file():
                 run_folder.make_folder(widths.parent)
                 run_folder.write_text(widths, self.space.widths_text(shape))
             try:
                 report = train_once(config)
-                self.inputs.add(Path(config.runs) / config.name, report.get("inputs", {}))
-                self.reports[config.name] = report
             except UserError as error:
                 if error.exit_code != NOT_FINITE_EXIT_CODE:
                     raise
                 print(f"{config.name}: failed: {error}", flush=True)
-                self.results[teaching].failures[config.name] = str(error)
+                failures[config.name] = str(error)
                 return 0.0
-            score = self.reports[config.name]["test"][METRICS[self.file.decide.metric]]
-            minutes = self.reports[config.name]["seconds"] / 60
-            print(f"{config.name}: {self.file.decide.metric} {score or 0.0:.3f}, {minutes:.1f} min", flush=True)
-        return self.reports[config.name]["test"][METRICS[self.file.decide.metric]] or 0.0
+            self.inputs.add(Path(config.runs) / config.name, report.get("inputs", {}))
+            self.reports[config.name] = report
+        report, metric = self.reports[config.name], self.file.decide.metric
+        score = report["test"][METRICS[metric]] or 0.0
+        if is_new:
+            print(f"{config.name}: {metric} {score:.3f}, {report['seconds'] / 60:.1f} min", flush=True)
+        return score
 
     def write(self) -> None:
         """The tables and the best shapes so far."""
@@ -214,8 +219,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
     arguments = parser.parse_intermixed_args(argv)
     file = load_search(arguments.config, arguments.overrides)
-    is_given = any(override.startswith("decide") for override in arguments.overrides)
-    search = Search(file, "the command line" if is_given else when_committed(arguments.config))
+    search = Search(file, rule_origin(arguments.config, arguments.overrides))
     search.run()
     print((file.folder / "search.md").read_text(encoding="utf-8"))
     found = ", ".join(str(file.folder / f"found_{teaching}.yaml") for teaching in file.teachings)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.comparison.study import plan
+from engine.comparison.study import build_study
 from engine.training.flops import forward_flops
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
@@ -13,7 +13,7 @@ TERM = {"teacher": "given", "loss": "mse", "weight": 1.0, "student_maps": ["p3"]
 
 def epochs(tmp_path, rows, *, teachers=(GIVEN,), epochs=30, data=None):
     config = tiny_config(tmp_path / "set", tmp_path / "runs", teachers=list(teachers), epochs=epochs, data=data or {})
-    return {row.name: row.config.epochs for row in plan(config, rows, seeds=1, source="x").rows}
+    return {row.name: row.config.epochs for row in build_study(config, rows, seeds=1, source="x").rows}
 
 
 def test_a_teacher_with_weights_costs_its_passes_alone(tmp_path):
@@ -48,7 +48,7 @@ def test_equal_compute_is_no_other_protocol(tmp_path):
     """The rows may be compared though their epochs differ; the table says so."""
     config = tiny_config(tmp_path, tmp_path / "runs", teachers=[GIVEN])
     rows = {"taught": {"terms": [TERM], "against": ["alone"]}, "alone": {"compute_of": "taught"}}
-    taught, _ = plan(config, rows, seeds=1, source="x").rows
+    taught, _ = build_study(config, rows, seeds=1, source="x").rows
     assert taught.against == ("alone",) and taught.notes == ("taught and alone differ in epochs 2 and 7",)
     with pytest.raises(UserError, match="'alone' trains differently: epochs 2 and 4"):
-        plan(config, rows | {"alone": {"epochs": 4}}, seeds=1, source="x")
+        build_study(config, rows | {"alone": {"epochs": 4}}, seeds=1, source="x")

@@ -11,7 +11,7 @@ import condense
 from config import to_tree
 from datasets.open import open_dataset
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree
-from engine.comparison.study import load_study, plan
+from engine.comparison.study import build_study, load_study
 from engine.comparison.table import Result
 from engine.comparison.work import list_work, with_needs
 from errors import UserError
@@ -33,7 +33,7 @@ def config(tmp_path):
 
 
 def make(config, rows=ROWS, shared=SHARED, *, seeds=1):
-    return plan(config, rows, seeds=seeds, source="study.yaml", condense=shared)
+    return build_study(config, rows, seeds=seeds, source="study.yaml", condense=shared)
 
 
 def by_name(study):

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from engine.comparison import plot
 from engine.comparison.decision import DecisionRule
 from engine.comparison.pictures import Outcome, Pictures, disagreement
-from engine.comparison.study import plan
+from engine.comparison.study import build_study
 from engine.comparison.table import Result
 from structures import Detections
 from tests.engine.comparison.test_table import TERM, report
@@ -26,7 +26,7 @@ def study(tmp_path):
     teachers = [{"name": "given", "arch": "yolov8n", "weights": "given.pt"}]
     config = tiny_config(tmp_path, tmp_path / "runs", name="study", teachers=teachers)
     rows = {"baseline": None, "taught": {"terms": [TERM]}, LONG: {"terms": [TERM]}}
-    made = plan(config, rows, seeds=3, source="study")
+    made = build_study(config, rows, seeds=3, source="study")
     return dataclasses.replace(made, rule=DecisionRule(smallest=0.01, seeds=2))
 
 
@@ -67,7 +67,7 @@ def test_scores_and_differences_with_their_intervals(kept, study, tmp_path):
 def test_a_row_with_random_weights_has_no_verdict(kept, tmp_path):
     teachers = [{"name": "given", "arch": "yolov8n", "weights": "random"}]
     config = tiny_config(tmp_path, tmp_path / "runs", name="study", teachers=teachers)
-    study = plan(config, {"baseline": None, "taught": {"terms": [TERM]}}, seeds=2, source="study")
+    study = build_study(config, {"baseline": None, "taught": {"terms": [TERM]}}, seeds=2, source="study")
     plot.write(tmp_path / "c.png", study, results_of(study, [0.5, 0.5], [0.6, 0.6]), with_pictures=False)
     assert legend_of(kept.axes[1]) == ["plumbing, no measurement"]
 

@@ -4,7 +4,7 @@ import pytest
 
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree, full_row
 from engine.comparison.rows import differing_keys, find_random_row
-from engine.comparison.study import plan
+from engine.comparison.study import build_study
 from engine.comparison.table import Result, as_json, markdown
 from errors import UserError
 from tests.tiny_training import tiny_config
@@ -44,7 +44,7 @@ BEST = {"condense": {"method": "most_objects", "pictures": 2}}
 def make(tmp_path):
     def make(rows, per_epoch=12):
         config = tiny_config(tmp_path / "data", tmp_path / "runs", name="study", data={"pictures_per_epoch": per_epoch})
-        return plan(config, rows, seeds=1, source="study.yaml")
+        return build_study(config, rows, seeds=1, source="study.yaml")
 
     return make
 

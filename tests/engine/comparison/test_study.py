@@ -7,7 +7,7 @@ import pytest
 
 from config import to_tree
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule
-from engine.comparison.study import four_rows, load_study, merge, plan
+from engine.comparison.study import build_study, four_rows, load_study, merge
 from engine.training.flops import forward_flops
 from errors import UserError
 from tests.tiny_training import tiny_config
@@ -131,7 +131,7 @@ def test_the_four_rows_of_a_config_with_unlabelled_pictures(tiny_data, tmp_path)
     """The student alone learns from the labelled pictures; a config with pseudo boxes needs no term."""
     data = {"per_class": 2, "unlabelled": {"rest": True, "pseudo": {"teacher": "big"}}, "pictures_per_epoch": 12}
     config = tiny_config(tiny_data, tmp_path / "runs", name="study", teachers=TEACHERS[:1], data=data)
-    rows = {row.name: row.config for row in plan(config, four_rows(config), seeds=1, source="study.yaml").rows}
+    rows = {row.name: row.config for row in build_study(config, four_rows(config), seeds=1, source="study.yaml").rows}
     assert list(rows) == ["baseline", "teacher_big", "distilled", "longer"]
     assert {name for name, row in rows.items() if row.data.unlabelled is not None} == {"distilled"}
 
@@ -228,7 +228,7 @@ def test_mistakes_at_the_top_level(write):
 
 def test_a_config_without_rows_is_four_of_them(tmp_path):
     config = tiny_config(tmp_path, Path("runs"), name="x", teachers=[TEACHERS[0]], terms=[TERM])
-    rows = plan(config, four_rows(config), seeds=1, source="x").rows
+    rows = build_study(config, four_rows(config), seeds=1, source="x").rows
     assert [row.name for row in rows] == ["baseline", "teacher_big", "distilled", "longer"]
     assert rows[2].against == ("baseline", "longer") and rows[2].config.terms == config.terms
     assert rows[3].config.epochs == epochs_for_taught(config.epochs) > config.epochs and rows[3].config.terms == ()
@@ -236,7 +236,7 @@ def test_a_config_without_rows_is_four_of_them(tmp_path):
     assert list(four_rows(given)) == ["baseline", "distilled", "longer"]  # the teacher's passes cost compute as well
     itself = TERM | {"teacher": "student", "loss": "last_layer"}
     alone = tiny_config(tmp_path, Path("runs"), name="x", terms=[itself])
-    rows = plan(alone, four_rows(alone), seeds=1, source="x").rows
+    rows = build_study(alone, four_rows(alone), seeds=1, source="x").rows
     assert [(row.name, len(row.config.terms)) for row in rows] == [("baseline", 0), ("distilled", 1)]
     with pytest.raises(UserError, match="'teachers' and 'terms': found none"):
         four_rows(tiny_config(tmp_path, Path("runs"), name="x"))

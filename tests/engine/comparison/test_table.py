@@ -6,7 +6,7 @@ import json
 import pytest
 
 from engine.comparison.decision import DecisionRule
-from engine.comparison.study import plan
+from engine.comparison.study import build_study
 from engine.comparison.table import Result, as_json, cost_per_step, differences, markdown
 from tests.tiny_training import tiny_config
 
@@ -24,7 +24,7 @@ def study(tmp_path):
     teachers = [{"name": "given", "arch": "yolov8n", "weights": "given.pt"}]
     config = tiny_config(tmp_path, tmp_path / "runs", name="study", teachers=teachers)
     rows = {"baseline": None, "taught": {"terms": [TERM]}, "slow": {"terms": [TERM], "against": ["taught"]}}
-    return plan(config, rows, seeds=3, source="study")
+    return build_study(config, rows, seeds=3, source="study")
 
 
 @pytest.fixture
