@@ -46,26 +46,13 @@ def finish_epoch(
 
     Returns the row, which is also in metrics.csv.
     """
-    config, epoch = setup.config, state.epoch + 1
-    every = config.evaluation.every_epochs
+    epoch, is_held_out = state.epoch + 1, setup.splits.holdout is not None
     index = setup.splits.holdout or setup.splits.test
-    results: dict[str, float] = {}
-    if every and (epoch % every == 0 or epoch == config.epochs):
-        save(setup, state, folder)  # a signal may end the evaluation at once
-        stop.may_raise = True
-        if stop.received is not None:
-            raise StopRequested
-        results, _ = evaluate(setup, setup.ema.model, index)
-        stop.may_raise = False
-    is_held_out = setup.splits.holdout is not None
+    results = evaluate_if_due(setup, state, folder, index, stop)
     is_best = is_held_out and bool(results) and (state.best is None or results["mAP50-95"] > state.best)
     if is_best:
         state.best, state.best_epoch = results["mAP50-95"], epoch
-    row: dict[str, float | None] = {"epoch": epoch, "time": state.seconds}
-    row |= {f"train/{name}": value for name, value in state.means().items()}
-    row |= {name: results.get(name.removeprefix("metrics/")) for name in run_folder.METRIC_COLUMNS}
-    row["lr"] = set_learning_rates(setup, state.step - 1)
-    row |= {run_folder.PLUMBING: 1.0} if config.plumbing else {}
+    row = row_of_epoch(setup, state, results)
     state.next_epoch()
     if setup.processes.is_first:
         setup.check_claim()
@@ -77,11 +64,40 @@ def finish_epoch(
             scalars.add_pictures(lambda: evaluation_pictures(setup, index), epoch)
     save(setup, state, folder)
     shown = {name.split("/")[-1]: value for name, value in row.items() if name not in ("epoch", *run_folder.AP_COLUMNS)}
-    where = f"  on {len(index)} {'held-out' if is_held_out else config.data.test} pictures" if results else ""
-    progress.say(f"epoch {epoch}/{config.epochs}  {format_values(shown)}{where}" + per_iou_line(results))
+    kind = "held-out" if is_held_out else setup.config.data.test
+    where = f"  on {len(index)} {kind} pictures" if results else ""
+    progress.say(f"epoch {epoch}/{setup.config.epochs}  {format_values(shown)}{where}" + per_iou_line(results))
     for line in setup.criterion.shares.announcements():
         progress.say(line)
     return row
+
+
+def evaluate_if_due(
+    setup: TrainingSetup, state: TrainingState, folder: RunFolder, index: DatasetIndex, stop: StopSignals
+) -> dict[str, float]:
+    """The numbers of the averaged weights at the end of an epoch; {} if evaluation.every_epochs skips it.
+
+    A signal ends the evaluation at once, after everything is saved.
+    """
+    every, epoch = setup.config.evaluation.every_epochs, state.epoch + 1
+    if not every or (epoch % every and epoch != setup.config.epochs):
+        return {}
+    save(setup, state, folder)
+    stop.may_raise = True
+    if stop.received is not None:
+        raise StopRequested
+    results, _ = evaluate(setup, setup.ema.model, index)
+    stop.may_raise = False
+    return results
+
+
+def row_of_epoch(setup: TrainingSetup, state: TrainingState, results: dict[str, float]) -> dict[str, float | None]:
+    """The row of metrics.csv. results: of evaluate_if_due."""
+    row: dict[str, float | None] = {"epoch": state.epoch + 1, "time": state.seconds}
+    row |= {f"train/{name}": value for name, value in state.means().items()}
+    row |= {name: results.get(name.removeprefix("metrics/")) for name in run_folder.METRIC_COLUMNS}
+    row["lr"] = set_learning_rates(setup, state.step - 1)
+    return row | ({run_folder.PLUMBING: 1.0} if setup.config.plumbing else {})
 
 
 def per_iou_line(numbers: dict[str, float]) -> str:
@@ -101,7 +117,7 @@ def finish(setup: TrainingSetup, state: TrainingState, folder: RunFolder, progre
         finish_weights(setup, state, folder, progress)
         run_folder.write_report(folder.report, report)
         draw(setup, details, folder, progress)
-        for text in closing_words(setup, folder, test, ranges):
+        for text in closing_lines(setup, folder, test, ranges):
             progress.say(text)
     return report
 
@@ -157,7 +173,7 @@ def describe_run(
     }
 
 
-def closing_words(
+def closing_lines(
     setup: TrainingSetup, folder: RunFolder, test: dict[str, float], ranges: list[TermRange]
 ) -> Iterator[str]:
     """What a run prints at its end: the ranges of its terms, the outputs kept of its teachers, and the test numbers."""
