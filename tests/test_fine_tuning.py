@@ -62,7 +62,7 @@ def test_weights_that_are_not_those_of_the_report_are_refused(tmp_path):
         for path in (last, last.parent.parent):
             for begin in (
                 lambda path=path: start(path, "yolov8_narrow", ("a", "b")),
-                lambda: teaching.load(teacher, "teachers.0", ("a", "b"), None),
+                lambda: teaching.load_file(teacher, "teachers.0", ("a", "b")),
             ):
                 refused = pytest.raises(
                     UserError, match=r"last\.pt: of step 39, but the report .* is of step 500; expec"

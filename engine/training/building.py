@@ -147,23 +147,24 @@ def build(
     keep: whether pseudo boxes that are made here, opened sets and outputs of teachers are kept for other runs.
     """
     config = with_published_settings(config)
+    device, settings = processes.device, config.optimizer
     check_config(config, given or {}, processes.count, is_resumed=saved is not None)
     kept = kept_sets(config)
     indexes = open_indexes(config, kept)
     names = indexes["train"].names
-    student = place(build_student(config, names, saved, say, given), config, processes.device)
+
+    student = place(build_student(config, names, saved, say, given), config, device)
     check_batches(config, count_pictures(indexes, config.data), student, processes.count)
-    settings = config.optimizer
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
     teachers = build_teachers(config, names, given, ema.model)
     pseudo_teacher = open_pseudo_teacher(config, names, given or {}, say)
     for teacher in teachers.models.values():
-        place(teacher, config, processes.device)
+        place(teacher, config, device)
     torch.manual_seed(config.seed)  # again, so that the adapters do not depend on earlier draws
-    criterion = build_criterion(config, names, student, teachers).to(processes.device)
-    for name, teacher in teachers.models.items():
-        if teacher is not ema.model:  # evaluation needs all outputs of that one
-            cast(DenseDetector, teacher).requested_outputs = criterion.requested_outputs(name)
+    criterion = build_criterion(config, names, student, teachers).to(device)
+    for name, teacher in teachers.unchanging.items():  # evaluation needs all outputs of the student's average
+        cast(DenseDetector, teacher).requested_outputs = criterion.requested_outputs(name)
+
     splits = scan_splits(config, indexes, say)  # decodes pictures, so it comes after all cheaper checks
     if keep and processes.is_first:
         keep_indexes(kept)
@@ -172,20 +173,18 @@ def build(
     data = fingerprint(splits.train)
     processes.check_same("set of training pictures", data)
     loader = training_loader(config, splits.train, processes)
+
     optimizer = build_optimizer((student, criterion), settings)
     if config.compile:
-        for module in (student, *(model for model in teachers.models.values() if model is not ema.model)):
+        for module in (student, *teachers.unchanging.values()):
             module.compile()
-    teachers.bfloat16 = use_bfloat16(config.precision, processes.device)
+    teachers.bfloat16 = use_bfloat16(config.precision, device)
     if config.student.int8 is not None and saved is None:
-        start_ranges(student, ema.model, splits.train, config, processes.device)
+        start_ranges(student, ema.model, splits.train, config, device)
     if config.teacher_cache_gigabytes:
         room = config.teacher_cache_gigabytes if keep else 1e-9  # a byte: outputs are read, none is written
         teachers.keep_outputs(Path(config.runs) / "teacher_outputs", room)
-    # While a term is off, its adapter gets no gradients. Without detection losses, the student's head may get none.
-    find_unused = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
-    find_unused |= config.detection_weight == 0
-    learner = processes.wrap(Learner(student, criterion), find_unused=find_unused)
+    learner = processes.wrap(Learner(student, criterion), find_unused=may_have_unused_parameters(config))
     return TrainingSetup(
         config=config,
         processes=processes,
@@ -199,10 +198,16 @@ def build(
         learner=learner,
         optimizer=optimizer,
         ema=ema,
-        bfloat16=student_bfloat16(config, processes.device),
+        bfloat16=student_bfloat16(config, device),
         data=data,
         inputs=inputs_of(config, indexes, is_resumed=saved is not None),
     )
+
+
+def may_have_unused_parameters(config: Config) -> bool:
+    """Whether a step may give some parameters no gradient: the adapter of a term that is off, or the student's head."""
+    is_off_at_times = any(term.warmup_epochs > 0 or term.stop_epoch is not None for term in config.terms)
+    return is_off_at_times or config.detection_weight == 0
 
 
 def training_loader(config: Config, index: DatasetIndex, processes: Processes) -> Loader:

@@ -238,20 +238,24 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
 def check_teachers(config: Config, given: Collection[str]) -> None:
     """Each teacher's architecture, file, image size and vocabulary; those in `given` have no file."""
     if config.teacher_weighting == "confidence" and len(config.teachers) < 2:
-        found = len(config.teachers)
-        raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {found}")
+        raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {len(config.teachers)}")
     for index, teacher in enumerate(config.teachers):
         key = f"teachers.{index}"
         if teacher.name in given:
             continue
-        if teacher.arch != EMA and teacher.arch not in models.TEACHERS:
+        if teacher.arch == EMA:
+            if teacher.weights is not None:
+                found = f"key '{key}.weights': found {teacher.weights!r}"
+                raise UserError(f"{found}, the student's average has no file")
+            continue
+        if teacher.arch not in models.TEACHERS:
             try:
                 models.check_arch(teacher.arch)
             except UserError as error:
                 raise UserError(f"key '{key}.arch': {error}, {', '.join(models.TEACHERS)}, {EMA}") from None
-        if (path := find_file(teacher, key)) is None:
+        if teacher.is_random:
             continue
-        multiple, reads_text = check_file(f"key '{key}.weights'", teacher.arch, path)
+        multiple, reads_text = check_file(f"key '{key}.weights'", teacher.arch, find_file(teacher, key))
         check_input_size(teacher, key, multiple)
         if reads_text:
             ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH)

@@ -59,6 +59,11 @@ class Teachers:
     changing: frozenset[str] = frozenset()  # names of teachers that change during the run: the student's average
     kept: dict[str, KeptOutputs] = field(default_factory=dict)  # of the teachers that run once per image
 
+    @property
+    def unchanging(self) -> dict[str, nn.Module]:
+        """All but the student's average."""
+        return {name: model for name, model in self.models.items() if name not in self.changing}
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Any]:
         """Each teacher's output for images (B, 3, H, W) in [0, 1], resized to the teacher's image size.
@@ -89,9 +94,7 @@ class Teachers:
         Call it after `requested_outputs` are set. The student's average changes, so its outputs are not kept. UserError
         for another teacher whose output cannot be kept.
         """
-        for name, model in self.models.items():
-            if name in self.changing:
-                continue
+        for name, model in self.unchanging.items():
             size = self.facts[name].image_size
             output = probe(model, size or 224)
             try:
@@ -146,10 +149,16 @@ def load_frozen(
     if teacher.name in given:
         model = given[teacher.name]
         t_names = set_class_prompts(model, teacher, key, names)
+    elif teacher.arch == EMA:
+        if ema is None:
+            raise UserError(f"key '{key}.arch': the student's average is not at hand here, expected another teacher")
+        model, t_names = ema, names
+    elif teacher.is_random:
+        model, t_names = build_random(teacher, names)
     else:
-        model, t_names = load(teacher, key, names, ema)
+        model, t_names = load_file(teacher, key, names)
     model.eval().requires_grad_(False)
-    return (model if teacher.arch == EMA else fuse(model)), t_names
+    return (model if teacher.arch == EMA else fuse(model)), t_names  # a copy would not follow the student
 
 
 def check_names(config: Config, given: Collection[str]) -> None:
@@ -182,14 +191,8 @@ def pseudo_of(config: Config) -> PseudoBoxConfig | None:
     return None if config.data.unlabelled is None else config.data.unlabelled.pseudo
 
 
-def find_file(teacher: TeacherConfig, key: str) -> str | None:
-    """The weights file of a teacher; None for the student's average and random weights. UserError if it is missing."""
-    if teacher.arch == EMA:
-        if teacher.weights is not None:
-            raise UserError(f"key '{key}.weights': found {teacher.weights!r}, the student's average has no file")
-        return None
-    if teacher.is_random:
-        return None
+def find_file(teacher: TeacherConfig, key: str) -> str:
+    """The weights file of a teacher that has one. UserError if it is missing."""
     if teacher.weights is None:
         advice = "" if teacher.arch in models.TEACHERS else "; compare.py trains a detector in place"
         raise UserError(f"key '{key}.weights': found none, expected a file{how_to_fetch(teacher.arch)}{advice}")
@@ -200,17 +203,9 @@ def find_file(teacher: TeacherConfig, key: str) -> str | None:
     return str(file)
 
 
-def load(
-    teacher: TeacherConfig, key: str, names: tuple[str, ...], ema: nn.Module | None
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model of a teacher and the names of its classes: those of the dataset where its file has none."""
-    if teacher.is_random and teacher.arch != EMA:
-        return build_random(teacher, names)
+def load_file(teacher: TeacherConfig, key: str, names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model in a teacher's file and the names of its classes: those of the dataset where the file has none."""
     path = find_file(teacher, key)
-    if path is None:
-        if ema is None:
-            raise UserError(f"key '{key}.arch': the student's average is not at hand here, expected another teacher")
-        return ema, names
     if teacher.arch in models.TEACHERS:
         model = models.build_teacher(teacher.arch)
         load_public(model, path)

@@ -200,7 +200,7 @@ def test_round_trip_of_both_layouts(model, make_state):
 
 
 def test_files_of_both_layouts_on_disk(model, tmp_path):
-    """As teaching.load reads them: a flat torch file, and safetensors with the half precision some copies have."""
+    """As teaching.load_file reads them: a flat torch file, and safetensors with the half precision some copies have."""
     safetensors = pytest.importorskip("safetensors.torch")
     registers = 0 if model.registers is None else 4
     torch.save(facebook_state(model), tmp_path / "facebook.pth")
