@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from config import TermConfig
 from distill.batch import BatchOutputs
 from distill.checks import term_name
+from distill.losses.box_classes import teacher_scale
 from distill.terms import LOSSES
 from errors import UserError
 from structures import Targets
@@ -62,10 +63,17 @@ def try_term(criterion: "Criterion", term: TermConfig, s_probe: Any, t_probe: An
 
 @torch.no_grad()
 def reads_objects(criterion: "Criterion", term: TermConfig, s_probe: Any, t_probe: Any) -> bool:
-    """Whether the loss of random outputs depends on the objects of the images."""
+    """Whether the loss of random outputs depends on the objects of the images.
+
+    A loss that labels the teacher's proposals by the objects sees them only where they meet: they lie at proposals.
+    """
     generator = torch.Generator().manual_seed(0)
     s, t = random_output(s_probe, generator), random_output(t_probe, generator)
     objects = objects_of_probe(criterion, term, s_probe)
+    if term.parameters.get("boxes") == "proposals":
+        best = torch.stack([proposals[0] for proposals in t.proposals])  # (2, 4)
+        best = best / teacher_scale(s.image_size, t.image_size, like=best)
+        objects = dataclasses.replace(objects[torch.tensor([0, len(objects) // 2])], boxes_xyxy=best)  # one each
     values = []
     with in_eval_mode(criterion):
         for targets in (objects, Targets.empty(objects.labels.device)):

@@ -1,5 +1,6 @@
 """The losses of some images of a batch are exactly those of a batch of these images alone."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 import models
+from config import TermConfig
 from distill.batch import BatchOutputs
 from distill.criterion import Criterion
 from errors import UserError
@@ -149,6 +151,17 @@ def test_terms_that_read_objects_are_refused_on_images_without():
             else:
                 criterion_of(dataclasses.replace(t, on=on), unlabelled_has_boxes=False)
             criterion_of(dataclasses.replace(t, on=on))
+
+
+@pytest.mark.parametrize(("loss", "reads"), [("decoupled_kl", True), ("softmax_kl", False)])
+def test_labels_of_proposals_are_read_however_few_they_are(loss, reads):
+    """Where no proposal meets an object by chance, all would be background with objects and without."""
+    torch.manual_seed(0)
+    student, teacher = (models.build("fasterrcnn_mobilenet_v3_small", 3).eval() for _ in range(2))
+    at_one = TermConfig("t", loss, 1.0, parameters={"boxes": "proposals", "max_boxes": 1})
+    given = dict(student=student, teachers={"t": teacher.requires_grad_(False)}, epochs=1, class_names=("a", "b", "c"))
+    with pytest.raises(UserError, match="reads the objects") if reads else contextlib.nullcontext():
+        Criterion((at_one,), **given, unlabelled_has_boxes=False)
 
 
 def test_what_terms_share_belongs_to_their_images():
