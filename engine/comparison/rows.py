@@ -25,7 +25,10 @@ FREE = (
     *("data.workers", "data.cache", "evaluation.every_epochs", "evaluation.of_start", "evaluation.batch_size"),
 )
 # Equal in two rows: the same pictures, so the same number of steps.
-PICTURES = ("data.train", "data.train_root", "data.train_format", "data.max_samples", "data.per_class")
+PICTURES = (
+    *("data.format", "data.root", "data.train", "data.train_root", "data.train_format"),
+    *("data.max_samples", "data.per_class", "data.holdout_fraction"),
+)
 
 
 @dataclass(frozen=True)

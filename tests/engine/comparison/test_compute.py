@@ -44,6 +44,18 @@ def test_pictures_without_labels_count_with_the_boxes_made_for_them(tmp_path):
     assert found["labelled"] == round((4 * 8 * (3 * n + s) + 4 * large) / (8 * 3 * n))
 
 
+@pytest.mark.parametrize(("changes", "pictures"), [({"root": "other"}, 6), ({"holdout_fraction": 0.5}, 1)])
+def test_a_teacher_of_another_set_is_counted_with_its_own_pictures(tmp_path, changes, pictures):
+    """2 pictures an epoch for the student; its teacher, which is trained in place, has more or fewer."""
+    write_dataset(tmp_path / "set", train=2, test=3)
+    write_dataset(tmp_path / "other", train=6, test=3)
+    changes = changes | ({"root": str(tmp_path / "other")} if "root" in changes else {})
+    teacher = {"name": "given", "arch": "yolov8s", "data": changes}
+    n, s = forward_flops("yolov8_narrow", 64, 80), forward_flops("yolov8s", 64, 80)
+    found = epochs(tmp_path, {"taught": {"terms": [TERM]}, "alone": {"compute_of": "taught"}}, teachers=[teacher])
+    assert found["alone"] == round(30 * (2 * (3 * n + s) + pictures * 3 * s) / (2 * 3 * n))
+
+
 def test_equal_compute_is_no_other_protocol(tmp_path):
     """The rows may be compared though their epochs differ; the table says so."""
     config = tiny_config(tmp_path, tmp_path / "runs", teachers=[GIVEN])
