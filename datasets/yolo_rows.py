@@ -9,7 +9,7 @@
 A row with keypoints, a polygon and a tracker's row (class, box, confidence, id: 7 columns) may have the same number of
 columns. A box with keypoints, read as a polygon, would silently give a wrong box. Two signs reveal polygons: their
 numbers of points differ, and their first four numbers, read as a box, leave the picture or leave out the other points.
-LongRows counts both signs, and refuses a split without either.
+LongRows counts both signs, and refuses a split where nearly all rows lack both.
 """
 
 import re
@@ -25,6 +25,8 @@ from errors import UserError
 SUM_TOLERANCE = 0.001  # a sum of shares this near to 1 comes from rounding; the shares are divided by it
 EDGE_TOLERANCE = 0.02  # how far a box may leave the picture, as a fraction of it
 CERTAIN = 0.2  # share of rows that cannot have keypoints: 0.25 to 0.9 for polygons, near 0 for keypoints
+SAME = 0.9  # share of rows with one number of columns from which the few others are strays
+JUDGED = 1000  # rows of a number of columns that are looked at
 BOX_TOLERANCE = 0.25  # how far keypoints may leave their box, as a fraction of its sides
 
 
@@ -37,27 +39,32 @@ class LongRows:
     def __init__(self, kpt_shape: tuple[int, int] | None, is_polygons: bool) -> None:
         self.columns = None if kpt_shape is None else 5 + kpt_shape[0] * kpt_shape[1]
         self.is_declared = is_polygons or kpt_shape is not None
-        self.counts: Counter[int] = Counter()
-        self.doubtful = 0
-        self.first = ""
+        self.counts: Counter[int] = Counter()  # by the number of columns, as the others
+        self.doubtful: Counter[int] = Counter()  # among the first JUDGED rows
+        self.first: dict[int, str] = {}
 
     def add(self, values: list[float], where: str) -> None:
         """Count a row that is read as points. values: those after the class."""
-        if self.is_declared or len(self.counts) > 1:
+        if self.is_declared:
             return
-        self.first = self.first or where
-        self.counts[len(values) + 1] += 1
-        self.doubtful += _may_be_box_and_more(values)
+        columns = len(values) + 1
+        self.first.setdefault(columns, where)
+        self.counts[columns] += 1
+        if self.counts[columns] <= JUDGED:
+            self.doubtful[columns] += _may_be_box_and_more(values)
 
     def decide(self) -> None:
         """UserError if the rows may be polygons, and as well boxes with keypoints or with a track."""
-        if len(self.counts) != 1 or self.doubtful <= (1 - CERTAIN) * self.counts.total():
+        if not self.counts:
             return
-        (columns,) = self.counts
+        ((columns, count),) = self.counts.most_common(1)
+        if count < SAME * self.counts.total() or self.doubtful[columns] <= (1 - CERTAIN) * min(count, JUDGED):
+            return
         other = "class, box, confidence and track id" if columns == 7 else "class, box and keypoints"
+        of = f"each of {count}" if len(self.counts) == 1 else f"{count} of {self.counts.total()} long"
         raise UserError(
-            f"{self.first}: {columns} columns in each of {self.counts.total()} rows: {other}, or a polygon of "
-            f"{columns // 2} points? Expected a class and a box (5 columns), or data.yaml with kpt_shape: [n, 2 or 3] "
+            f"{self.first[columns]}: {columns} columns in {of} rows: {other}, or a polygon of {columns // 2} points? "
+            "Expected a class and a box (5 columns), or data.yaml with kpt_shape: [n, 2 or 3] "
             "for keypoints, or with task: segment for polygons"
         )
 
@@ -81,7 +88,7 @@ def _may_be_box_and_more(values: list[float]) -> bool:
 
     if all(map(is_inside, rest[0::2], rest[1::2])):
         return True
-    if len(rest) % 3 or not set(rest[2::3]) <= {0, 1, 2}:
+    if len(rest) % 3 or not all(0 <= third <= 1 or third == 2 for third in rest[2::3]):  # visibility or confidence
         return False
     return all(map(is_inside, rest[0::3], rest[1::3]))
 

@@ -62,6 +62,21 @@ def test_without_kpt_shape_they_are_refused_or_dropped(make, shape, count):
         assert ("track id" in str(caught.value)) == (5 + shape[0] * shape[1] == 7)
 
 
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_keypoints_with_a_confidence_are_refused_too(make, n):
+    """As a model predicts them: x, y and a share instead of a visibility."""
+    rng = np.random.default_rng(n)
+    rows = [[*BOX, *(v for _ in range(n) for v in rng.uniform(0.3, 0.5, 3).round(4).tolist())] for _ in range(5)]
+    with pytest.raises(UserError, match=rf"{5 + 3 * n} columns in each of 5 rows: class, box and keypoints"):
+        make(rows)
+
+
+def test_a_stray_row_does_not_make_polygons_of_keypoints(make):
+    files = [[pose(4, 2, 10 * file + row) for row in range(4)] for file in range(5)]
+    with pytest.raises(UserError, match=r"0\.txt:1: 13 columns in 20 of 21 long rows: class, box and keypoints"):
+        make(*files, [pose(5, 2)])
+
+
 @pytest.mark.parametrize("last", [1, 0, "1.0", 7])
 def test_tracks_are_named(make, last):
     with pytest.raises(UserError, match=r"7 columns in each of 2 rows: class, box, confidence and track id"):
