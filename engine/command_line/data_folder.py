@@ -12,6 +12,7 @@ from datasets.folders import is_left_out, list_files
 from datasets.images import SUFFIXES
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
+from datasets.overlap import find_overlap
 from datasets.split import split_dataset
 from datasets.yolo_txt import find_yaml, holds_labels
 from errors import UserError
@@ -91,12 +92,15 @@ def formats_in(root: Path) -> list[str]:
 
 
 def open_set(format: str, root: Path) -> FoundSet:
-    """Its splits, made by datasets.split where it is one pile. UserError where no reader can use it."""
+    """Its splits, made by datasets.split where it is one pile (also under two names). UserError where unusable."""
     names = [name for name in split_names(format, root) if role_of(name) is not None]
     refused: UserError | None = None
     for train, test in choices(names):
         try:
             found = open_pair(format, root, train, test)
+            overlap = find_overlap(found.test_index, found.train_index, (test, train))
+            if overlap.is_whole and all(pair.is_file for pair in overlap.shared):
+                continue  # one pile under two names, as in the set that tutorials begin with
             unused = [name for name in names if name not in (test, *train.split("+"))]
             note = f"not used: {', '.join(unused)}"
             return replace(found, notes=(note,) if unused else ())

@@ -121,6 +121,25 @@ def test_a_single_split_is_divided_under_new_names(tmp_path):
         assert (len(result.train_index), len(result.test_index)) == (8, 2) and len(result.written) == (written and 3)
 
 
+@pytest.mark.parametrize("kind", ["yolo", "coco"])
+def test_one_pile_under_two_names_is_divided(tmp_path, kind):
+    """The set that tutorials begin with names one folder train and val: train.py refuses to measure on it."""
+    many(tmp_path, "labels/a", "images/a", row if kind == "yolo" else None, ("",))
+    if kind == "yolo":
+        text(tmp_path / "data.yaml", "train: images/a\nval: images/a\nnames: [cell]\n")
+    else:
+        images = [{"id": n, "file_name": f"a/all{n}.png", "width": 100, "height": 80} for n in range(10)]
+        for split in ("train", "val"):
+            text(tmp_path / f"instances_{split}.json", coco(objects=[(n, 1) for n in range(10)], images=images))
+    for written in (True, False):
+        result = look(tmp_path)
+        assert (result.train, result.test, bool(result.written)) == ("own_train", "own_test", written)
+        pictures = [
+            {sample.image_path for sample in index.samples} for index in (result.train_index, result.test_index)
+        ]
+        assert (len(pictures[0]), len(pictures[1])) == (8, 2) and not pictures[0] & pictures[1]
+
+
 def test_a_set_in_the_only_folder(tmp_path):
     many(tmp_path / "raccoons-master", "{}", "{}", xml, ("train", "test"), 2)
     text(tmp_path / "notes.md", "unpacked here")
