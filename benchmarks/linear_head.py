@@ -2,11 +2,12 @@
 
     python benchmarks/linear_head.py --format voc --data ROOT --weights yolov8n.pt --out REPORT.json [--arch yolov8n]
         [--per-class 1 2 5] [--draws 5] [--rows matched,...] [--image-size 160] [--steps 60] [--pictures FOLDER]
+        [--other OTHER.pt --other-arch ARCH]
 
-The student is the released detector with everything frozen but a fresh last layer of its class branch, which is trained
-on the stored pictures to the one head that minimises its loss (distill/condense/linear_head.py). So its training has no
-seed, and it is measured with the project's evaluator on features that are computed once. A row is a way to come by
-n pictures for each class:
+The student is the released detector with everything frozen but a fresh class head (engine/condensing/frozen_backbone.py
+says what it reads), which is trained on the stored pictures to the one head that minimises its loss
+(distill/condense/linear_head.py). So its training has no seed, and it is measured with the project's evaluator on
+features that are computed once. A row is a way to come by n pictures for each class:
 
     full           all pictures
     random         at random, one of each class in turn
@@ -16,6 +17,7 @@ n pictures for each class:
     head_gradient  a greedy choice by the gradient that the matched rows follow
     matched        `random` of the same draw with its pixels learnt (distill/condense/head_matching.py)
     noise          likewise, from noise under the same boxes, with twice the steps at four times the rate
+    transferred    as matched, but learnt for the detector --other: do its pictures train this one?
     cosine, orthogonal, squared      as matched, by a distance of the literature at a pool of heads
 
 Pictures are stored with 8 bits. The rows from herding to head_gradient do not depend on the draw. The ridge of the
@@ -58,7 +60,7 @@ from engine.condensing.set_files import draw_set, to_picture
 from engine.evaluation.measuring import EvaluationResult, measure, to_table
 from engine.runtime import run_folder
 from engine.runtime.peak_memory import peak_gigabytes, reset_peak
-from errors import ArgumentParser, run_script
+from errors import ArgumentParser, expect, run_script
 from kernels.nms import select_detections
 from metrics.tables import DetectionTable, ground_truth_from_samples
 from random_streams import Stream, seeded_generator
@@ -69,8 +71,8 @@ RIDGES, FULL_RIDGES = (0.06, 0.2, 0.6, 2.0, 6.0, 20.0), (0.002, 0.02, 0.2, 2.0)
 METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "F1"}
 CHOICES = ("random", "uniform", "herding", "k_center", "head_gradient")
 WITHOUT_DRAWS = ("full", "herding", "k_center", "head_gradient")
-ROWS = ("full", *CHOICES, "matched", "noise", *DISTANCES)
-DEFAULT_ROWS = ROWS[: -len(DISTANCES)]
+DEFAULT_ROWS = ("full", *CHOICES, "matched", "noise")
+ROWS = (*DEFAULT_ROWS, "transferred", *DISTANCES)
 NOISE_STEPS, NOISE_RATE = 2, 4  # times those of matched
 
 
@@ -121,6 +123,12 @@ class Bench:
         self.num_classes = len(self.real.index.names)
         self.backbone = FrozenBackbone(model, args.image_size, self.num_classes)
         self.data = self.backbone.data_of(self.real)
+        self.other: tuple[FrozenBackbone, HeadData] | None = None
+        if args.other:
+            other = FrozenBackbone(
+                checkpoint.load_model(args.other, args.other_arch)[0], args.image_size, self.num_classes
+            )
+            self.other = other, other.data_of(self.real)
         self.fresh = self.backbone.grid.fresh_head(self.data.widths, self.num_classes)
         self.val, self.test = (
             Split(self.backbone, data(split), args.image_size, args.arch) for split in (args.val, args.test)
@@ -170,9 +178,8 @@ class Bench:
                 batch.images.float() / 255, batch.targets, content_xyxy=batch.content_xyxy
             )
         start, reports = stored.pixels.detach().clone(), []
-        matching = HeadMatching(
-            stored, settings=settings, features=self.backbone.features, grid=self.backbone.grid, real=self.data
-        )
+        backbone, data = (self.backbone, self.data) if row != "transferred" or self.other is None else self.other
+        matching = HeadMatching(stored, settings=settings, features=backbone.features, grid=backbone.grid, real=data)
         reset_peak(torch.device("cpu"))
         began, cpu = time.perf_counter(), time.process_time()
         matching.run(lambda step, report: reports.append(report.distance))
@@ -265,6 +272,8 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{split}", default=split, help="name of the split (%(default)s)")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--arch", default="yolov8n")
+    parser.add_argument("--other", metavar="WEIGHTS", help="the detector that the row transferred learns pictures for")
+    parser.add_argument("--other-arch", default="yolov8n")
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--per-class", type=int, nargs="+", default=[1, 2, 5])
     parser.add_argument("--draws", type=int, default=RULE.seeds)
@@ -273,7 +282,11 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default, one for each core")
     parser.add_argument("--pictures", metavar="FOLDER", help="draw the learnt sets of the first draw there")
     parser.add_argument("--out", required=True, metavar="REPORT.json")
-    return parse(parser, argv)
+    args = parse(parser, argv)
+    for row in args.rows.split(","):
+        expect(row in ROWS, "--rows", repr(row), "some of " + ", ".join(ROWS))
+        expect(row != "transferred" or args.other, "--rows", repr(row), "--other WEIGHTS with it")
+    return args
 
 
 def main(argv: list[str]) -> None:
@@ -282,6 +295,8 @@ def main(argv: list[str]) -> None:
     own = ("format", "train", "val", "test", "arch", "image_size", "draws", "steps")
     settings = {key: getattr(args, key) for key in own} | {"data": Path(args.data).name}
     settings |= {"weights": Path(args.weights).name, "rule": asdict(RULE), "ridges": [RIDGES, FULL_RIDGES]}
+    if args.other:
+        settings["other"] = Path(args.other).name
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if report.get("settings") != json.loads(json.dumps(settings)):
         report = {"settings": settings, "sizes": {}}

@@ -1,6 +1,10 @@
-"""A released detector, frozen up to the last layer of its class branch: the features that a linear head learns from.
+"""A released detector, frozen up to its last layer: the features that a linear class head learns from, and its boxes.
 
-Only for the anchor-free YOLOs (yolov8*, yolov5*u), whose class branches end in a 1 x 1 convolution for each level.
+    yolov8*, yolov5*u   reads what the last layers of the class branches read: a group of locations for each level
+    yolov5*, yolov7*    reads p3, p4, p5, which the one convolution of a level reads: a group for each level and anchor
+
+An anchor head reports objectness * class. The head that is learnt has one number in its place, sigmoid(z_ak): that
+location a holds an object of class k. The rows of the released convolution that move the boxes stay as they are.
 """
 
 import math
@@ -15,7 +19,8 @@ from errors import UserError
 from layers.fusion import fuse
 from structures import DenseDetector
 
-MAPS = ("cls3_2", "cls4_2", "cls5_2")  # what the last layers of the class branches read
+BRANCH_MAPS = ("cls3_2", "cls4_2", "cls5_2")  # what the last layers of the class branches read
+NECK_MAPS = ("p3", "p4", "p5")  # what an anchor head reads
 PICTURES_AT_ONCE = 16
 SMALLEST_DEVIATION = 1e-4  # of the features; a fresh network's are below, and no pixel would ever move
 
@@ -23,34 +28,46 @@ SMALLEST_DEVIATION = 1e-4  # of the features; a fresh network's are below, and n
 class FrozenBackbone:
     """What a linear class head reads of images of S pixels, and the boxes that its locations predict.
 
-    model: a detector with the maps MAPS; it is copied. Its class head is not used: its classes may be others.
+    model: a detector with the maps BRANCH_MAPS, or with anchors and the maps NECK_MAPS; it is copied. Its class head is
+        not used: its classes may be others.
     num_classes: K, of the head to learn.
     """
 
     def __init__(self, model: nn.Module, image_size: int, num_classes: int) -> None:
         detector = cast(DenseDetector, model)
-        if any(name not in detector.channels for name in MAPS):
-            kind = type(model).__name__
-            found = f"key 'condense.network': {kind} has no branch of convolutions for the classes of each level"
-            raise UserError(f"{found}, expected yolov8* or yolov5*u")
+        has_anchors = hasattr(model, "anchors_pixels")
+        self._maps = NECK_MAPS if has_anchors else BRANCH_MAPS
+        if any(name not in detector.channels for name in self._maps):
+            found = f"key 'condense.network': {type(model).__name__} has no linear layer at each location of a level"
+            raise UserError(f"{found}, expected yolov8*, yolov5* or yolov7*")
         frozen = fuse(model).requires_grad_(False)
         frozen = frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
         self._detector, self.num_classes = cast(DenseDetector, frozen), num_classes
         self._device = next(model.parameters()).device
-        strides = [detector.strides[name] for name in MAPS]
+        strides = [detector.strides[name] for name in self._maps]
+        if has_anchors:
+            sides_of_level = cast(Any, model).anchors_pixels().prod(-1).sqrt().tolist()  # of 3 levels, n anchors each
+        else:
+            sides_of_level = [[CELLS_PER_SIDE * stride] for stride in strides]
+        self._per_cell = len(sides_of_level[0])  # n: groups of a level
         cells = [image_size // stride for stride in strides]
         centers, sides = [], []
-        for count, stride in zip(cells, strides):
+        for count, stride, of_level in zip(cells, strides, sides_of_level, strict=True):
             along = (torch.arange(count) + 0.5) * stride
             y, x = torch.meshgrid(along, along, indexing="ij")
-            centers.append(torch.stack((x, y), dim=-1).reshape(-1, 2))  # (A_g, 2), row by row, as in the head
-            sides.append(torch.full((count**2,), CELLS_PER_SIDE * stride))
-        priors = tuple(math.log(5 / num_classes / (640 / stride) ** 2) for stride in strides)  # of a fresh head
-        sizes = tuple(count**2 for count in cells)
-        self.grid = LocationGrid(torch.cat(centers).to(self._device), torch.cat(sides).to(self._device), sizes, priors)
+            for side in of_level:
+                centers.append(torch.stack((x, y), dim=-1).reshape(-1, 2))  # (A_g, 2), row by row, as in the head
+                sides.append(torch.full((count**2,), side))
+        priors = [math.log(5 / num_classes / self._per_cell / (640 / stride) ** 2) for stride in strides]  # fresh head
+        sizes, logits = (tuple(self._of_groups(x)) for x in ([count**2 for count in cells], priors))
+        self.grid = LocationGrid(torch.cat(centers).to(self._device), torch.cat(sides).to(self._device), sizes, logits)
+
+    def _of_groups(self, levels: list[Any]) -> list[Any]:
+        """What belongs to a level, for each of its groups."""
+        return [value for value in levels for _ in range(self._per_cell)]
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, S, S) in [0, 1] -> h for each level (B, A_g, D + 1), differentiable."""
+        """Images (B, 3, S, S) in [0, 1] -> h for each group (B, A_g, D_g + 1), differentiable."""
         return self._read(self._forward(images))
 
     @torch.no_grad()
@@ -63,14 +80,15 @@ class FrozenBackbone:
         return self._detector(images.contiguous(memory_format=torch.channels_last))
 
     def _read(self, output: Any) -> list[Tensor]:
-        maps = [output.features[name].flatten(2).transpose(1, 2) for name in MAPS]  # (B, A_g, D)
-        return [torch.cat((h, torch.ones_like(h[..., :1])), dim=-1) for h in maps]
+        maps = [output.features[name].flatten(2).transpose(1, 2) for name in self._maps]  # (B, A_g, D)
+        return self._of_groups([torch.cat((h, torch.ones_like(h[..., :1])), dim=-1) for h in maps])
 
     @torch.no_grad()
     def data_of(self, real: RealPictures) -> HeadData:
         """Features and targets of all pictures. UserError if the features are the same everywhere."""
-        sizes, widths = self.grid.group_sizes, [self._detector.channels[name] + 1 for name in MAPS]
-        features = [torch.empty(len(real), size, width, device=self._device) for size, width in zip(sizes, widths)]
+        sizes, widths = self.grid.group_sizes, [self._detector.channels[name] + 1 for name in self._maps]
+        shapes = [(len(real), *shape) for shape in zip(sizes[:: self._per_cell], widths)]
+        features = self._of_groups([torch.empty(shape, device=self._device) for shape in shapes])  # one for a level
         targets = [torch.empty(len(real), size, self.num_classes, device=self._device) for size in sizes]
         for rows in torch.arange(len(real)).split(PICTURES_AT_ONCE):
             batch = real.read(rows.tolist()).to(self._device)

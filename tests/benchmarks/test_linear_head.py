@@ -11,20 +11,29 @@ import models
 from benchmarks import linear_head as bench
 from distill.condense.linear_head import fit_head
 from distill.condense.network_pool import set_statistics
+from engine.condensing.frozen_backbone import FrozenBackbone
 from engine.evaluation.measuring import evaluate_model
+from errors import UserError
 from tests.tiny_training import SIZE
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A YOLOv8n of two classes with fresh weights, whose features differ."""
-    torch.manual_seed(0)
-    model = models.build("yolov8n", 2)
-    set_statistics(model, torch.rand(8, 3, SIZE, SIZE))
-    path = tmp_path_factory.mktemp("network") / "last.pt"
-    state = {"arch": "yolov8n", "names": ["green", "red"], "image_size": SIZE, "epoch": 1, "step": 1}
-    checkpoint.save(path, state | {"ema": model.state_dict()})
-    return path
+def networks(tmp_path_factory):
+    """Detectors of two classes with fresh weights, whose features differ: the file of each."""
+    found = {}
+    for arch in ("yolov8n", "yolov5n"):
+        torch.manual_seed(0)
+        model = models.build(arch, 2)
+        set_statistics(model, torch.rand(8, 3, SIZE, SIZE))
+        found[arch] = tmp_path_factory.mktemp("network") / f"{arch}.pt"
+        state = {"arch": arch, "names": ["green", "red"], "image_size": SIZE, "epoch": 1, "step": 1}
+        checkpoint.save(found[arch], state | {"ema": model.state_dict()})
+    return found
+
+
+@pytest.fixture
+def weights(networks):
+    return networks["yolov8n"]
 
 
 @pytest.fixture
@@ -63,17 +72,33 @@ def test_rows_are_measured_once_and_compared(arguments, tmp_path, capsys, one_th
     assert "k_center, 1 a class" in printed and "matched, 1 a class" not in printed
 
 
-def test_the_student_is_measured_as_the_detector_that_it_is(arguments, weights, one_thread):
+def put_in_place(model, head) -> None:
+    """Make the learnt head the class head of a detector. An anchor head reports an objectness of 1."""
+    if hasattr(model.head, "cls"):
+        for branch, theta in zip(model.head.cls, head, strict=True):
+            branch[-1].weight.data = theta[:, :-1, None, None].float()
+            branch[-1].bias.data = theta[:, -1].float()
+        return
+    groups = iter(head)
+    for conv in model.head.predict:
+        weight, bias = conv.weight.data.unflatten(0, (3, 7)), conv.bias.data.unflatten(0, (3, 7))
+        for anchor in range(3):
+            theta = next(groups)
+            weight[anchor, 5:, :, 0, 0], bias[anchor, 5:] = theta[:, :-1].float(), theta[:, -1].float()
+            weight[anchor, 4], bias[anchor, 4] = 0, 100
+    assert next(groups, None) is None
+
+
+@pytest.mark.parametrize("arch", ["yolov8n", "yolov5n"])
+def test_the_student_is_measured_as_the_detector_that_it_is(arch, arguments, networks, one_thread):
     """Features kept once against a whole detector with the head in its place, measured by evaluate_model."""
-    parser_arguments = [*arguments, "--rows", "random"]
-    made = bench.Bench(bench.arguments_of(parser_arguments))
-    head = fit_head(made.data, made.fresh, 0.2)
-    model, _ = checkpoint.load_model(weights)
+    own = ["--rows", "random", "--weights", str(networks[arch]), "--arch", arch]
+    made = bench.Bench(bench.arguments_of([*arguments, *own]))
+    head = fit_head(made.data, made.fresh, 0.02)
+    model, _ = checkpoint.load_model(networks[arch])
     head = [theta + torch.tensor([0.0] * (theta.shape[1] - 1) + [4.0]) for theta in head]  # above the score threshold
-    for branch, theta in zip(model.head.cls, head, strict=True):
-        branch[-1].weight.data = theta[:, :-1, None, None].float()
-        branch[-1].bias.data = theta[:, -1].float()
-    detection = models.published_detection("yolov8n")
+    put_in_place(model, head)
+    detection = models.published_detection(arch)
     expected = evaluate_model(model, made.test.real.index, detection, image_size=SIZE, batch_size=8)
     got, expected = made.test.measure(head).detections, expected.detections
     assert len(got) == len(expected) > 50
@@ -81,3 +106,39 @@ def test_the_student_is_measured_as_the_detector_that_it_is(arguments, weights, 
         mine, theirs = (np.sort(getattr(table, name), axis=0) for table in (got, expected))
         np.testing.assert_allclose(mine, theirs, atol=tolerance, rtol=1e-3)
     assert np.bincount(got.labels, minlength=2).tolist() == np.bincount(expected.labels, minlength=2).tolist()
+
+
+def test_the_locations_of_an_anchor_head_are_its_own(networks):
+    """Centers, sizes and order as the detector decodes them; a group has one anchor of one level."""
+    model, _ = checkpoint.load_model(networks["yolov5n"])
+    grid = FrozenBackbone(model, SIZE, 2).grid
+    points, strides, sizes = model._locations(model(torch.zeros(1, 3, SIZE, SIZE)))
+    torch.testing.assert_close(grid.centers, points * strides)
+    torch.testing.assert_close(grid.sides, (sizes[:, 0] * sizes[:, 1]).sqrt())
+    assert grid.group_sizes == tuple((SIZE // stride) ** 2 for stride in (8, 16, 32) for _ in range(3))
+    assert all(len(part.unique()) == 1 for part in grid.sides.split(grid.group_sizes))
+    expected = [5 / 2 / 3 / (640 / stride) ** 2 for stride in (8, 16, 32) for _ in range(3)]
+    assert np.exp(grid.prior_logits).tolist() == pytest.approx(expected)
+
+
+def test_pictures_learnt_for_another_detector(arguments, networks, tmp_path, one_thread):
+    """For a copy of the student they are those of matched; for YOLOv5n they are others, and train the same student."""
+    numbers = {}
+    for arch in networks:
+        report = tmp_path / f"{arch}.json"
+        other = ["--other", str(networks[arch]), "--other-arch", arch, "--out", str(report), "--draws", "1"]
+        bench.main([*arguments, *other, "--rows", "matched,transferred"])
+        numbers[arch] = json.loads(report.read_text())["sizes"]["1"]["rows"]
+        assert json.loads(report.read_text())["settings"]["other"] == f"{arch}.pt"
+    distance = lambda arch, row: numbers[arch][row]["cost"][0]["last_distance"]
+    assert distance("yolov8n", "transferred") == distance("yolov8n", "matched") == distance("yolov5n", "matched")
+    assert numbers["yolov8n"]["transferred"]["mAP"] == numbers["yolov8n"]["matched"]["mAP"]
+    assert distance("yolov5n", "transferred") != distance("yolov5n", "matched")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [("matched,nose", "found 'nose', expected some of"), ("transferred", "--other WEIGHTS")]
+)
+def test_rows_that_are_refused(arguments, rows, message):
+    with pytest.raises(UserError, match=message):
+        bench.arguments_of([*arguments, "--rows", rows])
