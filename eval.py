@@ -56,7 +56,7 @@ from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
 from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script
 from metrics import coco
-from metrics.annotations import edge_note
+from metrics.annotations import Annotations, edge_note
 from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names
 from metrics.tables import inclusive_to_continuous
@@ -80,13 +80,7 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
         score_last=args.score_last,
         notes=of_detections,
     )
-    truth_is_inclusive = found_is_inclusive = args.pixels == "inclusive"
-    if args.pixels == "auto":
-        found_in_pixels = Path(args.detections).is_dir() and args.detection_boxes != "cxcywhn"
-        truth_is_inclusive = args.protocol != "coco" and annotations.pixels != "continuous"
-        found_is_inclusive = truth_is_inclusive
-        if annotations.pixels == "inclusive" and not found_in_pixels:
-            truth_is_inclusive, found_is_inclusive = True, False
+    truth_is_inclusive, found_is_inclusive = are_inclusive(args, annotations)
     if truth_is_inclusive:
         ground_truth = inclusive_to_continuous(ground_truth)
     if found_is_inclusive:
@@ -111,20 +105,24 @@ def evaluate_files(args: argparse.Namespace) -> EvaluationResult:
     )
 
 
+def are_inclusive(args: argparse.Namespace, annotations: Annotations) -> tuple[bool, bool]:
+    """Whether boxes of ground truth, and of detections, include their last pixel; see Pixels above."""
+    if args.pixels != "auto":
+        return args.pixels == "inclusive", args.pixels == "inclusive"
+    found_in_pixels = Path(args.detections).is_dir() and args.detection_boxes != "cxcywhn"
+    if annotations.pixels == "inclusive" and not found_in_pixels:
+        return True, False
+    by_protocol = args.protocol != "coco" and annotations.pixels != "continuous"
+    return by_protocol, by_protocol
+
+
 def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     """Measure a checkpoint on a dataset given on the command line or by a training config.
 
     Each setting comes from its flag, else the config, else the checkpoint, else what its family was published with.
     """
     config = load_config(args.config, args.dataset) if args.config else None
-    place: tuple[str, str, str]
-    if config is not None:
-        place = config.data.test_place
-    elif len(args.dataset) not in (2, 3) or args.dataset[0] not in READERS:
-        found = " ".join(args.dataset) or "nothing"
-        raise UserError(f"after the checkpoint found {found!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
-    else:
-        place = (args.dataset[0], args.dataset[1], args.dataset[2] if len(args.dataset) == 3 else "test")
+    place = place_in_arguments(args.dataset) if config is None else config.data.test_place
     device = choose_device(args.device or ("auto" if config is None else config.device))
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision or "float32")
     if info.config.get("channels_last"):
@@ -160,6 +158,14 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         columns = {"file_names": pictures, "names": index.names}
         write_coco_detections(args.save_detections, result.detections, ids, index.category_ids, **columns)
     return replace(result, mark=info.plumbing)
+
+
+def place_in_arguments(dataset: list[str]) -> tuple[str, str, str]:
+    """Format, root and split of FORMAT ROOT [SPLIT]."""
+    if len(dataset) not in (2, 3) or dataset[0] not in READERS:
+        found = " ".join(dataset) or "nothing"
+        raise UserError(f"after the checkpoint found {found!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
+    return dataset[0], dataset[1], dataset[2] if len(dataset) == 3 else "test"
 
 
 def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:

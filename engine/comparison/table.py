@@ -128,22 +128,38 @@ def mean_and_spread(values: np.ndarray, *, sign: str = "") -> str:
 
 def markdown(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
     """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`."""
-    config = study.config
     shown = [result for name, result in results.items() if only is None or name in only]
+    lines = [f"# {study.config.name}", "", describe_protocol(study, results), ""]
+    lines += [*score_lines(shown, results), "", *difference_lines(study, shown, results)]
+    marked = [f"**{r.name}: {r.row.config.plumbing}.**" for r in shown if r.row.config.plumbing]
+    lines += ["", *marked] if marked else []
+    notes = [f"{note}." for result in shown for note in result.row.notes]
+    lines += ["", *notes] if notes else []
+    missing = [f"{r.name} ({', '.join(map(str, r.missing))})" for r in shown if r.missing]
+    lines += ["", f"Not trained yet, row (seeds): {'; '.join(missing)}."] if missing else []
+    for result in shown:
+        lines += [f"Failed: {result.name} with seed {seed}: {why}" for seed, why in result.failures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def describe_protocol(study: Study, results: dict[str, Result]) -> str:
+    """What all rows share, how the numbers of the tables are made, and the machines."""
+    config = study.config
     views = "" if config.view_seed is None else f"All seeds see the same views, those of seed {config.view_seed}. "
     if config.teacher_cache_gigabytes:
         views += "A row that read its teachers' outputs from those of an earlier run has a step without their passes. "
-    of_metric = "" if study.rule.metric == "mAP" else f" of {study.rule.metric}"
     classes = f"classes {', '.join(config.data.classes)} alone, " if config.data.classes else ""
-    lines = [
-        f"# {config.name}",
-        "",
+    return (
         f"{config.data.format} data, train `{config.data.train}`, test `{config.data.test}`, {classes}"
         f"{config.image_size} px, batch {config.batch_size}. Last EMA weights, {config.evaluation.protocol} protocol; "
-        f"mean ± sample standard "
-        f"deviation over seeds. Cost per step: seconds of a training step, relative to the student alone. {views}"
-        f"{machines(results)}",
-        "",
+        f"mean ± sample standard deviation over seeds. Cost per step: seconds of a training step, relative to the "
+        f"student alone. {views}{machines(results)}"
+    )
+
+
+def score_lines(shown: list[Result], results: dict[str, Result]) -> list[str]:
+    """The table of scores, with a line for each start before the first row that begins there."""
+    lines = [
         "| row | model | parameters | epochs | seeds | " + " | ".join(METRICS) + " | cost per step | minutes |",
         "|---|---|---:|---:|---:|" + "---:|" * (len(METRICS) + 2),
     ]
@@ -152,26 +168,21 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
         if result.name in starts:
             lines.append(table_row(start_cells(result, is_only=len(starts) == 1)))
         lines.append(table_row(score_cells(result, results)))
-    lines += [
+    return lines
+
+
+def difference_lines(study: Study, shown: list[Result], results: dict[str, Result]) -> list[str]:
+    """The rule, and the table of comparisons."""
+    rule, names = study.rule, {result.name for result in shown}
+    of_metric = "" if rule.metric == "mAP" else f" of {rule.metric}"
+    return [
+        f"Differences are paired by seed. The rule ({study.rule_origin}): {rule.describe()}. Of rows without any "
+        f"effect, {1 - rule.level:.2g} would still be called better or worse.",
         "",
-        f"Differences are paired by seed. The rule ({study.rule_origin}): {study.rule.describe()}. Of rows without any "
-        f"effect, {1 - study.rule.level:.2g} would still be called better or worse.",
-        "",
-        f"| row | compared to | seeds | mAP50 | mAP | {100 * study.rule.level:g} % interval{of_metric} | verdict |",
+        f"| row | compared to | seeds | mAP50 | mAP | {100 * rule.level:g} % interval{of_metric} | verdict |",
         "|---|---|---:|---:|---:|---:|---|",
+        *(table_row(difference_cells(d)) for d in differences(results, rule) if d.name in names),
     ]
-    names = {result.name for result in shown}
-    lines += [table_row(difference_cells(d)) for d in differences(results, study.rule) if d.name in names]
-    marked = [f"**{r.name}: {r.row.config.plumbing}.**" for r in shown if r.row.config.plumbing]
-    lines += ["", *marked] if marked else []
-    lines += [""] * any(result.row.notes for result in shown)
-    lines += [f"{note}." for result in shown for note in result.row.notes]
-    missing = [f"{r.name} ({', '.join(map(str, r.missing))})" for r in shown if r.missing]
-    if missing:
-        lines += ["", f"Not trained yet, row (seeds): {'; '.join(missing)}."]
-    for result in shown:
-        lines += [f"Failed: {result.name} with seed {seed}: {why}" for seed, why in result.failures.items()]
-    return "\n".join(lines) + "\n"
 
 
 def distinct_starts(results: list[Result]) -> list[str]:
