@@ -11,7 +11,7 @@ from torch import Tensor
 
 from boxes import box_area, box_iou, paired_intersection
 from distill.losses.box_classes import assigned_logits, boxes_by_image, teacher_scale
-from distill.losses.masks import is_learnt, objects
+from distill.losses.masks import is_learnt, learnt_objects
 from distill.outputs import any_map
 from distill.term_inputs import TermInputs
 from layers.precision import in_precision_of
@@ -32,7 +32,7 @@ def given_boxes(inputs: TermInputs, boxes: Boxes, score_threshold: float, max_bo
     if boxes not in ("targets", "teacher", "proposals"):
         raise ValueError(f"boxes: found {boxes!r}, expected targets, teacher or proposals")
     if boxes == "targets":
-        return objects(inputs.targets)
+        return learnt_objects(inputs.targets)
     if boxes == "teacher":
         if not hasattr(inputs.teacher, "detect"):
             raise ValueError("boxes: found teacher, but this teacher detects nothing: only a detector does")

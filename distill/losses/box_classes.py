@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from distill.losses.keywords import by_keyword
-from distill.losses.logits import as_logit_pair, bernoulli_kl, weighted_mean
+from distill.losses.logits import as_logit_pair, weighted_mean
+from kernels.sigmoid_kl import bernoulli_kl
 from layers.precision import at_least_float32
 
 Head = Literal["sigmoid", "softmax"]

@@ -140,7 +140,7 @@ def level_maps(values: Tensor, grid_sizes: list[tuple[int, int]], anchors_per_pi
     return [level.unflatten(1, (anchors_per_pixel, h, w)) for level, (h, w) in zip(levels, grid_sizes)]
 
 
-def objects(targets: Targets) -> Targets:
+def learnt_objects(targets: Targets) -> Targets:
     """The rows that are learnt. On a GPU the host waits here, for their number."""
     return targets[is_learnt(targets)]
 

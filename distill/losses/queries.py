@@ -8,7 +8,8 @@ from torch import Tensor
 
 from boxes import cxcywh_to_xyxy, paired_giou
 from distill.losses.keywords import by_keyword
-from distill.losses.logits import as_logit_pair, bernoulli_kl, weighted_mean
+from distill.losses.logits import as_logit_pair, weighted_mean
+from kernels.sigmoid_kl import bernoulli_kl
 
 
 @by_keyword
