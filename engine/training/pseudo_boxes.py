@@ -279,15 +279,19 @@ def detect_once(
     say(f"pseudo boxes: a teacher looks at {len(pictures)} pictures, at {image_size} px")
     loader = Loader(pictures, image_size=image_size, batch_size=BATCH, seed=0, shuffle=False, workers=workers)
     found, _ = detect_all(model.to(device), pictures, loader, detection, device)
-    if not keep:
-        return found
+    if keep:
+        write_detections(path, found)
+    return found
+
+
+def write_detections(path: Path, found: DetectionTable) -> None:
+    """Write the file whole or not at all. UserError with exit code 5 if that cannot be done."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             np.savez_compressed(file, **{name: getattr(found, name) for name in COLUMNS})
         os.replace(partial, path)
     except OSError as error:
         checkpoint.discard(partial)
         raise UserError(f"{path}: {error.strerror or error}", DISK_EXIT_CODE) from None
-    return found

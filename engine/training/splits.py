@@ -163,59 +163,56 @@ def without_copies(unlabelled: DatasetIndex, labelled: DatasetIndex) -> DatasetI
 
 def scan_splits(config: Config, indexes: dict[str, DatasetIndex], say: Callable[[str], None] = print) -> Splits:
     """Check the pictures, report those that two splits share, and hold out a part, the same for every seed."""
-    data = config.data
-    overlap = find_overlap(indexes["test"], indexes["whole"], ("test", "train"))
-    refuse_overlap(overlap, data)
+    data, test = config.data, indexes["test"]
+    shared = find_overlap(test, indexes["whole"], ("test", "train"))
+    refuse_overlap(shared, data)
     reports: dict[str, ScanReport] = {}
     overlaps: list[Overlap] = []
-    places = {"train": data.train_place, "test": data.test_place}
-    if data.train is None:
-        del places["train"]
+    train = indexes["train"]
     if "unlabelled" in indexes:
-        places = {"unlabelled": ("pictures", "without", "labels")} | places
-    for role, place in places.items():
-        index = indexes[role]
-        report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
-        if role == "test":
-            if "train" in reports:
-                overlaps.append(overlap.within(reports["train"].index))
-            if "unlabelled" in indexes:
-                overlaps.append(find_overlap(index, reports["unlabelled"].index, ("test", "unlabelled")))
-                refuse_overlap(overlaps[-1], data)
-            report = dataclasses.replace(report, notes=tuple(map(str, overlaps)))
-        reports[role] = report
-        say(report.table() + "\n")
-        check(report, data.max_bad_fraction)
-        if role == "unlabelled":
-            continue
-        with_difficult = role == "test" and config.evaluation.counts_difficult
-        require_objects(report.index, report.title, place[1], with_difficult=with_difficult)
-    train = reports["train"].index if "train" in reports else indexes["train"]
-    splits = Splits(train.names, train, None, reports["test"].index, reports, tuple(overlaps))
-    if not data.holdout_fraction:
-        return splits
-    splits = hold_out(splits, data.holdout_fraction, say)
-    parts = ((splits.train, True), (splits.holdout, config.evaluation.counts_difficult))
-    for part, with_difficult in parts:  # without an object every epoch has the same score, and the first is the best
-        if part is not None:
-            title = f"key 'data.holdout_fraction': {data.holdout_fraction} of {len(train)} pictures leaves a part"
-            require_objects(part, title, places["train"][1], with_difficult=with_difficult)
-    return splits
+        reports["unlabelled"] = scan_pictures(indexes["unlabelled"], "pictures without labels", data, say)
+    if data.train is not None:
+        reports["train"] = scan_pictures(train, " ".join(data.train_place), data, say)
+        train = reports["train"].index
+        require_objects(train, reports["train"].title, data.train_place[1], with_difficult=False)
+        overlaps.append(shared.within(train))
+    if "unlabelled" in indexes:
+        overlaps.append(find_overlap(test, reports["unlabelled"].index, ("test", "unlabelled")))
+        refuse_overlap(overlaps[-1], data)
+    reports["test"] = scan_pictures(test, " ".join(data.test_place), data, say, notes=tuple(map(str, overlaps)))
+    test, with_difficult = reports["test"].index, config.evaluation.counts_difficult
+    require_objects(test, reports["test"].title, data.test_place[1], with_difficult=with_difficult)
+    splits = Splits(train.names, train, None, test, reports, tuple(overlaps))
+    return hold_out(splits, config, say) if data.holdout_fraction else splits
 
 
-def hold_out(splits: Splits, fraction: float, say: Callable[[str], None]) -> Splits:
+def scan_pictures(
+    index: DatasetIndex, title: str, data: DataConfig, say: Callable[[str], None], notes: tuple[str, ...] = ()
+) -> ScanReport:
+    """The report on a split, which is printed. UserError if more of it is bad than data.max_bad_fraction."""
+    report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=title)
+    report = dataclasses.replace(report, notes=notes)
+    say(report.table() + "\n")
+    check(report, data.max_bad_fraction)
+    return report
+
+
+def hold_out(splits: Splits, config: Config, say: Callable[[str], None]) -> Splits:
     """The splits with a random share of the training pictures held out, the same ones for every seed."""
-    train = splits.train
+    train, fraction = splits.train, config.data.holdout_fraction
     held = round(fraction * len(train))
     if not 0 < held < len(train):
         raise UserError(f"key 'data.holdout_fraction': {fraction} of {len(train)} pictures is {held}, expected some")
     order = np.random.default_rng(0).permutation(len(train))
-    kept, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
-    train, holdout = train.subset(kept), train.subset(held_out)
-    overlap = find_overlap(holdout, train, ("the held-out part", "train"))
+    kept, holdout = (train.subset(np.sort(rows).tolist()) for rows in (order[held:], order[:held]))
+    overlap = find_overlap(holdout, kept, ("the held-out part", "train"))
     if overlap.shared:
         say(f"{overlap}\n")
-    return dataclasses.replace(splits, train=train, holdout=holdout, overlaps=(*splits.overlaps, overlap))
+    # Without an object every epoch has the same score, and the first is the best.
+    title = f"key 'data.holdout_fraction': {fraction} of {len(train)} pictures leaves a part"
+    require_objects(kept, title, config.data.train_place[1], with_difficult=False)
+    require_objects(holdout, title, config.data.train_place[1], with_difficult=config.evaluation.counts_difficult)
+    return dataclasses.replace(splits, train=kept, holdout=holdout, overlaps=(*splits.overlaps, overlap))
 
 
 def with_unlabelled(

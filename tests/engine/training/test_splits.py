@@ -3,11 +3,12 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 
 from datasets.convert import convert
 from datasets.open import open_dataset
-from engine.training.splits import open_splits, take
+from engine.training.splits import hold_out, open_splits, take
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
 
@@ -55,6 +56,15 @@ def test_a_part_without_an_object_is_refused(make, tmp_path, part):
     ):
         make(holdout_fraction=0.3)
     assert make().train.names  # without a part, the other objects are enough
+
+
+def test_a_part_to_train_on_with_difficult_objects_alone_is_refused(make, tmp_path):
+    """Training ignores them: nothing would be learnt."""
+    splits, config = make(), tiny_config(tmp_path / "set", tmp_path / "runs", data={"holdout_fraction": 0.3})
+    samples = tuple(dataclasses.replace(s, ignore=np.ones(len(s.labels), bool)) for s in splits.train.samples)
+    difficult = dataclasses.replace(splits, train=dataclasses.replace(splits.train, samples=samples))
+    with pytest.raises(UserError, match=r"0.3 of 12 pictures leaves a part: 8 pictures and not one object"):
+        hold_out(difficult, config, lambda text: None)
 
 
 def test_a_negative_number_is_refused(make):
