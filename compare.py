@@ -185,11 +185,11 @@ def train_all(plan: Plan) -> None:
         held = {}
         for work in filter(progress.can_begin, waiting):
             try:
-                do(work, progress)
+                make_or_train(work, progress)
             except claims.Claimed as error:
                 held[work.name] = error
                 continue
-            write(plan)
+            write_tables(plan)
             break
         else:
             if list(held) != printed:
@@ -202,7 +202,7 @@ def train_all(plan: Plan) -> None:
 def finish(plan: Plan, *, with_pictures: bool = True) -> list[Result]:
     """Write and print the tables. UserError if a run failed."""
     study, results = plan.study, plan.progress.results
-    write(plan, with_pictures=with_pictures)
+    write_tables(plan, with_pictures=with_pictures)
     print(tables(study, results, plan.shown))
     print("written: " + ", ".join(str(study.folder / f"comparison.{suffix}") for suffix in ("md", "json", "png")))
     names = {work.row.name for work in plan.works}
@@ -294,7 +294,7 @@ def say_nothing(line: str) -> None:
     """Print no line on the start weights: the training prints it."""
 
 
-def do(work: Work, progress: StudyProgress) -> None:
+def make_or_train(work: Work, progress: StudyProgress) -> None:
     """Make a set, or train or continue a run. claims.Claimed if another process is at it."""
     config = work.row.run(work.seed)
     if work.is_set:
@@ -323,7 +323,7 @@ def tables(study: Study, results: dict[str, Result], only: Collection[str] | Non
     return markdown(study, results, only) + condensed_markdown(results, only)
 
 
-def write(plan: Plan, *, with_pictures: bool = False) -> None:
+def write_tables(plan: Plan, *, with_pictures: bool = False) -> None:
     """Write the tables and the plot of all runs so far, those of other processes among them; one process at a time."""
     study, results = plan.study, plan.progress.results
     with claims.wait_for(study.folder / "comparison"):

@@ -13,8 +13,9 @@ import compare
 import models
 from config import to_tree
 from engine.comparison.study import build_study, load_study
-from engine.comparison.work import first_difference, list_work, write_failure
+from engine.comparison.work import list_work, write_failure
 from engine.runtime import claims, run_folder
+from engine.training.state import first_difference
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
 from yaml_files import dump_yaml
@@ -353,7 +354,8 @@ def test_arguments(config, trained, tmp_path):
 def test_first_difference():
     assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b"
     assert first_difference({"a": 1}, {"a": 1, "c": 2}) == "c"
-    assert first_difference({"a": [1]}, {"a": [1, 2]}) == "a"
+    assert first_difference({"a": [1]}, {"a": [1, 2]}) == "a.1"
+    assert first_difference({"a": None}, {"a": {"b": None}}) == "a"
     assert first_difference({"a": [1, 2]}, {"a": [1, 2]}) is None
 
 

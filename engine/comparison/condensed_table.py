@@ -17,7 +17,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from engine.comparison.rows import Row, describe_differences, differing_keys, find_random_row, random_rows, trains_alike
+from engine.comparison.rows import Row, describe_differences, differing_keys, find_random_row, random_rows
 from engine.comparison.table import METRICS, Result, mean_and_spread, table_row, to_json_value
 from engine.condensing.set_files import read_manifest
 
@@ -108,7 +108,7 @@ def condensed_tree(results: dict[str, Result]) -> list[dict]:
 def full_row(result: Result, results: dict[str, Result]) -> Result | None:
     """The row that trains alike on all real pictures, without distillation."""
     candidates = full_rows(result.row, {name: other.row for name, other in results.items()})
-    return next((results[row.name] for row in candidates if trains_alike(row, result.row, terms=False)), None)
+    return next((results[row.name] for row in candidates if not differing_keys(row, result.row)), None)
 
 
 def full_rows(row: Row, rows: dict[str, Row]) -> list[Row]:

@@ -116,7 +116,7 @@ def describe_differences(a: Row, b: Row, keys: list[str]) -> str:
 
 def find_random_row(row: Row, rows: dict[str, Row]) -> str | None:
     """The name of the row that trains alike on as many random real pictures; None if there is none."""
-    return next((other.name for other in random_rows(row, rows) if trains_alike(other, row)), None)
+    return next((other.name for other in random_rows(row, rows) if not differing_keys(other, row)), None)
 
 
 def random_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
@@ -126,11 +126,6 @@ def random_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
     size = ("random", row.task.condense.pictures)
     with_sets = ((other, other.task.condense) for other in rows.values() if other.task is not None)
     return [other for other, c in with_sets if (c.method, c.pictures) == size and same_teaching(other, row)]
-
-
-def trains_alike(a: Row, b: Row, *, terms: bool = True) -> bool:
-    """Whether two rows differ only in their pictures and, with `terms` False, in their teachers and terms."""
-    return not differing_keys(a, b) and (not terms or same_teaching(a, b))
 
 
 def equal_compute_epochs(row: Row, other: Row, teachers: list[Row]) -> int:

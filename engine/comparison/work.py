@@ -19,6 +19,7 @@ from engine.runtime import claims
 from engine.runtime.run_folder import RunFolder, write_text
 from engine.training.building import with_published_settings
 from engine.training.inputs import KnownInputs
+from engine.training.state import first_difference
 from errors import UserError
 from yaml_files import read_yaml
 
@@ -167,21 +168,3 @@ def refuse_other(folder: RunFolder, config: Config) -> None:
         raise UserError(
             f"{folder.config}: key {key!r} differs from this comparison; give another name=, or remove {folder.path}"
         )
-
-
-def first_difference(a: dict | list | object, b: dict | list | object, key: str = "") -> str | None:
-    """The first dotted key at which two trees of plain values differ; None if they are equal."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in dict.fromkeys([*a, *b]):
-            inner = f"{key}.{name}" if key else str(name)
-            if (name in a) != (name in b):
-                return inner
-            if found := first_difference(a[name], b[name], inner):
-                return found
-        return None
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for index, (x, y) in enumerate(zip(a, b)):
-            if found := first_difference(x, y, f"{key}.{index}"):
-                return found
-        return None
-    return None if a == b else key

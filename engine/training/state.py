@@ -112,3 +112,10 @@ def flat_tree(tree: Any, key: str = "") -> dict[str, Any]:
     for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         flat |= flat_tree(value, f"{key}.{name}" if key else str(name))
     return flat
+
+
+def first_difference(a: Any, b: Any) -> str | None:
+    """The first dotted key at which two trees of plain values differ; None if they are equal."""
+    first, second = flat_tree(a), flat_tree(b)
+    keys = dict.fromkeys([*first, *second])
+    return next((key for key in keys if key not in first or key not in second or first[key] != second[key]), None)
