@@ -191,6 +191,9 @@ def pseudo_of(config: Config) -> PseudoBoxConfig | None:
     return None if config.data.unlabelled is None else config.data.unlabelled.pseudo
 
 
+RUN_FILES = ("last.pt", "best.safetensors", "student.safetensors")
+
+
 def find_file(teacher: TeacherConfig, key: str) -> str:
     """The weights file of a teacher that has one. UserError if it is missing."""
     if teacher.weights is None:
@@ -199,7 +202,9 @@ def find_file(teacher: TeacherConfig, key: str) -> str:
     file = file_of_run(teacher.weights)
     if not file.is_file():
         found = f"key '{key}.weights': {teacher.weights}: no such file"
-        raise UserError(f"{found}, expected weights of {teacher.arch}{how_to_fetch(teacher.arch)}")
+        is_of_run = not file.suffix or file.name in RUN_FILES  # released weights would teach other classes
+        advice = "; that run is to be trained first" if is_of_run else how_to_fetch(teacher.arch)
+        raise UserError(f"{found}, expected weights of {teacher.arch}{advice}")
     return str(file)
 
 

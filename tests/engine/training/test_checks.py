@@ -81,6 +81,14 @@ MISTAKES = {
     "frozen fresh norms": (lambda f: {"student": {"arch": MOBILENET, "frozen_norms": True}}, "'student.frozen_norms'"),
     "unknown teacher": (lambda f: with_teacher(f, arch="resnet"), "'teachers.0.arch': .*'resnet' is unknown"),
     "a teacher's file": (lambda f: with_teacher(f, weights="no.pt"), "'teachers.0.weights': no.pt: no such file"),
+    "a teacher's run": (
+        lambda f: with_teacher(f, arch="yolov8s", weights="runs/big/weights/last.pt"),
+        r"'teachers.0.weights': runs/big/weights/last.pt: no such file, expected weights of yolov8s; that run is to be",
+    ),
+    "a teacher's run by its folder": (
+        lambda f: with_teacher(f, arch="yolov8s", weights="runs/big"),
+        "'teachers.0.weights': runs/big: no such file, expected weights of yolov8s; that run is to be trained first",
+    ),
     "another teacher's file": (lambda f: with_teacher(f, arch="yolov8n"), "'teachers.0.weights': .*holds yolov5nu"),
     "a teacher's size": (
         lambda f: with_teacher(f, image_size=0),
