@@ -238,8 +238,8 @@ class EvaluationConfig:
         return DetectionSettings(score, iou, most)
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of engine.evaluation.measuring.evaluate_model, of a config that is `completed`."""
-        names = ("protocol", "ignore_difficult", "batch_size", "precision")
+        """Arguments of engine.evaluation.measuring.evaluate_loader, of a config that is `completed`."""
+        names = ("protocol", "ignore_difficult", "precision")
         return {"detection": self.detection} | {name: getattr(self, name) for name in names}
 
 

@@ -150,6 +150,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         device=device,
         workers=workers,
         report_score=args.report_score,
+        batch_size=evaluation.batch_size,
         **evaluation.arguments(),
     )
     if args.save_detections:

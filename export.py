@@ -151,7 +151,9 @@ def print_comparison(
     detectors = {name: OnnxDetector(open_session(data[name]), infos[name], name) for name in graphs}
     size = infos["float32"].image_size
     results = {
-        name: evaluate_model(detector, index, image_size=size, **evaluation.arguments())
+        name: evaluate_model(
+            detector, index, image_size=size, batch_size=evaluation.batch_size, **evaluation.arguments()
+        )
         for name, detector in detectors.items()
     }
     timed = asdict(replace(evaluation.detection, score_threshold=0.25))

@@ -1,6 +1,7 @@
 """Measures a detector on a dataset, and detections against ground truth, for train.py and eval.py.
 
-    evaluate_model(model, index, ...)     runs the model over the pictures of an index, in one or many processes
+    evaluate_model(model, index, ...)     runs the model over the pictures of an index
+    evaluate_loader(model, loader, ...)   the same, in one or many processes
     measure(ground_truth, detections)     computes a protocol's numbers and the detection report, without a model
 
 Both return an EvaluationResult.
@@ -180,53 +181,45 @@ def evaluate_model(
     *,
     image_size: int,
     batch_size: int,
+    workers: int = 0,
+    **options: Any,
+) -> EvaluationResult:
+    """evaluate_loader over every picture of an index, in this process alone. options: its other arguments."""
+    loader = Loader(index, image_size=image_size, batch_size=batch_size, seed=0, workers=workers, shuffle=False)
+    return evaluate_loader(model, loader, detection, **options)
+
+
+def evaluate_loader(
+    model: nn.Module,
+    loader: Loader,
+    detection: DetectionSettings,
+    *,
     device: torch.device | str = "cpu",
     precision: Literal["auto", "float32", "bfloat16"] = "float32",
-    workers: int = 0,
     protocol: Protocol = "coco",
     ignore_difficult: bool = True,
     report_score: float = 0.25,
-    loader: Loader | None = None,
-    sharded: bool = False,
 ) -> EvaluationResult:
-    """Run a detector over every picture of an index and measure its detections in pixels of the original pictures.
+    """Run a detector over the pictures of a loader and measure its detections in pixels of the original pictures.
 
     The model runs in eval mode, without gradients; its mode is restored afterwards. Memory grows with the number of
     detections and with one batch. The COCO numbers use the best 100 detections of each class in an image.
 
-    Args:
-        loader: unshuffled, over all of `index`, or with `sharded` over this process's part of it. None: made from
-            image_size, batch_size and workers.
-        sharded: every process of the torch.distributed group calls this at the same time and takes its part of the
-            pictures; each gets the whole result. Otherwise the caller works alone.
+    loader: unshuffled. If it has a part of the pictures (world_size above 1), every process of the torch.distributed
+        group calls this at the same time with its part, and each gets the whole result.
     """
+    index, device = loader.index, torch.device(device)
     num_classes = getattr(model, "num_classes", len(index.names))
     if num_classes != len(index.names):
         raise UserError(f"the model has {num_classes} classes, the dataset {len(index.names)}: {list(index.names)}")
-    rank, world_size = 0, 1
-    if sharded and torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if loader is None:
-        loader = Loader(
-            index,
-            image_size=image_size,
-            batch_size=batch_size,
-            seed=0,
-            workers=workers,
-            shuffle=False,
-            cache=False,
-            rank=rank,
-            world_size=world_size,
-        )
-    device, was_training = torch.device(device), model.training
+    was_training = model.training
     model.eval()
     try:
-        bfloat16 = use_bfloat16(precision, device)
-        detections, seconds = detect_all(model, index, loader, detection, device, bfloat16)
+        detections, seconds = detect_all(model, loader, detection, device, bfloat16=use_bfloat16(precision, device))
     finally:
         model.train(was_training)
-    if world_size > 1:
-        parts: list[Any] = [None] * world_size
+    if loader.world_size > 1:
+        parts: list[Any] = [None] * loader.world_size
         torch.distributed.all_gather_object(parts, detections)
         detections = DetectionTable.concatenate(parts)
         # The order that one process gives: the order of the index, every image once.
@@ -243,12 +236,7 @@ def evaluate_model(
 
 @torch.inference_mode()
 def detect_all(
-    model: nn.Module,
-    index: DatasetIndex,
-    loader: Loader,
-    detection: DetectionSettings,
-    device: torch.device,
-    bfloat16: bool = False,
+    model: nn.Module, loader: Loader, detection: DetectionSettings, device: torch.device, *, bfloat16: bool = False
 ) -> tuple[DetectionTable, dict[str, float]]:
     """The detections of a model in eval mode on the loader's pictures, and the seconds of "loading" and "inference"."""
     detector = cast(Detector, model)  # PyTorch types every attribute of a module as Tensor | Module
@@ -260,7 +248,7 @@ def detect_all(
         images = batch.images.to(device, non_blocking=True).float() / 255  # (B, 3, S, S)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
             output = model(images)
-        tables.append(to_table(detector.detect(output, **asdict(detection)), batch, index))
+        tables.append(to_table(detector.detect(output, **asdict(detection)), batch, loader.index))
         seconds["inference"] += time.perf_counter() - began
         began = time.perf_counter()
     return DetectionTable.concatenate(tables), seconds

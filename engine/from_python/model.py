@@ -156,6 +156,7 @@ def evaluate(
         image_size=checked_size(model.image_size if image_size is None else image_size),
         device=model.device,
         workers=workers,
+        batch_size=evaluation.batch_size,
         **evaluation.arguments(),
     )
     return result

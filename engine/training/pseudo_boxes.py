@@ -278,7 +278,7 @@ def detect_once(
             say(f"{path}: damaged, made again ({error})")
     say(f"pseudo boxes: a teacher looks at {len(pictures)} pictures, at {image_size} px")
     loader = Loader(pictures, image_size=image_size, batch_size=BATCH, seed=0, shuffle=False, workers=workers)
-    found, _ = detect_all(model.to(device), pictures, loader, detection, device)
+    found, _ = detect_all(model.to(device), loader, detection, device)
     if keep:
         write_detections(path, found)
     return found

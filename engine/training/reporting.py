@@ -205,15 +205,8 @@ def evaluate(setup: TrainingSetup, model: nn.Module, index: DatasetIndex) -> tup
     The rows of the epochs, the choice of the best and the final test all use this, so equal weights get equal numbers.
     Every process calls it and gets the result of all pictures, its own and those of the other processes.
     """
-    result = measuring.evaluate_model(
-        model,
-        index,
-        image_size=setup.config.image_size,
-        device=setup.processes.device,
-        **setup.config.evaluation.arguments(),
-        loader=evaluation_loader(setup, index),
-        sharded=True,
-    )
+    loader, device = evaluation_loader(setup, index), setup.processes.device
+    result = measuring.evaluate_loader(model, loader, device=device, **setup.config.evaluation.arguments())
     numbers = {"f1" if name == "F1" else name: value for name, value in result.numbers.items()}
     per_iou = {f"AP{100 * threshold:.0f}": value for threshold, value in result.ap_result.ap_per_iou.items()}
     return numbers | per_iou, result.report

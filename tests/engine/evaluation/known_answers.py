@@ -11,7 +11,8 @@ from torch import nn
 
 from datasets.index import DatasetIndex, Sample
 from datasets.letterbox import letterbox_boxes, letterbox_geometry
-from engine.evaluation.measuring import evaluate_model
+from datasets.loader import Loader
+from engine.evaluation.measuring import evaluate_loader
 from structures import Detections, DetectionSettings
 
 NAMES = ("a", "b", "c")
@@ -70,7 +71,9 @@ def evaluate_as_one_of_several(folder: Path) -> None:
     dist.init_process_group("gloo")
     index = make_index(folder)
     model = KnowsTheAnswers(index, 64)
-    result = evaluate_model(model, index, DetectionSettings(), image_size=64, batch_size=2, sharded=True)
+    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    loader = Loader(index, image_size=64, batch_size=2, seed=0, shuffle=False, **place)
+    result = evaluate_loader(model, loader, DetectionSettings())
     rows = {name: getattr(result.detections, name).tolist() for name in ("image", "boxes_xyxy", "scores", "labels")}
     answer = {"pictures": sum(map(len, [model.calls])), "numbers": result.numbers, "detections": rows}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(answer))

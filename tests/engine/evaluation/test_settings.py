@@ -229,8 +229,8 @@ def test_difficult_objects_are_no_misses_unless_asked(voc, tmp_path, monkeypatch
         config = tiny_config(voc, tmp_path, data=data, evaluation={"ignore_difficult": ignored})
         parts = argparse.Namespace(
             config=building.with_published_settings(config),
-            processes=argparse.Namespace(device=torch.device("cpu")),
-            evaluation_loaders={id(index): None},
+            processes=argparse.Namespace(device=torch.device("cpu"), rank=0, count=1),
+            evaluation_loaders={},
         )
         numbers, _ = reporting.evaluate(parts, Taught(), index)
         assert numbers["recall"] == pytest.approx(recall)
