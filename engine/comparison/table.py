@@ -127,10 +127,14 @@ def mean_and_spread(values: np.ndarray, *, sign: str = "") -> str:
 
 
 def markdown(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
-    """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`."""
+    """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`.
+
+    A row without a finished run is in no table; it stands among the missing runs.
+    """
     shown = [result for name, result in results.items() if only is None or name in only]
+    trained = [result for result in shown if result.reports]
     lines = [f"# {study.config.name}", "", describe_protocol(study, results), ""]
-    lines += [*score_lines(shown, results), "", *difference_lines(study, shown, results)]
+    lines += [*score_lines(trained, results), "", *difference_lines(study, trained, results)]
     marked = [f"**{r.name}: {r.row.config.plumbing}.**" for r in shown if r.row.config.plumbing]
     lines += ["", *marked] if marked else []
     notes = [f"{note}." for result in shown for note in result.row.notes]
@@ -172,8 +176,9 @@ def score_lines(shown: list[Result], results: dict[str, Result]) -> list[str]:
 
 
 def difference_lines(study: Study, shown: list[Result], results: dict[str, Result]) -> list[str]:
-    """The rule, and the table of comparisons."""
+    """The rule, and the table of the comparisons of rows that share a seed."""
     rule, names = study.rule, {result.name for result in shown}
+    shared = [d for d in differences(results, rule) if d.name in names and d.seeds]
     of_metric = "" if rule.metric == "mAP" else f" of {rule.metric}"
     return [
         f"Differences are paired by seed. The rule ({study.rule_origin}): {rule.describe()}. Of rows without any "
@@ -181,7 +186,7 @@ def difference_lines(study: Study, shown: list[Result], results: dict[str, Resul
         "",
         f"| row | compared to | seeds | mAP50 | mAP | {100 * rule.level:g} % interval{of_metric} | verdict |",
         "|---|---|---:|---:|---:|---:|---|",
-        *(table_row(difference_cells(d)) for d in differences(results, rule) if d.name in names),
+        *(table_row(difference_cells(d)) for d in shared),
     ]
 
 
@@ -212,18 +217,19 @@ def start_cells(result: Result, *, is_only: bool) -> list[str]:
 
 
 def score_cells(result: Result, results: dict[str, Result]) -> list[str]:
+    """The line of a row that has a finished run."""
     config, cost = result.row.config, cost_per_step(result, results)
     sizes = [report["parameters"] for report in result.reports.values()]
     seeds = f"{len(result.seeds)} of {len(result.row.seeds)}" if result.missing else f"{len(result.seeds)}"
     return [
         f"{result.name} [{NO_VERDICT}]" if config.plumbing else result.name,
         config.student.arch,
-        f"{sizes[0] / 1e6:.2f} M" if sizes else "-",
+        f"{sizes[0] / 1e6:.2f} M",
         str(config.epochs),
         seeds,
         *(mean_and_spread(result.values(metric)) for metric in METRICS),
         "-" if cost is None else f"{cost:.2f}",
-        f"{result.seconds().mean() / 60:.1f}" if sizes else "-",
+        f"{result.seconds().mean() / 60:.1f}",
     ]
 
 

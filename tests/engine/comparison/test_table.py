@@ -70,10 +70,9 @@ def test_the_text(study, results):
     )
     assert "| taught | yolov8_narrow | 3.00 M | 2 | 3 | 0.745 ± 0.015 | 0.545 ± 0.015 |" in text
     assert "| 1.44 | 1.3 |" in text
-    assert "| slow | yolov8_narrow | - | 2 | 0 of 3 | - | - | - | - | - | - | - |" in text
     # standard deviation 0.005, standard error 0.00289, times 4.303: 0.0124
     assert "| taught | baseline | 3 | +0.035 ± 0.005 | +0.035 ± 0.005 | +0.023 .. +0.047 | better |" in text
-    assert "| slow | taught | 0 | - | - | - | not trained yet |" in text
+    assert "| slow |" not in text  # it has no number yet
     assert "Not trained yet, row (seeds): slow (0, 1, 2)." in text
     assert "Trained on cpu, float32, 1 threads, torch 2." in text
     results["slow"].failures[1] = "step 7: mse is nan"
