@@ -21,6 +21,7 @@ from engine.training.splits import open_indexes
 from engine.training.teaching import EMA, pseudo_of
 from frcnn.faster_rcnn import PYRAMID_WIDTH, ROI_SAMPLES, FasterRCNN
 from frcnn.heads import POOLED_SIZE
+from weights import file_of_run
 
 Widths = tuple[tuple[str, int], ...] | None  # of a pruned model (layers/widths.py), hashable
 USUAL_CLASSES = 80  # of heads, where data.classes names none: no dataset is opened to count
@@ -47,10 +48,10 @@ def step_flops(config: Config) -> float:
 
 
 def widths_in(path: str | None, arch: str) -> Widths:
-    """The widths of a pruned model in a file; None for any other file, and for one that is not there yet."""
-    if path is None or arch not in models.ARCHITECTURES or not Path(path).is_file():
+    """The widths of a pruned model in a file or a run; None for any other model, and for one that is not there yet."""
+    if path is None or arch not in models.ARCHITECTURES or not (file := file_of_run(path)).is_file():
         return None
-    return _read_widths(path, arch, Path(path).stat().st_mtime_ns)
+    return _read_widths(str(file), arch, file.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,7 +67,8 @@ def pseudo_flops(config: Config) -> float:
         return 0.0
     teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
     pictures = len(open_indexes(config)["unlabelled"])
-    return float(pictures * forward_flops(teacher.arch, pseudo_image_size(config), count_classes(config)))
+    size, widths = pseudo_image_size(config), widths_in(teacher.weights, teacher.arch)
+    return float(pictures * forward_flops(teacher.arch, size, count_classes(config), widths=widths))
 
 
 def count_classes(config: Config) -> int:

@@ -43,6 +43,7 @@ from errors import DISK_EXIT_CODE, UserError, expect, naming
 from metrics.tables import DetectionTable
 from structures import DenseDetector, DetectionSettings
 from teachers.output_cache import fingerprint_of
+from weights import file_of_run
 
 LOWEST_SCORE = 0.01  # detections are kept from here on, for every choice of thresholds
 BATCH = 32  # pictures of one forward pass
@@ -207,9 +208,12 @@ def pseudo_image_size(config: Config, given: Collection[str] = ()) -> int:
     teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
     if size := pseudo.image_size or teacher.image_size:
         return size
-    if teacher.name in given or teacher.is_random or teacher.weights is None or not Path(teacher.weights).is_file():
+    if teacher.weights is None or teacher.name in given or teacher.is_random:
         return config.image_size
-    return checkpoint.load_model(teacher.weights, teacher.arch)[1].image_size
+    file = file_of_run(teacher.weights)
+    if not file.is_file():
+        return config.image_size
+    return checkpoint.load_model(file, teacher.arch)[1].image_size
 
 
 def choose_thresholds(

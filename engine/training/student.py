@@ -23,6 +23,7 @@ from frcnn.norm import freeze_norms
 from frcnn.pretrained import Backbone, freeze, load_backbone
 from layers.channel_groups import find_groups
 from random_streams import Stream, seeded_generator
+from weights import file_of_run
 
 # How the names of the released files begin, where that differs from the name of the backbone.
 RELEASED_BACKBONES = {"vit_tiny": ("deit_tiny", "vit_tiny")}
@@ -122,8 +123,8 @@ def inherit_source(config: Config) -> tuple[str, str]:
         if path is None:
             raise UserError(f"{found} has no weights; compare.py trains it in place first")
     assert path is not None
-    if not Path(path).is_file():
-        raise UserError(f"key 'student.inherit': {path}: no such file, expected a weights file")
+    if not file_of_run(path).is_file():
+        raise UserError(f"key 'student.inherit': {path}: no such file, expected a weights file or a run")
     if arch is None:
         try:
             arch = checkpoint.load_model(path)[1].arch

@@ -6,6 +6,7 @@ import checkpoint
 import models
 from distill.pruning.files import widths_text
 from engine.training.flops import forward_flops, pseudo_flops, step_flops
+from engine.training.pseudo_boxes import pseudo_image_size
 from layers.channel_groups import find_groups
 from tests.tiny_training import tiny_config, write_dataset
 
@@ -75,3 +76,25 @@ def test_a_pruned_student_costs_what_its_layers_do(tmp_path):
     checkpoint.save(narrow, about | {"ema": state})
     assert step_flops(from_file) == 3 * half
     assert step_flops(from_weights) == 4 * half
+
+
+def test_weights_given_as_a_run_are_read_for_their_widths_and_their_image_size(tmp_path):
+    """Pseudo boxes are made at the size that their teacher was trained at, not at the student's 64 px."""
+    root = write_dataset(tmp_path / "set", train=6, test=3)
+    widths = {name: width // 2 for name, width in find_groups(models.build("yolov8_narrow", 80)).widths().items()}
+    about = {"arch": "yolov8_narrow", "names": [str(k) for k in range(80)], "image_size": 96}
+    run = tmp_path / "pruned"
+    (run / "weights").mkdir(parents=True)
+    state = models.build("yolov8_narrow", 80, widths=widths).state_dict()
+    checkpoint.save(run / "weights" / "last.pt", about | {"ema": state})
+    config = tiny_config(
+        root,
+        tmp_path / "runs",
+        student={"weights": str(run)},
+        teachers=[{"name": "t", "arch": "yolov8_narrow", "weights": str(run)}],
+        data={"max_samples": 2, "unlabelled": {"split": "train", "pseudo": {"teacher": "t"}}},
+    )
+    shape = tuple(widths.items())
+    assert pseudo_image_size(config) == 96
+    assert pseudo_flops(config) == 4 * forward_flops("yolov8_narrow", 96, 80, widths=shape)
+    assert step_flops(config) == 3 * forward_flops("yolov8_narrow", 64, 80, widths=shape)
