@@ -19,7 +19,7 @@ SHAPES = (
     ("three quarters", "animals_prune", {"three_quarters_tuned": ALONE, "three_quarters_distilled": TAUGHT}),
     ("half", "animals_prune", {"half_tuned": ALONE, "half_distilled": TAUGHT, "half_scratch": SCRATCH}),
     ("a quarter", "animals_prune", {"quarter_tuned": ALONE, "quarter_distilled": TAUGHT, "quarter_scratch": SCRATCH}),
-    ("YOLOv5n", "animals_losses", {"labels": ALONE, "pkd_10": TAUGHT}),
+    ("YOLOv5n", "animals_losses", {"labels": ALONE, "instance_distance": TAUGHT}),
 )
 
 
