@@ -108,9 +108,10 @@ def test_the_student_is_measured_as_the_detector_that_it_is(arch, arguments, net
     assert np.bincount(got.labels, minlength=2).tolist() == np.bincount(expected.labels, minlength=2).tolist()
 
 
-def test_the_locations_of_an_anchor_head_are_its_own(networks):
+@pytest.mark.parametrize("arch", ["yolov5n", "yolov7_tiny"])
+def test_the_locations_of_an_anchor_head_are_its_own(arch):
     """Centers, sizes and order as the detector decodes them; a group has one anchor of one level."""
-    model, _ = checkpoint.load_model(networks["yolov5n"])
+    model = models.build(arch, 2).eval()
     grid = FrozenBackbone(model, SIZE, 2).grid
     points, strides, sizes = model._locations(model(torch.zeros(1, 3, SIZE, SIZE)))
     torch.testing.assert_close(grid.centers, points * strides)
@@ -119,6 +120,11 @@ def test_the_locations_of_an_anchor_head_are_its_own(networks):
     assert all(len(part.unique()) == 1 for part in grid.sides.split(grid.group_sizes))
     expected = [5 / 2 / 3 / (640 / stride) ** 2 for stride in (8, 16, 32) for _ in range(3)]
     assert np.exp(grid.prior_logits).tolist() == pytest.approx(expected)
+
+
+def test_a_detector_of_two_stages_is_refused():
+    with pytest.raises(UserError, match=r"'condense.network': FasterRCNN has no linear layer .* expected yolov8\*"):
+        FrozenBackbone(models.build("fasterrcnn_mobilenet_v3_small", 2), SIZE, 2)
 
 
 def test_pictures_learnt_for_another_detector(arguments, networks, tmp_path, one_thread):
