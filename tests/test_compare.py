@@ -149,7 +149,7 @@ def test_a_stop_between_rows_loses_nothing(config, trained, monkeypatch):
         compare.compare(make(config))
     text = (Path(config.runs) / "study" / "comparison.md").read_text()
     assert "| baseline | yolov8_narrow | 3.00 M | 2 | 1 | 0.700 | 0.500 |" in text
-    assert "Not trained yet, row (seeds): taught (5); longer (5)." in text
+    assert "Not trained yet, row (seeds): taught, longer (5)." in text
     monkeypatch.setattr(compare.train, "run", run)
     trained.clear()
     compare.compare(make(config))

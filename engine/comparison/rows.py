@@ -53,7 +53,7 @@ class Row:
     compute_of: str | None = None  # the row that its number of epochs comes from
     differs: tuple[str, ...] = ()
     idle: str = ""  # the line on its terms of weight 0, which are left out
-    notes: tuple[str, ...] = ()  # idle; keys in which it differs from rows it is, or therefore is not, compared to
+    notes: tuple[str, ...] = ()  # idle; keys in which it differs from a row that it is not compared to, therefore
 
     def run(self, seed: int) -> Config:
         config = dataclasses.replace(self.config, name=f"{self.name}_seed{seed}", seed=seed)
@@ -112,6 +112,14 @@ def describe_differences(a: Row, b: Row, keys: list[str]) -> str:
     first, second = (flat_tree(to_tree(with_published_settings(row.config))) for row in (a, b))
     are_equal = {key: first.get(key) == second.get(key) for key in keys}
     return ", ".join(key if are_equal[key] else f"{key} {first.get(key)} and {second.get(key)}" for key in keys)
+
+
+def describe_pair(a: Row, b: Row) -> str | None:
+    """`taught and longer differ in epochs 20 and 40`, those from `compute_of` among them; None for rows alike."""
+    keys = differing_keys(a, b)
+    if a.config.epochs != b.config.epochs and "epochs" not in keys:
+        keys.append("epochs")
+    return f"{a.name} and {b.name} differ in {describe_differences(a, b, keys)}" if keys else None
 
 
 def find_random_row(row: Row, rows: dict[str, Row]) -> str | None:

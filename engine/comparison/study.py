@@ -331,7 +331,7 @@ def with_equal_compute(row: Row, planned: dict[str, Row], where: str) -> Row:
 
 
 def with_comparisons(row: Row, planned: dict[str, Row], files: dict[str, RowFile], source: str) -> Row:
-    """The row with its baseline, the rows it is compared to, and notes on how those train differently.
+    """The row with its baseline, and the rows it is compared to.
 
     UserError if it names a row in `against` that trains differently in a key that neither of the two names in
     `differs`. If it names none, it is then compared to no row, and a note says so.
@@ -356,11 +356,6 @@ def with_comparisons(row: Row, planned: dict[str, Row], files: dict[str, RowFile
             notes.append(f"{row.name} is compared to no row: {name} trains differently ({what})")
             continue
         against.append(name)
-        keys = differing_keys(row, other)
-        if row.config.epochs != other.config.epochs and "epochs" not in keys:
-            keys.append("epochs")
-        if keys:
-            notes.append(f"{row.name} and {name} differ in {describe_differences(row, other, keys)}")
     return dataclasses.replace(row, baseline=baseline, against=tuple(against), notes=tuple(notes))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from config import to_tree
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule
-from engine.comparison.rows import Row
+from engine.comparison.rows import Row, describe_pair
 from engine.comparison.study import Study
 
 NO_VERDICT = "plumbing"  # in place of the verdict of a row whose teachers have random weights
@@ -129,18 +129,23 @@ def mean_and_spread(values: np.ndarray, *, sign: str = "") -> str:
 def markdown(study: Study, results: dict[str, Result], only: Collection[str] | None = None) -> str:
     """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`.
 
-    A row without a finished run is in no table; it stands among the missing runs.
+    A row without a finished run is in no table; it stands among the missing runs. Nor is a comparison without a seed
+    that both rows have finished, and where there is none, there is no table of them.
     """
     shown = [result for name, result in results.items() if only is None or name in only]
     trained = [result for result in shown if result.reports]
+    names = {result.name for result in trained}
+    compared = [d for d in differences(results, study.rule) if d.name in names and d.seeds]
     lines = [f"# {study.config.name}", "", describe_protocol(study, results), ""]
-    lines += [*score_lines(trained, results), "", *difference_lines(study, trained, results)]
+    lines += score_lines(trained, results)
+    lines += ["", *difference_lines(study, compared)] if compared else []
     marked = [f"**{r.name}: {r.row.config.plumbing}.**" for r in shown if r.row.config.plumbing]
     lines += ["", *marked] if marked else []
-    notes = [f"{note}." for result in shown for note in result.row.notes]
-    lines += ["", *notes] if notes else []
-    missing = [f"{r.name} ({', '.join(map(str, r.missing))})" for r in shown if r.missing]
-    lines += ["", f"Not trained yet, row (seeds): {'; '.join(missing)}."] if missing else []
+    notes = [note for result in shown for note in result.row.notes]
+    pairs = [describe_pair(results[d.name].row, results[d.against].row) for d in compared]
+    notes += [pair for pair in pairs if pair is not None]
+    lines += ["", *(f"{note}." for note in notes)] if notes else []
+    lines += missing_lines(shown)
     for result in shown:
         lines += [f"Failed: {result.name} with seed {seed}: {why}" for seed, why in result.failures.items()]
     return "\n".join(lines) + "\n"
@@ -175,10 +180,19 @@ def score_lines(shown: list[Result], results: dict[str, Result]) -> list[str]:
     return lines
 
 
-def difference_lines(study: Study, shown: list[Result], results: dict[str, Result]) -> list[str]:
-    """The rule, and the table of the comparisons of rows that share a seed."""
-    rule, names = study.rule, {result.name for result in shown}
-    shared = [d for d in differences(results, rule) if d.name in names and d.seeds]
+def missing_lines(shown: list[Result]) -> list[str]:
+    """`Not trained yet, row (seeds): cwd, pkd (0, 1, 2); mse (2).`: rows that lack the same seeds stand together."""
+    rows_of: dict[tuple[int, ...], list[str]] = {}
+    for result in shown:
+        if result.missing:
+            rows_of.setdefault(tuple(result.missing), []).append(result.name)
+    groups = [f"{', '.join(names)} ({', '.join(map(str, seeds))})" for seeds, names in rows_of.items()]
+    return ["", f"Not trained yet, row (seeds): {'; '.join(groups)}."] if groups else []
+
+
+def difference_lines(study: Study, compared: list[Difference]) -> list[str]:
+    """The rule, and the table of the comparisons."""
+    rule = study.rule
     of_metric = "" if rule.metric == "mAP" else f" of {rule.metric}"
     return [
         f"Differences are paired by seed. The rule ({study.rule_origin}): {rule.describe()}. Of rows without any "
@@ -186,7 +200,7 @@ def difference_lines(study: Study, shown: list[Result], results: dict[str, Resul
         "",
         f"| row | compared to | seeds | mAP50 | mAP | {100 * rule.level:g} % interval{of_metric} | verdict |",
         "|---|---|---:|---:|---:|---:|---|",
-        *(table_row(difference_cells(d)) for d in shared),
+        *(table_row(difference_cells(d)) for d in compared),
     ]
 
 
@@ -261,6 +275,7 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
     rows = []
     for result in results.values():
         config = result.row.config
+        pairs = [describe_pair(result.row, results[name].row) for name in result.row.against]
         rows.append(
             {
                 "name": result.name,
@@ -280,7 +295,7 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
                 "seconds": to_json_value(result.seconds()),
                 "steps": [result.reports[seed]["steps"] for seed in result.seeds],
                 "baseline": result.row.baseline,
-                "notes": list(result.row.notes),
+                "notes": [*result.row.notes, *filter(None, pairs)],
                 "cost_per_step": cost_per_step(result, results),
                 "differences": [difference_tree(d) for d in compared if d.name == result.name],
             }

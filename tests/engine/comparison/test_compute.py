@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.comparison.rows import describe_pair
 from engine.comparison.study import build_study
 from engine.training.flops import forward_flops
 from errors import UserError
@@ -60,7 +61,7 @@ def test_equal_compute_is_no_other_protocol(tmp_path):
     """The rows may be compared though their epochs differ; the table says so."""
     config = tiny_config(tmp_path, tmp_path / "runs", teachers=[GIVEN])
     rows = {"taught": {"terms": [TERM], "against": ["alone"]}, "alone": {"compute_of": "taught"}}
-    taught, _ = build_study(config, rows, seeds=1, source="x").rows
-    assert taught.against == ("alone",) and taught.notes == ("taught and alone differ in epochs 2 and 7",)
+    taught, alone = build_study(config, rows, seeds=1, source="x").rows
+    assert taught.against == ("alone",) and describe_pair(taught, alone) == "taught and alone differ in epochs 2 and 7"
     with pytest.raises(UserError, match="'alone' trains differently: epochs 2 and 4"):
         build_study(config, rows | {"alone": {"epochs": 4}}, seeds=1, source="x")

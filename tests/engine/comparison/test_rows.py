@@ -3,7 +3,7 @@
 import pytest
 
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree, full_row
-from engine.comparison.rows import differing_keys, find_random_row
+from engine.comparison.rows import describe_pair, differing_keys, find_random_row
 from engine.comparison.study import build_study
 from engine.comparison.table import Result, as_json, markdown
 from errors import UserError
@@ -60,8 +60,9 @@ def test_a_row_that_trains_otherwise_is_refused_by_name(make, key):
         make(rows)
     for differs in (key, key.split(".")[0]):
         study = make({**rows, "changed": rows["changed"] | {"differs": [differs]}})
-        (note,) = by_name(study)["changed"].notes
-        assert by_name(study)["changed"].against == ("full",) and note.startswith(f"changed and full differ in {key}")
+        full, changed = study.rows
+        assert changed.against == ("full",) and changed.notes == ()
+        assert describe_pair(changed, full).startswith(f"changed and full differ in {key}")
     with pytest.raises(UserError, match="trains differently"):
         make({**rows, "changed": rows["changed"] | {"differs": ["seed", "weight_decay"]}})
 
@@ -81,7 +82,8 @@ def test_without_against_it_is_compared_to_none_and_the_table_says_why(make, key
 @pytest.mark.parametrize("change", FREE)
 def test_what_no_number_depends_on_and_the_pictures_are_free(make, change):
     study = make({"full": None, "changed": change | {"against": ["full"]}})
-    assert by_name(study)["changed"].notes == ()
+    full, changed = study.rows
+    assert changed.against == ("full",) and describe_pair(changed, full) is None
 
 
 @pytest.mark.parametrize("key", [key for key in CHANGES if key != "image_size"])  # another size is another set

@@ -79,6 +79,23 @@ def test_the_text(study, results):
     assert "Failed: slow with seed 1: step 7: mse is nan" in markdown(study, results)
 
 
+def test_a_comparison_without_a_finished_pair_is_not_mentioned(tmp_path):
+    config = tiny_config(tmp_path, tmp_path / "runs", name="study")
+    against = {"against": ["alone"], "differs": ["epochs"]}
+    rows = {"alone": None, "longer": against | {"epochs": 5}, "longest": against | {"epochs": 7}}
+    study = build_study(config, rows, seeds=3, source="study")
+    results = {row.name: Result(row) for row in study.rows}
+    results["alone"].reports[0] = report(0.5)
+    text = markdown(study, results)
+    assert "compared to" not in text and "paired" not in text and "differ in" not in text
+    assert text.endswith("\n\nNot trained yet, row (seeds): alone (1, 2); longer, longest (0, 1, 2).\n")
+    results["longer"].reports[0] = report(0.5)
+    text = markdown(study, results)
+    assert "| longer | alone | 1 |" in text and "\nlonger and alone differ in epochs 5 and 2.\n" in text
+    assert "longest and" not in text and "longer (1, 2); longest (0, 1, 2)." in text
+    assert json.loads(as_json(study, results))["rows"][2]["notes"] == ["longest and alone differ in epochs 7 and 2"]
+
+
 def test_one_seed_has_no_spread(study, results):
     for result in results.values():
         result.reports = {0: report(0.5)}
