@@ -153,11 +153,11 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}, expected a COCO file") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply, expected COCO labels") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}, expected a COCO file") from None
 
 
 def _without_masks(data: bytes) -> bytearray:

@@ -217,7 +217,7 @@ def test_labels_turn_with_exif_where_the_size_says_so(make, tmp_path, stated):
     "content, words",
     [
         (b"", "not valid JSON"),
-        (b"{", "not valid JSON"),
+        (b"{", "not valid JSON: .*, expected a COCO file"),
         (b"[]", "no list of objects under 'images'"),
         (b'{"categories": [], "images": {}}', "under 'images'"),
         (b'{"categories": [], "images": []}', "no categories"),
@@ -231,7 +231,7 @@ def test_labels_turn_with_exif_where_the_size_says_so(make, tmp_path, stated):
             (b'{"annotations": [{"segmentation": ' + mask + b"}]}", r"instances_val\.json:1: not valid JSON")
             for mask in INVALID_MASKS
         ),
-        (b'{"images": [' + b"9" * 10_000 + b"]}", "not valid JSON"),
+        (b'{"images": [' + b"9" * 10_000 + b"]}", "not valid JSON: .*, expected a COCO file"),
         (
             json.dumps(tree_of(categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}])).encode(),
             "stands there twice",

@@ -142,7 +142,7 @@ ROW = {"id": 1, "image_id": 5, "category_id": 3, "bbox": [0, 0, 1, 1], "area": 1
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"gt\.json:1: not valid JSON"),
+        ("{", r"gt\.json:1: not valid JSON: .*, expected a COCO file"),
         ("[" * 100000, "nested too deeply"),
         ("[1, NaN]", "NaN in the file, expected finite numbers"),
         ("[]", "expected COCO ground truth"),
