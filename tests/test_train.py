@@ -325,6 +325,7 @@ def test_dry_run(make_tiny, tmp_path, capsys):
     for value, share, neck, student in rows.values():
         assert float(value) > 0 and 0 <= float(share.rstrip("%")) < 100 and float(neck) > 0 and float(student) > 0
     assert "887,022 parameters" in out and "learning rates at step 0 of 6" in out
+    assert "objects after augmentation; terms weighted as at epoch 1\n" in out
     assert "adapters.mse_t.0.weight (32, 32, 1, 1)" in out
     assert not (tmp_path / "runs").exists()
 

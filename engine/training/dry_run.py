@@ -35,11 +35,12 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
     with torch.no_grad(), in_eval_mode(setup.student):
         s_output = setup.student(images)
     setup.learner.train()
-    epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # every term at its full weight
+    epoch = max([0.0, *(term.warmup_epochs for term in config.terms)])  # where the last warm-up ends
     terms = losses_of_batch(setup, images, targets, t_outputs, epoch, content, batch.is_labelled)
     print(describe_setup(setup))
     kinds = "" if batch.is_labelled.all() else f", {int(batch.is_labelled.sum())} of them labelled"
-    print(f"batch: {len(batch)} pictures{kinds}, {len(targets)} objects after augmentation")
+    when = f"; terms weighted as at epoch {epoch:g}" if epoch else ""
+    print(f"batch: {len(batch)} pictures{kinds}, {len(targets)} objects after augmentation{when}")
     if setup.criterion.terms:
         print(map_table(setup.criterion, s_output, t_outputs))
     print(balance_table(balances(terms, setup.student, set(setup.criterion.terms))))
