@@ -9,7 +9,7 @@ import torch
 
 import distill.losses
 from config import TermConfig
-from distill import checks, criterion, terms
+from distill import checks, criterion, probing, terms, trained_parts
 from distill.losses import masked
 from structures import Targets
 from tests.conftest import ROOT
@@ -39,7 +39,7 @@ def test_a_loss_is_added_as_the_recipe_says(monkeypatch):
     head, table = source.split("@dataclass(frozen=True)\nclass Term:")
     table = table.replace("LOSSES = {\n", "LOSSES = {\n" + row)
     edited = changed(terms, f"{head}{term}\n\n@dataclass(frozen=True)\nclass Term:{table}", monkeypatch)
-    for module in (checks, criterion):
+    for module in (checks, criterion, probing, trained_parts):
         monkeypatch.setattr(module, "LOSSES", edited.LOSSES)
     assert set(edited.LOSSES) - set(terms.LOSSES) == {"box_l1"}
 
