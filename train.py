@@ -211,6 +211,8 @@ def run(
             progress.say(f"{folder.path}: {describe_setup(setup)}")
             if saved is None:
                 measure_start(setup, state, progress)
+            if state.is_over(config):
+                progress.say(f"{config.epochs} of {config.epochs} epochs are done: only the last evaluation is left")
             train(setup, state, folder, progress, stop, on_epoch)
             return finish(setup, state, folder, progress)
         except (StopRequested, LoaderProcessDied) as error:

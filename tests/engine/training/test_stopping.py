@@ -239,3 +239,10 @@ def test_resume_finds_the_run(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="before its first checkpoint"):
         run_folder.find(tmp_path / "empty")
+
+
+def test_a_finished_run_says_that_no_epoch_is_left(make_tiny, capsys):
+    config = make_tiny(epochs=1)
+    done = train.run(config, quiet=True)
+    assert train.run(config, resume=True)["test"] == done["test"]
+    assert "1 of 1 epochs are done: only the last evaluation is left" in capsys.readouterr().out
