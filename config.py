@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from errors import UserError
+from errors import UserError, expect
 from structures import DetectionSettings
 from yaml_files import parse_yaml, read_mapping
 
@@ -361,6 +361,11 @@ def from_tree(cls: type, tree: Any, *, source: str, key: str = "") -> Any:
         if name not in values and f.default is f.default_factory is dataclasses.MISSING:
             raise UserError(f"{source}: key {_join(key, name)!r} is missing")
     return cls(**values)
+
+
+def check_image_size(what: str, size: int) -> None:
+    """UserError for the side of a square image, in pixels, that is not a positive multiple of 32."""
+    expect(size >= 32 and size % 32 == 0, what, size, "a multiple of 32")
 
 
 def only_config(file: Config) -> Config:

@@ -45,7 +45,7 @@ from typing import Any, get_args
 
 import torch
 
-from config import EvaluationConfig, load_config
+from config import EvaluationConfig, check_image_size, load_config
 from datasets.class_names import alike, are_numbers, read_class_map
 from datasets.open import READERS
 from engine.command_line.translation import options_of, refuse_unknown
@@ -193,7 +193,7 @@ def check_settings(evaluation: EvaluationConfig, image_size: int, workers: int) 
     evaluation.detection.check(score="--score-threshold", iou="--nms-iou", most="--max-detections")
     expect(evaluation.batch_size >= 1, "--batch-size", evaluation.batch_size, "at least 1")
     expect(workers >= 0, "--workers", workers, "at least 0")
-    expect(image_size >= 32 and image_size % 32 == 0, "--image-size", image_size, "a multiple of 32")
+    check_image_size("--image-size", image_size)
 
 
 def describe_settings(evaluation: EvaluationConfig, image_size: int, device: torch.device) -> str:

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from checkpoint import CheckpointInfo
-from config import EvaluationConfig, load_config, to_tree
+from config import EvaluationConfig, check_image_size, load_config, to_tree
 from datasets.images import read_image
 from datasets.index import DatasetIndex
 from datasets.letterbox import letterbox
@@ -290,8 +290,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             f"argument --format {args.format}: has no --int8 and no --with-nms, expected them with onnx alone"
         )
     size, percentile = args.image_size, args.percentile
-    is_met = size is None or (size >= SIZE_MULTIPLE and size % SIZE_MULTIPLE == 0)
-    expect(is_met, "argument --image-size", size, f"a multiple of {SIZE_MULTIPLE}")
+    if size is not None:
+        check_image_size("argument --image-size", size)
     for name in ("max_detections", "calibration_pictures"):
         value = getattr(args, name)
         expect(value is None or value >= 1, f"argument --{name.replace('_', '-')}", value, "at least 1")

@@ -40,6 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import check_image_size
 from datasets.images import read_image
 from engine.command_line.translation import options_of, refuse_unknown
 from engine.drawing.detections import draw_detections
@@ -287,8 +288,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("batch_size", "max_detections", "max_frames"):
         value = getattr(args, name)
         expect(value is None or value >= 1, f"argument --{name.replace('_', '-')}", value, "at least 1")
-    size = args.image_size
-    expect(size is None or (size >= 32 and size % 32 == 0), "argument --image-size", size, "a multiple of 32")
+    if args.image_size is not None:
+        check_image_size("argument --image-size", args.image_size)
     return args
 
 

@@ -45,12 +45,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import models
 from benchmarks.timing import header, options, parse, row, take_turns, versions
+from config import check_image_size
 from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.detector import open_session
 from engine.onnx_files.int8 import calibrate, trace_int8
 from engine.onnx_files.other_formats import openvino_files
 from engine.runtime.run_folder import commit, write_text
-from engine.training.checks import check_image_size
 from errors import UserError, run_script
 from layers.fusion import fuse
 from rtdetr.rtdetr import RTDETR

@@ -81,8 +81,8 @@ def pillow_pixels(image: Image.Image) -> np.ndarray:
 
     Pillow's own exif_transpose also turns by XMP, and reads EXIF by other types.
     """
-    rgb = to_rgb(image)  # loads the file: what stands behind its pixels is in `info` after that
-    return _turn(rgb, 1 if image.format == "TIFF" else exif_orientation(rgb.info.get("exif", b"")))
+    rgb = to_rgb(image)  # loads the file: what stands behind its pixels is in `info` after that; turns a TIFF
+    return _turn(rgb, exif_orientation(rgb.info.get("exif", b"")))
 
 
 def _turn(rgb: Image.Image, orientation: int) -> np.ndarray:

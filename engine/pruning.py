@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import checkpoint
 import fine_tuning
 from checkpoint import CheckpointInfo
-from config import load_config
+from config import check_image_size, load_config
 from datasets.class_names import released_columns
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
@@ -43,7 +43,6 @@ from distill.pruning.cut import channels_to_keep
 from distill.pruning.files import widths_text
 from engine.runtime.run_folder import write_text
 from engine.training.building import count_parameters
-from engine.training.checks import check_image_size
 from engine.training.splits import take
 from errors import ArgumentParser, UserError, expect, naming, run_script
 from layers.channel_groups import ChannelGroups, find_groups

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import models
 from checkpoint import CheckpointInfo
-from config import EvaluationConfig
+from config import EvaluationConfig, check_image_size
 from datasets.class_names import COCO, read_class_map
 from datasets.images import pillow_pixels, read_image
 from engine.evaluation.cross_dataset import evaluate_on_dataset
@@ -79,7 +79,8 @@ class Model:
         given = {"score_threshold": score, "iou_threshold": iou, "max_detections": max_detections}
         detection = self.info.evaluation.detection.changed(**given)
         detection.check(score="argument score", iou="argument iou", most="argument max_detections")
-        size = checked_size(self.image_size if image_size is None else image_size)
+        size = self.image_size if image_size is None else image_size
+        check_image_size("argument image_size", size)
         expect(batch_size >= 1, "argument batch_size", batch_size, "at least 1")
         opened = open_pictures(pictures)
         predictor = self._fused()
@@ -141,6 +142,8 @@ def evaluate(
                 settings[name] in expected, f"argument {name}", repr(settings[name]), f"one of {', '.join(expected)}"
             )
     evaluation = replace(model.info.evaluation, **settings)
+    size = model.image_size if image_size is None else image_size
+    check_image_size("argument image_size", size)
     names = {"score": "score_threshold", "iou": "iou_threshold", "most": "max_detections"}
     evaluation.detection.check(**{key: f"argument {name}" for key, name in names.items()})
     expect(evaluation.batch_size >= 1, "argument batch_size", evaluation.batch_size, "at least 1")
@@ -153,19 +156,13 @@ def evaluate(
         own_classes=model.info.classes,
         given=read_class_map(list(class_map)),
         with_difficult=evaluation.counts_difficult,
-        image_size=checked_size(model.image_size if image_size is None else image_size),
+        image_size=size,
         device=model.device,
         workers=workers,
         batch_size=evaluation.batch_size,
         **evaluation.arguments(),
     )
     return result
-
-
-def checked_size(size: int) -> int:
-    """The side of the model's input. UserError for a value out of range."""
-    expect(size >= 32 and size % 32 == 0, "argument image_size", size, "a multiple of 32")
-    return size
 
 
 def untrained(arch: str, classes: Sequence[str] | None, device: torch.device) -> Model:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import checkpoint
 import models
-from config import RANDOM, STUDENT, Config, DataConfig, GradientShare, PseudoBoxConfig, UnlabelledConfig
+from config import (
+    RANDOM,
+    STUDENT,
+    Config,
+    DataConfig,
+    GradientShare,
+    PseudoBoxConfig,
+    UnlabelledConfig,
+    check_image_size,
+)
 from distill.checks import check_terms
 from distill.terms import LOSSES
 from engine.runtime.run_folder import check_name
@@ -89,10 +98,6 @@ def check_numbers(config: Config, processes: int) -> None:
     for key in ("learning_rate", "backbone_factor"):
         value = getattr(optimizer, key)
         expect(math.isfinite(value) and value > 0, f"key 'optimizer.{key}'", value, "a number above 0")
-
-
-def check_image_size(what: str, size: int) -> None:
-    expect(size >= SIZE_MULTIPLE and size % SIZE_MULTIPLE == 0, what, size, f"a multiple of {SIZE_MULTIPLE}")
 
 
 def check_data(data: DataConfig) -> None:

@@ -81,6 +81,16 @@ def test_some_corners_among_sizes_are_refused(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["coco", "yolo"])
+def test_boxes_far_past_every_edge_are_no_corners(form, tmp_path):
+    """Some of them fit as corners by chance; of a file of corners nearly all do."""
+    wrong = [box if form == "coco" else as_fractions(box) for box in GOOD * 2]  # six leave their pictures
+    beyond = [(60, 10, 120, 40)] * 2  # no corners in any form
+    boxes = [in_form(form, box) for box in GOOD * 10 + beyond]
+    index = open_dataset(form, write_set(tmp_path, form, boxes + wrong), "all")
+    assert len(index) == 50
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo"])
 def test_boxes_that_are_not_cut_at_the_edge_are_no_corners(form, tmp_path):
     past = [
         (-12, 10, 30, 40),

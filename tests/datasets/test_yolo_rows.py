@@ -66,7 +66,8 @@ def test_without_kpt_shape_they_are_refused_or_dropped(make, shape, count):
 def test_keypoints_with_a_confidence_are_refused_too(make, n):
     """As a model predicts them: x, y and a share instead of a visibility."""
     rng = np.random.default_rng(n)
-    rows = [[*BOX, *(v for _ in range(n) for v in rng.uniform(0.3, 0.5, 3).round(4).tolist())] for _ in range(5)]
+    low, high = (0.3, 0.3, 0.8), (0.5, 0.5, 1.0)  # points in the box; shares that as coordinates lie beside it
+    rows = [[*BOX, *rng.uniform(low, high, (n, 3)).round(4).flatten().tolist()] for _ in range(5)]
     with pytest.raises(UserError, match=rf"{5 + 3 * n} columns in each of 5 rows: class, box and keypoints"):
         make(rows)
 
