@@ -114,7 +114,8 @@ class Search:
         shapes = list(dict.fromkeys(shape for draw in draws for shape in draw))[: file.search.ranked]
         for shape in shapes:
             scores = {epochs: self.score(teaching, shape, epochs) for epochs in (file.rungs[0], file.epochs)}
-            self.results[teaching].ranked.append(Ranked(shape, scores, self.proxies(shape)))
+            again = self.score(teaching, shape, file.epochs, file.seed + 1) if file.search.ranked_again else None
+            self.results[teaching].ranked.append(Ranked(shape, scores, self.proxies(shape), again))
 
     def proxies(self, shape: Shape) -> dict[str, float]:
         """What is known of a shape before its training."""
@@ -132,16 +133,17 @@ class Search:
             "GFLOPs": self.space.flops(shape) / 1e9,
         }
 
-    def config_of(self, teaching: Teaching, shape: Shape, epochs: int) -> Config:
-        """The config of a training."""
+    def config_of(self, teaching: Teaching, shape: Shape, epochs: int, seed: int | None = None) -> Config:
+        """The config of a training; seed: the file's if None."""
         shared = only_config(self.file)
         if teaching == "labels":
             shared = dataclasses.replace(shared, teachers=(), terms=())
         return dataclasses.replace(
             shared,
-            name=f"{teaching}_{shape.name}_{epochs}",
+            name=f"{teaching}_{shape.name}_{epochs}" + ("" if seed is None else f"_seed{seed}"),
             runs=str(self.file.folder / "runs"),
             epochs=epochs,
+            seed=shared.seed if seed is None else seed,
             student=dataclasses.replace(shared.student, widths=str(self.widths_of(shape))),
         )
 
@@ -149,9 +151,9 @@ class Search:
         """Its file of widths, which its first training writes."""
         return self.file.folder / "shapes" / f"{shape.name}.yaml"
 
-    def score(self, teaching: Teaching, shape: Shape, epochs: int) -> float:
+    def score(self, teaching: Teaching, shape: Shape, epochs: int, seed: int | None = None) -> float:
         """The score of a shape after these epochs, read from its run or trained now; 0 if that failed."""
-        config, failures = self.config_of(teaching, shape, epochs), self.results[teaching].failures
+        config, failures = self.config_of(teaching, shape, epochs, seed), self.results[teaching].failures
         if config.name in failures:
             return 0.0
         if is_new := config.name not in self.reports:

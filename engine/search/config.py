@@ -47,6 +47,7 @@ class SearchConfig:
     population: int = 4  # of evolution: as many of its shapes are drawn at random, and as many are alive
     tournament: int = 2  # of evolution: the number of shapes of which the best is the parent
     ranked: int = 12  # random shapes that are trained in full, for Kendall's tau
+    ranked_again: bool = False  # train these once more, with the next seed: how far the noise of a training lets tau go
     on: tuple[Teaching, ...] = ()  # what the shapes learn from; none: the teachers, if there are any
 
 

@@ -31,11 +31,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A shape that was trained in full. scores: by the epochs of the trainings. proxies: by their names."""
+    """A shape that was trained in full. scores: by the epochs of the trainings. proxies: by their names.
+
+    again: the score after all epochs with another seed, None without such a training.
+    """
 
     shape: Shape
     scores: dict[int, float]
     proxies: dict[str, float]
+    again: float | None = None
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Results:
     failures: dict[str, str] = field(default_factory=dict)  # by the name of a run
 
     def taus(self) -> dict[str, float | None]:
-        """Kendall's tau of each proxy and each short training with the full training of the ranked shapes."""
+        """Kendall's tau with the full training of the ranked shapes, of each proxy, short training and other seed."""
         if not self.ranked:
             return {}
         full = max(self.ranked[0].scores)
@@ -56,6 +60,9 @@ class Results:
         columns = {name: [ranked.proxies[name] for ranked in self.ranked] for name in proxies}
         for epochs in sorted(self.ranked[0].scores)[:-1]:
             columns[f"{epochs} epochs"] = [r.scores[epochs] for r in self.ranked]
+        again = [r.again for r in self.ranked if r.again is not None]
+        if len(again) == len(self.ranked):
+            columns["another seed"] = again
         return {name: kendall_tau(np.array(values), scores) for name, values in columns.items()}
 
     def best(self) -> tuple[Shape, float]:
@@ -75,9 +82,9 @@ def markdown(file: SearchFile, space: Space, results: dict[Teaching, Results], o
         f"Shapes of {file.student.arch} between {space.low / 1e9:.3f} and {space.high / 1e9:.3f} GFLOPs at "
         f"{file.image_size} px ({100 * search.flops:g} % of its own is the limit), chosen by {rule.metric} on "
         f"`{file.data.test}` of {file.data.format} data, batch {file.batch_size}. Each search trains {trainings} "
-        f"(shapes x epochs). All trainings have seed {file.seed}; mean ± sample standard deviation over "
-        f"{rule.seeds} draws of shapes. The best of many is chosen and measured on the same pictures, so its score is "
-        f"too high; `scaled` is one shape, not chosen. {machine}",
+        f"(shapes x epochs). Trainings have seed {file.seed} where no other is named; mean ± sample standard deviation "
+        f"over {rule.seeds} draws of shapes. The best of many is chosen and measured on the same pictures, so its "
+        f"score is too high; `scaled` is one shape, not chosen. {machine}",
     ]
     for teaching, result in results.items():
         lines += ["", f"## {teaching}", "", *found_lines(file, result, origin)]
@@ -138,11 +145,16 @@ def differences(result: Results) -> list[tuple[str, str, np.ndarray]]:
 def ranked_lines(file: SearchFile, result: Results) -> list[str]:
     first, full, metric = result.ranked[0], file.epochs, file.decide.metric
     short = [epochs for epochs in sorted(first.scores) if epochs != full]
-    columns = [*first.proxies, *(f"{metric}, {epochs} epochs" for epochs in (*short, full))]
+    another_seed = [f"{metric}, {full} epochs, seed {file.seed + 1}"] if first.again is not None else []
+    columns = [*first.proxies, *(f"{metric}, {epochs} epochs" for epochs in short), *another_seed]
+    columns.append(f"{metric}, {full} epochs")
     lines = [f"| random shape | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for ranked in sorted(result.ranked, key=lambda ranked: -ranked.scores[full]):
         numbers = [f"{value:.4g}" for value in ranked.proxies.values()]
-        numbers += [f"{ranked.scores[epochs]:.3f}" for epochs in (*short, full)]
+        scores = [ranked.scores[epochs] for epochs in short] + [ranked.scores[full]]
+        if ranked.again is not None:
+            scores.insert(-1, ranked.again)
+        numbers += [f"{score:.3f}" for score in scores]
         lines.append(f"| {ranked.shape.name} | {' | '.join(numbers)} |")
     taus = ["-" if tau is None else f"{tau:+.2f}" for tau in result.taus().values()]
     lines.append(f"| **Kendall's tau with {full} epochs** | {' | '.join(taus)} | |")
@@ -197,7 +209,12 @@ def result_tree(file: SearchFile, space: Space, result: Results) -> dict[str, An
             for name, against, values in differences(result)
         ],
         "ranked": [
-            {"shape": r.shape.name, "scores": {str(e): s for e, s in r.scores.items()}, "proxies": r.proxies}
+            {
+                "shape": r.shape.name,
+                "scores": {str(e): s for e, s in r.scores.items()},
+                "another_seed": r.again,
+                "proxies": r.proxies,
+            }
             for r in result.ranked
         ],
         "tau": result.taus(),

@@ -55,6 +55,7 @@ def trained(monkeypatch):
         folder.config.write_text(dump_yaml(to_tree(config)))
         score = zlib.crc32(Path(config.student.widths).read_bytes()) % 97 / 100
         score += 0.001 * config.epochs + (0.1 if config.terms else 0)
+        score = 1 - score if config.seed else score  # another seed reverses the order
         report = {"test": {"mAP50-95": score}, "seconds": 60.0, "device": "cpu", "threads": 1}
         folder.report.write_text(json.dumps(report))
         return report
@@ -108,6 +109,19 @@ def test_killed_and_given_again_it_chooses_the_same(write, trained, monkeypatch,
     assert "If the order of 3 shapes were random, |tau| would stay below 1.25 in about 95 % of cases." in text
     assert "**Kendall's tau with 3 epochs**" in text and "| evolution | random | 2 |" in text
     assert "written: " in capsys.readouterr().out
+
+
+def test_ranked_shapes_are_trained_again_with_the_next_seed(write, trained, tmp_path):
+    main([str(write({"ranked_again": True}))])
+    labels = json.loads(read(tmp_path, "search.json"))["results"]["labels"]
+    assert sum(name.endswith("_3_seed1") for name in trained) == len(labels["ranked"]) == 3
+    for ranked in labels["ranked"]:
+        assert ranked["another_seed"] == pytest.approx(1 - ranked["scores"]["3"])
+    assert labels["tau"]["another seed"] == -1 and list(labels["tau"])[-1] == "another seed"
+    header = next(line for line in read(tmp_path, "search.md").splitlines() if line.startswith("| random shape"))
+    assert header.endswith("| mAP, 1 epochs | mAP, 3 epochs, seed 1 | mAP, 3 epochs |")
+    row = next(line for line in read(tmp_path, "search.md").splitlines() if "Kendall's tau with 3" in line)
+    assert row.endswith("| +1.00 | -1.00 | |")
 
 
 def test_labels_and_distillation_have_searches_of_their_own(write, trained, tmp_path):
