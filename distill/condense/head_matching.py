@@ -50,6 +50,7 @@ from errors import UserError
 
 Features = Callable[[Tensor], list[Tensor]]
 """Images (B, 3, S, S) in [0, 1] -> h for each group (B, A_g, D_g + 1), differentiable."""
+SMALLEST_SINGULAR_VALUE = 1e-6  # of the largest; below it is rounding, since features are float32
 CURVATURE = "curvature"  # the algorithm above; the other distances are in DISTANCES
 
 
@@ -219,11 +220,17 @@ def cosine_distance(s: Head, r: Head) -> Tensor:
 
 
 def orthogonal_distance(s: Head, r: Head) -> Tensor:
-    """The mean over groups of 1 - <U_s V_s^T, U_r V_r^T> / K, the gradients (K, D_g + 1) with singular values of 1."""
+    """The mean over groups of 1 - <U_s V_s^T, U_r V_r^T> / K, the gradients (K, D_g + 1) with singular values of 1.
+
+    Singular values that are 0 stay 0. Two classes without an object in the set have equal rows at a head that does not
+    tell them apart, whatever the pixels: their difference has no direction, and gets no gradient.
+    """
 
     def orthogonal(x: Tensor) -> Tensor:
-        u, _, vh = torch.linalg.svd(x, full_matrices=False)
-        return u @ vh
+        basis, sizes, _ = torch.linalg.svd(x.detach(), full_matrices=False)
+        basis = basis[:, sizes > SMALLEST_SINGULAR_VALUE * sizes[0]]  # (K, rank)
+        u, _, vh = torch.linalg.svd(basis.T @ x, full_matrices=False)  # of full rank: its derivative is finite
+        return basis @ u @ vh
 
     return torch.stack([1 - (orthogonal(a) * orthogonal(b)).sum() / min(a.shape) for a, b in zip(s, r)]).mean()
 

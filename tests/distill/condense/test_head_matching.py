@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -297,6 +298,44 @@ def test_a_set_is_at_no_distance_from_itself(kind):
     assert DISTANCES[kind](s, turned).item() == pytest.approx({"squared": 4}.get(kind, 2))
     scaled = [3 * x for x in s]
     assert (DISTANCES[kind](scaled, s).item() < 1e-12) == (kind != "squared")
+
+
+def test_classes_that_a_set_lacks_do_not_swamp_its_orthogonal_gradient():
+    """Of four classes two have no object: their rows of s are equal, one singular value is 0. By finite differences of
+    numpy, which knows that one row of sqrt(2) times the length stands for both."""
+    pictures, objects = tiny_scene(3, SIZE)
+    real_images, real_objects = tiny_scene(8, SIZE, seed=1)
+    real_objects = replace(real_objects, labels=torch.arange(len(real_objects)) % 4)
+    on_grid = dict(num_classes=4)
+    real = HeadData(
+        features(real_images), [y.double() for y in location_targets(GRID, real_objects, count=8, **on_grid)]
+    )
+    settings = HeadSettings(optimizer="sgd", momentum=0, learning_rate=1e-4, distance="orthogonal", pool=1)
+    synthetic = SyntheticSet(pictures, objects)
+    matching = HeadMatching(synthetic, settings=settings, features=features, grid=GRID, real=real)
+    matching._targets = [y.double() for y in matching._targets]
+    report = matching.step()
+    got = (pictures - synthetic.pixels.detach()) * 1e4
+
+    fresh = GRID.fresh_head(real.widths, 4)
+    merge = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5**0.5, 0.5**0.5]])
+    wanted = [polar(r.numpy()) for r in head_loss(fresh, real)[1]]
+
+    def distance(pixels: Tensor) -> float:
+        data = HeadData(features(pixels), location_targets(GRID, objects, count=3, **on_grid))
+        rows = [merge @ s.numpy() for s in head_loss(fresh, data)[1]]
+        return float(np.mean([1 - (polar(s) * (merge @ r)).sum() / 4 for s, r in zip(rows, wanted)]))
+
+    assert report.distance == pytest.approx(distance(pictures), abs=1e-6)
+    direction = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    slope = (distance(pictures + 1e-5 * direction) - distance(pictures - 1e-5 * direction)) / 2e-5
+    assert (got * direction).sum().item() == pytest.approx(slope, rel=1e-3)
+
+
+def polar(x: np.ndarray) -> np.ndarray:
+    """U V^T."""
+    u, _, vh = np.linalg.svd(x, full_matrices=False)
+    return u @ vh
 
 
 @pytest.mark.parametrize("kind", [CURVATURE, "cosine"])
