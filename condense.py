@@ -10,7 +10,8 @@ Examples:
 
 engine/condensing/config.py lists the methods and all keys of `condense`. The result is a YOLO dataset
 (engine/condensing/set_files.py), by default in the folder where compare.py expects it:
-<runs>/<name>/sets/<method>_<pictures>_seed<seed>_<hash of the settings>. A finished set is not made again.
+<runs>/<name>/sets/<method>_<pictures>_seed<seed>_<hash of the settings>. A finished set is not made again; it is
+refused if the labels or the trained network that it is from have changed.
 
 Methods that learn pixels (gradient_matching, linear_head) draw them in <folder>.part/steps as they change. Stop one
 with Ctrl-C and give the same command again to continue; the result has the same bytes as that of a run without a stop.
@@ -43,7 +44,7 @@ from engine.comparison.study import StudyFile, load_study, sets_folder, task_of
 from engine.condensing.config import Task
 from engine.condensing.frozen_backbone import FrozenBackbone
 from engine.condensing.methods import Layout, check_network, first_layout, load_network
-from engine.condensing.real_pictures import RealPictures
+from engine.condensing.real_pictures import RealPictures, open_source
 from engine.condensing.set_files import (
     DECODED,
     STORED,
@@ -61,7 +62,7 @@ from engine.runtime.processes import choose_device
 from engine.runtime.progress import Progress
 from engine.training.batch_norms import norm_of_one_value
 from engine.training.exits import is_out_of_memory
-from engine.training.inputs import weights_named
+from engine.training.inputs import Inputs, weights_named
 from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, naming, run_script
 from random_streams import Stream, seeded_generator
 from structures import Targets
@@ -111,6 +112,7 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
     manifest = read_manifest(folder)
     if manifest is not None:
         refuse_other(manifest["settings"], task, folder)
+        refuse_changed(manifest.get("inputs"), open_source(task.data)[1] | weights_of(task), folder)
         progress.say(f"made before: {folder}")
         return manifest
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -123,12 +125,13 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
     check_network(task)
     real = RealPictures(task.data, task.image_size)
     network = load_network(task, real.index.names, where) if task.needs_network else None
+    inputs = real.inputs | weights_of(task)
     with claims.take(folder) as claim, StopSignals() as stop:
         try:
             if (manifest := read_manifest(folder)) is not None:
                 progress.say(f"made by another process: {folder}")
                 return manifest
-            return make(Job(task, folder, real, network, where, progress, stop, claim))
+            return make(Job(task, folder, real, network, inputs, where, progress, stop, claim))
         except StopRequested:
             print(f"stopped, saved in {part}; give the same command to continue", flush=True)
             raise SystemExit(stop.exit_code) from None
@@ -148,6 +151,23 @@ def refuse_other(settings: dict[str, Any], task: Task, folder: Path) -> None:
         raise UserError(f"{found}; give another --output or name, or remove it")
 
 
+def weights_of(task: Task) -> Inputs:
+    """The digest of the trained network's file, if the set needs one."""
+    return weights_named([task.condense.network.weights]) if task.needs_network else {}
+
+
+def refuse_changed(before: Inputs | None, now: Inputs, folder: Path) -> None:
+    """UserError if labels or weights are not those that a set was begun with, wherever they lie.
+
+    before: None for a set that is older than these digests.
+    """
+    for name, digest in now.items():
+        if before is not None and digest not in before.values():
+            raise UserError(
+                f"{folder}: the {name} are not those of this set; give another --output or name, or remove it"
+            )
+
+
 @dataclass(frozen=True)
 class Job:
     """A set in the making. network: the trained one, if its method needs one. claim: on the folder."""
@@ -156,6 +176,7 @@ class Job:
     folder: Path
     real: RealPictures
     network: nn.Module | None
+    inputs: Inputs
     device: torch.device
     progress: Progress
     stop: StopSignals
@@ -195,7 +216,7 @@ def make(job: Job) -> dict[str, Any]:
         "source": {"format": real.place[0], "root": real.place[1], "split": real.place[2], "pictures": len(real)},
         "source_pictures": list(layout.sources),
         "ignored_objects_left_out": real.ignored,
-        "inputs": real.inputs | ({} if job.network is None else weights_named([c.network.weights])),
+        "inputs": job.inputs,
         "seconds": cost.seconds,
         "peak_gigabytes": cost.gigabytes,
         "device": str(job.device),
@@ -300,6 +321,7 @@ def learn(job: Job, learner: GradientMatching | HeadMatching, layout: Layout, co
 
     if state_file.is_file():
         state = checkpoint.load_newest(state_file, progress.say)
+        refuse_changed(state.get("inputs"), job.inputs, part)
         learner.load_state_dict(state["learner"])
         rows = state["rows"]
         cost.add(state["seconds"], state["gigabytes"])
@@ -308,7 +330,7 @@ def learn(job: Job, learner: GradientMatching | HeadMatching, layout: Layout, co
 
     def save() -> None:
         job.claim.check()
-        state = {"step": learner.steps_done, "learner": learner.state_dict(), "rows": rows}
+        state = {"step": learner.steps_done, "learner": learner.state_dict(), "rows": rows, "inputs": job.inputs}
         state |= {"seconds": cost.seconds, "gigabytes": cost.gigabytes}
         checkpoint.save(state_file, state, keep_previous=True)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import get_args
@@ -244,6 +245,11 @@ def test_draws_differ_by_seed_and_smaller_ones_are_part_of_larger_ones(make):
         ({"method": "linear_head", "head": {"distance": "mse"}}, [], r"head.distance': found 'mse', expected one of"),
         ({"method": "linear_head", "head": {"ridge": 0.0}}, [], r"condense.head': .* a ridge above 0"),
         ({"method": "linear_head", "head": {"optimizer": "adm"}}, [], r"condense.head': pixel optimizer 'adm'"),
+        ({"method": "linear_head", "head": {"total_variation": -1}}, [], r"head.total_variation': found -1"),
+        ({"method": "linear_head", "head": {"momentum": 1}}, [], r"condense.head': momentum 1.0"),
+        ({"method": "gradient_matching", "matching": {"pictures_per_step": -1}}, [], r"pictures_per_step of 0 or more"),
+        ({"method": "gradient_matching", "matching": {"pool": {"gradient_clip": -1}}}, [], r"gradient_clip above 0"),
+        ({"method": "gradient_matching"}, ["image_size=100"], r"key 'image_size': found 100, expected a mul"),
         ({"method": "random"}, ["--seed", "1"], r"argument --seed: expected --row"),
         ({"method": "random"}, ["--row", "full"], r"expected a teacher and a term|argument --row"),
         ({"method": "random"}, ["device=gpu"], r"key 'device': found 'gpu'"),
@@ -340,6 +346,43 @@ def test_stopped_and_gone_on_with_ends_with_the_same_bytes(method, make, tmp_pat
     assert files(make(method, 2, "parts", **section)) == files(whole) and done == [3]
     assert sorted(p.name for p in (whole / "steps").iterdir()) == ["000000.png", "000002.png", "000004.png"]
     assert len((whole / "steps.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("method", LEARNT)
+def test_another_source_or_network_under_the_same_name_makes_another_set(
+    method, make, real, network, tmp_path, monkeypatch
+):
+    """A finished set is not passed off as theirs, and a stopped one does not go on with them."""
+    shutil.copytree(real, tmp_path / "real")
+    shutil.copy(network, tmp_path / "network.pt")
+    common = {"network": {"weights": str(tmp_path / "network.pt")}}
+    root = f"data.root={tmp_path / 'real'}"
+    done = make(method, 2, "done", **common)
+    make(method, 2, "done", root, **common)  # the same labels at another place
+
+    def stop(*_, **__):
+        save(*_, **__)
+        raise KeyboardInterrupt
+
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(method, 2, "stopped", root, save_every_steps=1, **common)
+    monkeypatch.setattr(checkpoint, "save", save)
+    labels = tmp_path / "real" / "labels" / "train" / "r00.txt"
+    for change in ("labels", "weights"):
+        if change == "labels":
+            before = labels.read_text()
+            labels.write_text("0 0.5 0.5 0.5 0.5\n")
+        elif method == "linear_head":
+            save(tmp_path / "network.pt", checkpoint.load(network) | {"epoch": 2})
+        else:
+            break  # it reads no network
+        for folder in ("done", "stopped"):
+            with pytest.raises(UserError, match=rf"{folder}(.part)?: the {change} .* are not those of this set; give"):
+                make(method, 2, folder, root, save_every_steps=1, **common)
+        labels.write_text(before)
+    assert manifest(done)["inputs"]
 
 
 @pytest.mark.parametrize("method", LEARNT)

@@ -124,8 +124,10 @@ class GradientMatching:
         draw_real: RealBatch,
         draw_augmentation: DrawAugmentation | None = None,
     ) -> None:
-        if settings.real_batches < 1 or settings.pictures_at_once < 1:
-            raise ValueError(f"{settings}: expected real_batches and pictures_at_once of 1 or more")
+        if min(settings.real_batches, settings.pictures_at_once) < 1 or settings.pictures_per_step < 0:
+            raise ValueError(
+                f"{settings}: expected real_batches and pictures_at_once of 1 or more, pictures_per_step of 0 or more"
+            )
         self.synthetic, self.settings, self.steps_done = synthetic, settings, 0
         self._draw_real, self._draw_augmentation = draw_real, draw_augmentation
         self.pool = NetworkPool(

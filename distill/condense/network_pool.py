@@ -83,6 +83,8 @@ class NetworkPool:
         s = settings
         if s.networks < 1 or min(s.first_steps, s.steps_between) < 0:
             raise ValueError(f"{s}: expected at least one network, and steps of 0 or more")
+        if not (s.learning_rate >= 0 and 0 <= s.momentum < 1 and s.gradient_clip > 0):
+            raise ValueError(f"{s}: expected a learning_rate of 0 or more, momentum in [0, 1), gradient_clip above 0")
         if s.normalization not in ("batch", "group"):
             raise UserError(f"pool.normalization: found {s.normalization!r}, expected batch or group")
         self.settings, self.seed, self.device = s, seed, device

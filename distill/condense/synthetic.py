@@ -243,6 +243,8 @@ class PixelOptimizer:
     def __init__(self, synthetic: SyntheticSet, *, name: str, learning_rate: float, momentum: float) -> None:
         self._rows = list(synthetic.pixels.detach().unbind(0))  # views: they share its memory
         self._is_normalized = name == "normalized"
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum {momentum}: expected 0 <= momentum < 1")
         self._optimizer: torch.optim.Optimizer
         if name == "sgd":
             self._optimizer = torch.optim.SGD(self._rows, lr=learning_rate, momentum=momentum)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from config import AugmentConfig, DataConfig, from_tree, to_tree
+from config import AugmentConfig, DataConfig, check_image_size, from_tree, to_tree
 from distill.condense.gradient_distance import DISTANCES
 from distill.condense.gradient_matching import MatchingSettings
 from distill.condense.head_matching import CURVATURE, HeadSettings
@@ -182,6 +182,7 @@ class Task:
     def check(self) -> None:
         """UserError for every mistake in the settings."""
         c = self.condense
+        check_image_size("key 'image_size'", self.image_size)
         expect(c.pictures >= 1, "key 'condense.pictures'", c.pictures, "at least 1")
         where, size = "key 'condense.formation'", self.image_size
         is_pair = len(c.formation) == 2 and all(1 <= side <= size for side in c.formation)
@@ -211,6 +212,8 @@ class Task:
         ):
             where, steps, distance = f"condense.{name}", learning.steps, learning.distance
             expect(steps >= 0, f"key '{where}.steps'", steps, "a number, or 0 for none")
+            weight = learning.total_variation
+            expect(weight >= 0, f"key '{where}.total_variation'", weight, "a weight, or 0 for none")
             expect(distance in distances, f"key '{where}.distance'", repr(distance), f"one of {', '.join(distances)}")
 
     def check_source(self, count: int) -> None:

@@ -8,14 +8,21 @@ from torch import Tensor
 
 from boxes import clip_boxes
 from config import DataConfig
+from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
 from datasets.open import open_dataset, require_objects
 from datasets.scan import check, scan
 from distill.condense import coresets
-from engine.training.inputs import digest_of_labels, labels_of
+from engine.training.inputs import Inputs, digest_of_labels, labels_of
 from engine.training.splits import DECODE_AT_MOST, take
 from errors import UserError
 from structures import Targets
+
+
+def open_source(data: DataConfig) -> tuple[DatasetIndex, Inputs]:
+    """The index of the training pictures, and the digest of their labels."""
+    index = open_dataset(*data.train_place, classes=data.classes)
+    return index, {labels_of(data.train_place, data): digest_of_labels(index)}
 
 
 class RealPictures:
@@ -23,8 +30,7 @@ class RealPictures:
 
     def __init__(self, data: DataConfig, image_size: int) -> None:
         place = data.train_place
-        index = open_dataset(*place, classes=data.classes)
-        self.inputs = {labels_of(place, data): digest_of_labels(index)}
+        index, self.inputs = open_source(data)
         if 0 < data.max_samples < len(index):
             index = take(index, data.max_samples)
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
