@@ -44,13 +44,14 @@ from engine.runtime.interruption import StopRequested, StopSignals
 from engine.runtime.processes import Processes, averaging, keep_freed_memory
 from engine.runtime.progress import Progress, ScalarLog
 from engine.runtime.run_folder import RunFolder
-from engine.training.building import TrainingSetup, build, describe_setup, with_published_settings
+from engine.training.building import TrainingSetup, describe_setup, with_published_settings
 from engine.training.dry_run import dry_run
 from engine.training.exits import check_finite, exit_codes
 from engine.training.idle_terms import without_idle_terms
 from engine.training.int8 import move_ranges
 from engine.training.reporting import finish, finish_epoch, measure_start
-from engine.training.saving import how_to_go_on, load_saved, open_folder, restore, save
+from engine.training.saving import how_to_go_on, save
+from engine.training.starting import resume_run, start_run
 from engine.training.state import TrainingState
 from engine.training.step import augment_batch, detection_losses, set_learning_rates
 from errors import UserError, run_script
@@ -182,43 +183,33 @@ def run(
     keep_freed_memory()
     active, idle = without_idle_terms(with_published_settings(config))
     unneeded = {teacher.name for teacher in config.teachers} - {teacher.name for teacher in active.teachers}
-    teachers = {name: model for name, model in (teachers or {}).items() if name not in unneeded}
-    config, processes = active, Processes(config.device)
+    given = {name: model for name, model in (teachers or {}).items() if name not in unneeded}
+    processes = Processes(config.device)
     progress = Progress(quiet=quiet or not processes.is_first, mark=config.plumbing)
     if idle:
         progress.say(idle)
-    saved, folder, state = None, None, TrainingState()
+    folder = run_folder.find(Path(config.runs) / config.name) if resume else None
     with exit_codes(), processes, StopSignals() as stop, contextlib.ExitStack() as held:
         try:
-            if resume:
-                folder = run_folder.find(Path(config.runs) / config.name)
-                if processes.is_first and claim is None:
-                    claim = held.enter_context(claims.take(folder.path))
-                processes.from_first(None)  # the others wait for the claim: nobody else writes the checkpoint now
-                saved = load_saved(folder, config, allow_change, progress.say)
-            setup = build(config, processes, teachers, progress.say, saved and saved["model"])
-            if folder is not None and saved is not None:
-                # Before anything is written: it may refuse.
-                state = restore(setup, saved, folder, progress, allow_change)
-            if processes.is_first:
-                folder, config, setup.claim = open_folder(folder, config, claim)
-                if setup.claim is not claim:
-                    held.enter_context(setup.claim)
-            folder, setup.config = processes.from_first((folder, config))
+            if folder is None:
+                setup, state, folder = start_run(active, processes, given, progress, claim, held)
+            else:
+                setup, state = resume_run(folder, active, processes, given, progress, allow_change, claim, held)
             if processes.is_first:
                 for role, report in setup.splits.reports.items():
                     report.write(folder.path / "dataset" / role)
             progress.say(f"{folder.path}: {describe_setup(setup)}")
-            if saved is None:
+            if not resume:
                 measure_start(setup, state, progress)
-            if state.is_over(config):
+            if state.is_over(setup.config):
                 progress.say(f"{config.epochs} of {config.epochs} epochs are done: only the last evaluation is left")
             train(setup, state, folder, progress, stop, on_epoch)
             return finish(setup, state, folder, progress)
         except (StopRequested, LoaderProcessDied) as error:
+            # A signal to the whole process group ends the loader's processes as well. Without one, it is an error.
             if isinstance(error, LoaderProcessDied) and stop.received is None:
                 raise
-            if processes.is_first:  # a signal to the whole process group has ended the loader's processes as well
+            if processes.is_first:
                 print(how_to_go_on(folder), flush=True)
             raise SystemExit(stop.exit_code) from None
 

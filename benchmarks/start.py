@@ -34,12 +34,12 @@ def measure(source: str, overrides: list[str]) -> dict[str, float]:
     from config import load_config
     from engine.runtime.processes import Processes
     from engine.runtime.run_folder import RunFolder
-    from engine.training.building import with_published_settings
+    from engine.training.building import build, with_published_settings
     from engine.training.state import TrainingState
 
     end("import train")
     config = with_published_settings(load_config(source, overrides))
-    setup = train.build(config, Processes(config.device), None, lambda line: None)
+    setup = build(config, Processes(config.device), None, lambda line: None)
     end("read the set, build the models")
     setup.learner.train()
     batches = [next(iter(setup.loader.epoch(0)))]

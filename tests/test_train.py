@@ -15,7 +15,7 @@ from config import load_config
 from engine.drawing.predictions import TILE
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes, choose_device, use_bfloat16
-from engine.training import building, reporting, run_pictures, step
+from engine.training import building, reporting, run_pictures, starting, step
 from engine.training.dry_run import losses_of_batch
 from engine.training.optimization import Ema
 from engine.training.splits import open_splits
@@ -226,7 +226,7 @@ def test_accumulated_gradient(make_tiny, monkeypatch, sum_over_batch):
     expected = {name: parameter.grad.clone() for name, parameter in parts.student.named_parameters()}
 
     seen = {}
-    build = train.build
+    build = starting.build
 
     def spy(*args):
         parts = build(*args)
@@ -239,7 +239,7 @@ def test_accumulated_gradient(make_tiny, monkeypatch, sum_over_batch):
         parts.optimizer.step = record
         return parts
 
-    monkeypatch.setattr(train, "build", spy)
+    monkeypatch.setattr(starting, "build", spy)
     train.run(config, quiet=True)
     assert [len(batch) for batch in parts.loader.epoch(0)] == [16, 8]
     for name, gradient in expected.items():
@@ -250,7 +250,7 @@ def test_gradient_is_clipped(make_tiny, monkeypatch):
     config = make_tiny(epochs=1, optimizer={"clip_norm": 0.5})
     norms = []
     update = Ema.update
-    build = train.build
+    build = starting.build
 
     def spy(*args):
         parts = build(*args)
@@ -263,7 +263,7 @@ def test_gradient_is_clipped(make_tiny, monkeypatch):
         parts.optimizer.step = record
         return parts
 
-    monkeypatch.setattr(train, "build", spy)
+    monkeypatch.setattr(starting, "build", spy)
     monkeypatch.setattr(Ema, "update", update)
     train.run(config, quiet=True)
     assert norms == [pytest.approx(0.5, rel=1e-3)] * 3

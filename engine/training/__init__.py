@@ -11,13 +11,14 @@ teaching      builds the frozen teachers, and computes their outputs for a batch
 batch_norms   finds batches that are too small for BatchNorm
 optimization  parameter groups, the choice of an optimizer, schedules, the running mean of the weights
 optimizers    SGD and AdamW
+starting      a new run in its folder, or one that is restored from last.pt
 step          augmentation, the student's own losses, learning rates
 int8          a student that is fine-tuned for int8
 dry_run       the losses and gradients of one batch, printed
 flops         what a training step costs, counted from a config
 balance       the distillation terms compared with the detection loss
 state         how far a run is, and which keys may differ when it is resumed
-saving        last.pt: written and restored
+saving        writes last.pt and the weights to hand on
 reporting     the row of an epoch, the best weights, the final test
 exits         errors of PyTorch and numbers not finite, which end a run
 run_pictures  pictures of detections and of the compared maps

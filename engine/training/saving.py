@@ -1,21 +1,14 @@
-"""The checkpoint of a run: how it is written, how a run is restored from it, and how to go on after a stop."""
+"""Writes the checkpoint of a run, its best and its last weights, and says how to go on after a stop."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import checkpoint
-from config import Config
-from engine.runtime import run_folder
-from engine.runtime.claims import Claim
 from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import TrainingSetup, machine_facts
-from engine.training.inputs import inputs_of_resumed
-from engine.training.state import TrainingState, describe_model, refuse_changes
+from engine.training.state import TrainingState, describe_model
 from errors import DISK_EXIT_CODE, UserError
-
-RESUMED_KEYS = ("config", "position", "model", "ema", "optimizer", "criterion", "data", "machine")
 
 
 def save(setup: TrainingSetup, state: TrainingState, folder: RunFolder) -> None:
@@ -72,56 +65,6 @@ def describe_student(setup: TrainingSetup, epoch: int, step: int) -> dict[str, A
     """What checkpoint.save_student needs."""
     described = describe_model(setup.config, setup.splits.names)
     return described | {"epoch": epoch, "step": step, "ema": setup.ema.model.state_dict()}
-
-
-def load_saved(
-    folder: RunFolder, config: Config, allow_change: tuple[str, ...], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """The newest checkpoint of a run that goes on with this config. UserError for a key that may not differ."""
-    saved = checkpoint.load_newest(folder.last, say)
-    checkpoint.require_keys(saved, RESUMED_KEYS, folder.last)
-    refuse_changes(saved["config"], config, allow_change, str(folder.path))
-    return saved
-
-
-def restore(
-    setup: TrainingSetup,
-    saved: dict[str, Any],
-    folder: RunFolder,
-    progress: Progress,
-    allow_change: tuple[str, ...] = (),
-) -> TrainingState:
-    """Load the models and the optimizer from a checkpoint of this run, and return its state."""
-    if saved["data"] != setup.data:
-        raise UserError(f"{folder.path}: the training pictures or labels are not those that the run started with")
-    before, data = saved.get("inputs", {}), setup.config.data
-    setup.inputs = inputs_of_resumed(before, setup.inputs, data, allow_change, str(folder.path))
-    for key, value in machine_facts(setup).items():
-        if saved["machine"][key] != value:
-            progress.say(
-                f"resuming with {key} {value}, before {saved['machine'][key]}: the bytes may differ from then on"
-            )
-    checkpoint.load_state(setup.student, saved["model"], folder.last)
-    checkpoint.load_state(setup.ema.model, saved["ema"], folder.last)
-    checkpoint.load_state(setup.criterion, saved["criterion"], folder.last)
-    try:
-        setup.optimizer.load_state_dict(saved["optimizer"])
-    except ValueError as error:  # a change that was allowed
-        raise UserError(f"{folder.path}: {error}; the run cannot go on with this change") from None
-    return TrainingState(**saved["position"])
-
-
-def open_folder(folder: RunFolder | None, config: Config, claim: Claim | None) -> tuple[RunFolder, Config, Claim]:
-    """The folder of a resumed run with its config, written anew; or a new folder, and the config under its name.
-
-    claim: the one on the folder that is held already; a resumed run has one. It is returned, or that on a new folder.
-    """
-    if folder is None:
-        return run_folder.create(config, claim)
-    assert claim is not None
-    folder.remove_stale()
-    run_folder.write_config(folder, config)
-    return folder, config, claim
 
 
 def how_to_go_on(folder: RunFolder | None) -> str:

@@ -21,6 +21,7 @@ import predict
 import train
 from config import Config
 from datasets import scan
+from engine.training import starting
 from engine.training.optimization import Ema
 from tests.conftest import ROOT
 from tests.faults.matrix import Case, Outcome, refusal
@@ -170,14 +171,14 @@ def spoil_term(name: str) -> Callable[[pytest.MonkeyPatch, float], None]:
 
 def spoil_setup(change: Callable[[Any, float], None]) -> Callable[[pytest.MonkeyPatch, float], None]:
     def spoil(patch: pytest.MonkeyPatch, value: float) -> None:
-        build = train.build
+        build = starting.build
 
         def built(*args: Any) -> Any:
             setup = build(*args)
             change(setup, value)
             return setup
 
-        patch.setattr(train, "build", built)
+        patch.setattr(starting, "build", built)
 
     return spoil
 
@@ -200,8 +201,8 @@ def spoil_weights(patch: pytest.MonkeyPatch, value: float) -> None:
             with torch.no_grad():
                 next(setups[-1].student.parameters()).fill_(value)
 
-    build, setups = train.build, []
-    patch.setattr(train, "build", lambda *args: setups.append(build(*args)) or setups[-1])
+    build, setups = starting.build, []
+    patch.setattr(starting, "build", lambda *args: setups.append(build(*args)) or setups[-1])
     patch.setattr(Ema, "update", spoiled)
 
 

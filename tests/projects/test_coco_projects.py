@@ -14,14 +14,13 @@ import torch
 import checkpoint
 import compare
 import models
-import train
 from datasets.class_names import COCO, coco_by_id
 from datasets.open import open_dataset
 from distill.criterion import TeacherFacts, common_classes
 from engine.comparison.study import load_study
 from engine.runtime import run_folder
 from engine.runtime.processes import Processes
-from engine.training import reporting
+from engine.training import building, reporting
 from engine.training.dry_run import losses_of_batch
 from engine.training.step import augment_batch, set_learning_rates
 from errors import UserError
@@ -122,7 +121,7 @@ def row_of(study, name):
 def test_only_the_student_and_the_adapters_learn(path, row, terms, study_of):
     """terms: how many maps are read through a 1x1 convolution."""
     config = row_of(study_of(path), row).config
-    parts = train.build(config, Processes("cpu"), None, lambda line: None)
+    parts = building.build(config, Processes("cpu"), None, lambda line: None)
     teachers = parts.teachers.models
     before = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in teachers.items()}
     learning = [*parts.student.named_parameters(), *parts.criterion.named_parameters()]
@@ -166,7 +165,7 @@ def test_confidence_makes_the_difference(study_of):
     """The same losses, each teacher's times its own factor; the two factors have mean 1."""
     study, found = study_of(BOTH), {}
     for name in ("fixed", "confidence"):
-        parts = train.build(row_of(study, name).config, Processes("cpu"), None, lambda line: None)
+        parts = building.build(row_of(study, name).config, Processes("cpu"), None, lambda line: None)
         images, targets, _ = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         parts.learner.eval()
         losses = losses_of_batch(parts, images, targets, parts.teachers(images), 0.5)
@@ -204,7 +203,7 @@ def test_what_is_missing_can_be_fetched(study_of):
     for path, name, arch in ((RTDETR, "mse", "rtdetr_x"), (FASTERRCNN, "both", "fasterrcnn_resnet50")):
         config = row_of(study_of(path, "teachers.0.weights=none.pt", f"teachers.0.arch={arch}"), name).config
         with pytest.raises(UserError, match=rf"none.pt: no such file.*python -m datasets.download {arch} --root data"):
-            train.build(config, Processes("cpu"), None, lambda line: None)
+            building.build(config, Processes("cpu"), None, lambda line: None)
 
 
 @pytest.mark.slow
@@ -240,7 +239,7 @@ def test_rtdetr_x_itself_from_its_own_file(study_of, golden, tmp_path):
     file = tmp_path / "rtdetr-x.pt"
     torch.save({"model": state, "names": dict(enumerate(COCO))}, file)
     config = row_of(study_of(RTDETR, "teachers.0.arch=rtdetr_x", f"teachers.0.weights={file}"), "mse").config
-    parts = train.build(config, Processes("cpu"), None, lambda line: None)
+    parts = building.build(config, Processes("cpu"), None, lambda line: None)
     images, targets, _ = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
     outputs = parts.teachers(images)
     assert [outputs["rtdetr_x"].features[level].shape[1:] for level in ("p3", "p4", "p5")] == [

@@ -18,7 +18,7 @@ import train
 from config import load_config
 from engine.comparison.study import load_study
 from engine.runtime import run_folder
-from engine.training import checks, reporting, teaching
+from engine.training import building, checks, reporting, teaching
 from engine.training.dry_run import losses_of_batch
 from engine.training.step import augment_batch
 from errors import UserError
@@ -131,7 +131,7 @@ def test_clip_is_asked_for_words_of_every_day(overrides):
     assert set(clip.aliases) <= set(VOC_CLASSES)
     spoken = [clip.aliases.get(name, name) for name in VOC_CLASSES]
     assert len(set(spoken)) == 20 and {"airplane", "dining table", "tv monitor"} <= set(spoken)
-    parts = train.build(config, train.Processes("cpu"), None, lambda line: None)
+    parts = building.build(config, train.Processes("cpu"), None, lambda line: None)
     assert parts.teachers.models["clip"].class_names == tuple(spoken)
     assert parts.criterion.classes["image_kl_clip"] is None  # the same 20 classes in the same order
     assert parts.teachers.facts["dinov2"].image_size == 70 and parts.teachers.facts["clip"].image_size == 224
@@ -141,7 +141,7 @@ def test_alpha_beta_and_gamma_scale_their_terms(overrides, tmp_path):
     rows = []
     for name, changes in (("one", []), ("other", ["detection_weight=2", "terms.0.weight=3", "terms.1.weight=0.25"])):
         config = load_config(CONFIG, [*overrides, f"name={name}", f"student.arch={STUDENTS[1]}", *changes])
-        parts = train.build(config, train.Processes("cpu"), None, lambda line: None)
+        parts = building.build(config, train.Processes("cpu"), None, lambda line: None)
         images, targets, _ = augment_batch(parts, next(parts.loader.epoch(0)), 0, 0)
         torch.manual_seed(0)
         parts.learner.eval()
@@ -286,7 +286,7 @@ def test_a_folder_of_backbones_serves_every_student(overrides, tmp_path_factory,
         backbone = models.build(arch, 20).backbone
         torch.save(public_state(backbone), folder / name.split(".")[0] / name)
         config = load_config(CONFIG, [*overrides, f"student.arch={arch}", f"student.backbone_weights={folder}"])
-        started = train.build(config, train.Processes("cpu"), None, lambda line: None).student.backbone.state_dict()
+        started = building.build(config, train.Processes("cpu"), None, lambda line: None).student.backbone.state_dict()
         kept = [n for n in started if n.endswith(("running_mean", "norm2.weight", "qkv.weight", "conv1.weight"))]
         expected = backbone.state_dict()
         assert kept and all(torch.equal(started[name], expected[name]) for name in kept)
@@ -334,7 +334,7 @@ def test_sizes_of_pictures(overrides, tmp_path, capsys):
     refused([*command, "image_size=100"], tmp_path, "key 'image_size': found 100, expected a multiple of 32")
     capsys.readouterr()
     config = load_config(CONFIG, [*overrides, "teachers.0.image_size=140"])
-    train.build(config, train.Processes("cpu"), None, print)
+    building.build(config, train.Processes("cpu"), None, print)
     printed = capsys.readouterr().out
     assert "teacher 'dinov2' gets images of 64 px enlarged to 140 px, by a factor of 2.2" in printed
     assert "teacher 'clip' gets images of 64 px enlarged to 224 px, by a factor of 3.5" in printed

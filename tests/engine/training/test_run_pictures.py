@@ -12,7 +12,7 @@ from engine.drawing.heat_maps import GAP, LINE
 from engine.drawing.predictions import GAP as PAIR
 from engine.drawing.predictions import HEADER, TILE, spread
 from engine.runtime.processes import Processes
-from engine.training import run_pictures
+from engine.training import building, run_pictures
 from engine.training.run_pictures import NUM_PICTURES, SIDE, evaluation_pictures, map_pictures, requesting
 from engine.training.teaching import resize_images
 from teachers.dinov2 import DINOv2
@@ -36,7 +36,7 @@ def parts(tiny_data, tmp_path_factory):
     given = {"dino": DINOv2(width=16, depth=2, heads=2), "yolo": models.build("yolov5su", 2)}
     teachers = [{"name": "dino", "arch": "dinov2_vits14"}, {"name": "yolo", "arch": "yolov5su"}]
     config = tiny_config(tiny_data, tmp_path_factory.mktemp("runs"), teachers=teachers, terms=TERMS)
-    return train.build(config, Processes("cpu"), given, lambda line: None)
+    return building.build(config, Processes("cpu"), given, lambda line: None)
 
 
 def test_each_term_of_maps_has_a_sheet(parts):
@@ -89,7 +89,7 @@ def test_what_is_requested_is_as_before_after_an_error(parts):
 
 
 def test_a_run_without_terms_has_predictions_alone(tiny_data, tmp_path):
-    alone = train.build(tiny_config(tiny_data, tmp_path), Processes("cpu"), None, lambda line: None)
+    alone = building.build(tiny_config(tiny_data, tmp_path), Processes("cpu"), None, lambda line: None)
     pictures = evaluation_pictures(alone, alone.splits.test)
     assert list(pictures) == ["predictions"] and map_pictures(alone, alone.splits.test) == {}
 

@@ -13,7 +13,7 @@ import train
 from config import to_tree
 from engine.runtime import run_folder
 from engine.runtime.interruption import StopSignals
-from engine.training import reporting
+from engine.training import reporting, starting
 from engine.training.optimization import Ema
 from engine.training.state import refuse_changes
 from errors import UserError
@@ -56,14 +56,14 @@ def test_a_number_that_is_not_finite_stops_the_run(make_tiny, monkeypatch, value
 
 def test_a_gradient_that_is_not_finite_stops_the_run(make_tiny, monkeypatch):
     config = make_tiny(save_every_steps=1)
-    build = train.build
+    build = starting.build
 
     def spoil(*args):
         parts = build(*args)
         next(parts.student.parameters()).register_hook(lambda gradient: gradient * float("inf"))
         return parts
 
-    monkeypatch.setattr(train, "build", spoil)
+    monkeypatch.setattr(starting, "build", spoil)
     with pytest.raises(UserError, match="the gradient's norm is") as error:
         train.run(config, quiet=True)
     assert error.value.exit_code == 3
