@@ -10,28 +10,15 @@ from typing import Any
 
 from config import STUDENT, GradientShare, TermConfig
 from distill.terms import LOSSES
-from errors import UserError
+from errors import UserError, expect
 
 RENAMED = {"box_beliefs": "box_classes"}  # losses, by their old names
-LOGITS = {"soft_class": "class_logits", "quality_focal": "class_logits", "localization": "box_logits"}  # by loss
-OTHER_BRANCH = {"crosskd_classes": "box", "crosskd_edges": "cls"}  # by loss: prefix of the maps that it cannot compare
 FIXED_MAPS = {name: (name,) for name in ("boxes", "outputs", "layers", "queries")}  # by Term.reads: it names no maps
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all others are 0 or more
     "temperature": (lambda number: number > 0, "a number above 0"),
     **dict.fromkeys(
         ("psi", "drop", "score_threshold"), (lambda number: 0 <= number < 1, "a number of 0 up to less than 1")
     ),
-}
-ReadWith = dict[str, tuple[str, tuple[str, ...]]]  # a parameter -> another one, and its values that read the first
-BOXES_READ: ReadWith = {
-    "score_threshold": ("boxes", ("teacher",)),
-    "max_boxes": ("boxes", ("teacher", "proposals")),
-}
-READ_WITH: dict[str, ReadWith] = {  # by loss; with other values the parameter would change nothing
-    "masked_mse": {name: ("mask", ("anchors",)) for name in ("psi", "anchor_sizes", "anchor_ratios")},
-    "localization": {"gamma": ("region", ("valuable",))},
-    "box_classes": BOXES_READ | {"boxes": ("at", ("boxes",))},
-    **dict.fromkeys(("softmax_kl", "decoupled_kl", "prediction_correlation"), BOXES_READ),
 }
 
 
@@ -54,48 +41,43 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermCon
     """One term, as check_terms returns it."""
     if term.loss in RENAMED:
         raise UserError(f"{key}.loss: found {term.loss!r}, which is called {RENAMED[term.loss]!r} now")
-    if term.loss not in LOSSES:
-        raise UserError(f"{key}.loss: found {term.loss!r}, expected one of {', '.join(LOSSES)}")
-    teachers = (STUDENT,) if LOSSES[term.loss].reads == "layers" else teachers
-    if term.teacher not in teachers:
-        raise UserError(f"{key}.teacher: found {term.teacher!r}, expected one of {', '.join(teachers) or 'no teacher'}")
+    expect(term.loss in LOSSES, f"{key}.loss", repr(term.loss), f"one of {', '.join(LOSSES)}")
+    entry = LOSSES[term.loss]
+    teachers = (STUDENT,) if entry.reads == "layers" else teachers
+    expected = f"one of {', '.join(teachers) or 'no teacher'}"
+    expect(term.teacher in teachers, f"{key}.teacher", repr(term.teacher), expected)
     place, weight = f"{key}.weight", term.weight
     if isinstance(weight, GradientShare):
         place, weight = f"{place}.share", weight.share
-    if not weight > 0 or not math.isfinite(weight):
-        raise UserError(f"{place}: found {weight}, expected a number above 0: the term could never act")
-    if term.stop_epoch is not None and term.stop_epoch <= 0:
-        raise UserError(f"{key}.stop_epoch: found {term.stop_epoch}, expected more than 0: the term could never act")
-    if term.final_fraction and term.decay == "none":
-        raise UserError(f"{key}.final_fraction: found {term.final_fraction} with decay none, expected linear or cosine")
-    if term.content_only and (LOSSES[term.loss].reads != "map" or LOSSES[term.loss].finishes_maps):
+    is_met = weight > 0 and math.isfinite(weight)
+    expect(is_met, place, weight, "a number above 0: the term could never act")
+    is_met = term.stop_epoch is None or term.stop_epoch > 0
+    expect(is_met, f"{key}.stop_epoch", term.stop_epoch, "more than 0: the term could never act")
+    is_met = not term.final_fraction or term.decay != "none"
+    expect(is_met, f"{key}.final_fraction", f"{term.final_fraction} with decay none", "linear or cosine")
+    if term.content_only and (entry.reads != "map" or entry.finishes_maps):
         raise UserError(f"{key}.content_only: loss {term.loss!r} compares more than maps, expected false")
     student_maps, teacher_maps = check_maps(term, key)
-    parameters = LOSSES[term.loss].parameters()
-    for name in term.parameters:
-        if name not in parameters:
-            expected = ", ".join(sorted(parameters)) or "none"
-            raise UserError(f"{key}.parameters: found {name!r}, expected of loss {term.loss!r}: {expected}")
-        value = term.parameters[name]
-        if expected := expected_instead(name, value, parameters[name].default):
-            raise UserError(f"{key}.parameters.{name}: found {value!r}, expected {expected}")
-    check_choices(term, key)
+    check_parameters(term, f"{key}.parameters")
     name = term_name(term)
-    if not name.replace("-", "_").isidentifier():
-        raise UserError(f"{key}.name: found {name!r}, expected letters, digits, _ and - (it names a column of the log)")
+    is_met = name.replace("-", "_").isidentifier()
+    expect(is_met, f"{key}.name", repr(name), "letters, digits, _ and - (it names a column of the log)")
     return dataclasses.replace(term, name=name, student_maps=student_maps, teacher_maps=teacher_maps)
 
 
-def check_choices(term: TermConfig, key: str) -> None:
-    """UserError for a parameter that changes nothing, because another one chooses what does not read it."""
+def check_parameters(term: TermConfig, key: str) -> None:
+    """UserError for a parameter that the loss lacks, that is out of range, or that another one makes without effect."""
     parameters = LOSSES[term.loss].parameters()
+    for name, value in term.parameters.items():
+        expected = f"of loss {term.loss!r}: {', '.join(sorted(parameters)) or 'none'}"
+        expect(name in parameters, key, repr(name), expected)
+        expected = expected_instead(name, value, parameters[name].default)
+        expect(not expected, f"{key}.{name}", repr(value), expected)
     values = {name: argument.default for name, argument in parameters.items()} | term.parameters
-    for name, (other, choices) in READ_WITH.get(term.loss, {}).items():
-        if values[name] != parameters[name].default and values[other] not in choices:
-            raise UserError(
-                f"{key}.parameters.{name}: found {values[name]!r} beside {other}: {values[other]}, which does not read "
-                f"it, expected {other}: {' or '.join(choices)}"
-            )
+    for name, (other, choices) in LOSSES[term.loss].read_with.items():
+        is_met = values[name] == parameters[name].default or values[other] in choices
+        found = f"{values[name]!r} beside {other}: {values[other]}, which does not read it"
+        expect(is_met, f"{key}.{name}", found, f"{other}: {' or '.join(choices)}")
 
 
 def term_name(term: TermConfig) -> str:
@@ -105,26 +87,22 @@ def term_name(term: TermConfig) -> str:
 
 def check_maps(term: TermConfig, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the student's and the teacher's maps, pair by pair; UserError where they do not fit the loss."""
-    reads = LOSSES[term.loss].reads
+    entry, reads = LOSSES[term.loss], LOSSES[term.loss].reads
     if reads in FIXED_MAPS:
         for side in ("student_maps", "teacher_maps"):
             if getattr(term, side) not in ((), FIXED_MAPS[reads]):
                 raise UserError(f"{key}.{side}: loss {term.loss!r} compares {reads}, expected no names of maps")
         return FIXED_MAPS[reads], FIXED_MAPS[reads]
-    if not term.student_maps:
-        raise UserError(f"{key}.student_maps: found none, expected at least one name")
+    expect(bool(term.student_maps), f"{key}.student_maps", "none", "at least one name")
     default = ("image_logits",) * len(term.student_maps) if reads == "image" else term.student_maps
     teacher_maps = term.teacher_maps or default
-    if len(teacher_maps) != len(term.student_maps):
-        raise UserError(
-            f"{key}.teacher_maps: found {len(teacher_maps)}, expected {len(term.student_maps)}, one per student map"
-        )
+    count = len(term.student_maps)
+    expect(len(teacher_maps) == count, f"{key}.teacher_maps", len(teacher_maps), f"{count}, one per student map")
     for side, names in (("student_maps", term.student_maps), ("teacher_maps", teacher_maps)):
-        logits = LOGITS.get(term.loss)
-        if logits and set(names) != {logits}:
-            raise UserError(f"{key}.{side}: found {', '.join(names)}, loss {term.loss!r} compares {logits}")
+        if entry.compares is not None and set(names) != {entry.compares}:
+            raise UserError(f"{key}.{side}: found {', '.join(names)}, loss {term.loss!r} compares {entry.compares}")
     for name in teacher_maps:
-        if name.startswith(OTHER_BRANCH.get(term.loss, "-")):
+        if entry.other_branch is not None and name.startswith(entry.other_branch):
             raise UserError(
                 f"{key}.teacher_maps: found {name!r}, a map of the branch that loss {term.loss!r} is not for"
             )

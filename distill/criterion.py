@@ -28,7 +28,7 @@ from distill.teacher_weights import confidence_weights, of_labelled, teacher_cro
 from distill.term_inputs import ClassColumns, TermInputs
 from distill.terms import LOSSES
 from distill.trained_parts import build_adapters, build_losses
-from errors import UserError, naming
+from errors import UserError, expect, naming
 from layers.precision import in_precision_of
 from structures import Detector, Targets
 
@@ -99,10 +99,10 @@ class Criterion(nn.Module):
         unlabelled_has_boxes: bool = True,
     ) -> None:
         super().__init__()
-        self.terms: dict[str, TermConfig] = {}
-        self.epochs = epochs
         self._models = (student, dict(teachers))  # in a tuple: not modules of this one
+        self.epochs = epochs
         self.teacher_weighting = teacher_weighting
+        self.terms: dict[str, TermConfig] = {}
         self.classes: dict[str, ClassColumns | None] = {}  # by term: columns of the classes that both models have
         self.teacher_classes: dict[str, ClassColumns | None] = {}  # by teacher: the same, for its weight
         self.adapters = nn.ModuleDict()
@@ -116,24 +116,19 @@ class Criterion(nn.Module):
         def classes_of(teacher: str) -> ClassColumns | None:
             return common_classes(teacher, class_names, facts[teacher])
 
+        self.terms = check_terms(terms, tuple(teachers))
         s_probe = probe(student, image_size)
         t_probes = {name: probe(teacher, facts[name].image_size or image_size) for name, teacher in teachers.items()}
         t_probes[STUDENT] = s_probe
-        self.terms = check_terms(terms, tuple(teachers))
         for index, (name, term) in enumerate(self.terms.items()):
             key, t_probe = f"terms.{index}", t_probes[term.teacher]
             with naming(key):
-                classes = self.classes[name] = classes_of(term.teacher) if compares_classes(term) else None
-                self.adapters[name] = build_adapters(term, s_probe, t_probe, classes)
-            with naming(f"{key}.parameters", (ValueError, TypeError)):
-                self.losses[name] = build_losses(term, s_probe, t_probe, classes)
-            with naming(key, (UserError, ValueError, TypeError)):
-                try_term(self, term, s_probe, t_probe)
-            if not unlabelled_has_boxes and term.on != "labelled" and reads_objects(self, term, s_probe, t_probe):
-                raise UserError(
-                    f"{key}.on: found {term.on}, but loss {term.loss!r} reads the objects of an image, and unlabelled "
-                    "ones have none: expected on: labelled, or data.unlabelled.pseudo"
-                )
+                self.classes[name] = classes_of(term.teacher) if compares_classes(term) else None
+            self._build_term(key, name, s_probe, t_probe)
+            if not unlabelled_has_boxes and term.on != "labelled":
+                is_met = not reads_objects(self, term, s_probe, t_probe)
+                found = f"{term.on}, but loss {term.loss!r} reads the objects of an image, which unlabelled ones lack"
+                expect(is_met, f"{key}.on", found, "labelled, or data.unlabelled.pseudo")
         shares = {n: t.weight.share for n, t in self.terms.items() if isinstance(t.weight, GradientShare)}
         maps = {name: term.student_maps for name, term in self.terms.items()}
         self.shares = GradientShares(shares, maps, tuple(s_probe.features))
@@ -141,6 +136,16 @@ class Criterion(nn.Module):
             with naming("key 'teacher_weighting'"):
                 check_comparable(teachers)
                 self.teacher_classes = {name: classes_of(name) for name in teachers}
+
+    def _build_term(self, key: str, name: str, s_probe: Any, t_probe: Any) -> None:
+        """What a term trains: its adapters and losses. UserError, with the key, where it could never act."""
+        term, classes = self.terms[name], self.classes[name]
+        with naming(key):
+            self.adapters[name] = build_adapters(term, s_probe, t_probe, classes)
+        with naming(f"{key}.parameters", (ValueError, TypeError)):
+            self.losses[name] = build_losses(term, s_probe, t_probe, classes)
+        with naming(key, (UserError, ValueError, TypeError)):
+            try_term(self, term, s_probe, t_probe)
 
     @property
     def student(self) -> nn.Module:

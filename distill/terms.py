@@ -8,7 +8,7 @@ built once, with the parameters, and passed to the function in each step.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -215,6 +215,9 @@ def object_queries(
     )
 
 
+ReadWith = dict[str, tuple[str, tuple[str, ...]]]
+
+
 @dataclass(frozen=True)
 class Term:
     """A row of the table.
@@ -222,6 +225,8 @@ class Term:
     reads: what the loss compares. map: two maps, the student's after its adapter. logits: outputs of equal locations.
     boxes: classes of given boxes. image: a map with the teacher's image logits. outputs: raw outputs of YOLOv5 heads.
     layers: the student's own decoder layers, without a teacher. queries: what both decoders make of given queries.
+    read_with: a parameter -> another one, and its values with which the loss reads the first; with others it would
+    change nothing.
     """
 
     compute: Callable[..., Tensor]  # the function of the term
@@ -231,6 +236,9 @@ class Term:
     same_width: bool = True  # the maps need equal channels
     reads_scores: bool = False  # needs the class scores of a dense teacher as well
     finishes_maps: bool = False  # passes maps through the teacher's own layers, which expect t_map unchanged
+    compares: str | None = None  # the name of the only output that a loss of logits compares
+    other_branch: str | None = None  # how the names of maps begin that lie on a branch which the loss is not for
+    read_with: ReadWith = field(default_factory=dict)
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The allowed `parameters` of a term: the keyword-only arguments of the module, or else of the function."""
@@ -238,6 +246,11 @@ class Term:
         return {name: argument for name, argument in arguments.items() if argument.kind is argument.KEYWORD_ONLY}
 
 
+OF_ANCHORS: ReadWith = {name: ("mask", ("anchors",)) for name in ("psi", "anchor_sizes", "anchor_ratios")}
+OF_BOXES: ReadWith = {
+    "score_threshold": ("boxes", ("teacher",)),
+    "max_boxes": ("boxes", ("teacher", "proposals")),
+}
 LOSSES = {
     "mse": Term(mse, features.feature_mse),
     "cosine": Term(cosine, features.cosine_distance),
@@ -245,22 +258,33 @@ LOSSES = {
     "pkd": Term(pkd, features.channel_correlation),
     "attention": Term(attention, features.attention_transfer, same_width=False),
     "score_weighted_l2": Term(score_weighted_l2, features.score_weighted_l2, reads_scores=True),
-    "masked_mse": Term(masked_mse, masked.masked_mse),
+    "masked_mse": Term(masked_mse, masked.masked_mse, read_with=OF_ANCHORS),
     "decoupled_mse": Term(decoupled_mse, masked.decoupled_mse),
     "fgd": Term(fgd, FGD, module=FGD),
     "mgd": Term(mgd, MGD, module=MGD),
     "location_similarity": Term(location_similarity, relations.location_similarity, same_width=False),
     "instance_distance": Term(instance_distance, relations.instance_distance, same_width=False),
-    "crosskd_classes": Term(crosskd_classes, crosskd.crosskd_classes, reads_scores=True, finishes_maps=True),
-    "crosskd_edges": Term(crosskd_edges, crosskd.crosskd_edges, reads_scores=True, finishes_maps=True),
-    "soft_class": Term(soft_class, logits.soft_class_targets, "logits", reads_scores=True),
-    "quality_focal": Term(quality_focal, logits.quality_focal, "logits", reads_scores=True),
-    "localization": Term(localization, localization_kl, "logits", reads_scores=True),
+    "crosskd_classes": Term(
+        crosskd_classes, crosskd.crosskd_classes, reads_scores=True, finishes_maps=True, other_branch="box"
+    ),
+    "crosskd_edges": Term(
+        crosskd_edges, crosskd.crosskd_edges, reads_scores=True, finishes_maps=True, other_branch="cls"
+    ),
+    "soft_class": Term(soft_class, logits.soft_class_targets, "logits", reads_scores=True, compares="class_logits"),
+    "quality_focal": Term(quality_focal, logits.quality_focal, "logits", reads_scores=True, compares="class_logits"),
+    "localization": Term(
+        localization,
+        localization_kl,
+        "logits",
+        reads_scores=True,
+        compares="box_logits",
+        read_with={"gamma": ("region", ("valuable",))},
+    ),
     "objectness_scaled": Term(objectness_scaled, logits.objectness_scaled, "outputs"),
-    "box_classes": Term(box_classes, box_class_kl, "boxes"),
-    "softmax_kl": Term(softmax_kl, logits.softmax_kl, "boxes"),
-    "decoupled_kl": Term(decoupled_kl, logits.decoupled_kl, "boxes"),
-    "prediction_correlation": Term(prediction_correlation, logits.prediction_correlation, "boxes"),
+    "box_classes": Term(box_classes, box_class_kl, "boxes", read_with=OF_BOXES | {"boxes": ("at", ("boxes",))}),
+    "softmax_kl": Term(softmax_kl, logits.softmax_kl, "boxes", read_with=OF_BOXES),
+    "decoupled_kl": Term(decoupled_kl, logits.decoupled_kl, "boxes", read_with=OF_BOXES),
+    "prediction_correlation": Term(prediction_correlation, logits.prediction_correlation, "boxes", read_with=OF_BOXES),
     "image_kl": Term(image_kl, logits.image_kl, "image", logits.TaughtImageHead),
     "last_layer": Term(last_layer, query_agreement, "layers"),
     "object_queries": Term(object_queries, query_agreement, "queries"),
