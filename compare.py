@@ -58,12 +58,13 @@ from engine.condensing.methods import check_network
 from engine.runtime import claims, run_folder
 from engine.training.batch_norms import check_batches
 from engine.training.building import build_criterion, build_student
-from engine.training.checks import SIZE_MULTIPLE, check_config
+from engine.training.checks import check_config
 from engine.training.inputs import Inputs, digest_of_labels, labels_of, weights_of
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures
 from engine.training.teaching import build_teachers
 from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, expect, naming, run_script
+from structures import SIZE_MULTIPLE
 
 POLL_S = 5.0  # between two looks at runs that other processes work on
 

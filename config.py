@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errors import UserError, expect
-from structures import DetectionSettings
+from structures import SIZE_MULTIPLE, DetectionSettings
 from yaml_files import parse_yaml, read_mapping
 
 STUDENT = "student"  # the `teacher` of a term in which the student teaches itself
@@ -365,7 +365,7 @@ def from_tree(cls: type, tree: Any, *, source: str, key: str = "") -> Any:
 
 def check_image_size(what: str, size: int) -> None:
     """UserError for the side of a square image, in pixels, that is not a positive multiple of 32."""
-    expect(size >= 32 and size % 32 == 0, what, size, "a multiple of 32")
+    expect(size > 0 and size % SIZE_MULTIPLE == 0, what, size, f"a multiple of {SIZE_MULTIPLE}")
 
 
 def only_config(file: Config) -> Config:

@@ -57,7 +57,7 @@ from engine.evaluation.measuring import EvaluationResult, evaluate_model
 from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.check import BOX_TOLERANCE, SCORE_TOLERANCE, Difference, check_batches, compare, compare_outputs
 from engine.onnx_files.detector import SUFFIX, OnnxDetector, open_session
-from engine.onnx_files.graph import SIZE_MULTIPLE, GraphInfo
+from engine.onnx_files.graph import GraphInfo
 from engine.onnx_files.int8 import calibrate, check_quantizable, trace_int8
 from engine.onnx_files.other_formats import LEAST_SIDE, command_for, openvino_files, program_bytes, trace_program
 from engine.prediction.sources import find_pictures
@@ -68,7 +68,7 @@ from layers.fusion import fuse
 from layers.int8 import has_int8, remove_int8
 from predict import fraction, plural
 from rtdetr.rtdetr import RTDETR
-from structures import DetectionSettings
+from structures import SIZE_MULTIPLE, DetectionSettings
 from weights import file_of_run
 
 if TYPE_CHECKING:

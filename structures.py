@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from errors import expect
 
+SIZE_MULTIPLE = 32  # the coarsest stride of every detector; the sides of its images are multiples of it, in pixels
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -147,6 +149,17 @@ class DetectionSettings:
         for what, value in ((score, self.score_threshold), (iou, self.iou_threshold)):
             expect(0 <= value <= 1, what, f"{value:g}", "a number in 0..1")
         expect(self.max_detections >= 1, most, self.max_detections, "at least 1")
+
+
+def image_size_of(images: Tensor) -> tuple[int, int]:
+    """(H, W) of the images (B, 3, H, W) of a detector; ValueError unless both are positive multiples of 32."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
+    height, width = images.shape[2:]
+    if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE or not height or not width:
+        expected = f"multiples of {SIZE_MULTIPLE}"
+        raise ValueError(f"images are {height}x{width} pixels (height x width), expected {expected}")
+    return height, width
 
 
 @runtime_checkable

@@ -47,7 +47,7 @@ class TeacherFacts:
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def schedule_factor(term: TermConfig, epoch: float, epochs: int) -> float:
+def term_factor(term: TermConfig, epoch: float, epochs: int) -> float:
     """The factor of the term's weight at a fractional epoch in [0, epochs]: warm-up times decay, 0 from stop_epoch on.
 
     The warm-up is linear from 0 to 1 over warmup_epochs. The decay, with x = epoch / epochs and f = final_fraction:
@@ -184,7 +184,7 @@ class Criterion(nn.Module):
         """
         zero = torch.zeros((), device=targets.boxes_xyxy.device)
         whole = BatchOutputs(s_output, t_outputs, targets, content)
-        factors = {name: schedule_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
+        factors = {name: term_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
         teacher_weights = self._teacher_weights(s_output, t_outputs, of_labelled(targets, is_labelled))
         kinds = dict.fromkeys(term.on for term in self.terms.values())  # in their order: gradients round by it
         parts = {kind: images_of(kind, whole, is_labelled) for kind in kinds}

@@ -35,10 +35,9 @@ from frcnn.rpn import RPNHead, Selection, select_proposals
 from frcnn.vit import SimpleFeaturePyramid, VisionTransformer
 from kernels.roi_align import assign_levels, roi_align
 from layers.precision import in_precision_of
-from structures import OF_BATCH, Detections, Targets
+from structures import OF_BATCH, SIZE_MULTIPLE, Detections, Targets, image_size_of
 from weights import ClassRows, PublicLayout
 
-SIZE_MULTIPLE = 32
 PYRAMID_WIDTH = 256
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 LEVEL_SIZES = ((32,), (64,), (128,), (256,), (512,))  # anchor sizes in pixels on p2..p6
@@ -146,9 +145,7 @@ class FasterRCNN(nn.Module):
 
     def forward(self, images: Tensor) -> FasterRCNNOutput:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
-        height, width = image_size = images.shape[-2], images.shape[-1]
-        if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-            raise ValueError(f"images of {height} x {width} pixels: expected multiples of {SIZE_MULTIPLE}")
+        image_size = image_size_of(images)
         features = self.backbone((images - self.mean) / self.std)
         features |= self.pyramid(features)
         maps = [features[level] for level in self.levels]

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from boxes import box_iou, cxcywh_to_xyxy
-from layers.image_size import check_image_size
 from layers.precision import at_least_float32, in_precision_of
 from rtdetr.decoder import Decoded, Decoder, map_sizes
 from rtdetr.denoising import NoisyObjects, make_noisy_objects
@@ -33,7 +32,7 @@ from rtdetr.losses import class_shares, is_in_ignored, learnt_objects, object_co
 from rtdetr.matching import match_queries
 from rtdetr.names import RTDETR_L_NAMES, RTDETR_X_NAMES, authors_layout
 from rtdetr.resnet_vd import ResNetVD
-from structures import FOR_LOSSES, Detections, Targets
+from structures import FOR_LOSSES, SIZE_MULTIPLE, Detections, Targets, image_size_of
 from weights import ClassRows, PublicLayout
 
 FEATURE_STRIDES = {"c3": 8, "c4": 16, "c5": 32, "p3": 8, "p4": 16, "p5": 32}
@@ -124,7 +123,7 @@ class RTDETR(nn.Module):
         self.num_classes = num_classes
         self.strides = dict(FEATURE_STRIDES)
         self.channels = backbone.channels | {name: width for name in ("p3", "p4", "p5")}
-        self.size_multiple = 32
+        self.size_multiple = SIZE_MULTIPLE
         self.public_layouts = (public_layout,)
         self.public_names = public_layout.table
         self.class_head = ("decoder.candidate_class.", "decoder.class_heads.", "decoder.denoising_class.")
@@ -137,7 +136,7 @@ class RTDETR(nn.Module):
 
     def forward(self, images: Tensor) -> RTDETROutput:
         """images (B, 3, H, W) in [0, 1], not normalised; H and W multiples of 32, else ValueError."""
-        image_size = check_image_size(images)
+        image_size = image_size_of(images)
         features = self.backbone(images)
         features = features | self.encoder(features)
         if self.requested_outputs is not None and not self.requested_outputs & DECODER_PARTS:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.nms import select_detections
-from layers.image_size import check_image_size
 from layers.precision import at_least_float32
-from structures import Detections, Targets
+from structures import Detections, Targets, image_size_of
 from weights import ClassRows, PublicLayout
 from yolo.assigners import AnchorMatches, make_anchors
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, upsample
@@ -220,7 +219,7 @@ class AnchorDetector(nn.Module):
 
     def forward(self, images: Tensor) -> AnchorOutput:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
-        image_size = check_image_size(images)
+        image_size = image_size_of(images)
         features = self.backbone(images)
         box = objectness = classes = None
         if is_requested(self.requested_outputs, NECK_MAPS | HEAD_NAMES):

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.nms import select_detections
-from layers.image_size import check_image_size
 from layers.precision import at_least_float32
-from structures import Detections, Targets
+from structures import Detections, Targets, image_size_of
 from weights import ClassRows
 from yolo.assigners import in_ignored_box, make_points
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, upsample
@@ -258,7 +257,7 @@ class AnchorFreeDetector(nn.Module):
 
     def forward(self, images: Tensor) -> AnchorFreeOutput:
         """images (B, 3, H, W) in [0, 1]; H and W multiples of 32, else ValueError."""
-        image_size = check_image_size(images)
+        image_size = image_size_of(images)
         features = self.backbone(images)
         box_logits = class_logits = None
         if is_requested(self.requested_outputs, NECK_MAPS | HEAD_NAMES):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.onnx_files.detector import open_session
-from engine.onnx_files.graph import DETECTIONS, PREDICTIONS, SIZE_MULTIPLE, selection_inputs
+from engine.onnx_files.graph import DETECTIONS, PREDICTIONS, selection_inputs
 from errors import UserError
 from kernels.nms import select_detections
-from structures import DenseDetector, DetectionSettings
+from structures import SIZE_MULTIPLE, DenseDetector, DetectionSettings
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, require
-from structures import DenseDetector, DetectionSettings
+from structures import SIZE_MULTIPLE, DenseDetector, DetectionSettings
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, ValueInfoProto
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 FORMAT = "1"  # of the metadata
 PREFIX = "retort."  # of the metadata's keys
 OPSET = 20
-SIZE_MULTIPLE = 32  # of H and W
 DETECTIONS = ("boxes_xyxy", "scores", "labels", "image")  # outputs of a graph with selection
 PREDICTIONS = ("boxes_xyxy", "scores")  # outputs of a graph without selection
 

@@ -151,17 +151,17 @@ def build(
     check_config(config, given or {}, processes.count, is_resumed=saved is not None)
     kept = kept_sets(config)
     indexes = open_indexes(config, kept)
-    names = indexes["train"].names
+    class_names = indexes["train"].names
 
-    student = place(build_student(config, names, saved, say, given), config, device)
+    student = place(build_student(config, class_names, saved, say, given), config, device)
     check_batches(config, count_pictures(indexes, config.data), student, processes.count)
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
-    teachers = build_teachers(config, names, given, ema.model)
-    pseudo_teacher = open_pseudo_teacher(config, names, given or {}, say)
+    teachers = build_teachers(config, class_names, given, ema.model)
+    pseudo_teacher = open_pseudo_teacher(config, class_names, given or {}, say)
     for teacher in teachers.models.values():
         place(teacher, config, device)
     torch.manual_seed(config.seed)  # again, so that the adapters do not depend on earlier draws
-    criterion = build_criterion(config, names, student, teachers).to(device)
+    criterion = build_criterion(config, class_names, student, teachers).to(device)
     for name, teacher in teachers.unchanging.items():  # evaluation needs all outputs of the student's average
         cast(DenseDetector, teacher).requested_outputs = criterion.requested_outputs(name)
 
@@ -232,15 +232,15 @@ def place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
     return module.to(device, memory_format=memory_format)  # type: ignore[call-overload]  # absent from PyTorch's stubs
 
 
-def build_criterion(config: Config, names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:
-    """The criterion of a config's terms between these models. names: the dataset's classes."""
+def build_criterion(config: Config, class_names: tuple[str, ...], student: nn.Module, teachers: Teachers) -> Criterion:
+    """The criterion of a config's terms between these models. class_names: the dataset's classes."""
     return Criterion(
         config.terms,
         student=student,
         teachers=teachers.models,
         epochs=config.epochs,
         image_size=config.image_size,
-        class_names=names,
+        class_names=class_names,
         facts=teachers.facts,
         teacher_weighting=config.teacher_weighting,
         unlabelled_has_boxes=config.data.unlabelled is None or config.data.unlabelled.pseudo is not None,

@@ -38,26 +38,26 @@ from frcnn.pretrained import load_backbone
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
 from weights import file_of_run, load_public
 
-SIZE_MULTIPLE = 32  # pixels: the coarsest stride of every detector
 
-
-def check_config(config: Config, given: Collection[str] = (), processes: int = 1, *, is_resumed: bool = False) -> None:
+def check_config(
+    config: Config, without_weights: Collection[str] = (), processes: int = 1, *, is_resumed: bool = False
+) -> None:
     """UserError, with the key, for a config that cannot be trained. Opens no dataset.
 
-    given: names of teachers that need no weights: their modules are given, or they are trained first.
+    without_weights: names of teachers that need none: their modules are given, or they are trained first.
     is_resumed: the student goes on from a checkpoint, so the file that it started from may be gone.
     """
     if not is_resumed:
         check_name(config.name)
     check_numbers(config, processes)
     check_data(config.data)
-    check_student(config, given, is_resumed=is_resumed)
-    check_names(config, given)
+    check_student(config, without_weights, is_resumed=is_resumed)
+    check_names(config, without_weights)
     check_terms(config.terms, tuple(teacher.name for teacher in config.teachers))
     check_kept_outputs(config)
     check_use_of_unlabelled(config)
     check_mixture(config, processes)
-    check_teachers(config, given)
+    check_teachers(config, without_weights)
 
 
 def check_numbers(config: Config, processes: int) -> None:
@@ -215,7 +215,7 @@ def check_mixture(config: Config, processes: int) -> None:
         )
 
 
-def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bool = False) -> None:
+def check_student(config: Config, without_weights: Collection[str] = (), *, is_resumed: bool = False) -> None:
     """The student's architecture, the files of its weights, and the frozen parts of its backbone."""
     settings = config.student
     with naming("key 'student.arch'"):
@@ -226,7 +226,7 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
     if is_resumed:
         return
     check_widths(settings)
-    if settings.inherit is not None and settings.inherit.teacher not in given:
+    if settings.inherit is not None and settings.inherit.teacher not in without_weights:
         inherit_source(config)
     if settings.weights is not None:
         start = file_of_run(settings.weights)
@@ -240,13 +240,13 @@ def check_student(config: Config, given: Collection[str] = (), *, is_resumed: bo
         check_file("key 'student.backbone_weights'", settings.arch, str(file), is_backbone=True)
 
 
-def check_teachers(config: Config, given: Collection[str]) -> None:
-    """Each teacher's architecture, file, image size and vocabulary; those in `given` have no file."""
+def check_teachers(config: Config, without_weights: Collection[str]) -> None:
+    """Each teacher's architecture, file, image size and vocabulary; those in `without_weights` have no file."""
     if config.teacher_weighting == "confidence" and len(config.teachers) < 2:
         raise UserError(f"key 'teacher_weighting': confidence compares teachers, found {len(config.teachers)}")
     for index, teacher in enumerate(config.teachers):
         key = f"teachers.{index}"
-        if teacher.name in given:
+        if teacher.name in without_weights:
             continue
         if teacher.arch == EMA:
             if teacher.weights is not None:

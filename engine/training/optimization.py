@@ -63,7 +63,7 @@ def build_optimizer(modules: Iterable[nn.Module], settings: OptimizerConfig) -> 
     return AdamW(groups, lr=settings.learning_rate, betas=(settings.momentum, 0.999))
 
 
-def schedule_factor(progress: float, *, final_fraction: float, schedule: str) -> float:
+def learning_rate_factor(progress: float, *, final_fraction: float, schedule: str) -> float:
     """From 1 at progress 0 to final_fraction f at progress 1:
 
     linear  1 - (1 - f) progress
@@ -87,7 +87,7 @@ def apply_schedule(
     All of this is multiplied by the `factor` of a group; the scheduled learning rate is that of a factor of 1.
     """
     final, schedule = settings.final_fraction, settings.schedule
-    target = settings.learning_rate * schedule_factor(step / total_steps, final_fraction=final, schedule=schedule)
+    target = settings.learning_rate * learning_rate_factor(step / total_steps, final_fraction=final, schedule=schedule)
     warmth = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     is_sgd = isinstance(optimizer, Sgd)
     for group in optimizer.param_groups:

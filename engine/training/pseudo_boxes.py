@@ -147,30 +147,29 @@ class PseudoTeacher:
 
 
 def open_pseudo_teacher(
-    config: Config, names: tuple[str, ...], given: dict[str, nn.Module], say: Callable[[str], None]
+    config: Config, class_names: tuple[str, ...], given: dict[str, nn.Module], say: Callable[[str], None]
 ) -> PseudoTeacher | None:
     """The teacher that config.data.unlabelled.pseudo names; None where it names none.
 
-    names: the dataset's classes. given: teachers by name, instead of their weights. The teacher's classes are joined to
-    the dataset's as those of the terms are (join_classes). UserError without a class in common.
+    class_names: the dataset's classes. given: teachers by name, instead of their weights. The teacher's classes are
+    joined to the dataset's as those of the terms are (join_classes). UserError without a class in common.
     """
     if (settings := pseudo_of(config)) is None:
         return None
     for name in settings.class_thresholds:
-        expect(
-            name in names, "key 'data.unlabelled.pseudo.class_thresholds'", repr(name), f"some of {', '.join(names)}"
-        )
+        key, expected = "key 'data.unlabelled.pseudo.class_thresholds'", f"some of {', '.join(class_names)}"
+        expect(name in class_names, key, repr(name), expected)
     number = [teacher.name for teacher in config.teachers].index(settings.teacher)
     teacher = config.teachers[number]
-    model, t_names = load_frozen(teacher, f"teachers.{number}", names, given, None)
+    model, t_names = load_frozen(teacher, f"teachers.{number}", class_names, given, None)
     if hasattr(model, "requested_outputs"):
         cast(DenseDetector, model).requested_outputs = None  # it is a copy
     aliases = {str(s_name): str(t_name) for s_name, t_name in teacher.aliases.items()}
     with naming(f"key 'data.unlabelled.pseudo.teacher': teacher {teacher.name!r}", ValueError):
-        columns, t_columns = join_classes(names, t_names, aliases=aliases)
+        columns, t_columns = join_classes(class_names, t_names, aliases=aliases)
     label_of = np.full(len(t_names), -1)
     label_of[t_columns.numpy()] = columns.numpy()
-    missing = [name for label, name in enumerate(names) if label not in label_of]
+    missing = [name for label, name in enumerate(class_names) if label not in label_of]
     if missing:
         say(f"pseudo boxes: teacher {teacher.name!r} knows no {', '.join(missing)}")
     published = models.published_detection(teacher.arch)
@@ -198,17 +197,17 @@ def make_pseudo_boxes(
     return PseudoBoxes(teacher.name, size, iou_threshold, names, found, thresholds, ignore_above, count)
 
 
-def pseudo_image_size(config: Config, given: Collection[str] = ()) -> int:
+def pseudo_image_size(config: Config, given_names: Collection[str] = ()) -> int:
     """The side in pixels of the images that the pseudo boxes are made at.
 
-    given: names of teachers whose modules are given. One that is trained in place sees the student's size.
+    given_names: names of teachers whose modules are given. One that is trained in place sees the student's size.
     """
     pseudo = pseudo_of(config)
     assert pseudo is not None
     teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
     if size := pseudo.image_size or teacher.image_size:
         return size
-    if teacher.weights is None or teacher.name in given or teacher.is_random:
+    if teacher.weights is None or teacher.name in given_names or teacher.is_random:
         return config.image_size
     file = file_of_run(teacher.weights)
     if not file.is_file():

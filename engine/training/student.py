@@ -31,7 +31,7 @@ RELEASED_BACKBONES = {"vit_tiny": ("deit_tiny", "vit_tiny")}
 
 def build_student(
     config: Config,
-    names: tuple[str, ...],
+    class_names: tuple[str, ...],
     saved: dict[str, Tensor] | None = None,
     say: Callable[[str], None] = lambda line: print(line),
     given: Mapping[str, nn.Module] | None = None,
@@ -45,13 +45,13 @@ def build_student(
     torch.manual_seed(config.seed)
     arch, path = config.student.arch, config.student.weights
     if saved is not None:
-        student = checkpoint.build_for(arch, len(names), saved)
+        student = checkpoint.build_for(arch, len(class_names), saved)
     elif config.student.inherit is not None:
-        student = inherit(config, names, say, given or {})
+        student = inherit(config, class_names, say, given or {})
     elif path is not None:
-        student = fine_tuning.start_model(arch, names, path, new_head=config.student.new_head, say=say)
+        student = fine_tuning.start_model(arch, class_names, path, new_head=config.student.new_head, say=say)
     else:
-        student = models.build(arch, len(names), widths=widths_in_config(config.student))
+        student = models.build(arch, len(class_names), widths=widths_in_config(config.student))
         warn_of_random_weights(arch, say)
     if config.student.backbone_weights is not None:
         file = find_backbone_file(Path(config.student.backbone_weights), arch)
@@ -79,7 +79,7 @@ def widths_in_config(settings: ModelConfig) -> dict[str, int] | None:
 
 
 def inherit(
-    config: Config, names: tuple[str, ...], say: Callable[[str], None], given: Mapping[str, nn.Module]
+    config: Config, class_names: tuple[str, ...], say: Callable[[str], None], given: Mapping[str, nn.Module]
 ) -> nn.Module:
     """The student as a selection of the channels of a wider model; what each of its keys means: config.InheritConfig.
 
@@ -91,10 +91,10 @@ def inherit(
         source, wide = f"teacher {choice.teacher!r}", given[choice.teacher]
     else:
         arch, source = inherit_source(config)
-        wide = fine_tuning.start_model(arch, names, source, new_head=settings.new_head, say=say)
-    head = models.head_of(settings.arch, len(names), wide.state_dict())
+        wide = fine_tuning.start_model(arch, class_names, source, new_head=settings.new_head, say=say)
+    head = models.head_of(settings.arch, len(class_names), wide.state_dict())
     head.pop("class_width", None)  # the student's own
-    student = models.build(settings.arch, len(names), widths=widths_in_config(settings), **head)
+    student = models.build(settings.arch, len(class_names), widths=widths_in_config(settings), **head)
     groups = find_groups(wide)
     if choice.by == "random":
         values = scores.random(groups, seeded_generator(Stream.CHANNELS, config.seed))

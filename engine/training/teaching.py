@@ -116,11 +116,11 @@ def resize_images(images: Tensor, size: int | None) -> Tensor:
 
 def build_teachers(
     config: Config,
-    names: tuple[str, ...],
+    class_names: tuple[str, ...],
     given: dict[str, nn.Module] | None = None,
     ema: nn.Module | None = None,
 ) -> Teachers:
-    """Every teacher of the config, on the CPU. names: the dataset's classes.
+    """Every teacher of the config, on the CPU. class_names: the dataset's classes.
 
     given: modules by name, instead of weights, with the dataset's classes. One that reads text gets these classes as
     prompts, unless it has classes already.
@@ -135,7 +135,7 @@ def build_teachers(
         if teacher.name not in teaching:
             continue
         key = f"teachers.{index}"
-        model, t_names = load_frozen(teacher, key, names, given, ema)
+        model, t_names = load_frozen(teacher, key, class_names, given, ema)
         frozen[teacher.name] = model
         size = input_size(teacher, key, model, config.image_size)
         facts[teacher.name] = TeacherFacts(t_names, size, {str(s): str(t) for s, t in teacher.aliases.items()})
@@ -143,25 +143,25 @@ def build_teachers(
 
 
 def load_frozen(
-    teacher: TeacherConfig, key: str, names: tuple[str, ...], given: dict[str, nn.Module], ema: nn.Module | None
+    teacher: TeacherConfig, key: str, class_names: tuple[str, ...], given: dict[str, nn.Module], ema: nn.Module | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The frozen model of a teacher, given or from its file, and the names of its classes."""
     if teacher.name in given:
         model = given[teacher.name]
-        t_names = set_class_prompts(model, teacher, key, names)
+        t_names = set_class_prompts(model, teacher, key, class_names)
     elif teacher.arch == EMA:
         if ema is None:
             raise UserError(f"key '{key}.arch': the student's average is not at hand here, expected another teacher")
-        model, t_names = ema, names
+        model, t_names = ema, class_names
     elif teacher.is_random:
-        model, t_names = build_random(teacher, names)
+        model, t_names = build_random(teacher, class_names)
     else:
-        model, t_names = load_file(teacher, key, names)
+        model, t_names = load_file(teacher, key, class_names)
     model.eval().requires_grad_(False)
     return (model if teacher.arch == EMA else fuse(model)), t_names  # a copy would not follow the student
 
 
-def check_names(config: Config, given: Collection[str]) -> None:
+def check_names(config: Config, given_names: Collection[str]) -> None:
     """UserError for a name used twice, a teacher that neither a term nor data.unlabelled.pseudo names, a teacher of
     pseudo boxes that is not there, and a given module that the config lacks.
     """
@@ -169,7 +169,7 @@ def check_names(config: Config, given: Collection[str]) -> None:
     if pseudo is not None and pseudo.teacher not in names:
         expected = ", ".join(names) or "a teacher: there is none"
         raise UserError(f"key 'data.unlabelled.pseudo.teacher': found {pseudo.teacher!r}, expected {expected}")
-    for name in given:
+    for name in given_names:
         if name not in names:
             raise UserError(f"teacher {name!r} is not among the teachers of the config")
     for index, name in enumerate(names):
@@ -208,24 +208,24 @@ def find_file(teacher: TeacherConfig, key: str) -> str:
     return str(file)
 
 
-def load_file(teacher: TeacherConfig, key: str, names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
+def load_file(teacher: TeacherConfig, key: str, class_names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
     """The model in a teacher's file and the names of its classes: those of the dataset where the file has none."""
     path = find_file(teacher, key)
     if teacher.arch in models.TEACHERS:
         model = models.build_teacher(teacher.arch)
         load_public(model, path)
-        return model, set_class_prompts(model, teacher, key, names)
+        return model, set_class_prompts(model, teacher, key, class_names)
     model, info = checkpoint.load_model(path, teacher.arch)
     fine_tuning.check_trained(info, Path(path))
     if info.names_from == "the release":
         print(f"{path}: it does not name its classes; taken for COCO's {len(info.names)}")
-    if info.names_from != "nothing" or len(info.names) != len(names):
+    if info.names_from != "nothing" or len(info.names) != len(class_names):
         return model, info.names
-    print(f"{path}: it does not name its classes; taken for those of the dataset: {', '.join(names)}")
-    return model, names
+    print(f"{path}: it does not name its classes; taken for those of the dataset: {', '.join(class_names)}")
+    return model, class_names
 
 
-def build_random(teacher: TeacherConfig, names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
+def build_random(teacher: TeacherConfig, class_names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
     """A model of the teacher's architecture with random weights, the same ones every time, for the dataset's classes.
 
     One that reads text gets random directions for its prompts, so that it needs no vocabulary.
@@ -233,25 +233,27 @@ def build_random(teacher: TeacherConfig, names: tuple[str, ...]) -> tuple[nn.Mod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if teacher.arch not in models.TEACHERS:
-            return models.build(teacher.arch, len(names)), names
+            return models.build(teacher.arch, len(class_names)), class_names
         model = models.build_teacher(teacher.arch)
         if not hasattr(model, "set_class_embeddings"):
-            return model, names
-        prompts = tuple(str(teacher.aliases.get(name, name)) for name in names)
+            return model, class_names
+        prompts = tuple(str(teacher.aliases.get(name, name)) for name in class_names)
         width = cast(Tensor, model.background).shape[1]
-        cast(Any, model).set_class_embeddings(prompts, torch.randn(len(names), width), torch.randn(1, width))
+        cast(Any, model).set_class_embeddings(prompts, torch.randn(len(class_names), width), torch.randn(1, width))
         return model, prompts
 
 
-def set_class_prompts(model: nn.Module, teacher: TeacherConfig, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
+def set_class_prompts(
+    model: nn.Module, teacher: TeacherConfig, key: str, class_names: tuple[str, ...]
+) -> tuple[str, ...]:
     """Give the dataset's classes to a teacher that reads text and has none yet; returns the names of its classes."""
     if not hasattr(model, "set_classes"):
-        return names
+        return class_names
     reader = cast(ReadsText, model)
     if not reader.class_names:
         tokenizer = ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH)
         with naming(f"key '{key}.aliases'"):
-            reader.set_classes(tuple(str(teacher.aliases.get(name, name)) for name in names), tokenizer)
+            reader.set_classes(tuple(str(teacher.aliases.get(name, name)) for name in class_names), tokenizer)
     return reader.class_names
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from config import TermConfig
 from distill.checks import check_term, expected_instead
-from distill.criterion import Criterion, TeacherFacts, schedule_factor
+from distill.criterion import Criterion, TeacherFacts, term_factor
 from distill.losses.logits import soft_class_targets
 from distill.terms import LOSSES
 from errors import UserError
@@ -128,7 +128,7 @@ def test_building_changes_nothing_in_the_models():
     ],
 )
 def test_schedule(changes, epoch, expected):
-    assert schedule_factor(term(**changes), epoch, epochs=10) == pytest.approx(expected)
+    assert term_factor(term(**changes), epoch, epochs=10) == pytest.approx(expected)
 
 
 def test_schedule_scales_the_loss_and_a_stopped_term_is_logged_as_zero():

@@ -27,7 +27,6 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "weights.inert_pickle": BASE,
     "layers.transformer": set(),
     "layers.fusion": set(),
-    "layers.image_size": set(),
     "layers.int8": {"layers.fusion"},
     "layers.channel_groups": set(),
     "layers.widths": {"layers.channel_groups"},

@@ -10,7 +10,7 @@ from torch import nn
 
 import models
 from config import OptimizerConfig
-from engine.training.optimization import Ema, apply_schedule, build_optimizer, parameter_groups, schedule_factor
+from engine.training.optimization import Ema, apply_schedule, build_optimizer, learning_rate_factor, parameter_groups
 
 
 class Small(nn.Module):
@@ -100,10 +100,10 @@ def test_schedule_factor(schedule):
     x = np.linspace(0, 1, 11)
     f = 0.05
     expected = {"linear": (1 - x) + x * f, "cosine": f + 0.5 * (1 - f) * (1 + np.cos(np.pi * x))}[schedule]
-    got = [schedule_factor(value, final_fraction=f, schedule=schedule) for value in x]
+    got = [learning_rate_factor(value, final_fraction=f, schedule=schedule) for value in x]
     np.testing.assert_allclose(got, expected, rtol=1e-12)
     with pytest.raises(ValueError, match="step"):
-        schedule_factor(0.5, final_fraction=f, schedule="step")
+        learning_rate_factor(0.5, final_fraction=f, schedule="step")
 
 
 STEPS = dict(total_steps=100, warmup_steps=10)
