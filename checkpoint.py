@@ -39,7 +39,7 @@ import models
 import weights
 from config import RANDOM, EvaluationConfig, from_tree, plumbing_mark
 from datasets.class_names import released_names
-from errors import DISK_EXIT_CODE, UserError
+from errors import DISK_EXIT_CODE, UserError, expect
 from layers.int8 import add_int8, without_ranges
 
 FORMAT = 1
@@ -302,8 +302,7 @@ def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, Checkpoin
     are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     if not are_names or not isinstance(config, dict):
         raise UserError(f"{path}: damaged: its class names or its config are not what this code writes")
-    if type(size) is not int or size < 1:
-        raise UserError(f"{path}: damaged: found image_size {size!r:.40}, expected a number of pixels")
+    expect(type(size) is int and size >= 1, f"{path}: damaged", f"image_size {size!r:.40}", "a number of pixels")
     _check_count(len(names), path)
     info = CheckpointInfo(
         arch,
@@ -370,8 +369,7 @@ def _build_public(
 
 
 def _check_count(classes: int, path: Path) -> None:
-    if classes > MAX_CLASSES:
-        raise UserError(f"{path}: found {classes:,} classes, expected at most {MAX_CLASSES:,}")
+    expect(classes <= MAX_CLASSES, f"{path}", f"{classes:,} classes", f"at most {MAX_CLASSES:,}")
 
 
 def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:

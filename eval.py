@@ -172,8 +172,7 @@ def place_in_arguments(dataset: list[str]) -> tuple[str, str, str]:
 def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:
     """The names in the file of --names, used instead of the model's own; prints a line if the model had others."""
     names = read_names(path)
-    if len(names) != len(own):
-        raise UserError(f"{path}: found {len(names)} names, expected one for each of the model's {len(own)} classes")
+    expect(len(names) == len(own), path, f"{len(names)} names", f"one for each of the model's {len(own)} classes")
     if own != names and not are_numbers(own):
         print(f"{path}: names the model's classes {', '.join(names[:10])}; its file names them {', '.join(own[:10])}")
     return names
@@ -307,8 +306,8 @@ def main(argv: list[str]) -> None:
         if not (args.ground_truth and args.detections) or args.checkpoint or args.config:
             raise UserError("expected --ground-truth and --detections together, without a checkpoint or config")
         thresholds = list(args.iou_thresholds)
-        if sorted(set(thresholds)) != thresholds or not 0 < thresholds[0] <= thresholds[-1] <= 1:
-            raise UserError(f"--iou-thresholds: found {thresholds}, expected rising numbers in 0..1")
+        is_met = sorted(set(thresholds)) == thresholds and 0 < thresholds[0] <= thresholds[-1] <= 1
+        expect(is_met, "--iou-thresholds", thresholds, "rising numbers in 0..1")
         args.protocol = args.protocol or "coco"
         result = evaluate_files(args)
     elif args.checkpoint:

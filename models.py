@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, expect
 from frcnn.faster_rcnn import (
     build_fasterrcnn_mobilenet,
     build_fasterrcnn_resnet,
@@ -108,8 +108,7 @@ def build(arch: str, num_classes: int, *, widths: Mapping[str, int] | None = Non
     TypeError if the architecture does not have them.
     """
     check_arch(arch)
-    if num_classes < 1:
-        raise UserError(f"architecture {arch!r}: found {num_classes} classes, expected at least 1")
+    expect(num_classes >= 1, f"architecture {arch!r}", f"{num_classes} classes", "at least 1")
     if widths is not None:
         shape |= depths_of(arch, widths)
     model = ARCHITECTURES[arch](num_classes, **shape)

@@ -298,8 +298,7 @@ def main(argv: list[str]) -> int:
     sources = find_sources(args.sources)
     check_output(args.output, [] if args.no_pictures else sources)
     check_videos(sources)
-    if args.show and not any(source.is_video for source in sources):
-        raise UserError("--show: found pictures alone, expected a video or webcam")
+    expect(not args.show or any(source.is_video for source in sources), "--show", "pictures alone", "a video or webcam")
     window = Window("Retort: q ends it") if args.show else None
     device = choose_device(args.device)
     model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from boxes import box_area, clip_boxes
-from errors import UserError
+from errors import expect
 from structures import Targets
 
 FILL = 114 / 255  # grey beside the images, as in letterbox
@@ -103,8 +103,7 @@ def draw_siamese(*, generator: torch.Generator, settings) -> Callable[[Tensor, T
     """
     check_settings(settings)
     for name in ("mosaic", "mixup"):
-        if getattr(settings, name):
-            raise UserError(f"augment.{name}: found {getattr(settings, name)}, expected 0: every picture on its own")
+        expect(not getattr(settings, name), f"augment.{name}", getattr(settings, name), "0: every picture on its own")
     one = draw(1, generator=generator, settings=settings)
 
     def apply(images: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
@@ -143,15 +142,15 @@ def transform(
 def check_settings(settings) -> None:
     """UserError for a probability outside 0..1 or a range that could turn an image inside out."""
     for name in PROBABILITIES:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise UserError(f"augment.{name}: found {getattr(settings, name)}, expected a probability 0..1")
+        value = getattr(settings, name)
+        expect(0 <= value <= 1, f"augment.{name}", value, "a probability 0..1")
     for name, limit in {"scale": 1, "saturation": 1, "value": 1, "hue": 0.5, "shear": 45}.items():
         value = getattr(settings, name)
-        if not (0 <= value < limit or (value == limit and name in COLOUR)):
-            raise UserError(f"augment.{name}: found {value}, expected 0 or more and below {limit}")
+        is_met = 0 <= value < limit or (value == limit and name in COLOUR)
+        expect(is_met, f"augment.{name}", value, f"0 or more and below {limit}")
     for name in ("translate", "degrees"):
-        if not (0 <= getattr(settings, name) < math.inf):
-            raise UserError(f"augment.{name}: found {getattr(settings, name)}, expected 0 or more")
+        value = getattr(settings, name)
+        expect(0 <= value < math.inf, f"augment.{name}", value, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, expect
 
 # fmt: off
 COCO = (
@@ -261,8 +261,7 @@ def read_class_map(pairs: Sequence[str]) -> dict[str, str | None]:
     given: dict[str, str | None] = {}
     for pair in pairs:
         name, equals, model = pair.partition("=")
-        if not equals or not name:
-            raise UserError(f"--class-map: found {pair!r}, expected DATASET_CLASS=MODEL_CLASS, or DATASET_CLASS=")
+        expect(bool(equals and name), "--class-map", repr(pair), "DATASET_CLASS=MODEL_CLASS, or DATASET_CLASS=")
         if name in given:
             raise UserError(f"--class-map: class {name!r} is given twice")
         given[name] = model or None

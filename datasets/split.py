@@ -33,7 +33,7 @@ from datasets.open import READERS, open_dataset
 from datasets.values import read_id
 from datasets.voc import find_part
 from datasets.yolo_txt import find_yaml
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, expect, run_script
 from yaml_files import dump_yaml, read_yaml
 
 KEPT_YAML_KEYS = ("kpt_shape", "flip_idx", "task")  # they describe the rows of label files
@@ -122,8 +122,7 @@ def split_dataset(
     """
     root, format = Path(root), "yolo" if format == "shapes" else format
     split = split or default_split(format, root)
-    if "+" in split:
-        raise UserError(f"split {split!r}: found several, expected one: each has lists of its own")
+    expect("+" not in split, f"split {split!r}", "several", "one: each has lists of its own")
     index = open_dataset(format, root, split)
     groups = group_near_duplicates([sample.image_path for sample in index.samples], pattern=pattern)
     rows = divide(index, groups, fractions, seed)
@@ -289,10 +288,9 @@ def main(argv: list[str]) -> int:
     val, test = arguments.val, arguments.test
     if not (0 < test < 1 and 0 <= val < 1 and val + test < 1):
         raise UserError(f"--test {test:g} --val {val:g}: expected fractions above 0, below 1 in sum")
-    if arguments.seed < 0:
-        raise UserError(f"--seed: found {arguments.seed}, expected 0 or more")
-    if not all(character.isalnum() or character in "_-." for character in arguments.prefix):
-        raise UserError(f"--prefix: found {arguments.prefix!r}, expected letters, digits, _, - and .")
+    expect(arguments.seed >= 0, "--seed", arguments.seed, "0 or more")
+    is_met = all(character.isalnum() or character in "_-." for character in arguments.prefix)
+    expect(is_met, "--prefix", repr(arguments.prefix), "letters, digits, _, - and .")
     try:
         re.compile(arguments.group or "")
     except re.error as error:

@@ -152,8 +152,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         found = "nothing, expected pictures for" if args.data is None else "pictures, which only taylor reads, with"
         raise UserError(f"--data: found {found} --by {args.by}")
     expect(args.out.suffix == ".pt", "--out", args.out, "a name that ends in .pt")
-    if args.out.resolve() == args.checkpoint.resolve():
-        raise UserError(f"--out: found the checkpoint itself, {args.out}, expected another file")
+    is_met = args.out.resolve() != args.checkpoint.resolve()
+    expect(is_met, "--out", f"the checkpoint itself, {args.out}", "another file")
     check_is_of_widths(args.out.with_suffix(".yaml"))
     return args
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, expect
 
 TEMPLATES = (  # {name}, and its {article}, "a" or "an"
     "a photo of {article} {name}.",
@@ -66,13 +66,11 @@ def readable_names(names: Sequence[str]) -> list[str]:
     UserError for an empty list, for a name without letters or with nothing but a count ("3", "class_3"), and for two
     names with the same words.
     """
-    if not names:
-        raise UserError("class names: found none, expected at least one")
+    expect(len(names) > 0, "class names", "none", "at least one")
     cleaned_names = [clean_name(name) for name in names]
     first: dict[str, str] = {}
     for name, cleaned in zip(names, cleaned_names):
-        if NO_NAME.fullmatch(cleaned):
-            raise UserError(f"class names: found {name!r}, expected a word that describes the class")
+        expect(not NO_NAME.fullmatch(cleaned), "class names", repr(name), "a word that describes the class")
         key = cleaned.casefold()
         if key in first:
             raise UserError(
@@ -85,8 +83,8 @@ def readable_names(names: Sequence[str]) -> list[str]:
 
 def fill_templates(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
     """One text per template for a cleaned name. UserError if there is no template, or one without {name}."""
-    if not templates or isinstance(templates, str):
-        raise UserError(f"prompt templates: found {templates!r}, expected a list of at least one")
+    is_met = bool(templates) and not isinstance(templates, str)
+    expect(is_met, "prompt templates", repr(templates), "a list of at least one")
     for template in templates:
         if "{name}" not in template:
             raise UserError(f"prompt template {template!r}: expected {{name}} in it, where the class name goes")

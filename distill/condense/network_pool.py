@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, expect
 from random_streams import Stream, seeded_generator
 from structures import Detector, Targets
 
@@ -85,8 +85,7 @@ class NetworkPool:
             raise ValueError(f"{s}: expected at least one network, and steps of 0 or more")
         if not (s.learning_rate >= 0 and 0 <= s.momentum < 1 and s.gradient_clip > 0):
             raise ValueError(f"{s}: expected a learning_rate of 0 or more, momentum in [0, 1), gradient_clip above 0")
-        if s.normalization not in ("batch", "group"):
-            raise UserError(f"pool.normalization: found {s.normalization!r}, expected batch or group")
+        expect(s.normalization in ("batch", "group"), "pool.normalization", repr(s.normalization), "batch or group")
         self.settings, self.seed, self.device = s, seed, device
         self._build, self._draw_real, self._draw_augmentation = build_network, draw_real, draw_augmentation
         self._members: list[Member | None] = [None] * s.networks

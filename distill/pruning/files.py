@@ -11,7 +11,7 @@ a search found holds its depths as well.
 
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, expect
 from yaml_files import dump_yaml, read_yaml
 
 
@@ -27,6 +27,5 @@ def read_widths(path: str | Path, arch: str) -> dict[str, int]:
     tree = read_yaml(path)
     if not isinstance(tree, dict) or tree.keys() != {"arch", "widths"} or not isinstance(tree["widths"], dict):
         raise UserError(f"{path}: expected the keys 'arch' and 'widths', as engine.pruning writes them")
-    if tree["arch"] != arch:
-        raise UserError(f"{path}: key 'arch': found {tree['arch']}, expected {arch}")
+    expect(tree["arch"] == arch, f"{path}: key 'arch'", tree["arch"], arch)
     return tree["widths"]

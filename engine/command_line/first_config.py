@@ -29,7 +29,7 @@ from engine.runtime.peak_memory import peak_gigabytes, reset_peak
 from engine.runtime.processes import choose_device
 from engine.runtime.run_folder import write_text
 from engine.training.checks import check_data, check_numbers
-from errors import UserError, naming
+from errors import UserError, expect, naming
 from structures import Detector, Targets
 from yaml_files import dump_yaml
 
@@ -57,8 +57,7 @@ def write_first_config(path: Path, folder: Path, overrides: Sequence[str], teach
     overrides: keys that the user has chosen. teacher: an architecture that is to teach the student.
     UserError, with no config written, where the folder or a value cannot be used, and where `path` is there already.
     """
-    if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"argument --init: found {path}, expected the name of a new YAML file")
+    expect(path.suffix in (".yaml", ".yml"), "argument --init", path, "the name of a new YAML file")
     if path.exists():
         raise UserError(f"argument --init: {path} is there already, expected a new name")
     if not path.parent.is_dir():

@@ -206,8 +206,7 @@ def condensed_row(
 
     The set is made from the shared training pictures and for the shared student (or `arch`), not for the row's own.
     """
-    if file.data.train_root is not None:
-        raise UserError(f"{where}: key 'data.train_root': found beside 'condense', expected one of them")
+    expect(file.data.train_root is None, f"{where}: key 'data.train_root'", "beside 'condense'", "one of them")
     section = merge(shared, file.condense or {})
     task = task_of(dataclasses.replace(config, image_size=file.image_size), section, where)
     network_row = task.condense.network.row if task.needs_network else None
@@ -227,8 +226,7 @@ def with_network_of_row(task: Task, planned: dict[str, Row], where: str) -> Task
     network = task.condense.network
     if network.row is None:
         return task
-    if network.weights is not None:
-        raise UserError(f"{where}: key 'condense.network': found a row and weights, expected one of them")
+    expect(network.weights is None, f"{where}: key 'condense.network'", "a row and weights", "one of them")
     real_rows = [name for name, row in planned.items() if row.task is None]
     expected = "a row of real pictures above: " + (", ".join(real_rows) or "none is above it")
     expect(network.row in real_rows, f"{where}: key 'condense.network.row'", repr(network.row), expected)
@@ -247,8 +245,8 @@ def read_row(config: Config, name: Any, overrides: Any, where: str) -> RowFile:
         if key in overrides:
             raise UserError(f"{where}: key {key!r} is the same for all rows, expected it at the top level only")
     file = from_tree(RowFile, merge(to_tree(config), overrides), source=where)
-    if file.compute_of is not None and "epochs" in overrides:
-        raise UserError(f"{where}: key 'epochs': found beside 'compute_of', which sets it, expected one of them")
+    is_met = file.compute_of is None or "epochs" not in overrides
+    expect(is_met, f"{where}: key 'epochs'", "beside 'compute_of', which sets it", "one of them")
     check_teachers_of_row(file, tuple(teacher.name for teacher in config.teachers), where)
     return file
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from errors import UserError, require
+from errors import UserError, expect, require
 from yaml_files import parse_yaml
 
 PROGRESS = ("== ", "epoch ")  # how the lines of a worker begin that say which run it trains, and how far it is
@@ -33,8 +33,7 @@ def require_submitit(cluster: str) -> None:
 def read_options(pairs: Sequence[str]) -> dict[str, Any]:
     """`timeout_min=600` and the like, as submitit's update_parameters takes them."""
     for pair in pairs:
-        if "=" not in pair:
-            raise UserError(f"argument --submit-option: found {pair!r}, expected key=value, such as timeout_min=600")
+        expect("=" in pair, "argument --submit-option", repr(pair), "key=value, such as timeout_min=600")
     split = (pair.partition("=") for pair in pairs)
     return {key: parse_yaml(value, f"argument --submit-option: {key}") for key, _, value in split}
 

@@ -181,8 +181,7 @@ def open_pictures(pictures: Picture | Sequence[Picture]) -> list[tuple[str, Pict
             opened += [(str(source.path), source.path) for source in find_pictures([str(picture)])]
         else:
             opened.append((f"picture {number}", picture))
-    if not opened:
-        raise UserError("argument pictures: found an empty list, expected at least one picture")
+    expect(bool(opened), "argument pictures", "an empty list", "at least one picture")
     return opened
 
 

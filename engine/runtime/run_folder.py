@@ -22,7 +22,7 @@ import torch
 from checkpoint import discard, previous_path, sync_folder, write_durably
 from config import Config, to_tree
 from engine.runtime import claims
-from errors import DISK_EXIT_CODE, UserError
+from errors import DISK_EXIT_CODE, UserError, expect
 from yaml_files import dump_yaml
 
 AP_COLUMNS = tuple(f"metrics/AP{percent}" for percent in range(50, 100, 5))  # at each IoU threshold
@@ -73,8 +73,7 @@ class RunFolder:
 
 def check_name(name: str) -> None:
     """UserError for a run's name that is not that of a folder directly in `runs`."""
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise UserError(f"key 'name': found {name!r}, expected the name of a folder")
+    expect(name not in ("", ".", "..") and Path(name).name == name, "key 'name'", repr(name), "the name of a folder")
 
 
 def create(config: Config, claim: claims.Claim | None = None) -> tuple[RunFolder, Config, claims.Claim]:

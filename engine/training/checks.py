@@ -102,8 +102,8 @@ def check_numbers(config: Config, processes: int) -> None:
 
 def check_data(data: DataConfig) -> None:
     """The keys that choose the pictures to train on."""
-    if data.train_format is not None and data.train_root is None:
-        raise UserError(f"key 'data.train_format': found {data.train_format} without data.train_root, expected both")
+    is_met = data.train_format is None or data.train_root is not None
+    expect(is_met, "key 'data.train_format'", f"{data.train_format} without data.train_root", "both")
     expect(data.max_samples >= -1, "key 'data.max_samples'", data.max_samples, "a number, or -1 for all")
     if data.train is None and (data.unlabelled is None or data.train_root or data.per_class or data.max_samples > 0):
         raise UserError("key 'data.train': found null, expected a split; or data.unlabelled, and no other training key")
@@ -134,8 +134,8 @@ def check_unlabelled(settings: UnlabelledConfig, *, has_labelled: bool) -> None:
             raise UserError(f"key '{key}.{name}': there are no labelled pictures (data.train is null), expected none")
     if not settings.rest and settings.split is None and settings.root is None:
         raise UserError(f"key '{key}': found no pictures, expected rest: true, a split, or the root of a folder")
-    if settings.format is not None and settings.split is None:
-        raise UserError(f"key '{key}.format': found {settings.format} without a split, expected both")
+    is_met = settings.format is None or settings.split is not None
+    expect(is_met, f"key '{key}.format'", f"{settings.format} without a split", "both")
     share = settings.labelled_share
     expect(settings.max_samples >= 0, f"key '{key}.max_samples'", settings.max_samples, "a number, or 0 for all")
     expect(share is None or 0 < share < 1, f"key '{key}.labelled_share'", share, "a number between 0 and 1")

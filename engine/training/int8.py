@@ -25,10 +25,9 @@ def check_int8(config: Config) -> None:
     expect(50 < percentile <= 100, "key 'student.int8.percentile'", percentile, "above 50 and at most 100")
     for key, value, least in (("pictures", settings.pictures, 1), ("frozen_epochs", settings.frozen_epochs, 0)):
         expect(value >= least, f"key 'student.int8.{key}'", value, f"at least {least}")
-    if config.compile:
-        raise UserError("key 'compile': found true beside student.int8, whose ranges move, expected false")
-    if config.precision == "bfloat16":
-        raise UserError("key 'precision': found bfloat16, which is coarser than int8's steps, expected float32 or auto")
+    expect(not config.compile, "key 'compile'", "true beside student.int8, whose ranges move", "false")
+    expected = "float32 or auto"
+    expect(config.precision != "bfloat16", "key 'precision'", "bfloat16, which is coarser than int8's steps", expected)
 
 
 def prepare_int8(student: nn.Module, config: Config) -> None:
