@@ -63,7 +63,7 @@ from engine.training.inputs import Inputs, digest_of_labels, labels_of, weights_
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures
 from engine.training.teaching import build_teachers
-from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, expect, naming, run_script
+from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, counted, expect, naming, run_script
 from structures import SIZE_MULTIPLE
 
 POLL_S = 5.0  # between two looks at runs that other processes work on
@@ -307,7 +307,7 @@ def make_or_train(work: Work, progress: StudyProgress) -> None:
         if not progress.is_open(work):
             return  # another process was at it until now
         work.failure.unlink(missing_ok=True)
-        print(f"== {config.name}: {config.student.arch}, {config.epochs} epochs", flush=True)
+        print(f"== {config.name}: {config.student.arch}, {counted(config.epochs, 'epoch')}", flush=True)
         if work.row.idle:
             print(work.row.idle)
         try:

@@ -1,4 +1,6 @@
-"""The one exception for mistakes a user can make, and the one place that turns it into a line and an exit code."""
+"""The one exception for mistakes a user can make, the one place that turns it into a line and an exit code, and the
+words that messages share.
+"""
 
 import argparse
 import contextlib
@@ -52,6 +54,12 @@ def expect(is_met: bool, what: str, found: object, expected: str) -> None:
     """UserError `WHAT: found FOUND, expected EXPECTED` unless a condition is met. what: such as "key 'epochs'"."""
     if not is_met:
         raise UserError(f"{what}: found {found}, expected {expected}")
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 class`, `2 classes`, `0 pictures`: a number and its noun, which ends in -es after s, x and ch, else in -s."""
+    plural = noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
+    return f"{count} {noun if count == 1 else plural}"
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ from engine.onnx_files.other_formats import LEAST_SIDE, command_for, openvino_fi
 from engine.prediction.sources import find_pictures
 from engine.runtime.run_folder import RunFolder, commit, write_bytes
 from engine.runtime.timing import rotate, wall_seconds
-from errors import ArgumentParser, UserError, expect, require, run_script
+from errors import ArgumentParser, UserError, counted, expect, require, run_script
 from layers.fusion import fuse
 from layers.int8 import has_int8, remove_int8
 from predict import fraction, plural
@@ -197,7 +197,7 @@ def write_other_format(args: argparse.Namespace, model: nn.Module, info: GraphIn
     check_difference(args, compare_outputs(model, run, batches, suppresses=info.suppresses), what, on)
     for suffix, data in files.items():
         write_bytes(args.output.with_suffix(suffix), data)
-        print(f"written: {args.output.with_suffix(suffix)} ({info.arch}, {len(info.names)} classes, float32)")
+        print(f"written: {args.output.with_suffix(suffix)} ({info.arch}, {counted(len(info.names), 'class')}, float32)")
 
 
 def write_onnx(
@@ -223,7 +223,7 @@ def write_onnx(
     check_difference(args, compare(model, graphs["float32"], batches, suppresses=info.suppresses), "ONNX", on)
     for name, graph in graphs.items():
         write_bytes(files[name], graph.SerializeToString())
-        print(f"written: {files[name]} ({info.arch}, {len(info.names)} classes, {name})")
+        print(f"written: {files[name]} ({info.arch}, {counted(len(info.names), 'class')}, {name})")
     return graphs, infos
 
 

@@ -202,7 +202,7 @@ def run(
             if not resume:
                 measure_start(setup, state, progress)
             if state.is_over(setup.config):
-                progress.say(f"{config.epochs} of {config.epochs} epochs are done: only the last evaluation is left")
+                progress.say(f"epoch {state.epoch}/{config.epochs} was the last: only the test is left")
             train(setup, state, folder, progress, stop, on_epoch)
             return finish(setup, state, folder, progress)
         except (StopRequested, LoaderProcessDied) as error:

@@ -33,7 +33,7 @@ import numpy as np
 from datasets.index import ANY_CLASS, DatasetIndex, Sample
 from datasets.open import READERS, open_dataset
 from datasets.scan import check, scan
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, counted, run_script
 from yaml_files import dump_yaml
 
 Indices = dict[str, DatasetIndex]  # by split
@@ -349,7 +349,8 @@ def main(argv: list[str]) -> int:
         max_bad_fraction=arguments.max_bad_fraction,
     )
     for split, index in indices.items():
-        print(f"{split}: {len(index)} pictures, {sum(map(len, index.samples))} objects")
+        objects = counted(sum(map(len, index.samples)), "object")
+        print(f"{split}: {counted(len(index), 'picture')}, {objects}")
         for fault in index.faults:
             print(f"  {fault}")
     for what, count in losses.items():

@@ -192,6 +192,16 @@ WEIGHTS = {
 DATASETS |= {name: PublicDataset((file,), f"weights/{name}") for name, file in WEIGHTS.items()}
 
 
+def how_to_fetch_set(root: str | Path) -> str:
+    """The end of an error about a missing dataset: " (python -m datasets.download bccd --root data)".
+
+    "" for a folder of another name than those that a download makes.
+    """
+    path, sets = Path(root), {name: entry for name, entry in DATASETS.items() if name not in WEIGHTS}
+    names = [name for name, entry in sets.items() if Path(entry.folder).parts[0] == path.name]
+    return f" (python -m datasets.download {' '.join(names)} --root {path.parent})" if names else ""
+
+
 def how_to_fetch(name: str) -> str:
     """The end of an error about missing weights: " (python -m datasets.download resnet18 --root data)".
 

@@ -21,7 +21,7 @@ from datasets.images import read_image
 from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.open import READERS, open_dataset
 from datasets.overlap import find_overlap
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, counted, run_script
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
 SHOWN_NAME = 24  # characters of a class name in the table
@@ -95,7 +95,7 @@ class ScanReport:
         soft = ", soft labels" if samples and samples[0].class_scores is not None else ""
         lines = [
             self.title,
-            f"{len(samples)} pictures{_sizes(self.index)}, {without}, {len(names)} classes{soft}; "
+            f"{counted(len(samples), 'picture')}{_sizes(self.index)}, {without}, {counted(len(names), 'class')}{soft}; "
             + ("every picture decoded" if self.decoded else "headers read, pictures not decoded"),
             "",
             *_align(rows),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import ArgumentParser, UserError
+from errors import ArgumentParser, UserError, counted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,3 +43,8 @@ def test_a_command_without_its_arguments_ends_in_one_line(command):
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: found no ") and done.stderr.count("\n") == 1
+
+
+def test_one_is_singular():
+    assert [counted(n, "picture") for n in (0, 1, 2)] == ["0 pictures", "1 picture", "2 pictures"]
+    assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from errors import DISK_EXIT_CODE, UserError
+from errors import DISK_EXIT_CODE, UserError, counted
 from weights.load import HASH_IN_NAME, file_of_run, read_state_dict
 from weights.shared_file import FORMAT, to_bytes, to_half
 
@@ -57,6 +57,6 @@ def convert(path: Path, output: Path, *, half: bool = False, arch: str | None = 
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{output}: could not be written: {error.strerror}", DISK_EXIT_CODE) from None
-    classes = f"{len(info.names)} classes" if info.names else "no class names"
+    classes = counted(len(info.names), "class") if info.names else "no class names"
     named = own_arch or "architecture not known from names and shapes: give --arch here, or to every command"
     return f"written: {output} ({len(state)} tensors, {len(data):,} bytes; {named}; {classes})"

@@ -29,7 +29,7 @@ from engine.runtime.peak_memory import peak_gigabytes, reset_peak
 from engine.runtime.processes import choose_device
 from engine.runtime.run_folder import write_text
 from engine.training.checks import check_data, check_numbers
-from errors import UserError, expect, naming
+from errors import UserError, counted, expect, naming
 from structures import Detector, Targets
 from yaml_files import dump_yaml
 
@@ -122,7 +122,8 @@ def write_without_labels(path: Path, folder: Path, overrides: Sequence[str], tea
     title = f"{path}: made by train.py --init for {folder}; docs/use.md, Few labels, describes the setting."
     from_tree(Config, tree, source=str(path))
     write_text(path, annotate(tree, reasons, title))
-    print(f"{folder}: {count} pictures without labels; {teacher}'s detections can serve as their boxes (pseudo boxes)")
+    pictures = f"{counted(count, 'picture')} without labels"
+    print(f"{folder}: {pictures}; {teacher}'s detections can serve as their boxes (pseudo boxes)")
     print(f"written: {path}\nnext: put the teacher's weights at {teacher}.pt{how_to_fetch(teacher)}, then")
     print(f"python train.py {path} data.format=FORMAT data.root=LABELLED_SET data.test=test")
 
@@ -137,9 +138,9 @@ def describe(found: FoundSet) -> str:
     names, train, test = found.train_index.names, found.train_index, found.test_index
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     lines = [
-        f"{found.root}: {found.format}, {len(train)} pictures to train on ({found.train}), {len(test)} to test on "
-        f"({found.test})",
-        f"{len(names)} class{'es' * (len(names) > 1)}: {shown}",
+        f"{found.root}: {found.format}, {counted(len(train), 'picture')} to train on ({found.train}), {len(test)} to "
+        f"test on ({found.test})",
+        f"{counted(len(names), 'class')}: {shown}",
         *found.notes,
     ]
     if found.written:
@@ -147,7 +148,9 @@ def describe(found: FoundSet) -> str:
     faults = [*train.faults, *test.faults]
     if faults:
         command = f"python -m datasets.scan {found.format} {found.root} {found.train},{found.test}"
-        lines.append(f"{len(faults)} faults in labels or pictures, the first: {faults[0]}; {command} lists them")
+        lines.append(
+            f"{counted(len(faults), 'fault')} in labels or pictures, the first: {faults[0]}; {command} lists them"
+        )
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from datasets.index import ANY_CLASS, DatasetIndex, Sample
 from datasets.open import open_dataset, require_objects
 from datasets.subset import keep_classes
 from engine.evaluation.measuring import EvaluationResult, evaluate_model
+from errors import counted
 from structures import Detections, Detector
 
 MOST_DETECTIONS = 30_000  # of all classes in an image, before the evaluated ones are selected
@@ -73,7 +74,7 @@ def evaluate_on_dataset(
     require_objects(index, title, place[1], with_difficult=with_difficult)
     result = evaluate_model(model, index, **settings)
     if index.faults:
-        print(f"{len(index.faults)} faults in the labels or pictures, the first: {index.faults[0]}")
+        print(f"{counted(len(index.faults), 'fault')} in the labels or pictures, the first: {index.faults[0]}")
     return replace(result, class_map=class_map), index
 
 

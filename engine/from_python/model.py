@@ -22,7 +22,7 @@ from engine.onnx_files.detector import OnnxDetector, load_detector
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import find_pictures
 from engine.runtime.processes import choose_device
-from errors import UserError, expect, naming
+from errors import UserError, counted, expect, naming
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -55,7 +55,8 @@ class Model:
         parameters = sum(p.numel() for p in self.module.parameters())
         size = f", {parameters:,} parameters" * bool(parameters)
         size += f", {self.info.plumbing}" * bool(self.info.plumbing)
-        return f"{self.arch} of {self.source}: {len(self.names)} classes, {self.image_size} px{size}, on {self.device}"
+        classes = counted(len(self.names), "class")
+        return f"{self.arch} of {self.source}: {classes}, {self.image_size} px{size}, on {self.device}"
 
     def predict(
         self,

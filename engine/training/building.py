@@ -36,6 +36,7 @@ from engine.training.splits import (
 from engine.training.state import fingerprint
 from engine.training.student import build_student
 from engine.training.teaching import Teachers, build_teachers
+from errors import counted
 from structures import DenseDetector
 
 
@@ -118,10 +119,11 @@ def describe_setup(setup: TrainingSetup) -> str:
     """One line: the models, the pictures, the steps and the machine."""
     facts = machine_facts(setup)
     teachers = "".join(f", teacher {name} ({count_parameters(t):,})" for name, t in setup.teachers.models.items())
+    epochs = f"{counted(setup.config.epochs, 'epoch')} of {counted(setup.steps_per_epoch, 'step')}"
     return (
         f"{setup.config.student.arch} ({count_parameters(setup.student):,} parameters){teachers}, "
-        f"{setup.splits.describe()}, {setup.config.epochs} epochs of {setup.steps_per_epoch} steps, "
-        f"{facts['device']}, {facts['precision']}, {facts['processes']} x {facts['threads']} threads"
+        f"{setup.splits.describe()}, {epochs}, "
+        f"{facts['device']}, {facts['precision']}, {facts['processes']} x {counted(facts['threads'], 'thread')}"
     )
 
 

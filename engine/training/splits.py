@@ -28,7 +28,7 @@ from engine.runtime.processes import Processes
 from engine.training.checks import check_data
 from engine.training.pseudo_boxes import PseudoBoxes, PseudoTeacher, make_pseudo_boxes
 from engine.training.teaching import pseudo_of
-from errors import UserError
+from errors import UserError, counted
 
 DECODE_AT_MOST = 20_000  # a split of more pictures is not decoded before training: only the headers are read
 
@@ -58,7 +58,7 @@ class Splits:
     def describe(self) -> str:
         """ "360 pictures", or "60 labelled and 300 unlabelled pictures"."""
         if not self.unlabelled:
-            return f"{len(self.train)} pictures"
+            return counted(len(self.train), "picture")
         return f"{self.labelled} labelled and {self.unlabelled} unlabelled pictures"
 
 

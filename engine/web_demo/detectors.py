@@ -25,7 +25,7 @@ from engine.prediction.predictor import Predictor
 from engine.runtime.processes import choose_device
 from engine.runtime.timing import rotate, wall_seconds
 from engine.web_demo.gallery import ONE_AT_A_TIME
-from errors import UserError
+from errors import UserError, counted
 from structures import Detections, DetectionSettings
 
 MAX_WEIGHTS_MEGABYTES = 200  # of an uploaded file; YOLOv8x has 137 MB, Faster R-CNN 160
@@ -50,11 +50,10 @@ class Detector:
 
     def describe(self) -> str:
         """`yolov8n, 3.01 M parameters, 8 classes, 160 px`, and the mark of a run that was no measurement."""
-        count = len(self.names)
         precision = f"ONNX, {self.module.info.precision}" if isinstance(self.module, OnnxDetector) else ""
         size = f"{self.parameters / 1e6:.2f} M parameters" if self.parameters is not None else precision
         mark = f", {self.info.plumbing}" * bool(self.info.plumbing)
-        return f"{self.info.arch}, {size}, {count} class{'es' * (count != 1)}, {self.info.image_size} px{mark}"
+        return f"{self.info.arch}, {size}, {counted(len(self.names), 'class')}, {self.info.image_size} px{mark}"
 
 
 def load_file(path: Path, name: str) -> Detector:

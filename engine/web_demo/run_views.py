@@ -17,6 +17,7 @@ from engine.drawing.heat_maps import attention_heat, grid, heat_colors, heat_leg
 from engine.onnx_files.detector import SUFFIX
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
+from weights import file_of_run
 from yaml_files import read_yaml
 
 CELL_SIDE = 420  # pixels: side of a heat map
@@ -133,12 +134,9 @@ def describe_term(term: TermConfig) -> str:
 
 
 def find_teachers(config: Config) -> dict[str, Path]:
-    """The teachers of a run whose weights file still exists, by name."""
-    return {
-        teacher.name: Path(teacher.weights)
-        for teacher in config.teachers
-        if teacher.weights is not None and Path(teacher.weights).is_file()
-    }
+    """The weights files of a run's teachers that still exist, by name; a teacher may be named by its run's folder."""
+    files = {teacher.name: file_of_run(teacher.weights) for teacher in config.teachers if teacher.weights is not None}
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def map_names(models: list[nn.Module]) -> list[str]:

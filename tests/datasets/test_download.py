@@ -17,6 +17,7 @@ import pytest
 import models
 from datasets import download
 from datasets.download import DATASETS, WEIGHTS, Archive, PublicDataset, fetch, main, unpack
+from datasets.open import open_dataset
 from errors import UserError
 
 PIXELS = np.random.default_rng(0).bytes(300_000)
@@ -374,3 +375,19 @@ def test_dry_run_fetches_nothing(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "VOCtrainval_06-Nov-2007.tar  460.0 MB  md5:c52e2795" in printed and "resnet18-f37072fd.pth" in printed
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "format", "names"),
+    [
+        ("bccd", "voc", "bccd"),
+        ("VOCdevkit", "voc", "voc2007 voc2012"),
+        ("coco", "coco", "coco2017"),
+        ("mine", "yolo", ""),
+    ],
+)
+def test_a_set_that_is_not_there_says_how_to_fetch_it(folder, format, names, tmp_path):
+    with pytest.raises(UserError) as error:
+        open_dataset(format, tmp_path / folder, "train")
+    advice = f" (python -m datasets.download {names} --root {tmp_path})" if names else ""
+    assert str(error.value) == f"{tmp_path / folder}: no such file or folder, expected a dataset{advice}"

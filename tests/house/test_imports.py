@@ -61,7 +61,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "engine.comparison": RUN | {"models", "engine.training", "engine.condensing", "engine.prediction"},
     "engine.search": RUN | {"models", "layers", "distill", "engine.training", "engine.comparison"},
     "engine.search.__main__": RUN | {"engine.search", "engine.training", "engine.comparison", "train"},  # it trains
-    "engine.web_demo": RUN | {"distill", "engine.onnx_files", "engine.prediction"},
+    "engine.web_demo": RUN | {"weights", "distill", "engine.onnx_files", "engine.prediction"},
     "engine.command_line": RUN | {"models", "distill", "engine.training", "engine.condensing", "engine.comparison"},
     "engine.from_python": RUN | {"models", "engine.evaluation", "engine.onnx_files", "engine.prediction"},
 }

@@ -76,7 +76,7 @@ def test_a_teacher_comes_with_a_term_on_maps_of_equal_strides(folder, teacher, m
     train.main(["--init", "own.yaml", "--data", "data", "--teacher", teacher])
     assert capsys.readouterr().out.endswith("next: python compare.py own.yaml\n")
     config = load_config("own.yaml")
-    check_config(config, given=["teacher"])
+    check_config(config, without_weights=["teacher"])
     (term,) = config.terms
     assert (term.loss, term.student_maps, term.weight.share) == ("cwd", maps, 0.1)
 
@@ -97,12 +97,12 @@ def test_pictures_alone_get_the_setting_without_labels(folder, capsys):
     (folder / "data" / "images" / "train" / "000.png").rename(folder / "alone" / "a.png")
     train.main(["--init", "own.yaml", "--data", "alone"])
     printed = capsys.readouterr().out
-    assert "alone: 1 pictures without labels" in printed
+    assert "alone: 1 picture without labels" in printed
     assert printed.endswith("python train.py own.yaml data.format=FORMAT data.root=LABELLED_SET data.test=test\n")
     config = load_config("own.yaml", ["data.format=yolo", "data.root=data"])
     assert config.data.train is None and config.data.unlabelled.root == "alone"
     assert config.data.unlabelled.pseudo.teacher == config.teachers[0].name
-    check_config(config, given=["teacher"])
+    check_config(config, without_weights=["teacher"])
 
 
 def index_of(side: float, size: tuple[int, int], count: int = 10) -> DatasetIndex:

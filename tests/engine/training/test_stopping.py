@@ -245,4 +245,4 @@ def test_a_finished_run_says_that_no_epoch_is_left(make_tiny, capsys):
     config = make_tiny(epochs=1)
     done = train.run(config, quiet=True)
     assert train.run(config, resume=True)["test"] == done["test"]
-    assert "1 of 1 epochs are done: only the last evaluation is left" in capsys.readouterr().out
+    assert "epoch 1/1 was the last: only the test is left" in capsys.readouterr().out

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
-from config import TermConfig
+from config import TeacherConfig, TermConfig
 from engine.drawing.heat_maps import LINE
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
@@ -122,3 +123,13 @@ def test_maps_of_two_models(tmp_path, one_thread):
     sheet = run_views.heat_sheet(models, picture, "p4")
     assert sheet.width >= 3 * run_views.CELL_SIDE
     assert np.ptp(np.asarray(sheet)[-LINE // 2].astype(int), axis=1).max() > 200  # the bar of the colors, below
+
+
+def test_a_teacher_is_found_by_its_file_and_by_its_run(tmp_path):
+    place(tmp_path, "big", "last.pt")
+    (tmp_path / "file.pt").write_bytes(b"")
+    weights = {"run": "big", "file": "file.pt", "gone": "gone.pt"}
+    named = tuple(TeacherConfig(name, "yolov8s", weights=str(tmp_path / w)) for name, w in weights.items())
+    config = SimpleNamespace(teachers=(*named, TeacherConfig("in_place", "yolov8s")))
+    found = {"run": tmp_path / "big" / "weights" / "last.pt", "file": tmp_path / "file.pt"}
+    assert run_views.find_teachers(config) == found
