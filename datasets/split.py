@@ -17,6 +17,7 @@ that lacks most of the class (iterative stratification, Sechidis et al., "On the
 ECML PKDD 2011). The same pictures, fractions and seed give the same splits.
 """
 
+import argparse
 import json
 import os
 import re
@@ -262,7 +263,7 @@ def _lines(items: Iterable[int | str]) -> str:
 WRITERS = {"voc": voc_lists, "coco": coco_files, "yolo": yolo_lists, "kitti": kitti_lists}
 
 
-def main(argv: list[str]) -> int:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         "python -m datasets.split",
         __doc__,
@@ -295,6 +296,12 @@ def main(argv: list[str]) -> int:
         re.compile(arguments.group or "")
     except re.error as error:
         raise UserError(f"--group: {arguments.group!r} is no regular expression: {error}") from None
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
+    val, test = arguments.val, arguments.test
     fractions = {"train": 1 - val - test} | ({"val": val} if val else {}) | {"test": test}
     division, written = split_dataset(
         arguments.format,

@@ -16,7 +16,7 @@ Every path is relative to the folder of the yaml file (never to the working dire
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -355,31 +355,12 @@ def _read_sample(
     frame = read_frame(image_path, log)
     if frame is None:
         return None
-    lines: list[tuple[int, str]] = []
-    try:
-        if label_path.is_file():
-            lines = read_lines(label_path)
-        else:
-            log.add(
-                label_path, None, "no such file: a picture without objects", NO_LABEL_FILE, "noted", image_path.name
-            )
-    except UserError as error:
-        reason = str(error).removeprefix(f"{label_path}: ")
-        log.add(label_path, None, reason, "unreadable label file", "picture dropped", image_path.name)
-        return None
     soft_folder = folders.places[image_path.parent].soft
     soft_path = None if soft_folder is None else soft_folder / label_path.name
-    soft_lines: list[tuple[int, str | None]] = [(0, None)] * len(lines)
-    if soft_path is not None:
-        try:
-            soft_lines = [*read_lines(soft_path)] if lines or soft_path.is_file() else []
-            if len(soft_lines) != len(lines):
-                found = f"{len(soft_lines)} rows, expected {len(lines)}"
-                raise UserError(f"{soft_path}: {found}: one for each of {label_path.name} in {label_path.parent}")
-        except UserError as error:
-            reason = str(error).removeprefix(f"{soft_path}: ")
-            log.add(soft_path, None, reason, "unusable soft label file", "picture dropped", image_path.name)
-            return None
+    lines = _label_lines(label_path, log, image_path.name)
+    soft_lines = None if lines is None else _soft_lines(soft_path, label_path, len(lines), log, image_path.name)
+    if lines is None or soft_lines is None:
+        return None
     rows = LabelRows()
     for (number, line), (soft_number, soft_line) in zip(lines, soft_lines, strict=True):
         shares = None if soft_line is None else read_shares(soft_line, len(names))
@@ -400,3 +381,36 @@ def _read_sample(
         label_path=label_path,
         num_soft_classes=None if soft_path is None else len(names),
     )
+
+
+def _label_lines(path: Path, log: FaultLog, picture: str) -> list[tuple[int, str]] | None:
+    """The lines of a label file with their numbers, none without a file; None, and a fault, if it is unreadable."""
+    if not path.is_file():
+        log.add(path, None, "no such file: a picture without objects", NO_LABEL_FILE, "noted", picture)
+        return []
+    try:
+        return read_lines(path)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        log.add(path, None, reason, "unreadable label file", "picture dropped", picture)
+        return None
+
+
+def _soft_lines(
+    path: Path | None, label_path: Path, count: int, log: FaultLog, picture: str
+) -> Sequence[tuple[int, str | None]] | None:
+    """The lines of soft labels beside `count` lines of labels: (0, None) each without a path; None, and a fault, where
+    they are unreadable or not as many.
+    """
+    if path is None:
+        return [(0, None)] * count
+    try:
+        lines = read_lines(path) if count or path.is_file() else []
+        if len(lines) != count:
+            found = f"{len(lines)} rows, expected {count}"
+            raise UserError(f"{path}: {found}: one for each of {label_path.name} in {label_path.parent}")
+        return lines
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        log.add(path, None, reason, "unusable soft label file", "picture dropped", picture)
+        return None

@@ -246,7 +246,7 @@ class Term:
         return {name: argument for name, argument in arguments.items() if argument.kind is argument.KEYWORD_ONLY}
 
 
-OF_ANCHORS: ReadWith = {name: ("mask", ("anchors",)) for name in ("psi", "anchor_sizes", "anchor_ratios")}
+OF_ANCHORS: ReadWith = dict.fromkeys(("psi", "anchor_sizes", "anchor_ratios"), ("mask", ("anchors",)))
 OF_BOXES: ReadWith = {
     "score_threshold": ("boxes", ("teacher",)),
     "max_boxes": ("boxes", ("teacher", "proposals")),

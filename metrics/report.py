@@ -107,11 +107,9 @@ def detection_report(
     is_true, is_false = matches.true_positive != 0, (matches.true_positive | matches.ignored) == 0
     instances = matches.num_objects[:, 0]
     grid = np.append(SCORE_GRID, score_threshold)
-    num_true, num_false = np.zeros((2, num_classes, len(grid)))
-    for k in range(num_classes):
-        for chosen, counts in ((is_true, num_true), (is_false, num_false)):
-            in_class = np.sort(scores[chosen & (labels == k)])
-            counts[k] = len(in_class) - np.searchsorted(in_class, grid, side="left")
+    num_true, num_false = (
+        _count_from(grid, scores[chosen], labels[chosen], num_classes) for chosen in (is_true, is_false)
+    )
     has_objects = (instances > 0)[:, None]
     precision = np.where(has_objects, num_true / np.maximum(num_true + num_false, 1), np.nan)  # (K, S + 1)
     recall = np.where(has_objects, num_true / np.maximum(instances[:, None], 1), np.nan)
@@ -152,6 +150,13 @@ def detection_report(
             ignore_difficult=ignore_difficult,
         ),
     )
+
+
+def _count_from(thresholds: np.ndarray, scores: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(K, S) float64: of each class, how many of the scores are at least each threshold."""
+    ordered = [np.sort(scores[labels == k]) for k in range(num_classes)]
+    counts = [len(of_class) - np.searchsorted(of_class, thresholds, side="left") for of_class in ordered]
+    return np.array(counts, dtype=np.float64).reshape(num_classes, len(thresholds))
 
 
 def _is_ignored(ground_truth: GroundTruth, ignore_difficult: bool) -> np.ndarray:

@@ -137,7 +137,7 @@ def plain_task_aligned_assignment(
         if not len(rows):
             continue
         labels, boxes = targets.labels[rows], gt_boxes[rows]
-        is_candidate = _is_inside(centers, _widen(boxes, 2 * strides.min()))  # (G, A)
+        is_candidate = is_inside(centers, _widen(boxes, 2 * strides.min()))  # (G, A)
         overlap = paired_ciou(boxes_xyxy[b], boxes[:, None]).clamp(min=0)  # u (G, A)
         score = class_logits[b, :, labels].T.to(overlap.dtype).sigmoid()  # s (G, A)
         metric = torch.where(is_candidate, score**alpha * overlap**beta, 0)  # t (G, A)
@@ -199,7 +199,7 @@ def task_aligned_assignment(
     gt_boxes, gt_labels = targets.boxes_xyxy.to(boxes_xyxy.dtype), targets.labels.where(learnable, 0)
 
     reach = torch.where(ignore[:, None], gt_boxes, _widen(gt_boxes, 2 * strides.min()))  # (N, 4)
-    pairs = _list_pairs(_is_inside(centers, reach) & (learnable | ignore)[:, None])
+    pairs = _list_pairs(is_inside(centers, reach) & (learnable | ignore)[:, None])
     gt, image = pairs.gt, targets.image[pairs.gt]  # (P,) each
     location = image * A + pairs.point  # (P,) in 0..B*A-1
     overlap = paired_ciou(boxes_xyxy.reshape(-1, 4).index_select(0, location), gt_boxes.index_select(0, gt))
@@ -314,7 +314,7 @@ def assignment_of_matches(
 
 def in_ignored_box(centers: Tensor, targets: Targets, num_images: int) -> Tensor:
     """centers (A, 2) in pixels -> (B, A) bool: the center lies strictly inside an ignored box of the image."""
-    inside = _is_inside(centers, targets.boxes_xyxy.to(centers.dtype)) & targets.ignore[:, None]  # (N, A)
+    inside = is_inside(centers, targets.boxes_xyxy.to(centers.dtype)) & targets.ignore[:, None]  # (N, A)
     count = torch.zeros(num_images, len(centers), dtype=torch.int32, device=centers.device)
     return count.index_add_(0, targets.image, inside.int()) > 0
 
@@ -328,7 +328,7 @@ def is_learnable(targets: Targets) -> Tensor:
     return (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(-1) & ~targets.ignore
 
 
-def _is_inside(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
+def is_inside(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
     """points (A, 2) strictly inside boxes (N, 4), one unit -> (N, A) bool."""
     x, y = points.unbind(-1)  # (A,) each
     x1, y1, x2, y2 = boxes_xyxy[:, :, None].unbind(1)  # (N, 1) each

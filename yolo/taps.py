@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from boxes import box_iou
+from yolo.assigners import is_inside
 
 BRANCH_MAPS = {  # name: branch of the head, index of the level, number of the branch's layers in front of the map
     f"{kind}{level}_{count}": (kind, row, count)
@@ -107,10 +108,7 @@ def _at_boxes_of_image(z: Tensor, decoded_xyxy: Tensor, centers: Tensor, boxes_x
     """z (A, K), decoded_xyxy (A, 4), centers (A, 2), boxes_xyxy (N, 4) -> (N, K)."""
     with torch.no_grad():
         boxes_xyxy = boxes_xyxy.to(decoded_xyxy)
-        x, y = centers[:, 0], centers[:, 1]
-        x1, y1, x2, y2 = boxes_xyxy[:, :, None].unbind(1)  # (N, 1) each
-        is_inside = (x > x1) & (x < x2) & (y > y1) & (y < y2)  # (N, A)
-        weight = box_iou(boxes_xyxy, decoded_xyxy) * is_inside  # (N, A)
+        weight = box_iou(boxes_xyxy, decoded_xyxy) * is_inside(centers, boxes_xyxy)  # (N, A)
         weight, index = weight.topk(min(locations, len(centers)), dim=1)  # (N, k)
         middles = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
         nearest = (middles[:, None] - centers).square().sum(-1).argmin(1)  # (N,)

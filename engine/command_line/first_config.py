@@ -190,13 +190,7 @@ def propose(
     if bad > 0.01:
         data["max_bad_fraction"] = next(limit for limit in SUGGESTED if limit >= bad)
         reasons["data.max_bad_fraction"] = f"{bad:.1%} of the pictures or objects cannot be used; see datasets.scan"
-    if epochs * count / batch >= LONG_TRAINING:
-        optimizer = {"name": "sgd", "learning_rate": 0.01, "accumulate": max(1, 64 // batch)}
-        reasons["optimizer.name"] = "many steps: the published rates"
-    else:
-        optimizer = {"name": "adamw", "learning_rate": 0.0015, "momentum": 0.9, "schedule": "cosine"}
-        optimizer["ema_ramp_steps"] = 500
-        reasons["optimizer.name"] = "few steps: the rates of configs/bccd_yolov8n.yaml"
+    optimizer, reasons["optimizer.name"] = choose_optimizer(epochs * count / batch, batch)
     tree: dict[str, Any] = {
         "name": name,
         "data": data,
@@ -211,6 +205,15 @@ def propose(
     for override in overrides:
         apply_override(tree, override)
     return tree, reasons
+
+
+def choose_optimizer(steps: float, batch: int) -> tuple[dict[str, Any], str]:
+    """(the section `optimizer`, why) for a run of that many steps."""
+    if steps >= LONG_TRAINING:
+        sgd = {"name": "sgd", "learning_rate": 0.01, "accumulate": max(1, 64 // batch)}
+        return sgd, "many steps: the published rates"
+    adamw = {"name": "adamw", "learning_rate": 0.0015, "momentum": 0.9, "schedule": "cosine", "ema_ramp_steps": 500}
+    return adamw, "few steps: the rates of configs/bccd_yolov8n.yaml"
 
 
 def choose_image_size(indexes: Sequence[DatasetIndex], device: str) -> tuple[int, str]:
