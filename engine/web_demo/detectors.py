@@ -25,8 +25,8 @@ from engine.prediction.predictor import Predictor
 from engine.runtime.processes import choose_device
 from engine.runtime.timing import rotate, wall_seconds
 from engine.web_demo.gallery import ONE_AT_A_TIME
-from errors import UserError, counted
-from structures import Detections, DetectionSettings
+from errors import UserError, counted, expect
+from structures import SIZE_MULTIPLE, Detections, DetectionSettings
 
 MAX_WEIGHTS_MEGABYTES = 200  # of an uploaded file; YOLOv8x has 137 MB, Faster R-CNN 160
 MAX_IMAGE_SIZE = 2048  # pixels: a file's own image size decides how much memory a picture takes
@@ -83,8 +83,9 @@ def load_upload(data: bytes, file_name: str) -> Detector:
 
 def _detector(name: str, model: nn.Module, info: CheckpointInfo) -> Detector:
     size = info.image_size
-    if not 32 <= size <= MAX_IMAGE_SIZE or size % 32:
-        raise UserError(f"{name}: found image_size {size}, expected a multiple of 32 in 32..{MAX_IMAGE_SIZE}")
+    is_met = 0 < size <= MAX_IMAGE_SIZE and size % SIZE_MULTIPLE == 0
+    expected = f"a multiple of {SIZE_MULTIPLE} in {SIZE_MULTIPLE}..{MAX_IMAGE_SIZE}"
+    expect(is_met, name, f"image_size {size}", expected)
     is_onnx = isinstance(model, OnnxDetector)
     predictor = Predictor(model, image_size=size, device="cpu" if is_onnx else choose_device("auto"))
     parameters = None if is_onnx else sum(parameter.numel() for parameter in model.parameters())
