@@ -229,6 +229,13 @@ def test_a_power_below_one_is_refused():
         build(term(loss="attention", parameters={"power": 0.5}))
 
 
+def test_a_row_describes_its_own_loss():
+    for name, entry in LOSSES.items():
+        assert (entry.compares is not None) == (entry.reads == "logits"), name
+        for parameter, (other, values) in entry.read_with.items():
+            assert {parameter, other} <= set(entry.parameters()) and values, f"{name}: {parameter}"
+
+
 def test_every_default_is_in_its_range():
     for entry in LOSSES.values():
         for name, argument in entry.parameters().items():
