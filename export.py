@@ -66,7 +66,7 @@ from engine.runtime.timing import rotate, wall_seconds
 from errors import ArgumentParser, UserError, counted, expect, require, run_script
 from layers.fusion import fuse
 from layers.int8 import has_int8, remove_int8
-from predict import fraction, plural
+from predict import fraction
 from rtdetr.rtdetr import RTDETR
 from structures import SIZE_MULTIPLE, DetectionSettings
 from weights import file_of_run
@@ -110,7 +110,7 @@ def choose_images(args: argparse.Namespace, test: DatasetIndex | None, image_siz
     else:
         paths, source = [], "drawn for the check"
     images = load_images(paths, image_size) if paths else draw_images(image_size)
-    return images, f"{plural(len(images), 'picture')} {source} at {image_size} px"
+    return images, f"{counted(len(images), 'picture')} {source} at {image_size} px"
 
 
 def find_test_split(weights: Path) -> DatasetIndex | None:

@@ -53,7 +53,7 @@ from engine.prediction.window import Window
 from engine.runtime.interruption import StopSignals
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
-from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script
+from errors import DISK_EXIT_CODE, ArgumentParser, UserError, counted, expect, run_script
 from structures import Detections
 
 
@@ -69,18 +69,14 @@ class Totals:
     labels: Counter[int] = field(default_factory=Counter)
 
     def line(self, names: Sequence[str], output: Path) -> str:
-        parts = [plural(self.pictures, "picture")] if self.pictures or not self.videos else []
-        parts += [f"{plural(self.frames, 'frame')} of {plural(self.videos, 'video')}"] if self.videos else []
+        parts = [counted(self.pictures, "picture")] if self.pictures or not self.videos else []
+        parts += [f"{counted(self.frames, 'frame')} of {counted(self.videos, 'video')}"] if self.videos else []
         num_images = self.pictures + self.frames
         return (
-            f"{', '.join(parts)}, {plural(self.labels.total(), 'detection')} ({format_counts(self.labels, names)}), "
+            f"{', '.join(parts)}, {counted(self.labels.total(), 'detection')} ({format_counts(self.labels, names)}), "
             f"{self.broken} skipped, {1000 * self.seconds / max(1, num_images):.0f} ms "
             f"a {'frame' if self.frames else 'picture'}: {output}"
         )
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 @dataclass
@@ -205,10 +201,10 @@ class Prediction:
         progress.say(self.video_line(reader, done, seconds, labels, done / (time.perf_counter() - began)))
         if reader.broken:
             fault = f"{reader.first_fault} first, after which frames may show traces of it"
-            print(f"skipped: {reader.name}: {plural(reader.broken, 'broken frame')} ({fault})", flush=True)
+            print(f"skipped: {reader.name}: {counted(reader.broken, 'broken frame')} ({fault})", flush=True)
 
     def video_line(self, reader: VideoReader, done: int, seconds: float, labels: Counter[int], speed: float) -> str:
-        frames = plural(done, "frame") if reader.frame_count in (0, done) else f"{done} of {reader.frame_count} frames"
+        frames = counted(done, "frame") if reader.frame_count in (0, done) else f"{done} of {reader.frame_count} frames"
         return (
             f"{reader.name}: {reader.width} x {reader.height}{', turned upright' * reader.is_turned}, "
             f"{frames} in {seconds:.1f} s at {float(reader.frame_rate):.4g} a second"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
-from datasets.index import ANY_CLASS, DatasetIndex, Effect
+from datasets.index import ANY_CLASS, DatasetIndex, Effect, Sample
 from datasets.rows import FaultLog, LabelRows, log_passed_over, log_unread, make_sample, read_frame, refuse_misread
 from datasets.text_lines import read_lines, read_names
 from datasets.values import read_number
@@ -40,37 +40,45 @@ def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = Non
         names = read_names(root / "classes.txt") if (root / "classes.txt").is_file() else CLASSES
     names = tuple(names)
     log, samples = FaultLog(), []
+    of_others: Effect = "noted" if given else "object dropped"
     for stem in _read_list(root, base, split, log):
-        label_path, image_path = base / "label_2" / f"{stem}.txt", find_picture(base / "image_2", stem)
-        unread = None if image_path is not None else find_picture(base / "image_2", stem, UNREAD)
-        if unread is not None:
-            log_unread([unread], log)
-            continue
-        if image_path is None:
-            reason = f"no picture {stem} in {base / 'image_2'}"
-            log.add(label_path, None, reason, "label without picture", "left out", stem)
-            continue
-        try:
-            lines = read_lines(label_path)
-        except UserError as error:
-            reason = str(error).removeprefix(f"{label_path}: ")
-            kind = "unreadable label file" if label_path.is_file() else "picture without label file"
-            log.add(label_path, None, reason, kind, "picture dropped", stem)
-            continue
-        frame = read_frame(image_path, log)
-        if frame is None:
-            continue
-        rows = LabelRows()
-        for number, line in lines:
-            fault = _add_line(line, number, names, rows)
-            if fault is not None:
-                reason, kind = fault
-                effect: Effect = "noted" if given and kind == "unknown class" else "object dropped"
-                log.add(label_path, number, reason, kind, effect, image_path.name)
-        samples.append(make_sample(rows, frame, log, image_path=image_path, image_id=stem, label_path=label_path))
+        sample = _read_sample(stem, base, names, of_others, log)
+        if sample is not None:
+            samples.append(sample)
     log_passed_over(base / "image_2", samples, log)
     refuse_misread(log, base / "label_2")
     return DatasetIndex(names, tuple(samples), tuple(log.faults), None, "kitti", str(base / "label_2"))
+
+
+def _read_sample(stem: str, base: Path, names: tuple[str, ...], of_others: Effect, log: FaultLog) -> Sample | None:
+    """The Sample of one frame; None, and a fault, for one that cannot be used. of_others: on objects not in `names`."""
+    label_path, image_path = base / "label_2" / f"{stem}.txt", find_picture(base / "image_2", stem)
+    unread = None if image_path is not None else find_picture(base / "image_2", stem, UNREAD)
+    if unread is not None:
+        log_unread([unread], log)
+        return None
+    if image_path is None:
+        reason = f"no picture {stem} in {base / 'image_2'}"
+        log.add(label_path, None, reason, "label without picture", "left out", stem)
+        return None
+    try:
+        lines = read_lines(label_path)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{label_path}: ")
+        kind = "unreadable label file" if label_path.is_file() else "picture without label file"
+        log.add(label_path, None, reason, kind, "picture dropped", stem)
+        return None
+    frame = read_frame(image_path, log)
+    if frame is None:
+        return None
+    rows = LabelRows()
+    for number, line in lines:
+        fault = _add_line(line, number, names, rows)
+        if fault is not None:
+            reason, kind = fault
+            effect = of_others if kind == "unknown class" else "object dropped"
+            log.add(label_path, number, reason, kind, effect, image_path.name)
+    return make_sample(rows, frame, log, image_path=image_path, image_id=stem, label_path=label_path)
 
 
 def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:

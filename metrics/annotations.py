@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from datasets.values import are_corners, far_past, fit_as_corners
-from errors import UserError
+from errors import UserError, counted
 from metrics.picture_names import PictureFinder
 from metrics.tables import GroundTruth
 
@@ -188,6 +188,5 @@ def usable_rows(
     notes = []
     for reason, is_out in (("zero-size box", ~has_size), ("equal to another in all", has_size & ~is_first)):
         if count := int(is_out.sum()):
-            rows = f"{count} object{'s' * (count > 1)} left out"
-            notes.append(f"{rows}: {reason}, first: {where(int(is_out.argmax()))}")
+            notes.append(f"{counted(count, 'object')} left out: {reason}, first: {where(int(is_out.argmax()))}")
     return has_size & is_first, tuple(notes)

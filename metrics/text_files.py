@@ -12,7 +12,7 @@ from datasets.folders import is_left_out, list_files
 from datasets.images import SUFFIXES, read_size
 from datasets.text_lines import read_lines, read_names
 from datasets.values import NORM_TOLERANCE, are_fractions, box_fault, read_number
-from errors import UserError
+from errors import UserError, counted
 from metrics.annotations import (
     Annotations,
     Pixels,
@@ -110,7 +110,7 @@ def read_text_ground_truth(
         also = "each would be one as left, top, right, bottom too (--ground-truth-boxes xyxy)"
         notes += (f"boxes read as left, top, width, height; {also}",)
     if alone:  # left out in training too: the pictures themselves are fine
-        notes += (f"{len(alone)} text file{'s' * (len(alone) > 1)} without a picture left out, first: {alone[0]}",)
+        notes += (f"{counted(len(alone), 'text file')} without a picture left out, first: {alone[0]}",)
     pixels: Pixels = "continuous" if is_yolo else "as taken"
     finder = PictureFinder(pictures)
     return Annotations(ground_truth, pictures, pictures, finder, all_sizes, None, number_labels, pixels, notes)

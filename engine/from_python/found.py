@@ -8,6 +8,7 @@ from torch import Tensor
 
 import structures
 from engine.drawing.detections import draw_detections
+from errors import counted
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,9 +58,8 @@ class Detections(structures.Detections):
 
     def __str__(self) -> str:
         height, width = self.picture.shape[:2]
-        count = len(self)
-        lines = [f"{self.source}: {width} x {height}, {count} detection{'s' * (count != 1)}"]
-        if count:
+        lines = [f"{self.source}: {width} x {height}, {counted(len(self), 'detection')}"]
+        if len(self):
             longest = max(5, *map(len, self.names))
             lines += [f"{'class':<{longest}}  score" + "".join(f"{name:>9}" for name in ("x1", "y1", "x2", "y2"))]
         for name, score, box in zip(self.names, self.scores.tolist(), self.boxes_xyxy.tolist()):

@@ -148,9 +148,9 @@ def build(
     saved: the student's state in the checkpoint of a resumed run.
     keep: whether pseudo boxes that are made here, opened sets and outputs of teachers are kept for other runs.
     """
-    config = with_published_settings(config)
+    config, given = with_published_settings(config), given or {}
     device, settings = processes.device, config.optimizer
-    check_config(config, given or {}, processes.count, is_resumed=saved is not None)
+    check_config(config, given, processes.count, is_resumed=saved is not None)
     kept = kept_sets(config)
     indexes = open_indexes(config, kept)
     class_names = indexes["train"].names
@@ -159,7 +159,7 @@ def build(
     check_batches(config, count_pictures(indexes, config.data), student, processes.count)
     ema = Ema(student, decay=settings.ema_decay, ramp_steps=settings.ema_ramp_steps)
     teachers = build_teachers(config, class_names, given, ema.model)
-    pseudo_teacher = open_pseudo_teacher(config, class_names, given or {}, say)
+    pseudo_teacher = open_pseudo_teacher(config, class_names, given, say)
     for teacher in teachers.models.values():
         place(teacher, config, device)
     torch.manual_seed(config.seed)  # again, so that the adapters do not depend on earlier draws
