@@ -184,7 +184,7 @@ def run(
     active, idle = without_idle_terms(with_published_settings(config))
     unneeded = {teacher.name for teacher in config.teachers} - {teacher.name for teacher in active.teachers}
     given = {name: model for name, model in (teachers or {}).items() if name not in unneeded}
-    processes = Processes(config.device)
+    config, processes = active, Processes(config.device)
     progress = Progress(quiet=quiet or not processes.is_first, mark=config.plumbing)
     if idle:
         progress.say(idle)
@@ -192,16 +192,16 @@ def run(
     with exit_codes(), processes, StopSignals() as stop, contextlib.ExitStack() as held:
         try:
             if folder is None:
-                setup, state, folder = start_run(active, processes, given, progress, claim, held)
+                setup, state, folder = start_run(config, processes, given, progress, claim, held)
             else:
-                setup, state = resume_run(folder, active, processes, given, progress, allow_change, claim, held)
+                setup, state = resume_run(folder, config, processes, given, progress, allow_change, claim, held)
             if processes.is_first:
                 for role, report in setup.splits.reports.items():
                     report.write(folder.path / "dataset" / role)
             progress.say(f"{folder.path}: {describe_setup(setup)}")
             if not resume:
                 measure_start(setup, state, progress)
-            if state.is_over(setup.config):
+            if state.is_over(config):
                 progress.say(f"epoch {state.epoch}/{config.epochs} was the last: only the test is left")
             train(setup, state, folder, progress, stop, on_epoch)
             return finish(setup, state, folder, progress)

@@ -130,7 +130,7 @@ def build_teachers(
     given = given or {}
     check_names(config, given)
     frozen, facts = {}, {}
-    teaching = {term.teacher for term in config.terms}  # others make pseudo boxes or lend the student its channels
+    teaching = {term.teacher for term in config.terms}  # others make pseudo boxes, or give the student its channels
     for index, teacher in enumerate(config.teachers):
         if teacher.name not in teaching:
             continue
