@@ -37,6 +37,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,9 +51,10 @@ from config import EvaluationConfig, check_image_size, load_config, to_tree
 from datasets.images import read_image
 from datasets.index import DatasetIndex
 from datasets.letterbox import letterbox
-from datasets.open import READERS, open_dataset
+from datasets.open import READERS, open_dataset, require_objects
 from datasets.shapes import draw_picture
 from engine.drawing.predictions import spread
+from engine.evaluation.cross_dataset import CommonClasses, on_common_classes
 from engine.evaluation.measuring import EvaluationResult, evaluate_model
 from engine.onnx_files import graph as onnx_graph
 from engine.onnx_files.check import BOX_TOLERANCE, SCORE_TOLERANCE, Difference, check_batches, compare, compare_outputs
@@ -143,16 +145,20 @@ def print_comparison(
     graphs: dict[str, "ModelProto"],
     infos: dict[str, GraphInfo],
     index: DatasetIndex,
+    to_shared: Callable[[nn.Module], nn.Module],
     image: Tensor,
     evaluation: EvaluationConfig,
 ) -> dict[str, EvaluationResult]:
-    """Print a row for each precision: mAP on a dataset, milliseconds per picture, megabytes."""
+    """Print a row for each precision: mAP on a dataset, milliseconds per picture, megabytes.
+
+    index, to_shared: of open_splits.
+    """
     data = {name: graph.SerializeToString() for name, graph in graphs.items()}
     detectors = {name: OnnxDetector(open_session(data[name]), infos[name], name) for name in graphs}
     size = infos["float32"].image_size
     results = {
         name: evaluate_model(
-            detector, index, image_size=size, batch_size=evaluation.batch_size, **evaluation.arguments()
+            to_shared(detector), index, image_size=size, batch_size=evaluation.batch_size, **evaluation.arguments()
         )
         for name, detector in detectors.items()
     }
@@ -227,18 +233,26 @@ def write_onnx(
     return graphs, infos
 
 
-def open_splits(args: argparse.Namespace, info: CheckpointInfo) -> tuple[DatasetIndex, DatasetIndex]:
-    """The splits to calibrate on and to measure on. UserError if their classes are not the model's."""
+def open_splits(
+    args: argparse.Namespace, info: CheckpointInfo
+) -> tuple[DatasetIndex, DatasetIndex, Callable[[nn.Module], nn.Module]]:
+    """The splits to calibrate on and to measure on, with the classes that they share with the model, as in eval.py.
+
+    Also returns what makes of a detector one that answers with these alone. UserError where there are none.
+    """
     if len(args.calibrate) not in (2, 3) or args.calibrate[0] not in READERS:
         raise UserError(f"--calibrate: found {' '.join(args.calibrate)!r}, expected {'|'.join(READERS)} ROOT [SPLIT]")
     data_format, root, split = args.calibrate if len(args.calibrate) == 3 else (*args.calibrate, "train")
     calibration = open_dataset(data_format, root, split, classes=info.classes, needs_objects=False)
     test = open_dataset(data_format, root, args.test_split, classes=info.classes)
-    # A released file may name its classes differently: only their number is compared.
-    is_same = info.names == tuple(test.names) if info.source == "ours" else len(info.names) == len(test.names)
-    if not is_same:
-        raise UserError(f"{args.checkpoint}: has the classes {list(info.names)}, the dataset {list(test.names)}")
-    return calibration, test
+    _, shared, class_map = on_common_classes(nn.Identity(), test, info.names)
+    require_objects(shared, f"{data_format} {root} {args.test_split}", root)
+    if class_map is None or class_map.is_identity:
+        is_met = len(info.names) == len(test.names)
+        expect(is_met, f"{args.checkpoint}", f"{len(info.names)} classes without names", f"{len(test.names)}")
+        return calibration, shared, lambda detector: detector
+    print("\n".join(class_map.lines()))
+    return calibration, shared, partial(CommonClasses, class_map=class_map)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -356,7 +370,7 @@ def main(argv: list[str]) -> None:
         detection = evaluation.detection.changed(iou_threshold=iou, **given)
         graphs, infos = write_onnx(args, model, rounding, described, detection, images, on)
         if splits:
-            print_comparison(graphs, infos, splits[1], images[:1], evaluation)
+            print_comparison(graphs, infos, *splits[1:], images[:1], evaluation)
     for runtime, where in (("engine", "TensorRT runs"), ("coreml", "Core ML runs")):
         if args.format == runtime:
             print(f"where {where}: {command_for(runtime, args.output, size, dynamic=args.dynamic)}")

@@ -21,7 +21,7 @@ from errors import UserError
 from frcnn.faster_rcnn import FasterRCNN
 from layers.fusion import fuse
 from rtdetr.rtdetr import RTDETR
-from structures import DetectionSettings
+from structures import Detections, DetectionSettings
 from tests.conftest import ROOT
 from tests.exporting import ARCH, NAMES, fill, save_model
 from tests.tiny_training import SIZE
@@ -256,11 +256,31 @@ def test_no_checkpoint(tmp_path):
         export.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("source", ["ours", "public"])
+@pytest.mark.parametrize("names", [("red", "green"), ("blue", "red")])
+def test_files_are_measured_on_classes_of_the_same_name(exported, capsys, source, names):
+    """Not of the same column: a public file with the dataset's classes in another order would get mAP 0."""
+
+    class FindsEachClass(nn.Module):
+        def detect(self, output, **_):
+            return [Detections(torch.eye(2, 4), torch.tensor([0.9, 0.8]), torch.tensor([0, 1]))]
+
+    args = export.parse_arguments(["w.pt", "--int8", "--calibrate", "yolo", str(exported.data)])
+    _, index, to_shared = export.open_splits(args, checkpoint.CheckpointInfo(ARCH, names, SIZE, source=source))
+    (found,) = to_shared(FindsEachClass()).detect(None, score_threshold=0, iou_threshold=1, max_detections=9)
+    assert [index.names[label] for label in found.labels] == [name for name in names if name in NAMES]
+    assert "2 classes of the dataset, 2 of the model" in capsys.readouterr().out
+
+
 def test_a_dataset_of_other_classes_is_refused_before_any_work(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "trace", lambda *args, **kwargs: pytest.fail("traced"))
-    path = save_model(tmp_path / "three.pt", ARCH, ("green", "red", "blue"))
-    with pytest.raises(UserError, match=r"has the classes \['green', 'red', 'blue'\], the dataset \['green', 'red'\]"):
-        export.main([str(path), "--int8", "--calibrate", "yolo", str(exported.data), "train"])
+    for names, message in (
+        (("blue", "grey"), r"no class in common: the dataset has green, red; the model has blue, grey"),
+        (("0", "1", "2"), r"three.pt: found 3 classes without names, expected 2"),
+    ):
+        path = save_model(tmp_path / "three.pt", ARCH, names)
+        with pytest.raises(UserError, match=message):
+            export.main([str(path), "--int8", "--calibrate", "yolo", str(exported.data), "train"])
     with pytest.raises(UserError, match=r"--calibrate: found 'nothing', expected voc\|coco"):
         export.main([str(exported.checkpoint), "--int8", "--calibrate", "nothing"])
 
