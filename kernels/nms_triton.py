@@ -22,6 +22,7 @@ from structures import Detections
 
 BLOCK = 2048  # candidates: enough work to hide three launches, few enough for one program to settle
 WORD = 64  # bits
+COLUMNS = 32  # candidates that one program compares with others; at most WORD
 ROWS = 256  # of one program of _usable_kernel and _gather_kernel
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # the key of a row that is not a candidate
 
@@ -188,18 +189,17 @@ def _walk(boxes: Tensor, labels: Tensor, lost: Tensor, threshold: float, max_det
     block_size = min(BLOCK, max(WORD, triton.next_power_of_2(count)))
     bits = torch.empty(images, block_size // WORD, block_size, dtype=torch.int64, device=labels.device)
     exact = dict(BLOCK=block_size, enable_fp_fusion=False)
+    compared = exact | dict(COLUMNS=COLUMNS)
     with torch.cuda.device_of(boxes):
         for block in range(triton.cdiv(count, block_size)):
-            tiles = (images, block_size // WORD, block_size // 32)
-            _compare_kernel[tiles](
-                boxes, labels, lost, survivors, bits, block, count, limit, threshold, COLUMNS=32, **exact
-            )
+            tiles = (images, block_size // WORD, block_size // COLUMNS)
+            _compare_kernel[tiles](boxes, labels, lost, survivors, bits, block, count, limit, threshold, **compared)
             _settle_kernel[(images,)](lost, bits, survivors, before, kept, block, count, limit, **exact)
             left = count - (block + 1) * block_size
             if left > 0:
-                later_tiles = (triton.cdiv(left, 32), images)  # only the first may exceed 65,535
+                later_tiles = (triton.cdiv(left, COLUMNS), images)  # only the first may exceed 65,535
                 _spread_kernel[later_tiles](
-                    boxes, labels, lost, survivors, before, kept, block, count, limit, threshold, COLUMNS=32, **exact
+                    boxes, labels, lost, survivors, before, kept, block, count, limit, threshold, **compared
                 )
     return kept, survivors
 

@@ -18,6 +18,13 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(nms_triton, "BLOCK", 128)
 
 
+@pytest.fixture(autouse=True)
+def few_programs(request, monkeypatch):
+    """To the interpreter a wide program costs what a narrow one does: half as many where a test is not of blocks."""
+    if IS_INTERPRETED and "small_blocks" not in request.fixturenames:
+        monkeypatch.setattr(nms_triton, "COLUMNS", nms_triton.WORD)
+
+
 @pytest.fixture
 def against_eager(monkeypatch):
     """Calls a function with the kernel and with the specification."""
