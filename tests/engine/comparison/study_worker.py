@@ -52,10 +52,8 @@ def work(folder: Path, death: tuple[str, int] | None) -> None:
     Times count calls, and memory is constant: they would differ from run to run. `steps` notes who did each step.
     """
     os.chdir(folder)
-    reporting.draw = lambda *args: None
-    compare.plot.write = compare.plot.require_plots = lambda *args, **options: None
+    draw_nothing()
     compare.check_rows = lambda *args, **options: {}
-    sys.modules["torch.utils.tensorboard"] = None  # to import it takes longer than to train
     compare.POLL_S = 0.02
     count = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(count)))
@@ -65,6 +63,13 @@ def work(folder: Path, death: tuple[str, int] | None) -> None:
     if death is not None:
         arm(*death)
     compare.compare(load_study("study.yaml"))
+
+
+def draw_nothing() -> None:
+    """The pictures and plots of a tiny study take longer than its runs."""
+    reporting.draw = lambda *args: None
+    compare.plot.write = compare.plot.require_plots = lambda *args, **options: None
+    sys.modules["torch.utils.tensorboard"] = None  # to import it takes longer than to train
 
 
 def note_steps(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,12 +79,13 @@ def test_what_submitit_refuses_is_one_line(tmp_path, monkeypatch, cluster, optio
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys):
-    """Two real processes, each a run."""
+def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys, one_plot):
+    """Two real processes, each a run; the next test has them start compare.py itself."""
     pytest.importorskip("submitit")
     pytest.importorskip("matplotlib")
     study_worker.write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "__file__", str(Path(study_worker.__file__).with_name("submitted.py")))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     two = ["--submit", "local", "--workers", "2", "--submit-option", "timeout_min=15"]
     compare.main(["study.yaml", "epochs=1", "--rows", "baseline", *two])
