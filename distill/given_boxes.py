@@ -33,27 +33,29 @@ def given_boxes(inputs: TermInputs, boxes: Boxes, score_threshold: float, max_bo
         raise ValueError(f"boxes: found {boxes!r}, expected targets, teacher or proposals")
     if boxes == "targets":
         return learnt_objects(inputs.targets)
-    if boxes == "teacher":
-        if not hasattr(inputs.teacher, "detect"):
-            raise ValueError("boxes: found teacher, but this teacher detects nothing: only a detector does")
-        detections = inputs.teacher.detect(
-            inputs.t_output, score_threshold=score_threshold, iou_threshold=0.6, max_detections=max_boxes
-        )
-        boxes_per_image = [d.boxes_xyxy for d in detections]
-    elif getattr(inputs.t_output, "proposals", None) is None:
-        raise ValueError("boxes: found proposals, but this teacher has none: only a two-stage teacher does")
-    else:
-        boxes_per_image = [rows[:max_boxes] for rows in inputs.t_output.proposals]
+    if boxes == "proposals":
+        if getattr(inputs.t_output, "proposals", None) is None:
+            raise ValueError("boxes: found proposals, but this teacher has none: only a two-stage teacher does")
+        boxes_xyxy, image = in_student_pixels(inputs, [rows[:max_boxes] for rows in inputs.t_output.proposals])
+        return assigned_labels(boxes_xyxy, image, inputs.targets)
+    if not hasattr(inputs.teacher, "detect"):
+        raise ValueError("boxes: found teacher, but this teacher detects nothing: only a detector does")
+    detections = inputs.teacher.detect(
+        inputs.t_output, score_threshold=score_threshold, iou_threshold=0.6, max_detections=max_boxes
+    )
+    boxes_xyxy, image = in_student_pixels(inputs, [d.boxes_xyxy for d in detections])
+    labels = torch.cat([d.labels for d in detections])
+    labels = labels if inputs.classes is None else to_student_labels(labels, *inputs.classes)
+    return Targets(boxes_xyxy, labels, image, torch.zeros_like(labels, dtype=torch.bool))
+
+
+def in_student_pixels(inputs: TermInputs, boxes_per_image: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """B tensors (N_b, 4) in pixels of the teacher's images -> (N, 4) in the student's, and their images (N,)."""
     device = boxes_per_image[0].device
     counts = torch.tensor([len(rows) for rows in boxes_per_image], device=device)
     image = torch.arange(len(counts), device=device).repeat_interleave(counts)
     boxes_xyxy = torch.cat(boxes_per_image).float()
-    boxes_xyxy = boxes_xyxy / teacher_scale(inputs.image_size, inputs.t_output.image_size, like=boxes_xyxy)
-    if boxes == "proposals":
-        return assigned_labels(boxes_xyxy, image, inputs.targets)
-    labels = torch.cat([d.labels for d in detections])
-    labels = labels if inputs.classes is None else to_student_labels(labels, *inputs.classes)
-    return Targets(boxes_xyxy, labels, image, torch.zeros_like(labels, dtype=torch.bool))
+    return boxes_xyxy / teacher_scale(inputs.image_size, inputs.t_output.image_size, like=boxes_xyxy), image
 
 
 @torch.no_grad()
