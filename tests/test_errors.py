@@ -1,5 +1,6 @@
 """What a command says of arguments that it cannot use: one line, with what was found and what was expected."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from errors import ArgumentParser, UserError, counted
+from tests.forked_processes import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,11 +40,26 @@ def test_each_mistake_is_one_line(line, said):
     assert str(error.value) == said and error.value.exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["compare.py", "condense.py", "predict.py", "-m weights", "-m datasets.split"])
-def test_a_command_without_its_arguments_ends_in_one_line(command):
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+def test_a_command_without_its_arguments_ends_in_one_line():
+    done = subprocess.run([sys.executable, "compare.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: found no ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["condense.py", "predict.py", "weights", "datasets.split"])
+def test_so_does_every_other(command, tmp_path):
+    done = run_forked(run_as_main, command, folder=tmp_path)
+    assert done.code == 2, done.text
+    assert done.text.startswith("error: found no ") and done.text.count("\n") == 1
+
+
+def run_as_main(command: str) -> None:
+    """What `python command` does, or `python -m command`, where torch has been imported."""
+    sys.argv = [command]
+    if command.endswith(".py"):
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    else:
+        runpy.run_module(command, run_name="__main__")
 
 
 def test_one_is_singular():
