@@ -136,7 +136,7 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 3])  # three have four batches to share
 @pytest.mark.parametrize("cache", [False, True])
 def test_batches_are_the_same_with_any_number_of_workers(index, workers, cache):
     alone = Loader(index, image_size=48, batch_size=4, seed=7)
