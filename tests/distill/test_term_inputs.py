@@ -1,5 +1,6 @@
 """What a term is given: scores with objectness, levels by name, labels of proposals, the detector's own anchors."""
 
+import copy
 import types
 
 import numpy as np
@@ -177,6 +178,20 @@ def test_fgfi_takes_the_anchors_of_the_detector(yolov5s):
         pair_inputs(yolov8, yolov5, "p3").anchors(none, (1.0,))
     assert len(pair_inputs(yolov8, yolov5, "p3").anchors((8.0,), (1.0,))) == 1
     assert anchors_of(yolov5, yolov5, "p3", SIZE, (8.0,)) == [[45, 91], [64, 64], [91, 45]]
+
+
+@pytest.mark.parametrize("loss", ["soft_class", "quality_focal", "objectness_scaled"])
+def test_locations_of_other_anchors_are_not_compared(yolov5s, loss):
+    """Equal weights, one anchor of another width: its logits speak of other boxes, though their shapes are equal."""
+    student, _ = yolov5s
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    maps = () if loss == "objectness_scaled" else ("class_logits",)
+    build(student, teacher, loss, maps)
+    teacher.head.anchors[1, 2, 0] *= 1.5
+    with pytest.raises(
+        UserError, match=r"^terms\.0: the anchors of student and teacher differ: their locations predict"
+    ):
+        build(student, teacher, loss, maps)
 
 
 def test_masked_imitation_of_yolov5_marks_by_its_anchors(yolov5s):
