@@ -42,7 +42,9 @@ def adapter_of_pair(
         if s.shape != t.shape and not has_common_columns:
             raise UserError(f"logits {shapes} must have equal shapes")
         return nn.Identity()
-    if s.dim() != 4 or t.dim() != (2 if entry.reads == "image" else 4):
+    # By name as well: the logits (B, A, 4, R) of edges have four dimensions, and no pixels.
+    is_t_fine = t.dim() == 2 if entry.reads == "image" else t_name in t_probe.features and t.dim() == 4
+    if not (is_t_fine and s_name in s_probe.features and s.dim() == 4):
         raise UserError(f"{shapes} are not maps (B, C, H, W)")
     if entry.reads == "image" or (term.adapter == "none" and not entry.same_width):
         return nn.Identity()
