@@ -1,6 +1,7 @@
 """search.md and search.json: what each method found, and how well short trainings and proxies order the shapes."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,10 @@ class Ranked:
     scores: dict[int, float]
     proxies: dict[str, float]
     again: float | None = None
+
+    def mean_of_seeds(self, full: int) -> float:
+        """The mean score after all `full` epochs of the seeds that were trained."""
+        return self.scores[full] if self.again is None else (self.scores[full] + self.again) / 2
 
 
 @dataclass
@@ -163,17 +168,30 @@ def ranked_lines(file: SearchFile, result: Results) -> list[str]:
         bound = 1.96 * spread_without_relation(n)
         random = f"If the order of {n} shapes were random, |tau| would stay below {bound:.2f} in about 95 % of cases."
         lines += ["", random]
+    again = [ranked.again - ranked.scores[full] for ranked in result.ranked if ranked.again is not None]
+    if n >= 2 and len(again) == n:
+        of_seeds = math.sqrt(np.square(again).mean() / 2)  # pooled: the variance of two values is half of d^2
+        means = np.array([ranked.mean_of_seeds(full) for ranked in result.ranked])
+        lines[-1] += (
+            f" The {metric} of a shape has a standard deviation of {of_seeds:.3f} over its seeds; the means of both "
+            f"seeds: {mean_and_spread(means)} over the shapes."
+        )
     return lines
 
 
 def order_lines(results: dict[Teaching, Results], file: SearchFile) -> list[str]:
-    """How well the orders of the same shapes under both teachings agree."""
+    """How well the orders of the same shapes under both teachings agree, and which teaching scores more."""
     (first, a), (second, b) = results.items()
-    others = {ranked.shape: ranked.scores[file.epochs] for ranked in b.ranked}
-    pairs = [(r.scores[file.epochs], others[r.shape]) for r in a.ranked if r.shape in others]
-    tau = kendall_tau(*np.array(pairs).reshape(-1, 2).T)
-    shown = "-" if tau is None else f"{tau:+.2f}"
-    return [f"Kendall's tau of {first} with {second}, over the same {len(pairs)} shapes in full: {shown}."]
+    others = {ranked.shape: ranked for ranked in b.ranked}
+    pairs = [(ranked, others[ranked.shape]) for ranked in a.ranked if ranked.shape in others]
+    in_full = np.array([[ranked.scores[file.epochs] for ranked in pair] for pair in pairs]).reshape(-1, 2)
+    tau = kendall_tau(*in_full.T)
+    gain = np.array([y.mean_of_seeds(file.epochs) - x.mean_of_seeds(file.epochs) for x, y in pairs])
+    return [
+        f"Kendall's tau of {first} with {second}, over the same {len(pairs)} shapes in full: "
+        f"{'-' if tau is None else f'{tau:+.2f}'}. {second} - {first}, paired by shape: {file.decide.metric} "
+        f"{gain.mean():+.3f}, {100 * file.decide.level:g} % interval {interval_cell(file.decide.interval(gain))}."
+    ]
 
 
 def as_json(

@@ -4,6 +4,7 @@ import json
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import checkpoint
@@ -122,12 +123,18 @@ def test_ranked_shapes_are_trained_again_with_the_next_seed(write, trained, tmp_
     assert header.endswith("| mAP, 1 epochs | mAP, 3 epochs, seed 1 | mAP, 3 epochs |")
     row = next(line for line in read(tmp_path, "search.md").splitlines() if "Kendall's tau with 3" in line)
     assert row.endswith("| +1.00 | -1.00 | |")
+    first = np.array([ranked["scores"]["3"] for ranked in labels["ranked"]])
+    of_seeds = np.stack((first, 1 - first)).var(0, ddof=1).mean() ** 0.5
+    found = f"has a standard deviation of {of_seeds:.3f} over its seeds; the means of both seeds: 0.500 ± 0.000 over"
+    assert found in read(tmp_path, "search.md")
 
 
 def test_labels_and_distillation_have_searches_of_their_own(write, trained, tmp_path):
     search = {"on": ["labels", "distillation"], "ranked": 2, "shapes": 2}
     main([str(write(search, teachers=[TEACHER], terms=[TERM]))])
-    assert "over the same 2 shapes in full" in read(tmp_path, "search.md")
+    text = read(tmp_path, "search.md")
+    assert "over the same 2 shapes in full: +1.00. distillation - labels, paired by shape: mAP +0.100, 95 %" in text
+    assert "interval +0.100 .. +0.100." in text
     tree = json.loads(read(tmp_path, "search.json"))["results"]
     scores = [tree[name]["ranked"][0]["scores"]["3"] for name in ("labels", "distillation")]
     assert scores[1] == pytest.approx(scores[0] + 0.1)
