@@ -57,8 +57,8 @@ def expect(is_met: bool, what: str, found: object, expected: str) -> None:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 class`, `2 classes`, `0 pictures`: a number and its noun, which ends in -es after s, x and ch, else in -s."""
-    plural = noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
+    """`1 class`, `2 classes`, `0 pictures`: a number and its noun, which ends in -es after s, x and tch, else in -s."""
+    plural = noun + ("es" if noun.endswith(("s", "x", "tch")) else "s")
     return f"{count} {noun if count == 1 else plural}"
 
 

@@ -65,3 +65,4 @@ def run_as_main(command: str) -> None:
 def test_one_is_singular():
     assert [counted(n, "picture") for n in (0, 1, 2)] == ["0 pictures", "1 picture", "2 pictures"]
     assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
+    assert [counted(2, noun) for noun in ("epoch", "batch", "box")] == ["2 epochs", "2 batches", "2 boxes"]
