@@ -51,7 +51,7 @@ def open_dataset(
     if format not in READERS:
         raise UserError(f"dataset format {format!r}, expected one of {', '.join(READERS)}")
     if not Path(root).exists():
-        raise UserError(f"{root}: no such file or folder, expected a dataset{how_to_fetch_set(root)}")
+        raise UserError(f"{root}: no such file or folder, expected a {format} dataset{how_to_fetch_set(root)}")
     if kept is not None and format == "coco":
         settings = {"format": format, "root": [str(root), os.path.abspath(root)], "split": split, "names": names}
         index = kept.open(settings, lambda sources: read_coco(root, split, names, sources))

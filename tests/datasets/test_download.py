@@ -390,4 +390,4 @@ def test_a_set_that_is_not_there_says_how_to_fetch_it(folder, format, names, tmp
     with pytest.raises(UserError) as error:
         open_dataset(format, tmp_path / folder, "train")
     advice = f" (python -m datasets.download {names} --root {tmp_path})" if names else ""
-    assert str(error.value) == f"{tmp_path / folder}: no such file or folder, expected a dataset{advice}"
+    assert str(error.value) == f"{tmp_path / folder}: no such file or folder, expected a {format} dataset{advice}"
