@@ -20,8 +20,10 @@ def masked_squares_eager(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser:
     """Specification: (B, C, H, W), (B, C, H, W), mask (B, 1, H, W), normaliser M -> the scalar L."""
     dtype = compute_dtype(s_map, t_map)
     s_map, t_map = s_map.to(dtype), t_map.detach().to(dtype)
-    difference = (s_map - t_map).square().sum(1, keepdim=True)  # (B, 1, H, W)
-    return scale_of(0.5, normaliser, difference) * (mask.detach().to(dtype) * difference).sum()
+    mask = mask.detach().to(dtype)
+    difference = torch.where(mask > 0, s_map - t_map, 0.0)  # 0 * inf would be nan
+    squares = difference.square().sum(1, keepdim=True)  # (B, 1, H, W)
+    return scale_of(0.5, normaliser, squares) * (mask * squares).sum()
 
 
 if HAS_TRITON:
@@ -64,10 +66,7 @@ if HAS_TRITON:
 
 
 def masked_squares_triton(s_map: Tensor, t_map: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
-    """The kernel, with its gradient: the contract of masked_squares_eager, for at least one element.
-
-    The mask is at least 0. Where it is 0, s and t have no effect, even if they are nan.
-    """
+    """The kernel, with its gradient: the contract of masked_squares_eager, for at least one element."""
     s, t, mask = s_map.flatten(2), t_map.detach().flatten(2), mask.detach().flatten(1)  # (B, C, P) and (B, P)
     needs_gradient = torch.is_grad_enabled() and s.requires_grad
     loss, gradient = _launch(s.detach(), t, mask.contiguous(), normaliser, needs_gradient)
@@ -103,7 +102,8 @@ def masked_squares(s_map: Tensor, t_map: Tensor, mask: Tensor, *, normaliser: Te
 
     Args:
         s_map, t_map: (B, C, H, W), of equal shape and any strides. Gradient flows to the student.
-        mask: m, (B, 1, H, W), bool or at least 0. Mask and normaliser are detached.
+        mask: m, (B, 1, H, W), bool or at least 0. Where it is 0, s and t have no effect, even if they are nan or
+            infinite. Mask and normaliser are detached.
         normaliser: M > 0, () or a number.
     Returns:
         float64 if a map is float64, else float32; 0 for empty maps. ValueError for other shapes.

@@ -1,4 +1,6 @@
-"""What the fused losses refuse, whichever implementation runs."""
+"""What the fused losses refuse and leave out, whichever implementation runs."""
+
+import math
 
 import pytest
 import torch
@@ -29,3 +31,15 @@ def test_maps_of_other_shapes():
     for other in (mask[:1], mask.expand(2, 3, 4, 5), mask[..., :1]):
         with pytest.raises(ValueError, match=r"mask: found shape .*, expected \(2, 1, 4, 5\)"):
             masked_squares(s, s, other)
+
+
+@pytest.mark.parametrize("nothing", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_what_a_mask_leaves_out_is_not_read(where, nothing):
+    """Two of four pixels marked, one by half: 1/2 (1 * 3^2 + 0.5 * 4^2), gradient m (s - t). Not 0 * inf."""
+    s, t = torch.tensor([[[[3.0, 4.0, 1.0, 2.0]]]]), torch.zeros(1, 1, 1, 4)
+    for x in {"student": [s], "teacher": [t], "both": [s, t]}[where]:
+        x[..., 2:] = nothing
+    loss = masked_squares(s.requires_grad_(), t, torch.tensor([[[[1.0, 0.5, 0.0, 0.0]]]]))
+    loss.backward()
+    assert loss.item() == 8.5 and s.grad.flatten().tolist() == [3, 2, 0, 0]

@@ -328,16 +328,17 @@ def test_improbable_classes_keep_their_digits(device):
         torch.testing.assert_close(sigmoid_kl(s[k : k + 1], t[k : k + 1]).double(), expected, rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("nothing", [torch.nan, torch.inf])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unmarked_pixels_play_no_role(dtype, channels_last, device):
+def test_unmarked_pixels_play_no_role(dtype, channels_last, nothing, device):
     s, t = pair((2, 5, 6, 7), device, dtype)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     s, t = (x.to(memory_format=layout) for x in (s, t))
     mask = map_mask(s) > 0
     expected = masked_squares(s.requires_grad_(), t, mask)
     (expected_gradient,) = torch.autograd.grad(expected, s)
-    spoilt = [x.detach().masked_fill(~mask, torch.nan).to(memory_format=layout) for x in (s, t)]
+    spoilt = [x.detach().masked_fill(~mask, nothing).to(memory_format=layout) for x in (s, t)]
     got = masked_squares(spoilt[0].requires_grad_(), spoilt[1], mask)
     (gradient,) = torch.autograd.grad(got, spoilt[0])
     assert torch.equal(got, expected) and torch.equal(gradient, expected_gradient)

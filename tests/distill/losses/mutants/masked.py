@@ -67,14 +67,14 @@ CASES = [
             "mean over channels": Edit(".sum(1, keepdim=True)", ".mean(1, keepdim=True)", masked_squares_eager),
             "mean over all pixels": Edit("joint_normaliser(mask.sum(), mask)", "max(mask.numel(), 1)"),
             "nan where nothing is marked": Edit("joint_normaliser(mask.sum(), mask)", "mask.sum()"),
-            "unmasked": Edit("(mask.detach().to(dtype) * difference)", "difference", masked_squares_eager),
+            "soft mask taken for a hard one": Edit("(mask * squares)", "squares", masked_squares_eager),
             "background": Edit("mask.detach()", "(1 - mask.detach())", masked_squares_eager),
             "mask squared": Edit("mask.detach()", "mask.detach().square()", masked_squares_eager),
             "mask learns": Edit("mask.detach()", "mask", masked_squares_eager),
             "broadcasts the mask": Edit(
                 'require_shape("mask", mask, (s_map.shape[0], 1, *s_map.shape[2:]))', "", masked_squares
             ),
-            "per image": Edit("* difference).sum()", "* difference).mean(0).sum()", masked_squares_eager),
+            "per image": Edit("* squares).sum()", "* squares).mean(0).sum()", masked_squares_eager),
         },
     ),
     LossCase(
