@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from layers.int8 import has_int8
+
 IMAGE_SIZE = 128  # pixels: the coarsest map of the trace has 4 x 4 cells
 BOX_XYXY = (32.0, 32.0, 96.0, 96.0)  # the region in which the second stage of a detector is traced
 PIXEL = float("nan")  # the label of the image: it stays nan in every normalisation
@@ -83,8 +85,10 @@ def find_groups(model: nn.Module) -> ChannelGroups:
     """The channel groups of a detector, which stays as it was, mode and statistics included.
 
     ValueError, with the layer, for what is not understood: a convolution in several blocks, or one whose input was
-    computed by an operation that neither moves channels nor is known here.
+    computed by an operation that neither moves channels nor is known here. Also for a model that rounds to 8 bits.
     """
+    if has_int8(model):
+        raise ValueError("its layers round to 8 bits (student.int8), expected one before that: prune it first")
     modes = [(module, module.training) for module in model.modules()]  # train: no norm is folded into its convolution
     trace = _Trace(model)
     try:

@@ -28,7 +28,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "layers.transformer": set(),
     "layers.fusion": set(),
     "layers.int8": {"layers.fusion"},
-    "layers.channel_groups": set(),
+    "layers.channel_groups": {"layers.int8"},
     "layers.widths": {"layers.channel_groups"},
     "layers.precision": set(),
     "layers.over_processes": {"layers.precision"},

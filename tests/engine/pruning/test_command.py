@@ -19,7 +19,7 @@ from engine.pruning import main
 from errors import UserError
 from layers.channel_groups import STAYS, find_groups
 from layers.fusion import fuse
-from layers.int8 import has_int8
+from layers.int8 import add_int8, has_int8
 from tests.exporting import save_model
 from tests.layers.test_fusion import random_statistics
 from yaml_files import read_yaml
@@ -191,6 +191,12 @@ def test_a_family_without_groups_and_other_classes_are_refused(tmp_path, tiny_da
     save_model(tmp_path / "mobile.pt", "fasterrcnn_mobilenet_v3_small")
     with pytest.raises(UserError, match=r"mobile\.pt: fasterrcnn_mobilenet_v3_small cannot be pruned: "):
         main([str(tmp_path / "mobile.pt"), *WORDS[:-1], str(tmp_path / "out.pt")])
+    rounding = models.build("yolov8_half", 2)
+    add_int8(rounding)
+    about = {"arch": "yolov8_half", "names": ["green", "red"], "image_size": 64}
+    checkpoint.save(tmp_path / "int8.pt", about | {"ema": rounding.state_dict()})
+    with pytest.raises(UserError, match=r"int8\.pt: .* pruned: its layers round .* \(student\.int8\), expected"):
+        main([str(tmp_path / "int8.pt"), *WORDS[:-1], str(tmp_path / "out.pt")])
     save_model(tmp_path / "cats.pt", "yolov8_half", ("cat", "dog"))
     words = ["--flops", "0.5", "--by", "taylor", "--data", "yolo", str(tiny_data), "--out", str(tmp_path / "out.pt")]
     with pytest.raises(UserError, match=r"cats\.pt: none of its classes is among green, red"):
