@@ -17,7 +17,7 @@ others reads; bn_gamma, l2 and random. Channels that belong together go together
 that remain are multiples of --multiple, and no group of channels loses more than 1 - --floor of them. With taylor those
 go first that matter least for the FLOPs they save, with the others those that matter least in their group.
 
-YOLOv8, YOLOv5 and Faster R-CNN on a ResNet can be pruned, also a second time.
+YOLOv8, YOLOv5, YOLOv7-tiny and Faster R-CNN on a ResNet can be pruned, also a second time.
 
 Exit codes: 0 written, 2 a mistake in the arguments or the data, 5 a file that could not be written, 130 after Ctrl-C.
 """

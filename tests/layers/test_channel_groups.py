@@ -148,7 +148,7 @@ def test_mutant_is_killed(wrong):
         check_crossroads(mutant)
 
 
-ARCHITECTURES = ("yolov8_half", "yolov5n", "yolov5nu", "fasterrcnn_resnet18", "fasterrcnn_resnet50")
+ARCHITECTURES = ("yolov8_half", "yolov5n", "yolov5nu", "yolov7_tiny", "fasterrcnn_resnet18", "fasterrcnn_resnet50")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -199,6 +199,13 @@ KNOWN = {  # read off the figures: who writes, who reads (as often as it does)
         "neck.lateral5.conv": "lateral5 | neck.bottom_up5.main neck.bottom_up5.bypass neck.top_down4.main "
         "neck.top_down4.bypass",
         "neck.bottom_up5.merge.conv": "merge | head.predict.2",
+    },
+    "yolov7_tiny": {
+        "backbone.stage3.main.conv": "main | conv1 merge",
+        "backbone.stage4.merge.conv": "merge | backbone.stage5.main backbone.stage5.bypass neck.lateral4",
+        "neck.spp.main.conv": "main | pooled*4",
+        "neck.top_down3.merge.conv": "merge | neck.down3 neck.out3",
+        "neck.out4.conv": "out4 | head.predict.1",
     },
     "fasterrcnn_resnet18": {
         "backbone.stem.conv": "stem backbone.stage2.0.conv2 backbone.stage2.1.conv2 | backbone.stage2.0.conv1 "
