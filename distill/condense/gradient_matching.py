@@ -81,7 +81,7 @@ class MatchingSettings:
 
 @dataclass(frozen=True)
 class MatchingReport:
-    """The numbers of a step.
+    """The numbers of a step, all but `moved` of the set before it.
 
     relative: D(s, r) / D(0, r): 1 for a set without gradients, 0 for one with the gradients of real images.
     network, trained: the network's number in the pool, and the training steps that it has made.

@@ -73,7 +73,8 @@ class HeadSettings:
 class HeadReport:
     """The numbers of a step.
 
-    distance: L_R(theta_X), or the mean distance over the pool. moved: mean change of the pixels in the step, in 0..1.
+    distance: L_R(theta_X), or the mean distance over the pool, of the set before the step. moved: mean change of the
+        pixels in the step, in 0..1.
     """
 
     step: int

@@ -5,6 +5,10 @@
     data.yaml                                     the class names of the source
     manifest.json                                 its source, its settings, and the time and memory it took
     set.png                                       the stored pictures with their boxes; steps/ has earlier states
+    steps.csv                                     of learnt pixels: a row for each step
+
+A row of steps.csv holds what the step measured before it moved the pixels, and how far it `moved` them. So the last
+row's distance is that of the set one step earlier than the stored pictures, and before their rounding to 8 bits.
 
 The folder appears whole or not at all: it is made under the name `<folder>.part`, which an unfinished set keeps.
 """
