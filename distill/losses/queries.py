@@ -4,12 +4,15 @@
 at its last one, or queries made from the labelled objects, which student and teacher both decode.
 """
 
+import torch
 from torch import Tensor
 
-from boxes import cxcywh_to_xyxy, paired_giou
+from boxes import box_area, cxcywh_to_xyxy, paired_giou
 from distill.losses.keywords import by_keyword
 from distill.losses.logits import as_logit_pair, weighted_mean
 from kernels.sigmoid_kl import bernoulli_kl
+
+LEAST_AREA = 1e-12  # of the image, both boxes together: below, corners coincide in float32 and GIoU is 0 / 0
 
 
 @by_keyword
@@ -34,8 +37,8 @@ def query_agreement(
 
     Args:
         s_logits, t_logits: (..., K), before the sigmoid; every leading index is one query n.
-        s_boxes, t_boxes: (..., 4) cxcywh_norm: center x, center y, width and height as fractions of the image; width
-            and height above 0.
+        s_boxes, t_boxes: (..., 4) cxcywh_norm: center x, center y, width and height as fractions of the image. Of two
+            boxes without an area (LEAST_AREA) only the distance counts.
         repeats: R, how many queries stand for the same thing, so that a process which repeats its objects more
             often than another does not count more.
         class_weight, l1_weight, giou_weight: a_c, a_1, a_g. The defaults are those of RT-DETR (arXiv:2304.08069).
@@ -48,6 +51,9 @@ def query_agreement(
         raise ValueError(f"boxes {tuple(s_boxes.shape)} must be (..., 4), logits {tuple(s_logits.shape)} (..., K)")
     classes = bernoulli_kl(s_logits, t_logits).sum(-1)  # (...)
     distance = (s_boxes - t_boxes).abs().sum(-1)
-    giou = paired_giou(cxcywh_to_xyxy(s_boxes), cxcywh_to_xyxy(t_boxes), eps=0)
+    s_xyxy, t_xyxy = cxcywh_to_xyxy(s_boxes), cxcywh_to_xyxy(t_boxes)
+    has_area = (box_area(s_xyxy) + box_area(t_xyxy) > LEAST_AREA)[..., None]
+    whole = s_xyxy.new_tensor([0.0, 0.0, 1.0, 1.0])  # in place of a box without area, so that no gradient is 0 / 0
+    giou = paired_giou(torch.where(has_area, s_xyxy, whole), torch.where(has_area, t_xyxy, whole), eps=0)
     difference = class_weight * classes + l1_weight * distance + giou_weight * (1 - giou)
     return weighted_mean(difference, t_logits.sigmoid().amax(-1) / repeats)
