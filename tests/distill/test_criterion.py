@@ -145,6 +145,7 @@ REFUSED = {
     "unknown loss": (dict(loss="msee"), "terms.0.loss: found 'msee'"),
     "zero weight": (dict(weight=0.0), "terms.0.weight"),
     "nan weight": (dict(weight=float("nan")), "terms.0.weight"),
+    "endless weight": (dict(weight=float("inf")), "terms.0.weight: found inf"),
     "never on": (dict(stop_epoch=0.0), "terms.0.stop_epoch"),
     "no maps": (dict(student_maps=()), "terms.0.student_maps"),
     "unknown map": (dict(student_maps=("p9",)), "'p9' is not among p3, p4, class_logits, box_logits"),

@@ -300,6 +300,8 @@ REFUSED = {
     "no branch": ("student", "v8", "crosskd_classes", dict(maps=("p3",)), "the teacher's branches"),
     "no adapter": ("student", "wide", "crosskd_classes", dict(maps=("cls3_1",)), "widths differ"),
     "logits of edges as maps": ("student", "v8", "fgd", dict(maps=("box_logits",)), "are not maps (B, C, H, W)"),
+    "the teacher's logits of edges": (
+        "student", "v8", "mse", dict(maps=("p3",), teacher_maps=("box_logits",), adapter="conv1x1"), "are not maps"),
     "no image logits": ("student", "v8", "image_kl", dict(maps=("p5",)), "'image_logits' is not among"),
     "region": (
         "student", "v8", "localization", dict(maps=("box_logits",), parameters={"region": "all"}), "found 'all'"),

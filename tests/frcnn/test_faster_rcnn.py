@@ -224,7 +224,9 @@ def test_forward_is_the_same_in_both_modes_but_for_batch_statistics(small, scene
     torch.testing.assert_close(train.proposals[1], evaluation.proposals[1])
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 96, 100), (1, 3, 33, 64), (1, 3, 0, 32), (3, 32, 32), (1, 1, 32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 96, 100), (1, 3, 33, 64), (1, 3, 0, 32), (1, 3, 32, 0), (3, 32, 32), (1, 1, 32, 32)]
+)
 def test_sizes_that_do_not_fit_are_refused(small, shape):
     with pytest.raises(ValueError, match=r"expected (multiples of 32|\(B, 3, H, W\))"):
         small(torch.zeros(shape))

@@ -241,6 +241,16 @@ def test_resume_finds_the_run(tmp_path):
         run_folder.find(tmp_path / "empty")
 
 
+def test_a_resumed_run_holds_its_claim_and_removes_what_a_killed_process_left(make_tiny, monkeypatch):
+    config, held = make_tiny(epochs=1), []
+    train.run(config, quiet=True)
+    folder = run_folder.find(f"{config.runs}/{config.name}")
+    (folder.path / "weights" / "last.pt.tmp").write_bytes(b"")
+    monkeypatch.setattr(train, "finish", lambda setup, *_: held.append(setup.claim))
+    train.run(config, quiet=True, resume=True)
+    assert held[0] is not None and not list(folder.path.rglob("*.tmp"))
+
+
 def test_a_finished_run_says_that_no_epoch_is_left(make_tiny, capsys):
     config = make_tiny(epochs=1)
     done = train.run(config, quiet=True)
