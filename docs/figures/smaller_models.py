@@ -11,14 +11,14 @@ from svg import page
 HERE = Path(__file__).resolve().parent
 REPORTS = HERE.parent / "reports"
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 400, 70, 70, 790, 330  # pixels
-GREY, GREEN, RED = "#777777", "#228833", "#aa3377"
-ALONE, TAUGHT, SCRATCH = (GREY, "tuned alone"), (GREEN, "tuned with a teacher"), (RED, "from scratch")
+GREY, GREEN = "#777777", "#228833"
+ALONE, TAUGHT = (GREY, "tuned alone"), (GREEN, "tuned with a teacher")
 # Rows of the same shape have one time: that of the row named first, as docs/reports/animals_latency.json has it.
 SHAPES = (
     ("YOLOv8n", "animals_prune", {"whole": ALONE}),
     ("three quarters", "animals_prune", {"three_quarters_tuned": ALONE, "three_quarters_distilled": TAUGHT}),
-    ("half", "animals_prune", {"half_tuned": ALONE, "half_distilled": TAUGHT, "half_scratch": SCRATCH}),
-    ("a quarter", "animals_prune", {"quarter_tuned": ALONE, "quarter_distilled": TAUGHT, "quarter_scratch": SCRATCH}),
+    ("half", "animals_prune", {"half_tuned": ALONE, "half_distilled": TAUGHT}),
+    ("a quarter", "animals_prune", {"quarter_tuned": ALONE, "quarter_distilled": TAUGHT}),
     ("YOLOv5n", "animals_losses", {"labels": ALONE, "instance_distance": TAUGHT}),
 )
 
@@ -37,10 +37,10 @@ def picture() -> str:
         return LEFT + milliseconds / (1.1 * longest) * (RIGHT - LEFT)
 
     def y(score: float) -> float:
-        return BOTTOM - score / 0.45 * (BOTTOM - TOP)
+        return BOTTOM - score / 0.5 * (BOTTOM - TOP)
 
     lines = [f'<path d="M{LEFT} {TOP} V{BOTTOM} H{RIGHT}" stroke="#999" fill="none"/>']
-    for tenth in range(5):
+    for tenth in range(6):
         at = y(tenth / 10)
         lines.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tenth / 10:.1f}</text>')
     for milliseconds in range(0, int(1.1 * longest) + 1, 1 if longest < 10 else 5):
@@ -53,7 +53,7 @@ def picture() -> str:
                 lines.append(f'<circle cx="{at:.1f}" cy="{y(score[name]):.1f}" r="5" fill="{color}"/>')
         top = max(score[name] for name in kinds if name in score)
         lines.append(f'<text x="{at:.1f}" y="{y(top) - 10:.1f}" text-anchor="middle">{title}</text>')
-    for index, (color, text) in enumerate((ALONE, TAUGHT, SCRATCH)):
+    for index, (color, text) in enumerate((ALONE, TAUGHT)):
         lines += [
             f'<circle cx="{LEFT + 20 + 170 * index}" cy="46" r="5" fill="{color}"/>',
             f'<text x="{LEFT + 30 + 170 * index}" y="50">{text}</text>',
