@@ -25,7 +25,7 @@ from distill.gradient_shares import GradientShares
 from distill.outputs import content_at, head_levels, named_map, only_at
 from distill.probing import probe, reads_objects, try_term
 from distill.teacher_weights import confidence_weights, of_labelled, teacher_cross_entropy
-from distill.term_inputs import ClassColumns, TermInputs
+from distill.term_inputs import ClassColumns, TermInputs, check_anchors
 from distill.terms import LOSSES
 from distill.trained_parts import build_adapters, build_losses
 from errors import UserError, expect, naming
@@ -145,6 +145,8 @@ class Criterion(nn.Module):
         with naming(f"{key}.parameters", (ValueError, TypeError)):
             self.losses[name] = build_losses(term, s_probe, t_probe, classes)
         with naming(key, (UserError, ValueError, TypeError)):
+            if LOSSES[term.loss].reads in ("logits", "outputs"):  # location by location
+                check_anchors(self.student, self.teachers[term.teacher])
             try_term(self, term, s_probe, t_probe)
 
     @property

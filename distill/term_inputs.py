@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,7 @@ class TermInputs:
         return dict(batch_size=len(self.s_map), grid_size=tuple(self.s_map.shape[2:]), image_size=self.image_size)
 
     def logits(self) -> dict[str, Tensor]:
-        """s_logits and t_logits of the pair; class logits are cut to the columns that both models have.
-
-        ValueError for two heads with other anchors: a location of one predicts other boxes than that of the other.
-        """
-        self._require_equal_anchors()
+        """s_logits and t_logits of the pair; class logits are cut to the columns that both models have."""
         s_logits, t_logits = named_map(self.s_output, self.s_name), self.t_logits()
         if self.classes is not None and self.s_name == "class_logits":
             s_logits = s_logits[..., self.classes[0].to(s_logits.device)]
@@ -129,20 +125,14 @@ class TermInputs:
         return levels[head_level(self.student, self.s_output, self.s_name)]
 
     def anchor_outputs(self) -> dict[str, Tensor]:
-        """s_ and t_ box, objectness and class logits of two heads with equal anchors and classes, else ValueError."""
+        """s_ and t_ box, objectness and class logits of two heads with anchors and equal classes, else ValueError."""
         if not all(hasattr(model, "anchors_pixels") for model in (self.student, self.teacher)):
             raise ValueError("both models must have objectness and anchors (YOLOv5, YOLOv7-tiny)")
-        self._require_equal_anchors()
         if self.classes is not None:
             raise ValueError("whole outputs can be compared where the class lists are equal")
         pairs = {"s": self.s_output, "t": self.t_output}
         names = ("box_logits", "objectness_logits", "class_logits")
         return {f"{key}_{name}": getattr(output, name) for key, output in pairs.items() for name in names}
-
-    def _require_equal_anchors(self) -> None:
-        models = [model for model in (self.student, self.teacher) if hasattr(model, "anchors_pixels")]
-        if len(models) == 2 and not torch.equal(*(model.anchors_pixels().cpu() for model in models)):
-            raise ValueError("the anchors of student and teacher differ: their locations predict different boxes")
 
     def teacher_tail(self) -> nn.Module:
         """The layers behind t_map in the teacher's branch, frozen, in eval mode. ValueError where there are none."""
@@ -176,3 +166,10 @@ class TermInputs:
                 return anchors * anchors.new_tensor([width / own_width, height / own_height])
         stride = self.image_size[1] / self.grid()["grid_size"][1]
         return make_anchor_sizes([size * stride for size in sizes or (2.0, 4.0)], list(ratios))
+
+
+def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
+    """ValueError for two heads with other anchors: a location of one predicts other boxes than that of the other."""
+    models = [cast(Any, model) for model in (student, teacher) if hasattr(model, "anchors_pixels")]
+    if len(models) == 2 and not torch.equal(*(model.anchors_pixels().cpu() for model in models)):
+        raise ValueError("the anchors of student and teacher differ: their locations predict different boxes")
