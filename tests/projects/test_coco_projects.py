@@ -170,7 +170,7 @@ def test_confidence_makes_the_difference(study_of):
         parts.learner.eval()
         losses = losses_of_batch(parts, images, targets, parts.teachers(images), 0.5)
         found[name] = {term: losses[term] for term in parts.criterion.terms}
-    factors = {name: float(found["confidence"][name] / found["fixed"][name]) for name in found["fixed"]}
+    factors = {name: (found["confidence"][name] / found["fixed"][name]).item() for name in found["fixed"]}
     assert factors["pkd_rtdetr_x"] == pytest.approx(factors["box_classes_rtdetr_x"], rel=1e-4)
     assert factors["pkd_fasterrcnn"] == pytest.approx(factors["box_classes_fasterrcnn"], rel=1e-4)
     assert factors["pkd_rtdetr_x"] + factors["pkd_fasterrcnn"] == pytest.approx(2, rel=1e-4)

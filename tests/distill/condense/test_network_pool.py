@@ -105,6 +105,9 @@ def test_what_cannot_learn_is_refused():
         pool_of(build=differentiable_once).visit(0)
     with pytest.raises(ValueError, match="at least one network"):
         pool_of(networks=0)
+    for settings in ({"learning_rate": -0.1}, {"momentum": 1.0}, {"gradient_clip": 0.0}):
+        with pytest.raises(ValueError, match="expected a learning_rate of 0 or more, momentum in"):
+            pool_of(**settings)
 
     def broken(seed: int) -> nn.Module:
         network = build_tiny(seed)

@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import train
 from config import to_tree
-from engine.runtime import run_folder
+from engine.runtime import claims, run_folder
 from engine.runtime.interruption import StopSignals
 from engine.training import reporting, starting
 from engine.training.optimization import Ema
@@ -249,6 +249,12 @@ def test_a_resumed_run_holds_its_claim_and_removes_what_a_killed_process_left(ma
     monkeypatch.setattr(train, "finish", lambda setup, *_: held.append(setup.claim))
     train.run(config, quiet=True, resume=True)
     assert held[0] is not None and not list(folder.path.rglob("*.tmp"))
+
+
+def test_a_new_run_releases_its_claim(make_tiny):
+    config = make_tiny(epochs=1)
+    train.run(config, quiet=True)
+    claims.take(run_folder.find(f"{config.runs}/{config.name}").path).release()  # refused while another one holds it
 
 
 def test_a_finished_run_says_that_no_epoch_is_left(make_tiny, capsys):
