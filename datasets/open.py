@@ -7,7 +7,6 @@ from pathlib import Path
 
 from datasets import class_names
 from datasets.coco import read_coco
-from datasets.download import how_to_fetch_set
 from datasets.folders import list_files
 from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.kept_index import KeptSets
@@ -51,6 +50,8 @@ def open_dataset(
     if format not in READERS:
         raise UserError(f"dataset format {format!r}, expected one of {', '.join(READERS)}")
     if not Path(root).exists():
+        from datasets.download import how_to_fetch_set  # here: `python -m datasets.download` imports this first
+
         raise UserError(f"{root}: no such file or folder, expected a {format} dataset{how_to_fetch_set(root)}")
     if kept is not None and format == "coco":
         settings = {"format": format, "root": [str(root), os.path.abspath(root)], "split": split, "names": names}

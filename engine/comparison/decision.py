@@ -66,7 +66,7 @@ class DecisionRule:
         if n < self.seeds:
             return f"not decided: {n} of {self.seeds} seeds"
         mean, half = float(values.mean()), self.half_width(values)
-        if -self.smallest <= mean - half and mean + half <= self.smallest:
+        if self.smallest and -self.smallest <= mean - half and mean + half <= self.smallest:
             return f"no difference larger than {self.smallest:g}"
         if abs(mean) > half:
             return "better" if mean > 0 else "worse"

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -19,8 +21,15 @@ from datasets import download
 from datasets.download import DATASETS, WEIGHTS, Archive, PublicDataset, fetch, main, unpack
 from datasets.open import open_dataset
 from errors import UserError
+from tests.conftest import ROOT
 
 PIXELS = np.random.default_rng(0).bytes(300_000)
+
+
+def test_the_command_is_not_imported_before_it_runs():
+    """Python warns in the first line of `python -m datasets.download` if its package has imported it already."""
+    code = "import sys, datasets; print('datasets.download' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 
 def zip_bytes(members=(("top/data/a.bin", PIXELS), ("top/data/sub/b.txt", b"hello"))) -> bytes:
