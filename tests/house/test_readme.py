@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import retort
+import train
 from distill.losses.localization import localization_kl
 from distill.terms import LOSSES
 from tests.conftest import ROOT
@@ -43,15 +44,14 @@ def test_the_first_example_runs(tmp_path, monkeypatch, capsys):
     data = write_dataset(tmp_path / "data" / "mine", train=8, test=2)
     (data / "images" / "test" / "000.png").rename(tmp_path / "photo.jpg")
     save_model(tmp_path / "yolov8n.pt", "yolov8_narrow")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "own_data.yaml").write_bytes((ROOT / "configs" / "own_data.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
+    train.main(["--init", "own.yaml", "--data", str(data)])
     code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
     smaller = dict(student={"arch": "yolov8_narrow"}, image_size=64, batch_size=8, device="cpu", data={"workers": 0})
     assert "epochs=10)" in code
     exec(code.replace("epochs=10)", f"epochs=1, **{smaller})") + 'print(report["test"]["mAP50"])', {})
     assert "photo.jpg: 64 x 64, " in capsys.readouterr().out
-    assert (tmp_path / "out.jpg").is_file() and (tmp_path / "runs" / "own_data" / "report.json").is_file()
+    assert (tmp_path / "out.jpg").is_file() and (tmp_path / "runs" / "own" / "report.json").is_file()
 
 
 @pytest.mark.slow  # a process of its own imports PyTorch
