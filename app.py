@@ -9,6 +9,7 @@ until the session ends: pictures of 10 MB and 24 megapixels, videos of 40 MB, we
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import streamlit as st
 import torch
 from PIL import Image
 from starlette.formparsers import MultiPartParser
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from config import Config
 from datasets.enhance import Enhancement, enhance
@@ -30,6 +32,10 @@ from engine.web_demo.run_views import Run
 from engine.web_demo.sides import WHERE, Side
 from errors import UserError
 from structures import Detections
+
+if get_script_run_ctx(suppress_warning=True) is None:  # before any decorator of Streamlit's complains
+    print("error: app.py was started with python, expected `streamlit run app.py` or `make app`", file=sys.stderr)
+    raise SystemExit(2)
 
 RUNS = Path("runs")
 COMPARE, EXPLAIN = "Compare two models", "What distillation did"

@@ -4,6 +4,8 @@ import asyncio
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -76,6 +78,12 @@ def latencies(app) -> list[tuple[float, ...]]:
 LEFT, RIGHT = "baseline_seed0", "distilled_seed0"  # titles: names without the folder they share
 STUDY = "study"
 OTHER_FILE = "another file ..."
+
+
+def test_started_with_python_it_names_the_command():
+    done = subprocess.run([sys.executable, "app.py"], cwd=ROOT, capture_output=True, text=True)
+    found = "error: app.py was started with python, expected `streamlit run app.py` or `make app`\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", found)
 
 
 def test_two_models_stand_side_by_side(start, runs):
