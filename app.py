@@ -33,7 +33,9 @@ from engine.web_demo.sides import WHERE, Side
 from errors import UserError
 from structures import Detections
 
-if get_script_run_ctx(suppress_warning=True) is None:  # before any decorator of Streamlit's complains
+if (
+    __name__ == "__main__" and get_script_run_ctx(suppress_warning=True) is None
+):  # before any decorator of Streamlit's complains
     print("error: app.py was started with python, expected `streamlit run app.py` or `make app`", file=sys.stderr)
     raise SystemExit(2)
 
@@ -428,4 +430,5 @@ def draw_heat(
         return run_views.heat_sheet(models, _picture, map_name)
 
 
-main()
+if __name__ == "__main__":  # not in the processes that multiprocessing starts
+    main()
