@@ -92,7 +92,8 @@ def test_local_workers_train_a_study(tmp_path, monkeypatch, capsys, one_plot):
     printed = capsys.readouterr().out
     assert "submitted: " in printed and "| baseline | yolov8_narrow |" in printed
     starts = {line[:9] for line in printed.splitlines() if "== baseline_seed" in line}
-    assert starts == {"worker 1:", "worker 2:"} and printed.count(": epoch 1/1") == 2
+    assert starts and starts <= {"worker 1:", "worker 2:"}  # a quick worker may train both
+    assert printed.count(": epoch 1/1") == 2
     tree = json.loads((tmp_path / "runs" / "study" / "comparison.json").read_text())
     assert [len(row["seeds"]) for row in tree["rows"] if row["name"] == "baseline"] == [2]
     assert not (tmp_path / "runs" / "study" / "jobs" / "%j").exists()
