@@ -33,9 +33,8 @@ from engine.web_demo.sides import WHERE, Side
 from errors import UserError
 from structures import Detections
 
-if (
-    __name__ == "__main__" and get_script_run_ctx(suppress_warning=True) is None
-):  # before any decorator of Streamlit's complains
+# Before any decorator of Streamlit's complains, and not in the processes that multiprocessing starts.
+if __name__ == "__main__" and get_script_run_ctx(suppress_warning=True) is None:
     print("error: app.py was started with python, expected `streamlit run app.py` or `make app`", file=sys.stderr)
     raise SystemExit(2)
 
@@ -430,5 +429,5 @@ def draw_heat(
         return run_views.heat_sheet(models, _picture, map_name)
 
 
-if __name__ == "__main__":  # not in the processes that multiprocessing starts
+if __name__ == "__main__":
     main()

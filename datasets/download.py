@@ -76,11 +76,15 @@ class Archive:
 
 @dataclass(frozen=True)
 class PublicDataset:
-    """Archives that are unpacked into one folder. Its subfolder `inside` becomes <root>/<folder>."""
+    """Archives that are unpacked into one folder. Its subfolder `inside` becomes <root>/<folder>.
+
+    format: of the labels; None for what is no dataset.
+    """
 
     archives: tuple[Archive, ...]
     folder: str
     inside: str = "."
+    format: str | None = None
 
 
 _VOC = "http://host.robots.ox.ac.uk/pascal/VOC"
@@ -91,14 +95,14 @@ _KITTI = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
 DATASETS = {
     "bccd": PublicDataset((
         Archive("https://codeload.github.com/Shenggan/BCCD_Dataset/zip/refs/heads/master", saved_as="BCCD_Dataset.zip"),
-    ), "bccd", "BCCD_Dataset-master/BCCD"),
+    ), "bccd", "BCCD_Dataset-master/BCCD", "voc"),
     "voc2007": PublicDataset((
         Archive(f"{_VOC}/voc2007/VOCtrainval_06-Nov-2007.tar", 460032000, "md5:c52e279531787c972589f7e41ab4ae64"),
         Archive(f"{_VOC}/voc2007/VOCtest_06-Nov-2007.tar", 451020800, "md5:b6e924de25625d8de591ea690078ad9f"),
-    ), "VOCdevkit/VOC2007", "VOCdevkit/VOC2007"),
+    ), "VOCdevkit/VOC2007", "VOCdevkit/VOC2007", "voc"),
     "voc2012": PublicDataset((
         Archive(f"{_VOC}/voc2012/VOCtrainval_11-May-2012.tar", 1999639040, "md5:6cd6e144f989b92b3379bac3b3de84fd"),
-    ), "VOCdevkit/VOC2012", "VOCdevkit/VOC2012"),
+    ), "VOCdevkit/VOC2012", "VOCdevkit/VOC2012", "voc"),
     "coco2017": PublicDataset((
         Archive(f"{_COCO}/annotations/annotations_trainval2017.zip", 252907541,
                 "sha256:113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
@@ -106,13 +110,13 @@ DATASETS = {
                 "sha256:4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
         Archive(f"{_COCO}/zips/train2017.zip", 19336861798,
                 "sha256:69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
-    ), "coco"),
+    ), "coco", format="coco"),
     "kitti": PublicDataset((
         Archive(f"{_KITTI}/data_object_label_2.zip", 5601213,
                 "sha256:4efc76220d867e1c31bb980bbf8cbc02599f02a9cb4350effa98dbb04aaed880"),
         Archive(f"{_KITTI}/data_object_image_2.zip", 12569945557,
                 "sha256:351c5a2aa0cd9238b50174a3a62b846bc5855da256b82a196431d60ff8d43617"),
-    ), "kitti"),
+    ), "kitti", format="kitti"),
     "clip_vocabulary": PublicDataset((
         Archive("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz", 1356917,
                 "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
@@ -192,12 +196,12 @@ WEIGHTS = {
 DATASETS |= {name: PublicDataset((file,), f"weights/{name}") for name, file in WEIGHTS.items()}
 
 
-def how_to_fetch_set(root: str | Path) -> str:
+def how_to_fetch_set(root: str | Path, format: str) -> str:
     """The end of an error about a missing dataset: " (python -m datasets.download bccd --root data)".
 
-    "" for a folder of another name than those that a download makes.
+    "" where no download makes a folder of that name, with labels in that format.
     """
-    path, sets = Path(root), {name: entry for name, entry in DATASETS.items() if name not in WEIGHTS}
+    path, sets = Path(root), {name: entry for name, entry in DATASETS.items() if entry.format == format}
     names = [name for name, entry in sets.items() if Path(entry.folder).parts[0] == path.name]
     return f" (python -m datasets.download {' '.join(names)} --root {path.parent})" if names else ""
 

@@ -52,7 +52,7 @@ def open_dataset(
     if not Path(root).exists():
         from datasets.download import how_to_fetch_set  # here: `python -m datasets.download` imports this first
 
-        raise UserError(f"{root}: no such file or folder, expected a {format} dataset{how_to_fetch_set(root)}")
+        raise UserError(f"{root}: no such file or folder, expected a {format} dataset{how_to_fetch_set(root, format)}")
     if kept is not None and format == "coco":
         settings = {"format": format, "root": [str(root), os.path.abspath(root)], "split": split, "names": names}
         index = kept.open(settings, lambda sources: read_coco(root, split, names, sources))

@@ -145,7 +145,9 @@ class GlobalContext(nn.Module):
 
 
 class FGD(nn.Module):
-    """The whole loss, with its two context networks. Its parameters join the optimizer.
+    """FGD as one loss: the pixels and channels that the teacher attends to, and the relations of all pixels.
+
+    It owns the two context networks R_s and R_t; their parameters join the optimizer.
 
     Args:
         channels: C of the maps (after the adapter).

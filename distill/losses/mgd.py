@@ -53,7 +53,9 @@ def random_mask(feature_map: Tensor, *, drop: float, generator: torch.Generator)
 
 
 class MGD(nn.Module):
-    """The loss with its generator G: 3x3 convolution, ReLU, 3x3 convolution. Its parameters join the optimizer.
+    """MGD as one loss: the teacher's map, rebuilt from a part of the student's.
+
+    It owns the generator G, 3x3 convolution, ReLU, 3x3 convolution, whose parameters join the optimizer.
 
     Args:
         channels: C of the maps (after the adapter).

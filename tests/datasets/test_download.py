@@ -393,6 +393,8 @@ def test_dry_run_fetches_nothing(tmp_path, capsys, monkeypatch):
         ("VOCdevkit", "voc", "voc2007 voc2012"),
         ("coco", "coco", "coco2017"),
         ("mine", "yolo", ""),
+        ("coco", "voc", ""),
+        ("clip", "voc", ""),
     ],
 )
 def test_a_set_that_is_not_there_says_how_to_fetch_it(folder, format, names, tmp_path):
