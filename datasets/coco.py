@@ -276,7 +276,7 @@ def without_root(
             groups -= _used_elsewhere(path, {i: categories[i]["name"] for i in groups}, sources or Sources())
         for category in sorted(groups, key=str):
             reason = f"category {category!r} {categories[category]['name']!r}: a supercategory without objects"
-            log.add(path, None, f"{reason}; it is no class", "root category", "noted")
+            log.add(path, None, f"{reason}; it is no class", "supercategory", "noted")
         categories = {i: record for i, record in categories.items() if i not in groups}
         all_names = [record["name"] for record in categories.values()]
     twice = next((name for name in all_names if all_names.count(name) > 1), None)

@@ -67,7 +67,7 @@ def test_root_categories_are_no_classes(tmp_path, rows, used, expected):
     text(tmp_path / "train" / "_annotations.coco.json", content)
     index = read_coco(tmp_path, "train")
     assert index.names == expected
-    noted = sum(fault.kind == "root category" for fault in index.faults)
+    noted = sum(fault.kind == "supercategory" for fault in index.faults)
     assert noted == len(rows) - len(expected)
     assert {index.names[label] for label in index.samples[0].labels} <= {rows[k][0] for k in used}
 
