@@ -253,11 +253,12 @@ class Criterion(nn.Module):
         """Factors of the teachers by name; {} where they are fixed."""
         if self.teacher_weighting == "fixed":
             return {}
-        cross_entropies = [
+        found = (
             teacher_cross_entropy(self.teachers[name], t_outputs[name], targets, s_output.image_size, classes=classes)
             for name, classes in self.teacher_classes.items()
-        ]
-        return dict(zip(self.teacher_classes, confidence_weights(torch.stack(cross_entropies))))
+        )
+        cross_entropy, num_objects = map(torch.stack, zip(*found))
+        return dict(zip(self.teacher_classes, confidence_weights(cross_entropy, num_objects)))
 
 
 def images_of(kind: str, batch: BatchOutputs, is_labelled: Tensor | None) -> BatchOutputs | None:

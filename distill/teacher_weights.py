@@ -3,7 +3,8 @@
 Zhang, Chen and Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", arXiv:2201.00007.
 
 Differs from the paper: it takes a cross-entropy for each image, we take one for all labelled boxes of a batch. We
-multiply the weights by the number of teachers, so that another teacher does not weaken the terms of the others.
+multiply the weights by the number of teachers, so that another teacher does not weaken the terms of the others. A
+teacher that has the class of no object of a batch weighs 1 in it: nothing is known of it there.
 """
 
 from typing import Any, cast
@@ -19,17 +20,21 @@ from layers.precision import in_precision_of
 from structures import Detector, Targets
 
 
-def confidence_weights(cross_entropy: Tensor) -> Tensor:
-    """The weight of each of M >= 2 teachers, (M,), from its cross-entropy with the labels, (M,):
+def confidence_weights(cross_entropy: Tensor, num_objects: Tensor) -> Tensor:
+    """The weight of each of at least 2 teachers, from its cross-entropy H with the labels of num_objects objects:
 
         w_m = M / (M - 1) * (1 - exp(H_m) / sum_j exp(H_j))
 
-    Each lies in [0, M / (M - 1)], and their mean is 1. Invariant to a constant added to all.
+    over the M teachers with objects. The others weigh 1, and so do all where M < 2. The weights lie in
+    [0, M / (M - 1)], and their mean is 1. Invariant to a constant added to all H. All three have a row for each
+    teacher.
     """
-    count = len(cross_entropy)
-    if count < 2:
-        raise ValueError(f"found {count} teachers, expected at least 2 to compare")
-    return count / (count - 1) * (1 - cross_entropy.softmax(0))
+    if len(cross_entropy) < 2:
+        raise ValueError(f"found {len(cross_entropy)} teachers, expected at least 2 to compare")
+    is_judged = num_objects > 0
+    count = is_judged.sum()  # M, on the device: the host does not wait for it
+    shares = cross_entropy.where(is_judged, -torch.inf).softmax(0)
+    return (count / (count - 1) * (1 - shares)).where(is_judged & (count > 1), 1.0)
 
 
 def of_labelled(targets: Targets, is_labelled: Tensor | None) -> Targets:
@@ -45,13 +50,13 @@ def teacher_cross_entropy(
     image_size: tuple[int, int],
     *,
     classes: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """The cross-entropy of a teacher with the labels of the objects of a batch, a scalar ():
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy H of a teacher with the labels of the objects of a batch, and their number N, scalars ():
 
         H = -1 / N * sum_n log p_n(y_n),    p = sigmoid(log odds of "this box is a y" against all else)
 
-    over the objects whose class the teacher has, in all processes, so that all of them get the same weights. 0 without
-    any.
+    over the objects whose class the teacher has, in all processes, so that all of them get the same weights. 0 and 0
+    without any.
 
     Args:
         targets: boxes in pixels of images of image_size (H, W), the student's.
@@ -71,4 +76,5 @@ def teacher_cross_entropy(
         logits = detector.class_logits_at(t_output, per_image)[row]
     odds = log_odds(logits, cast(Head, detector.class_activation)).gather(1, labels[:, None])
     total = sum_over_processes(-nn.functional.logsigmoid(odds).sum())
-    return total / sum_over_processes(total.new_full((), len(labelled))).clamp(min=1)
+    count = sum_over_processes(total.new_full((), len(labelled)))
+    return total / count.clamp(min=1), count

@@ -330,11 +330,34 @@ def test_confidence_weights():
     """Against the published form in float64; equal doubts weigh 1, and the mean is always 1."""
     doubt = np.array([0.2, 1.5, 0.7])
     published = (1 - np.exp(doubt) / np.exp(doubt).sum()) / 2
-    torch.testing.assert_close(confidence_weights(torch.tensor(doubt)), torch.tensor(3 * published))
-    torch.testing.assert_close(confidence_weights(torch.full((4,), 9.0)), torch.ones(4))
-    assert confidence_weights(torch.tensor([0.1, 0.2]) + 3).mean() == pytest.approx(1)
+    torch.testing.assert_close(confidence_weights(torch.tensor(doubt), torch.ones(3)), torch.tensor(3 * published))
+    torch.testing.assert_close(confidence_weights(torch.full((4,), 9.0), torch.ones(4)), torch.ones(4))
+    assert confidence_weights(torch.tensor([0.1, 0.2]) + 3, torch.ones(2)).mean() == pytest.approx(1)
     with pytest.raises(ValueError, match="at least 2"):
-        confidence_weights(torch.zeros(1))
+        confidence_weights(torch.zeros(1), torch.ones(1))
+
+
+def test_a_teacher_without_an_object_of_its_classes_weighs_1():
+    """It is not the best one because nothing contradicts it; the others are compared as if it were not there."""
+    doubt = torch.tensor([0.0, 0.2, 1.5])
+    expected = torch.cat((torch.ones(1), confidence_weights(doubt[1:], torch.ones(2))))
+    torch.testing.assert_close(confidence_weights(doubt, torch.tensor([0.0, 4.0, 1.0])), expected)
+    for objects in ((0.0, 0.0, 2.0), (0.0, 0.0, 0.0)):
+        assert confidence_weights(doubt, torch.tensor(objects)).tolist() == [1, 1, 1]
+
+
+def test_classes_that_a_batch_lacks_do_not_favour_a_teacher(yolos, pictures):
+    student, teachers = yolos["student"], {"a": yolos["v8"], "b": yolos["wide"]}
+    facts = {"a": TeacherFacts(("a", "x", "y"))}
+    plain, trusted = (
+        build(student, teachers, "box_classes", facts=facts, teacher_weighting=how) for how in ("fixed", "confidence")
+    )
+    objects = TARGETS[TARGETS.labels != 0]  # of the classes b and c
+    with torch.no_grad():
+        s, t = student(pictures), {name: teacher(pictures) for name, teacher in teachers.items()}
+        before, after = (criterion(s, t, objects, 0.0) for criterion in (plain, trusted))
+    assert len(objects) and before["box_classes_a"] > 0
+    assert after == before
 
 
 def test_a_teacher_that_knows_the_labels_counts_more(yolos, pictures):
@@ -349,15 +372,15 @@ def test_a_teacher_that_knows_the_labels_counts_more(yolos, pictures):
             odds = teacher.class_logits_at(t[name], [TARGETS.boxes_xyxy[TARGETS.image == b] for b in (0, 1)]).numpy()
             labels = torch.cat([TARGETS.labels[TARGETS.image == b] for b in (0, 1)]).numpy()
             doubts.append(-np.log(sigmoid(odds.astype(np.float64)))[np.arange(4), labels].mean())
-            found = teacher_cross_entropy(teacher, t[name], TARGETS, (SIZE, SIZE))
-            assert found.item() == pytest.approx(doubts[-1], rel=1e-5)
-        weights = confidence_weights(torch.tensor(doubts)).float()
+            found, num_objects = teacher_cross_entropy(teacher, t[name], TARGETS, (SIZE, SIZE))
+            assert found.item() == pytest.approx(doubts[-1], rel=1e-5) and num_objects == 4
+        weights = confidence_weights(torch.tensor(doubts), torch.ones(2)).float()
         before, after = plain(s, t, TARGETS, 0.0), trusted(s, t, TARGETS, 0.0)
         first = torch.tensor([True, False])  # the second image has pseudo boxes, which a teacher itself has made
         labelled = trusted(s, t, TARGETS, 0.0, is_labelled=first)
         of_labels = TARGETS[TARGETS.image == 0]
         trusts = [teacher_cross_entropy(m, t[name], of_labels, (SIZE, SIZE)) for name, m in teachers.items()]
-        weights_of_labels = confidence_weights(torch.stack(trusts))
+        weights_of_labels = confidence_weights(*map(torch.stack, zip(*trusts)))
     for weight, name in zip(weights, before):
         torch.testing.assert_close(after[name], weight * before[name])
     for weight, name in zip(weights_of_labels, before):
