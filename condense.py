@@ -63,7 +63,7 @@ from engine.runtime.progress import Progress
 from engine.training.batch_norms import norm_of_one_value
 from engine.training.exits import is_out_of_memory
 from engine.training.inputs import Inputs, weights_named
-from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, naming, run_script
+from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, counted, naming, run_script
 from random_streams import Stream, seeded_generator
 from structures import Targets
 
@@ -225,7 +225,8 @@ def make(job: Job) -> dict[str, Any]:
     }
     job.claim.check()
     write_set(job.folder, splits, job.names, manifest)
-    job.progress.say(f"written: {job.folder}, {c.pictures} pictures with {len(layout.targets)} objects")
+    made = f"{counted(c.pictures, 'picture')} with {counted(len(layout.targets), 'object')}"
+    job.progress.say(f"written: {job.folder}, {made}")
     return manifest
 
 

@@ -168,7 +168,7 @@ def print_comparison(
         return lambda: detector.detect(detector(image), **timed)
 
     seconds = rotate({name: run(detector) for name, detector in detectors.items()}, TIMED_ROUNDS, wall_seconds)
-    print(f"{len(index)} pictures, {size} px, {torch.get_num_threads()} threads")
+    print(f"{counted(len(index), 'picture')}, {size} px, {counted(torch.get_num_threads(), 'thread')}")
     print(f"{'':<10}{'mAP50':>8}{'mAP50-95':>10}{'ms':>8}{'MB':>8}")
     for name, result in results.items():
         precisions = f"{result.numbers['mAP50']:8.4f}{result.numbers['mAP50-95']:10.4f}"

@@ -15,7 +15,7 @@ from boxes import xyxy_to_cxcywh
 from config import OptimizerConfig
 from engine.runtime.timing import Call, cpu_seconds, rotate, wall_seconds
 from engine.training.optimization import build_optimizer
-from errors import ArgumentParser, expect
+from errors import ArgumentParser, counted, expect
 from structures import Targets
 
 Seconds = dict[Any, list[float]]  # by contestant
@@ -48,7 +48,7 @@ def take_turns(contestants: dict[Any, Call], args: argparse.Namespace, *, settle
 
 def versions(*peers: str) -> str:
     """torch and its threads; the version of each peer, or that its column is empty. Call it after their import."""
-    found = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    found = [f"torch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"]
     for name in peers:
         is_there = name in sys.modules
         found.append(f"{name} {sys.modules[name].__version__}" if is_there else f"no {name}: its column is empty")

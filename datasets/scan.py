@@ -103,7 +103,8 @@ class ScanReport:
             *_left_out_lines(self.index),
             *(line for note in self.notes for line in (note, "")),
             *self._fault_lines(),
-            f"bad: {self.dropped_pictures} pictures, {self.dropped_objects} objects ({100 * self.bad_fraction:.2f} %)",
+            f"bad: {counted(self.dropped_pictures, 'picture')}, {counted(self.dropped_objects, 'object')} "
+            f"({100 * self.bad_fraction:.2f} %)",
         ]
         return "\n".join(lines)
 

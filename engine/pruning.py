@@ -47,7 +47,6 @@ from engine.training.splits import take
 from errors import ArgumentParser, UserError, expect, naming, run_script
 from layers.channel_groups import ChannelGroups, find_groups
 from structures import Targets
-from yaml_files import read_yaml
 
 BATCH_SIZE = 4  # images of a gradient: small, see scores.taylor
 
@@ -152,22 +151,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         found = "nothing, expected pictures for" if args.data is None else "pictures, which only taylor reads, with"
         raise UserError(f"--data: found {found} --by {args.by}")
     expect(args.out.suffix == ".pt", "--out", args.out, "a name that ends in .pt")
-    is_met = args.out.resolve() != args.checkpoint.resolve()
-    expect(is_met, "--out", f"the checkpoint itself, {args.out}", "another file")
-    check_is_of_widths(args.out.with_suffix(".yaml"))
+    for path in (args.out, args.out.with_suffix(".yaml")):
+        expect(not path.exists(), "--out", f"{path}, which is there already", "a new name")
     return args
-
-
-def check_is_of_widths(path: Path) -> None:
-    """UserError where the widths would overwrite a file of something else, such as the config own.yaml by own.pt."""
-    if not path.exists():
-        return
-    try:
-        tree = read_yaml(path)
-    except UserError:
-        tree = None
-    if not isinstance(tree, dict) or tree.keys() != {"arch", "widths"}:
-        raise UserError(f"--out: its widths would overwrite {path}, which is no file of widths, expected another name")
 
 
 def main(argv: list[str]) -> None:

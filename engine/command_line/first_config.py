@@ -157,7 +157,7 @@ def describe(found: FoundSet) -> str:
 def propose(
     found: FoundSet, name: str, overrides: Sequence[str], teacher: str | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The plain values of the config, and the reasons of some by their dotted key."""
+    """The plain values of the config, and the reasons of some by their dotted key: of none that overrides change."""
     device = choose_device("auto")
     given: dict[str, Any] = {}
     for override in overrides:
@@ -204,7 +204,8 @@ def propose(
     }
     for override in overrides:
         apply_override(tree, override)
-    return tree, reasons
+    changed = {override.partition("=")[0].split(".")[0] for override in overrides} - {"epochs"}  # counted as given
+    return tree, {key: reason for key, reason in reasons.items() if key.split(".")[0] not in changed}
 
 
 def choose_optimizer(steps: float, batch: int) -> tuple[dict[str, Any], str]:

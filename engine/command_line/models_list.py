@@ -1,6 +1,7 @@
 """The lines of `train.py --list`: architectures, teachers and losses."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,10 @@ WITHOUT_ANCHORS = "one stage, no anchors: YOLOv5's backbone under YOLOv8's head"
 
 
 def listing() -> str:
-    """Each name with its parameters (millions) and one line; each loss with the first line of its docstring."""
+    """Each name with its parameters (millions) and one line; each term with the first line of its loss's docstring.
+
+    Where two terms share a loss, the lines are those of the terms.
+    """
     blocks = []
     for title, names, build in (
         ("architectures: student.arch, and teachers", models.ARCHITECTURES, lambda name: models.build(name, 80)),
@@ -35,8 +39,9 @@ def listing() -> str:
             lines.append(f"{name:<34} {count_parameters(build, name) / 1e6:6.1f} M   {describe(name)}")
         blocks.append("\n".join(lines))
     lines = ["# losses: terms.0.loss; docs/losses has each with its equation and a config line"]
+    uses = Counter(term.loss for term in LOSSES.values())
     for name, term in LOSSES.items():
-        first = (inspect.getdoc(term.loss) or "").splitlines()[0].rstrip(".")
+        first = (inspect.getdoc(term.loss if uses[term.loss] == 1 else term.compute) or "").splitlines()[0].rstrip(".")
         lines.append(f"{name:<24} {term.reads:<8} {first}")
     return "\n\n".join([*blocks, "\n".join(lines)])
 

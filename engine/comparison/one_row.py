@@ -30,8 +30,6 @@ def open_row(path: str, overrides: list[str], name: str) -> tuple[Study, Row, Co
             f"{row.set_folder(row.seeds[0])}: the set of row {row.name!r} is not made yet: condense.py {path} --row "
             f"{row.name}"
         )
-    if row.idle:
-        print(row.idle)
     return study, row, row.run(row.seeds[0])
 
 
@@ -47,12 +45,16 @@ def load_row(path: str, overrides: list[str], name: str) -> Config:
             f"row {name!r}: its teacher {teacher!r} is not trained yet; train it first: train.py {path} --row "
             f"{trained.name}, or all of it: compare.py {path} --rows {name}{same}"
         )
+    if row.idle:
+        print(row.idle)
     return config
 
 
 def load_row_for_dry_run(path: str, overrides: list[str], name: str) -> tuple[Config, dict[str, nn.Module]]:
     """The same, whether or not the run exists, and untrained models for teachers that are not trained yet."""
-    study, _, config = open_row(path, overrides, name)
+    study, row, config = open_row(path, overrides, name)
+    if row.idle:
+        print(row.idle)
     if not (missing := untrained(config, study)):
         return config, {}
     names = open_dataset(*config.data.test_place, classes=config.data.classes).names

@@ -20,6 +20,7 @@ from engine.drawing.detections import draw_tile
 from engine.drawing.predictions import labels_of, spread
 from engine.prediction.predictor import Predictor
 from engine.runtime import run_folder
+from errors import counted
 from structures import Detections, DetectionSettings
 
 PICTURES = 4  # lines
@@ -66,7 +67,7 @@ def compare_pictures(config: Config, results: list[Result]) -> Pictures | None:
     names = index.names
     columns = {
         "labels": [
-            (draw_tile(pixels[n], labels[n], names, TILE, show_scores=False), f"{len(labels[n])} objects")
+            (draw_tile(pixels[n], labels[n], names, TILE, show_scores=False), counted(len(labels[n]), "object"))
             for n in chosen
         ]
     }

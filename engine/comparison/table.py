@@ -14,6 +14,7 @@ from config import to_tree
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule
 from engine.comparison.rows import Row, describe_pair
 from engine.comparison.study import Study
+from errors import counted
 
 NO_VERDICT = "plumbing"  # in place of the verdict of a row whose teachers have random weights
 METRICS = {"mAP50": "mAP50", "mAP": "mAP50-95", "precision": "precision", "recall": "recall", "F1": "f1"}
@@ -262,7 +263,7 @@ def difference_cells(difference: Difference) -> list[str]:
 def machines(results: dict[str, Result]) -> str:
     """The hardware and versions of the runs; costs are comparable only if there is one set of them."""
     found = dict.fromkeys(
-        f"{r['device']}, {r['precision']}, {r['threads']} threads, torch {r['torch']}"
+        f"{r['device']}, {r['precision']}, {counted(r['threads'], 'thread')}, torch {r['torch']}"
         for result in results.values()
         for r in result.reports.values()
     )

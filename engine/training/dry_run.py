@@ -15,6 +15,7 @@ from engine.training.building import TrainingSetup, build, count_parameters, des
 from engine.training.idle_terms import without_idle_terms
 from engine.training.run_pictures import in_eval_mode
 from engine.training.step import augment_batch, detection_losses, set_learning_rates
+from errors import counted
 from structures import Targets
 
 
@@ -40,7 +41,8 @@ def dry_run(config: Config, teachers: dict[str, nn.Module] | None = None) -> Non
     print(describe_setup(setup))
     kinds = "" if batch.is_labelled.all() else f", {int(batch.is_labelled.sum())} of them labelled"
     when = f"; terms weighted as at epoch {epoch:g}" if epoch else ""
-    print(f"batch: {len(batch)} pictures{kinds}, {len(targets)} objects after augmentation{when}")
+    shown = f"{counted(len(batch), 'picture')}{kinds}, {counted(len(targets), 'object')}"
+    print(f"batch: {shown} after augmentation{when}")
     if setup.criterion.terms:
         print(map_table(setup.criterion, s_output, t_outputs))
     print(balance_table(balances(terms, setup.student, set(setup.criterion.terms))))

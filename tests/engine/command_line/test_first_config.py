@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import train
-from config import load_config
+from config import Config, load_config
 from datasets.index import DatasetIndex, Sample
 from engine.command_line import first_config
 from engine.command_line.first_config import Measured, choose_batch_size, choose_image_size
+from engine.command_line.keys import keys_of
 from engine.training.checks import check_config
 from errors import UserError
 from tests.tiny_training import write_dataset
@@ -67,6 +68,17 @@ def test_keys_that_are_given_stand_in_the_file(folder):
     train.main(["--init", "own.yaml", "--data", "data", "student.arch=yolov5n", "epochs=7", "optimizer.momentum=0.8"])
     config = load_config("own.yaml")
     assert (config.student.arch, config.epochs, config.optimizer.momentum) == ("yolov5n", 7, 0.8)
+
+
+def test_no_reason_stands_beside_a_value_that_was_given(folder):
+    train.main(["--init", "own.yaml", "--data", "data", "image_size=96", "batch_size=16", "epochs=7"])
+    lines = (folder / "own.yaml").read_text().splitlines()
+    beside = {line.split(":")[0]: line.partition("  # ")[2] for line in lines}
+    comments = {key.name: key.comment for key in keys_of("", Config)}
+    assert all(beside[key] == comments[key] for key in ("image_size", "batch_size"))
+    assert beside["epochs"].startswith("about 1 min here")  # 7 x 24 pictures of half a second
+    train.main(["--init", "other.yaml", "--data", "data", "optimizer.name=sgd"])
+    assert "few steps" in "\n".join(lines) and "few steps" not in (folder / "other.yaml").read_text()
 
 
 @pytest.mark.parametrize(

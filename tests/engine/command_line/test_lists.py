@@ -34,3 +34,4 @@ def test_list_has_every_model_and_loss_with_a_line(capsys, monkeypatch):
     assert all(models_list.describe(name) for name in lines if name not in LOSSES)
     assert "map      Channel-wise distillation (CWD): match the spatial attention" in lines["cwd"]
     assert all(len(lines[name].split()) > 3 for name in LOSSES)
+    assert len({lines[name].split(maxsplit=2)[2] for name in LOSSES}) == len(LOSSES)  # two terms may share a loss

@@ -74,7 +74,7 @@ def test_the_text(study, results):
     assert "| taught | baseline | 3 | +0.035 ± 0.005 | +0.035 ± 0.005 | +0.023 .. +0.047 | better |" in text
     assert "| slow |" not in text  # it has no number yet
     assert "Not trained yet, row (seeds): slow (0, 1, 2)." in text
-    assert "Trained on cpu, float32, 1 threads, torch 2." in text
+    assert "Trained on cpu, float32, 1 thread, torch 2." in text
     results["slow"].failures[1] = "step 7: mse is nan"
     assert "Failed: slow with seed 1: step 7: mse is nan" in markdown(study, results)
 

@@ -162,7 +162,7 @@ WORDS = ["--flops", "0.5", "--by", "l2", "--out", "OUT"]
         ([*WORDS, "--by", "taylor"], "--data: found nothing, expected pictures for --by taylor"),
         ([*WORDS, "--data", "a.yaml"], "--data: found pictures, which only taylor reads, with --by l2"),
         ([*WORDS, "--by", "taylor", "--data", "a", "b"], "--data: found 'a b', expected a config, or voc|.* ROOT"),
-        ([*WORDS, "--out", "WHOLE"], "--out: found the checkpoint itself"),
+        ([*WORDS, "--out", "WHOLE"], r"--out: found .*whole\.pt, which is there already, expected a new name"),
         ([*WORDS, "--out", "half.onnx"], r"--out: found half\.onnx, expected a name that ends in \.pt"),
         ([*WORDS, "--floor", "0.9"], r"GFLOPs are left where every group keeps 0\.9 .*; give a lower --floor"),
         ([*WORDS, "--flops", "0.01", "--floor", "0"], "GFLOPs are left where every group keeps 0 of its channels"),
@@ -175,16 +175,12 @@ def test_mistakes_are_one_line_and_leave_nothing(pruned, tmp_path, words, messag
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_widths_overwrite_widths_alone(pruned, tmp_path):
-    words = [str(pruned[0] / "whole.pt"), *WORDS, "--out", str(tmp_path / "own.pt")]
-    for text in ("name: own\n", "a: [1\n"):
-        (tmp_path / "own.yaml").write_text(text)
-        with pytest.raises(UserError, match=r"--out: its widths would overwrite .*own\.yaml, which is no"):
-            main(words)
-        assert (tmp_path / "own.yaml").read_text() == text and not (tmp_path / "own.pt").exists()
-    (tmp_path / "own.yaml").write_text("arch: yolov8_half\nwidths: {}\n")
-    main(words)
-    assert len(read_yaml(tmp_path / "own.yaml")["widths"]) > 1
+@pytest.mark.parametrize("name", ["own.pt", "own.yaml"])
+def test_nothing_is_overwritten(pruned, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"--out: found .*{name}, which is there already"):
+        main([str(pruned[0] / "whole.pt"), *WORDS, "--out", str(tmp_path / "own.pt")])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
 def test_a_family_without_groups_and_other_classes_are_refused(tmp_path, tiny_data):

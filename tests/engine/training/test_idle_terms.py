@@ -106,6 +106,9 @@ def test_rows_of_a_study(tmp_path, monkeypatch, capsys):
     assert f"\n{line} teacher big, gone\n" in printed  # when the row is trained
     assert "teacher_big" not in printed
     assert "| none | baseline | 1 | +0.000 | +0.000 |" in printed
+    with pytest.raises(UserError, match="row 'none' has a run here"):
+        one_row.load_row(str(path), [], "none")
+    assert not capsys.readouterr().out
     one_row.load_row(str(path), ["seed=3"], "none")
     assert line in capsys.readouterr().out
     with pytest.raises(UserError, match=r"row 'none': terms\.0\.loss: found 'no'"):
