@@ -39,6 +39,7 @@ import models
 import weights
 from config import RANDOM, EvaluationConfig, from_tree, plumbing_mark
 from datasets.class_names import released_names
+from datasets.download import how_to_fetch
 from errors import DISK_EXIT_CODE, UserError, expect
 from layers.int8 import add_int8, without_ranges
 
@@ -265,7 +266,8 @@ def read_model(path: Path, arch: str | None) -> tuple[nn.Module, CheckpointInfo]
     path = weights.file_of_run(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {found}, expected a weights file or the folder of a run, such as runs/NAME")
+        expected = "a weights file or the folder of a run, such as runs/NAME"
+        raise UserError(f"{path}: {found}, expected {expected}{how_to_fetch(path.name)}")
     try:
         saved = load(path)
     except UserError as error:

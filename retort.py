@@ -65,7 +65,7 @@ def load(
 
     Args:
         source: a released file, a checkpoint of ours, the folder of a run, a file of export.py (ONNX), or a name in
-            ARCHITECTURES, which gives a model with untrained weights. An existing file wins over a name.
+            ARCHITECTURES, which gives a model with untrained weights and warns. An existing file wins over a name.
         arch: the architecture of a released file, where its names and shapes leave it open.
         classes: the class names of an untrained model; None: COCO's 80.
         device: a device of torch; auto: cuda where there is one. An ONNX file runs on the CPU.

@@ -207,11 +207,15 @@ def how_to_fetch_set(root: str | Path, format: str) -> str:
 
 
 def how_to_fetch(name: str) -> str:
-    """The end of an error about missing weights: " (python -m datasets.download resnet18 --root data)".
+    """The end of an error about missing weights: where a download puts them, and its command.
 
-    "" for a name that is not in WEIGHTS.
+    name: in WEIGHTS, or the name of a released file, such as "yolov8n.pt". "" for any other.
     """
-    return f" (python -m datasets.download {name} --root data)" if name in WEIGHTS else ""
+    for known, file in WEIGHTS.items():
+        if name in (known, file.filename):
+            place = f"data/{DATASETS[known].folder}/{file.filename}"
+            return f" (released: {place}, after python -m datasets.download {known} --root data)"
+    return ""
 
 
 def download(dataset: PublicDataset, root: str | Path, *, say: Callable[[str], None] = print) -> Path:

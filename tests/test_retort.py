@@ -75,12 +75,17 @@ def test_load_takes_a_released_file(tmp_path, run):
 
 
 def test_load_takes_a_name_and_refuses_what_it_does_not_know(tmp_path, monkeypatch):
-    fresh = retort.load("yolov8_narrow", classes=["cat", "dog"], device="cpu")
+    with pytest.warns(UserWarning, match="yolov8_narrow: an architecture's name gives untrained weights") as caught:
+        fresh = retort.load("yolov8_narrow", classes=["cat", "dog"], device="cpu")
+    assert [warning.filename for warning in caught] == [__file__]
     assert fresh.names == ("cat", "dog") and "untrained weights" in repr(fresh)
-    assert len(retort.load("yolov8_narrow", device="cpu").names) == 80
+    fetched = "data/weights/yolov8n/yolov8n.pt, after python -m datasets.download yolov8n --root data"
+    with pytest.warns(UserWarning, match=fetched):
+        assert len(retort.load("yolov8n", device="cpu").names) == 80
     monkeypatch.chdir(tmp_path)
     for source, message in (
         ("yolov8q", "did you mean 'yolov8"), ("no.pt", "no.pt: no such file"), ("no.onnx", "no.onnx: no such file"),
+        ("yolov8n.pt", f"yolov8n.pt: no such file, .*{fetched}"), ("a/rtdetr-l.pt", "download rtdetr_l --root data"),
     ):  # fmt: skip
         with pytest.raises(retort.UserError, match=message):
             retort.load(source)

@@ -1,7 +1,6 @@
 """The pictures that a synthetic set starts from: chosen or assembled from real ones. condense.py learns the pixels."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,7 +12,7 @@ from distill.condense.head_matching import head_gradient_rows
 from engine.condensing.config import Task
 from engine.condensing.frozen_backbone import FrozenBackbone
 from engine.condensing.real_pictures import RealPictures
-from errors import UserError
+from errors import UserError, naming
 from random_streams import Stream, seeded_generator
 from structures import Detector, Targets
 
@@ -40,9 +39,8 @@ def check_network(task: Task) -> None:
     if not task.needs_network:
         return
     assert settings.weights is not None  # Task.check refuses it
-    if not Path(settings.weights).exists():
-        raise UserError(f"key 'condense.network.weights': {settings.weights}: no such file, expected a checkpoint")
-    checkpoint.load_model(settings.weights, settings.arch)
+    with naming("key 'condense.network.weights'"):
+        checkpoint.load_model(settings.weights, settings.arch)
 
 
 def load_network(task: Task, names: tuple[str, ...], device: torch.device) -> nn.Module:

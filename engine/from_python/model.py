@@ -1,5 +1,6 @@
 """A detector as a user of retort.py holds it: loaded by name or from a file, shown pictures, measured on a dataset."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import models
 from checkpoint import CheckpointInfo
 from config import EvaluationConfig, check_image_size
 from datasets.class_names import COCO, read_class_map
+from datasets.download import how_to_fetch
 from datasets.images import pillow_pixels, read_image
 from engine.evaluation.cross_dataset import evaluate_on_dataset
 from engine.evaluation.measuring import EvaluationResult
@@ -167,7 +169,9 @@ def evaluate(
 
 
 def untrained(arch: str, classes: Sequence[str] | None, device: torch.device) -> Model:
-    """A fresh model of an architecture, with COCO's 80 classes unless others are given."""
+    """A fresh model of an architecture, with COCO's 80 classes unless others are given. Warns that it is one."""
+    line = f"{arch}: an architecture's name gives untrained weights, which detect nothing"
+    warnings.warn(f"{line}{how_to_fetch(arch)}", stacklevel=4)  # the caller of retort.load
     names = COCO if classes is None else tuple(classes)
     module = models.build(arch, len(names)).to(device).eval().requires_grad_(False)
     return Model(module, CheckpointInfo(arch, names, 640, names_from="nothing"), "untrained weights", device)

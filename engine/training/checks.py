@@ -20,6 +20,7 @@ from config import (
     UnlabelledConfig,
     check_image_size,
 )
+from datasets.download import how_to_fetch
 from distill.checks import check_terms
 from distill.terms import LOSSES
 from engine.runtime.run_folder import check_name
@@ -233,7 +234,8 @@ def check_student(config: Config, without_weights: Collection[str] = (), *, is_r
         if not start.is_file():
             expected = "null, which starts fresh" if settings.weights == RANDOM else "weights or a run"
             found = "no checkpoint in this folder" if Path(settings.weights).is_dir() else "no such file"
-            raise UserError(f"key 'student.weights': {settings.weights}: {found}, expected {expected}")
+            advice = how_to_fetch(start.name)
+            raise UserError(f"key 'student.weights': {settings.weights}: {found}, expected {expected}{advice}")
         check_file("key 'student.weights'", settings.arch, str(start))
     elif settings.backbone_weights is not None:
         file = find_backbone_file(Path(settings.backbone_weights), settings.arch)

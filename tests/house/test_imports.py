@@ -40,7 +40,7 @@ ALLOWED = {  # of the project's own modules; a folder's files may import one ano
     "rtdetr": MODEL,
     "teachers": MODEL,
     "models": {"structures", "errors", "layers", "yolo", "frcnn", "rtdetr", "teachers"},
-    "checkpoint": {"layers", "errors", "config", "models", "weights", "datasets.class_names"},
+    "checkpoint": {"layers", "errors", "config", "models", "weights", "datasets.class_names", "datasets.download"},
     "fine_tuning": {"checkpoint", "layers", "errors", "models", "weights", "datasets.class_names"},
     "engine.onnx_files": BASE | {"kernels", "checkpoint", "layers"},
     "distill.losses": BASE | {"kernels", "layers"},

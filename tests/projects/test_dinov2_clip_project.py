@@ -271,7 +271,7 @@ def refused(command, tmp_path, pattern, main=train.main):
 def test_missing_weights_say_how_to_fetch_them(overrides, tmp_path):
     for teacher, name in ((0, "dinov2_vits14"), (1, "clip_vit_b32")):
         expected = rf"key 'teachers.{teacher}.weights': gone.pth: no such file, expected weights of {name} "
-        expected += rf"\(python -m datasets.download {name} --root data\)"
+        expected += rf"\(released: data/weights/{name}/.*, after python -m datasets.download {name} --root data\)"
         refused([CONFIG, *overrides, f"teachers.{teacher}.weights=gone.pth"], tmp_path, expected)
     command = [CONFIG, *overrides, "student.backbone_weights=nowhere", f"student.arch={STUDENTS[2]}"]
     refused(command, tmp_path, r"backbone_weights': nowhere: no such file or folder \(.*download deit_tiny --root")

@@ -61,6 +61,7 @@ def with_teacher(files, term=None, **changes):
 MISTAKES = {
     "unknown student": (lambda f: {"student": {"arch": "yolo9t"}}, r"'student.arch': architecture 'yolo9t' is unknown"),
     "no such weights": (lambda f: {"student": {"weights": "no.pt"}}, "'student.weights': no.pt: no such file"),
+    "a released file": (lambda f: {"student": {"weights": "yolov8n.pt"}}, "no such .* datasets.download yolov8n"),
     "a folder without weights": (lambda f: {"student": {"weights": str(f)}}, "'student.weights': .*: no checkpoint in"),
     "a name above": (lambda f: {"name": "../up"}, r"key 'name': found '\.\./up', expected the name of a folder"),
     "weights that are none": (lambda f: {"student": {"weights": str(f / "text.pt")}}, "'student.weights': .*text.pt"),
