@@ -22,6 +22,7 @@ from datasets.open import open_dataset
 from distill.condense import coresets
 from distill.condense.head_matching import HeadSettings, head_gradient_rows
 from distill.condense.network_pool import set_statistics
+from distill.losses.relations import pool_boxes
 from engine.condensing.config import WITHOUT_DRAWS, Method
 from engine.condensing.frozen_backbone import FrozenBackbone
 from engine.condensing.real_pictures import RealPictures
@@ -157,6 +158,8 @@ def test_methods_choose_as_their_rules_say(make, real, network):
     with torch.no_grad():
         maps = model(batch.images.float() / 255).features
         features = torch.cat([maps[name].mean((2, 3)) for name in ("p3", "p4", "p5")], dim=1)
+        boxes = {"boxes_xyxy": batch.targets.boxes_xyxy, "image": batch.targets.image, "image_size": (64, 64)}
+        regions = torch.cat([pool_boxes(maps[name], **boxes).mean((2, 3)) for name in ("p3", "p4", "p5")], dim=1)
         alone = [pictures.read([row]) for row in range(12)]
         losses = [sum(model.losses(model(b.images.float() / 255), b.targets).values()).item() for b in alone]
     counts = [len(sample) for sample in pictures.index.samples]
@@ -168,6 +171,7 @@ def test_methods_choose_as_their_rules_say(make, real, network):
         "highest_loss": sorted(range(12), key=lambda row: -losses[row]),
         "herding": coresets.herding(features, 4).tolist(),
         "k_center": coresets.k_center(features, 4).tolist(),
+        "region_cover": coresets.region_cover(regions, batch.targets.image, batch.targets.labels, 4, 12).tolist(),
         "head_gradient": head_gradient_rows(data, 4, fresh, HeadSettings().ridge).tolist(),
     }
     assert set(expected) == set(WITHOUT_DRAWS)

@@ -8,10 +8,12 @@ a larger one. Ties go to the lowest row, so only the first three draw random num
     balanced_rows    about as many objects of each class
     herding          the mean of the chosen features is close to that of all     Welling, ICML 2009
     k_center         no image is far from a chosen one                           Sener and Savarese, arXiv:1708.00489
+    region_cover     objects of each class are like those of a chosen image      Lee et al., arXiv:2404.09161
     top_rows         the largest values, such as a trained network's loss or the number of objects
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -113,6 +115,41 @@ def k_center(features: Tensor, count: int) -> Tensor:
         nearest[chosen[-1]] = -1.0  # never again, even if all images are equal
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
+    return torch.tensor(chosen)
+
+
+def region_cover(features: Tensor, rows: Tensor, labels: Tensor, count: int, total: int) -> Tensor:
+    """Greedily, the image that raises most how well the objects of each class are covered by chosen images.
+
+        f_ik = mean of the features of image i's objects of class k, less the mean of all objects
+        cover(S) = sum_k 1 / n_k sum_{j has k} max_{i in S has k} (1 + cos(f_ik, f_jk)) / 2
+        next = argmax_i cover(S + i)
+
+    n_k: the number of images with class k. The cover is submodular, so what greed reaches is at least 1 - 1/e of the
+    best. features (M, D), rows (M,), labels (M,): of every object, its row and its class. total: N, with the images
+    without objects, which come last.
+
+    After CSOD (arXiv:2404.09161), which describes an image in the same way, by one mean for each of its classes.
+    Deliberate difference: CSOD takes the classes in turn, and for one at a time the image whose likeness to all others,
+    less that to the chosen ones, is largest; this sum of covers needs no factor between the two and sees all classes.
+    """
+    check_count(count, total)
+    classes, column = labels.unique(return_inverse=True)
+    means = features.new_zeros((total, len(classes), features.shape[1]), dtype=torch.float64)  # (N, K, D)
+    means.index_put_((rows, column), features.double() - features.double().mean(0), accumulate=True)
+    objects = means.new_zeros(means.shape[:2]).index_put_((rows, column), means.new_ones(()), accumulate=True)  # (N, K)
+    has_class = objects > 0
+    units = F.normalize(means, dim=2)  # of sums as of means
+    likeness = (1 + torch.einsum("ikd,jkd->kij", units, units)) / 2  # (K, N, N)
+    of_classes = has_class.double().T  # (K, N)
+    likeness = likeness * of_classes[:, :, None] * (of_classes / of_classes.sum(1, keepdim=True))[:, None]
+    covered = likeness.new_zeros(len(classes), total)  # by the chosen images, (K, N)
+    chosen: list[int] = []
+    for _ in range(count):
+        gain = (likeness - covered[:, None]).clamp(min=0).sum((0, 2))  # (N,)
+        gain[chosen] = -1.0
+        chosen.append(int(gain.argmax()))
+        covered = torch.maximum(covered, likeness[:, chosen[-1]])
     return torch.tensor(chosen)
 
 

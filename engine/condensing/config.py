@@ -27,6 +27,7 @@ Rule = Literal[  # how real pictures are chosen
     "uniform",  # with about as many objects of each class
     "herding",  # so that the mean of their features is the mean over all pictures
     "k_center",  # so that every other picture is near one of them, by features
+    "region_cover",  # so that every object is like those of its class in one of them, by features
     "highest_loss",  # with the highest loss of a trained network
     "most_objects",  # with the most objects
     "head_gradient",  # whose gradients move a linear head on a frozen network towards that of all pictures
@@ -40,7 +41,7 @@ Method = Literal[
 ]
 RULES: tuple[Rule, ...] = get_args(Rule)
 LEARNT = ("gradient_matching", "linear_head")  # methods whose pixels are learnt
-MEASURED = ("herding", "k_center", "highest_loss", "head_gradient")  # rules that need a trained network
+MEASURED = ("herding", "k_center", "region_cover", "highest_loss", "head_gradient")  # rules that need a trained network
 WITHOUT_DRAWS = (*MEASURED, "most_objects")  # rules whose result does not depend on the seed
 SIAMESE = AugmentConfig(mosaic=0.0, flip_vertical=0.5, close_mosaic_epochs=0)
 

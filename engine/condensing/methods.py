@@ -1,5 +1,6 @@
 """The pictures that a synthetic set starts from: chosen or assembled from real ones. condense.py learns the pixels."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,14 +10,19 @@ from torch import Tensor, nn
 import checkpoint
 from distill.condense import coresets, crops
 from distill.condense.head_matching import head_gradient_rows
+from distill.losses.relations import pool_boxes
 from engine.condensing.config import Task
-from engine.condensing.frozen_backbone import FrozenBackbone
+from engine.condensing.frozen_backbone import PICTURES_AT_ONCE, FrozenBackbone
 from engine.condensing.real_pictures import RealPictures
 from errors import UserError, naming
 from random_streams import Stream, seeded_generator
 from structures import Detector, Targets
 
-FEATURES = ("p3", "p4", "p5")  # maps whose means describe a picture for herding and k_center
+FEATURES = (
+    "p3",
+    "p4",
+    "p5",
+)  # maps whose means describe a picture for herding and k_center, an object for region_cover
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,21 +97,39 @@ def choose(
         data = backbone.data_of(real)
         fresh = backbone.grid.fresh_head(data.widths, backbone.num_classes)
         return head_gradient_rows(data, count, fresh, ridge)
+    if rule == "region_cover":
+        rows, labels = real.objects()
+        return coresets.region_cover(region_features_of(real, network), rows, labels, count, len(real))
     return {"herding": coresets.herding, "k_center": coresets.k_center}[rule](features_of(real, network), count)
 
 
-@torch.no_grad()
 def features_of(real: RealPictures, network: nn.Module) -> Tensor:
     """(N, D): the concatenated means of the network's maps FEATURES over each picture, on the CPU."""
-    device, found = next(network.parameters()).device, []
-    for batch in real.loader.epoch(0):
-        features = network(batch.images.to(device).float() / 255).features
-        maps = [features[name] for name in FEATURES if name in features]
+    return torch.cat([torch.cat([x.mean((2, 3)) for x in maps], dim=1).cpu() for _, maps in maps_of(real, network)])
+
+
+def region_features_of(real: RealPictures, network: nn.Module) -> Tensor:
+    """(M, D): the same over the box of each object, in the order of real.objects()."""
+    found, size = [], (real.image_size, real.image_size)
+    for targets, maps in maps_of(real, network):
+        boxes_xyxy, image = targets.boxes_xyxy, targets.image
+        inside = [pool_boxes(x, boxes_xyxy=boxes_xyxy, image=image, image_size=size).mean((2, 3)) for x in maps]
+        found.append(torch.cat(inside, dim=1).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def maps_of(real: RealPictures, network: nn.Module) -> Iterator[tuple[Targets, list[Tensor]]]:
+    """The objects of each batch of pictures, and the network's maps FEATURES of it in float32."""
+    device = next(network.parameters()).device
+    for rows in torch.arange(len(real)).split(PICTURES_AT_ONCE):
+        batch = real.read(rows.tolist()).to(device)
+        features = network(batch.images.float() / 255).features
+        maps = [features[name].float() for name in FEATURES if name in features]
         if not maps:
             kind = type(network).__name__
             raise UserError(f"key 'condense.network': {kind} has none of the maps {', '.join(FEATURES)}")
-        found.append(torch.cat([x.float().mean((2, 3)) for x in maps], dim=1).cpu())
-    return torch.cat(found)
+        yield batch.targets, maps
 
 
 @torch.no_grad()

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from distill.condense.coresets import balanced_rows, herding, k_center, random_rows, rows_in_turn, top_rows
+from distill.condense.coresets import (
+    balanced_rows,
+    herding,
+    k_center,
+    random_rows,
+    region_cover,
+    rows_in_turn,
+    top_rows,
+)
 
 
 def features(count, width=4, seed=0):
@@ -18,12 +26,15 @@ def seeded(seed):
 
 
 COUNTS = torch.from_numpy(np.random.default_rng(1).integers(0, 6, (12, 3)))
+OBJECT_ROWS = torch.tensor([0, 0, 1, 2, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 11])  # images 3 and 7 have no object
+OBJECT_LABELS = torch.tensor([0, 5, 5, 0, 0, 5, 9, 0, 9, 5, 0, 5, 9, 0, 0])
 RULES = {
     "random": lambda n: random_rows(12, n, generator=seeded(0)),
     "in_turn": lambda n: rows_in_turn(COUNTS, n, generator=seeded(0)),
     "balanced": lambda n: balanced_rows(COUNTS, n, generator=seeded(0)),
     "herding": lambda n: herding(features(12), n),
     "k_center": lambda n: k_center(features(12), n),
+    "regions": lambda n: region_cover(features(15), OBJECT_ROWS, OBJECT_LABELS, n, 12),
     "top": lambda n: top_rows(COUNTS.sum(1), n),
 }
 
@@ -130,3 +141,31 @@ def test_top_rows_are_the_largest_first_and_ties_go_to_the_lowest_row():
     big = torch.from_numpy(np.random.default_rng(0).integers(0, 50, 200))
     expected = sorted(range(200), key=lambda row: (-int(big[row]), row))
     assert top_rows(big, 200).tolist() == expected
+
+
+def region_value(chosen):
+    """What region_cover raises, image by image and class by class, from its definition."""
+    x, rows, labels = features(15).numpy(), OBJECT_ROWS.numpy(), OBJECT_LABELS.numpy()
+    mean, value = x.mean(0), 0.0
+    for label in (0, 5, 9):
+        of_image = {i: x[(rows == i) & (labels == label)].mean(0) - mean for i in set(rows[labels == label])}
+        for other in of_image.values():
+            cosines = [
+                f @ other / np.linalg.norm(f) / np.linalg.norm(other) for i, f in of_image.items() if i in chosen
+            ]
+            value += max([(1 + cosine) / 2 for cosine in cosines], default=0.0) / len(of_image)
+    return value
+
+
+def test_region_cover_takes_the_best_image_at_each_step_and_empty_ones_last():
+    chosen = []
+    for row in region_cover(features(15), OBJECT_ROWS, OBJECT_LABELS, 12, 12).tolist():
+        values = {i: region_value({*chosen, i}) for i in range(12) if i not in chosen}
+        assert values[row] == pytest.approx(max(values.values()), abs=1e-12)
+        chosen.append(row)
+    assert set(chosen[:3]) & {0, 2, 5, 8, 10, 11} and region_value(set(chosen)) == pytest.approx(3)
+    best = max(region_value(set(rows)) for rows in itertools.combinations(range(12), 3))
+    assert best >= region_value(set(chosen[:3])) >= (1 - 1 / np.e) * best
+    assert region_cover(
+        torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), 2, 3
+    ).tolist() == [0, 1]
