@@ -28,6 +28,7 @@ from weights.places import find_weights, load_entry
 from weights.shared_file import read_description
 
 OUR_KEYS = ("arch", "names", "image_size", "versions", "epoch", "step", "config")  # of checkpoint.py, beside `ema`
+NAME_KEYS = ("names", "class_names", "classes", "CLASSES")  # under which training code keeps the names of the classes
 # Released files of torch.hub end in the first digits of their SHA-256: resnet18-f37072fd.pth
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)$")
 
@@ -76,7 +77,7 @@ class WeightsInfo:
 def read_state_dict(path: str | Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The named tensors of a public weights file, in the file's order and dtypes, each in memory of its own.
 
-    Nothing that the file names is imported or called. If a checkpoint has a running mean (`ema`), that is read.
+    Nothing that the file names is imported or called. If a checkpoint has a running mean (find_weights), that is read.
     Checksums of the container (zip, npz, safetensors of ours) reveal a flipped bit. Legacy torch files and other
     safetensors have none: give `sha256`, or keep a released file name that ends in its first digits; both are checked.
 
@@ -110,7 +111,7 @@ def _read(
         with warnings.catch_warnings(action="ignore"):
             digest, is_checked = _check_hash(name, file, sha256)
             content = open_weights(file, size)
-            layout, records, carriers = find_weights(content)
+            layout, records, carriers, is_mean = find_weights(content)
             if described := read_description(content.metadata):
                 carriers.append(described)
             state = {entry: load_entry(entry, record, content) for entry, record in records.items()}
@@ -126,7 +127,7 @@ def _read(
         layout=layout,
         family=family,
         arch=_arch(ours.get("arch") or described.get("arch")) or arch_of_family(family),
-        names=next((names for carrier in carriers if (names := _class_names(carrier.get("names")))), ()),
+        names=next((names for row in carriers for key in NAME_KEYS if (names := _class_names(row.get(key)))), ()),
         image_size=_image_size(carriers),
         num_tensors=len(state),
         num_parameters=sum(tensor.numel() for name, tensor in state.items() if not name.endswith(statistics)),
@@ -134,7 +135,7 @@ def _read(
         sha256=digest,
         is_hash_checked=is_checked,
         has_checksum=content.has_checksum,
-        uses_ema="'ema" in layout or described.get("tensor_names") == "ours",
+        uses_ema=is_mean or described.get("tensor_names") == "ours",
         train_args=_train_args(carriers),
         globals_seen=tuple(sorted(content.globals_seen)),
         metadata=content.metadata,
@@ -179,9 +180,14 @@ def _check_hash(name: str, file: BinaryIO, expected: str | None) -> tuple[str, b
 
 
 def _class_names(value: Any) -> tuple[str, ...]:
-    """Class names from a list of texts, or from a dict 0..K-1 -> text; () from anything else."""
+    """Class names from a list of texts, or from a dict 0..K-1 or 1..K -> text; () from anything else.
+
+    The numbers may be texts, as JSON has them.
+    """
     if isinstance(value, dict):
-        value = [value.get(k) for k in range(len(value))]
+        named = {str(number): name for number, name in value.items() if isinstance(number, int | str)}
+        first = 0 if "0" in named else 1  # the ids of a dataset begin at 1
+        value = [named.get(str(first + k)) for k in range(len(value))]
     is_list = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
     return tuple(name if name.isprintable() else short(name) for name in value) if is_list else ()
 

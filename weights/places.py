@@ -1,5 +1,6 @@
 """Find the weights in an opened container: flat state dicts, checkpoints around them, pickled modules."""
 
+import re
 from typing import Any
 
 import torch
@@ -10,31 +11,28 @@ from weights.inert_pickle import Inert, Refused, TensorRecord, short
 
 MAX_TENSORS = 100_000
 MAX_MODULE_DEPTH = 64
-STATE_PLACES = (  # keys of a checkpoint's weights; the running mean first, as in the published loaders
-    ("ema",),
-    ("ema", "module"),
-    ("model",),
-    ("state_dict",),
-    ("model_state_dict",),
-    ("module",),
-)
+STATE_KEYS = ("model", "state_dict", "model_state_dict", "module")  # of a checkpoint's weights
+AVERAGES = "n_averaged"  # the counter of torch's AveragedModel, beside the weights of its module
 
 
-def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict]]:
-    """(layout, name -> TensorRecord or Tensor, the dicts that may hold class names and training arguments).
+def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict], bool]:
+    """(layout, name -> TensorRecord or Tensor, the dicts that may hold class names and training arguments, is_mean).
 
-    If a checkpoint has a running mean, these are its weights. Raises Refused where there is no state dict.
+    If a checkpoint has a running mean, these are its weights, and is_mean is True: it is under a key with the word ema,
+    such as model_ema, or one key below it. Raises Refused where there is no state dict.
     """
     top = content.value
     found: Any = top
-    layout, carriers = "", [top] if isinstance(top, dict) else []
+    layout, carriers, is_mean = "", [top] if isinstance(top, dict) else [], False
     if isinstance(top, dict) and not _is_flat(top):
-        for place in STATE_PLACES:
+        means = sorted((key for key in top if isinstance(key, str) and _names_mean(key)), key=lambda key: key != "ema")
+        places = [(key, *inner) for key in means for inner in ((), *((inner,) for inner in STATE_KEYS))]
+        for place in [*places, *((key,) for key in STATE_KEYS)]:
             found = top
             for key in place:
                 found = found.get(key) if isinstance(found, dict) else None
             if isinstance(found, Inert) or (isinstance(found, dict) and _is_flat(found)):
-                layout = f" under {'.'.join(place)!r}"
+                layout, is_mean = f" under {'.'.join(place)!r}", place[0] in means
                 break
         else:
             odd = next((key for key, value in top.items() if isinstance(value, TensorRecord | Tensor)), None)
@@ -54,9 +52,17 @@ def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict]]:
         raise Refused(f"no state dict: it holds {short(found)}")
     if not records:
         raise Refused("it holds no tensors")
-    if all(name.startswith("module.") for name in records):  # saved from inside DistributedDataParallel
+    is_wrapped = lambda name: isinstance(name, str) and name.startswith("module.")
+    if AVERAGES in records and all(is_wrapped(name) for name in records if name != AVERAGES):
+        records, is_mean = {name: r for name, r in records.items() if name != AVERAGES}, True
+    if records and all(map(is_wrapped, records)):  # saved from inside DistributedDataParallel
         records, layout = {name.removeprefix("module."): r for name, r in records.items()}, f"{layout}, parallel"
-    return layout, records, carriers
+    return layout, records, carriers, is_mean
+
+
+def _names_mean(key: str) -> bool:
+    """Whether a key has the word ema: ema, model_ema, state_dict_ema, ema_state_dict."""
+    return "ema" in re.split(r"[^a-z]+", key.lower())
 
 
 def _is_flat(value: dict) -> bool:

@@ -72,6 +72,60 @@ def test_plain_state_dicts(place, zipped, tmp_path):
     assert (place == "top") == (info.layout == "state dict")
 
 
+@pytest.mark.parametrize(
+    "place", ["ema.state_dict", "ema.model", "model_ema", "state_dict_ema", "ema_state_dict", "EMA", "ema_model.module"]
+)
+def test_the_running_mean_is_read_wherever_it_is(place, tmp_path):
+    state = Block().state_dict()
+    value = state
+    for key in reversed(place.split(".")):
+        value = {"updates": 3, key: value}
+    others = {name: torch.zeros_like(value) for name, value in state.items()}
+    settings = {"ema_decay": 0.999, "ema_settings": {"warmups": 3}, "schema": {"model": 1}}
+    torch.save({"model": others, "state_dict": others, **settings, **value}, tmp_path / "a.pt")
+    got, info = read_state_dict(tmp_path / "a.pt")
+    assert_same(got, state)
+    assert info.uses_ema and place in info.layout
+    torch.save({"model": state, **settings, "ema": None}, tmp_path / "a.pt")
+    got, info = read_state_dict(tmp_path / "a.pt")
+    assert_same(got, state)
+    assert not info.uses_ema
+
+
+@pytest.mark.parametrize("key", [None, "model_ema"])
+def test_a_model_averaged_by_torch(key, tmp_path):
+    block = Block()
+    state = torch.optim.swa_utils.AveragedModel(block).state_dict()
+    assert "n_averaged" in state
+    torch.save(state if key is None else {"model": {"x": torch.zeros(1)}, key: state}, tmp_path / "a.pt")
+    got, info = read_state_dict(tmp_path / "a.pt")
+    assert_same(got, block.state_dict())
+    assert info.uses_ema
+
+
+@pytest.mark.parametrize("key", ["names", "class_names", "classes", "CLASSES"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["cat", "dog", "bird"],
+        ("cat", "dog", "bird"),
+        {2: "bird", 0: "cat", 1: "dog"},
+        {"0": "cat", "1": "dog", "2": "bird"},
+        {1: "cat", 2: "dog", 3: "bird"},
+    ],
+    ids=["list", "tuple", "dict", "dict of JSON", "ids from 1"],
+)
+def test_class_names(key, value, tmp_path):
+    torch.save({"model": Block().state_dict(), key: value}, tmp_path / "a.pt")
+    assert read_state_dict(tmp_path / "a.pt")[1].names == ("cat", "dog", "bird")
+
+
+@pytest.mark.parametrize("value", [3, [0, 1], {0: "cat", 2: "dog"}, {1: 2}, None, {(): "cat"}])
+def test_what_is_no_list_of_class_names(value, tmp_path):
+    torch.save({"model": Block().state_dict(), "classes": value}, tmp_path / "a.pt")
+    assert read_state_dict(tmp_path / "a.pt")[1].names == ()
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_pickle_protocols(protocol, zipped, tmp_path):
