@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the small real data beside the checkout, and the golden files."""
 
+import ctypes
 import fcntl
 import gc
 import json
@@ -101,6 +102,14 @@ def no_wait_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory_is_returned():
+    """glibc keeps gigabytes that large models were in, and a fork, such as a loader's worker, copies their tables."""
+    yield
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ def start(monkeypatch):
         option = streamlit.get_option
         monkeypatch.setattr(streamlit, "get_option", lambda k: address if k == "server.address" else option(k))
         monkeypatch.chdir(folder)
+        monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # put back: AppTest makes the page of it
         return check(AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run())
 
     return start

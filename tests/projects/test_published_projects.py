@@ -40,6 +40,14 @@ def fresh(arch):
     return model.requires_grad_(False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """The models are two gigabytes."""
+    yield
+    fresh.cache_clear()
+    probe_once.cache_clear()
+
+
 probe_once = cache(probe)  # of a model and a size, which many configs have in common
 shipped_study = cache(load_study)  # reading one takes a fifth of a second; nobody changes it
 
