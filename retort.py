@@ -3,7 +3,7 @@
     import sys; sys.path.insert(0, "path/to/retort")
     import retort
 
-    model = retort.load("yolov8n.pt")
+    model = retort.load("data/weights/yolov8n/yolov8n.pt")  # after python -m datasets.download yolov8n
     found = model.predict("photo.jpg", score=0.25)
     print(found[0])
     found[0].draw().save("out.jpg")

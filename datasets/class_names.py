@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import UserError, expect
+from errors import UserError, counted, expect
 
 # fmt: off
 COCO = (
@@ -123,10 +123,10 @@ class ClassMap:
         kept = [name if fate == f"-> {name}" else f"{name} {fate}" for name, fate in fates.items() if "->" in fate]
         left = [name + fate.removeprefix("left out") for name, fate in fates.items() if "->" not in fate]
         return [
-            f"{len(self.dataset_names)} classes of the dataset, {len(self.model_names)} of the model, "
+            f"{counted(len(self.dataset_names), 'class')} of the dataset, {len(self.model_names)} of the model, "
             f"{len(self.evaluated)} evaluated: {', '.join(kept)}",
             f"  left out of the dataset: {', '.join(left) or 'none'}",
-            f"  left out of the model's answers: {len(self.model_names) - len(self.evaluated)} classes",
+            f"  left out of the model's answers: {counted(len(self.model_names) - len(self.evaluated), 'class')}",
         ]
 
     def to_tree(self) -> dict[str, Any]:

@@ -206,16 +206,21 @@ def how_to_fetch_set(root: str | Path, format: str) -> str:
     return f" (python -m datasets.download {' '.join(names)} --root {path.parent})" if names else ""
 
 
-def how_to_fetch(name: str) -> str:
-    """The end of an error about missing weights: where a download puts them, and its command.
+def released(name: str) -> tuple[str, str] | None:
+    """(where a download puts the released weights, its command). None for a name that has none.
 
-    name: in WEIGHTS, or the name of a released file, such as "yolov8n.pt". "" for any other.
+    name: in WEIGHTS, or the name of a released file, such as "yolov8n.pt".
     """
     for known, file in WEIGHTS.items():
         if name in (known, file.filename):
-            place = f"data/{DATASETS[known].folder}/{file.filename}"
-            return f" (released: {place}, after python -m datasets.download {known} --root data)"
-    return ""
+            command = f"python -m datasets.download {known} --root data"
+            return f"data/{DATASETS[known].folder}/{file.filename}", command
+    return None
+
+
+def how_to_fetch(name: str) -> str:
+    """The end of an error about missing weights: where they would be, and the command; "" where `released` has none."""
+    return " (released: {}, after {})".format(*found) if (found := released(name)) else ""
 
 
 def download(dataset: PublicDataset, root: str | Path, *, say: Callable[[str], None] = print) -> Path:

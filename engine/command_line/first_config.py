@@ -17,7 +17,7 @@ import torch
 
 import models
 from config import Config, apply_override, from_tree
-from datasets.download import how_to_fetch
+from datasets.download import released
 from datasets.folders import list_files
 from datasets.images import SUFFIXES
 from datasets.index import DatasetIndex
@@ -100,6 +100,7 @@ def write_without_labels(path: Path, folder: Path, overrides: Sequence[str], tea
     A set to measure on is not there, so its place is left to the user: the printed next line names the keys.
     """
     count = len(list_files(folder, SUFFIXES))
+    weights, first = released(teacher) or (f"{teacher}.pt", f"put the teacher's weights at {teacher}.pt")
     tree: dict[str, Any] = {
         "name": path.stem,
         "data": {
@@ -110,7 +111,7 @@ def write_without_labels(path: Path, folder: Path, overrides: Sequence[str], tea
             "unlabelled": {"root": shown_path(folder), "pseudo": {"teacher": "teacher", "threshold": 0.4}},
         },
         "student": {"arch": STUDENT},
-        "teachers": [{"name": "teacher", "arch": teacher, "weights": f"{teacher}.pt"}],
+        "teachers": [{"name": "teacher", "arch": teacher, "weights": weights}],
         "epochs": 100,
         "batch_size": 16,
         "image_size": SIZES[choose_device("auto").type][0],
@@ -124,7 +125,7 @@ def write_without_labels(path: Path, folder: Path, overrides: Sequence[str], tea
     write_text(path, annotate(tree, reasons, title))
     pictures = f"{counted(count, 'picture')} without labels"
     print(f"{folder}: {pictures}; {teacher}'s detections can serve as their boxes (pseudo boxes)")
-    print(f"written: {path}\nnext: put the teacher's weights at {teacher}.pt{how_to_fetch(teacher)}, then")
+    print(f"written: {path}\nnext: {first}, then")
     print(f"python train.py {path} data.format=FORMAT data.root=LABELLED_SET data.test=test")
 
 

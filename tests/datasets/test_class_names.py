@@ -97,7 +97,9 @@ def test_what_is_said():
     assert lines[0].startswith("8 classes of the dataset, 80 of the model, 4 evaluated: Car -> car, Truck -> truck, ")
     assert lines[1].endswith("Van (car and truck not judged there), Cyclist (person not judged there), Misc")
     assert lines[2].endswith("76 classes")
-    assert map_classes(("a",), ("a",)).lines()[1].endswith(": none")
+    lines = map_classes(("a",), ("a", "b")).lines()
+    assert lines[0].startswith("1 class of the dataset, 2 of") and lines[1].endswith(": none")
+    assert lines[2].endswith(": 1 class")
     tree = map_classes(VOC, COCO).to_tree()
     assert tree["dataset"]["sofa"] == "-> couch" and len(tree["model_left_out"]) == 60
     assert "giraffe" in tree["model_left_out"] and "couch" not in tree["model_left_out"]

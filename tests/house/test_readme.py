@@ -43,7 +43,7 @@ def test_the_first_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("engine.training.reporting.draw", lambda *args: None)
     data = write_dataset(tmp_path / "data" / "mine", train=8, test=2)
     (data / "images" / "test" / "000.png").rename(tmp_path / "photo.jpg")
-    save_model(tmp_path / "yolov8n.pt", "yolov8_narrow")
+    save_model(tmp_path / "data" / "weights" / "yolov8n" / "yolov8n.pt", "yolov8_narrow")
     monkeypatch.chdir(tmp_path)
     train.main(["--init", "own.yaml", "--data", str(data)])
     code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]

@@ -111,7 +111,9 @@ def test_pictures_alone_get_the_setting_without_labels(folder, capsys):
     printed = capsys.readouterr().out
     assert "alone: 1 picture without labels" in printed
     assert printed.endswith("python train.py own.yaml data.format=FORMAT data.root=LABELLED_SET data.test=test\n")
+    assert "next: python -m datasets.download yolov8s --root data, then\n" in printed
     config = load_config("own.yaml", ["data.format=yolo", "data.root=data"])
+    assert config.teachers[0].weights == "data/weights/yolov8s/yolov8s.pt"  # where that command puts them
     assert config.data.train is None and config.data.unlabelled.root == "alone"
     assert config.data.unlabelled.pseudo.teacher == config.teachers[0].name
     check_config(config, without_weights=["teacher"])
