@@ -59,7 +59,7 @@ from engine.runtime import claims, run_folder
 from engine.training.batch_norms import check_batches
 from engine.training.building import build_criterion, build_student
 from engine.training.checks import check_config
-from engine.training.inputs import Inputs, digest_of_labels, labels_of, weights_of
+from engine.training.inputs import Inputs, digest_of_labels, labels_of, weights_name, weights_of
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures
 from engine.training.teaching import build_teachers
@@ -245,11 +245,13 @@ def find_finished(row: Row) -> Result:
 def check_rows(rows: list[Row], study: Study) -> Inputs:
     """Build the models and the criterion of every row, to find mistakes in the last row before the first is trained.
 
-    Teachers that are not trained yet are replaced by untrained models. Returns the inputs that are there already.
+    rows: those with runs to train. Teachers that are not trained yet are replaced by untrained models. Returns the
+    inputs that are there already, without the weights of teachers among the rows: these will be others.
     """
     inputs: Inputs = {}
     open_once = functools.cache(lambda place, classes: open_dataset(*place, classes=classes))
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
+    unfinished = {weights_name(last_weights(row)) for row in rows if row.is_teacher}
     for row in rows:
         with naming(f"row {row.name!r}"):
             check_config(row.run(row.seeds[0]), [t.name for t in row.config.teachers if t.weights in in_place])
@@ -270,7 +272,7 @@ def check_rows(rows: list[Row], study: Study) -> Inputs:
             for place in places:
                 if (name := labels_of(place, data)) not in inputs:
                     inputs[name] = digest_of_labels(open_once(place, data.classes))
-            inputs |= weights_of(row.config, known=inputs)
+            inputs |= weights_of(row.config, known=inputs.keys() | unfinished)
     return inputs
 
 

@@ -391,6 +391,19 @@ def test_a_teacher_in_place_stands_in_with_the_head_of_its_file(config, tmp_path
         compare.compare(study)
 
 
+def test_a_teacher_that_goes_on_is_no_changed_input(config, tmp_path):
+    """Its file was half trained when the study began, and will be another; a finished one must stay what it is."""
+    write_dataset(tmp_path / "data", train=2, test=2)
+    study = make(config)
+    half = study.folder / "teacher_big_seed5" / "weights" / "last.pt"
+    half.parent.mkdir(parents=True)
+    about = {"arch": config.teachers[0].arch, "names": ["red", "green"], "image_size": 64}
+    checkpoint.save(half, about | {"ema": models.build(config.teachers[0].arch, 2).state_dict()})
+    of_teacher = f"weights {half}"
+    assert of_teacher not in compare.check_rows(study.rows, study)
+    assert of_teacher in compare.check_rows([row for row in study.rows if not row.is_teacher], study)
+
+
 @pytest.mark.slow
 def test_end_to_end(config, tmp_path, capsys, monkeypatch, one_plot):
     """The real thing, tiny: four runs, a table and a picture; given again, nothing is trained twice."""

@@ -14,7 +14,6 @@ from engine.training.state import fingerprint, is_covered
 from errors import UserError
 from weights import file_of_run
 
-LABELS, WEIGHTS = "labels of ", "weights "  # how the names of inputs begin
 Inputs = dict[str, str]  # name of what is read, with its path -> a digest
 
 
@@ -29,7 +28,7 @@ def inputs_of(config: Config, indexes: Mapping[str, DatasetIndex], *, is_resumed
 
 def labels_of(place: tuple[str, str, str], data: DataConfig) -> str:
     """The name of the labels at data.test_place or data.train_place."""
-    return LABELS + " ".join(place) + (f", classes {', '.join(data.classes)}" if data.classes else "")
+    return "labels of " + " ".join(place) + (f", classes {', '.join(data.classes)}" if data.classes else "")
 
 
 def digest_of_labels(index: DatasetIndex) -> str:
@@ -49,9 +48,14 @@ def weights_of(config: Config, *, is_resumed: bool = False, known: Collection[st
     return weights_named(paths, known)
 
 
+def weights_name(path: str) -> str:
+    """The name of the weights at a path."""
+    return f"weights {path}"
+
+
 def weights_named(paths: Iterable[str | None], known: Collection[str] = ()) -> Inputs:
     """The files that are there, each by its path; without those whose names are `known`."""
-    files = {f"{WEIGHTS}{path}": file_of_run(path) for path in paths if path is not None}
+    files = {weights_name(path): file_of_run(path) for path in paths if path is not None}
     return {name: digest_of_file(file) for name, file in files.items() if name not in known and file.is_file()}
 
 
