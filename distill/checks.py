@@ -55,6 +55,9 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermCon
     expect(is_met, f"{key}.stop_epoch", term.stop_epoch, "more than 0: the term could never act")
     is_met = not term.final_fraction or term.decay != "none"
     expect(is_met, f"{key}.final_fraction", f"{term.final_fraction} with decay none", "linear or cosine")
+    expect(0 <= term.final_fraction <= 1, f"{key}.final_fraction", term.final_fraction, "a number in 0..1")
+    is_met = 0 <= term.warmup_epochs < math.inf
+    expect(is_met, f"{key}.warmup_epochs", term.warmup_epochs, "a number of epochs, 0 or more")
     if term.content_only and (entry.reads != "map" or entry.finishes_maps):
         raise UserError(f"{key}.content_only: loss {term.loss!r} compares more than maps, expected false")
     student_maps, teacher_maps = check_maps(term, key)

@@ -205,6 +205,7 @@ class Task:
         expect(c.real_batch >= 1, "key 'condense.real_batch'", c.real_batch, "at least 1")
         for name in ("save_every_steps", "picture_every_steps"):
             expect(getattr(c, name) >= 0, f"key 'condense.{name}'", getattr(c, name), "a number, or 0 for never")
+        expect(c.seed is None or c.seed >= 0, "key 'condense.seed'", c.seed, "0 or more")
         seed, of_whole = c.matching.seed, "none: condense.seed is the seed of the whole set"
         expect(not seed, "key 'condense.matching.seed'", seed, of_whole)
         for name, learning, distances in (
@@ -213,9 +214,16 @@ class Task:
         ):
             where, steps, distance = f"condense.{name}", learning.steps, learning.distance
             expect(steps >= 0, f"key '{where}.steps'", steps, "a number, or 0 for none")
-            weight = learning.total_variation
-            expect(weight >= 0, f"key '{where}.total_variation'", weight, "a weight, or 0 for none")
+            weight, rate, momentum = learning.total_variation, learning.learning_rate, learning.momentum
+            is_met = 0 <= weight < math.inf
+            expect(is_met, f"key '{where}.total_variation'", weight, "a weight, or 0 for none")
+            expect(0 < rate < math.inf, f"key '{where}.learning_rate'", rate, "a number above 0")
+            expect(0 <= momentum < 1, f"key '{where}.momentum'", momentum, "a number of 0 up to less than 1")
             expect(distance in distances, f"key '{where}.distance'", repr(distance), f"one of {', '.join(distances)}")
+
+        ridge, rate = c.head.ridge, c.matching.pool.learning_rate
+        expect(0 < ridge < math.inf, "key 'condense.head.ridge'", ridge, "a number above 0")
+        expect(0 <= rate < math.inf, "key 'condense.matching.pool.learning_rate'", rate, "a number, or 0 for none")
 
     def check_source(self, count: int) -> None:
         """UserError if the source has too few pictures: each is used at most once."""

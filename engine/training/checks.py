@@ -80,16 +80,22 @@ def check_numbers(config: Config, processes: int) -> None:
         "epochs": (config.epochs, 1),
         "patience": (config.patience, 0),
         "save_every_steps": (config.save_every_steps, 0),
+        "seed": (config.seed, 0),
+        "view_seed": (config.view_seed, 0),
+        "detection_weight": (config.detection_weight, 0),
         "optimizer.accumulate": (optimizer.accumulate, 1),
         "optimizer.weight_decay": (optimizer.weight_decay, 0),
         "optimizer.warmup_epochs": (optimizer.warmup_epochs, 0),
+        "optimizer.warmup_bias_learning_rate": (optimizer.warmup_bias_learning_rate, 0),
         "optimizer.clip_norm": (optimizer.clip_norm, 0),
+        "optimizer.ema_ramp_steps": (optimizer.ema_ramp_steps, 0),
         "augment.close_mosaic_epochs": (config.augment.close_mosaic_epochs, 0),
         "teacher_cache_gigabytes": (config.teacher_cache_gigabytes, 0),
         "evaluation.every_epochs": (evaluation.every_epochs, 0),
         "evaluation.batch_size": (evaluation.batch_size, 1),
         "evaluation.max_detections": (evaluation.max_detections, 1),
     }
+    at_least |= {f"teachers.{index}.epochs": (teacher.epochs, 1) for index, teacher in enumerate(config.teachers)}
     for key, (value, least) in at_least.items():
         is_met = value is None or (math.isfinite(value) and value >= least)
         expect(is_met, f"key {key!r}", value, f"at least {least}")
@@ -99,6 +105,11 @@ def check_numbers(config: Config, processes: int) -> None:
     for key in ("learning_rate", "backbone_factor"):
         value = getattr(optimizer, key)
         expect(math.isfinite(value) and value > 0, f"key 'optimizer.{key}'", value, "a number above 0")
+    for key in ("momentum", "warmup_momentum", "ema_decay"):
+        value = getattr(optimizer, key)
+        expect(0 <= value < 1, f"key 'optimizer.{key}'", value, "a number of 0 up to less than 1")
+    value = optimizer.final_fraction
+    expect(0 <= value <= 1, "key 'optimizer.final_fraction'", value, "a number in 0..1")
 
 
 def check_data(data: DataConfig) -> None:

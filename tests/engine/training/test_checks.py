@@ -119,6 +119,33 @@ MISTAKES = {
         lambda f: {"optimizer": {"backbone_factor": 0.0}},
         "'optimizer.backbone_factor': found 0.0, expected a number above 0",
     ),
+    "a term's warm-up": (lambda f: with_teacher(f, {"warmup_epochs": -1.0}), "terms.0.warmup_epochs: found -1.0"),
+    "a term without end of warm-up": (
+        lambda f: with_teacher(f, {"warmup_epochs": float("inf")}),
+        "terms.0.warmup_epochs: found inf, expected a number of epochs",
+    ),
+    "a term that turns round": (
+        lambda f: with_teacher(f, {"decay": "linear", "final_fraction": -1.0}),
+        r"terms.0.final_fraction: found -1.0, expected a number in 0\.\.1",
+    ),
+    "a teacher's epochs": (lambda f: with_teacher(f, epochs=-1), "'teachers.0.epochs': found -1, expected at least 1"),
+    "seed": (lambda f: {"seed": -1}, "'seed': found -1, expected at least 0"),
+    "infinite weight": (lambda f: {"detection_weight": float("inf")}, "'detection_weight': found inf"),
+    "a rate below 0": (lambda f: {"optimizer": {"final_fraction": -1.0}}, "'optimizer.final_fraction': found -1.0"),
+    "a bias rate below 0": (
+        lambda f: {"optimizer": {"warmup_bias_learning_rate": -0.1}},
+        "'optimizer.warmup_bias_learning_rate': found -0.1, expected at least 0",
+    ),
+    "momentum": (lambda f: {"optimizer": {"momentum": -0.5}}, "'optimizer.momentum': found -0.5, expected a number of"),
+    "no momentum": (
+        lambda f: {"optimizer": {"warmup_momentum": float("nan")}},
+        "'optimizer.warmup_momentum': found nan, expected a number of 0 up to less than 1",
+    ),
+    "a mean that never moves": (lambda f: {"optimizer": {"ema_decay": 1.0}}, "'optimizer.ema_decay': found 1.0"),
+    "a mean that runs away": (
+        lambda f: {"optimizer": {"ema_ramp_steps": -5.0}},
+        "'optimizer.ema_ramp_steps': found -5.0, expected at least 0",
+    ),
     "evaluation": (lambda f: {"evaluation": {"batch_size": 0}}, "'evaluation.batch_size': found 0"),
     "threshold": (lambda f: {"evaluation": {"iou_threshold": 1.5}}, "'evaluation.iou_threshold': found 1.5"),
     "workers": (lambda f: {"data": {"workers": -1}}, "'data.workers': found -1"),
@@ -158,6 +185,20 @@ def test_compare_finds_them_in_every_row(files, tmp_path, no_data, mistake):
         ({"method": "herding", "network": {"weights": "no.pt"}}, "'condense.network.weights': no.pt: no such file"),
         ({"method": "herding", "network": {"weights": "text.pt"}}, "text.pt"),
         ({"method": "gradient_matching", "arch": "yolo9t"}, "architecture 'yolo9t' is unknown"),
+        ({"method": "gradient_matching", "seed": -1}, "'condense.seed': found -1, expected 0 or more"),
+        (
+            {"method": "gradient_matching", "matching": {"learning_rate": float("inf")}},
+            "'condense.matching.learning_rate'",
+        ),
+        (
+            {"method": "gradient_matching", "matching": {"pool": {"learning_rate": -1.0}}},
+            "matching.pool.learning_rate'",
+        ),
+        (
+            {"method": "gradient_matching", "matching": {"momentum": float("nan")}},
+            "'condense.matching.momentum': found",
+        ),
+        ({"method": "linear_head", "network": {"weights": "no.pt"}, "head": {"ridge": -1.0}}, "'condense.head.ridge'"),
     ],
 )
 def test_condense_finds_them_too(files, tmp_path, no_data, section, message):
