@@ -21,7 +21,7 @@ from datasets.images import read_image
 from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.open import READERS, open_dataset
 from datasets.overlap import find_overlap
-from errors import ArgumentParser, UserError, counted, run_script
+from errors import ArgumentParser, UserError, counted, expect, run_script
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
 SHOWN_NAME = 24  # characters of a class name in the table
@@ -169,8 +169,9 @@ def check(report: ScanReport, max_bad_fraction: float = 0.01, *, flag: str = "")
     """UserError if more than `max_bad_fraction` of the pictures or objects were dropped, and at least three.
 
     The message names the first one, and ends with the setting that accepts them: the `flag` of a command, if given, and
-    the key of a config.
+    the key of a config. UserError also for a max_bad_fraction outside 0..1.
     """
+    expect(0 <= max_bad_fraction <= 1, flag or "max_bad_fraction", max_bad_fraction, "a number in 0..1")
     is_empty = report.dropped_pictures > 0 and not report.index.samples
     if is_empty or report.too_bad(max_bad_fraction):
         first = next(fault for fault in report.index.faults if fault.effect in ("picture dropped", "object dropped"))

@@ -91,6 +91,13 @@ def yolo_root(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("fraction", [float("nan"), -0.01, 1.5])
+def test_a_fraction_out_of_range_is_refused(yolo_root, fraction):
+    """Nothing is more than nan: every set would pass."""
+    with pytest.raises(UserError, match=f"^--max-bad-fraction: found {fraction}, expected a number in 0..1$"):
+        check(scan(open_dataset("yolo", yolo_root, "train")), fraction, flag="--max-bad-fraction")
+
+
 def test_decoding_finds_truncated_pictures(yolo_root, tmp_path):
     index = open_dataset("yolo", yolo_root, "train")
     assert len(index) == 10 and scan(index).bad_fraction == 0
