@@ -61,7 +61,7 @@ from metrics.coco_files import write_coco_detections
 from metrics.files import read_detections, read_ground_truth, read_names
 from metrics.tables import inclusive_to_continuous
 from metrics.text_files import TEXT_BOXES
-from models import published_detection
+from models import check_suppression, published_detection
 
 PROTOCOLS = get_args(Protocol)
 
@@ -128,9 +128,11 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     if info.config.get("channels_last"):
         # As in its run: other kernels round differently.
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
+    check_suppression("--nms-iou", info.arch, args.nms_iou)
     evaluation, image_size, workers = info.evaluation, info.image_size, 0
     classes: tuple[str, ...] = ()
     if config is not None:
+        check_suppression("key 'evaluation.iou_threshold'", info.arch, config.evaluation.iou_threshold)
         evaluation = config.evaluation.completed(published_detection(info.arch))
         image_size, workers, classes = config.image_size, config.data.workers, config.data.classes
     evaluation = replace(evaluation, **given_settings(args))

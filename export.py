@@ -68,6 +68,7 @@ from engine.runtime.timing import rotate, wall_seconds
 from errors import ArgumentParser, UserError, counted, expect, require, run_script
 from layers.fusion import fuse
 from layers.int8 import has_int8, remove_int8
+from models import check_suppression
 from predict import fraction
 from rtdetr.rtdetr import RTDETR
 from structures import SIZE_MULTIPLE, DetectionSettings
@@ -340,6 +341,7 @@ def main(argv: list[str]) -> None:
     if args.int8:
         check_int8(args, model, info.arch)
     splits = open_splits(args, info) if args.calibrate else None
+    check_suppression("argument --nms-iou", info.arch, args.nms_iou)
     size, suppresses = args.image_size or info.image_size, not isinstance(model, RTDETR)
     images, on = choose_images(args, splits[1] if splits else None, size)
     model = fuse(model)

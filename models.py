@@ -97,6 +97,15 @@ def published_detection(arch: str) -> DetectionSettings:
     return next(matching, PUBLISHED_DETECTION["yolov8"])
 
 
+def check_suppression(what: str, arch: str, iou_threshold: float | None) -> None:
+    """UserError for the threshold of a suppression, called `what`, that the family of the architecture does not have.
+
+    None and 1 suppress nothing.
+    """
+    if iou_threshold is not None and published_detection(arch).iou_threshold == 1:
+        expect(iou_threshold == 1, what, f"{iou_threshold:g}, but boxes of {arch} are not suppressed", "none")
+
+
 def build(arch: str, num_classes: int, *, widths: Mapping[str, int] | None = None, **shape: Any) -> nn.Module:
     """A freshly initialised detector (structures.Detector) for K = num_classes classes, on the CPU, in train mode.
 

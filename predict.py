@@ -54,6 +54,7 @@ from engine.runtime.interruption import StopSignals
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
 from errors import DISK_EXIT_CODE, ArgumentParser, UserError, counted, expect, run_script
+from models import check_suppression
 from structures import Detections
 
 
@@ -301,6 +302,7 @@ def main(argv: list[str]) -> int:
     image_size = args.image_size or info.image_size
     if isinstance(model, OnnxDetector):
         model.check_size(image_size, image_size)
+    check_suppression("argument --nms-iou", info.arch, args.nms_iou)
     given = {"score_threshold": args.score_threshold, "iou_threshold": args.nms_iou}
     detection = info.evaluation.detection.changed(max_detections=args.max_detections, **given)
     if info.plumbing:

@@ -344,6 +344,8 @@ def test_rtdetr(tmp_path, monkeypatch, capsys):
     assert "4 pictures drawn for the check at 64 px" in capsys.readouterr().out
     detector, images = load_onnx(path), export.draw_images(SIZE)
     assert not detector.info.suppresses
+    with pytest.raises(UserError, match=r"^argument --nms-iou: found 0\.5, but boxes of rtdetr_r18vd are not"):
+        export.main(["rtdetr.pt", "--output", str(path), "--with-nms", "--nms-iou", "0.5"])
     settings = dict(score_threshold=0.0, iou_threshold=0.1, max_detections=30)
     with torch.no_grad():
         expected = model.detect(model(images), **settings)

@@ -82,6 +82,7 @@ class Model:
         given = {"score_threshold": score, "iou_threshold": iou, "max_detections": max_detections}
         detection = self.info.evaluation.detection.changed(**given)
         detection.check(score="argument score", iou="argument iou", most="argument max_detections")
+        models.check_suppression("argument iou", self.arch, iou)
         size = self.image_size if image_size is None else image_size
         check_image_size("argument image_size", size)
         expect(batch_size >= 1, "argument batch_size", batch_size, "at least 1")
@@ -144,6 +145,7 @@ def evaluate(
             expect(
                 settings[name] in expected, f"argument {name}", repr(settings[name]), f"one of {', '.join(expected)}"
             )
+    models.check_suppression("argument iou_threshold", model.arch, settings.get("iou_threshold"))
     evaluation = replace(model.info.evaluation, **settings)
     size = model.image_size if image_size is None else image_size
     check_image_size("argument image_size", size)

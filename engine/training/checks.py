@@ -102,6 +102,7 @@ def check_numbers(config: Config, processes: int) -> None:
     for key in ("score_threshold", "iou_threshold"):
         value = getattr(evaluation, key)
         expect(value is None or 0 <= value <= 1, f"key 'evaluation.{key}'", value, "a number in 0..1")
+    models.check_suppression("key 'evaluation.iou_threshold'", config.student.arch, evaluation.iou_threshold)
     for key in ("learning_rate", "backbone_factor"):
         value = getattr(optimizer, key)
         expect(math.isfinite(value) and value > 0, f"key 'optimizer.{key}'", value, "a number above 0")
@@ -202,6 +203,7 @@ def check_use_of_unlabelled(config: Config) -> None:
     if teacher.arch == EMA or teacher.arch in models.TEACHERS:
         found = f"key 'data.unlabelled.pseudo.teacher': {teacher.name!r} is {teacher.arch}"
         raise UserError(f"{found}, expected a detector that learns nothing during the run")
+    models.check_suppression("key 'data.unlabelled.pseudo.iou_threshold'", teacher.arch, pseudo.iou_threshold)
 
 
 def check_mixture(config: Config, processes: int) -> None:

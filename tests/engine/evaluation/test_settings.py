@@ -13,6 +13,7 @@ import checkpoint
 import eval
 import models
 import predict
+import retort
 import train
 from config import EvaluationConfig, to_tree
 from datasets.open import open_dataset
@@ -24,6 +25,7 @@ from errors import UserError
 from metrics.tables import DetectionTable, ground_truth_from_samples
 from structures import DetectionSettings
 from tests.tiny_training import SIZE, tiny_config, write_dataset
+from yaml_files import dump_yaml
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_second_stage")
 MOBILENET = "fasterrcnn_mobilenet_v3_small"
@@ -174,6 +176,30 @@ def test_rtdetr_without_suppression(data, tmp_path):
     detection = DetectionSettings(0.001, 1.0, 300)
     expected = evaluate_model(model, index, detection, image_size=SIZE, batch_size=6).numbers
     assert found["mAP50-95"] == pytest.approx(expected["mAP50-95"], abs=1e-6)
+
+
+def test_a_threshold_of_no_suppression_is_refused(data, tmp_path, monkeypatch):
+    """Its numbers would be those of all boxes, under a line that states the threshold."""
+    saved(tmp_path / "m.pt", "rtdetr_r18vd")
+    file, place, found = str(tmp_path / "m.pt"), ("yolo", str(data), "test"), "found 0.5, but boxes of rtdetr_r18vd are"
+    picture = str(next((data / "images" / "test").iterdir()))
+    config = tiny_config(data, tmp_path / "runs", student={"arch": "rtdetr_r18vd"}, evaluation={"iou_threshold": 0.5})
+    (tmp_path / "c.yaml").write_text(dump_yaml(to_tree(config)))
+    model = retort.load(file, device="cpu")
+    for what, call in {
+        "--nms-iou": lambda: eval.main([file, *place, "--nms-iou", "0.5"]),
+        "argument --nms-iou": lambda: predict.main(
+            [file, picture, "--nms-iou", "0.5", "--output", str(tmp_path / "p")]
+        ),
+        "key 'evaluation.iou_threshold'": lambda: eval.main([file, "--config", str(tmp_path / "c.yaml")]),
+        "argument iou": lambda: model.predict(picture, iou=0.5),
+        "argument iou_threshold": lambda: retort.evaluate(model, *place, iou_threshold=0.5),
+    }.items():
+        with pytest.raises(UserError, match=f"^{what}: {found}"):
+            call()
+    with pytest.raises(UserError, match=f"^key 'evaluation.iou_threshold': {found}"):
+        train.run(config, quiet=True)
+    model.predict(picture, iou=1.0)
 
 
 # ----------------------------------------------------------------------------------------------- difficult objects

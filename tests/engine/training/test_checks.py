@@ -148,6 +148,13 @@ MISTAKES = {
     ),
     "evaluation": (lambda f: {"evaluation": {"batch_size": 0}}, "'evaluation.batch_size': found 0"),
     "threshold": (lambda f: {"evaluation": {"iou_threshold": 1.5}}, "'evaluation.iou_threshold': found 1.5"),
+    "pseudo boxes without suppression": (
+        lambda f: {
+            "teachers": [{"name": "t", "arch": "rtdetr_r18vd", "weights": "random"}],
+            "data": {"unlabelled": {"root": str(f), "pseudo": {"teacher": "t", "iou_threshold": 0.5}}},
+        },
+        "'data.unlabelled.pseudo.iou_threshold': found 0.5, but boxes of rtdetr_r18vd are not suppressed",
+    ),
     "workers": (lambda f: {"data": {"workers": -1}}, "'data.workers': found -1"),
     "holdout": (lambda f: {"data": {"holdout_fraction": 1.0}}, "'data.holdout_fraction': found 1.0"),
     "format": (lambda f: {"data": {"train_format": "voc"}}, "'data.train_format': found voc without data.train_root"),
