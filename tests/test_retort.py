@@ -339,6 +339,18 @@ def test_losses_without_keywords_name_the_keywords(name):
         loss(*own, torch.rand(5, 4, 16), torch.rand(5, 4, 16))
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 0, float("nan"), float("inf")])
+def test_losses_refuse_a_temperature_that_is_none(temperature):
+    """Below 0 the teacher's order is turned round, and the loss is an ordinary number."""
+    signatures = {loss: inspect.signature(loss).parameters for loss in losses_of_the_folder().values()}
+    taking = {loss: arguments for loss, arguments in signatures.items() if "temperature" in arguments}
+    assert len(taking) >= 10
+    for loss, arguments in taking.items():
+        needed = [a.name for a in arguments.values() if a.kind is a.KEYWORD_ONLY and a.default is a.empty]
+        with pytest.raises(ValueError, match=f"^temperature {temperature} must be above 0 and finite$"):
+            loss(**dict.fromkeys(needed), temperature=temperature)
+
+
 def test_every_loss_of_a_config_is_at_hand():
     assert {term.loss.__name__ for term in LOSSES.values()} | {"TaughtImageHead"} == set(losses.__all__)
     s, t = torch.rand(5, 4, 16), torch.rand(5, 4, 16)
