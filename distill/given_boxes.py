@@ -1,7 +1,7 @@
 """The boxes that both models of a term classify, and their class logits for them; the losses are in box_classes.
 
-`given_boxes` chooses the boxes: labelled objects, the teacher's detections, or its proposals. `box_logits` classifies
-them by `class_logits_at` of both models.
+`given_boxes` chooses the boxes: labelled objects, the teacher's detections, or its proposals. `classify_boxes`
+asks both models for their class logits.
 """
 
 from typing import Literal
@@ -76,38 +76,40 @@ def assigned_labels(boxes_xyxy: Tensor, image: Tensor, targets: Targets) -> Targ
     return Targets(boxes_xyxy, labels, image, is_covered & (labels < 0))
 
 
-def box_logits(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dict[str, Tensor]:
-    """s_logits (N, ...) and t_logits (N, ...): both models classify the chosen boxes by class_logits_at.
+def classify_boxes(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dict[str, Tensor]:
+    """s_logits (N, ...) and t_logits (N, ...): both models' class logits for N boxes, by class_logits_at.
 
-    at: "assigned" compares the objects of the batch instead. The student's logits are then those of every location that
-    learns an object, one row per location; it has to be dense.
+    at: boxes, the chosen ones, one row for each.
+    assigned, the objects of the batch: a row for each location that the assigner of a dense student gives an object.
+        The student's logits are those of the location, the teacher's those of the object's box.
     """
-    for role, model in (("student", inputs.student), ("teacher", inputs.teacher)):
+    if at not in ("boxes", "assigned"):
+        raise ValueError(f"at: found {at!r}, expected boxes or assigned")
+    student, teacher = inputs.student, inputs.teacher
+    for role, model in (("student", student), ("teacher", teacher)):
         if not hasattr(model, "class_logits_at"):
             raise ValueError(f"the {role} cannot classify given boxes: it has no class_logits_at")
-    if at == "assigned" and not hasattr(inputs.student, "location_logits"):
+    if at == "assigned" and not hasattr(student, "location_logits"):
         raise ValueError("at: found assigned, but the student assigns objects to no locations: it is not dense")
-    classified = inputs.targets if at == "assigned" else chosen
-    per_image, row = boxes_by_image(classified.boxes_xyxy, classified.image, len(any_map(inputs.s_output)))
-    scale = teacher_scale(inputs.image_size, inputs.t_output.image_size, like=classified.boxes_xyxy)
+    boxes = inputs.targets if at == "assigned" else chosen
+    per_image, place = boxes_by_image(boxes.boxes_xyxy, boxes.image, len(any_map(inputs.s_output)))
+    scale = teacher_scale(inputs.image_size, inputs.t_output.image_size, like=boxes.boxes_xyxy)
     with torch.no_grad(), in_precision_of(any_map(inputs.t_output)):
-        t_logits = inputs.teacher.class_logits_at(inputs.t_output, [rows * scale for rows in per_image])[row]
+        t_logits = teacher.class_logits_at(inputs.t_output, [own * scale for own in per_image])[place]
     if at == "boxes":
         with in_precision_of(any_map(inputs.s_output)):
-            return {"s_logits": inputs.student.class_logits_at(inputs.s_output, per_image)[row], "t_logits": t_logits}
-    if at != "assigned":
-        raise ValueError(f"at: found {at!r}, expected boxes or assigned")
-    s_logits, row = assigned_logits(inputs.student.location_logits(inputs.s_output), inputs.positives())
-    return {"s_logits": s_logits, "t_logits": t_logits[row]}
+            return {"s_logits": student.class_logits_at(inputs.s_output, per_image)[place], "t_logits": t_logits}
+    s_logits, gt_index = assigned_logits(student.location_logits(inputs.s_output), inputs.positives())
+    return {"s_logits": s_logits, "t_logits": t_logits[gt_index]}
 
 
 def softmax_logits(
     inputs: TermInputs, boxes: Boxes, score_threshold: float, max_boxes: int
 ) -> tuple[dict[str, Tensor], Targets]:
-    """box_logits of two softmax heads for given_boxes, and the boxes."""
+    """classify_boxes of two softmax heads for given_boxes, and the boxes."""
     require_softmax(inputs)
     chosen = given_boxes(inputs, boxes, score_threshold, max_boxes)
-    return box_logits(inputs, chosen), chosen
+    return classify_boxes(inputs, chosen), chosen
 
 
 def require_softmax(inputs: TermInputs) -> None:

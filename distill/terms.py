@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.decoder_queries import earlier_and_last_layer, of_objects
-from distill.given_boxes import At, Boxes, box_logits, given_boxes, softmax_logits
+from distill.given_boxes import At, Boxes, classify_boxes, given_boxes, softmax_logits
 from distill.losses import crosskd, features, logits, masked, relations
 from distill.losses.box_classes import box_class_kl
 from distill.losses.fgd import FGD
@@ -159,7 +159,7 @@ def box_classes(
     inputs: TermInputs, *, boxes: Boxes = "targets", at: At = "boxes", score_threshold: float = 0.3,
     max_boxes: int = 100, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    pair = box_logits(inputs, given_boxes(inputs, boxes, score_threshold, max_boxes), at)
+    pair = classify_boxes(inputs, given_boxes(inputs, boxes, score_threshold, max_boxes), at)
     s_head, t_head = inputs.student.class_activation, inputs.teacher.class_activation
     return box_class_kl(**pair, s_head=s_head, t_head=t_head, classes=inputs.classes, temperature=temperature)
 
