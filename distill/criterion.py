@@ -28,7 +28,7 @@ from distill.teacher_weights import confidence_weights, of_labelled, teacher_cro
 from distill.term_inputs import ClassColumns, TermInputs, check_anchors
 from distill.terms import LOSSES
 from distill.trained_parts import build_adapters, build_losses
-from errors import UserError, expect, naming
+from errors import UserError, naming
 from layers.precision import in_precision_of
 from structures import Detector, Targets
 
@@ -125,11 +125,11 @@ class Criterion(nn.Module):
             with naming(key):
                 self.classes[name] = classes_of(term.teacher) if compares_classes(term) else None
             self._build_term(key, name, s_probe, t_probe)
-            if not unlabelled_has_boxes and term.on != "labelled":
-                is_met = not reads_objects(self, term, s_probe, t_probe)
+            has_no_boxes = not unlabelled_has_boxes and term.on != "labelled"  # some of its images
+            if has_no_boxes and reads_objects(self, term, s_probe, t_probe):
                 found = f"{term.on}, but loss {term.loss!r} reads the objects of an image, which unlabelled ones lack"
-                expect(is_met, f"{key}.on", found, "labelled, or data.unlabelled.pseudo")
-        shares = {n: t.weight.share for n, t in self.terms.items() if isinstance(t.weight, GradientShare)}
+                raise UserError(f"{key}.on: found {found}, expected labelled, or data.unlabelled.pseudo")
+        shares = {name: t.weight.share for name, t in self.terms.items() if isinstance(t.weight, GradientShare)}
         maps = {name: term.student_maps for name, term in self.terms.items()}
         self.shares = GradientShares(shares, maps, tuple(s_probe.features))
         if teacher_weighting != "fixed":
@@ -188,7 +188,7 @@ class Criterion(nn.Module):
         whole = BatchOutputs(s_output, t_outputs, targets, content)
         factors = {name: term_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
         teacher_weights = self._teacher_weights(s_output, t_outputs, of_labelled(targets, is_labelled))
-        kinds = dict.fromkeys(term.on for term in self.terms.values())  # in their order: gradients round by it
+        kinds = dict.fromkeys(term.on for term in self.terms.values())  # no set: gradients add up in this order
         parts = {kind: images_of(kind, whole, is_labelled) for kind in kinds}
         values: dict[str, Tensor] = {}  # of the terms that their schedules let act
         for name, term in self.terms.items():
@@ -278,20 +278,22 @@ def adapted_maps(
     entry = LOSSES[term.loss]
     if entry.reads not in ("map", "image"):
         return {}
-    s_map, t_map, content, t_content = named_map(batch.s_output, s_name), None, None, None
-    if entry.reads == "map":
-        t_map = named_map(batch.t_outputs[term.teacher], t_name).detach()
-    if t_map is not None and term.content_only and batch.content is not None:
+    s_map = named_map(batch.s_output, s_name)
+    if entry.reads == "image":
+        with in_precision_of(s_map):
+            return {"s_map": adapter(s_map)}
+    t_map = named_map(batch.t_outputs[term.teacher], t_name).detach()
+    content = t_content = None
+    if term.content_only and batch.content is not None:
         t_content = content_at(batch.content, t_map)
         t_map, is_reached = resize_shown(t_map, t_content, (s_map.shape[2], s_map.shape[3]))
         content = content_at(batch.content, s_map) & is_reached
     s_map = only_at(content, s_map)
     with in_precision_of(s_map):
         s_map = only_at(content, adapter(s_map))
-    if t_map is not None:
-        t_map = only_at(content, resize_like(t_map, s_map))
-        if not entry.finishes_maps:
-            t_map = only_at(content, like_adapted(adapter, t_map))
+    t_map = only_at(content, resize_like(t_map, s_map))
+    if not entry.finishes_maps:
+        t_map = only_at(content, like_adapted(adapter, t_map))
     return {"s_map": s_map, "t_map": t_map, "content": content, "t_content": t_content}
 
 
