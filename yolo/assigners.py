@@ -201,34 +201,37 @@ def task_aligned_assignment(
     reach = torch.where(ignore[:, None], gt_boxes, _widen(gt_boxes, 2 * strides.min()))  # (N, 4)
     pairs = _list_pairs(is_inside(centers, reach) & (learnable | ignore)[:, None])
     gt, image = pairs.gt, targets.image[pairs.gt]  # (P,) each
-    location = image * A + pairs.point  # (P,) in 0..B*A-1
-    overlap = paired_ciou(boxes_xyxy.reshape(-1, 4).index_select(0, location), gt_boxes.index_select(0, gt))
+    cell = image * A + pairs.location  # (P,) in 0..B*A-1: the locations of all images in a row
+
+    def over_cells(values: Tensor, start: int, reduce: str) -> Tensor:
+        """(P,) -> (B*A,): the largest (amax) or least (amin) value of the pairs at each location, and of `start`."""
+        return values.new_full((B * A,), start).scatter_reduce_(0, cell, values, reduce)
+
+    overlap = paired_ciou(boxes_xyxy.reshape(-1, 4).index_select(0, cell), gt_boxes.index_select(0, gt))
     overlap = overlap.clamp(min=0)  # u (P,)
-    score = class_logits[image, pairs.point, gt_labels[gt]].to(overlap.dtype).sigmoid()
+    score = class_logits[image, pairs.location, gt_labels[gt]].to(overlap.dtype).sigmoid()  # s (P,)
     is_candidate = pairs.is_real & learnable[gt]
     metric = torch.where(is_candidate, score**alpha * overlap**beta, 0)  # t (P,), 0 unless a candidate
-    has_metric = metric != 0
-    overlap = torch.where(has_metric, overlap, 0)
+    overlap = torch.where(metric != 0, overlap, 0)
 
-    chosen = _largest_per_row(pairs.by_object(metric, N), topk).flatten()[pairs.slot]  # (P,) bool
-    at_location = lambda start, values, how: start.scatter_reduce_(0, location, values, how)  # (B*A,)
-    claims = location.new_zeros(B * A).scatter_add_(0, location, chosen.long())
-    best = has_metric & (at_location(overlap.new_zeros(B * A), overlap, "amax")[location] == overlap)
-    first = at_location(gt.new_full((B * A,), N), torch.where(best, gt, N), "amin")  # equal overlaps: the lower row
-    wins = torch.where(claims[location] > 1, gt == first[location], chosen)  # one pair per location now
+    is_chosen = _largest_per_row(pairs.by_object(metric, N), topk).flatten()[pairs.slot]  # (P,)
+    times_chosen = cell.new_zeros(B * A).scatter_add_(0, cell, is_chosen.long())
+    is_closest = (metric != 0) & (over_cells(overlap, 0, "amax")[cell] == overlap)
+    closest = over_cells(torch.where(is_closest, gt, N), N, "amin")  # of equal overlaps the lower row
+    is_mine = torch.where(times_chosen[cell] > 1, gt == closest[cell], is_chosen)  # one pair per location now
 
     # Not scattered into (N,): all pairs of an object would write to one address.
     largest_metric, largest_overlap = (
-        pairs.by_object(torch.where(wins, x, 0), N).amax(1)[gt] for x in (metric, overlap)
+        pairs.by_object(torch.where(is_mine, x, 0), N).amax(1)[gt] for x in (metric, overlap)
     )
-    target = torch.where(wins, metric * largest_overlap / (largest_metric + eps), 0)  # (P,)
+    target = torch.where(is_mine, metric * largest_overlap / (largest_metric + eps), 0)  # (P,)
 
-    gt_index = at_location(gt.new_full((B * A,), -1), torch.where(wins, gt, -1), "amax").view(B, A)
-    target = at_location(target.new_zeros(B * A), target, "amax").view(B, A, 1)
+    gt_index = over_cells(torch.where(is_mine, gt, -1), -1, "amax").view(B, A)
+    target = over_cells(target, 0, "amax").view(B, A, 1)
     label = torch.cat((gt_labels, gt_labels.new_zeros(1)))[gt_index]  # (B, A); row -1 takes the 0 at the end
     target_scores = torch.zeros_like(class_logits).scatter_(2, label[..., None], target.to(class_logits.dtype))
     is_positive = gt_index >= 0
-    is_ignored = at_location(gt.new_zeros(B * A), (pairs.is_real & ignore[gt]).long(), "amax").view(B, A) > 0
+    is_ignored = over_cells((pairs.is_real & ignore[gt]).long(), 0, "amax").view(B, A) > 0
     return Assignment(is_positive, gt_index, target_scores, is_ignored & ~is_positive, max_positives=topk * N)
 
 
@@ -348,12 +351,12 @@ def _widen(boxes_xyxy: Tensor, side: Tensor) -> Tensor:
 class _Pairs:
     """P pairs of an object and a location of its image, ordered by object, then location.
 
-    gt (P,): row of Targets. point (P,): in 0..A-1. is_real (P,) bool: False for padding.
+    gt (P,): row of Targets. location (P,): in 0..A-1. is_real (P,) bool: False for padding.
     slot (P,) in 0..N*width-1: the pair's place in a block (N, width) with one row per object; width >= 1.
     """
 
     gt: Tensor
-    point: Tensor
+    location: Tensor
     is_real: Tensor
     slot: Tensor
     width: int
@@ -370,11 +373,11 @@ def _list_pairs(is_pair: Tensor) -> _Pairs:
     if is_asynchronous(is_pair.device) and N * A <= MAX_PAIRS:
         slot = torch.arange(N * A, device=is_pair.device)
         return _Pairs(slot // A, slot % A, is_pair.flatten(), slot, A)
-    gt, point = is_pair.nonzero(as_tuple=True)
+    gt, location = is_pair.nonzero(as_tuple=True)
     sizes = torch.bincount(gt, minlength=N)
     width = max(1, int(sizes.max())) if N else 1
     rank = torch.arange(len(gt), device=gt.device) - (sizes.cumsum(0) - sizes)[gt]  # 0, 1, 2, ... within each object
-    return _Pairs(gt, point, torch.ones_like(gt, dtype=torch.bool), gt * width + rank, width)
+    return _Pairs(gt, location, torch.ones_like(gt, dtype=torch.bool), gt * width + rank, width)
 
 
 def _largest_per_row(values: Tensor, count: int) -> Tensor:
