@@ -277,6 +277,10 @@ class Config:
         return self.seed if self.view_seed is None else self.view_seed
 
     @property
+    def pseudo_boxes(self) -> PseudoBoxConfig | None:
+        return None if self.data.unlabelled is None else self.data.unlabelled.pseudo
+
+    @property
     def plumbing(self) -> str:
         """The mark of a run with teachers of random weights, which stands in all that it writes; "" without any."""
         return plumbing_mark([teacher.name for teacher in self.teachers if teacher.is_random])

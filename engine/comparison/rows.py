@@ -16,7 +16,6 @@ from engine.training.building import with_published_settings
 from engine.training.flops import pseudo_flops, step_flops
 from engine.training.splits import count_training_pictures
 from engine.training.state import flat_tree, is_covered
-from engine.training.teaching import pseudo_of
 
 FREE = (
     *("name", "runs", "seed", "teachers", "terms", "teacher_weighting", "teacher_cache_gigabytes", "save_every_steps"),
@@ -150,7 +149,7 @@ def equal_compute_epochs(row: Row, other: Row, teachers: list[Row]) -> int:
     pseudo boxes, is the dataset opened to count them.
     """
     rows = [row, other, *teachers]
-    are_equal = pseudo_of(other.config) is None and len({repr(pictures_key(r)) for r in rows}) == 1
+    are_equal = other.config.pseudo_boxes is None and len({repr(pictures_key(r)) for r in rows}) == 1
     own, *others = [step_flops(r.config) * (1 if are_equal else pictures_per_epoch(r)) for r in rows]
     total = sum(r.config.epochs * flops for r, flops in zip(rows[1:], others)) + pseudo_flops(other.config)
     return max(1, round(total / own))

@@ -49,7 +49,7 @@ from engine.comparison.rows import (
 )
 from engine.condensing.config import Task, read_condense
 from engine.training.idle_terms import is_idle, without_idle_terms
-from engine.training.teaching import EMA, pseudo_of, used_teachers
+from engine.training.teaching import EMA, used_teachers
 from errors import UserError, expect, naming
 
 FIXED = ("name", "runs", "seed", "teachers")  # one for the whole study
@@ -123,7 +123,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), *, seeds: int | 
 
 def four_rows(config: Config) -> dict[str, Any]:
     """The rows of a config with teachers and terms: does distillation help, and more than as much compute would?"""
-    if not (config.terms or pseudo_of(config)):
+    if not (config.terms or config.pseudo_boxes):
         raise UserError(
             "keys 'teachers' and 'terms': found none, expected a teacher and a term to compare, or 'rows'; train.py "
             "trains a config without them, and condense.py takes one with a section 'condense'"
@@ -275,7 +275,7 @@ def check_teachers_of_row(file: RowFile, teachers: tuple[str, ...], where: str) 
     """UserError for a teacher of a term or of pseudo boxes that the study lacks. teachers: their names."""
     expected = ", ".join(teachers) or "no teacher: there are none"
     named = {f"terms.{index}.teacher": term.teacher for index, term in enumerate(file.terms)}
-    if (pseudo := pseudo_of(file)) is not None:
+    if (pseudo := file.pseudo_boxes) is not None:
         named["data.unlabelled.pseudo.teacher"] = pseudo.teacher
     for key, name in named.items():
         expect(name in (*teachers, STUDENT), f"{where}: key {key!r}", repr(name), expected)
@@ -292,7 +292,7 @@ def merge(tree: dict, overrides: dict) -> dict:
 
 def is_taught(config: Config) -> bool:
     """Whether a teacher teaches by terms or by pseudo boxes."""
-    return bool(config.terms) or pseudo_of(config) is not None
+    return bool(config.terms) or config.pseudo_boxes is not None
 
 
 def is_trained_in_place(teacher: TeacherConfig) -> bool:

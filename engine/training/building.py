@@ -245,7 +245,7 @@ def build_criterion(config: Config, class_names: tuple[str, ...], student: nn.Mo
         class_names=class_names,
         facts=teachers.facts,
         teacher_weighting=config.teacher_weighting,
-        unlabelled_has_boxes=config.data.unlabelled is None or config.data.unlabelled.pseudo is not None,
+        unlabelled_has_boxes=config.data.unlabelled is None or config.pseudo_boxes is not None,
     )
 
 

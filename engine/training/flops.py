@@ -18,7 +18,7 @@ from config import Config
 from distill.pruning.files import read_widths
 from engine.training.pseudo_boxes import pseudo_image_size
 from engine.training.splits import open_indexes
-from engine.training.teaching import EMA, pseudo_of
+from engine.training.teaching import EMA
 from frcnn.faster_rcnn import PYRAMID_WIDTH, ROI_SAMPLES, FasterRCNN
 from frcnn.heads import POOLED_SIZE
 from weights import file_of_run
@@ -63,7 +63,7 @@ def _read_widths(path: str, arch: str, version: int) -> Widths:
 
 def pseudo_flops(config: Config) -> float:
     """FLOPs of making the pseudo boxes of a run, once; 0 without. Opens the dataset to count its pictures."""
-    if (pseudo := pseudo_of(config)) is None:
+    if (pseudo := config.pseudo_boxes) is None:
         return 0.0
     teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
     pictures = len(open_indexes(config)["unlabelled"])

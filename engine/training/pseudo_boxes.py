@@ -38,7 +38,7 @@ from datasets.class_names import join_classes
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
 from engine.evaluation.measuring import detect_all
-from engine.training.teaching import load_frozen, pseudo_of
+from engine.training.teaching import load_frozen
 from errors import DISK_EXIT_CODE, UserError, expect, naming
 from metrics.tables import DetectionTable
 from structures import DenseDetector, DetectionSettings
@@ -154,7 +154,7 @@ def open_pseudo_teacher(
     class_names: the dataset's classes. given: teachers by name, instead of their weights. The teacher's classes are
     joined to the dataset's as those of the terms are (join_classes). UserError without a class in common.
     """
-    if (settings := pseudo_of(config)) is None:
+    if (settings := config.pseudo_boxes) is None:
         return None
     for name in settings.class_thresholds:
         key, expected = "key 'data.unlabelled.pseudo.class_thresholds'", f"some of {', '.join(class_names)}"
@@ -202,7 +202,7 @@ def pseudo_image_size(config: Config, given_names: Collection[str] = ()) -> int:
 
     given_names: names of teachers whose modules are given. One that is trained in place sees the student's size.
     """
-    pseudo = pseudo_of(config)
+    pseudo = config.pseudo_boxes
     assert pseudo is not None
     teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
     if size := pseudo.image_size or teacher.image_size:

@@ -27,7 +27,6 @@ from engine.runtime import claims, run_folder
 from engine.runtime.processes import Processes
 from engine.training.checks import check_data
 from engine.training.pseudo_boxes import PseudoBoxes, PseudoTeacher, make_pseudo_boxes
-from engine.training.teaching import pseudo_of
 from errors import UserError, counted
 
 DECODE_AT_MOST = 20_000  # a split of more pictures is not decoded before training: only the headers are read
@@ -231,7 +230,7 @@ def with_unlabelled(
     if "unlabelled" not in splits.reports:
         return splits
     index, pseudo = splits.reports["unlabelled"].index, None
-    settings = pseudo_of(config)
+    settings = config.pseudo_boxes
     if teacher is not None and settings is not None:
         made = None
         if processes.is_first:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import checkpoint
 import fine_tuning
 import models
-from config import Config, PseudoBoxConfig, TeacherConfig
+from config import Config, TeacherConfig
 from datasets.download import how_to_fetch
 from distill.criterion import TeacherFacts
 from distill.probing import probe
@@ -165,7 +165,7 @@ def check_names(config: Config, given_names: Collection[str]) -> None:
     """UserError for a name used twice, a teacher that neither a term nor data.unlabelled.pseudo names, a teacher of
     pseudo boxes that is not there, and a given module that the config lacks.
     """
-    names, pseudo = [teacher.name for teacher in config.teachers], pseudo_of(config)
+    names, pseudo = [teacher.name for teacher in config.teachers], config.pseudo_boxes
     if pseudo is not None and pseudo.teacher not in names:
         expected = ", ".join(names) or "a teacher: there is none"
         raise UserError(f"key 'data.unlabelled.pseudo.teacher': found {pseudo.teacher!r}, expected {expected}")
@@ -181,14 +181,11 @@ def check_names(config: Config, given_names: Collection[str]) -> None:
 
 def used_teachers(config: Config) -> set[str]:
     """The names of the teachers of terms, of pseudo boxes, and of the channels that the student inherits."""
-    inherit, pseudo = config.student.inherit, pseudo_of(config)
-    used = {term.teacher for term in config.terms} | ({inherit.teacher} if inherit and inherit.teacher else set())
-    return used | ({pseudo.teacher} if pseudo is not None else set())
-
-
-def pseudo_of(config: Config) -> PseudoBoxConfig | None:
-    """The pseudo boxes that a run trains on; None without."""
-    return None if config.data.unlabelled is None else config.data.unlabelled.pseudo
+    used = {term.teacher for term in config.terms}
+    for user in (config.student.inherit, config.pseudo_boxes):
+        if user is not None and user.teacher is not None:
+            used.add(user.teacher)
+    return used
 
 
 RUN_FILES = ("last.pt", "best.safetensors", "student.safetensors")

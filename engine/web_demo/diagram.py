@@ -20,10 +20,10 @@ STUDENT_LINE, TEACHER_LINE, OTHER_LINE = "#cc8a1b", "#777777", "#555555"
 
 def draw_training(config: Config) -> str:
     """An SVG document. A run without terms has the student, its labels and the detection losses alone."""
-    pseudo = config.data.unlabelled.pseudo.teacher if config.data.unlabelled and config.data.unlabelled.pseudo else None
+    pseudo = config.pseudo_boxes
     rows = [(term.teacher, describe_weight(term), describe_maps(term)) for term in config.terms]
     if pseudo is not None:
-        rows.append((pseudo, "pseudo boxes", "labels of the pictures that have none"))
+        rows.append((pseudo.teacher, "pseudo boxes", "labels of the pictures that have none"))
     teachers = [t for t in config.teachers if t.name in {teacher for teacher, _, _ in rows}]
     count = max(len(rows), len(teachers))
     y_of_row = [ROW * number + 46 for number in range(count + 1)]  # centers; the last row is the student's
