@@ -6,6 +6,7 @@ first child; each process of the test session has its own.
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import traceback
@@ -62,6 +63,15 @@ def run_group(
     for child, _ in children:
         child.kill()
     return [Finished(code, output.read_text()) for code, (_, output) in zip(codes, children)]
+
+
+def run_as_main(command: str) -> None:
+    """For run_forked: what `python command` does, or `python -m command`, where torch has been imported."""
+    sys.argv = [command]
+    if command.endswith(".py"):
+        runpy.run_path(str(Path(__file__).resolve().parent.parent / command), run_name="__main__")
+    else:
+        runpy.run_module(command, run_name="__main__")
 
 
 def _work(function: Callable[..., Any], arguments: tuple, variables: dict[str, str], output: Path) -> None:

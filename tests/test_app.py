@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from engine.web_demo import gallery, sides
 from tests.conftest import ROOT
 from tests.engine.training.test_distilled_training import TERMS
 from tests.engine.web_demo.tiny_app import clip, photo, png, write_runs
+from tests.forked_processes import run_as_main, run_forked
 
 pytest.importorskip("streamlit", reason="the demo in a browser needs the extra `app`")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,10 +81,10 @@ STUDY = "study"
 OTHER_FILE = "another file ..."
 
 
-def test_started_with_python_it_names_the_command():
-    done = subprocess.run([sys.executable, "app.py"], cwd=ROOT, capture_output=True, text=True)
-    found = "error: app.py was started with python, expected `streamlit run app.py` or `make app`\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", found)
+def test_started_with_python_it_names_the_command(tmp_path):
+    done = run_forked(run_as_main, "app.py", folder=tmp_path)
+    said = "error: app.py was started with python, expected `streamlit run app.py` or `make app`\n"
+    assert (done.code, done.text) == (2, said)
 
 
 def test_two_models_stand_side_by_side(start, runs):

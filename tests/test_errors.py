@@ -1,6 +1,5 @@
 """What a command says of arguments that it cannot use: one line, with what was found and what was expected."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from errors import ArgumentParser, UserError, counted
-from tests.forked_processes import run_forked
+from tests.forked_processes import run_as_main, run_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,15 +50,6 @@ def test_so_does_every_other(command, tmp_path):
     done = run_forked(run_as_main, command, folder=tmp_path)
     assert done.code == 2, done.text
     assert done.text.startswith("error: found no ") and done.text.count("\n") == 1
-
-
-def run_as_main(command: str) -> None:
-    """What `python command` does, or `python -m command`, where torch has been imported."""
-    sys.argv = [command]
-    if command.endswith(".py"):
-        runpy.run_path(str(ROOT / command), run_name="__main__")
-    else:
-        runpy.run_module(command, run_name="__main__")
 
 
 def test_one_is_singular():

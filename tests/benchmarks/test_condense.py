@@ -10,17 +10,13 @@ TINY = ["--arch", "yolov8_narrow", "--image-size", "32", "--stored", "2", "--ste
 
 def test_prints_its_table_and_keeps_its_limits(capsys, monkeypatch, tmp_path):
     """Each row in a process of its own, for its peak of memory."""
-    fork = lambda command, **_: SimpleNamespace(stdout=run_forked(print_row, command[2:], folder=tmp_path).text)
+    fork = lambda command, **_: SimpleNamespace(stdout=run_forked(condense.main, command[2:], folder=tmp_path).text)
     monkeypatch.setattr(condense.subprocess, "run", fork)
     assert condense.main([*TINY, "--seconds", "100"]) == 0
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert "32 px, 16 real images" in title and head.split()[-2:] == ["peak", "GB"] and len(rows) == 1
     arch, stored, in_step, seconds, _, gigabytes = rows[0].split()
     assert (arch, stored, in_step) == ("yolov8_narrow", "2", "2") and float(seconds) > 0 and 0.1 < float(gigabytes) < 2
-
-
-def print_row(arguments: list[str]) -> None:
-    condense.main(arguments)
 
 
 def test_a_limit_that_is_broken_is_an_exit_code(monkeypatch, capsys):
