@@ -1,6 +1,5 @@
 """The benchmark of latency still runs, counts what it says it counts, and compares like with like."""
 
-import functools
 import importlib.util
 import json
 from types import SimpleNamespace
@@ -9,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import models
 from benchmarks import latency
-from engine.onnx_files import graph as onnx_graph
 from errors import UserError
-from layers.fusion import fuse
 from tests.exporting import save_model
 
 
@@ -42,13 +38,15 @@ def test_times_a_checkpoint(tmp_path, capsys, without_onnx):
     assert "model.pt" in (said := capsys.readouterr().out) and "CPU ms" in said
 
 
-def test_detectors_in_one_run(tmp_path, capsys, monkeypatch):
+def test_detectors_in_one_run(tmp_path, capsys, monkeypatch, exported):
     """The ratio is that of the rounds: a machine that is ten times slower in one round does not change it.
 
     No graph is run, so one for both will do.
     """
-    trace = functools.cache(lambda: onnx_graph.trace(fuse(models.build("yolov8_narrow", 2)), 64, dynamic=False))
-    monkeypatch.setattr(latency, "onnx_graph", SimpleNamespace(trace=lambda *args, **options: trace()))
+    import onnx
+
+    trace = lambda *args, **options: onnx.load(exported.fixed)
+    monkeypatch.setattr(latency, "onnx_graph", SimpleNamespace(trace=trace))
     trained = str(save_model(tmp_path / "model.pt", "yolov5nu"))
     times = {"yolov8_narrow": [1.0, 10.0, 1.0], trained: [2.0, 20.0, 2.0]}
     monkeypatch.setattr(latency, "take_turns", lambda calls, args: {call: times[call[0]] for call in calls})
