@@ -4,6 +4,7 @@ A new Python that imports both takes three seconds of a core, a fork a few hundr
 first child; each process of the test session has its own.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -80,6 +81,8 @@ def _work(function: Callable[..., Any], arguments: tuple, variables: dict[str, s
     os.environ.update(variables)
     os.fsync = lambda descriptor: None  # as in tests/conftest.py: a kill loses nothing that was written
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py: what was imported stays
+    gc.set_threshold(20_000, 50, 100)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
