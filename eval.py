@@ -273,12 +273,8 @@ def add_file_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         files.add_argument(
             "--images", metavar="FOLDER", help="pictures of text ground truth: their sizes, and those without objects"
         ),
-        files.add_argument(
-            "--ground-truth-boxes", choices=TEXT_BOXES, default="xywh", help="box format of text files (%(default)s)"
-        ),
-        files.add_argument(
-            "--detection-boxes", choices=TEXT_BOXES, default="xyxy", help="box format of text files (%(default)s)"
-        ),
+        files.add_argument("--ground-truth-boxes", choices=TEXT_BOXES, help="box format of text files (xywh)"),
+        files.add_argument("--detection-boxes", choices=TEXT_BOXES, help="box format of text files (xyxy)"),
         files.add_argument(
             "--score-last", action="store_true", help="text lines are `class box score`, not `class score box`"
         ),

@@ -312,9 +312,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         expect(value is None or value >= 1, f"argument --{name.replace('_', '-')}", value, "at least 1")
     is_met = percentile is None or 50 < percentile <= 100
     expect(is_met, "argument --percentile", percentile, "above 50 and at most 100")
-    for name in ("calibrate", "percentile"):
-        is_met = args.int8 or getattr(args, name) is None
-        expect(is_met, f"argument --{name}", "it alone", "--int8 beside it")
+    needs = {"calibrate": "int8", "percentile": "int8", "calibration_pictures": "calibrate", "test_split": "calibrate"}
+    needs |= dict.fromkeys(("score_threshold", "nms_iou", "max_detections"), "with_nms")
+    for name, other in needs.items():
+        is_met = getattr(args, other) or getattr(args, name) == parser.get_default(name)
+        what, beside = (f"--{flag.replace('_', '-')}" for flag in (name, other))
+        expect(is_met, f"argument {what}", "it alone", f"{beside} beside it")
     return args
 
 

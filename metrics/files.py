@@ -34,7 +34,7 @@ Coordinates are taken as written. The caller decides whether they are continuous
 (tables.inclusive_to_continuous); annotations.Annotations.pixels is the usual choice for the format.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from datasets.values import are_fractions, box_fault, read_flag
 from datasets.voc import CLASSES
 from datasets.voc_xml import read_annotation
 from datasets.yolo_txt import yaml_names
-from errors import UserError
+from errors import UserError, expect
 from metrics.annotations import Annotations, find_labels, places
 from metrics.coco_files import read_coco, read_coco_detections
 from metrics.picture_names import PictureFinder
@@ -68,23 +68,28 @@ def read_ground_truth(
     path: str | Path,
     *,
     names: Sequence[str] | None = None,
-    text_boxes: TextBoxes = "xywh",
+    text_boxes: TextBoxes | None = None,
     images: str | Path | None = None,
 ) -> Annotations:
     """Ground truth of a COCO JSON file, a folder of VOC XML files or a folder of text files.
 
+    UserError for text_boxes and images beside JSON or XML, which have one form of boxes and state their pictures.
+
     Args:
         names: the class names, for VOC and text; for COCO the list in which numbers in text detections are positions.
-        text_boxes: the form of boxes in text files.
+        text_boxes: the form of boxes in text files; None: xywh.
         images: the folder of the pictures; gives sizes (for cxcywhn) and the images that have no text file.
     """
     path = Path(path)
+    of_text = {"--ground-truth-boxes": text_boxes, "--images": images}
     if path.is_dir():
         if xml_paths := list_files(path, (".xml",)):
+            _refuse_given(path, "VOC XML", of_text)
             return _read_voc(path, xml_paths, names)
         if text_paths(path):
-            return read_text_ground_truth(path, names, text_boxes, images)
+            return read_text_ground_truth(path, names, text_boxes or "xywh", images)
         raise UserError(f"{path}: found neither .xml nor .txt files, expected annotations")
+    _refuse_given(path, "JSON", of_text)
     annotations = read_coco(path)
     if names is None:
         return annotations
@@ -95,20 +100,28 @@ def read_detections(
     path: str | Path,
     annotations: Annotations,
     *,
-    text_boxes: TextBoxes = "xyxy",
+    text_boxes: TextBoxes | None = None,
     score_last: bool = False,
     notes: list[str] | None = None,
 ) -> tuple[GroundTruth, DetectionTable]:
     """The ground truth to compare with, and the detections of a COCO JSON file or a folder of text files.
 
     The ground truth is that of `annotations`. If no list declares its names, classes that only the detections have are
-    added. notes: gets a line on class numbers, whose order only the user can check. UserError for an image or class
-    that the ground truth does not have, or that may be two.
+    added. text_boxes: the form of boxes in text files; None: xyxy. notes: gets a line on class numbers, whose order
+    only the user can check. UserError for an image or class that the ground truth does not have, or that may be two,
+    and for text_boxes and score_last beside JSON, whose boxes have one form.
     """
     path = Path(path)
     if path.is_dir():
-        return read_text_detections(path, annotations, text_boxes, score_last, notes)
+        return read_text_detections(path, annotations, text_boxes or "xyxy", score_last, notes)
+    _refuse_given(path, "JSON", {"--detection-boxes": text_boxes, "--score-last": score_last or None})
     return read_coco_detections(path, annotations, notes)
+
+
+def _refuse_given(path: Path, kind: str, flags: Mapping[str, object]) -> None:
+    """UserError for a flag about text files (with a value) beside a file of another kind, which would not read it."""
+    for flag, value in flags.items():
+        expect(value is None, flag, f"{value} for {path}, which is {kind}", "none: it is for text files")
 
 
 def read_names(path: str | Path) -> tuple[str, ...]:

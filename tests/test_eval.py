@@ -251,3 +251,24 @@ def test_what_numbers_and_alike_names_are_taken_for_is_printed(tmp_path, capsys)
     (found / "classes.txt").write_text("wheel\nWheel\naxle\n")  # the model's own order
     eval.main(arguments)
     assert "numbers of classes" not in capsys.readouterr().out
+
+
+def test_flags_about_text_are_refused_beside_other_files(tmp_path):
+    """Boxes of JSON are read as left, top, width, height, whatever the flag says."""
+    truth, found, xml = tmp_path / "truth.json", tmp_path / "found.json", tmp_path / "xml"
+    picture, box = {"id": 1, "file_name": "x.png", "width": 64, "height": 64}, {"image_id": 1, "category_id": 1}
+    boxes = {"annotations": [box | {"id": 1, "bbox": [5, 5, 20, 20]}], "categories": [{"id": 1, "name": "a"}]}
+    truth.write_text(json.dumps({"images": [picture], **boxes}))
+    found.write_text(json.dumps([box | {"bbox": [5, 5, 25, 25], "score": 0.9}]))
+    xml.mkdir()
+    corners = "<bndbox><xmin>6</xmin><ymin>6</ymin><xmax>25</xmax><ymax>25</ymax></bndbox>"
+    (xml / "x.xml").write_text(f"<annotation><object><name>a</name>{corners}</object></annotation>")
+    for ground_truth, kind in ((truth, "JSON"), (xml, "VOC XML")):
+        for flag, value in (("--ground-truth-boxes", "xyxy"), ("--images", str(tmp_path))):
+            with pytest.raises(
+                UserError, match=f"^{flag}: found {value} for {ground_truth}, which is {kind}, expected"
+            ):
+                eval.main(["--ground-truth", str(ground_truth), "--detections", str(found), flag, value])
+    for flag in (["--detection-boxes", "xyxy"], ["--score-last"]):
+        with pytest.raises(UserError, match=f"^{flag[0]}: found .* for {found}, which is JSON, expected none"):
+            eval.main(["--ground-truth", str(truth), "--detections", str(found), *flag])
