@@ -53,6 +53,7 @@ from engine.training.teaching import EMA, used_teachers
 from errors import UserError, expect, naming
 
 FIXED = ("name", "runs", "seed", "teachers")  # one for the whole study
+IN_PLACE = ("epochs", "start_weights", "backbone_weights", "optimizer", "data")  # of a teacher that the study trains
 ROW_NAME = re.compile(r"[A-Za-z0-9_+-]+")  # a folder name that is valid in --rows and before a dot
 
 
@@ -252,12 +253,13 @@ def read_row(config: Config, name: Any, overrides: Any, where: str) -> RowFile:
 
 
 def check_teachers_of_study(teachers: Sequence[TeacherConfig], source: str) -> None:
-    """UserError for two teachers of one name, and for start weights of one that is not trained in place."""
+    """UserError for two teachers of one name, and for keys about training in place of one that is not trained so."""
     if len({teacher.name for teacher in teachers}) != len(teachers):
         raise UserError(f"{source}: key 'teachers': two have the same name")
     for index, teacher in enumerate(teachers):
-        if teacher.start_weights is not None and not is_trained_in_place(teacher):
-            raise UserError(f"{source}: key 'teachers.{index}.start_weights': {teacher.name!r} is not trained in place")
+        given = next((key for key in IN_PLACE if getattr(teacher, key)), None)
+        if given is not None and not is_trained_in_place(teacher):
+            raise UserError(f"{source}: key 'teachers.{index}.{given}': {teacher.name!r} is not trained in place")
 
 
 def check_each_teaches(teachers: Sequence[TeacherConfig], planned: dict[str, Row], idle: set[str], source: str) -> None:

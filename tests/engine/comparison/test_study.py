@@ -78,9 +78,17 @@ def test_a_teacher_in_place_may_start_from_weights(write):
     teachers = [TEACHERS[0] | {"start_weights": "coco.pt"}, TEACHERS[1]]
     student = load_study(write(teachers=teachers)).rows[1].config.student
     assert (student.arch, student.weights, student.new_head) == ("yolov5nu", "coco.pt", False)
-    teachers[1] = TEACHERS[1] | {"start_weights": "coco.pt"}
-    with pytest.raises(UserError, match=r"'teachers.1.start_weights': 'given' is not trained in place"):
-        load_study(write(teachers=teachers))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [{"start_weights": "coco.pt"}, {"epochs": 9}, {"backbone_weights": "b.pt"}, {"optimizer": {"name": "sgd"}},
+     {"data": {"per_class": 2}}],
+)  # fmt: skip
+def test_a_given_teacher_has_no_keys_of_training_in_place(write, key):
+    """Nothing would read them."""
+    with pytest.raises(UserError, match=rf"'teachers.1.{next(iter(key))}': 'given' is not trained in place"):
+        load_study(write(teachers=[TEACHERS[0], TEACHERS[1] | key]))
 
 
 def test_a_teacher_of_pseudo_boxes_needs_no_term(write):
