@@ -54,7 +54,7 @@ from engine.comparison.rows import Row, last_weights
 from engine.comparison.study import Study, load_study
 from engine.comparison.table import Result, as_json, markdown
 from engine.comparison.work import StudyProgress, Work, list_work, refuse_other, with_needs, write_failure
-from engine.condensing.methods import check_network
+from engine.condensing.methods import load_network
 from engine.runtime import claims, run_folder
 from engine.training.batch_norms import check_batches
 from engine.training.building import build_criterion, build_student
@@ -258,7 +258,7 @@ def check_rows(rows: list[Row], study: Study) -> Inputs:
             if row.task is not None:
                 models.check_arch(row.task.arch)
                 if row.network_row is None:
-                    check_network(row.task)
+                    load_network(row.task)
     real = study.config.data
     for row in rows:
         data = row.config.data

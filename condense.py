@@ -43,7 +43,7 @@ from distill.condense.synthetic import SyntheticSet
 from engine.comparison.study import StudyFile, load_study, sets_folder, task_of
 from engine.condensing.config import Task
 from engine.condensing.frozen_backbone import FrozenBackbone
-from engine.condensing.methods import Layout, check_network, first_layout, load_network
+from engine.condensing.methods import Layout, check_classes, first_layout, load_network
 from engine.condensing.real_pictures import RealPictures, open_source
 from engine.condensing.set_files import (
     DECODED,
@@ -122,9 +122,10 @@ def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = Fa
         refuse_other(json.loads((part / "settings.json").read_text(encoding="utf-8")), task, part)
     where = choose_device(device)
     models.check_arch(task.arch)
-    check_network(task)
+    network, own_names = load_network(task, where) or (None, ())
     real = RealPictures(task.data, task.image_size)
-    network = load_network(task, real.index.names, where) if task.needs_network else None
+    if network is not None:
+        check_classes(task, own_names, real.index.names)
     inputs = real.inputs | weights_of(task)
     with claims.take(folder) as claim, StopSignals() as stop:
         try:

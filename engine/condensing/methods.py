@@ -39,25 +39,25 @@ class Layout:
     sources: tuple[str, ...] = ()
 
 
-def check_network(task: Task) -> None:
-    """UserError, before any picture is listed, if the trained network that a set needs cannot be loaded."""
+def load_network(task: Task, device: str | torch.device = "cpu") -> tuple[nn.Module, tuple[str, ...]] | None:
+    """The trained detector that a set needs, in eval mode, and its class names; None where it needs none.
+
+    UserError if it cannot be loaded: call it before any picture is listed.
+    """
     settings = task.condense.network
     if not task.needs_network:
-        return
+        return None
     assert settings.weights is not None  # Task.check refuses it
     with naming("key 'condense.network.weights'"):
-        checkpoint.load_model(settings.weights, settings.arch)
+        model, info = checkpoint.load_model(settings.weights, settings.arch, device=str(device))
+    return model, info.names
 
 
-def load_network(task: Task, names: tuple[str, ...], device: torch.device) -> nn.Module:
-    """The trained detector in eval mode. UserError if its loss is needed and its classes are not the dataset's."""
-    settings = task.condense.network
-    assert settings.weights is not None  # Task.check refuses it
-    model, info = checkpoint.load_model(settings.weights, settings.arch, device=str(device))
-    if task.rule == "highest_loss" and info.names != names:
-        found = f"{settings.weights}: found the classes {', '.join(info.names[:20])}"
-        raise UserError(f"{found}; expected those of the dataset: {', '.join(names[:20])}")
-    return model
+def check_classes(task: Task, found: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """UserError if the network's loss is needed and its classes are not the dataset's."""
+    if task.rule == "highest_loss" and found != names:
+        weights, own = task.condense.network.weights, ", ".join(found[:20])
+        raise UserError(f"{weights}: found the classes {own}; expected those of the dataset: {', '.join(names[:20])}")
 
 
 def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> Layout:
