@@ -195,7 +195,9 @@ def write_coco(folder: Path, indices: Indices, class_names: Names, picture_names
     (folder / "annotations").mkdir()
     for split, index in indices.items():
         category_ids = index.category_ids or ()
-        if list(category_ids) != sorted(category_ids) or not category_ids:  # readers sort classes by id
+        numbers = [category for category in category_ids if isinstance(category, int)]
+        is_sorted = len(numbers) < len(category_ids) or numbers == sorted(numbers)  # readers sort numbers, no others
+        if not is_sorted or not category_ids:
             category_ids = tuple(range(1, len(class_names) + 1))
         ids = [sample.image_id for sample in index.samples]
         if not all(isinstance(image_id, int) for image_id in ids):

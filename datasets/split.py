@@ -18,6 +18,7 @@ ECML PKDD 2011). The same pictures, fractions and seed give the same splits.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.coco import find_json
+from datasets.coco import find_json, match_id
 from datasets.index import DatasetIndex, Sample
 from datasets.near_duplicates import DISTANCE, group_near_duplicates
 from datasets.open import READERS, open_dataset
@@ -235,25 +236,21 @@ def coco_files(root: Path, split: str, samples: Samples, index: DatasetIndex, pr
     )
     texts = {}
     records: dict[str, list[dict]] = {name: [] for name in samples}
-    ids: dict[str, set] = {name: set() for name in samples}
+    split_of_id: dict[int | str, str | None] = {}
     for record, file_name in zip(tree["images"], names):
         name = split_of.get(folder / file_name)
+        with contextlib.suppress(ValueError):  # a picture that cannot be used
+            split_of_id.setdefault(read_id(record.get("id")), name)
         if name is not None:
             relative = (folder / file_name).relative_to(root).as_posix()
             records[name].append(record | {"file_name": relative})
-            ids[name].add(read_id(record["id"]))
+    found = (match_id(row.get("image_id"), split_of_id) for row in tree["annotations"])
+    splits = [None if image_id is None else split_of_id[image_id] for image_id in found]
     for name in samples:
-        annotations = [row for row in tree["annotations"] if _id_of(row) in ids[name]]
+        annotations = [row for row, split in zip(tree["annotations"], splits) if split == name]
         part = tree | {"images": records[name], "annotations": annotations}
         texts[root / "annotations" / f"instances_{name}.json"] = json.dumps(part, allow_nan=False) + "\n"
     return texts, ""
-
-
-def _id_of(annotation: dict) -> int | str | None:
-    try:
-        return read_id(annotation.get("image_id"))
-    except ValueError:
-        return None
 
 
 def _lines(items: Iterable[int | str]) -> str:

@@ -280,3 +280,14 @@ def test_a_converted_yolo_set_is_found_from_every_folder(odd_root, tmp_path, mon
     data = tmp_path / "out" / "data.yaml"
     folder = data.parent / parse_yaml(data.read_text(encoding="utf-8"), "text")["train"]  # as other trainers join them
     assert len(list(folder.iterdir())) == len(open_dataset("yolo", data, "train")) > 0
+
+
+def test_category_ids_that_are_numbers_and_texts_stay(tmp_path):
+    """In the file's order, as the reader has them."""
+    picture(tmp_path / "images" / "x.png")
+    categories = [{"id": "b", "name": "x"}, {"id": 3, "name": "y"}, {"id": 1, "name": "z"}]
+    text(tmp_path / "train.json", coco(objects=((1, 3), (1, "b")), categories=categories))
+    before = convert("coco", tmp_path, ["train"], "coco", tmp_path / "new")[0]["train"]
+    after = open_dataset("coco", tmp_path / "new", "train")
+    assert after.names == before.names == ("x", "y", "z") and after.category_ids == before.category_ids == ("b", 3, 1)
+    assert after.samples[0].labels.tolist() == before.samples[0].labels.tolist() == [1, 0]

@@ -110,6 +110,19 @@ def test_masks_and_ids_of_coco_are_kept(sources, tmp_path):
         assert {row["image_id"] for row in part["annotations"]} <= {record["id"] for record in part["images"]}
 
 
+def test_ids_of_coco_that_are_texts_on_one_side(sources, tmp_path):
+    """The reader takes "7" for 7, so the division does too."""
+    shutil.copytree(sources / "coco", tmp_path / "set")
+    path = tmp_path / "set/annotations/instances_all.json"
+    tree = json.loads(path.read_text())
+    for record in tree["images"][::2]:
+        record["id"] = str(record["id"])
+    path.write_text(json.dumps(tree))
+    main(["coco", str(tmp_path / "set"), "--test", "0.3"])
+    parts = [json.loads(path.with_name(f"instances_{name}.json").read_text()) for name in ("train", "test")]
+    assert sorted(row["id"] for part in parts for row in part["annotations"]) == [r["id"] for r in tree["annotations"]]
+
+
 def test_roboflow_coco_beside_its_pictures(sources, tmp_path):
     folder = tmp_path / "set/train"
     shutil.copytree(sources / "coco/images/all", folder)
