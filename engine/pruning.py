@@ -115,7 +115,7 @@ def take_pictures(data: list[str], count: int) -> DatasetIndex:
         index = open_dataset(*settings.train_place, classes=settings.classes)
     else:
         raise UserError(f"--data: found {' '.join(data)!r}, expected a config, or {'|'.join(READERS)} ROOT [SPLIT]")
-    return take(index, count) if count < len(index) else index
+    return take(index, count)
 
 
 def batches_of(index: DatasetIndex, image_size: int) -> Iterator[tuple[Tensor, Targets]]:

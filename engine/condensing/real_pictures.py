@@ -30,9 +30,8 @@ class RealPictures:
 
     def __init__(self, data: DataConfig, image_size: int) -> None:
         place = data.train_place
-        index, self.inputs = open_source(data)
-        if 0 < data.max_samples < len(index):
-            index = take(index, data.max_samples)
+        whole, self.inputs = open_source(data)
+        index = take(whole, data.max_samples)
         report = scan(index, decode=len(index) <= DECODE_AT_MOST, title=" ".join(place))
         check(report, data.max_bad_fraction)
         require_objects(report.index, report.title, place[1], with_difficult=False)

@@ -111,10 +111,10 @@ def open_labelled(
         none = DatasetIndex(names, (), format=data.format)
         return none, none
     whole = open_dataset(*data.train_place, classes=data.classes, kept=kept or kept_sets(config))
-    if data.per_class:
-        seed = config.seed if data.draw_seed is None else data.draw_seed
-        return whole, choose(whole, draw_per_class(whole, data.per_class, seed))
-    return whole, take(whole, data.max_samples) if 0 < data.max_samples < len(whole) else whole
+    if not data.per_class:
+        return whole, take(whole, data.max_samples)
+    seed = config.seed if data.draw_seed is None else data.draw_seed
+    return whole, choose(whole, draw_per_class(whole, data.per_class, seed))
 
 
 def open_unlabelled(data: DataConfig, whole: DatasetIndex, train: DatasetIndex) -> DatasetIndex:
@@ -141,8 +141,8 @@ def open_unlabelled(data: DataConfig, whole: DatasetIndex, train: DatasetIndex) 
     if not kept:
         raise UserError("key 'data.unlabelled': all of its pictures are labelled, expected others")
     faults = tuple(fault for part in parts for fault in part.faults)
-    index = without_copies(dataclasses.replace(parts[-1], samples=kept, faults=faults), train)
-    return take(index, settings.max_samples) if 0 < settings.max_samples < len(index) else index
+    index = dataclasses.replace(parts[-1], samples=kept, faults=faults)
+    return take(without_copies(index, train), settings.max_samples)
 
 
 def without_copies(unlabelled: DatasetIndex, labelled: DatasetIndex) -> DatasetIndex:
@@ -267,13 +267,18 @@ def count_pictures(indexes: dict[str, DatasetIndex], data: DataConfig) -> int:
     return labelled - round(data.holdout_fraction * labelled) + len(indexes.get("unlabelled", ()))
 
 
-def take(index: DatasetIndex, count: int) -> DatasetIndex:
-    """`count` pictures of an index in its order, with their faults. The choice is random, but always the same."""
-    return choose(index, np.sort(np.random.default_rng(0).permutation(len(index))[:count]).tolist())
+def take(index: DatasetIndex, at_most: int) -> DatasetIndex:
+    """That many pictures of an index in its order, with their faults; all for 0 or less, as data.max_samples has it.
+
+    The choice is random, but always the same.
+    """
+    if not 0 < at_most < len(index):
+        return index
+    return choose(index, np.sort(np.random.default_rng(0).permutation(len(index))[:at_most]).tolist())
 
 
 def choose(index: DatasetIndex, rows: list[int]) -> DatasetIndex:
     """The pictures in these rows of an index, with their faults."""
     taken = index.subset(rows)
-    theirs = {"", *(sample.image_path.name for sample in taken.samples)}  # "": a fault of a whole file
-    return dataclasses.replace(taken, faults=tuple(fault for fault in index.faults if fault.picture in theirs))
+    pictures = {"", *(sample.image_path.name for sample in taken.samples)}  # "": a fault of a whole file
+    return dataclasses.replace(taken, faults=tuple(fault for fault in index.faults if fault.picture in pictures))
