@@ -139,25 +139,21 @@ class LabelFolders:
             self.places[folder] = next(held, choices[0])
 
     def choices(self, folder: Path) -> list[Place]:
-        parts, above = folder.parts, 0
-        whole = os.path.abspath(folder)
-        if whole == self.base or whole.startswith(self.base.rstrip(os.sep) + os.sep):
-            above = max(0, len(parts) - len(os.path.relpath(whole, self.base).split(os.sep)) * (whole != self.base))
-        twins = [self._twin(folder, n) for n in range(len(parts) - 1, -1, -1) if parts[n] == "images"]
-        inside = sum(part == "images" for part in parts[above:])
+        whole = Path(os.path.abspath(folder))
+        below_base = whole.relative_to(self.base).parts if whole.is_relative_to(self.base) else folder.parts
+        twins, inside = self._twins(folder), below_base.count("images")
         choices = [*twins[:inside], Place(folder, None), *twins[inside:]]
         real = folder.resolve()  # a linked folder may have its labels beside its target
-        if real != Path(whole):
-            parts = real.parts
-            choices += [self._twin(real, n) for n in range(len(parts) - 1, -1, -1) if parts[n] == "images"]
-            choices.append(Place(real, None))
-        return choices
+        return choices if real == whole else [*choices, *self._twins(real), Place(real, None)]
 
     @staticmethod
-    def _twin(folder: Path, position: int) -> Place:
-        before, after = folder.parts[:position], folder.parts[position + 1 :]
-        soft = Path(*before, "soft_labels", *after)
-        return Place(Path(*before, "labels", *after), soft if soft.is_dir() else None)
+    def _twins(folder: Path) -> list[Place]:
+        """The path with `labels` in the place of one of its folders `images`, the last of them first."""
+        places, parts = [], folder.parts
+        for n in reversed([n for n, part in enumerate(parts) if part == "images"]):
+            soft = Path(*parts[:n], "soft_labels", *parts[n + 1 :])
+            places.append(Place(Path(*parts[:n], "labels", *parts[n + 1 :]), soft if soft.is_dir() else None))
+        return places
 
     def label_path(self, image_path: Path) -> Path:
         return self.places[image_path.parent].labels / f"{image_path.stem}.txt"
@@ -236,14 +232,8 @@ def _read_folders(root: Path, split: str) -> _Set:
             f"{root}: no data.yaml, nor a list {split}.txt, nor a folder images/{split} or {split}, {found}; "
             "expected a YOLO dataset"
         )
-    places = [
-        root,
-        root / split,
-        *(root / a for a in ("labels", "images")),
-        *(root / a / split for a in ("labels", "images")),
-    ]
-    places += [root / split / name for name in ("labels", "images")]
-    files = [place / name for place in places for name in NAME_FILES]
+    inner = (".", split, "labels", "images", f"labels/{split}", f"images/{split}", f"{split}/labels", f"{split}/images")
+    files = [root / place / name for place in inner for name in NAME_FILES]
     names_path = next((path for path in files if path.is_file()), None)
     return _Set(root, [entry], None if names_path is None else read_names(names_path), root)
 
