@@ -293,8 +293,11 @@ def _is_group(category: dict, other: dict) -> bool:
 
 
 def _used(annotations: Iterable[dict], categories: dict) -> set[int | str]:
-    found = {category for record in annotations if isinstance(category := record.get("category_id"), int | float | str)}
-    return {match for category in found if (match := match_id(category, categories)) is not None}
+    """The categories with objects."""
+    stated = (record.get("category_id") for record in annotations)
+    different = {category for category in stated if isinstance(category, int | float | str)}
+    found = {match_id(category, categories) for category in different}
+    return {category for category in found if category is not None}
 
 
 def _used_elsewhere(path: Path, name_of: dict[int | str, str], sources: Sources) -> set[int | str]:

@@ -291,14 +291,15 @@ def write_coco_detections(
     """
     x1, y1, x2, y2 = detections.boxes_xyxy.T
     columns = (detections.image, detections.labels, x1, y1, x2 - x1, y2 - y1, detections.scores)
-    results = [
-        {"image_id": image_ids[image]}
-        | ({"file_name": file_names[image]} if file_names else {})
-        | {"category_id": category_ids[label] if category_ids else label}
-        | ({"category_name": names[label]} if names else {})
-        | {"bbox": [x, y, width, height], "score": score}
-        for image, label, x, y, width, height, score in zip(*(column.tolist() for column in columns))
-    ]
+    results = []
+    for image, label, x, y, width, height, score in zip(*(column.tolist() for column in columns)):
+        row = {"image_id": image_ids[image]}
+        if file_names:
+            row["file_name"] = file_names[image]
+        row["category_id"] = category_ids[label] if category_ids else label
+        if names:
+            row["category_name"] = names[label]
+        results.append(row | {"bbox": [x, y, width, height], "score": score})
     try:
         Path(path).write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
     except OSError as error:

@@ -153,16 +153,20 @@ class PictureFinder:
 def _without_common_folders(split: list[SplitName | None]) -> list[SplitName]:
     """The names below the folder of all pictures: `imgs/x/a` is x/a where all are in imgs. None has no parts."""
     folders = [parts[:-1] for parts, _ in filter(None, split)]
-    low, high = min(folders, default=()), max(folders, default=())
-    common = next((n for n, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    common = _equal_parts(min(folders, default=()), max(folders, default=()))  # in order, the others are between them
     return [((), "") if name is None else (name[0][common:], name[1]) for name in split]
 
 
 def _rank(picture: SplitName, name: SplitName) -> tuple[bool, bool, int, bool]:
     """How well a name fits: equal; one is the end of the other; number of equal parts from the end; same suffix."""
     (a, a_suffix), (b, b_suffix) = picture, name
-    equal = next((n for n, (x, y) in enumerate(zip(reversed(a), reversed(b))) if x != y), min(len(a), len(b)))
+    equal = _equal_parts(a[::-1], b[::-1])
     return a == b, 0 < equal == min(len(a), len(b)), equal, equal > 0 and a_suffix == b_suffix
+
+
+def _equal_parts(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """How many parts two paths have in common at their start."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _only(rows: list[int] | None) -> int | None:
