@@ -71,15 +71,18 @@ def main() -> None:
     try:
         pair = choose_pair(runs, places)
         with controls:
-            source, chooser = choose_source(pair)
-            thresholds, steps = choose_thresholds(chooser), choose_enhancement(chooser)
+            at_source, at_picture, at_score, at_overlap, at_steps = st.columns(
+                [1, 1.25, 1.1, 1.1, 1.25], vertical_alignment="bottom"
+            )
+            source = choose_source(pair, at_source)
+            thresholds, steps = choose_thresholds(at_score, at_overlap), choose_enhancement(at_steps)
         if pair is None:
             return
         if source == VIDEO and page == COMPARE:
             show_video(pair, steps, thresholds)
             return
         with controls:
-            picture = choose_picture(source, chooser[1], pair[1].run)
+            picture = choose_picture(source, at_picture, pair[1].run)
         if picture is None:
             return
         enhanced = enhance_once(gallery.digest(picture.pixels), steps, picture.pixels)
@@ -159,22 +162,21 @@ def load_upload(content_digest: str, name: str, _data: bytes) -> Detector:
     return detectors.load_upload(_data, name)
 
 
-def choose_source(pair: tuple[Side, Side] | None) -> tuple[str, Sequence[Place]]:
-    """Where the picture is from, and the row of controls: source, picture, two thresholds, enhancement."""
-    row = st.columns([1, 1.25, 1.1, 1.1, 1.25], vertical_alignment="bottom")
+def choose_source(pair: tuple[Side, Side] | None, place: Place) -> str:
+    """Where the picture is from."""
     sources = [BUILT_IN, *([FROM_RUN] if pair and pair[1].run else []), UPLOAD, CAMERA, VIDEO]
-    return row[0].selectbox("Picture", [*sources, *([FOLDER] if is_local() else [])], key="source"), row
+    return place.selectbox("Picture", [*sources, *([FOLDER] if is_local() else [])], key="source")
 
 
-def choose_thresholds(row: Sequence[Place]) -> Thresholds:
-    score = row[2].slider("Score, at least", 0.01, 0.95, 0.25, key="score", help="Detections below it are not shown.")
+def choose_thresholds(left: Place, right: Place) -> Thresholds:
+    score = left.slider("Score, at least", 0.01, 0.95, 0.25, key="score", help="Detections below it are not shown.")
     most = "Of two boxes of one class that overlap more, the better one stays."
-    return Thresholds(score, row[3].slider("Overlap (IoU), at most", 0.05, 0.95, 0.7, key="iou", help=most))
+    return Thresholds(score, right.slider("Overlap (IoU), at most", 0.05, 0.95, 0.7, key="iou", help=most))
 
 
-def choose_enhancement(row: Sequence[Place]) -> Enhancement:
-    is_on = row[4].toggle("Enhance the picture", value=True, key="enhance")
-    with row[4].popover("Steps", width="stretch", disabled=not is_on):
+def choose_enhancement(place: Place) -> Enhancement:
+    is_on = place.toggle("Enhance the picture", value=True, key="enhance")
+    with place.popover("Steps", width="stretch", disabled=not is_on):
         denoise = step("Denoise", "color distance that is noise, in levels", 5.0, 80.0, 25.0, "denoise")
         balance = step("White balance", "strength", 0.0, 1.0, 1.0, "balance", is_first_on=True)
         how = st.radio(
