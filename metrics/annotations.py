@@ -147,7 +147,7 @@ def places(names: Sequence[str], listed: Sequence[str] | None = None) -> dict[st
 def _expected(token: str, names: Sequence[str], number_labels: Sequence[Mapping[str, int]]) -> str:
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     if not number_labels:
-        return f"one of {shown}{' (for numbers, name the classes: --names FILE)' * is_number(token)}"
+        return f"one of {shown}" + (" (for numbers, name the classes: --names FILE)" if is_number(token) else "")
     return f"one of {shown}, or the place in that list, 0..{max(map(len, number_labels)) - 1}"
 
 

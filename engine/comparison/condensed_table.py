@@ -47,8 +47,8 @@ def condensed_markdown(results: dict[str, Result], only: Collection[str] | None 
         cells += [_number(row["of_full"], ".3f"), _number(row["gap_closed"], "+.2f")]
         cells += [_number(row["seconds"], ".0f"), _number(row["peak_gigabytes"], ".2f")]
         lines.append(table_row(cells))
-    refused = [line for row in rows for line in row["refused"]]
-    lines += [""] * bool(refused) + [f"{line}." for line in refused]
+    if refused := [f"{line}." for row in rows for line in row["refused"]]:
+        lines += ["", *refused]
     return "\n".join([*lines, *phase_lines(results, only)]) + "\n"
 
 
@@ -63,7 +63,7 @@ def phase_lines(results: dict[str, Result], only: Collection[str] | None) -> lis
             f"all of {data.train}" if task is None else f"{task.condense.pictures} pictures: {task.condense.method}"
         )
         phase = "baseline" if task is None else "condensed"
-        phase += " + distillation" * bool(result.row.config.terms)
+        phase += " + distillation" if result.row.config.terms else ""
         metrics = [mean_and_spread(result.values(name)) for name in ("mAP50", "precision", "recall", "F1")]
         lines.append(table_row((phase, dataset, *metrics)))
     return lines

@@ -55,8 +55,8 @@ class Model:
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.module.parameters())
-        size = f", {parameters:,} parameters" * bool(parameters)
-        size += f", {self.info.plumbing}" * bool(self.info.plumbing)
+        size = f", {parameters:,} parameters" if parameters else ""
+        size += f", {self.info.plumbing}" if self.info.plumbing else ""
         classes = counted(len(self.names), "class")
         return f"{self.arch} of {self.source}: {classes}, {self.image_size} px{size}, on {self.device}"
 

@@ -213,7 +213,9 @@ def commit() -> str | None:
     """The commit of this checkout, with `-dirty` if files differ from it; None outside a git checkout."""
     root = Path(__file__).resolve().parents[2]
     head, changes = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain", "--untracked-files=no")
-    return None if head is None or changes is None else head + "-dirty" * bool(changes)
+    if head is None or changes is None:
+        return None
+    return f"{head}-dirty" if changes else head
 
 
 def git(folder: Path, *arguments: str) -> str | None:

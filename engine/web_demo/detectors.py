@@ -52,7 +52,7 @@ class Detector:
         """`yolov8n, 3.01 M parameters, 8 classes, 160 px`, and the mark of a run that was no measurement."""
         precision = f"ONNX, {self.module.info.precision}" if isinstance(self.module, OnnxDetector) else ""
         size = f"{self.parameters / 1e6:.2f} M parameters" if self.parameters is not None else precision
-        mark = f", {self.info.plumbing}" * bool(self.info.plumbing)
+        mark = f", {self.info.plumbing}" if self.info.plumbing else ""
         return f"{self.info.arch}, {size}, {counted(len(self.names), 'class')}, {self.info.image_size} px{mark}"
 
 
