@@ -154,26 +154,27 @@ class Search:
     def score(self, teaching: Teaching, shape: Shape, epochs: int, seed: int | None = None) -> float:
         """The score of a shape after these epochs, read from its run or trained now; 0 if that failed."""
         config, failures = self.config_of(teaching, shape, epochs, seed), self.results[teaching].failures
+        metric = self.file.decide.metric
         if config.name in failures:
             return 0.0
-        if is_new := config.name not in self.reports:
-            if not (widths := self.widths_of(shape)).is_file():
-                run_folder.make_folder(widths.parent)
-                run_folder.write_text(widths, self.space.widths_text(shape))
-            try:
-                report = train_once(config)
-            except UserError as error:
-                if error.exit_code != NOT_FINITE_EXIT_CODE:
-                    raise
-                print(f"{config.name}: failed: {error}", flush=True)
-                failures[config.name] = str(error)
-                return 0.0
-            self.inputs.add(Path(config.runs) / config.name, report.get("inputs", {}))
-            self.reports[config.name] = report
-        report, metric = self.reports[config.name], self.file.decide.metric
+        if config.name in self.reports:
+            return self.reports[config.name]["test"][METRICS[metric]] or 0.0
+        widths = self.widths_of(shape)
+        if not widths.is_file():
+            run_folder.make_folder(widths.parent)
+            run_folder.write_text(widths, self.space.widths_text(shape))
+        try:
+            report = train_once(config)
+        except UserError as error:
+            if error.exit_code != NOT_FINITE_EXIT_CODE:
+                raise
+            print(f"{config.name}: failed: {error}", flush=True)
+            failures[config.name] = str(error)
+            return 0.0
+        self.inputs.add(Path(config.runs) / config.name, report.get("inputs", {}))
+        self.reports[config.name] = report
         score = report["test"][METRICS[metric]] or 0.0
-        if is_new:
-            print(f"{config.name}: {metric} {score:.3f}, {report['seconds'] / 60:.1f} min", flush=True)
+        print(f"{config.name}: {metric} {score:.3f}, {report['seconds'] / 60:.1f} min", flush=True)
         return score
 
     def write(self) -> None:

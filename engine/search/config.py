@@ -97,6 +97,7 @@ def check(file: SearchFile, source: str) -> None:
             raise UserError(f"{source}: key 'student.{key}': every shape begins fresh, expected none")
     rising = all(a < b for a, b in zip(file.rungs, file.rungs[1:])) and file.rungs[0] >= 1
     low, high = search.widths if len(search.widths) == 2 else (0.0, 0.0)
+    most = search.shapes * file.decide.seeds
     for name, is_fine, expected in (
         ("flops", 0 < search.flops < math.inf, "a share above 0"),
         ("least", 0 <= search.least < 1, "a share in 0..1, below 1"),
@@ -106,7 +107,7 @@ def check(file: SearchFile, source: str) -> None:
         ("keep", search.keep >= 2, "at least 2"),
         ("population", 1 <= search.population <= search.shapes, f"1..{search.shapes}, as many as shapes"),
         ("tournament", search.tournament >= 1, "at least 1"),
-        ("ranked", 0 <= search.ranked <= (most := search.shapes * file.decide.seeds), f"0..{most}, random shapes"),
+        ("ranked", 0 <= search.ranked <= most, f"0..{most}, random shapes"),
         ("on", "distillation" not in search.on or file.terms, "labels: the file has no terms"),
     ):
         expect(bool(is_fine), f"{source}: key 'search.{name}'", getattr(search, name), expected)

@@ -1,5 +1,6 @@
 """The shapes of a search: the widths and depths of a YOLOv8, within a range and between two numbers of FLOPs."""
 
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -90,17 +91,16 @@ class Space:
         UserError where even its narrowest shape costs more than the limit.
         """
         own = own_shape(self.arch)
-        low, high = 0, 2**10
-        shape_of = lambda k: Shape(tuple(MULTIPLE * max(1, round(c * k / 2**12)) for c in own.channels), own.depths)
-        if self.flops(shape_of(low)) > self.high:
-            least = f"{self.flops(shape_of(low)) / 1e9:.3f} GFLOPs"
+
+        def times(k: int) -> Shape:
+            """The widths times k / 512, in multiples of 8: their FLOPs rise with k."""
+            return Shape(tuple(MULTIPLE * max(1, round(c * k / 2**12)) for c in own.channels), own.depths)
+
+        largest = bisect_right(range(2**40), self.high, key=lambda k: self.flops(times(k))) - 1
+        if largest < 0:
+            least = f"{self.flops(times(0)) / 1e9:.3f} GFLOPs"
             raise UserError(f"key 'search.flops': the narrowest {self.arch} costs {least}, expected a higher limit")
-        while self.flops(shape_of(high)) <= self.high:
-            high *= 2
-        while high - low > 1:  # FLOPs rise with the factor k / 512
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.flops(shape_of(middle)) <= self.high else (low, middle)
-        return shape_of(low)
+        return times(largest)
 
     def widths_text(self, shape: Shape) -> str:
         """The content of its file of widths, for `student.widths`."""
