@@ -128,8 +128,8 @@ def plain_evaluate(
                 rows = rows[np.argsort(-detections.scores[rows], kind="stable")][:limit]
                 matched = _match_in_order(ground_truth, detections, objects, rows, counts, threshold)
                 for row, found in zip(rows, matched):
-                    is_ignored = not low <= detections.box_area[row] <= high if found is None else not counts[found]
-                    if not is_ignored:
+                    is_counted = counts[found] if found is not None else low <= detections.box_area[row] <= high
+                    if is_counted:
                         scored.append((detections.scores[row], found is not None))
             scored.sort(key=lambda pair: -pair[0])  # stable: equal scores by image, then by row
             num_true = np.cumsum([is_true for _, is_true in scored])

@@ -200,7 +200,7 @@ def _spread(flags: np.ndarray, num_thresholds: int) -> np.ndarray:
     """(N, A) bool -> (N,) uint64: flag a fills all T bits of area range a."""
     bits = np.zeros(len(flags), dtype=np.uint64)
     for a in range(flags.shape[1]):
-        block = np.uint64((1 << num_thresholds) - 1 << a * num_thresholds)
+        block = np.uint64(((1 << num_thresholds) - 1) << (a * num_thresholds))
         bits |= np.where(flags[:, a], block, np.uint64(0))
     return bits
 
@@ -214,13 +214,15 @@ def _assign(
     num_areas: int,
     num_detections: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run the rule: the lanes where each detection took an object that counts, and where it took an ignored one."""
+    """Run the rule: the lanes where each detection took an object that counts, and where it took an ignored one.
+
+    lanes_of_counts (N,) uint64: the lanes in which each object counts.
+    """
     num_thresholds = len(iou_thresholds)
-    level = np.searchsorted(iou_thresholds, pairs.overlap, side="right")  # thresholds the pair reaches
-    reached = np.array(
-        [sum((1 << n) - 1 << a * num_thresholds for a in range(num_areas)) for n in range(num_thresholds + 1)],
-        dtype=np.uint64,
-    )[level]
+    num_reached = np.searchsorted(iou_thresholds, pairs.overlap, side="right")  # thresholds that each pair reaches
+    lowest = sum(1 << (a * num_thresholds) for a in range(num_areas))  # the lowest threshold of every area range
+    lanes_of_number = [((1 << n) - 1) * lowest for n in range(num_thresholds + 1)]  # the n lowest of every range
+    reached = np.array(lanes_of_number, dtype=np.uint64)[num_reached]
     # The first pass offers the objects that count, the second the ignored ones, each by falling overlap, last first.
     order = np.lexsort((-pairs.object, -pairs.overlap, pairs.detection))
     detection, obj, reached = pairs.detection[order], pairs.object[order], reached[order]
@@ -242,9 +244,9 @@ def _assign(
         now = slice(begin, end)  # one step of every group: no detection and no object twice
         d, g = detection[now], obj[now]
         done_before, taken_before = done[d], taken[g]
-        got = lanes[now] & ~(done_before | taken_before)
-        done[d] = done_before | got
-        taken[g] = taken_before | (got & uses_up[now])
-        matched[pass_number[now], d] |= got
+        new = lanes[now] & ~(done_before | taken_before)
+        done[d] = done_before | new
+        taken[g] = taken_before | (new & uses_up[now])
+        matched[pass_number[now], d] |= new
         begin = end
     return matched[0], matched[1]

@@ -114,7 +114,8 @@ def detection_report(
     precision = np.where(has_objects, num_true / np.maximum(num_true + num_false, 1), np.nan)  # (K, S + 1)
     recall = np.where(has_objects, num_true / np.maximum(instances[:, None], 1), np.nan)
     f1 = np.where(has_objects, 2 * num_true / np.maximum(num_true + num_false + instances[:, None], 1), np.nan)
-    best = len(SCORE_GRID) - 1 - int(np.argmax(f1[instances > 0, -2::-1].sum(axis=0)))
+    sum_of_f1 = f1[instances > 0, :-1].sum(axis=0)  # (S,)
+    best = int(np.flatnonzero(sum_of_f1 == sum_of_f1.max())[-1])
 
     def point(column: int) -> OperatingPoint:
         return OperatingPoint(float(grid[column]), precision[:, column], recall[:, column], f1[:, column])
