@@ -13,7 +13,7 @@ from distill.terms import LOSSES
 from errors import UserError, expect
 
 RENAMED = {"box_beliefs": "box_classes"}  # losses, by their old names
-FIXED_MAPS = {name: (name,) for name in ("boxes", "outputs", "layers", "queries")}  # by Term.reads: it names no maps
+FIXED_MAPS = {name: (name,) for name in ("boxes", "outputs", "layers", "queries")}  # by Term.compares: it names no maps
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all others are 0 or more
     "temperature": (lambda number: number > 0, "a number above 0"),
     **dict.fromkeys(
@@ -43,7 +43,7 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermCon
         raise UserError(f"{key}.loss: found {term.loss!r}, which is called {RENAMED[term.loss]!r} now")
     expect(term.loss in LOSSES, f"{key}.loss", repr(term.loss), f"one of {', '.join(LOSSES)}")
     entry = LOSSES[term.loss]
-    teachers = (STUDENT,) if entry.reads == "layers" else teachers
+    teachers = (STUDENT,) if entry.compares == "layers" else teachers
     expected = f"one of {', '.join(teachers) or 'no teacher'}"
     expect(term.teacher in teachers, f"{key}.teacher", repr(term.teacher), expected)
     place, weight = f"{key}.weight", term.weight
@@ -58,7 +58,7 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermCon
     expect(0 <= term.final_fraction <= 1, f"{key}.final_fraction", term.final_fraction, "a number in 0..1")
     is_met = 0 <= term.warmup_epochs < math.inf
     expect(is_met, f"{key}.warmup_epochs", term.warmup_epochs, "a number of epochs, 0 or more")
-    if term.content_only and (entry.reads != "map" or entry.finishes_maps):
+    if term.content_only and (entry.compares != "map" or entry.runs_teacher_layers):
         raise UserError(f"{key}.content_only: loss {term.loss!r} compares more than maps, expected false")
     student_maps, teacher_maps = check_maps(term, key)
     check_parameters(term, f"{key}.parameters")
@@ -77,7 +77,7 @@ def check_parameters(term: TermConfig, key: str) -> None:
         expected = expected_instead(name, value, parameters[name].default)
         expect(not expected, f"{key}.{name}", repr(value), expected)
     values = {name: argument.default for name, argument in parameters.items()} | term.parameters
-    for name, (other, choices) in LOSSES[term.loss].read_with.items():
+    for name, (other, choices) in LOSSES[term.loss].only_with.items():
         is_met = values[name] == parameters[name].default or values[other] in choices
         found = f"{values[name]!r} beside {other}: {values[other]}, which does not read it"
         expect(is_met, f"{key}.{name}", found, f"{other}: {' or '.join(choices)}")
@@ -90,20 +90,20 @@ def term_name(term: TermConfig) -> str:
 
 def check_maps(term: TermConfig, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the student's and the teacher's maps, pair by pair; UserError where they do not fit the loss."""
-    entry, reads = LOSSES[term.loss], LOSSES[term.loss].reads
-    if reads in FIXED_MAPS:
+    entry, fixed = LOSSES[term.loss], FIXED_MAPS.get(LOSSES[term.loss].compares)
+    if fixed is not None:
         for side in ("student_maps", "teacher_maps"):
-            if getattr(term, side) not in ((), FIXED_MAPS[reads]):
-                raise UserError(f"{key}.{side}: loss {term.loss!r} compares {reads}, expected no names of maps")
-        return FIXED_MAPS[reads], FIXED_MAPS[reads]
+            if getattr(term, side) not in ((), fixed):
+                raise UserError(f"{key}.{side}: loss {term.loss!r} compares {fixed[0]}, expected no names of maps")
+        return fixed, fixed
     expect(bool(term.student_maps), f"{key}.student_maps", "none", "at least one name")
-    default = ("image_logits",) * len(term.student_maps) if reads == "image" else term.student_maps
+    default = ("image_logits",) * len(term.student_maps) if entry.compares == "image" else term.student_maps
     teacher_maps = term.teacher_maps or default
     count = len(term.student_maps)
     expect(len(teacher_maps) == count, f"{key}.teacher_maps", len(teacher_maps), f"{count}, one per student map")
     for side, names in (("student_maps", term.student_maps), ("teacher_maps", teacher_maps)):
-        if entry.compares is not None and set(names) != {entry.compares}:
-            raise UserError(f"{key}.{side}: found {', '.join(names)}, loss {term.loss!r} compares {entry.compares}")
+        if entry.only_output is not None and set(names) != {entry.only_output}:
+            raise UserError(f"{key}.{side}: found {', '.join(names)}, loss {term.loss!r} compares {entry.only_output}")
     for name in teacher_maps:
         if entry.other_branch is not None and name.startswith(entry.other_branch):
             raise UserError(

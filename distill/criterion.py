@@ -145,7 +145,7 @@ class Criterion(nn.Module):
         with naming(f"{key}.parameters", (ValueError, TypeError)):
             self.losses[name] = build_losses(term, s_probe, t_probe, classes)
         with naming(key, (UserError, ValueError, TypeError)):
-            if LOSSES[term.loss].reads in ("logits", "outputs"):  # location by location
+            if LOSSES[term.loss].compares in ("logits", "outputs"):  # location by location
                 check_anchors(self.student, self.teachers[term.teacher])
             try_term(self, term, s_probe, t_probe)
 
@@ -207,7 +207,7 @@ class Criterion(nn.Module):
         """The parts of a teacher's output that its terms read, so that it need not compute the rest; None: all."""
         terms = [term for term in self.terms.values() if term.teacher == teacher]
         whole = ("boxes", "outputs", "queries")
-        if self.teacher_weighting != "fixed" or any(LOSSES[term.loss].reads in whole for term in terms):
+        if self.teacher_weighting != "fixed" or any(LOSSES[term.loss].compares in whole for term in terms):
             return None
         parts = {name for term in terms for name in term.teacher_maps}
         if any(LOSSES[term.loss].reads_scores for term in terms):
@@ -276,10 +276,10 @@ def adapted_maps(
 ) -> dict[str, Tensor | None]:
     """The maps and contents of TermInputs for one pair; none of them for a term that compares no maps."""
     entry = LOSSES[term.loss]
-    if entry.reads not in ("map", "image"):
+    if entry.compares not in ("map", "image"):
         return {}
     s_map = named_map(batch.s_output, s_name)
-    if entry.reads == "image":
+    if entry.compares == "image":
         with in_precision_of(s_map):
             return {"s_map": adapter(s_map)}
     t_map = named_map(batch.t_outputs[term.teacher], t_name).detach()
@@ -292,7 +292,7 @@ def adapted_maps(
     with in_precision_of(s_map):
         s_map = only_at(content, adapter(s_map))
     t_map = only_at(content, resize_like(t_map, s_map))
-    if not entry.finishes_maps:
+    if not entry.runs_teacher_layers:
         t_map = only_at(content, like_adapted(adapter, t_map))
     return {"s_map": s_map, "t_map": t_map, "content": content, "t_content": t_content}
 
@@ -300,7 +300,7 @@ def adapted_maps(
 def compares_classes(term: TermConfig) -> bool:
     """Whether the term needs the classes that both models have."""
     entry = LOSSES[term.loss]
-    return entry.reads_scores or entry.reads not in ("map", "layers")
+    return entry.reads_scores or entry.compares not in ("map", "layers")
 
 
 def check_comparable(teachers: dict[str, nn.Module]) -> None:

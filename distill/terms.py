@@ -215,30 +215,30 @@ def object_queries(
     )
 
 
-ReadWith = dict[str, tuple[str, tuple[str, ...]]]
+OnlyWith = dict[str, tuple[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
 class Term:
     """A row of the table.
 
-    reads: what the loss compares. map: two maps, the student's after its adapter. logits: outputs of equal locations.
-    boxes: classes of given boxes. image: a map with the teacher's image logits. outputs: raw outputs of YOLOv5 heads.
-    layers: the student's own decoder layers, without a teacher. queries: what both decoders make of given queries.
-    read_with: a parameter -> another one, and its values with which the loss reads the first; with others it would
-    change nothing.
+    compares: map, two maps, the student's after its adapter; logits, outputs of equal locations; boxes, class logits of
+        given boxes; image, a map with the teacher's image logits; outputs, raw outputs of YOLOv5 heads; layers, the
+        student's own decoder layers, without a teacher; queries, what both decoders make of given queries.
+    only_with: parameters that act only beside certain values of another one: {"psi": ("mask", ("anchors",))} says that
+        psi acts with mask anchors; check_parameters refuses it beside another mask.
     """
 
     compute: Callable[..., Tensor]  # the function of the term
     loss: Callable[..., Any]  # the loss that it calls, which has a section in docs/losses
-    reads: Literal["map", "logits", "boxes", "image", "outputs", "layers", "queries"] = "map"
+    compares: Literal["map", "logits", "boxes", "image", "outputs", "layers", "queries"] = "map"
     module: type[nn.Module] | None = None  # a loss that trains something, built with the widths of the maps
     same_width: bool = True  # the maps need equal channels
     reads_scores: bool = False  # needs the class scores of a dense teacher as well
-    finishes_maps: bool = False  # passes maps through the teacher's own layers, which expect t_map unchanged
-    compares: str | None = None  # the name of the only output that a loss of logits compares
+    runs_teacher_layers: bool = False  # on both maps: so t_map must not be normalised
+    only_output: str | None = None  # its name, for a loss of logits that compares no other one
     other_branch: str | None = None  # how the names of maps begin that lie on a branch which the loss is not for
-    read_with: ReadWith = field(default_factory=dict)
+    only_with: OnlyWith = field(default_factory=dict)
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The allowed `parameters` of a term: the keyword-only arguments of the module, or else of the function."""
@@ -246,8 +246,8 @@ class Term:
         return {name: argument for name, argument in arguments.items() if argument.kind is argument.KEYWORD_ONLY}
 
 
-OF_ANCHORS: ReadWith = dict.fromkeys(("psi", "anchor_sizes", "anchor_ratios"), ("mask", ("anchors",)))
-OF_BOXES: ReadWith = {
+OF_ANCHORS: OnlyWith = dict.fromkeys(("psi", "anchor_sizes", "anchor_ratios"), ("mask", ("anchors",)))
+OF_BOXES: OnlyWith = {
     "score_threshold": ("boxes", ("teacher",)),
     "max_boxes": ("boxes", ("teacher", "proposals")),
 }
@@ -258,33 +258,33 @@ LOSSES = {
     "pkd": Term(pkd, features.channel_correlation),
     "attention": Term(attention, features.attention_transfer, same_width=False),
     "score_weighted_l2": Term(score_weighted_l2, features.score_weighted_l2, reads_scores=True),
-    "masked_mse": Term(masked_mse, masked.masked_mse, read_with=OF_ANCHORS),
+    "masked_mse": Term(masked_mse, masked.masked_mse, only_with=OF_ANCHORS),
     "decoupled_mse": Term(decoupled_mse, masked.decoupled_mse),
     "fgd": Term(fgd, FGD, module=FGD),
     "mgd": Term(mgd, MGD, module=MGD),
     "location_similarity": Term(location_similarity, relations.location_similarity, same_width=False),
     "instance_distance": Term(instance_distance, relations.instance_distance, same_width=False),
     "crosskd_classes": Term(
-        crosskd_classes, crosskd.crosskd_classes, reads_scores=True, finishes_maps=True, other_branch="box"
+        crosskd_classes, crosskd.crosskd_classes, reads_scores=True, runs_teacher_layers=True, other_branch="box"
     ),
     "crosskd_edges": Term(
-        crosskd_edges, crosskd.crosskd_edges, reads_scores=True, finishes_maps=True, other_branch="cls"
+        crosskd_edges, crosskd.crosskd_edges, reads_scores=True, runs_teacher_layers=True, other_branch="cls"
     ),
-    "soft_class": Term(soft_class, logits.soft_class_targets, "logits", reads_scores=True, compares="class_logits"),
-    "quality_focal": Term(quality_focal, logits.quality_focal, "logits", reads_scores=True, compares="class_logits"),
+    "soft_class": Term(soft_class, logits.soft_class_targets, "logits", reads_scores=True, only_output="class_logits"),
+    "quality_focal": Term(quality_focal, logits.quality_focal, "logits", reads_scores=True, only_output="class_logits"),
     "localization": Term(
         localization,
         localization_kl,
         "logits",
         reads_scores=True,
-        compares="box_logits",
-        read_with={"gamma": ("region", ("valuable",))},
+        only_output="box_logits",
+        only_with={"gamma": ("region", ("valuable",))},
     ),
     "objectness_scaled": Term(objectness_scaled, logits.objectness_scaled, "outputs"),
-    "box_classes": Term(box_classes, box_class_kl, "boxes", read_with=OF_BOXES | {"boxes": ("at", ("boxes",))}),
-    "softmax_kl": Term(softmax_kl, logits.softmax_kl, "boxes", read_with=OF_BOXES),
-    "decoupled_kl": Term(decoupled_kl, logits.decoupled_kl, "boxes", read_with=OF_BOXES),
-    "prediction_correlation": Term(prediction_correlation, logits.prediction_correlation, "boxes", read_with=OF_BOXES),
+    "box_classes": Term(box_classes, box_class_kl, "boxes", only_with=OF_BOXES | {"boxes": ("at", ("boxes",))}),
+    "softmax_kl": Term(softmax_kl, logits.softmax_kl, "boxes", only_with=OF_BOXES),
+    "decoupled_kl": Term(decoupled_kl, logits.decoupled_kl, "boxes", only_with=OF_BOXES),
+    "prediction_correlation": Term(prediction_correlation, logits.prediction_correlation, "boxes", only_with=OF_BOXES),
     "image_kl": Term(image_kl, logits.image_kl, "image", logits.TaughtImageHead),
     "last_layer": Term(last_layer, query_agreement, "layers"),
     "object_queries": Term(object_queries, query_agreement, "queries"),

@@ -19,10 +19,10 @@ def build_adapters(term: TermConfig, s_probe: Any, t_probe: Any, classes: ClassC
     s_probe, t_probe: outputs of both models for any images. classes: the columns that both have; None: equal lists.
     """
     entry = LOSSES[term.loss]
-    if entry.reads != "map" and term.adapter != "none":
-        raise UserError(f"loss {term.loss!r} compares {entry.reads}, not maps: expected adapter none")
+    if entry.compares != "map" and term.adapter != "none":
+        raise UserError(f"loss {term.loss!r} compares {entry.compares}, not maps: expected adapter none")
     pairs = zip(term.student_maps, term.teacher_maps)
-    if entry.reads in FIXED_MAPS:
+    if entry.compares in FIXED_MAPS:
         return nn.ModuleList(nn.Identity() for _ in pairs)
     return nn.ModuleList(adapter_of_pair(term, s_probe, t_probe, *pair, classes) for pair in pairs)
 
@@ -37,20 +37,20 @@ def adapter_of_pair(
     except KeyError as error:
         raise UserError(f"map {error.args[0]}") from None
     shapes = f"{s_name} {tuple(s.shape)} of the student and {t_name} {tuple(t.shape)} of the teacher"
-    if entry.reads == "logits":
+    if entry.compares == "logits":
         has_common_columns = classes is not None and s_name == t_name == "class_logits" and s.shape[:2] == t.shape[:2]
         if s.shape != t.shape and not has_common_columns:
             raise UserError(f"logits {shapes} must have equal shapes")
         return nn.Identity()
     # By name as well: the logits (B, A, 4, R) of edges have four dimensions, and no pixels.
-    is_t_fine = t.dim() == 2 if entry.reads == "image" else t_name in t_probe.features and t.dim() == 4
+    is_t_fine = t.dim() == 2 if entry.compares == "image" else t_name in t_probe.features and t.dim() == 4
     if not (is_t_fine and s_name in s_probe.features and s.dim() == 4):
         raise UserError(f"{shapes} are not maps (B, C, H, W)")
-    if entry.reads == "image" or (term.adapter == "none" and not entry.same_width):
+    if entry.compares == "image" or (term.adapter == "none" and not entry.same_width):
         return nn.Identity()
     with naming(f"{s_name} and {t_name}", ValueError):
         adapter = build_adapter(term.adapter, s.shape[1], t.shape[1])
-    if normalises(adapter) and entry.finishes_maps and not term.parameters.get("rescale", True):
+    if normalises(adapter) and entry.runs_teacher_layers and not term.parameters.get("rescale", True):
         raise UserError("the teacher's layers cannot take a normalised map: expected rescale: true")
     return adapter
 
@@ -65,7 +65,7 @@ def build_losses(term: TermConfig, s_probe: Any, t_probe: Any, classes: ClassCol
             continue
         t_width = named_map(t_probe, t_name).shape[1]
         widths: tuple[int, ...] = (t_width,)
-        if entry.reads == "image":
+        if entry.compares == "image":
             widths = (named_map(s_probe, s_name).shape[1], t_width if classes is None else len(classes[0]))
         losses.append(entry.module(*widths, **term.parameters))
     return losses

@@ -42,7 +42,7 @@ def listing() -> str:
     uses = Counter(term.loss for term in LOSSES.values())
     for name, term in LOSSES.items():
         first = (inspect.getdoc(term.loss if uses[term.loss] == 1 else term.compute) or "").splitlines()[0].rstrip(".")
-        lines.append(f"{name:<24} {term.reads:<8} {first}")
+        lines.append(f"{name:<24} {term.compares:<8} {first}")
     return "\n\n".join([*blocks, "\n".join(lines)])
 
 

@@ -177,7 +177,7 @@ def check_pseudo_boxes(settings: PseudoBoxConfig, key: str) -> None:
 def check_kept_outputs(config: Config) -> None:
     """UserError for a term that reads more of a teacher than the part of its output that is kept on disk."""
     for index, term in enumerate(config.terms):
-        if config.teacher_cache_gigabytes and LOSSES[term.loss].reads == "queries":
+        if config.teacher_cache_gigabytes and LOSSES[term.loss].compares == "queries":
             found = f"key 'teacher_cache_gigabytes': found {config.teacher_cache_gigabytes} beside terms.{index}"
             raise UserError(f"{found}, whose loss {term.loss!r} runs the teacher's decoder again, expected 0")
 

@@ -94,7 +94,7 @@ def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) ->
 
 
 def name_trained_part(term: TermConfig) -> str:
-    if LOSSES[term.loss].reads == "image":
+    if LOSSES[term.loss].compares == "image":
         return "image head"
     return term.adapter if term.adapter != "none" else f"part of {term.loss}"
 

@@ -92,7 +92,7 @@ def map_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.I
     before and after the adapter; the teacher's map at the same grid, in the same colors as the adapted one. The student
     is the trained one, not its average, because the adapters belong to it. No model changes.
     """
-    terms = {name: term for name, term in setup.criterion.terms.items() if LOSSES[term.loss].reads == "map"}
+    terms = {name: term for name, term in setup.criterion.terms.items() if LOSSES[term.loss].compares == "map"}
     if not terms or not len(index):
         return {}
     chosen = spread(index, NUM_PICTURES)

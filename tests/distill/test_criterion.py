@@ -194,7 +194,7 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("loss", "name", "value"), OUT_OF_RANGE)
 def test_a_number_that_no_loss_is_defined_for_is_refused(loss, name, value):
     maps = {"soft_class": "class_logits", "quality_focal": "class_logits", "localization": "box_logits"}.get(loss, "p3")
-    maps = () if LOSSES[loss].reads in ("boxes", "outputs") else (maps,)
+    maps = () if LOSSES[loss].compares in ("boxes", "outputs") else (maps,)
     with pytest.raises(UserError, match=rf"^terms\.0\.parameters\.{name}: found .*, expected ") as error:
         check_term(term(loss=loss, student_maps=maps, parameters={name: value}), "terms.0", ("big",))
     assert "\n" not in str(error.value)
@@ -232,8 +232,8 @@ def test_a_power_below_one_is_refused():
 
 def test_a_row_describes_its_own_loss():
     for name, entry in LOSSES.items():
-        assert (entry.compares is not None) == (entry.reads == "logits"), name
-        for parameter, (other, values) in entry.read_with.items():
+        assert (entry.only_output is not None) == (entry.compares == "logits"), name
+        for parameter, (other, values) in entry.only_with.items():
             assert {parameter, other} <= set(entry.parameters()) and values, f"{name}: {parameter}"
 
 
@@ -262,12 +262,12 @@ TARGETS = Targets(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if entry.reads in ("map", "logits")])
+@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if entry.compares in ("map", "logits")])
 def test_every_loss_of_maps_and_logits_acts_through_the_criterion(name):
     """Above zero, with gradients for the student and for whatever the loss trains; the same for the same seed."""
     student, teacher = TinyDetector(4), TinyDetector(6).requires_grad_(False).eval()
     of_logits = "box_logits" if name == "localization" else "class_logits"
-    is_map = LOSSES[name].reads == "map"
+    is_map = LOSSES[name].compares == "map"
     of_maps = "p4" if name == "crosskd_edges" else "p3"
     maps = dict(student_maps=(of_maps if is_map else of_logits,), adapter="conv1x1" if is_map else "none")
     criterion = build(term(loss=name, **maps), student=student, teachers={"big": teacher})
