@@ -16,12 +16,14 @@ from engine.evaluation.measuring import evaluate_model
 from errors import UserError
 from tests.tiny_training import SIZE
 
+STUDENT, OTHER = "yolov8_narrow", "yolov5n"
+
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     """Detectors of two classes with fresh weights, whose features differ: the file of each."""
     found = {}
-    for arch in ("yolov8n", "yolov5n"):
+    for arch in (STUDENT, OTHER):
         torch.manual_seed(0)
         model = models.build(arch, 2)
         set_statistics(model, torch.rand(8, 3, SIZE, SIZE))
@@ -33,24 +35,15 @@ def networks(tmp_path_factory):
 
 @pytest.fixture
 def weights(networks):
-    return networks["yolov8n"]
+    return networks[STUDENT]
 
 
 @pytest.fixture
 def arguments(tiny_data, weights, tmp_path):
-    tiny = ["--format", "yolo", "--data", str(tiny_data), "--val", "test", "--weights", str(weights), "--threads", "1"]
     return [
-        *tiny,
-        "--image-size",
-        str(SIZE),
-        "--per-class",
-        "1",
-        "--draws",
-        "2",
-        "--steps",
-        "1",
-        "--out",
-        str(tmp_path / "r.json"),
+        *("--format", "yolo", "--data", str(tiny_data), "--val", "test", "--weights", str(weights), "--arch", STUDENT),
+        *("--image-size", str(SIZE), "--per-class", "1", "--draws", "2", "--steps", "1", "--threads", "1"),
+        *("--out", str(tmp_path / "r.json")),
     ]
 
 
@@ -89,7 +82,7 @@ def put_in_place(model, head) -> None:
     assert next(groups, None) is None
 
 
-@pytest.mark.parametrize("arch", ["yolov8n", "yolov5n"])
+@pytest.mark.parametrize("arch", [STUDENT, OTHER])
 def test_the_student_is_measured_as_the_detector_that_it_is(arch, arguments, networks, one_thread):
     """Features kept once against a whole detector with the head in its place, measured by evaluate_model."""
     own = ["--rows", "random", "--weights", str(networks[arch]), "--arch", arch]
@@ -137,9 +130,9 @@ def test_pictures_learnt_for_another_detector(arguments, networks, tmp_path, one
         numbers[arch] = json.loads(report.read_text())["sizes"]["1"]["rows"]
         assert json.loads(report.read_text())["settings"]["other"] == f"{arch}.pt"
     distance = lambda arch, row: numbers[arch][row]["cost"][0]["last_distance"]
-    assert distance("yolov8n", "transferred") == distance("yolov8n", "matched") == distance("yolov5n", "matched")
-    assert numbers["yolov8n"]["transferred"]["mAP"] == numbers["yolov8n"]["matched"]["mAP"]
-    assert distance("yolov5n", "transferred") != distance("yolov5n", "matched")
+    assert distance(STUDENT, "transferred") == distance(STUDENT, "matched") == distance(OTHER, "matched")
+    assert numbers[STUDENT]["transferred"]["mAP"] == numbers[STUDENT]["matched"]["mAP"]
+    assert distance(OTHER, "transferred") != distance(OTHER, "matched")
 
 
 @pytest.mark.parametrize(
