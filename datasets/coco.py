@@ -27,7 +27,7 @@ from datasets.folders import is_left_out
 from datasets.index import DatasetIndex, Effect
 from datasets.kept_index import Sources
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_misread, refuse_resized
-from datasets.values import read_flag, read_id, read_number, read_size
+from datasets.values import read_area, read_flag, read_id, read_number, read_size
 from errors import UserError
 
 MAX_JSON_BYTES = 4 << 30
@@ -42,6 +42,7 @@ def _list_of(item: bytes) -> bytes:
     return rb"\[" + _SPACE + rb"(?:" + item + rb"(?:" + comma + item + rb")*+)?+" + _SPACE + rb"\]"
 
 
+LISTS = ("images", "annotations", "categories")  # the keys of a file
 MASK = re.compile(rb'"segmentation"' + _SPACE + b":" + _SPACE + _list_of(_list_of(_NUMBER)))
 
 
@@ -134,7 +135,7 @@ def find_image(folder: Path, name: Any, sources: Sources | None = None) -> Path 
 def read_json(path: Path) -> Any:
     """The plain values in a JSON file, with null for each mask that is a list of polygons.
 
-    UserError for NaN, Infinity and deep nesting.
+    UserError for NaN, Infinity, deep nesting, and one of LISTS that is given twice: a parser would drop the first.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -149,6 +150,8 @@ def read_json(path: Path) -> Any:
     try:
         text = _without_masks(data).decode("utf-8-sig")
         del data  # of a set of COCO's size, as much as the parsed values
+        if any(text.count(f'"{name}"') > 1 for name in LISTS):
+            json.loads(text, parse_constant=refuse, object_pairs_hook=lambda pairs: _refuse_twice(pairs, path))
         return json.loads(text, parse_constant=refuse)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
@@ -158,6 +161,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: nested too deeply, expected COCO labels") from None
     except ValueError as error:  # an integer of thousands of digits
         raise UserError(f"{path}: not valid JSON: {error}, expected a COCO file") from None
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]], path: Path) -> None:
+    names = [name for name, _ in pairs if name in LISTS]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: key {twice!r} is given twice, expected one list")
 
 
 def _without_masks(data: bytes) -> bytearray:
@@ -387,12 +397,11 @@ def _add_annotation(record: dict, first_id: dict, label_of: dict, rows_of: dict)
         return f"category_id {category!r} is no category of the file", "unknown class"
     if not isinstance(box, list) or len(box) != 4:
         return f"bbox {box!r}, expected four numbers", "malformed object"
-    area = record.get("area")
     try:
         key = "bbox"
         x, y, width, height = map(read_number, box)
         key = "area"
-        area = None if area is None else read_number(area)
+        area = read_area(record.get(key))
         key = "ignore"
         difficult = read_flag(record.get(key))
         key = "iscrowd"

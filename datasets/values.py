@@ -58,6 +58,15 @@ def read_number(value: Any) -> float:
     return number
 
 
+def read_area(value: Any) -> float | None:
+    """The area of an object, in square pixels; None where it is missing or below 0, as exporters write for "unknown".
+
+    COCO's evaluation would ignore an object of an area below 0 in every range of areas.
+    """
+    area = None if value is None else read_number(value)
+    return None if area is None or area < 0 else area
+
+
 def read_id(value: Any) -> int | str:
     """The id of an image or a category: a whole number (1.0 is 1) or a text, which stays a text."""
     if isinstance(value, str) and value:

@@ -10,7 +10,7 @@ import numpy as np
 
 from datasets.coco import match_id, read_categories, read_json, without_root
 from datasets.rows import FaultLog
-from datasets.values import are_fractions, read_flag, read_id, read_number, read_size, short
+from datasets.values import are_fractions, read_area, read_flag, read_id, read_number, read_size, short
 from datasets.voc import CLASSES as VOC_CLASSES
 from errors import UserError
 from metrics.annotations import (
@@ -52,9 +52,7 @@ def read_coco(path: Path) -> Annotations:
         for key in ("iscrowd", "ignore")
     )
     boxes, box_area = _corners(xywh)
-    stated_area = [
-        _read(read_number, row, "area", where, n) if row.get("area") is not None else None for n, row in enumerate(rows)
-    ]
+    stated_area = [_read(read_area, row, "area", where, n) for n, row in enumerate(rows)]
     area = np.array([own if a is None else a for a, own in zip(stated_area, box_area.tolist())], dtype=np.float64)
     sizes = tuple(read_size(entry.get("width"), entry.get("height")) for entry in images.values())
     refuse_corners(boxes, image, sizes, where, is_centered=False)

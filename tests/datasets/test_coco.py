@@ -11,6 +11,8 @@ from datasets import open_dataset
 from datasets.coco import index_coco, read_coco, read_json
 from datasets.images import read_image
 from errors import UserError
+from metrics.files import read_ground_truth
+from tests.datasets.small_sets import coco, picture, text
 
 INVALID_MASKS = (
     b"[1,,2] | [[1, 2], , [3]] | [[1 2]] | [[1, 2,]] | [[01]] | [[1.]] | [[.5]] | [[+1]] | [[1e]] | [[--1]] | [[1.2.3]]"
@@ -297,3 +299,29 @@ def test_a_file_as_root_is_refused(tmp_path):
     (tmp_path / "instances_train.json").write_text("{}")
     with pytest.raises(UserError, match=r"instances_train\.json: a file, expected the folder with annotations/"):
         read_coco(tmp_path / "instances_train.json", "train")
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_a_list_that_is_given_twice_is_refused(tmp_path, key):
+    """Two files joined by hand: the parser keeps the last list, and half of the labels would be gone."""
+    picture(tmp_path / "images" / "x.png")
+    whole = coco()
+    part = f'"{key}": {json.dumps(json.loads(whole)[key])}'
+    text(tmp_path / "train.json", f"{{{part}, {whole[1:]}")
+    with pytest.raises(UserError, match=f"train.json: key '{key}' is given twice, expected one list"):
+        read_coco(tmp_path, "train")
+    with pytest.raises(UserError, match=f"train.json: key '{key}' is given twice, expected one list"):
+        read_ground_truth(tmp_path / "train.json")
+    text(tmp_path / "train.json", f'{{"info": {{"{key}": 1}}, {whole[1:]}')
+    assert len(read_coco(tmp_path, "train")) == len(read_ground_truth(tmp_path / "train.json").pictures) == 1
+
+
+def test_an_area_below_0_is_no_area(tmp_path):
+    """COCO's evaluation would ignore its object in every range of areas."""
+    picture(tmp_path / "images" / "x.png")
+    tree = json.loads(coco(objects=((1, 1), (1, 1), (1, 1))))
+    for row, area, left in zip(tree["annotations"], (-1, 0, 9.5), (1, 2, 3)):
+        row |= {"area": area, "bbox": [left, 1, 5, 6]}
+    text(tmp_path / "train.json", json.dumps(tree))
+    assert read_coco(tmp_path, "train").samples[0].area.tolist() == [30, 0, 9.5]
+    assert read_ground_truth(tmp_path / "train.json").ground_truth.area.tolist() == [30, 0, 9.5]
