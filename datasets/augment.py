@@ -22,7 +22,7 @@ Coordinates are continuous: pixel column i covers i..i+1 and its center is i + 1
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -217,12 +217,9 @@ def draw(count: int, *, generator: torch.Generator, settings, groups: Tensor | N
 
 def repeat_for_each(parameters: Parameters, count: int) -> Parameters:
     """The parameters of one image, repeated for `count` images without partners."""
-    repeated = {
-        f.name: getattr(parameters, f.name).expand(count, *[-1] * (getattr(parameters, f.name).dim() - 1))
-        for f in fields(Parameters)
-    }
-    own = torch.arange(count)
-    return Parameters(**repeated | {"neighbours": own[:, None].expand(-1, 4), "mixup_partner": own})
+    repeated = {name: value.expand(count, *value.shape[1:]) for name, value in vars(parameters).items()}
+    itself = torch.arange(count)
+    return replace(Parameters(**repeated), neighbours=itself[:, None].expand(-1, 4), mixup_partner=itself)
 
 
 def affine_matrices(parameters: Parameters, *, image_size: int) -> Tensor:
@@ -296,7 +293,7 @@ def sample_mosaic(images: Tensor, layout: MosaicLayout, matrices: Tensor) -> Ten
     atlas[:, :, 1:-1, 1:-1] = images.transpose(0, 1)
     atlas = atlas.view(1, 3, count * slot, slot).expand(count, -1, -1, -1)
 
-    x, y = _view_to_source_lines(torch.linalg.inv(matrices), size, images)
+    x, y = _source_xy(torch.linalg.inv(matrices), size, images)
     joint = layout.joint.to(images, non_blocking=True)[:, :, None, None]  # (B, 2, 1, 1)
     is_right, is_below = x >= joint[:, 0], y >= joint[:, 1]
     offsets = layout.offsets.to(images, non_blocking=True)[..., None, None]  # (B, 4, 2, 1, 1)
@@ -310,8 +307,8 @@ def sample_mosaic(images: Tensor, layout: MosaicLayout, matrices: Tensor) -> Ten
     return F.grid_sample(atlas, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _view_to_source_lines(inverse: Tensor, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Canvas x and y of the view's pixel centers: (B, S, S), or (B, 1, S) and (B, S, 1) without rotation and shear.
+def _source_xy(inverse: Tensor, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the view's pixel centers come from: x and y (B, S, S); without rotation and shear (B, 1, S) and (B, S, 1).
 
     The thin shapes make this usual case cheap: later operations broadcast late.
     """
@@ -325,7 +322,7 @@ def _view_to_source_lines(inverse: Tensor, size: int, like: Tensor) -> tuple[Ten
 
 
 def _pick(is_right: Tensor, is_below: Tensor, choices: list[Tensor]) -> Tensor:
-    """The choice of each pixel's quadrant."""
+    """Of choices for top left, top right, bottom left and bottom right, that of each pixel's quadrant."""
     top = torch.where(is_right, choices[1], choices[0])
     bottom = torch.where(is_right, choices[3], choices[2])
     return torch.where(is_below, bottom, top)
@@ -338,7 +335,7 @@ def sample_affine(images: Tensor, matrices: Tensor) -> Tensor:
     equal those of sample_mosaic, with less memory.
     """
     count, _, size, _ = images.shape
-    x, y = _view_to_source_lines(torch.linalg.inv(matrices), size, images)
+    x, y = _source_xy(torch.linalg.inv(matrices), size, images)
     grid = torch.empty(count, size, size, 2, dtype=images.dtype, device=images.device)
     grid[..., 0], grid[..., 1] = x * (2 / size) - 1, y * (2 / size) - 1
     # grid_sample can pad with zeros, but with no other constant.

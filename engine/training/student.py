@@ -33,7 +33,7 @@ def build_student(
     config: Config,
     class_names: tuple[str, ...],
     saved: dict[str, Tensor] | None = None,
-    say: Callable[[str], None] = lambda line: print(line),
+    say: Callable[[str], None] = print,
     given: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
     """The student, fresh from config.seed or started from the weights in its config (fine_tuning.start_model, inherit).
@@ -162,7 +162,7 @@ def check_same_family(arch: str, other: str) -> None:
     if other not in models.ARCHITECTURES:
         raise UserError(f"key 'student.inherit': found {other}, expected a wider model of the family of {arch}")
     with torch.device("meta"):
-        own, theirs = (models.build(name, 1).state_dict() for name in (arch, other))
+        own, theirs = models.build(arch, 1).state_dict(), models.build(other, 1).state_dict()
     if differing := own.keys() ^ theirs.keys():
         found = f"{arch} and {other} are of different families or depths: only one of them has {min(differing)}"
         raise UserError(f"key 'student.inherit': {found}")
@@ -197,7 +197,8 @@ def check_backbone(settings: ModelConfig) -> None:
     ):
         if is_given and not has_backbone:
             raise UserError(f"key 'student.{key}': {settings.arch} learns as a whole, expected none")
-    if settings.frozen_norms and settings.weights is settings.backbone_weights is settings.inherit is None:
+    is_fresh = settings.weights is None and settings.backbone_weights is None and settings.inherit is None
+    if settings.frozen_norms and is_fresh:
         raise UserError(
             "key 'student.frozen_norms': found true without weights, expected backbone_weights or weights; in a "
             "fresh backbone the gammas of residual branches are 0, and would stay so"
