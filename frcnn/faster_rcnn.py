@@ -250,7 +250,7 @@ class FasterRCNN(nn.Module):
         return {"rpn_objectness": objectness, "rpn_box": box}
 
     def _roi_losses(self, output: FasterRCNNOutput, per_image: list[ImageTargets]) -> dict[str, Tensor]:
-        boxes_per_image, all_labels, targets, scores = [], [], [], []
+        rois_per_image, roi_labels, target_deltas, roi_scores = [], [], [], []
         for proposals, (objects_xyxy, labels, class_scores, ignored_xyxy) in zip(
             output.select(**self.train_selection), per_image
         ):
@@ -260,20 +260,21 @@ class FasterRCNN(nn.Module):
                 boxes_xyxy, objects_xyxy, ignored_xyxy, positive_iou=0.5, negative_iou=0.5, every_object=False
             )
             positives, background = sample(matched, ROI_SAMPLES, ROI_POSITIVE_FRACTION)
-            boxes_per_image.append(boxes_xyxy[torch.cat((positives, background))])
-            all_labels.append(torch.cat((1 + labels[matched[positives]], torch.zeros_like(background))))
-            targets.append(encode_boxes(objects_xyxy[matched[positives]], boxes_xyxy[positives], ROI_WEIGHTS))
+            learnt = matched[positives]  # the object of each positive
+            rois_per_image.append(boxes_xyxy[torch.cat((positives, background))])
+            roi_labels.append(torch.cat((1 + labels[learnt], torch.zeros_like(background))))
+            target_deltas.append(encode_boxes(objects_xyxy[learnt], boxes_xyxy[positives], ROI_WEIGHTS))
             if class_scores is not None:
-                scores.append(class_scores[matched[positives]])
-        labels, target_deltas = torch.cat(all_labels), torch.cat(targets)
-        class_logits, box_deltas = self.predict_at(output, boxes_per_image)
+                roi_scores.append(class_scores[learnt])
+        class_logits, box_deltas = self.predict_at(output, rois_per_image)
+        labels = torch.cat(roi_labels)
         positive = labels.nonzero().squeeze(1)
         classes, box = roi_losses(
             class_logits=class_logits,
             labels=labels,
             box_deltas=box_deltas[positive, labels[positive]],
-            target_deltas=target_deltas,
-            class_scores=torch.cat(scores) if scores else None,
+            target_deltas=torch.cat(target_deltas),
+            class_scores=torch.cat(roi_scores) if roi_scores else None,
         )
         return {"roi_class": classes, "roi_box": box}
 
