@@ -193,19 +193,16 @@ def yolov5_matches(
     strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
-    ratio_threshold: float = 4.0,
     matches: AnchorMatches | None = None,
 ) -> tuple[AnchorMatches, Tensor]:
-    """The matches, or if there are none anchor_ratio_matches, and the CIoU (M,) of each with its object.
+    """The matches, by default those of anchor_ratio_matches, and the CIoU (M,) of each box with its object.
 
     Gradient flows through the CIoU.
     """
     box_logits = at_least_float32(box_logits)
     anchors = anchors.to(box_logits.dtype)
     if matches is None:
-        matches = anchor_ratio_matches(
-            grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
-        )
+        matches = anchor_ratio_matches(grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets)
     predicted_xyxy, steps = matched_boxes(matches, box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors)
     gt_xyxy = targets.boxes_xyxy[matches.row].to(box_logits.dtype)
     return matches, paired_ciou(predicted_xyxy / steps, gt_xyxy / steps)  # (M, 4) cells -> (M,)
@@ -233,13 +230,10 @@ def yolov7_matches(
     strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
-    ratio_threshold: float = 4.0,
 ) -> AnchorMatches:
     """Those of anchor_ratio_matches that simota_matches chooses by the predictions; arguments as in yolov5_losses."""
     anchors = anchors.to(at_least_float32(box_logits).dtype)
-    matches = anchor_ratio_matches(
-        grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets, ratio_threshold=ratio_threshold
-    )
+    matches = anchor_ratio_matches(grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets)
     logits = (box_logits, objectness_logits, class_logits)
     box_logits, objectness_logits, class_logits = (at_least_float32(x.detach()) for x in logits)
     boxes_xyxy, _ = matched_boxes(matches, box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors)
@@ -286,7 +280,6 @@ def yolov5_losses(
     box_gain: float = 0.05,
     obj_gain: float = 1.0,
     cls_gain: float = 0.5,
-    ratio_threshold: float = 4.0,
     balance: tuple[float, ...] = (4.0, 1.0, 0.4),
     matches: AnchorMatches | None = None,
 ) -> dict[str, Tensor]:
@@ -301,8 +294,7 @@ def yolov5_losses(
         box_logits: (B, A, 4). objectness_logits: (B, A). class_logits: (B, A, K). A in the order of make_anchors.
         anchors: (L, n, 2) in pixels. grid_sizes: L pairs (h, w). strides: L, pixels. balance: L weights.
         targets: labels in 0..K-1; may be empty.
-        matches: those to learn, such as yolov7_matches of the same predictions, or None for
-            anchor_ratio_matches with ratio_threshold.
+        matches: those to learn, such as yolov7_matches of the same predictions. None: those of anchor_ratio_matches.
     Returns:
         {"box", "obj", "cls"}: scalars (), not multiplied by B.
 
@@ -314,7 +306,7 @@ def yolov5_losses(
     anchors = anchors.to(box_logits.dtype)
     matches, ciou = yolov5_matches(
         box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets,
-        ratio_threshold=ratio_threshold, matches=matches,
+        matches=matches,
     )  # fmt: skip
     counts = torch.bincount(matches.level, minlength=len(strides)).to(ciou.dtype)
     weight = 1 / joint_normaliser(counts, ciou)[matches.level]  # 1 / |M_l| (M,)

@@ -172,7 +172,7 @@ LOSS_MUTANTS = {
     "target of one": Edit("ciou.detach().clamp(min=0)", "torch.ones_like(ciou)"),
     "levels alike": Edit("sizes, balance)", "sizes, (1.0, 1.0, 1.0))"),
     "ignored regions are background": Edit("] = -1", "] = 0"),
-    "matches by shape": Edit("ratio_threshold=ratio_threshold, matches=matches", "ratio_threshold=ratio_threshold"),
+    "matches by shape": Edit("matches=matches", "matches=None"),
 }
 
 
