@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-from config import from_tree, read_tree
+from config import Config, from_tree, read_tree
 from datasets.augment import draw_siamese
 from distill.condense.gradient_matching import GradientMatching
 from distill.condense.head_matching import HeadMatching
@@ -76,29 +76,38 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, help="with --row: the set of its run with this seed (default: the first)")
     parser.add_argument("--output", metavar="FOLDER", help="folder of the set (default: as above)")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.row is None:
-        if arguments.seed is not None:
-            raise UserError("argument --seed: expected --row with it; condense.seed=N is the seed of one set")
-        file = from_tree(StudyFile, read_tree(arguments.config, arguments.overrides), source=arguments.config)
-        if "method" not in file.condense:
-            advice = "condense.method=NAME"
-            if not file.condense:
-                advice += f" (train.py {arguments.config} trains a config without it)"
-            if file.rows:
-                advice = f"condense.method=NAME, or --row NAME, one of {', '.join(map(str, file.rows))}"
-            raise UserError(f"{arguments.config}: key 'condense.method' is missing, expected {advice}")
-        config, task = file, task_of(file, file.condense, arguments.config).with_seed(file.seed)
+    if arguments.row is not None:
+        config, task = task_of_row(arguments.config, arguments.overrides, arguments.row, arguments.seed)
+    elif arguments.seed is not None:
+        raise UserError("argument --seed: expected --row with it; condense.seed=N is the seed of one set")
     else:
-        study = load_study(arguments.config, arguments.overrides)
-        row = next((row for row in study.rows if row.name == arguments.row), None)
-        if row is None or row.task is None:
-            expected = ", ".join(row.name for row in study.rows if row.task is not None)
-            expected = expected or "a study with rows that condense"
-            raise UserError(f"argument --row: found {arguments.row!r}, expected {expected}")
-        seed = row.seeds[0] if arguments.seed is None else arguments.seed
-        config, task = study.config, row.task.with_seed(seed)
+        config, task = task_of_file(arguments.config, arguments.overrides)
     folder = Path(arguments.output) if arguments.output else task.folder(sets_folder(config))
     condense(task, folder, device=config.device)
+
+
+def task_of_row(path: str, overrides: list[str], name: str, seed: int | None) -> tuple[Config, Task]:
+    """The set that a row of a study trains on, and the config of the study. seed: None is the first of the row."""
+    study = load_study(path, overrides)
+    tasks = {row.name: row.task.with_seed(row.seeds[0] if seed is None else seed) for row in study.rows if row.task}
+    if name not in tasks:
+        raise UserError(
+            f"argument --row: found {name!r}, expected {', '.join(tasks) or 'a study with rows that condense'}"
+        )
+    return study.config, tasks[name]
+
+
+def task_of_file(path: str, overrides: list[str]) -> tuple[Config, Task]:
+    """The set of the section `condense` of a file, and the file."""
+    file = from_tree(StudyFile, read_tree(path, overrides), source=path)
+    if "method" in file.condense:
+        return file, task_of(file, file.condense, path).with_seed(file.seed)
+    advice = "condense.method=NAME"
+    if file.rows:
+        advice += f", or --row NAME, one of {', '.join(map(str, file.rows))}"
+    elif not file.condense:
+        advice += f" (train.py {path} trains a config without it)"
+    raise UserError(f"{path}: key 'condense.method' is missing, expected {advice}")
 
 
 def condense(task: Task, folder: Path, *, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
@@ -190,28 +199,29 @@ class Job:
 
 def make(job: Job) -> dict[str, Any]:
     """Make the pictures of the set, learn them if its method does, then write its files; return the manifest."""
-    task, real, c, cost = job.task, job.real, job.task.condense, Cost(job.device)
+    task, real, cost = job.task, job.real, Cost(job.device)
     job.stop.may_raise = True  # nothing is lost
     layout = first_layout(task, real, job.network)
     job.stop.may_raise = False
-    splits: dict[str, list[Picture]] = {}
-    if task.is_learnt or task.formation != (1, 1):
+    holds_several = task.formation != (1, 1)  # real pictures in a stored one
+    if task.is_learnt or holds_several:
         synthetic = to_synthetic(task, layout, job.device)
         if task.is_learnt:
             learn(job, build_learner(job, synthetic), layout, cost)
-        splits[STORED] = stored_pictures(synthetic, layout)
-        if task.formation != (1, 1):
+        splits = {STORED: stored_pictures(synthetic, layout)}
+        if holds_several:
             images, targets = synthetic.decode(torch.arange(len(synthetic)))
             splits[DECODED] = as_pictures(images.detach().cpu(), targets.to("cpu"), layout.content_xyxy)
     else:
-        splits[STORED] = as_pictures(layout.images, layout.targets, layout.content_xyxy)
+        splits = {STORED: as_pictures(layout.images, layout.targets, layout.content_xyxy)}
+    count = task.condense.pictures
     manifest = {
-        "method": c.method,
-        "pictures": c.pictures,  # stored ones
-        "formation": list(c.formation),
+        "method": task.condense.method,
+        "pictures": count,  # stored ones
+        "formation": list(task.formation),
         "decoded": task.decoded,
         "objects": len(layout.targets),
-        "ratio": c.pictures / len(real),
+        "ratio": count / len(real),
         "seed": task.seed,
         "image_size": task.image_size,
         "source": {"format": real.place[0], "root": real.place[1], "split": real.place[2], "pictures": len(real)},
@@ -226,7 +236,7 @@ def make(job: Job) -> dict[str, Any]:
     }
     job.claim.check()
     write_set(job.folder, splits, job.names, manifest)
-    made = f"{counted(c.pictures, 'picture')} with {counted(len(layout.targets), 'object')}"
+    made = f"{counted(count, 'picture')} with {counted(len(layout.targets), 'object')}"
     job.progress.say(f"written: {job.folder}, {made}")
     return manifest
 
