@@ -106,20 +106,18 @@ def classify_boxes(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dic
 def softmax_logits(
     inputs: TermInputs, boxes: Boxes, score_threshold: float, max_boxes: int
 ) -> tuple[dict[str, Tensor], Targets]:
-    """classify_boxes of two softmax heads for given_boxes, and the boxes."""
-    require_softmax(inputs)
-    chosen = given_boxes(inputs, boxes, score_threshold, max_boxes)
-    return classify_boxes(inputs, chosen), chosen
+    """classify_boxes of two softmax heads for given_boxes, and the boxes.
 
-
-def require_softmax(inputs: TermInputs) -> None:
-    """ValueError where one of the heads is not a softmax, or the columns are not the same classes."""
+    ValueError where one of the heads is not a softmax, or the columns are not the same classes.
+    """
     for role, model in (("student", inputs.student), ("teacher", inputs.teacher)):
         activation = getattr(model, "class_activation", "no")
         if activation != "softmax":
             raise ValueError(f"the {role} has a {activation} head, this loss is for softmax heads; see box_classes")
     if inputs.classes is not None:
         raise ValueError("softmax heads of different class lists cannot be compared; see box_classes")
+    chosen = given_boxes(inputs, boxes, score_threshold, max_boxes)
+    return classify_boxes(inputs, chosen), chosen
 
 
 def to_student_labels(t_labels: Tensor, s_columns: Tensor, t_columns: Tensor) -> Tensor:

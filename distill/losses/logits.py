@@ -341,9 +341,14 @@ def require_equal_shapes(s_logits: Tensor, t_logits: Tensor) -> None:
 def weighted_mean(values: Tensor, weight: Tensor | None, normaliser: Tensor | float | None = None) -> Tensor:
     """sum(w v) / max(M, 1). Without weight, w = 1; without normaliser, M = sum(w). No values give 0.
 
-    Values and normaliser are this process's parts of the sum and of M: see layers.over_processes.
+    Values and normaliser are this process's parts of the sum and of M: see layers.over_processes. The weight is
+    detached. Raises ValueError unless it has the shape of the values.
     """
-    weight = torch.ones_like(values) if weight is None else as_weight(weight, values)
+    if weight is None:
+        weight = torch.ones_like(values)
+    elif weight.shape != values.shape:
+        raise ValueError(f"weight {tuple(weight.shape)} must be {tuple(values.shape)}, one per row")
+    weight = weight.detach().to(values.dtype)
     if normaliser is None:
         total = weight.sum()
     elif isinstance(normaliser, Tensor):
@@ -351,10 +356,3 @@ def weighted_mean(values: Tensor, weight: Tensor | None, normaliser: Tensor | fl
     else:
         total = values.new_full((), normaliser)
     return (weight * values).sum() / joint_normaliser(total, values)
-
-
-def as_weight(weight: Tensor, values: Tensor) -> Tensor:
-    """The weight in the values' dtype, detached. Raises ValueError unless it has their shape."""
-    if weight.shape != values.shape:
-        raise ValueError(f"weight {tuple(weight.shape)} must be {tuple(values.shape)}, one per row")
-    return weight.detach().to(values.dtype)

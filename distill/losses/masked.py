@@ -75,12 +75,7 @@ def decoupled_mse(
 
 def as_mask(mask: Tensor, feature_map: Tensor) -> Tensor:
     """The mask in the map's dtype, detached. Raises ValueError unless it is (B, 1, H, W) of the map."""
-    require_mask(mask, feature_map)
-    return mask.detach().to(feature_map.dtype)
-
-
-def require_mask(mask: Tensor, feature_map: Tensor) -> None:
-    """Raises ValueError unless the mask is (B, 1, H, W) of the map."""
     b, _, h, w = feature_map.shape
     if mask.shape != (b, 1, h, w):
         raise ValueError(f"mask {tuple(mask.shape)} must be (B, 1, H, W) of the map {tuple(feature_map.shape)}")
+    return mask.detach().to(feature_map.dtype)
