@@ -39,7 +39,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,7 @@ import models
 import train
 from condense import condense
 from config import Config
+from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from engine.comparison import plot, submission
 from engine.comparison.condensed_table import condensed_markdown, condensed_tree
@@ -145,9 +146,10 @@ def make_plan(study: Study, *, only: list[str] | None = None, run: str | None = 
     """The works of the rows `only` (None: all) or of one run, checked before anything is trained."""
     plot.require_plots()
     every = list_work(study.rows)
-    works = choose(every, study, only)
-    retried, shown = works, only
-    if run is not None:
+    if run is None:
+        works = retried = choose(every, study, only)
+        shown = only
+    else:
         works = with_needs(every, [run])
         retried, shown = works[-1:], [works[-1].row.name]
     progress = StudyProgress(every, {row.name: find_finished(row) for row in study.rows}, retried)
@@ -245,13 +247,11 @@ def find_finished(row: Row) -> Result:
 def check_rows(rows: list[Row], study: Study) -> Inputs:
     """Build the models and the criterion of every row, to find mistakes in the last row before the first is trained.
 
-    rows: those with runs to train. Teachers that are not trained yet are replaced by untrained models. Returns the
-    inputs that are there already, without the weights of teachers among the rows: these will be others.
+    rows: those with runs to train. Teachers that are not trained yet are replaced by untrained models. Returns
+    inputs_of_rows.
     """
-    inputs: Inputs = {}
     open_once = functools.cache(lambda place, classes: open_dataset(*place, classes=classes))
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
-    unfinished = {weights_name(last_weights(row)) for row in rows if row.is_teacher}
     for row in rows:
         with naming(f"row {row.name!r}"):
             check_config(row.run(row.seeds[0]), [t.name for t in row.config.teachers if t.weights in in_place])
@@ -266,11 +266,20 @@ def check_rows(rows: list[Row], study: Study) -> Inputs:
             if row.task is not None:
                 row.task.check_source(len(open_once(real.train_place, real.classes)))
             check_models(row, in_place, open_once(data.test_place, data.classes).names)
-            places = [data.test_place]
-            if row.task is None and data.train is not None:
-                places.append(data.train_place)
-            for place in places:
-                if (name := labels_of(place, data)) not in inputs:
+    return inputs_of_rows(rows, open_once)
+
+
+def inputs_of_rows(rows: list[Row], open_once: Callable[..., DatasetIndex]) -> Inputs:
+    """The inputs that are there already, without the weights of teachers among the rows: these will be others."""
+    inputs: Inputs = {}
+    unfinished = {weights_name(last_weights(row)) for row in rows if row.is_teacher}
+    for row in rows:
+        data = row.config.data
+        has_labels = row.task is None and data.train is not None  # a set's manifest has those of its source
+        with naming(f"row {row.name!r}"):
+            for place in (data.test_place, data.train_place) if has_labels else (data.test_place,):
+                name = labels_of(place, data)
+                if name not in inputs:
                     inputs[name] = digest_of_labels(open_once(place, data.classes))
             inputs |= weights_of(row.config, known=inputs.keys() | unfinished)
     return inputs
