@@ -181,10 +181,11 @@ def run(
     Raises UserError, or SystemExit after a signal, when all is saved. Both carry the exit codes above.
     """
     keep_freed_memory()
-    active, idle = without_idle_terms(with_published_settings(config))
-    unneeded = {teacher.name for teacher in config.teachers} - {teacher.name for teacher in active.teachers}
-    given = {name: model for name, model in (teachers or {}).items() if name not in unneeded}
-    config, processes = active, Processes(config.device)
+    all_teachers = {teacher.name for teacher in config.teachers}
+    config, idle = without_idle_terms(with_published_settings(config))
+    idle_teachers = all_teachers - {teacher.name for teacher in config.teachers}
+    given = {name: model for name, model in (teachers or {}).items() if name not in idle_teachers}
+    processes = Processes(config.device)
     progress = Progress(quiet=quiet or not processes.is_first, mark=config.plumbing)
     if idle:
         progress.say(idle)

@@ -51,10 +51,10 @@ class TermInputs:
 
     def logits(self) -> dict[str, Tensor]:
         """s_logits and t_logits of the pair; class logits are cut to the columns that both models have."""
-        s_logits, t_logits = named_map(self.s_output, self.s_name), self.t_logits()
+        s_logits = named_map(self.s_output, self.s_name)
         if self.classes is not None and self.s_name == "class_logits":
             s_logits = s_logits[..., self.classes[0].to(s_logits.device)]
-        return {"s_logits": s_logits, "t_logits": t_logits}
+        return {"s_logits": s_logits, "t_logits": self.t_logits()}
 
     def t_logits(self) -> Tensor:
         """The teacher's output of the pair; class and image logits are cut to the columns that both models have."""
