@@ -129,7 +129,7 @@ def transform(
             images, targets = sample_mosaic(images, layout, matrices), mosaic_targets(targets, layout)
         else:
             images = sample_affine(images, matrices @ centring_matrix(width))
-            targets = shift_boxes(targets, -width / 2)
+            targets = replace(targets, boxes_xyxy=targets.boxes_xyxy - width / 2)
         moved = move_boxes(targets.boxes_xyxy, matrices.to(targets.boxes_xyxy.device)[targets.image])
         targets = drop_hidden(targets, moved, image_size=width)
     if parameters.mixup_weight.lt(1).any():
@@ -342,12 +342,6 @@ def sample_affine(images: Tensor, matrices: Tensor) -> Tensor:
     return F.grid_sample(images - FILL, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + FILL
 
 
-def shift_boxes(targets: Targets, offset_xy: Tensor | float) -> Targets:
-    """The targets, moved by one number or by (N, 2)."""
-    offset = offset_xy if isinstance(offset_xy, float) else offset_xy.to(targets.boxes_xyxy).repeat(1, 2)
-    return replace(targets, boxes_xyxy=targets.boxes_xyxy + offset)
-
-
 def mosaic_targets(targets: Targets, layout: MosaicLayout) -> Targets:
     """The targets of all images in all views, in canvas coordinates. An object may appear in several views."""
     device = targets.image.device
@@ -355,8 +349,9 @@ def mosaic_targets(targets: Targets, layout: MosaicLayout) -> Targets:
     is_used[:, 1:] = layout.joint[:, :1].isfinite()  # (B, 4)
     sources = layout.sources.masked_fill(~is_used, -1).to(device)
     view, quadrant, row = (sources[:, :, None] == targets.image).nonzero().unbind(1)
-    shown = replace(targets[row], image=view)
-    return shift_boxes(shown, layout.offsets.to(device)[view, quadrant])
+    shown = targets[row]
+    offset = layout.offsets.to(device)[view, quadrant].to(shown.boxes_xyxy).repeat(1, 2)
+    return replace(shown, image=view, boxes_xyxy=shown.boxes_xyxy + offset)
 
 
 def move_boxes(boxes_xyxy: Tensor, matrices: Tensor) -> Tensor:

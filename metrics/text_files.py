@@ -125,11 +125,9 @@ def read_text_detections(
     ground_truth = annotations.ground_truth
     names = named_below(folder, paths)
     image_of = annotations.finder.find_names({name: str(path) for name, path in names.items()})
-    rows = Rows()
+    rows, score_at, class_names = Rows(), -1 if score_last else 0, listed or ground_truth.names
     for name, path in names.items():
         image = image_of[name]
-        score_at = -1 if score_last else 0
-        class_names = listed or ground_truth.names
         read_text_rows(rows, path, image, annotations.sizes[image], text_boxes, score_at=score_at, names=class_names)
     check_boxes(rows, text_boxes, "--detection-boxes", annotations.sizes)
     check_order(rows, text_boxes, score_last)
