@@ -182,19 +182,17 @@ class Task:
 
     def check(self) -> None:
         """UserError for every mistake in the settings."""
-        c = self.condense
-        check_image_size("key 'image_size'", self.image_size)
-        expect(c.pictures >= 1, "key 'condense.pictures'", c.pictures, "at least 1")
-        where, size = "key 'condense.formation'", self.image_size
+        c, size, tiles = self.condense, self.image_size, math.prod(self.condense.formation)
+        check_image_size("key 'image_size'", size)
+        require = lambda is_met, key, found, expected: expect(is_met, f"key 'condense.{key}'", found, expected)
+        require(c.pictures >= 1, "pictures", c.pictures, "at least 1")
         is_pair = len(c.formation) == 2 and all(1 <= side <= size for side in c.formation)
-        expect(is_pair, where, list(c.formation), f"[rows, columns], each 1 to {size}")
-        tiles = math.prod(c.formation)
+        require(is_pair, "formation", list(c.formation), f"[rows, columns], each 1 to {size}")
         if c.method == "mosaic":
-            expect(tiles > 1, where, list(c.formation), "more than one tile: a mosaic of one picture is random")
+            require(tiles > 1, "formation", list(c.formation), "more than one tile: a mosaic of one picture is random")
         elif not self.is_learnt:
-            expect(tiles == 1, where, list(c.formation), f"[1, 1]: {c.method} stores pictures as they are")
-        is_met = c.crops >= 1 and size % c.crops == 0
-        expect(is_met, "key 'condense.crops'", c.crops, f"a divisor of {size} pixels")
+            require(tiles == 1, "formation", list(c.formation), f"[1, 1]: {c.method} stores pictures as they are")
+        require(c.crops >= 1 and size % c.crops == 0, "crops", c.crops, f"a divisor of {size} pixels")
         if self.needs_network and c.network.weights is None:
             raise UserError(f"key 'condense.network': {c.method} needs a trained network, expected {{weights: FILE}}")
         if self.data.train is None or self.data.per_class or self.data.unlabelled is not None:
@@ -202,28 +200,26 @@ class Task:
                 "keys 'data.train', 'data.per_class', 'data.unlabelled': a set is condensed from labelled "
                 "pictures, expected a split alone (data.max_samples takes some of them)"
             )
-        expect(c.real_batch >= 1, "key 'condense.real_batch'", c.real_batch, "at least 1")
-        for name in ("save_every_steps", "picture_every_steps"):
-            expect(getattr(c, name) >= 0, f"key 'condense.{name}'", getattr(c, name), "a number, or 0 for never")
-        expect(c.seed is None or c.seed >= 0, "key 'condense.seed'", c.seed, "0 or more")
-        seed, of_whole = c.matching.seed, "none: condense.seed is the seed of the whole set"
-        expect(not seed, "key 'condense.matching.seed'", seed, of_whole)
-        for name, learning, distances in (
+        require(c.real_batch >= 1, "real_batch", c.real_batch, "at least 1")
+        require(c.save_every_steps >= 0, "save_every_steps", c.save_every_steps, "a number, or 0 for never")
+        require(c.picture_every_steps >= 0, "picture_every_steps", c.picture_every_steps, "a number, or 0 for never")
+        require(c.seed is None or c.seed >= 0, "seed", c.seed, "0 or more")
+        of_whole = "none: condense.seed is the seed of the whole set"
+        require(not c.matching.seed, "matching.seed", c.matching.seed, of_whole)
+        for key, learning, distances in (
             ("matching", c.matching, DISTANCES),
             ("head", c.head, (CURVATURE, *HEAD_DISTANCES)),
         ):
-            where, steps, distance = f"condense.{name}", learning.steps, learning.distance
-            expect(steps >= 0, f"key '{where}.steps'", steps, "a number, or 0 for none")
             weight, rate, momentum = learning.total_variation, learning.learning_rate, learning.momentum
-            is_met = 0 <= weight < math.inf
-            expect(is_met, f"key '{where}.total_variation'", weight, "a weight, or 0 for none")
-            expect(0 < rate < math.inf, f"key '{where}.learning_rate'", rate, "a number above 0")
-            expect(0 <= momentum < 1, f"key '{where}.momentum'", momentum, "a number of 0 up to less than 1")
-            expect(distance in distances, f"key '{where}.distance'", repr(distance), f"one of {', '.join(distances)}")
-
+            require(learning.steps >= 0, f"{key}.steps", learning.steps, "a number, or 0 for none")
+            require(0 <= weight < math.inf, f"{key}.total_variation", weight, "a weight, or 0 for none")
+            require(0 < rate < math.inf, f"{key}.learning_rate", rate, "a number above 0")
+            require(0 <= momentum < 1, f"{key}.momentum", momentum, "a number of 0 up to less than 1")
+            distance, expected = learning.distance, f"one of {', '.join(distances)}"
+            require(distance in distances, f"{key}.distance", repr(distance), expected)
         ridge, rate = c.head.ridge, c.matching.pool.learning_rate
-        expect(0 < ridge < math.inf, "key 'condense.head.ridge'", ridge, "a number above 0")
-        expect(0 <= rate < math.inf, "key 'condense.matching.pool.learning_rate'", rate, "a number, or 0 for none")
+        require(0 < ridge < math.inf, "head.ridge", ridge, "a number above 0")
+        require(0 <= rate < math.inf, "matching.pool.learning_rate", rate, "a number, or 0 for none")
 
     def check_source(self, count: int) -> None:
         """UserError if the source has too few pictures: each is used at most once."""
