@@ -183,8 +183,8 @@ def usable_rows(
     """
     has_size = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(axis=1)
     keys = list(zip(map(tuple, boxes_xyxy.tolist()), *columns))
-    first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1)))
-    is_first = np.array([first[key] == row for row, key in enumerate(keys)], dtype=bool)
+    first: dict[tuple, int] = {}
+    is_first = np.array([first.setdefault(key, row) == row for row, key in enumerate(keys)], dtype=bool)
     notes = []
     for reason, is_out in (("zero-size box", ~has_size), ("equal to another in all", has_size & ~is_first)):
         if count := int(is_out.sum()):

@@ -195,10 +195,10 @@ def _entries(path: Path, tree: dict, kind: str) -> tuple[list[dict], Ids]:
     where, entries = _places(path, kind), tree[kind]
     _check_objects(entries, where)
     ids = [_id(entry, "id", where, n) for n, entry in enumerate(entries)]
-    first = dict(zip(reversed(ids), reversed(entries)))
-    twice = next((i for i, entry in zip(ids, entries) if entry.get("file_name") != first[i].get("file_name")), None)
-    if twice is not None:
-        raise UserError(f"{path}: {kind}: id {twice!r} is given to two pictures")
+    first: dict[int | str, dict] = {}
+    for i, entry in zip(ids, entries):
+        if first.setdefault(i, entry).get("file_name") != entry.get("file_name"):
+            raise UserError(f"{path}: {kind}: id {i!r} is given to two pictures")
     if len({type(i) for i in ids}) > 1:
         raise UserError(f"{path}: {kind}: found numbers and text as ids, expected one kind")
     order = sorted(range(len(ids)), key=ids.__getitem__)
