@@ -91,9 +91,8 @@ def task_of_row(path: str, overrides: list[str], name: str, seed: int | None) ->
     study = load_study(path, overrides)
     tasks = {row.name: row.task.with_seed(row.seeds[0] if seed is None else seed) for row in study.rows if row.task}
     if name not in tasks:
-        raise UserError(
-            f"argument --row: found {name!r}, expected {', '.join(tasks) or 'a study with rows that condense'}"
-        )
+        expected = ", ".join(tasks) or "a study with rows that condense"
+        raise UserError(f"argument --row: found {name!r}, expected {expected}")
     return study.config, tasks[name]
 
 

@@ -79,9 +79,8 @@ def assigned_labels(boxes_xyxy: Tensor, image: Tensor, targets: Targets) -> Targ
 def classify_boxes(inputs: TermInputs, chosen: Targets, at: At = "boxes") -> dict[str, Tensor]:
     """s_logits (N, ...) and t_logits (N, ...): both models' class logits for N boxes, by class_logits_at.
 
-    at: boxes, the chosen ones, one row for each.
-    assigned, the objects of the batch: a row for each location that the assigner of a dense student gives an object.
-        The student's logits are those of the location, the teacher's those of the object's box.
+    at: boxes, the chosen ones; assigned, the objects of the batch, with a row for each location that the assigner of a
+        dense student gives an object: the student's logits there, and the teacher's of the object's box.
     """
     if at not in ("boxes", "assigned"):
         raise ValueError(f"at: found {at!r}, expected boxes or assigned")

@@ -221,9 +221,7 @@ def task_aligned_assignment(
     is_mine = torch.where(times_chosen[cell] > 1, gt == closest[cell], is_chosen)  # one pair per location now
 
     # Not scattered into (N,): all pairs of an object would write to one address.
-    largest_metric, largest_overlap = (
-        pairs.by_object(torch.where(is_mine, x, 0), N).amax(1)[gt] for x in (metric, overlap)
-    )
+    largest_metric, largest_overlap = (pairs.by_object(x.where(is_mine, 0), N).amax(1)[gt] for x in (metric, overlap))
     target = torch.where(is_mine, metric * largest_overlap / (largest_metric + eps), 0)  # (P,)
 
     gt_index = over_cells(torch.where(is_mine, gt, -1), -1, "amax").view(B, A)

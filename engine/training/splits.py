@@ -268,10 +268,7 @@ def count_pictures(indexes: dict[str, DatasetIndex], data: DataConfig) -> int:
 
 
 def take(index: DatasetIndex, at_most: int) -> DatasetIndex:
-    """That many pictures of an index in its order, with their faults; all for 0 or less, as data.max_samples has it.
-
-    The choice is random, but always the same.
-    """
+    """At most this many random pictures in their order, always the same, with their faults; all for 0 or less."""
     if not 0 < at_most < len(index):
         return index
     return choose(index, np.sort(np.random.default_rng(0).permutation(len(index))[:at_most]).tolist())
