@@ -194,7 +194,7 @@ def train_all(plan: Plan) -> None:
                 continue
             write_tables(plan)
             break
-        else:
+        else:  # other processes are at all that can begin
             if list(held) != printed:
                 print("waiting: " + "; ".join(map(str, held.values())), flush=True)
                 printed = list(held)
@@ -247,8 +247,7 @@ def find_finished(row: Row) -> Result:
 def check_rows(rows: list[Row], study: Study) -> Inputs:
     """Build the models and the criterion of every row, to find mistakes in the last row before the first is trained.
 
-    rows: those with runs to train. Teachers that are not trained yet are replaced by untrained models. Returns
-    inputs_of_rows.
+    rows: those with runs to train. Untrained models replace teachers that are not trained yet. Returns inputs_of_rows.
     """
     open_once = functools.cache(lambda place, classes: open_dataset(*place, classes=classes))
     in_place = {last_weights(row): row.config for row in study.rows if row.is_teacher}
