@@ -52,6 +52,15 @@ class Targets:
         """The rows chosen by an index or a mask (N,)."""
         return self._map(lambda x: x[rows])
 
+    @property
+    def is_learnt(self) -> Tensor:
+        """(N,) bool: not ignored, with an area."""
+        return (self.boxes_xyxy[:, 2:] > self.boxes_xyxy[:, :2]).all(1) & ~self.ignore
+
+    def learnt(self) -> "Targets":
+        """The objects that are learnt. On a GPU the host waits here, for their number."""
+        return self[self.is_learnt]
+
     def of_images(self, chosen: Tensor) -> "Targets":
         """The objects of the images where chosen (B,) bool is True; the first of these images becomes image 0."""
         if bool(chosen.all()):

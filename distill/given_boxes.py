@@ -11,7 +11,6 @@ from torch import Tensor
 
 from boxes import box_area, box_iou, paired_intersection
 from distill.losses.box_classes import assigned_logits, boxes_by_image, teacher_scale
-from distill.losses.masks import is_learnt, learnt_objects
 from distill.outputs import any_map
 from distill.term_inputs import TermInputs
 from layers.precision import in_precision_of
@@ -32,7 +31,7 @@ def given_boxes(inputs: TermInputs, boxes: Boxes, score_threshold: float, max_bo
     if boxes not in ("targets", "teacher", "proposals"):
         raise ValueError(f"boxes: found {boxes!r}, expected targets, teacher or proposals")
     if boxes == "targets":
-        return learnt_objects(inputs.targets)
+        return inputs.targets.learnt()
     if boxes == "proposals":
         if getattr(inputs.t_output, "proposals", None) is None:
             raise ValueError("boxes: found proposals, but this teacher has none: only a two-stage teacher does")
@@ -67,7 +66,7 @@ def assigned_labels(boxes_xyxy: Tensor, image: Tensor, targets: Targets) -> Targ
     object.
     """
     is_same = image[:, None] == targets.image  # (N, G)
-    iou = box_iou(boxes_xyxy, targets.boxes_xyxy.to(boxes_xyxy)) * (is_same & is_learnt(targets))
+    iou = box_iou(boxes_xyxy, targets.boxes_xyxy.to(boxes_xyxy)) * (is_same & targets.is_learnt)
     best, row = torch.cat((iou, iou.new_zeros(len(iou), 1)), 1).max(1)  # the last column: no object
     labels = torch.cat((targets.labels, targets.labels.new_full((1,), -1)))[row]
     labels = torch.where(best >= 0.5, labels, -1)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.box_classes import Head, boxes_by_image, log_odds, teacher_scale
-from distill.losses.masks import learnt_objects
 from distill.outputs import any_map
 from layers.over_processes import sum_over_processes
 from layers.precision import in_precision_of
@@ -63,7 +62,7 @@ def teacher_cross_entropy(
         classes: (student's columns, teacher's columns) from class_names.join_classes; None: the class lists are equal.
     """
     detector = cast(Detector, teacher)
-    labelled = learnt_objects(targets)
+    labelled = targets.learnt()
     labels = labelled.labels
     if classes is not None:
         s_columns, t_columns = (columns.to(labels.device) for columns in classes)

@@ -20,7 +20,7 @@ from distill.losses import crosskd, features, logits, masked, relations
 from distill.losses.box_classes import box_class_kl
 from distill.losses.fgd import FGD
 from distill.losses.localization import localization_kl, valuable_region
-from distill.losses.masks import anchor_mask, box_density, box_mask, learnt_objects
+from distill.losses.masks import anchor_mask, box_density, box_mask
 from distill.losses.mgd import MGD
 from distill.losses.queries import query_agreement
 from distill.term_inputs import ANCHOR_RATIOS, TermInputs
@@ -91,7 +91,7 @@ def location_similarity(inputs: TermInputs, *, nodes: int = 16) -> Tensor:
 
 def instance_distance(inputs: TermInputs, *, size: int = 3) -> Tensor:
     """size: points per side in each object. With GID's 7 x 7, crowded images cost more than the models."""
-    rows, image_size = learnt_objects(inputs.targets), inputs.image_size
+    rows, image_size = inputs.targets.learnt(), inputs.image_size
     s, t = (
         relations.pool_boxes(m, boxes_xyxy=rows.boxes_xyxy, image=rows.image, image_size=image_size, size=size)
         for m in inputs.maps().values()

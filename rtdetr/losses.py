@@ -24,12 +24,6 @@ VARIFOCAL_ALPHA, VARIFOCAL_GAMMA = 0.75, 2.0
 IGNORED_FRACTION = 0.5  # of a query's box within one ignored region
 
 
-def learnt_objects(targets: Targets) -> Targets:
-    """The objects that queries learn: not ignored, and with an area."""
-    has_area = (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(1)
-    return targets[has_area & ~targets.ignore]
-
-
 def to_fractions(boxes_xyxy: Tensor, image_size: tuple[int, int]) -> Tensor:
     """(N, 4) xyxy pixels -> (N, 4) cxcywh_norm, at least float32."""
     height, width = image_size

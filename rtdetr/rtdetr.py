@@ -28,7 +28,7 @@ from rtdetr.decoder import Decoded, Decoder, map_sizes
 from rtdetr.denoising import NoisyObjects, make_noisy_objects
 from rtdetr.encoder import HybridEncoder
 from rtdetr.hgnetv2 import HGNetV2
-from rtdetr.losses import class_shares, is_in_ignored, learnt_objects, object_count, query_losses, to_fractions
+from rtdetr.losses import class_shares, is_in_ignored, object_count, query_losses, to_fractions
 from rtdetr.matching import match_queries
 from rtdetr.names import RTDETR_L_NAMES, RTDETR_X_NAMES, authors_layout
 from rtdetr.resnet_vd import ResNetVD
@@ -164,7 +164,7 @@ class RTDETR(nn.Module):
         denoising_*: the sums over the decoder layers, divided by the number of groups as well.
         The noise comes from torch's global CPU generator.
         """
-        decoded, objects = output.decoded(), learnt_objects(targets)
+        decoded, objects = output.decoded(), targets.learnt()
         gt_boxes = to_fractions(objects.boxes_xyxy, output.image_size)
         where = dict(labels=objects.labels, gt_boxes=gt_boxes, image=objects.image)
         matches = match_queries(decoded.logits, decoded.boxes, **where)
@@ -189,7 +189,7 @@ class RTDETR(nn.Module):
 
         They hold nothing of this model, so another RT-DETR may decode them for the same images.
         """
-        objects = learnt_objects(targets)
+        objects = targets.learnt()
         gt_boxes, num_images = to_fractions(objects.boxes_xyxy, output.image_size), len(output.decoded().memory)
         return make_noisy_objects(
             gt_boxes, objects.labels, objects.image, num_images=num_images, num_classes=num_classes

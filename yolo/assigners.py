@@ -133,7 +133,7 @@ def plain_task_aligned_assignment(
     gt_index = torch.full(class_logits.shape[:2], -1, device=class_logits.device)
     target_scores = torch.zeros_like(class_logits)
     for b in range(len(class_logits)):
-        rows = (is_learnable(targets) & (targets.image == b)).nonzero()[:, 0]  # (G,)
+        rows = (targets.is_learnt & (targets.image == b)).nonzero()[:, 0]  # (G,)
         if not len(rows):
             continue
         labels, boxes = targets.labels[rows], gt_boxes[rows]
@@ -195,11 +195,11 @@ def task_aligned_assignment(
     """
     (B, A), N = class_logits.shape[:2], len(targets)
     centers = points * strides  # (A, 2) pixels
-    learnable, ignore = is_learnable(targets), targets.ignore  # (N,) each
-    gt_boxes, gt_labels = targets.boxes_xyxy.to(boxes_xyxy.dtype), targets.labels.where(learnable, 0)
+    is_learnt, ignore = targets.is_learnt, targets.ignore  # (N,) each
+    gt_boxes, gt_labels = targets.boxes_xyxy.to(boxes_xyxy.dtype), targets.labels.where(is_learnt, 0)
 
     reach = torch.where(ignore[:, None], gt_boxes, _widen(gt_boxes, 2 * strides.min()))  # (N, 4)
-    pairs = _list_pairs(is_inside(centers, reach) & (learnable | ignore)[:, None])
+    pairs = _list_pairs(is_inside(centers, reach) & (is_learnt | ignore)[:, None])
     gt, image = pairs.gt, targets.image[pairs.gt]  # (P,) each
     cell = image * A + pairs.location  # (P,) in 0..B*A-1: the locations of all images in a row
 
@@ -210,7 +210,7 @@ def task_aligned_assignment(
     overlap = paired_ciou(boxes_xyxy.reshape(-1, 4).index_select(0, cell), gt_boxes.index_select(0, gt))
     overlap = overlap.clamp(min=0)  # u (P,)
     score = class_logits[image, pairs.location, gt_labels[gt]].to(overlap.dtype).sigmoid()  # s (P,)
-    is_candidate = pairs.is_real & learnable[gt]
+    is_candidate = pairs.is_real & is_learnt[gt]
     metric = torch.where(is_candidate, score**alpha * overlap**beta, 0)  # t (P,), 0 unless a candidate
     overlap = torch.where(metric != 0, overlap, 0)
 
@@ -258,7 +258,7 @@ def anchor_ratio_matches(
     Differs from public YOLOv5 code: a center exactly on the border of two cells gives each of them once (there, one
     cell twice). An object whose center lies outside the image has no match (there, it moves to the border cell).
     """
-    rows = is_learnable(targets).nonzero()[:, 0]  # (N,)
+    rows = targets.is_learnt.nonzero()[:, 0]  # (N,)
     boxes = xyxy_to_cxcywh(targets.boxes_xyxy[rows].to(anchors.dtype))  # (N, 4) pixels
     neighbours = boxes.new_tensor([[0, 0], [-1, 0], [0, -1], [1, 0], [0, 1]]).long()  # (5, 2) as x, y
     matches, start, n = [], 0, anchors.shape[1]
@@ -323,10 +323,6 @@ def in_ignored_box(centers: Tensor, targets: Targets, num_images: int) -> Tensor
 def is_asynchronous(device: torch.device) -> bool:
     """Whether the device computes while the host runs on: a shape that depends on values makes the host wait."""
     return device.type == "cuda"
-
-
-def is_learnable(targets: Targets) -> Tensor:
-    return (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(-1) & ~targets.ignore
 
 
 def is_inside(points: Tensor, boxes_xyxy: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from boxes import box_iou
 from structures import Targets
-from yolo.assigners import AnchorMatches, is_learnable
+from yolo.assigners import AnchorMatches
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def simota_matches(
     row, is_chosen = candidates.row.clone(), torch.zeros_like(candidates.row, dtype=torch.bool)  # (M,) each
     for image in candidates.image.unique():
         c = (candidates.image == image).nonzero()[:, 0]  # (C,) candidates of this image
-        rows = (is_learnable(targets) & (targets.image == image)).nonzero()[:, 0]  # (G,) objects of this image
+        rows = (targets.is_learnt & (targets.image == image)).nonzero()[:, 0]  # (G,) objects of this image
         overlap = box_iou(targets.boxes_xyxy[rows].to(boxes_xyxy.dtype), boxes_xyxy[c])  # (G, C)
         cost = class_cost(objectness_logits[c], class_logits[c], targets.labels[rows])
         cost = (cost - iou_weight * overlap.clamp(min=1e-8).log()).nan_to_num(nan=-torch.inf)  # (G, C)

@@ -74,7 +74,7 @@ def anchor_mask(
         union = width * height + box_area(boxes)[:, None, None] - intersection
         best = torch.maximum(best, intersection / union)
     threshold = psi * best.amax((1, 2), keepdim=True) if best.numel() else best
-    marked = (best > threshold) & is_learnt(targets)[:, None, None]
+    marked = (best > threshold) & targets.is_learnt[:, None, None]
     return max_over_objects(marked, image, batch_size) > 0
 
 
@@ -140,16 +140,6 @@ def level_maps(values: Tensor, grid_sizes: list[tuple[int, int]], anchors_per_pi
     return [level.unflatten(1, (anchors_per_pixel, h, w)) for level, (h, w) in zip(levels, grid_sizes)]
 
 
-def learnt_objects(targets: Targets) -> Targets:
-    """The rows that are learnt. On a GPU the host waits here, for their number."""
-    return targets[is_learnt(targets)]
-
-
-def is_learnt(targets: Targets) -> Tensor:
-    """(N,) bool: not ignored, with an area."""
-    return ~targets.ignore & (box_area(targets.boxes_xyxy) > 0)
-
-
 def pixel_centers(
     grid_size: tuple[int, int], image_size: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -168,7 +158,7 @@ def raster_boxes(targets: Targets, grid_size: tuple[int, int], image_size: tuple
     x, y = pixel_centers(grid_size, image_size, boxes.device)
     in_x = covered_1d(x, image_size[1] / max(grid_size[1], 1), boxes[:, 0], boxes[:, 2])  # (N, W)
     in_y = covered_1d(y, image_size[0] / max(grid_size[0], 1), boxes[:, 1], boxes[:, 3])  # (N, H)
-    has_pixels = is_learnt(targets) & (box_area(boxes) > 0)  # an object outside the image has none
+    has_pixels = targets.is_learnt & (box_area(boxes) > 0)  # an object outside the image has none
     return in_y[:, :, None] & in_x[:, None, :] & has_pixels[:, None, None], targets.image  # (N, H, W)
 
 

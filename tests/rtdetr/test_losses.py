@@ -11,7 +11,7 @@ from rtdetr import decoder as decoder_file
 from rtdetr import denoising, losses, matching
 from rtdetr.decoder import Decoder, map_sizes
 from rtdetr.denoising import make_noisy_objects
-from rtdetr.losses import class_shares, is_in_ignored, learnt_objects, query_losses, to_fractions
+from rtdetr.losses import class_shares, is_in_ignored, query_losses, to_fractions
 from rtdetr.matching import least_cost_assignment, match_queries
 from structures import Targets
 from tests.conftest import ROOT
@@ -242,8 +242,8 @@ def test_a_query_in_an_ignored_region_is_no_background():
         torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), torch.tensor([True, False, False]),
     )  # fmt: skip
     assert is_in_ignored(boxes, targets, image_size).tolist() == [[[False, True, False]], [[False] * 3]]
-    assert is_in_ignored(boxes, learnt_objects(targets), image_size) is None
-    assert learnt_objects(targets).boxes_xyxy.tolist() == [[0, 0, 9, 9]]  # the last has no width
+    assert is_in_ignored(boxes, targets.learnt(), image_size) is None
+    assert targets.learnt().boxes_xyxy.tolist() == [[0, 0, 9, 9]]  # the last has no width
     assert to_fractions(targets.boxes_xyxy[:1], image_size).tolist() == [[0.75, 0.5, 0.5, pytest.approx(0.6)]]
     logits, boxes, *objects = scene()
     is_left_out = torch.ones(3, 2, 6, dtype=torch.bool)

@@ -138,8 +138,8 @@ MUTANTS = {
     "copies share with themselves": Edit("(claims > 0).sum(0) > 1", "claims.sum(0) > 1"),
     "its matches alone": Edit("owner = torch.where(", "chooses &= candidates.row[c] == rows[:, None]\n"
                               "        owner = torch.where("),
-    "ignored objects choose": Edit("is_learnable(targets) & ", ""),
-    "objects of other images": Edit("(is_learnable(targets) & (targets.image == image))", "is_learnable(targets)"),
+    "ignored objects choose": Edit("targets.is_learnt & ", ""),
+    "objects of other images": Edit("(targets.is_learnt & (targets.image == image))", "targets.is_learnt"),
     "nan is dear": Edit("nan=-torch.inf", "nan=torch.inf"),
 }  # fmt: skip
 

@@ -123,7 +123,7 @@ def check_scores(split) -> None:
 
 
 RASTER = {
-    "ignored objects learnt": Edit("~targets.ignore & (box_area", "(box_area", within="is_learnt"),
+    "ignored objects learnt": Edit("targets.is_learnt & ", "", within="raster_boxes"),
     "small objects lost": Edit("inside | (holds_middle & ~inside.any(1, keepdim=True))", "inside", within="covered_1d"),
     "one pixel too many, between two centers": Edit(
         "holds_middle & ~inside.any(1, keepdim=True)", "holds_middle", "covered_1d"
@@ -135,7 +135,7 @@ RASTER = {
     "height for width": Edit("width / max(w, 1)", "height / max(h, 1)", within="pixel_centers"),
     "all in the first image": Edit("image[:, None].expand", "(0 * image)[:, None].expand", within="max_over_objects"),
     "outside objects marked": Edit(
-        "is_learnt(targets) & (box_area(boxes) > 0)", "is_learnt(targets)", within="raster_boxes"
+        "targets.is_learnt & (box_area(boxes) > 0)", "targets.is_learnt", within="raster_boxes"
     ),
 }
 
@@ -182,7 +182,7 @@ CASES = [
             "union without the intersection": Edit(" - intersection\n", "\n"),
             "first anchor only": Edit("in anchor_sizes.tolist()", "in anchor_sizes[:1].tolist()"),
             "height and width of the anchor swapped": Edit("for width, height in", "for height, width in"),
-            "ignored objects learnt": Edit("~targets.ignore & (box_area", "(box_area", within="is_learnt"),
+            "ignored objects learnt": Edit("targets.is_learnt[", "(box_area(boxes) > 0)["),
             "corners of pixels": Edit(
                 "torch.arange(h, device=device) + 0.5", "torch.arange(h, device=device) + 0.0", "pixel_centers"
             ),
