@@ -66,11 +66,11 @@ class Assignment:
 class AnchorMatches:
     """M pairs (object, location) of an anchor head. An object has many locations; two objects may share one.
 
-    row: the object's row of `Targets`. image: its row of the batch. location: in 0..A-1. level: of the location.
+    gt_index: the object's row of `Targets`. image: its row of the batch. location: in 0..A-1. level: of the location.
     All are (M,) int64.
     """
 
-    row: Tensor
+    gt_index: Tensor
     image: Tensor
     location: Tensor
     level: Tensor
@@ -305,7 +305,7 @@ def assignment_of_matches(
     winner = last_match(matches, *shape[:2])  # (B, A)
     is_positive = winner >= 0
     gt_index = winner.clone()
-    gt_index[is_positive] = row = matches.row[winner[is_positive]]  # (P,)
+    gt_index[is_positive] = row = matches.gt_index[winner[is_positive]]  # (P,)
     target_scores = scores.new_zeros(tuple(shape))
     image, location = is_positive.nonzero(as_tuple=True)
     target_scores[image, location, targets.labels[row]] = scores[winner[is_positive]]

@@ -204,7 +204,7 @@ def yolov5_matches(
     if matches is None:
         matches = anchor_ratio_matches(grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets)
     predicted_xyxy, steps = matched_boxes(matches, box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors)
-    gt_xyxy = targets.boxes_xyxy[matches.row].to(box_logits.dtype)
+    gt_xyxy = targets.boxes_xyxy[matches.gt_index].to(box_logits.dtype)
     return matches, paired_ciou(predicted_xyxy / steps, gt_xyxy / steps)  # (M, 4) cells -> (M,)
 
 
@@ -314,9 +314,9 @@ def yolov5_losses(
 
     logits = class_logits[matches.image, matches.location]  # (M, K)
     if targets.class_scores is None:
-        shares = F.one_hot(targets.labels[matches.row], class_logits.shape[-1]).to(logits.dtype)
+        shares = F.one_hot(targets.labels[matches.gt_index], class_logits.shape[-1]).to(logits.dtype)
     else:
-        shares = targets.class_scores[matches.row].to(logits.dtype)  # (M, K)
+        shares = targets.class_scores[matches.gt_index].to(logits.dtype)  # (M, K)
     cls = (weight * F.binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(-1)).sum()
 
     winner = last_match(matches, *objectness_logits.shape)  # (B, A)

@@ -40,12 +40,12 @@ def simota_matches(
 
     Args, for M candidates, in their order:
         boxes_xyxy: decoded predictions (M, 4), pixels. objectness_logits: (M,). class_logits: (M, K).
-        targets: every learnable object chooses, also one without a match of its own.
+        targets: every learnt object chooses, also one without a match of its own.
     Returns:
-        the chosen candidates, in their order, with the `row` of the object that learns them. A prediction that is nan
-        is the cheapest, so that the loss becomes nan too.
+        the chosen candidates, in their order, with the `gt_index` of the object that learns them. A prediction that
+        is nan is the cheapest, so that the loss becomes nan too.
     """
-    row, is_chosen = candidates.row.clone(), torch.zeros_like(candidates.row, dtype=torch.bool)  # (M,) each
+    gt_index, is_chosen = candidates.gt_index.clone(), torch.zeros_like(candidates.gt_index, dtype=torch.bool)  # (M,)
     for image in candidates.image.unique():
         c = (candidates.image == image).nonzero()[:, 0]  # (C,) candidates of this image
         rows = (targets.is_learnt & (targets.image == image)).nonzero()[:, 0]  # (G,) objects of this image
@@ -54,7 +54,7 @@ def simota_matches(
         cost = (cost - iou_weight * overlap.clamp(min=1e-8).log()).nan_to_num(nan=-torch.inf)  # (G, C)
         count = overlap.topk(min(topk, len(c)), dim=1).values.sum(1, keepdim=True).nan_to_num().clamp(min=1).floor()
 
-        own_first = (candidates.row[c] != rows[:, None]).int().argsort(dim=1, stable=True)  # (G, C)
+        own_first = (candidates.gt_index[c] != rows[:, None]).int().argsort(dim=1, stable=True)  # (G, C)
         by_cost = own_first.gather(1, cost.gather(1, own_first).argsort(dim=1, stable=True))
         chooses = by_cost.argsort(dim=1) < count  # (G, C) bool: the inverse permutation is the rank
 
@@ -62,9 +62,9 @@ def simota_matches(
         claims = chooses.new_zeros(len(rows), len(locations), dtype=torch.int64).index_add_(1, place, chooses.long())
         is_shared = ((claims > 0).sum(0) > 1)[place]  # (C,)
         owner = torch.where(is_shared, cost.argmin(0), chooses.int().argmax(0))  # (C,) in 0..G-1
-        row[c], is_chosen[c] = rows[owner], chooses.any(0)
+        gt_index[c], is_chosen[c] = rows[owner], chooses.any(0)
     image, location, level = (x[is_chosen] for x in (candidates.image, candidates.location, candidates.level))
-    return AnchorMatches(row[is_chosen], image, location, level)
+    return AnchorMatches(gt_index[is_chosen], image, location, level)
 
 
 def class_cost(objectness_logits: Tensor, class_logits: Tensor, labels: Tensor) -> Tensor:

@@ -337,7 +337,7 @@ def test_boxes_that_nothing_can_learn(box):
     got = assign(logits, predicted, targets_of([box]))
     assert not got.is_positive.any() and (got.gt_index == -1).all() and (got.target_scores == 0).all()
     matches = anchor_ratio_matches(grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets_of([box]))
-    assert len(matches.row) == 0
+    assert len(matches.gt_index) == 0
 
 
 def test_ignored_rows():

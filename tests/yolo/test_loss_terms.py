@@ -128,7 +128,7 @@ def test_gradient_of_the_v5_box_term_with_alpha_fixed():
     )
     ciou.sum().backward()
     points, strides, sizes = make_anchors(GRIDS, STRIDES, ANCHORS)
-    assert len(matches.row) >= 9
+    assert len(matches.gt_index) >= 9
     for location in matches.location.tolist():
         x, y = (points[location] - 0.5).tolist()
         s, (aw, ah) = strides[location].item(), sizes[location].tolist()

@@ -77,7 +77,7 @@ def test_golden_yolov7(golden):
             expected.append((level, image, start + (anchor * h + y) * w + x, row))
         start += 3 * h * w
     assert len(expected) > len(set(expected))
-    columns = (matches.level, matches.image, matches.location, matches.row)
+    columns = (matches.level, matches.image, matches.location, matches.gt_index)
     assert sorted(zip(*(x.tolist() for x in columns))) == sorted(expected)
     terms = losses.yolov5_losses(**inputs, targets=targets, matches=matches)
     check_golden_anchor_terms(terms, raw, arrays, meta["batch"])

@@ -32,7 +32,7 @@ def choose(boxes, rows, locations, predicted, logits=None, labels=None, assign=s
         candidates_of(rows, locations), boxes_xyxy=predicted, objectness_logits=torch.full((len(predicted),), 9.0),
         class_logits=logits, targets=targets_of(boxes, labels or [0] * len(boxes), [0] * len(boxes)), **options,
     )  # fmt: skip
-    return list(zip(matches.row.tolist(), matches.location.tolist()))
+    return list(zip(matches.gt_index.tolist(), matches.location.tolist()))
 
 
 # ------------------------------------------------------------------------------------------------ checks of an assigner
@@ -57,7 +57,7 @@ def matches_the_reference(assign):
             got = losses.yolov7_matches(
                 **dict(zip(names, logits)), grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets
             )
-        assert [*zip(got.row.tolist(), got.image.tolist(), got.location.tolist(), got.level.tolist())] == [
+        assert [*zip(got.gt_index.tolist(), got.image.tolist(), got.location.tolist(), got.level.tolist())] == [
             match[:4] for match in expected
         ]
 
@@ -127,7 +127,7 @@ MUTANTS = {
     "other classes are rewarded": Edit(" - log_not_q.sum(1)", " + log_not_q.sum(1)", within="class_cost"),
     "dearest first": Edit(".argsort(dim=1, stable=True))\n", ".argsort(dim=1, stable=True, descending=True))\n"),
     "order for rank": Edit("by_cost.argsort(dim=1) < count", "by_cost < count"),
-    "others before its own": Edit("candidates.row[c] != rows", "candidates.row[c] == rows"),
+    "others before its own": Edit("candidates.gt_index[c] != rows", "candidates.gt_index[c] == rows"),
     "shared goes to the dearest": Edit("cost.argmin(0)", "cost.argmax(0)"),
     "shared goes to the first": Edit("torch.where(is_shared, cost.argmin(0), chooses.int().argmax(0))",
                                      "chooses.int().argmax(0)"),
@@ -136,7 +136,7 @@ MUTANTS = {
     "shared within a candidate alone": Edit("is_shared = ((claims > 0).sum(0) > 1)[place]",
                                             "is_shared = chooses.sum(0) > 1"),
     "copies share with themselves": Edit("(claims > 0).sum(0) > 1", "claims.sum(0) > 1"),
-    "its matches alone": Edit("owner = torch.where(", "chooses &= candidates.row[c] == rows[:, None]\n"
+    "its matches alone": Edit("owner = torch.where(", "chooses &= candidates.gt_index[c] == rows[:, None]\n"
                               "        owner = torch.where("),
     "ignored objects choose": Edit("targets.is_learnt & ", ""),
     "objects of other images": Edit("(targets.is_learnt & (targets.image == image))", "targets.is_learnt"),
@@ -227,9 +227,9 @@ def test_a_location_learns_one_object():
             **dict(zip(names, logits)), grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets
         )
         owners = {}
-        for row, image, location in zip(matches.row.tolist(), matches.image.tolist(), matches.location.tolist()):
+        for row, image, location in zip(matches.gt_index.tolist(), matches.image.tolist(), matches.location.tolist()):
             assert owners.setdefault((image, location), row) == row
-        assert len(matches.row) > len(owners)  # some are learnt several times
+        assert len(matches.gt_index) > len(owners)  # some are learnt several times
 
 
 def test_half_precision_chooses_as_float32():
@@ -239,4 +239,6 @@ def test_half_precision_chooses_as_float32():
     grid = dict(grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets)
     half = losses.yolov7_matches(**dict(zip(names, logits)), **grid)
     full = losses.yolov7_matches(**dict(zip(names, (x.float() for x in logits))), **grid)
-    assert all(torch.equal(getattr(half, name), getattr(full, name)) for name in ("row", "image", "location", "level"))
+    assert all(
+        torch.equal(getattr(half, name), getattr(full, name)) for name in ("gt_index", "image", "location", "level")
+    )
