@@ -90,7 +90,8 @@ class ImageTargets(NamedTuple):
 
 
 def split_targets(targets: Targets, image: int) -> ImageTargets:
-    """The targets of one image of the batch. Boxes without area are left out: they cannot be encoded (log 0)."""
-    is_here = (targets.image == image) & (targets.boxes_xyxy[:, 2:] > targets.boxes_xyxy[:, :2]).all(1)
-    objects, ignored_xyxy = targets[is_here & ~targets.ignore], targets.boxes_xyxy[is_here & targets.ignore]
+    """The targets of one image of the batch. Objects without area are left out: they cannot be encoded (log 0)."""
+    is_here = targets.image == image
+    objects = targets[is_here & targets.is_learnt]
+    ignored_xyxy = targets.boxes_xyxy[is_here & targets.ignore]
     return ImageTargets(objects.boxes_xyxy, objects.labels, objects.class_scores, ignored_xyxy)
