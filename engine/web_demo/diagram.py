@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from config import STUDENT, Config, GradientShare, TermConfig
 
@@ -18,23 +19,33 @@ FILLS = {  # fill and line, as in the README's overview
 STUDENT_LINE, TEACHER_LINE, OTHER_LINE = "#cc8a1b", "#777777", "#555555"
 
 
+class Row(NamedTuple):
+    """A box of the third column. kind: of FILLS. title and maps: its two lines."""
+
+    teacher: str
+    kind: str
+    title: str
+    maps: str
+
+
 def draw_training(config: Config) -> str:
     """An SVG document. A run without terms has the student, its labels and the detection losses alone."""
     pseudo = config.pseudo_boxes
-    rows = [(term.teacher, describe_weight(term), describe_maps(term)) for term in config.terms]
+    rows = [Row(term.teacher, "term", describe_weight(term), describe_maps(term)) for term in config.terms]
     if pseudo is not None:
-        rows.append((pseudo.teacher, "pseudo boxes", "labels of the pictures that have none"))
-    teachers = [t for t in config.teachers if t.name in {teacher for teacher, _, _ in rows}]
+        rows.append(Row(pseudo.teacher, "plain", "pseudo boxes", "labels of the pictures that have none"))
+    teacher_of_row = [row.teacher for row in rows]
+    teachers = [teacher for teacher in config.teachers if teacher.name in teacher_of_row]
     count = max(len(rows), len(teachers))
     y_of_row = [ROW * number + 46 for number in range(count + 1)]  # centers; the last row is the student's
     y_student, parts = y_of_row[-1], []
-    y_of_teacher = spread_teachers([t.name for t in teachers], [teacher for teacher, _, _ in rows], y_of_row)
+    y_of_teacher = spread_teachers([teacher.name for teacher in teachers], teacher_of_row, y_of_row)
     y_pictures = (min([y_student, *y_of_teacher.values()]) + y_student) / 2
     for y in (*y_of_teacher.values(), y_student):
         parts.append(line(COLUMNS["pictures"], y_pictures, COLUMNS["models"], y, OTHER_LINE))
-    for (teacher, _, _), y in zip(rows, y_of_row):
-        if teacher != STUDENT:  # it has a line to every term
-            parts.append(line(COLUMNS["models"], y_of_teacher[teacher], COLUMNS["terms"], y, TEACHER_LINE))
+    for row, y in zip(rows, y_of_row):
+        if row.teacher != STUDENT:  # it has a line to every term
+            parts.append(line(COLUMNS["models"], y_of_teacher[row.teacher], COLUMNS["terms"], y, TEACHER_LINE))
     for y in (*y_of_row[: len(config.terms)], y_student):
         parts.append(line(COLUMNS["models"], y_student, COLUMNS["terms"], y, STUDENT_LINE))
         parts.append(line(COLUMNS["terms"], y, COLUMNS["sum"], y_student, OTHER_LINE))
@@ -42,12 +53,12 @@ def draw_training(config: Config) -> str:
         x, top = COLUMNS["terms"][0] + COLUMNS["terms"][1] - 24, y_of_row[len(rows) - 1] + BOX / 2
         parts.append(path(f"M{x} {top} V{y_student - BOX / 2 - 4}", OTHER_LINE))
     parts.append(box(COLUMNS["pictures"], y_pictures, "pictures", ["pictures", config.data.format]))
-    for model in teachers:
-        lines = [f"teacher {model.name}", f"{model.arch}, weights fixed"]
-        parts.append(box(COLUMNS["models"], y_of_teacher[model.name], "teacher", lines))
+    for teacher in teachers:
+        lines = [f"teacher {teacher.name}", f"{teacher.arch}, weights fixed"]
+        parts.append(box(COLUMNS["models"], y_of_teacher[teacher.name], "teacher", lines))
     parts.append(box(COLUMNS["models"], y_student, "student", ["student", f"{config.student.arch}, learns"]))
-    for (_, title, maps), y in zip(rows, y_of_row):
-        parts.append(box(COLUMNS["terms"], y, "plain" if title == "pseudo boxes" else "term", [title, maps]))
+    for row, y in zip(rows, y_of_row):
+        parts.append(box(COLUMNS["terms"], y, row.kind, [row.title, row.maps]))
     parts.append(box(COLUMNS["terms"], y_student, "plain", ["detection losses", "boxes and classes of the labels"]))
     parts.append(box(COLUMNS["sum"], y_student, "sum", ["sum", "gradient step"]))
     height = y_student + 46
