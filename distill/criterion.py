@@ -331,4 +331,4 @@ def common_classes(teacher: str, class_names: tuple[str, ...], facts: TeacherFac
         line += f", not {', '.join(missing)}" if missing else ""
         print(line + (f"; {', '.join(renamed)}" if renamed else ""))
     is_equal = len(pairs) == len(t_names) == len(class_names) and torch.equal(s_columns, t_columns)
-    return None if is_equal else (s_columns, t_columns)
+    return None if is_equal else ClassColumns(s_columns, t_columns)

@@ -101,7 +101,7 @@ def objects_of_probe(criterion: "Criterion", term: TermConfig, s_probe: Any) -> 
     """probe_targets of a class that both models have."""
     classes = criterion.classes[term_name(term)]
     device = next(criterion.student.parameters()).device
-    return probe_targets(s_probe.image_size, device, label=0 if classes is None else int(classes[0][0]))
+    return probe_targets(s_probe.image_size, device, label=0 if classes is None else int(classes.student[0]))
 
 
 def random_output(output: Any, generator: torch.Generator) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,13 @@ from distill.outputs import head_level, level_layout, named_map
 from structures import Targets
 
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width, where none are given
-ClassColumns = tuple[Tensor, Tensor]  # of the student and of the teacher: the classes that both have (join_classes)
+
+
+class ClassColumns(NamedTuple):
+    """The classes that both models have: the columns (J,) int64 of each, in one order (join_classes)."""
+
+    student: Tensor
+    teacher: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,14 @@ class TermInputs:
         """s_logits and t_logits of the pair; class logits are cut to the columns that both models have."""
         s_logits = named_map(self.s_output, self.s_name)
         if self.classes is not None and self.s_name == "class_logits":
-            s_logits = s_logits[..., self.classes[0].to(s_logits.device)]
+            s_logits = s_logits[..., self.classes.student.to(s_logits.device)]
         return {"s_logits": s_logits, "t_logits": self.t_logits()}
 
     def t_logits(self) -> Tensor:
         """The teacher's output of the pair; class and image logits are cut to the columns that both models have."""
         t_logits = named_map(self.t_output, self.t_name).detach()
         if self.classes is not None and self.t_name in ("class_logits", "image_logits"):
-            t_logits = t_logits[..., self.classes[1].to(t_logits.device)]
+            t_logits = t_logits[..., self.classes.teacher.to(t_logits.device)]
         return t_logits
 
     def computed_once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -76,7 +82,8 @@ class TermInputs:
     def teacher_score_map(self) -> Tensor:
         """(B, H, W): the teacher's scores at the level of t_map, resized to the grid of s_map; 0 outside `content`."""
         row = head_level(self.teacher, self.t_output, self.t_name)
-        level, size = self._score_levels()[row][:, None], self._student_sizes()[row]
+        level = self._score_levels()[row][:, None]
+        size = self._student_size(level)
         if self.content is None or self.t_content is None:
             return resize_to(level, size)[:, 0]
         return (resize_shown(level, self.t_content, size)[0] * self.content)[:, 0]
@@ -86,8 +93,8 @@ class TermInputs:
 
         Each level is resized to the student's grid first.
         """
-        levels = zip(self._score_levels(), self._student_sizes())
-        return torch.cat([resize_to(level[:, None], size).flatten(1) for level, size in levels], 1).sum()
+        levels = [level[:, None] for level in self._score_levels()]
+        return torch.cat([resize_to(level, self._student_size(level)).flatten(1) for level in levels], 1).sum()
 
     def _score_levels(self) -> list[Tensor]:
         """masks.score_maps of the teacher, (B, H', W') at its own grids."""
@@ -95,21 +102,21 @@ class TermInputs:
         compute = lambda: score_maps(logits, **level_layout(self.t_output, logits), t_objectness_logits=objectness)
         return self.computed_once(("score_maps", self.classes is None), compute)
 
-    def _student_sizes(self) -> list[tuple[int, int]]:
-        """(H, W) of the student's grid at each of the teacher's levels.
+    def _student_size(self, level: Tensor) -> tuple[int, int]:
+        """(H, W) of the student's grid at a level (B, 1, H', W') of the teacher's.
 
         If the teacher gets another image size, all its grids differ from the student's by one factor, this pair's.
         """
         (h, w), (t_h, t_w) = self.maps()["s_map"].shape[2:], named_map(self.t_output, self.t_name).shape[2:]
-        sizes = (level.shape[1:] for level in self._score_levels())
-        return [(max(round(own_h * h / t_h), 1), max(round(own_w * w / t_w), 1)) for own_h, own_w in sizes]
+        return max(round(level.shape[2] * h / t_h), 1), max(round(level.shape[3] * w / t_w), 1)
 
     def _score_logits(self) -> tuple[Tensor, Tensor | None]:
         """The teacher's class logits (B, A, K), for the classes that both have, and its objectness logits (B, A)."""
         logits = getattr(self.t_output, "class_logits", None)
         if logits is None:
             raise ValueError("the teacher has no class_logits to weight with")
-        logits = logits if self.classes is None else logits[..., self.classes[1].to(logits.device)]
+        if self.classes is not None:
+            logits = logits[..., self.classes.teacher.to(logits.device)]
         return logits, getattr(self.t_output, "objectness_logits", None)
 
     def positives(self) -> Tensor:

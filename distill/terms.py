@@ -101,7 +101,7 @@ def instance_distance(inputs: TermInputs, *, size: int = 3) -> Tensor:
 
 def crosskd_classes(inputs: TermInputs, *, beta: float = 1.0, rescale: bool = True) -> Tensor:
     tail, total = inputs.teacher_tail(), inputs.teacher_score_sum()
-    columns = None if inputs.classes is None else inputs.classes[1]
+    columns = None if inputs.classes is None else inputs.classes.teacher
     return crosskd.crosskd_classes(
         **inputs.maps(), t_tail=tail, normaliser=total, columns=columns, beta=beta, rescale=rescale
     )

@@ -66,6 +66,6 @@ def build_losses(term: TermConfig, s_probe: Any, t_probe: Any, classes: ClassCol
         t_width = named_map(t_probe, t_name).shape[1]
         widths: tuple[int, ...] = (t_width,)
         if entry.compares == "image":
-            widths = (named_map(s_probe, s_name).shape[1], t_width if classes is None else len(classes[0]))
+            widths = (named_map(s_probe, s_name).shape[1], t_width if classes is None else len(classes.student))
         losses.append(entry.module(*widths, **term.parameters))
     return losses
