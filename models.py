@@ -97,12 +97,17 @@ def published_detection(arch: str) -> DetectionSettings:
     return next(matching, PUBLISHED_DETECTION["yolov8"])
 
 
+def suppresses(arch: str) -> bool:
+    """Whether detections of the family are chosen by non-maximum suppression."""
+    return published_detection(arch).iou_threshold < 1
+
+
 def check_suppression(what: str, arch: str, iou_threshold: float | None) -> None:
     """UserError for the threshold of a suppression, called `what`, that the family of the architecture does not have.
 
     None and 1 suppress nothing.
     """
-    if iou_threshold is not None and published_detection(arch).iou_threshold == 1:
+    if iou_threshold is not None and not suppresses(arch):
         expect(iou_threshold == 1, what, f"{iou_threshold:g}, but boxes of {arch} are not suppressed", "none")
 
 

@@ -305,13 +305,16 @@ def is_trained_in_place(teacher: TeacherConfig) -> bool:
 def teacher_row(config: Config, teacher: TeacherConfig, source: str) -> Row:
     """The row that trains a teacher: the shared protocol with its own model, epochs and optimizer, and one seed.
 
-    It learns from the labelled pictures alone; those of its key `data` may be others.
+    It learns from the labelled pictures alone; those of its key `data` may be others. The shared threshold of
+    suppression is none for a teacher without it.
     """
     tree = to_tree(dataclasses.replace(config, runs=str(study_folder(config)), teachers=(), terms=()))
     own = {"weights": teacher.start_weights, "backbone_weights": teacher.backbone_weights}
     tree["student"] = {"arch": teacher.arch, **own}
     tree["optimizer"] |= teacher.optimizer
     tree["data"] |= {"unlabelled": None} | teacher.data
+    if not models.suppresses(teacher.arch):
+        tree["evaluation"]["iou_threshold"] = None
     tree["epochs"] = config.epochs if teacher.epochs is None else teacher.epochs
     own_config = from_tree(Config, tree, source=f"{source}: teacher {teacher.name!r}")
     return Row(f"teacher_{teacher.name}", own_config, (config.seed,), is_teacher=True)

@@ -74,6 +74,15 @@ def test_a_teacher_in_place_has_the_shared_protocol_and_its_own_rates(write):
     assert rows["both"].config.teachers[1].weights == "given.pt"
 
 
+@pytest.mark.parametrize("arch, threshold", [("yolov5nu", 0.6), ("rtdetr_r18vd", None)])
+def test_the_shared_suppression_is_not_for_a_teacher_without_it(write, arch, threshold):
+    """train.py refuses it for RT-DETR, and a teacher has no section of its own for evaluation."""
+    teachers = [TEACHERS[0] | {"arch": arch}, TEACHERS[1]]
+    rows = load_study(write(teachers=teachers, evaluation={"iou_threshold": 0.6, "max_detections": 7})).rows
+    assert rows[1].is_teacher and rows[1].config.evaluation.iou_threshold == threshold
+    assert rows[1].config.evaluation.max_detections == 7 and rows[0].config.evaluation.iou_threshold == 0.6
+
+
 def test_a_teacher_in_place_may_start_from_weights(write):
     teachers = [TEACHERS[0] | {"start_weights": "coco.pt"}, TEACHERS[1]]
     student = load_study(write(teachers=teachers)).rows[1].config.student
