@@ -50,12 +50,12 @@ def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict], boo
         records, layout = found, f"state dict{layout}"
     else:
         raise Refused(f"no state dict: it holds {short(found)}")
-    if not records:
-        raise Refused("it holds no tensors")
     is_wrapped = lambda name: isinstance(name, str) and name.startswith("module.")
     if AVERAGES in records and all(is_wrapped(name) for name in records if name != AVERAGES):
         records, is_mean = {name: r for name, r in records.items() if name != AVERAGES}, True
-    if records and all(map(is_wrapped, records)):  # saved from inside DistributedDataParallel
+    if not records:
+        raise Refused("it holds no tensors")
+    if all(map(is_wrapped, records)):  # saved from inside DistributedDataParallel
         records, layout = {name.removeprefix("module."): r for name, r in records.items()}, f"{layout}, parallel"
     return layout, records, carriers, is_mean
 

@@ -103,6 +103,12 @@ def test_a_model_averaged_by_torch(key, tmp_path):
     assert info.uses_ema
 
 
+def test_an_average_of_nothing_is_refused(tmp_path):
+    torch.save({"n_averaged": torch.tensor(3)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="it holds no tensors"):
+        read_state_dict(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("key", ["names", "class_names", "classes", "CLASSES"])
 @pytest.mark.parametrize(
     "value",
