@@ -355,11 +355,14 @@ def _build_public(
     state: dict[str, Tensor], info: weights.WeightsInfo, arch: str, path: Path
 ) -> tuple[nn.Module, CheckpointInfo]:
     count, renamed = _count_and_rename(state, arch, path)
-    if info.names and len(info.names) != count:
-        raise UserError(f"{path}: it names {len(info.names)} classes, and its class head has {count}")
+    own_names = info.names
+    if len(own_names) == count + 1 and own_names[0].strip("_").lower() == "background":
+        own_names = own_names[1:]  # some code for two stages lists it among the classes
+    if own_names and len(own_names) != count:
+        raise UserError(f"{path}: it names {len(own_names)} classes, and its class head has {count}")
     _check_count(count, path)
     published = released_names(arch, count)
-    names = info.names or published or tuple(map(str, range(count)))
+    names = own_names or published or tuple(map(str, range(count)))
     model = models.build(arch, count, widths=None, **models.head_of(arch, count, renamed))
     weights.load_public(model, state, source=str(path))
     found = {name.rpartition(".")[2] for name in info.globals_seen if name.startswith("torch.nn.modules.activation.")}

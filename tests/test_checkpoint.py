@@ -304,6 +304,19 @@ def test_public_checkpoint(shared_data):
     assert info.source == "public" and model.num_classes == len(info.names)
 
 
+@pytest.mark.parametrize("first", ["__background__", "background"])
+def test_a_background_among_the_names_of_a_public_file_is_no_class(first, tmp_path):
+    model = models.build("yolov8_narrow", 2)
+    state = {_public_name(name, model.public_names): tensor for name, tensor in model.state_dict().items()}
+    state |= {f"{public}x": torch.zeros(1) for public, ours in model.public_names if ours is None}
+    for names, found in (((first, "a", "b"), ("a", "b")), ((first, "a"), (first, "a"))):
+        torch.save({"model": state, "classes": names}, tmp_path / "public.pt")
+        assert checkpoint.load_model(tmp_path / "public.pt", "yolov8_narrow")[1].names == found
+    torch.save({"model": state, "classes": ("c", "a", "b")}, tmp_path / "public.pt")
+    with pytest.raises(UserError, match="it names 3 classes, and its class head has 2"):
+        checkpoint.load_model(tmp_path / "public.pt", "yolov8_narrow")
+
+
 def test_a_public_file_without_arch_and_with_another_one(tmp_path):
     """The message names the file and the argument that is missing or wrong."""
     model = models.build("yolov8n", 2)
