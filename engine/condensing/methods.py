@@ -18,11 +18,8 @@ from errors import UserError, naming
 from random_streams import Stream, seeded_generator
 from structures import Detector, Targets
 
-FEATURES = (
-    "p3",
-    "p4",
-    "p5",
-)  # maps whose means describe a picture for herding and k_center, an object for region_cover
+# Maps whose means describe a picture for herding and k_center, an object for region_cover
+FEATURES = ("p3", "p4", "p5")
 
 
 @dataclass(frozen=True, eq=False)
