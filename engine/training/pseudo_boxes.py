@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -181,20 +181,25 @@ def open_pseudo_teacher(
 
 
 def make_pseudo_boxes(
-    teacher: PseudoTeacher, settings: PseudoBoxConfig, pictures: DatasetIndex, labelled: DatasetIndex, **options: Any
+    teacher: PseudoTeacher, settings: PseudoBoxConfig, found: DetectionTable, pictures: int, labelled: DatasetIndex
 ) -> PseudoBoxes:
-    """The pseudo boxes of pictures without labels.
+    """The pseudo boxes of `pictures` pictures without labels, from the teacher's detections in them (detect_once).
 
     labelled: the pictures that the run trains on with their labels; their objects may choose the thresholds.
-    options: of detect_once.
     """
-    found = detect_once(teacher.model, pictures, teacher.image_size, teacher.detection, **options)
     labels = teacher.label_of[found.labels]
     found = replace(found[labels >= 0], labels=labels[labels >= 0])
-    thresholds, ignore_above = choose_thresholds(settings, found, len(pictures), labelled)
-    size, iou_threshold = teacher.image_size, teacher.detection.iou_threshold
-    names, count = labelled.names, len(pictures)
-    return PseudoBoxes(teacher.name, size, iou_threshold, names, found, thresholds, ignore_above, count)
+    thresholds, ignore_above = choose_thresholds(settings, found, pictures, labelled)
+    return PseudoBoxes(
+        teacher=teacher.name,
+        image_size=teacher.image_size,
+        iou_threshold=teacher.detection.iou_threshold,
+        names=labelled.names,
+        detections=found,
+        thresholds=thresholds,
+        ignore_above=ignore_above,
+        pictures=pictures,
+    )
 
 
 def pseudo_image_size(config: Config, given_names: Collection[str] = ()) -> int:

@@ -26,7 +26,7 @@ from datasets.unlabelled import draw_per_class, join, open_pictures, without_lab
 from engine.runtime import claims, run_folder
 from engine.runtime.processes import Processes
 from engine.training.checks import check_data
-from engine.training.pseudo_boxes import PseudoBoxes, PseudoTeacher, make_pseudo_boxes
+from engine.training.pseudo_boxes import PseudoBoxes, PseudoTeacher, detect_once, make_pseudo_boxes
 from errors import UserError, counted
 
 DECODE_AT_MOST = 20_000  # a split of more pictures is not decoded before training: only the headers are read
@@ -234,9 +234,18 @@ def with_unlabelled(
     if teacher is not None and settings is not None:
         made = None
         if processes.is_first:
-            options = {"device": processes.device, "say": say, "workers": config.data.workers, "keep": keep}
-            folder = Path(config.runs) / "pseudo_boxes"
-            made = make_pseudo_boxes(teacher, settings, index, splits.train, folder=folder, **options)
+            found = detect_once(
+                teacher.model,
+                index,
+                teacher.image_size,
+                teacher.detection,
+                folder=Path(config.runs) / "pseudo_boxes",
+                device=processes.device,
+                say=say,
+                workers=config.data.workers,
+                keep=keep,
+            )
+            made = make_pseudo_boxes(teacher, settings, found, len(index), splits.train)
         pseudo = processes.from_first(made)
         index = pseudo.index(index)
         say(f"{pseudo}\n")

@@ -183,7 +183,9 @@ def test_classes_of_the_teacher_are_joined_by_name(make, tmp_path):
         teacher = pseudo_boxes.open_pseudo_teacher(config, indexes["train"].names, {}, quiet)
         options = dict(folder=tmp_path, device=torch.device("cpu"), say=quiet)
         settings = config.data.unlabelled.pseudo
-        return pseudo_boxes.make_pseudo_boxes(teacher, settings, indexes["unlabelled"], indexes["train"], **options)
+        pictures, size = indexes["unlabelled"], teacher.image_size
+        found = pseudo_boxes.detect_once(teacher.model, pictures, size, teacher.detection, **options)
+        return pseudo_boxes.make_pseudo_boxes(teacher, settings, found, len(pictures), indexes["train"])
 
     made = pseudo_of(config)
     assert (made.image_size, made.iou_threshold, made.pictures) == (96, 0.7, 18)
