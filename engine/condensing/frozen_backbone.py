@@ -50,17 +50,19 @@ class FrozenBackbone:
         else:
             sides_of_level = [[CELLS_PER_SIDE * stride] for stride in strides]
         self._per_cell = len(sides_of_level[0])  # n: groups of a level
-        cells = [image_size // stride for stride in strides]
-        centers, sides = [], []
-        for count, stride, of_level in zip(cells, strides, sides_of_level, strict=True):
-            along = (torch.arange(count) + 0.5) * stride
-            y, x = torch.meshgrid(along, along, indexing="ij")
+        centers, sides, logits = [], [], []  # of each group: (A_g, 2), (A_g,), the bias of a fresh head
+        for stride, of_level in zip(strides, sides_of_level, strict=True):
+            along = (torch.arange(image_size // stride) + 0.5) * stride
+            x, y = torch.meshgrid(along, along, indexing="xy")
+            cells = torch.stack((x, y), dim=-1).reshape(-1, 2)  # row by row, as in the head
             for side in of_level:
-                centers.append(torch.stack((x, y), dim=-1).reshape(-1, 2))  # (A_g, 2), row by row, as in the head
-                sides.append(torch.full((count**2,), side))
-        priors = [math.log(5 / num_classes / self._per_cell / (640 / stride) ** 2) for stride in strides]  # fresh head
-        sizes, logits = (tuple(self._of_groups(x)) for x in ([count**2 for count in cells], priors))
-        self.grid = LocationGrid(torch.cat(centers).to(self._device), torch.cat(sides).to(self._device), sizes, logits)
+                centers.append(cells)
+                sides.append(torch.full((len(cells),), side))
+                logits.append(math.log(5 / num_classes / self._per_cell / (640 / stride) ** 2))
+        sizes = tuple(map(len, sides))
+        self.grid = LocationGrid(
+            torch.cat(centers).to(self._device), torch.cat(sides).to(self._device), sizes, tuple(logits)
+        )
 
     def _of_groups(self, levels: list[Any]) -> list[Any]:
         """What belongs to a level, for each of its groups."""
