@@ -186,26 +186,21 @@ def yolov8_losses(
 # ----------------------------------------------------------------------------------------------------- anchor head
 
 
-def yolov5_matches(
-    *,
+def matched_ciou(
+    matches: AnchorMatches,
     box_logits: Tensor,
+    *,
     grid_sizes: list[tuple[int, int]],
     strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
-    matches: AnchorMatches | None = None,
-) -> tuple[AnchorMatches, Tensor]:
-    """The matches, by default those of anchor_ratio_matches, and the CIoU (M,) of each box with its object.
-
-    Gradient flows through the CIoU.
-    """
+) -> Tensor:
+    """The CIoU (M,) of the box that each matched location predicts with its object. Gradient flows."""
     box_logits = at_least_float32(box_logits)
     anchors = anchors.to(box_logits.dtype)
-    if matches is None:
-        matches = anchor_ratio_matches(grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets)
     predicted_xyxy, steps = matched_boxes(matches, box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors)
     gt_xyxy = targets.boxes_xyxy[matches.gt_index].to(box_logits.dtype)
-    return matches, paired_ciou(predicted_xyxy / steps, gt_xyxy / steps)  # (M, 4) cells -> (M,)
+    return paired_ciou(predicted_xyxy / steps, gt_xyxy / steps)  # (M, 4) cells -> (M,)
 
 
 def matched_boxes(
@@ -254,14 +249,13 @@ def yolov5_assignment(
     strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
-    matches: AnchorMatches | None = None,
+    matches: AnchorMatches,
 ) -> Assignment:
     """The anchor head's positives, arguments as in yolov5_losses; target scores are max(CIoU, 0). No gradient."""
     with torch.no_grad():
-        matches, ciou = yolov5_matches(
-            box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets,
-            matches=matches,
-        )  # fmt: skip
+        ciou = matched_ciou(
+            matches, box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets
+        )
     points, steps, _ = make_anchors(grid_sizes, strides, anchors.to(ciou.dtype))
     return assignment_of_matches(
         matches, ciou.clamp(min=0), points=points, strides=steps, targets=targets, shape=tuple(class_logits.shape)
@@ -277,11 +271,11 @@ def yolov5_losses(
     strides: Sequence[int],
     anchors: Tensor,
     targets: Targets,
+    matches: AnchorMatches,
     box_gain: float = 0.05,
     obj_gain: float = 1.0,
     cls_gain: float = 0.5,
     balance: tuple[float, ...] = (4.0, 1.0, 0.4),
-    matches: AnchorMatches | None = None,
 ) -> dict[str, Tensor]:
     """The three terms of the anchor head, over the matches M_l of each level l.
 
@@ -294,7 +288,7 @@ def yolov5_losses(
         box_logits: (B, A, 4). objectness_logits: (B, A). class_logits: (B, A, K). A in the order of make_anchors.
         anchors: (L, n, 2) in pixels. grid_sizes: L pairs (h, w). strides: L, pixels. balance: L weights.
         targets: labels in 0..K-1; may be empty.
-        matches: those to learn, such as yolov7_matches of the same predictions. None: those of anchor_ratio_matches.
+        matches: those to learn: of anchor_ratio_matches (YOLOv5), or yolov7_matches of the same predictions (YOLOv7).
     Returns:
         {"box", "obj", "cls"}: scalars (), not multiplied by B.
 
@@ -304,10 +298,7 @@ def yolov5_losses(
     """
     box_logits, objectness_logits, class_logits = map(at_least_float32, (box_logits, objectness_logits, class_logits))
     anchors = anchors.to(box_logits.dtype)
-    matches, ciou = yolov5_matches(
-        box_logits=box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets,
-        matches=matches,
-    )  # fmt: skip
+    ciou = matched_ciou(matches, box_logits, grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets)
     counts = torch.bincount(matches.level, minlength=len(strides)).to(ciou.dtype)
     weight = 1 / joint_normaliser(counts, ciou)[matches.level]  # 1 / |M_l| (M,)
     box = (weight * (1 - ciou)).sum()

@@ -22,7 +22,7 @@ from kernels.nms import select_detections
 from layers.precision import at_least_float32
 from structures import Detections, Targets, image_size_of
 from weights import ClassRows, PublicLayout
-from yolo.assigners import AnchorMatches, make_anchors
+from yolo.assigners import AnchorMatches, anchor_ratio_matches, make_anchors
 from yolo.layers import SPPF, Bottleneck, ConvBNAct, upsample
 from yolo.losses import decode_anchor_offsets, yolov5_assignment, yolov5_losses, yolov7_matches
 from yolo.released_names import YOLOV5_NAMES, YOLOV5U_NAMES
@@ -256,10 +256,10 @@ class AnchorDetector(nn.Module):
         boxes_xyxy = decode_anchor_offsets(box_logits, *self._locations(output))
         return boxes_xyxy, objectness_logits.sigmoid()[..., None] * class_logits.sigmoid()
 
-    def _matches(self, output: AnchorOutput, targets: Targets) -> AnchorMatches | None:
-        """The matches that SimOTA chooses; None for YOLOv5's own rule, the default of the losses."""
+    def _matches(self, output: AnchorOutput, targets: Targets) -> AnchorMatches:
+        """The locations that learn each object: all of the right shape, or those of them that SimOTA chooses."""
         if not self.simota:
-            return None
+            return anchor_ratio_matches(**self._grid(output), targets=targets)
         box_logits, objectness_logits, class_logits = output.logits()
         return yolov7_matches(
             box_logits=box_logits,

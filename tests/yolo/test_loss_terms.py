@@ -9,7 +9,7 @@ from structures import Targets
 from tests.reference import boxes as box_reference
 from tests.reference import yolo_losses as reference
 from yolo import losses
-from yolo.assigners import make_anchors, make_points
+from yolo.assigners import anchor_ratio_matches, make_anchors, make_points
 
 GRIDS, STRIDES = [(8, 8), (4, 4), (2, 2)], [8, 16, 32]  # 64 x 64 pixels
 A8, A5 = 84, 252
@@ -123,10 +123,9 @@ def test_gradient_of_the_v5_box_term_with_alpha_fixed():
     targets = Targets(torch.tensor(box)[None], zero, zero, zero.bool())
     rng = torch.Generator().manual_seed(1)
     z = torch.randn(1, A5, 4, generator=rng, dtype=torch.float64).requires_grad_()
-    matches, ciou = losses.yolov5_matches(
-        box_logits=z, grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets
-    )
-    ciou.sum().backward()
+    grid = dict(grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets)
+    matches = anchor_ratio_matches(**grid)
+    losses.matched_ciou(matches, z, **grid).sum().backward()
     points, strides, sizes = make_anchors(GRIDS, STRIDES, ANCHORS)
     assert len(matches.gt_index) >= 9
     for location in matches.location.tolist():

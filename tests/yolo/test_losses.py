@@ -10,7 +10,7 @@ import torch
 from structures import Targets
 from tests.reference import yolo_losses as reference
 from yolo import losses
-from yolo.assigners import make_anchors, make_points
+from yolo.assigners import anchor_ratio_matches, make_anchors, make_points
 
 GRIDS, STRIDES = [(8, 8), (4, 4), (2, 2)], [8, 16, 32]  # 64 x 64 pixels
 A8, A5, K = 84, 252, 4
@@ -38,11 +38,16 @@ def v8(box_logits, class_logits, targets, **options):
     )
 
 
-def v5(box_logits, objectness_logits, class_logits, targets, **options):
+def v5(box_logits, objectness_logits, class_logits, targets, matches=None, **options):
     return losses.yolov5_losses(
         box_logits=box_logits, objectness_logits=objectness_logits, class_logits=class_logits,
-        grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets, **options,
+        grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets,
+        matches=by_shape(targets) if matches is None else matches, **options,
     )  # fmt: skip
+
+
+def by_shape(targets):
+    return anchor_ratio_matches(grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets)
 
 
 def v7(box_logits, objectness_logits, class_logits, targets, **options):
@@ -103,7 +108,7 @@ def test_anchor_heads_match_reference(count, ignored, head):
     assert values(HEADS[head][0](*logits, targets)) == pytest.approx(expected, rel=1e-9)
     grid = dict(grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets)
     names = ("box_logits", "objectness_logits", "class_logits")
-    chosen = losses.yolov7_matches(**dict(zip(names, logits)), **grid) if head == "v7" else None
+    chosen = losses.yolov7_matches(**dict(zip(names, logits)), **grid) if head == "v7" else by_shape(targets)
     assignment = losses.yolov5_assignment(box_logits=logits[0], class_logits=logits[2], **grid, matches=chosen)
     last = {(b, location): n for n, b, location in matches}  # the last match of a location stays
     assert {(b, a): n for (b, a), n in np.ndenumerate(assignment.gt_index.numpy()) if n >= 0} == last
@@ -242,13 +247,9 @@ def test_v5_objectness_target_is_at_least_zero():
     """Predictions far from the object have CIoU < 0; their target is 0, that of a perfect one is 1."""
     targets = targets_of([[16.0, 16.0, 32.0, 46.0]], [0], [0])
     box_logits, objectness = torch.zeros(1, A5, 4).double(), torch.zeros(1, A5).double().requires_grad_()
-    matches, ciou = losses.yolov5_matches(
-        box_logits=box_logits, grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets
-    )
+    matches = by_shape(targets)
     box_logits[0, matches.location[::2]] = torch.tensor([-40.0, 40.0, -9.0, 1.5]).double()  # small and aside
-    matches, ciou = losses.yolov5_matches(
-        box_logits=box_logits, grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets
-    )
+    ciou = losses.matched_ciou(matches, box_logits, grid_sizes=GRIDS, strides=STRIDES, anchors=ANCHORS, targets=targets)
     assert (ciou < 0).any() and (ciou > 0.3).any()
     v5(box_logits, objectness, torch.zeros(1, A5, K).double(), targets, balance=(1.0, 1.0, 1.0))["obj"].backward()
     counts = torch.tensor([192.0, 48.0, 12.0]).double()[matches.level]

@@ -6,7 +6,7 @@ import torch
 from tests.golden.recipe import uniform
 from tests.yolo.test_losses import STRIDES, targets_of
 from yolo import losses
-from yolo.assigners import make_points
+from yolo.assigners import anchor_ratio_matches, make_points
 
 
 def golden_targets(arrays, meta):
@@ -61,7 +61,9 @@ def check_golden_anchor_terms(terms, raw, arrays, B):
 def test_golden_yolov5(golden):
     arrays, meta = golden("loss_yolov5")
     raw, inputs = golden_anchor_logits(meta, "v5")
-    terms = losses.yolov5_losses(**inputs, targets=golden_targets(arrays, meta))
+    targets = golden_targets(arrays, meta)
+    grid = {key: inputs[key] for key in ("grid_sizes", "strides", "anchors")}
+    terms = losses.yolov5_losses(**inputs, targets=targets, matches=anchor_ratio_matches(**grid, targets=targets))
     check_golden_anchor_terms(terms, raw, arrays, meta["batch"])
 
 

@@ -172,7 +172,11 @@ LOSS_MUTANTS = {
     "target of one": Edit("ciou.detach().clamp(min=0)", "torch.ones_like(ciou)"),
     "levels alike": Edit("sizes, balance)", "sizes, (1.0, 1.0, 1.0))"),
     "ignored regions are background": Edit("] = -1", "] = 0"),
-    "matches by shape": Edit("matches=matches", "matches=None"),
+    "matches by shape": Edit(
+        "ciou = matched_ciou(",
+        "matches = anchor_ratio_matches(grid_sizes=grid_sizes, strides=strides, anchors=anchors, targets=targets)\n"
+        "    ciou = matched_ciou(",
+    ),
 }
 
 

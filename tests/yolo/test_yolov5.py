@@ -14,6 +14,7 @@ from structures import DenseDetector, Targets
 from tests.reference.dense_reading import read_reference
 from tests.reference.golden_models import check_anchor_free_golden, golden_image, public_state, relative_error, undrawn
 from weights import load_public, rename, row_pattern
+from yolo.assigners import anchor_ratio_matches
 from yolo.losses import yolov5_losses
 from yolo.taps import joint_logits
 from yolo.yolov5 import ANCHORS_PIXELS, AnchorOutput
@@ -211,10 +212,11 @@ def test_gains_follow_the_task(model):
         torch.tensor([[4.0, 6.0, 25.0, 28.0]]), torch.tensor([0]), torch.tensor([1]), torch.tensor([False])
     )
     terms = model.losses(output, target)
+    anchors = torch.tensor(ANCHORS_PIXELS, dtype=torch.float32)
+    grid = dict(grid_sizes=[(8, 12), (4, 6), (2, 3)], strides=[8, 16, 32], anchors=anchors, targets=target)
     plain = yolov5_losses(
         box_logits=output.box_logits, objectness_logits=output.objectness_logits, class_logits=output.class_logits,
-        grid_sizes=[(8, 12), (4, 6), (2, 3)], strides=[8, 16, 32], targets=target,
-        anchors=torch.tensor(ANCHORS_PIXELS, dtype=torch.float32), box_gain=1.0, obj_gain=1.0, cls_gain=1.0,
+        **grid, matches=anchor_ratio_matches(**grid), box_gain=1.0, obj_gain=1.0, cls_gain=1.0,
     )  # fmt: skip
     assert terms["box"].item() == pytest.approx(0.05 * plain["box"].item(), rel=1e-5) and plain["box"] > 0
     assert terms["obj"].item() == pytest.approx(plain["obj"].item() * 64 * 96 / 640**2, rel=1e-5)
