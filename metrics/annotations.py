@@ -108,29 +108,29 @@ def find_labels(
     give different labels, and for a token that fits none. notes: gets a line on numbers that are not names.
     """
     by_name = {name: label for label, name in enumerate(names)}
-    numbers = [token for token in used if is_number(token)]
-    word = next((token for token in used if not is_number(token) and token not in by_name), None)
-    if word is not None:
-        raise UserError(f"{used[word]}: found class {word!r}, expected {_expected(word, names, number_labels)}")
-    choices = [{token: by_name[token] for token in numbers if token in by_name}]
-    if len(numbers) == len(used) or len(choices[0]) < len(numbers):
-        choices += [
-            {t: label_of[plain_number(t)] for t in numbers if plain_number(t) in label_of} for label_of in number_labels
-        ]
-    choices = [choice for choice in choices if len(choice) == len(numbers)]
-    if not choices:
-        unknown = (t for t in numbers if t not in by_name and not any(plain_number(t) in n for n in number_labels))
-        token = next(unknown, numbers[0])
+    plain = {token: plain_number(token) for token in used if is_number(token)}
+    for token, place in used.items():
+        if token not in plain and token not in by_name:
+            raise UserError(f"{place}: found class {token!r}, expected {_expected(token, names, number_labels)}")
+    are_names = by_name.keys() >= plain.keys()
+    readings = [{token: by_name[token] for token in plain}] if are_names else []  # of the numbers, by a rule that fits
+    if not are_names or len(plain) == len(used):
+        for label_of in number_labels:
+            if label_of.keys() >= set(plain.values()):
+                readings.append({token: label_of[number] for token, number in plain.items()})
+    if not readings:
+        unknown = [t for t, n in plain.items() if t not in by_name and not any(n in of for of in number_labels)]
+        token = [*unknown, *plain][0]
         raise UserError(f"{used[token]}: found class {token!r}, expected {_expected(token, names, number_labels)}")
-    first = choices[0]
-    other = next((choice for choice in choices if choice != first), first)
-    unclear = next((number for number in numbers if first[number] != other[number]), None)
-    if unclear is not None:
-        both = f"{names[first[unclear]]!r} and {names[other[unclear]]!r}"
-        raise UserError(
-            f"{used[unclear]}: class {unclear!r} may be {both}: expected the names of classes, or the list that "
-            "the numbers are places in: classes.txt beside the text files, or --names FILE"
-        )
+    first, *others = readings
+    for other in others:
+        for token in plain:
+            if first[token] != other[token]:
+                both = f"{names[first[token]]!r} and {names[other[token]]!r}"
+                raise UserError(
+                    f"{used[token]}: class {token!r} may be {both}: expected the names of classes, or the list that "
+                    "the numbers are places in: classes.txt beside the text files, or --names FILE"
+                )
     if notes is not None and any(names[label] != number for number, label in first.items()):
         shown = sorted(first, key=lambda number: int(plain_number(number)))[:20]
         more = f", ... ({len(first)} in all)" if len(first) > len(shown) else ""

@@ -122,8 +122,9 @@ def read_coco_detections(
     boxes, box_area = _corners(_read_boxes(rows, where))
     refuse_corners(boxes, image, annotations.sizes, where, is_centered=False)
     scores = [_read(read_number, row, "score", where, n) for n, row in enumerate(rows)]
-    for n in (n for n, score in enumerate(scores) if not 0 <= score <= 1):
-        check_score(scores[n], where(n))
+    for n, score in enumerate(scores):
+        if not 0 <= score <= 1:
+            check_score(score, where(n))
     columns = np.array(image, dtype=np.int64), boxes, np.array(scores, dtype=np.float64)
     return ground_truth, DetectionTable(*columns, np.array(labels, dtype=np.int64), box_area)
 
@@ -134,8 +135,8 @@ def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where
     keys: list[Any] = [None] * len(rows)
     if None in names:
         keys = [_id(row, "image_id", where, n) for n, row in enumerate(rows)]
-        if own and (unknown := next((n for n, key in enumerate(keys) if key not in own), None)) is not None:
-            raise UserError(f"{where(unknown)}: image_id: found {keys[unknown]!r}, expected one of the file's images")
+        if own:
+            _refuse_unknown(keys, own, where, "image_id", "images")
         names = [own.get(key) if name is None else name for name, key in zip(names, keys)]
     if all(name is None for name in names):
         row_of_id = annotations.finder.find_ids(_first(keys, where))
@@ -155,21 +156,16 @@ def _find_labels(
 ) -> tuple[GroundTruth, list[int]]:
     """The ground truth, and the class of each row. Where no list declares names, classes of the rows alone are added.
 
-    The class is given by category_name, by the name of the row's category in the same file, or by category_id. An id is
-    COCO's; if the ground truth has none, a number is a position in its list of names and a text is a name. If all names
-    equal the ids of their rows, the model had no names: they are read as numbers in text are.
+    The class is given by category_name, by the name of the row's category in the same file, or by category_id. If all
+    names equal the ids of their rows, the model had no names: they are read as numbers in text are.
     """
     ground_truth = annotations.ground_truth
-    names, ids = ground_truth.names, annotations.category_ids
     texts = [_text(row, "category_name") for row in rows]
     keys = [
         _id(row, "category_id", where, n) if text is None else None for n, (row, text) in enumerate(zip(rows, texts))
     ]
     if own:
-        unknown = next((n for n, key in enumerate(keys) if key is not None and key not in own), None)
-        if unknown is not None:
-            found = f"{where(unknown)}: category_id: found {keys[unknown]!r}"
-            raise UserError(f"{found}, expected one of the file's categories")
+        _refuse_unknown(keys, own, where, "category_id", "categories")
         texts = [own[key] if text is None else text for text, key in zip(texts, keys)]
         keys = [None] * len(rows)
     if not annotations.number_labels:
@@ -177,17 +173,29 @@ def _find_labels(
         ground_truth = with_classes(ground_truth, _first(tokens, where))
         return ground_truth, [ground_truth.names.index(token) for token in tokens]
     is_unnamed = all(text == str(row.get("category_id")) for text, row in zip(texts, rows))  # as predict.py writes it
-    of_text = find_labels(_first(texts, where), names, annotations.number_labels if is_unnamed else (), notes)
-    of_id: dict[int | str | None, int] = {i: label for label, i in enumerate(ids or ())}
-    used = _first(keys, where)
-    if not used.keys() <= of_id.keys():
-        wrong = next((key for key in used if key not in of_id and not isinstance(key, str)), None)
-        if ids is not None and wrong is not None:
-            raise UserError(f"{used[wrong]}: category_id: found {wrong!r}, expected one of the ground truth's")
-        number_labels = annotations.number_labels if ids is None else ({str(i): label for i, label in of_id.items()},)
-        label_of = find_labels({str(key): place for key, place in used.items()}, names, number_labels, notes)
-        of_id = {key: label_of[str(key)] for key in used}
+    number_labels = annotations.number_labels if is_unnamed else ()
+    of_text = find_labels(_first(texts, where), ground_truth.names, number_labels, notes)
+    of_id = _labels_of_ids(_first(keys, where), annotations, notes)
     return ground_truth, [of_id[key] if text is None else of_text[text] for text, key in zip(texts, keys)]
+
+
+def _labels_of_ids(used: dict[Any, str], annotations: Annotations, notes: list[str] | None) -> dict[Any, int]:
+    """The label of each category_id. `used`: id -> the place where it stands first.
+
+    An id is COCO's; if the ground truth has none, a number is a position in its list of names and a text is a name.
+    """
+    ids, number_labels = annotations.category_ids, annotations.number_labels
+    if ids is not None:
+        of_id = {i: label for label, i in enumerate(ids)}
+        if used.keys() <= of_id.keys():
+            return of_id
+        for key, place in used.items():
+            if key not in of_id and not isinstance(key, str):
+                raise UserError(f"{place}: category_id: found {key!r}, expected one of the ground truth's")
+        number_labels = ({str(i): label for i, label in of_id.items()},)
+    tokens = {str(key): place for key, place in used.items()}
+    of_token = find_labels(tokens, annotations.ground_truth.names, number_labels, notes)
+    return {key: of_token[str(key)] for key in used}
 
 
 def _entries(path: Path, tree: dict, kind: str) -> tuple[list[dict], Ids]:
@@ -210,9 +218,15 @@ def _places(path: Path, kind: str) -> Callable[[int], str]:
 
 
 def _check_objects(rows: list, where: Callable[[int], str]) -> None:
-    bad = next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)
-    if bad is not None:
-        raise UserError(f"{where(bad)}: found {short(rows[bad])}, expected an object")
+    for n, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{where(n)}: found {short(row)}, expected an object")
+
+
+def _refuse_unknown(keys: Sequence, own: Mapping, where: Callable[[int], str], key: str, kind: str) -> None:
+    for n, value in enumerate(keys):
+        if value is not None and value not in own:
+            raise UserError(f"{where(n)}: {key}: found {value!r}, expected one of the file's {kind}")
 
 
 def _first(values: Sequence, where: Callable[[int], str]) -> dict[Any, str]:
@@ -249,9 +263,9 @@ def _read(read: Callable[[Any], Any], row: dict, key: str, where: Callable[[int]
 def _read_boxes(rows: list[dict], where: Callable[[int], str]) -> np.ndarray:
     """(N, 4) left, top, width, height."""
     boxes: list[Any] = [row.get("bbox") for row in rows]
-    wrong = next((n for n, box in enumerate(boxes) if not isinstance(box, list) or len(box) != 4), None)
-    if wrong is not None:
-        raise UserError(f"{where(wrong)}: bbox: found {short(boxes[wrong])}, expected 4 numbers")
+    for n, box in enumerate(boxes):
+        if not isinstance(box, list) or len(box) != 4:
+            raise UserError(f"{where(n)}: bbox: found {short(box)}, expected 4 numbers")
     for n, box in enumerate(boxes):
         try:
             boxes[n] = [read_number(value) for value in box]
