@@ -15,6 +15,7 @@ from config import to_tree
 from engine.comparison.study import build_study, load_study
 from engine.comparison.work import list_work, write_failure
 from engine.runtime import claims, run_folder
+from engine.training.inputs import labels_of
 from engine.training.state import first_difference
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
@@ -399,9 +400,10 @@ def test_a_teacher_that_goes_on_is_no_changed_input(config, tmp_path):
     half.parent.mkdir(parents=True)
     about = {"arch": config.teachers[0].arch, "names": ["red", "green"], "image_size": 64}
     checkpoint.save(half, about | {"ema": models.build(config.teachers[0].arch, 2).state_dict()})
-    of_teacher = f"weights {half}"
-    assert of_teacher not in compare.check_rows(study.rows, study)
-    assert of_teacher in compare.check_rows([row for row in study.rows if not row.is_teacher], study)
+    of_teacher, data = f"weights {half}", study.config.data
+    labels = {labels_of(data.train_place, data), labels_of(data.test_place, data)}
+    assert set(compare.check_rows(study.rows, study)) == labels
+    assert set(compare.check_rows([row for row in study.rows if not row.is_teacher], study)) == labels | {of_teacher}
 
 
 @pytest.mark.slow

@@ -103,6 +103,14 @@ def test_a_model_averaged_by_torch(key, tmp_path):
     assert info.uses_ema
 
 
+def test_of_two_running_means_that_called_ema_is_read(tmp_path):
+    """As in the published loaders."""
+    state = Block().state_dict()
+    others = {name: torch.zeros_like(value) for name, value in state.items()}
+    torch.save({"a_ema": others, "ema": state, "model": others}, tmp_path / "a.pt")
+    assert_same(read_state_dict(tmp_path / "a.pt")[0], state)
+
+
 def test_an_average_of_nothing_is_refused(tmp_path):
     torch.save({"n_averaged": torch.tensor(3)}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="it holds no tensors"):
