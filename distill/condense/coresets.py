@@ -134,22 +134,24 @@ def region_cover(features: Tensor, rows: Tensor, labels: Tensor, count: int, tot
     less that to the chosen ones, is largest; this sum of covers needs no factor between the two and sees all classes.
     """
     check_count(count, total)
-    classes, column = labels.unique(return_inverse=True)
-    means = features.new_zeros((total, len(classes), features.shape[1]), dtype=torch.float64)  # (N, K, D)
-    means.index_put_((rows, column), features.double() - features.double().mean(0), accumulate=True)
-    objects = means.new_zeros(means.shape[:2]).index_put_((rows, column), means.new_ones(()), accumulate=True)  # (N, K)
-    has_class = objects > 0
-    units = F.normalize(means, dim=2)  # of sums as of means
-    likeness = (1 + torch.einsum("ikd,jkd->kij", units, units)) / 2  # (K, N, N)
-    of_classes = has_class.double().T  # (K, N)
-    likeness = likeness * of_classes[:, :, None] * (of_classes / of_classes.sum(1, keepdim=True))[:, None]
-    covered = likeness.new_zeros(len(classes), total)  # by the chosen images, (K, N)
+    centered = features.double() - features.double().mean(0)
+    images, likeness = [], []  # of each class: the images with it (n,), how well each covers each, by its share (n, n)
+    for label in labels.unique():
+        is_own = labels == label
+        own, place = rows[is_own].unique(return_inverse=True)
+        sums = centered.new_zeros(len(own), centered.shape[1]).index_add_(0, place, centered[is_own])
+        units = F.normalize(sums, dim=1)  # of sums as of means
+        images.append(own)
+        likeness.append((1 + units @ units.T) / 2 / len(own))
+    covered = [x.new_zeros(len(x)) for x in likeness]  # of each image with the class, by the chosen ones
     chosen: list[int] = []
     for _ in range(count):
-        gain = (likeness - covered[:, None]).clamp(min=0).sum((0, 2))  # (N,)
+        gain = centered.new_zeros(total)
+        for own, x, c in zip(images, likeness, covered):
+            gain[own] += (x - c).clamp(min=0).sum(1)
         gain[chosen] = -1.0
         chosen.append(int(gain.argmax()))
-        covered = torch.maximum(covered, likeness[:, chosen[-1]])
+        covered = [torch.cat((c[None], x[own == chosen[-1]])).amax(0) for own, x, c in zip(images, likeness, covered)]
     return torch.tensor(chosen)
 
 
