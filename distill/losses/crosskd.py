@@ -18,11 +18,10 @@ published loss. Differs from the paper:
 import torch
 from torch import Tensor, nn
 
-from distill.losses.features import as_map_pair, unit_deviations
+from distill.losses.features import as_map_pair, row_moments, unit_deviations
 from distill.losses.keywords import by_keyword
 from distill.losses.localization import localization_kl
 from distill.losses.logits import quality_focal
-from layers.over_processes import joint_normaliser, process_count, sum_over_processes
 
 TRAINS_OTHERWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -127,11 +126,8 @@ def like_teacher(s_map: Tensor, t_map: Tensor) -> Tensor:
     """(B, C, H, W): each channel of the student's map, at the mean and the standard deviation of the teacher's."""
     b, _, h, w = s_map.shape
     s_unit = unit_deviations(s_map.transpose(0, 1).flatten(1), joint=True)  # (C, B*H*W), length 1
-    t_rows = t_map.transpose(0, 1).flatten(1)
-    count = joint_normaliser(b * h * w, t_rows) * process_count()
-    t_mean = sum_over_processes(t_rows.sum(1, keepdim=True)) / count  # (C, 1)
-    t_length = sum_over_processes((t_rows - t_mean).square().sum(1, keepdim=True)).sqrt()  # std * sqrt(count)
-    return (s_unit * t_length + t_mean).unflatten(1, (b, h, w)).transpose(0, 1)
+    t_mean, _, t_square = row_moments(t_map.transpose(0, 1).flatten(1), joint=True)  # (C, 1) each
+    return (s_unit * t_square.sqrt() + t_mean).unflatten(1, (b, h, w)).transpose(0, 1)
 
 
 @torch.no_grad()

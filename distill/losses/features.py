@@ -190,9 +190,19 @@ def unit_deviations(rows: Tensor, *, joint: bool = False) -> Tensor:
 
     joint: each process holds a part of N longer rows; mean and length are those of the whole rows.
     """
-    over_all = sum_over_processes if joint else lambda values: values
-    count = joint_normaliser(rows.shape[1], rows) * process_count() if joint else max(rows.shape[1], 1)
-    deviations = rows - over_all(rows.sum(1, keepdim=True)) / count
-    square = over_all(deviations.square().sum(1, keepdim=True))
-    varies = square > CONSTANT * over_all(rows.detach().square().sum(1, keepdim=True))
+    _, deviations, square = row_moments(rows, joint=joint)
+    varies = square > CONSTANT * row_sums(rows.detach().square(), joint=joint)
     return deviations * torch.where(varies, torch.where(varies, square, 1).rsqrt(), 0)
+
+
+def row_moments(rows: Tensor, *, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (N, 1) of each row of (N, D), deviations from it (N, D), the sum of their squares (N, 1); joint as above."""
+    count = joint_normaliser(rows.shape[1], rows) * process_count() if joint else max(rows.shape[1], 1)
+    mean = row_sums(rows, joint=joint) / count
+    deviations = rows - mean
+    return mean, deviations, row_sums(deviations.square(), joint=joint)
+
+
+def row_sums(rows: Tensor, *, joint: bool) -> Tensor:
+    total = rows.sum(1, keepdim=True)  # (N, 1)
+    return sum_over_processes(total) if joint else total

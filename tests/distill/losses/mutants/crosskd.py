@@ -150,15 +150,17 @@ CASES = [
             "no rescaling": Edit("like_teacher(s_map, t_map) if rescale else s_map", "s_map"),
             "always rescaled": Edit("like_teacher(s_map, t_map) if rescale else s_map", "like_teacher(s_map, t_map)"),
             "off by default": Edit("rescale: bool = True", "rescale: bool = False"),
-            "mean only": Edit("s_unit * t_length + t_mean", "s_unit + t_mean", "like_teacher"),
-            "no mean": Edit("s_unit * t_length + t_mean", "s_unit * t_length", "like_teacher"),
-            "length about zero": Edit("(t_rows - t_mean).square()", "t_rows.square()", "like_teacher"),
+            "mean only": Edit("s_unit * t_square.sqrt() + t_mean", "s_unit + t_mean", "like_teacher"),
+            "no mean": Edit("s_unit * t_square.sqrt() + t_mean", "s_unit * t_square.sqrt()", "like_teacher"),
+            "length about zero": Edit(
+                "t_square.sqrt()", "(t_square + b * h * w * t_mean.square()).sqrt()", "like_teacher"
+            ),
             "sample deviation of one, biased of the other": Edit(
-                ".square().sum(1, keepdim=True)).sqrt()",
-                ".square().sum(1, keepdim=True)).sqrt() * ((count - 1) / count) ** 0.5",
+                "t_square.sqrt()",
+                "(t_square * (1 - 1 / (b * h * w))).sqrt()",
                 "like_teacher",
             ),
-            "statistics of the student": Edit("t_rows = t_map", "t_rows = s_map", "like_teacher"),
+            "statistics of the student": Edit("row_moments(t_map", "row_moments(s_map", "like_teacher"),
             "statistics of the first image": Edit(
                 "t_map.transpose(0, 1).flatten(1)",
                 "t_map[:1].expand_as(t_map).transpose(0, 1).flatten(1)",

@@ -161,9 +161,7 @@ CASES = [
             "sum over channels": Edit(" / max(2 * len(s_unit), 1)", " / 2"),
             "per image": Edit("m.transpose(0, 1).flatten(1)", "m.flatten(0, 1).flatten(1)"),
             "over channels": Edit("m.transpose(0, 1).flatten(1)", "m.flatten(2).transpose(1, 2).flatten(0, 1)"),
-            "cosine, mean not removed": Edit(
-                "rows - over_all(rows.sum(1, keepdim=True)) / count", "rows", within="unit_deviations"
-            ),
+            "cosine, mean not removed": Edit("rows - mean", "rows", within="row_moments"),
             "covariance, not divided by the spread": Edit(
                 "deviations * torch.where(varies, torch.where(varies, square, 1).rsqrt(), 0)",
                 "deviations / max(rows.shape[1], 1) ** 0.5",
