@@ -25,6 +25,7 @@ from distill.condense.network_pool import set_statistics
 from distill.losses.relations import pool_boxes
 from engine.condensing.config import WITHOUT_DRAWS, Method
 from engine.condensing.frozen_backbone import FrozenBackbone
+from engine.condensing.methods import region_features_of
 from engine.condensing.real_pictures import RealPictures
 from errors import UserError
 from tests.tiny_training import tiny_config
@@ -175,6 +176,7 @@ def test_methods_choose_as_their_rules_say(make, real, network):
         "head_gradient": head_gradient_rows(data, 4, fresh, HeadSettings().ridge).tolist(),
     }
     assert set(expected) == set(WITHOUT_DRAWS)
+    torch.testing.assert_close(region_features_of(pictures, model), regions)
     for method, rows in expected.items():
         found = manifest(make(method, 4, method))
         assert found["source_pictures"] == [names[row] for row in rows[:4]], method

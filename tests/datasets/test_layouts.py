@@ -152,6 +152,14 @@ def test_a_folder_images_above_the_set_does_not_move_the_labels(tmp_path, sister
     assert [boxes(read_yolo(root, split)) for split in ("train", "val", "test")] == [[BOX]] * 3
 
 
+def test_of_two_folders_images_the_inner_one_has_its_labels_beside_it(tmp_path):
+    picture(tmp_path / "images" / "train" / "images" / "x.png")
+    text(tmp_path / "images" / "train" / "labels" / "x.txt", ROW)
+    text(tmp_path / "labels" / "train" / "images" / "x.txt", "0 0.1 0.1 0.1 0.1\n")
+    text(tmp_path / "data.yaml", "names: [cell]\ntrain: images/train/images\n")
+    assert boxes(read_yolo(tmp_path, "train")) == [BOX]
+
+
 def test_labels_beside_pictures_in_a_folder_called_images(tmp_path):
     picture(tmp_path / "images" / "x.png")
     text(tmp_path / "images" / "x.txt", ROW)

@@ -247,7 +247,7 @@ def test_end_to_end(config, tmp_path, capsys, monkeypatch, one_thread):
     compare.compare(study)
     assert capsys.readouterr().out.count("finished before") == 4 and manifest.stat().st_mtime_ns == made
     condense.main([str(path), "--row", "random_2", "--seed", "6"])
-    assert "made before" in capsys.readouterr().out
+    assert f"made before: {manifest.parent}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--row: found 'full', expected random_2, herding_2, mosaic_2"):
         condense.main([str(path), "--row", "full"])
     with pytest.raises(UserError, match=r"condense.method' is missing, expected condense.method=NAME, or --row"):
