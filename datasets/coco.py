@@ -32,14 +32,16 @@ from errors import UserError
 
 MAX_JSON_BYTES = 4 << 30
 TRIED = 100  # pictures of a file to look for in each folder
-_NUMBER = rb"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+"
+# Nothing is tried twice. A group is atomic, (?>(?:...)?), not possessive, (?:...)?+: before Python 3.11.5 the latter
+# keeps what a failed group has read, and "1." was a number.
+_NUMBER = rb"-?+(?:0|[1-9][0-9]*+)(?>(?:\.[0-9]++)?)(?>(?:[eE][+-]?+[0-9]++)?)"
 _SPACE = rb"[ \t\r\n]*+"
 
 
 def _list_of(item: bytes) -> bytes:
     """The pattern of a JSON list with any number of items of a pattern."""
     comma = _SPACE + b"," + _SPACE
-    return rb"\[" + _SPACE + rb"(?:" + item + rb"(?:" + comma + item + rb")*+)?+" + _SPACE + rb"\]"
+    return rb"\[" + _SPACE + rb"(?>(?:" + item + rb"(?>(?:" + comma + item + rb")*))?)" + _SPACE + rb"\]"
 
 
 LISTS = ("images", "annotations", "categories")  # the keys of a file

@@ -367,7 +367,8 @@ def unpack(path: Path, folder: Path) -> None:
             with tarfile.open(path) as tar:
                 members = [(m.name, m.size, m.isreg() or m.isdir()) for m in tar.getmembers()]
                 _check_members(path, limit, members)
-                tar.extractall(folder, filter="data")
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # there since Python 3.11.4
+                tar.extractall(folder)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be unpacked: {error}") from None
 
