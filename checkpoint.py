@@ -357,7 +357,7 @@ def _build_public(
     count, renamed = _count_and_rename(state, arch, path)
     own_names = info.names
     if len(own_names) == count + 1 and own_names[0].strip("_").lower() == "background":
-        own_names = own_names[1:]  # some code for two stages lists it among the classes
+        own_names = own_names[1:]  # some two-stage detectors list it among the classes
     if own_names and len(own_names) != count:
         raise UserError(f"{path}: it names {len(own_names)} classes, and its class head has {count}")
     _check_count(count, path)

@@ -148,7 +148,7 @@ class LabelFolders:
 
     @staticmethod
     def _twins(folder: Path) -> list[Place]:
-        """The path with `labels` in the place of one of its folders `images`, the last of them first."""
+        """The path with a folder `images` replaced by `labels`, for each such folder, the last one first."""
         places, parts = [], folder.parts
         for n in reversed([n for n, part in enumerate(parts) if part == "images"]):
             soft = Path(*parts[:n], "soft_labels", *parts[n + 1 :])

@@ -125,7 +125,7 @@ class Criterion(nn.Module):
             with naming(key):
                 self.classes[name] = classes_of(term.teacher) if compares_classes(term) else None
             self._build_term(key, name, s_probe, t_probe)
-            has_no_boxes = not unlabelled_has_boxes and term.on != "labelled"  # some of its images
+            has_no_boxes = not unlabelled_has_boxes and term.on != "labelled"  # true of its unlabelled images
             if has_no_boxes and reads_objects(self, term, s_probe, t_probe):
                 found = f"{term.on}, but loss {term.loss!r} reads the objects of an image, which unlabelled ones lack"
                 raise UserError(f"{key}.on: found {found}, expected labelled, or data.unlabelled.pseudo")
@@ -188,7 +188,7 @@ class Criterion(nn.Module):
         whole = BatchOutputs(s_output, t_outputs, targets, content)
         factors = {name: term_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
         teacher_weights = self._teacher_weights(s_output, t_outputs, of_labelled(targets, is_labelled))
-        kinds = dict.fromkeys(term.on for term in self.terms.values())  # no set: gradients add up in this order
+        kinds = dict.fromkeys(term.on for term in self.terms.values())  # in the order of the terms
         parts = {kind: images_of(kind, whole, is_labelled) for kind in kinds}
         values: dict[str, Tensor] = {}  # of the terms that their schedules let act
         for name, term in self.terms.items():

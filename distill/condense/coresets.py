@@ -8,7 +8,7 @@ a larger one. Ties go to the lowest row, so only the first three draw random num
     balanced_rows    about as many objects of each class
     herding          the mean of the chosen features is close to that of all     Welling, ICML 2009
     k_center         no image is far from a chosen one                           Sener and Savarese, arXiv:1708.00489
-    region_cover     objects of each class are like those of a chosen image      Lee et al., arXiv:2404.09161
+    region_cover     objects of each class are similar to those of a chosen image      Lee et al., arXiv:2404.09161
     top_rows         the largest values, such as a trained network's loss or the number of objects
 """
 
@@ -119,39 +119,43 @@ def k_center(features: Tensor, count: int) -> Tensor:
 
 
 def region_cover(features: Tensor, rows: Tensor, labels: Tensor, count: int, total: int) -> Tensor:
-    """Greedily, the image that raises most how well the objects of each class are covered by chosen images.
+    """Greedily, the image that raises most the similarity of each class's objects to their nearest chosen image.
 
         f_ik = mean of the features of image i's objects of class k, less the mean of all objects
         cover(S) = sum_k 1 / n_k sum_{j has k} max_{i in S has k} (1 + cos(f_ik, f_jk)) / 2
         next = argmax_i cover(S + i)
 
-    n_k: the number of images with class k. The cover is submodular, so what greed reaches is at least 1 - 1/e of the
-    best. features (M, D), rows (M,), labels (M,): of every object, its row and its class. total: N, with the images
-    without objects, which come last.
+    n_k: the number of images with class k. The cover is submodular, so the greedy choice reaches at least 1 - 1/e of
+    the best. features (M, D), rows (M,), labels (M,): of every object, the row of its image, and its class. total: N,
+    with the images without objects, which come last.
 
     After CSOD (arXiv:2404.09161), which describes an image in the same way, by one mean for each of its classes.
-    Deliberate difference: CSOD takes the classes in turn, and for one at a time the image whose likeness to all others,
-    less that to the chosen ones, is largest; this sum of covers needs no factor between the two and sees all classes.
+    Deliberate difference: CSOD takes the classes in turn, and for one at a time the image whose similarity to all
+    others, less that to the chosen ones, is largest; this sum of covers needs no factor between the two, and sees all
+    classes.
     """
     check_count(count, total)
     centered = features.double() - features.double().mean(0)
-    images, likeness = [], []  # of each class: the images with it (n,), how well each covers each, by its share (n, n)
+    images, similarity = [], []  # of each class: the n images with it (n,); (1 + cos) / 2 / n of each pair (n, n)
     for label in labels.unique():
         is_own = labels == label
         own, place = rows[is_own].unique(return_inverse=True)
         sums = centered.new_zeros(len(own), centered.shape[1]).index_add_(0, place, centered[is_own])
-        units = F.normalize(sums, dim=1)  # of sums as of means
+        units = F.normalize(sums, dim=1)  # the length of f_ik does not matter, so sums serve as means
         images.append(own)
-        likeness.append((1 + units @ units.T) / 2 / len(own))
-    covered = [x.new_zeros(len(x)) for x in likeness]  # of each image with the class, by the chosen ones
+        similarity.append((1 + units @ units.T) / 2 / len(own))
+    covered = [pairs.new_zeros(len(pairs)) for pairs in similarity]  # of each class: to the nearest chosen image (n,)
     chosen: list[int] = []
     for _ in range(count):
         gain = centered.new_zeros(total)
-        for own, x, c in zip(images, likeness, covered):
-            gain[own] += (x - c).clamp(min=0).sum(1)
+        for own, pairs, best in zip(images, similarity, covered):
+            gain[own] += (pairs - best).clamp(min=0).sum(1)
         gain[chosen] = -1.0
         chosen.append(int(gain.argmax()))
-        covered = [torch.cat((c[None], x[own == chosen[-1]])).amax(0) for own, x, c in zip(images, likeness, covered)]
+        covered = [
+            torch.cat((best[None], pairs[own == chosen[-1]])).amax(0)
+            for own, pairs, best in zip(images, similarity, covered)
+        ]
     return torch.tensor(chosen)
 
 

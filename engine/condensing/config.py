@@ -27,7 +27,7 @@ Rule = Literal[  # how real pictures are chosen
     "uniform",  # with about as many objects of each class
     "herding",  # so that the mean of their features is the mean over all pictures
     "k_center",  # so that every other picture is near one of them, by features
-    "region_cover",  # so that every object is like those of its class in one of them, by features
+    "region_cover",  # so that objects of each class are similar to those of a chosen one, by features
     "highest_loss",  # with the highest loss of a trained network
     "most_objects",  # with the most objects
     "head_gradient",  # whose gradients move a linear head on a frozen network towards that of all pictures

@@ -171,7 +171,7 @@ def open_pseudo_teacher(
     label_of[t_columns.numpy()] = columns.numpy()
     missing = [name for label, name in enumerate(class_names) if label not in label_of]
     if missing:
-        say(f"pseudo boxes: teacher {teacher.name!r} knows no {', '.join(missing)}")
+        say(f"pseudo boxes: teacher {teacher.name!r} has no class {', '.join(missing)}")
     published = models.published_detection(teacher.arch)
     iou_threshold = published.iou_threshold if settings.iou_threshold is None else settings.iou_threshold
     detection = DetectionSettings(LOWEST_SCORE, iou_threshold, published.max_detections)
