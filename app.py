@@ -62,7 +62,11 @@ def main() -> None:
     page = pages.segmented_control(
         "Page", (COMPARE, EXPLAIN), default=COMPARE, required=True, key="page", label_visibility="collapsed"
     )
-    runs = run_views.find_runs(RUNS.resolve())
+    try:
+        runs = run_views.find_runs(RUNS.resolve())
+    except UserError as error:  # a link to nothing
+        st.error(str(error))
+        return
     if not runs:
         st.info(f"There is no trained model below {RUNS.resolve()} yet. This command trains four in some minutes:")
         st.code("make demo", language="sh")

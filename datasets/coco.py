@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets.folders import is_left_out
+from datasets.folders import files_in
 from datasets.index import DatasetIndex, Effect
 from datasets.kept_index import Sources
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_misread, refuse_resized
@@ -115,9 +115,7 @@ def find_folder(root: Path, split: str, json_path: Path, records: list[dict], so
 
 
 def _json_files(folder: Path, sources: Sources) -> list[Path]:
-    if not sources.is_folder(folder):
-        return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() == ".json" and not is_left_out(p.name))
+    return files_in(folder, (".json",)) if sources.is_folder(folder) else []
 
 
 def find_image(folder: Path, name: Any, sources: Sources | None = None) -> Path | None:

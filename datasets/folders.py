@@ -66,6 +66,14 @@ def list_files(folder: str | Path, suffixes: tuple[str, ...], *, follow_texts: b
     return [Path(path) for path in sorted(found, key=_parts)]
 
 
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files directly in a folder, by the rule of list_files, sorted; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if path.name.lower().endswith(suffixes) and path.is_file())
+    return sorted(path for path in found if not is_left_out(path.name))
+
+
 def _entries(folder: str) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:

@@ -9,7 +9,7 @@ Geiger et al., "Are we ready for Autonomous Driving? The KITTI Vision Benchmark 
 
 from pathlib import Path
 
-from datasets.folders import list_files
+from datasets.folders import files_in, list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import ANY_CLASS, DatasetIndex, Effect, Sample
 from datasets.rows import FaultLog, LabelRows, log_passed_over, log_unread, make_sample, read_frame, refuse_misread
@@ -93,7 +93,7 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
         if len(unique) < len(listed):
             log.add(source, None, f"{len(listed) - len(unique)} frames are listed twice", "listed twice", "noted")
         return unique
-    lists = sorted(path.stem for choice in choices for path in choice.parent.glob("*.txt"))
+    lists = sorted(path.stem for choice in choices for path in files_in(choice.parent, (".txt",)))
     if split != "all" and (lists or split not in ("train", "val")):
         raise UserError(f"{choices[0]}: no such list, found {', '.join(lists) or 'none'} (`all` takes every frame)")
     stems: set[str] = set()

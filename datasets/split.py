@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.coco import find_json, match_id
+from datasets.folders import files_in
 from datasets.index import DatasetIndex, Sample
 from datasets.near_duplicates import DISTANCE, group_near_duplicates
 from datasets.open import READERS, open_dataset
@@ -181,7 +182,7 @@ def read_back(format: str, root: Path, name: str, names: tuple[str, ...], expect
 
 def default_split(format: str, root: Path) -> str:
     if format == "coco":
-        files = [path for folder in (root / "annotations", root) for path in sorted(folder.glob("*.json"))]
+        files = [path for folder in (root / "annotations", root) for path in files_in(folder, (".json",))]
         if len(files) != 1:
             found = ", ".join(path.name for path in files) or "no JSON file"
             raise UserError(f"{root}: found {found}; expected one, or the name of a split after the root")

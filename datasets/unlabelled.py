@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from datasets.coco import find_folder, find_image, find_json, read_json, read_records
-from datasets.folders import list_files
+from datasets.folders import files_in, list_files
 from datasets.images import SUFFIXES, find_picture, read_size
 from datasets.index import DatasetIndex, Sample
 from datasets.rows import FaultLog
@@ -123,7 +123,7 @@ def voc_pictures(root: Path, split: str, log: FaultLog) -> Listed:
         if name == "all":
             yield from ((path.stem, path) for path in list_files(pictures, SUFFIXES))
         elif not (lists / f"{name}.txt").is_file():
-            others = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
+            others = ", ".join(path.stem for path in files_in(lists, (".txt",))) or "none"
             raise UserError(f"{lists}: no list {name!r}, found {others} (`all` takes every picture)")
         else:
             yield from named_pictures(lists / f"{name}.txt", pictures)

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from datasets.folders import is_left_out, list_files
+from datasets.folders import files_in, is_left_out, list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import DatasetIndex, Effect, Sample
 from datasets.rows import (
@@ -114,7 +114,7 @@ def find_part(root: Path, part: str) -> _Part:
         return _Part(folder, source, pictures, source, is_own)
     source = annotations if name == "all" else source
     if source is None:
-        others = sorted(path.stem for path in lists.glob("*.txt")) or [
+        others = [path.stem for path in files_in(lists, (".txt",))] or [
             path.name for path in list_files(folder, (".csv",))
         ]
         raise UserError(f"{lists}: no list {name!r}, found {', '.join(others) or 'none'} (`all` takes every picture)")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets.folders import list_files
+from datasets.folders import files_in, list_files
 from datasets.images import SUFFIXES, UNREAD
 from datasets.index import NO_LABEL_FILE, DatasetIndex, Sample
 from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame, refuse_misread
@@ -171,7 +171,7 @@ def find_yaml(root: Path) -> Path | None:
     for name in ("data.yaml", "config.yaml", "dataset.yaml"):
         if (root / name).is_file():
             return root / name
-    others = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
+    others = files_in(root, (".yaml", ".yml"))
     others = [path for path in others if not path.name.endswith("split.yaml")]  # of datasets.split
     if len(others) > 1:
         raise UserError(f"{root}: {', '.join(path.name for path in others)}; expected one yaml file, or name it")

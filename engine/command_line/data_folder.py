@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasets.folders import is_left_out, list_files
+from datasets.folders import files_in, is_left_out, list_files
 from datasets.images import SUFFIXES
 from datasets.index import DatasetIndex
 from datasets.open import open_dataset
@@ -80,7 +80,7 @@ def formats_in(root: Path) -> list[str]:
     formats = []
     if yaml_splits(root):
         formats.append("yolo")
-    if any(path.suffix.lower() == ".json" for folder in folders for path in folder.iterdir()):
+    if any(files_in(folder, (".json",)) for folder in folders):
         formats.append("coco")
     if list_files(root, (".xml",)):
         formats.append("voc")
@@ -132,9 +132,9 @@ def split_names(format: str, root: Path) -> list[str]:
     folders = [path for path in (root, root / "images", root / "training") if path.is_dir()]
     inner = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     if format == "yolo":
-        return yaml_splits(root) or sorted(inner | {path.stem for path in root.glob("*.txt")})
+        return yaml_splits(root) or sorted(inner | {path.stem for path in files_in(root, (".txt",))})
     if format == "kitti":
-        lists = {path.stem for base in (root, root / "training") for path in (base / "ImageSets").glob("*.txt")}
+        lists = {path.stem for base in (root, root / "training") for path in files_in(base / "ImageSets", (".txt",))}
         return sorted(lists) or ["train", "val"]  # read_kitti makes these up
     if format == "coco":
         return sorted({path.stem.removeprefix("instances_") for path in coco_files(root)} | inner)
@@ -145,13 +145,13 @@ def split_names(format: str, root: Path) -> list[str]:
 
 
 def voc_lists(folder: Path) -> set[str]:
-    tables = [*folder.glob("*.csv"), *folder.glob("data/*.csv")]
-    lists = [*tables, *folder.glob("ImageSets/Main/*.txt")]
-    return {path.stem.removesuffix("_labels") for path in lists}
+    tables = [path for place in (folder, folder / "data") for path in files_in(place, (".csv",))]
+    lists = files_in(folder / "ImageSets" / "Main", (".txt",))
+    return {path.stem.removesuffix("_labels") for path in (*tables, *lists)}
 
 
 def coco_files(root: Path) -> list[Path]:
-    return sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
+    return [path for folder in (root, root / "annotations") for path in files_in(folder, (".json",))]
 
 
 def yaml_splits(root: Path) -> list[str]:

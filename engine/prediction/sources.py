@@ -44,10 +44,10 @@ def find_pictures(sources: Sequence[str]) -> list[Source]:
 def find_sources(sources: Sequence[str]) -> list[Source]:
     """The pictures and videos of files, folders (with subfolders) and patterns, each once, in the order given.
 
-    Folders and patterns yield files with the suffix of a picture or a video, including picture formats that cannot be
-    read: reading them later gives an error with their name. A file given by name is always taken, as a picture unless
-    it has a video's suffix. `webcam` and `webcam:1` are cameras unless a file has that name. Sources with the same
-    output name get different ones: `a`, `a-2`.
+    A folder that a pattern matches counts as one that is given. Folders and patterns yield files with the suffix of a
+    picture or a video, including picture formats that cannot be read: reading them later gives an error with their
+    name. A file given by name is always taken, as a picture unless it has a video's suffix. `webcam` and `webcam:1` are
+    cameras unless a file has that name. Sources with the same output name get different ones: `a`, `a-2`.
     """
     found: dict[Path, Source] = {}
     for source in sources:
@@ -66,15 +66,11 @@ def _add_files(found: dict[Path, Source], source: str, suffixes: tuple[str, ...]
     """Add the files that one argument stands for to `found`, by resolved path."""
     path = Path(source)
     if path.is_dir():
-        files = list_files(path, suffixes, follow_texts=True)
-        pairs = [(p, p.relative_to(path) if p.is_relative_to(path) else Path(p.name)) for p in files]
+        pairs = _in_folder(path, suffixes)
     elif path.exists():
         pairs = [(path, Path(path.name))]
     elif glob.has_magic(source):
-        given = {*path.parts}
-        paths = [p for p in map(Path, sorted(glob.glob(source, recursive=True))) if p.is_file() or not p.exists()]
-        paths = [p for p in paths if not any(is_left_out(part) for part in p.parts if part not in given | {".."})]
-        pairs = [(p, Path(p.name)) for p in paths if p.name.lower().endswith(suffixes)]
+        pairs = _by_pattern(source, suffixes)
     else:
         raise UserError(f"{source}: no such file or folder, expected pictures or videos")
     if all(p.suffix.lower() in UNREAD for p, _ in pairs) and not path.is_file():
@@ -83,6 +79,26 @@ def _add_files(found: dict[Path, Source], source: str, suffixes: tuple[str, ...]
     is_named = path.exists() and not path.is_dir()
     for path, name in pairs:
         found.setdefault(path.resolve(), Source(path, name.with_suffix(""), is_named))
+
+
+def _by_pattern(source: str, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """As _in_folder, for the files that a pattern matches, and those of the folders that it matches, each once."""
+    given, walked, pairs = {*Path(source).parts}, set(), []
+    for path in map(Path, sorted(glob.glob(source, recursive=True))):
+        if any(is_left_out(part) for part in path.parts if part not in given | {".."}):
+            continue
+        if not path.is_dir():
+            pairs += [(path, Path(path.name))] if path.name.lower().endswith(suffixes) else []
+        elif path.resolve() not in walked:  # else the pattern runs in a circle of links
+            walked.add(path.resolve())
+            pairs += [(inner, path.name / name) for inner, name in _in_folder(path, suffixes)]
+    return pairs
+
+
+def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """The files of a folder with its subfolders, and their paths below it."""
+    files = list_files(folder, suffixes, follow_texts=True)
+    return [(p, p.relative_to(folder) if p.is_relative_to(folder) else Path(p.name)) for p in files]
 
 
 def _with_own_names(found: dict[Path, Source]) -> list[Source]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from checkpoint import CheckpointInfo, previous_path
 from config import Config, GradientShare, TermConfig, from_tree
+from datasets.folders import list_files
 from datasets.letterbox import letterbox
 from distill.terms import LOSSES
 from engine.drawing.heat_maps import attention_heat, grid, heat_colors, heat_legend, overlay, stack, to_pictures
@@ -59,18 +60,19 @@ class Run:
 
 
 def find_runs(root: Path) -> dict[str, Run]:
-    """Every run below `root` that has weights, by name, with its best weights, else its last.
+    """Every run below `root` that has weights, by name, with its best weights, else its last. Links are followed.
 
     ONNX files below `root` are included, each after the run whose folder it is in.
     """
     found: dict[str, Run] = {}
-    for weights in root.glob("**/weights"):
+    files = list_files(root, (".pt", ".safetensors", SUFFIX)) if root.is_dir() else []
+    for weights in dict.fromkeys(path.parent for path in files if path.parent.name == "weights"):
         folder = RunFolder(weights.parent)
         paths = [path for path in (folder.best, folder.last) if path.is_file() or previous_path(path).is_file()]
         if paths:
             name = weights.parent.relative_to(root).as_posix()
             found[name] = Run(name, folder, paths[0])
-    for path in root.glob(f"**/*{SUFFIX}"):
+    for path in (path for path in files if path.suffix == SUFFIX):
         parent = path.parent.parent if path.parent.name == "weights" else path.parent
         name = (parent.relative_to(root) / path.name).as_posix()
         found[name] = Run(name, RunFolder(parent), path)

@@ -5,6 +5,7 @@ from PIL import Image
 
 from datasets.folders import list_files
 from datasets.open import open_dataset
+from datasets.split import default_split
 from engine.prediction.sources import find_pictures, find_sources
 from errors import UserError
 
@@ -31,6 +32,23 @@ def test_what_systems_leave_behind_is_left_out(tmp_path):
     assert names_of(tmp_path, list_files(tmp_path, (".jpg",))) == ["x.jpg"]
     hidden = tmp_path / ".ipynb_checkpoints"  # the folder that is asked for may have any name
     assert names_of(hidden, list_files(hidden, (".jpg",))) == ["x.jpg"]
+
+
+def test_hidden_files_beside_lists_are_no_lists(tmp_path):
+    """What macOS leaves beside a data.yaml, a list of frames and a COCO file."""
+    yolo, kitti, coco = tmp_path / "yolo", tmp_path / "kitti", tmp_path / "coco"
+    for path in (yolo / "images" / "p.png", kitti / "image_2" / "p.png"):
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (20, 10)).save(path)
+    make(yolo, "._my.yaml", ".hidden.yml", "labels/p.txt", "my.yaml")
+    (yolo / "labels" / "p.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (yolo / "my.yaml").write_text("train: images\nnames: [a]\n")
+    assert len(open_dataset("yolo", yolo, "train")) == 1
+    make(kitti, "ImageSets/._train.txt", "label_2/p.txt")
+    (kitti / "label_2" / "p.txt").write_text("Car 0 0 0 1 2 9 8 0 0 0 0 0 0 0\n")
+    assert len(open_dataset("kitti", kitti, "train")) == 1  # there are no lists, so the reader makes up train and val
+    make(coco, "annotations/._instances_all.json", "annotations/instances_all.json", "annotations/notes.txt")
+    assert default_split("coco", coco) == "all"
 
 
 def test_a_link_to_itself_is_a_broken_link(tmp_path):
@@ -101,6 +119,11 @@ def test_sources_of_predictions_follow_the_same_rule(tmp_path):
     assert [str(source.name) for source in find_sources([folder])] == ["a", "more/b", "more/c"]
     assert [str(source.name) for source in find_pictures([folder])] == ["a", "more/b"]
     assert [str(source.name) for source in find_pictures([f"{folder}/**/a.png"])] == ["a"]
+    make(tmp_path, "in/inner/d.png", "in/inner/._d.png")
+    for pattern in ("*", "**"):  # folders that match are walked, as where a shell replaces the pattern
+        found = find_pictures([f"{folder}/{pattern}"])
+        assert [source.path.name for source in found] == ["a.png", "d.png", "b.png"], pattern
+    assert [str(source.name) for source in find_pictures([f"{folder}/[im]*"])] == ["inner/d", "more/b", "more2/a"]
 
 
 def test_pictures_of_formats_that_are_not_read_are_sources_too(tmp_path):

@@ -38,6 +38,16 @@ def test_runs_are_found_at_any_depth_with_the_best_weights(tmp_path):
     assert run_views.find_runs(tmp_path / "nothing") == {}
 
 
+def test_runs_in_linked_folders_are_found(tmp_path):
+    """As where runs lie on another disk; macOS's ._ files are none."""
+    place(tmp_path / "away", "a", "last.pt")
+    place(tmp_path / "away", "b", "last.onnx")
+    place(tmp_path / "away", "b", "._last.onnx")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "away")
+    assert list(run_views.find_runs(tmp_path / "runs")) == ["linked/a", "linked/b/last.onnx"]
+
+
 def test_exported_files_stand_behind_their_run(tmp_path):
     place(tmp_path, "study/a", "last.pt")
     place(tmp_path, "study/a", "last.onnx")
