@@ -27,7 +27,7 @@ from datasets.folders import files_in
 from datasets.index import DatasetIndex, Effect
 from datasets.kept_index import Sources
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_misread, refuse_resized
-from datasets.values import read_area, read_flag, read_id, read_number, read_size
+from datasets.values import read_area, read_flag, read_id, read_number, read_size, short
 from errors import UserError
 
 MAX_JSON_BYTES = 4 << 30
@@ -44,7 +44,6 @@ def _list_of(item: bytes) -> bytes:
     return rb"\[" + _SPACE + rb"(?>(?:" + item + rb"(?>(?:" + comma + item + rb")*))?)" + _SPACE + rb"\]"
 
 
-LISTS = ("images", "annotations", "categories")  # the keys of a file
 MASK = re.compile(rb'"segmentation"' + _SPACE + b":" + _SPACE + _list_of(_list_of(_NUMBER)))
 
 
@@ -135,7 +134,7 @@ def find_image(folder: Path, name: Any, sources: Sources | None = None) -> Path 
 def read_json(path: Path) -> Any:
     """The plain values in a JSON file, with null for each mask that is a list of polygons.
 
-    UserError for NaN, Infinity, deep nesting, and one of LISTS that is given twice: a parser would drop the first.
+    UserError for NaN, Infinity, deep nesting, and a key that an object gives twice: a parser would drop the first.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -147,12 +146,16 @@ def read_json(path: Path) -> Any:
     def refuse(constant: str) -> None:
         raise UserError(f"{path}: {constant} in the file, expected finite numbers")
 
+    def keep(pairs: list[tuple[str, Any]]) -> dict:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            _refuse_twice(pairs, path)
+        return record
+
     try:
         text = _without_masks(data).decode("utf-8-sig")
         del data  # of a set of COCO's size, as much as the parsed values
-        if any(text.count(f'"{name}"') > 1 for name in LISTS):
-            json.loads(text, parse_constant=refuse, object_pairs_hook=lambda pairs: _refuse_twice(pairs, path))
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=keep)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -164,10 +167,10 @@ def read_json(path: Path) -> Any:
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]], path: Path) -> None:
-    names = [name for name, _ in pairs if name in LISTS]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path}: key {twice!r} is given twice, expected one list")
+    names, record = [name for name, _ in pairs], dict(pairs)
+    twice = next(name for name in names if names.count(name) > 1)
+    place = next((f" by the object with {key} {short(record[key])}" for key in ("id", "image_id") if key in record), "")
+    raise UserError(f"{path}: key {twice!r} is given twice{place}, expected once")
 
 
 def _without_masks(data: bytes) -> bytearray:
@@ -179,11 +182,13 @@ def _without_masks(data: bytes) -> bytearray:
     """
     kept, end = bytearray(), 0
     for match in MASK.finditer(data):
-        if data[match.start() - 1] == ord("\\"):
+        start, stop = match.span()
+        if data[start - 1] == ord("\\"):
             continue
-        kept += data[end : match.start()]
-        kept += b'"segmentation":null' + b"\n" * data.count(b"\n", *match.span())  # faults are named by their lines
-        end = match.end()
+        kept += data[end:start]
+        kept += b'"segmentation":null'
+        kept += b"\n" * data.count(b"\n", start, stop)  # faults are named by their lines
+        end = stop
     kept += data[end:]
     return kept
 

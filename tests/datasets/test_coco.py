@@ -308,12 +308,27 @@ def test_a_list_that_is_given_twice_is_refused(tmp_path, key):
     whole = coco()
     part = f'"{key}": {json.dumps(json.loads(whole)[key])}'
     text(tmp_path / "train.json", f"{{{part}, {whole[1:]}")
-    with pytest.raises(UserError, match=f"train.json: key '{key}' is given twice, expected one list"):
+    with pytest.raises(UserError, match=f"train.json: key '{key}' is given twice, expected once"):
         read_coco(tmp_path, "train")
-    with pytest.raises(UserError, match=f"train.json: key '{key}' is given twice, expected one list"):
+    with pytest.raises(UserError, match=f"train.json: key '{key}' is given twice, expected once"):
         read_ground_truth(tmp_path / "train.json")
     text(tmp_path / "train.json", f'{{"info": {{"{key}": 1}}, {whole[1:]}')
     assert len(read_coco(tmp_path, "train")) == len(read_ground_truth(tmp_path / "train.json").pictures) == 1
+
+
+@pytest.mark.parametrize(("key", "holder"), [("bbox", "annotations"), ("file_name", "images"), ("name", "categories")])
+def test_a_key_that_an_object_gives_twice_is_refused(tmp_path, key, holder):
+    """A parser keeps the last value, and nobody knows which one is meant."""
+    picture(tmp_path / "images" / "x.png")
+    tree = json.loads(coco())
+    tree[holder][0]["id"] = 7
+    row = json.dumps(tree[holder][0])
+    whole = json.dumps(tree)
+    assert whole.count(row) == 1
+    text(tmp_path / "train.json", whole.replace(row, f'{{"{key}" : 0, {row[1:]}'))
+    for read in (lambda: read_coco(tmp_path, "train"), lambda: read_ground_truth(tmp_path / "train.json")):
+        with pytest.raises(UserError, match=f"json: key '{key}' is given twice by the object with id 7, expected once"):
+            read()
 
 
 def test_an_area_below_0_is_no_area(tmp_path):
