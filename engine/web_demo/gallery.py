@@ -15,6 +15,7 @@ from config import Config
 from datasets.enhance import adjust_gamma
 from datasets.images import decode_image, read_image
 from datasets.open import open_dataset
+from datasets.shapes import NAMES as SHAPES
 from datasets.shapes import draw_picture
 from engine.drawing.detections import draw_detections
 from engine.drawing.fonts import drawable, load_font
@@ -84,28 +85,44 @@ def noisy(picture: np.ndarray) -> np.ndarray:
     return (picture + noise).clip(0, 255).astype(np.uint8)
 
 
-BUILT_IN: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray] | None] | str] = {
-    # the number of a drawn picture and what is done to it, or the file of a photo
-    "shapes under a warm lamp": (10, lambda picture: (picture * np.array([1.0, 0.75, 0.4])).astype(np.uint8)),
-    "shapes in the dark": (0, lambda picture: adjust_gamma(picture, 0.4)),
-    "shapes in fog": (2, lambda picture: (165 + 0.25 * picture).astype(np.uint8)),
-    "shapes with noise": (1, noisy),
-    "shapes": (0, None),
-    "more shapes": (10, None),
-    "photo: a cat": "cat.jpg",
-    "photo: a cup": "coffee.jpg",
-    "photo: a rocket": "rocket.jpg",
+class BuiltIn(NamedTuple):
+    """source: the file of a photo; or the number of a drawn picture, and what is done to it.
+
+    shows: names of classes.
+    """
+
+    shows: tuple[str, ...]
+    source: str | tuple[int, Callable[[np.ndarray], np.ndarray]]
+
+
+BUILT_IN: dict[str, BuiltIn] = {
+    "shapes under a warm lamp": BuiltIn(SHAPES, (10, lambda p: (p * np.array([1.0, 0.75, 0.4])).astype(np.uint8))),
+    "shapes in the dark": BuiltIn(SHAPES, (0, lambda picture: adjust_gamma(picture, 0.4))),
+    "shapes in fog": BuiltIn(SHAPES, (2, lambda picture: (165 + 0.25 * picture).astype(np.uint8))),
+    "shapes with noise": BuiltIn(SHAPES, (1, noisy)),
+    "shapes": BuiltIn(SHAPES, (0, lambda picture: picture)),
+    "more shapes": BuiltIn(SHAPES, (10, lambda picture: picture)),
+    "photo: a pasture": BuiltIn(("person", "dog", "horse"), "pasture.jpg"),
+    "photo: a dog": BuiltIn(("dog", "bicycle", "car", "truck"), "dog.jpg"),
+    "photo: a cat": BuiltIn(("cat",), "cat.jpg"),
+    "photo: a cup": BuiltIn(("cup", "spoon", "dining table"), "coffee.jpg"),
+    "photo: a rocket": BuiltIn((), "rocket.jpg"),
 }
+
+
+def fitting_picture(names: Sequence[str]) -> str:
+    """The built-in picture that shows the most of a model's classes, by name; the first of equals."""
+    return max(BUILT_IN, key=lambda name: len(set(BUILT_IN[name].shows) & set(names)))
 
 
 def built_in_picture(name: str) -> np.ndarray:
     """uint8 RGB (H, W, 3): a drawn picture of SHAPES_SIZE, with another seed than the training set's, or a photo."""
-    source = BUILT_IN[name]
+    source = BUILT_IN[name].source
     if isinstance(source, str):
         return read_image(PHOTOS / source)
-    index, degrade = source
+    index, change = source
     picture, _, _ = draw_picture(2026, "test", index, SHAPES_SIZE)
-    return picture if degrade is None else degrade(picture)
+    return change(picture)
 
 
 def find_folder_pictures(folder: str) -> dict[str, Path]:

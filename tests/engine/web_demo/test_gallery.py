@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.shapes import NAMES as SHAPES
 from engine.web_demo import gallery
 from errors import UserError
 from structures import Detections
@@ -45,12 +46,23 @@ def test_an_upload_is_at_most_so_many_bytes_and_pixels(monkeypatch):
 def test_the_built_in_pictures_differ_and_stay_the_same():
     pictures = {name: gallery.built_in_picture(name) for name in gallery.BUILT_IN}
     drawn = [p for name, p in pictures.items() if not name.startswith("photo")]
-    assert all(p.shape == (160, 160, 3) for p in drawn) and len(drawn) == len(pictures) - 3
+    assert all(p.shape == (160, 160, 3) for p in drawn) and len(drawn) == len(pictures) - 5
     assert all(p.dtype == np.uint8 for p in pictures.values())
     digests = {gallery.digest(p) for p in pictures.values()}
     assert len(digests) == len(pictures)
     assert digests == {gallery.digest(gallery.built_in_picture(name)) for name in gallery.BUILT_IN}
     assert pictures["shapes in the dark"].mean() < 0.7 * pictures["shapes"].mean()
+
+
+def test_the_picture_that_shows_the_most_of_a_models_classes():
+    for names, picture in (
+        (("dog", "cat", "person", "sheep", "horse", "cow"), "photo: a pasture"),
+        (("cat", "sheep"), "photo: a cat"),
+        (SHAPES, "shapes under a warm lamp"),
+        (("WBC", "RBC"), "shapes under a warm lamp"),
+        ((), "shapes under a warm lamp"),
+    ):
+        assert gallery.fitting_picture(names) == picture
 
 
 def test_a_digest_sees_the_shape_and_every_pixel():
