@@ -31,6 +31,7 @@ from engine.web_demo.detectors import Detector, Latency
 from engine.web_demo.run_views import Run
 from engine.web_demo.sides import WHERE, Side
 from errors import UserError
+from models import suppresses
 from structures import Detections
 
 # Before any decorator of Streamlit's complains, and not in the processes that multiprocessing starts.
@@ -78,20 +79,21 @@ def main() -> None:
             at_source, at_picture, at_score, at_overlap, at_steps = st.columns(
                 [1, 1.25, 1.1, 1.1, 1.25], vertical_alignment="bottom"
             )
-            source = choose_source(pair, at_source)
-            thresholds, steps = choose_thresholds(at_score, at_overlap), choose_enhancement(at_steps)
+            source = choose_source(page, pair, at_source)
+            thresholds = choose_thresholds(page, pair, at_score, at_overlap)
+            steps = choose_enhancement(at_steps)
         if pair is None:
             return
-        if source == VIDEO and page == COMPARE:
+        if source == VIDEO:
             show_video(pair, steps, thresholds)
             return
         with controls:
-            picture = choose_picture(source, at_picture, pair[1].run)
+            picture = choose_picture(source, at_picture, pair[1])
         if picture is None:
             return
         enhanced = enhance_once(gallery.digest(picture.pixels), steps, picture.pixels)
         if page == COMPARE:
-            show_results(picture, enhanced, pair, places, thresholds)
+            show_results(picture, enhanced, pair, thresholds)
         else:
             explain(pair, enhanced)
     except UserError as error:
@@ -166,16 +168,23 @@ def load_upload(content_digest: str, name: str, _data: bytes) -> Detector:
     return detectors.load_upload(_data, name)
 
 
-def choose_source(pair: tuple[Side, Side] | None, place: Place) -> str:
-    """Where the picture is from."""
-    sources = [BUILT_IN, *([FROM_RUN] if pair and pair[1].run else []), UPLOAD, CAMERA, VIDEO]
-    return place.selectbox("Picture", [*sources, *([FOLDER] if is_local() else [])], key="source")
+def choose_source(page: str, pair: tuple[Side, Side] | None, place: Place) -> str:
+    """Where the picture is from. The page about distillation has one picture, and so no video."""
+    sources = [BUILT_IN, *([FROM_RUN] if pair and pair[1].run else []), UPLOAD, CAMERA]
+    sources += [*([VIDEO] if page == COMPARE else []), *([FOLDER] if is_local() else [])]
+    return place.selectbox("Picture", sources, key="source")
 
 
-def choose_thresholds(left: Place, right: Place) -> Thresholds:
-    score = left.slider("Score, at least", 0.01, 0.95, 0.25, key="score", help="Detections below it are not shown.")
-    most = "Of two boxes of one class that overlap more, the better one stays."
-    return Thresholds(score, right.slider("Overlap (IoU), at most", 0.05, 0.95, 0.7, key="iou", help=most))
+def choose_thresholds(page: str, pair: tuple[Side, Side] | None, left: Place, right: Place) -> Thresholds:
+    """A slider that would change nothing is disabled and says why."""
+    overlap_use = sides.use_of_overlap([suppresses(side.detector.info.arch) for side in pair or ()])
+    uses = (("at least", texts.SCORE), overlap_use) if page == COMPARE else 2 * ((sides.NOT_USED, texts.NO_BOXES),)
+    sliders = ((left, "score", "Score", 0.01, 0.25), (right, "iou", "Overlap (IoU)", 0.05, 0.7))
+    values = (
+        place.slider(f"{title}, {use}", least, 0.95, first, key=key, help=reason, disabled=use == sides.NOT_USED)
+        for (place, key, title, least, first), (use, reason) in zip(sliders, uses)
+    )
+    return Thresholds(*values)
 
 
 def choose_enhancement(place: Place) -> Enhancement:
@@ -210,14 +219,19 @@ def step(
     return value if is_on else None
 
 
-def choose_picture(source: str, place: Place, run: Run | None) -> gallery.Picture | None:
-    """The chosen picture; None before there is one. UserError for a picture that is refused."""
+def choose_picture(source: str, place: Place, side: Side) -> gallery.Picture | None:
+    """The chosen picture; None before there is one. UserError for a picture that is refused.
+
+    The built-in picture is at first one that shows classes of the side's model, and again when the model has others.
+    """
     if source == BUILT_IN:
-        return gallery.shrink(
-            gallery.built_in_picture(place.selectbox("Which", list(gallery.BUILT_IN), key="built_in"))
-        )
-    if source == FROM_RUN and run is not None:
-        return choose_of(find_test_pictures(str(run.folder.path), run), place, "test")
+        fitting = gallery.fitting_picture(side.detector.names)
+        if "built_in" not in st.session_state or st.session_state["fitting"] != fitting:
+            st.session_state["fitting"] = st.session_state["built_in"] = fitting
+        name = place.selectbox("Which", list(gallery.BUILT_IN), key="built_in")
+        return gallery.shrink(gallery.built_in_picture(name))
+    if source == FROM_RUN and side.run is not None:
+        return choose_of(find_test_pictures(str(side.run.folder.path), side.run), place, "test")
     if source == FOLDER:
         folder = st.text_input("Folder", key="folder", placeholder="a folder of pictures on this machine")
         return choose_of(gallery.find_folder_pictures(folder), place, "of_folder") if folder else None
@@ -259,12 +273,11 @@ def show_results(
     picture: gallery.Picture,
     enhanced: np.ndarray,
     pair: tuple[Side, Side],
-    places: Sequence[Place],
     thresholds: Thresholds,
 ) -> None:
     found = [detect_once(gallery.digest(enhanced), side.key, thresholds, enhanced, side.detector) for side in pair]
     views = [gallery.shown_with(enhanced, rows, side.detector.names) for rows, side in zip(found, pair)]
-    latencies: list[Place] = []
+    places, latencies = st.container(key="views").columns(2), list[Place]()
     for place, view, rows, side in zip(places, views, found, pair):
         with place:
             st.image(view, width="stretch", output_format="JPEG")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import checkpoint
+import models
 from engine.web_demo import gallery, sides
 from tests.conftest import ROOT
 from tests.engine.training.test_distilled_training import TERMS
@@ -139,6 +140,59 @@ def test_thresholds_sort_detections_out(start, runs):
     assert before[1] > fewer[1] > 0 and before[0] >= fewer[0] > 0
     app.slider(key="score").set_value(0.95).run()
     assert totals(check(app)) == [0, 0]
+
+
+def test_a_slider_that_would_change_nothing_is_disabled(start, runs, monkeypatch, tmp_path):
+    """RT-DETR's boxes are not suppressed, and the page about distillation shows no boxes."""
+    app = start(runs)
+    app.slider(key="iou").set_value(0.5).run()
+    labels = lambda: [app.slider(key=key).label for key in ("score", "iou") if not app.slider(key=key).disabled]
+    assert labels() == ["Score, at least", "Overlap (IoU), at most"]
+    open_explanation(app)
+    assert labels() == [] and app.slider(key="score").label == "Score, not used"
+    app.segmented_control(key="page").set_value("Compare two models").run()
+    assert labels() == ["Score, at least", "Overlap (IoU), at most"] and app.slider(key="iou").value == 0.5
+    state = models.build("rtdetr_r18vd", 2).state_dict()
+    file = {"arch": "rtdetr_r18vd", "names": ("green", "red"), "image_size": 64, "ema": state}
+    checkpoint.save(tmp_path / "rtdetr.pt", file)
+    choose_path(app, "left", tmp_path / "rtdetr.pt")
+    assert labels() == ["Score, at least", "Overlap (IoU), right only"]
+    choose_path(app, "right", tmp_path / "rtdetr.pt")
+    assert errors(app) == "" and labels() == ["Score, at least"]
+    assert app.slider(key="iou").label == "Overlap (IoU), not used" and "RT-DETR" in app.slider(key="iou").help
+
+
+def choose_path(app, side: str, path: Path):
+    app.selectbox(key=side).set_value(OTHER_FILE).run()
+    app.text_input(key=f"{side}_path").set_value(str(path)).run()
+    return check(app)
+
+
+def test_the_first_built_in_picture_shows_what_the_model_knows(start, runs, tmp_path):
+    """Until another one is chosen, and again when a model with other classes comes, or the built-in ones do again."""
+    chosen = lambda: app.selectbox(key="built_in").value
+    state = checkpoint.load(runs / "runs" / STUDY / RIGHT / "weights" / "last.pt")
+    for names in (("cat", "sheep"), ("horse", "cow")):
+        checkpoint.save(tmp_path / f"{names[0]}.pt", state | {"names": names})
+    app = start(runs)
+    assert chosen() == next(iter(gallery.BUILT_IN))  # none shows these classes
+    choose_path(app, "right", tmp_path / "cat.pt")
+    assert errors(app) == "" and chosen() == "photo: a cat"
+    app.selectbox(key="built_in").set_value("shapes").run()
+    app.slider(key="score").set_value(0.5).run()
+    assert chosen() == "shapes"
+    choose_path(app, "right", tmp_path / "horse.pt")
+    assert chosen() == "photo: a pasture"
+    app.selectbox(key="source").set_value("upload").run()
+    app.selectbox(key="source").set_value("built in").run()
+    assert errors(app) == "" and not app.warning and chosen() == "photo: a pasture"
+
+
+def test_the_page_about_distillation_takes_no_video(start, runs):
+    app = start(runs)
+    app.selectbox(key="source").set_value("video").run()
+    assert "video" not in open_explanation(app).selectbox(key="source").options
+    assert errors(app) == "" and app.selectbox(key="source").value == "built in" and app.image
 
 
 def test_the_divider_moves_between_two_of_the_pictures(start, runs):

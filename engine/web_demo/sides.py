@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.prediction.files import json_rows
+from engine.web_demo import texts
 from engine.web_demo.detectors import Detector
 from engine.web_demo.run_views import Run
 from structures import Detections
 
 WHERE = ("left", "right")
+NOT_USED = "not used"  # of a slider
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ def by_title(pair: tuple[Side, Side]) -> dict[str, Side]:
     if pair[0].key != pair[1].key and pair[0].detector.name == pair[1].detector.name:
         return {f"{side.detector.name} ({where})": side for side, where in zip(pair, WHERE)}
     return {side.detector.name: side for side in pair}
+
+
+def use_of_overlap(suppresses: Sequence[bool]) -> tuple[str, str]:
+    """What the slider of the overlap does, in its label and in its help. suppresses: whether each side's model does."""
+    if all(suppresses):
+        return "at most", texts.OVERLAP
+    return f"{WHERE[suppresses.index(True)]} only" if any(suppresses) else NOT_USED, texts.NO_SUPPRESSION
 
 
 def boxes_json(found: Sequence[Detections], pair: tuple[Side, Side]) -> str:

@@ -7,7 +7,7 @@ STYLE = """<style>
 .stMainBlockContainer h2 { font-size: 1.15rem; padding: 0.6rem 0 0; }
 [data-testid="stImage"] img { border-radius: 6px; }
 [data-testid="stImage"], [data-testid="stImage"] > * { width: 100%; }
-.st-key-sides p, .st-key-controls [data-testid="stPopover"] p { font-size: 0.875rem; }
+.st-key-sides p, .st-key-views p, .st-key-controls [data-testid="stPopover"] p { font-size: 0.875rem; }
 .chips { display: flex; flex-wrap: wrap; gap: 0.3rem; }
 .chip { font-size: 0.8rem; line-height: 1.35rem; padding: 0 0.5rem; border-radius: 0.7rem; white-space: nowrap; }
 .chip-none { box-shadow: inset 0 0 0 1px rgba(128, 128, 128, 0.55); opacity: 0.75; }
@@ -29,3 +29,8 @@ Median, and least to most, of {rounds} rounds in which both models take turns, a
 letterbox to suppression: one picture, float32, device {device}, threads {threads}. An ONNX file runs on the cpu in its
 own precision.
 """
+
+SCORE = "Detections below it are not shown."
+OVERLAP = "Of two boxes of one class that overlap more, the better one stays."
+NO_SUPPRESSION = f"{OVERLAP} RT-DETR needs no such choice: each of its queries looks for an object of its own."
+NO_BOXES = "This page shows no boxes."
