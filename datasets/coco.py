@@ -7,7 +7,7 @@ parsing: they are most of a file's bytes. datasets.values reads the values.
 
 Two habits of tools that merge and export are corrected. A picture listed under several ids is one picture with the
 objects of all of them, and counted as a fault. A root category without objects, the supercategory of others, is no
-class.
+class; nor is a category `background` without objects, as labelme's exporters write.
 
 Lin et al., "Microsoft COCO: Common Objects in Context", arXiv:1405.0312. Keypoints, captions and stuff are not read.
 """
@@ -278,19 +278,21 @@ def without_root(
     log: FaultLog,
     sources: Sources | None = None,
 ) -> dict[int | str, dict]:
-    """The categories without those that only group others: a supercategory of others, without objects of its own.
+    """The categories without those that are no class: without objects, and a supercategory of others or `background`.
 
     A category with objects in another file of the set stays. If the caller's `names` are all of the file's categories,
     all stay. UserError for two classes with the same name.
     """
     all_names = [record["name"] for record in categories.values()]
     groups = {i for i in categories if any(_is_group(categories[i], categories[k]) for k in categories if k != i)}
+    groups |= {i for i, record in categories.items() if record["name"].strip("_ ").casefold() == "background"}
     if groups and (names is None or list(names) != all_names):
         groups -= _used(annotations, categories)
         if groups:
             groups -= _used_elsewhere(path, {i: categories[i]["name"] for i in groups}, sources or Sources())
         for category in sorted(groups, key=str):
-            reason = f"category {category!r} {categories[category]['name']!r}: a supercategory without objects"
+            reason = f"category {category!r} {categories[category]['name']!r}: a supercategory or the background"
+            reason += ", without objects"
             log.add(path, None, f"{reason}; it is no class", "supercategory", "noted")
         categories = {i: record for i, record in categories.items() if i not in groups}
         all_names = [record["name"] for record in categories.values()]

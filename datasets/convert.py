@@ -17,6 +17,7 @@ Truncation, poses, masks and 3D columns are not read, so they are not written. T
 at all.
 """
 
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,7 @@ import numpy as np
 
 from datasets.index import ANY_CLASS, DatasetIndex, Sample
 from datasets.open import READERS, open_dataset
+from datasets.overlap import find_overlap
 from datasets.scan import check, scan
 from errors import ArgumentParser, UserError, counted, run_script
 from yaml_files import dump_yaml
@@ -355,6 +357,10 @@ def main(argv: list[str]) -> int:
         print(f"{split}: {counted(len(index), 'picture')}, {objects}")
         for fault in index.faults:
             print(f"  {fault}")
+    for first, second in itertools.combinations(indices, 2):
+        overlap = find_overlap(indices[second], indices[first], (second, first))
+        if overlap.shared:
+            print(overlap)
     for what, count in losses.items():
         if count:
             print(f"not kept: {count} {what}")

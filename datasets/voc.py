@@ -71,6 +71,8 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
             if first != label:
                 raise UserError(f"{label}: {sample.image_path} is the picture of {first.name} too, expected one file")
             samples.append(sample)
+        if part.source.is_dir() and part.has_own_pictures:
+            _log_unlabelled(part, set(label_of), log)
     for folder in dict.fromkeys(part.pictures for part in parts):
         log_passed_over(folder, samples, log)
     refuse_resized(log, root)
@@ -171,10 +173,7 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
     """The stems in a split, in its order."""
     if part.source.is_dir():
         files = [path.relative_to(part.source) for path in list_files(part.source, (".xml",))]
-        stems = sorted(path.with_suffix("").as_posix() for path in files)
-        if part.has_own_pictures:
-            _log_unlabelled(part, set(stems), log)
-        return stems
+        return sorted(path.with_suffix("").as_posix() for path in files)
     lines = [line for _, line in read_lines(part.source)]
     if part.source.suffix == ".csv":
         rows = list(csv.DictReader(lines))
@@ -200,12 +199,15 @@ def _stem(line: str, part: _Part) -> str:
     return str(path)
 
 
-def _log_unlabelled(part: _Part, stems: set[str], log: FaultLog) -> None:
+def _log_unlabelled(part: _Part, read: set[Path], log: FaultLog) -> None:
+    """Log the pictures without an annotation file. read: those that have one, of their own or any other name."""
     for path in list_files(part.pictures, (*SUFFIXES, *UNREAD)):
         stem = path.relative_to(part.pictures).with_suffix("").as_posix()
-        if stem not in stems and path.suffix.lower() in UNREAD:
+        if path in read or any((part.source / f"{stem}{suffix}").is_file() for suffix in (".xml", ".XML")):
+            continue
+        if path.suffix.lower() in UNREAD:
             log_unread([path], log)
-        elif stem not in stems:
+        else:
             log.add(path, None, "no annotation file", "picture without label file", "picture dropped", path.name)
 
 

@@ -31,6 +31,7 @@ class Annotations:
     pixels: "inclusive" where boxes hold their first and last pixel (VOC XML); "as taken" where VOC evaluators read them
         so and others do not (text in pixels); else "continuous".
     notes: what was left out, a line each.
+    is_listed: whether the caller gave the list of names, in which numbers are positions.
     """
 
     ground_truth: GroundTruth
@@ -42,6 +43,7 @@ class Annotations:
     number_labels: tuple[Mapping[str, int], ...]
     pixels: Pixels
     notes: tuple[str, ...] = ()
+    is_listed: bool = False
 
 
 def edge_note(ground_truth: GroundTruth, sizes: Sequence[tuple[float, float] | None]) -> tuple[str, ...]:
@@ -53,6 +55,14 @@ def edge_note(ground_truth: GroundTruth, sizes: Sequence[tuple[float, float] | N
         return ()
     found = f"{int(is_past.sum())} of {len(boxes)} objects pass the edge of their picture"
     return (f"{found}; taken as they are, where training and the evaluation of a checkpoint cut them",)
+
+
+def corner_note(columns: Sequence[Sequence[float] | np.ndarray] | np.ndarray, hint: str = "") -> tuple[str, ...]:
+    """A note on boxes (N, 4) that are read as left, top, width, height, where all would be boxes as corners too."""
+    values = np.array(columns, dtype=np.float64).reshape(-1, 4)
+    if len(values) == 0 or (values[:, 2:] <= values[:, :2]).any():
+        return ()
+    return (f"boxes read as left, top, width, height; each would be one as left, top, right, bottom too{hint}",)
 
 
 def refuse_corners(
@@ -100,21 +110,27 @@ def find_labels(
     names: Sequence[str],
     number_labels: Sequence[Mapping[str, int]],
     notes: list[str] | None = None,
+    *,
+    is_listed: bool = False,
 ) -> dict[str, int]:
     """The label of each class token. `used`: token -> the place where it stands first.
 
     A token is one of `names`, or a number in one of `number_labels`. If numbers can be names as well as positions, one
     rule is taken that fits all of them; beside tokens that are words it is the names. UserError if two rules fit and
     give different labels, and for a token that fits none. notes: gets a line on numbers that are not names.
+    is_listed: the caller gave the list, so numbers without words beside them are positions in it where they can be.
     """
     by_name = {name: label for label, name in enumerate(names)}
     plain = {token: plain_number(token) for token in used if is_number(token)}
     for token, place in used.items():
         if token not in plain and token not in by_name:
             raise UserError(f"{place}: found class {token!r}, expected {_expected(token, names, number_labels)}")
-    are_names = by_name.keys() >= plain.keys()
+    has_words = len(plain) < len(used)
+    fit_all = all(label_of.keys() >= set(plain.values()) for label_of in number_labels)
+    are_places = is_listed and not has_words and fit_all
+    are_names = not are_places and by_name.keys() >= plain.keys()
     readings = [{token: by_name[token] for token in plain}] if are_names else []  # of the numbers, by a rule that fits
-    if not are_names or len(plain) == len(used):
+    if not are_names or not has_words:
         for label_of in number_labels:
             if label_of.keys() >= set(plain.values()):
                 readings.append({token: label_of[number] for token, number in plain.items()})

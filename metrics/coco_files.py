@@ -12,9 +12,10 @@ from datasets.coco import match_id, read_categories, read_json, without_root
 from datasets.rows import FaultLog
 from datasets.values import are_fractions, read_area, read_flag, read_id, read_number, read_size, short
 from datasets.voc import CLASSES as VOC_CLASSES
-from errors import UserError
+from errors import UserError, counted
 from metrics.annotations import (
     Annotations,
+    corner_note,
     find_labels,
     places,
     plain_number,
@@ -73,7 +74,7 @@ def read_coco(path: Path) -> Annotations:
     number_labels = [places(names), {str(category): label for category, label in label_of.items()}]
     if set(names) <= set(VOC_CLASSES):
         number_labels.append(places(names, VOC_CLASSES))  # VOC's own order, where the file has another
-    notes += tuple(fault.reason for fault in log.faults)
+    notes += (*(fault.reason for fault in log.faults), *corner_note(xywh))
     return Annotations(
         ground_truth, pictures, image_ids, finder, sizes, category_ids, tuple(number_labels), "continuous", notes
     )
@@ -117,20 +118,40 @@ def read_coco_detections(
         raise UserError(f"{path}: found {short(tree)}, expected a list of COCO results")
     where = _places(path, kind)
     _check_objects(rows, where)
-    image = _find_images(rows, own_pictures, annotations, where)
+    image = _find_images(rows, own_pictures, annotations, where, notes)
     ground_truth, labels = _find_labels(rows, own_names, annotations, where, notes)
-    boxes, box_area = _corners(_read_boxes(rows, where))
+    xywh = _read_boxes(rows, where)
+    boxes, box_area = _corners(xywh)
     refuse_corners(boxes, image, annotations.sizes, where, is_centered=False)
     scores = [_read(read_number, row, "score", where, n) for n, row in enumerate(rows)]
     for n, score in enumerate(scores):
         if not 0 <= score <= 1:
             check_score(score, where(n))
-    columns = np.array(image, dtype=np.int64), boxes, np.array(scores, dtype=np.float64)
-    return ground_truth, DetectionTable(*columns, np.array(labels, dtype=np.int64), box_area)
+    is_first = _first_of_picture([row.get("image_id") for row in rows], image, labels, xywh, scores)
+    if notes is not None:
+        notes += corner_note(xywh)
+        if not is_first.all():
+            found = f"{counted(int((~is_first).sum()), 'detection')} left out: equal to one of the same picture"
+            notes.append(f"{found} under another image_id, first: {where(int(is_first.argmin()))}")
+    image_column, label_column = np.array(image, dtype=np.int64), np.array(labels, dtype=np.int64)
+    columns = image_column, boxes, np.array(scores, dtype=np.float64), label_column, box_area
+    return ground_truth, DetectionTable(*(column[is_first] for column in columns))
 
 
-def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str]) -> list[int]:
-    """The image of each row: by its file_name, by the file_name of its entry in the same file, or by its image_id."""
+def _first_of_picture(ids: list, image: list[int], labels: list[int], xywh: np.ndarray, scores: list) -> np.ndarray:
+    """(N,) bool: all but the detections that a picture has twice because the ground truth lists it under two ids."""
+    id_of: dict[tuple, Any] = {}  # of the first such detection
+    rows = zip(image, labels, map(tuple, xywh.tolist()), scores)
+    return np.array([id_of.setdefault(row, i) == i for row, i in zip(rows, ids)], dtype=bool)
+
+
+def _find_images(
+    rows: list[dict], own: Mapping, annotations: Annotations, where: Callable[[int], str], notes: list[str] | None
+) -> list[int]:
+    """The image of each row: by its file_name, by the file_name of its entry in the same file, or by its image_id.
+
+    notes: gets a line where ids could be names of files too.
+    """
     names = [_text(row, "file_name") for row in rows]
     keys: list[Any] = [None] * len(rows)
     if None in names:
@@ -140,6 +161,8 @@ def _find_images(rows: list[dict], own: Mapping, annotations: Annotations, where
         names = [own.get(key) if name is None else name for name, key in zip(names, keys)]
     if all(name is None for name in names):
         row_of_id = annotations.finder.find_ids(_first(keys, where))
+        if notes is not None:
+            notes += annotations.finder.names_like_ids(row_of_id)
         return [row_of_id[key] for key in keys]
     if None in names:
         raise UserError(f"{where(names.index(None))}: no file_name, which other rows have, expected all or none")
@@ -174,7 +197,9 @@ def _find_labels(
         return ground_truth, [ground_truth.names.index(token) for token in tokens]
     is_unnamed = all(text == str(row.get("category_id")) for text, row in zip(texts, rows))  # as predict.py writes it
     number_labels = annotations.number_labels if is_unnamed else ()
-    of_text = find_labels(_first(texts, where), ground_truth.names, number_labels, notes)
+    of_text = find_labels(
+        _first(texts, where), ground_truth.names, number_labels, notes, is_listed=annotations.is_listed
+    )
     of_id = _labels_of_ids(_first(keys, where), annotations, notes)
     return ground_truth, [of_id[key] if text is None else of_text[text] for text, key in zip(texts, keys)]
 

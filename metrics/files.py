@@ -28,7 +28,8 @@ in the names of the ground truth. Those names are the given list, else
     text    classes.txt in the folder; else the sorted classes in the files, where a number is a name
 
 A number that may be two classes is refused: a name of digits and a position, positions in two lists, a position and
-COCO's id. --names and classes.txt choose the list. A number is also refused where no list is known.
+COCO's id. --names and classes.txt choose the list, and numbers are then positions in it. A number is also refused where
+no list is known.
 
 Coordinates are taken as written. The caller decides whether they are continuous or inclusive pixels
 (tables.inclusive_to_continuous); annotations.Annotations.pixels is the usual choice for the format.
@@ -59,6 +60,7 @@ from metrics.text_files import (
     read_numbers,
     read_text_detections,
     read_text_ground_truth,
+    refuse_beside,
     text_paths,
 )
 from yaml_files import read_mapping
@@ -85,6 +87,7 @@ def read_ground_truth(
     if path.is_dir():
         if xml_paths := list_files(path, (".xml",)):
             _refuse_given(path, "VOC XML", of_text)
+            refuse_beside(path, xml_paths)
             return _read_voc(path, xml_paths, names)
         if text_paths(path):
             return read_text_ground_truth(path, names, text_boxes or "xywh", images)
@@ -93,7 +96,8 @@ def read_ground_truth(
     annotations = read_coco(path)
     if names is None:
         return annotations
-    return replace(annotations, number_labels=(places(annotations.ground_truth.names, names),))
+    number_labels = (places(annotations.ground_truth.names, names),)
+    return replace(annotations, number_labels=number_labels, is_listed=True)
 
 
 def read_detections(
@@ -156,7 +160,7 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
             rows.where.append(where)
     if are_fractions(np.array(rows.box).reshape(-1, 4)):
         raise UserError(f"{rows.where[0]}: all boxes lie in 0..1, expected pixels")
-    found = tuple(sorted(set(rows.token)))
+    found, is_given = tuple(sorted(set(rows.token))), names is not None
     class_list = next((p for p in (folder / CLASS_LIST, folder.parent / CLASS_LIST) if p.is_file()), None)
     if names is None and class_list is not None:
         names = text_lines.read_names(class_list)
@@ -170,4 +174,6 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
     pictures = tuple(named_below(folder, paths))
     finder = PictureFinder(pictures, other_names=stated)
     mappings = tuple(number_labels)
-    return Annotations(ground_truth, pictures, pictures, finder, tuple(sizes), None, mappings, "inclusive", notes)
+    return Annotations(
+        ground_truth, pictures, pictures, finder, tuple(sizes), None, mappings, "inclusive", notes, is_given
+    )

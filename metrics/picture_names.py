@@ -133,6 +133,17 @@ class PictureFinder:
             rows[i] = row
         return rows
 
+    def names_like_ids(self, row_of_id: Mapping[int | str, int]) -> list[str]:
+        """A line where all these ids are also names of digits, of other pictures; none else."""
+        of_number = self._rows_of_number()
+        found = [(i, self.names[row], _only(of_number.get(i))) for i, row in row_of_id.items()]
+        named = [(i, own, self.names[row]) for i, own, row in found if row is not None]
+        other = next(((i, own, name) for i, own, name in named if name != own), None)
+        if other is None or len(named) < len(found):
+            return []
+        i, own, name = other
+        return [f"image_id is read as an id of the ground truth: {i} is {own!r}, though {name!r} is there too"]
+
     def _row_of_text(self) -> dict[str, int]:
         return {str(i): row for i, row in self.row_of_id.items()}
 

@@ -16,6 +16,7 @@ from errors import UserError, counted
 from metrics.annotations import (
     Annotations,
     Pixels,
+    corner_note,
     find_labels,
     is_number,
     places,
@@ -104,16 +105,18 @@ def read_text_ground_truth(
         if listed is not None or is_yolo:
             name_numbers(rows, listed or declared)
         number_labels = (places(declared),)
-        label_of = find_labels(rows.used, declared, number_labels)
+        label_of = find_labels(rows.used, declared, number_labels, is_listed=names is not None)
     ground_truth, notes = rows.ground_truth(label_of, len(pictures), declared)
-    if text_boxes == "xywh" and len(rows.columns) and all(c > a and d > b for a, b, c, d in rows.columns):
-        also = "each would be one as left, top, right, bottom too (--ground-truth-boxes xyxy)"
-        notes += (f"boxes read as left, top, width, height; {also}",)
+    if text_boxes == "xywh":
+        notes += corner_note(rows.columns, " (--ground-truth-boxes xyxy)")
     if alone:  # left out in training too: the pictures themselves are fine
         notes += (f"{counted(len(alone), 'text file')} without a picture left out, first: {alone[0]}",)
     pixels: Pixels = "continuous" if is_yolo else "as taken"
     finder = PictureFinder(pictures)
-    return Annotations(ground_truth, pictures, pictures, finder, all_sizes, None, number_labels, pixels, notes)
+    is_listed = names is not None
+    return Annotations(
+        ground_truth, pictures, pictures, finder, all_sizes, None, number_labels, pixels, notes, is_listed
+    )
 
 
 def read_text_detections(
@@ -137,7 +140,12 @@ def read_text_detections(
     if not annotations.number_labels:
         rows.token = [plain_number(token) for token in rows.token]
         ground_truth = with_classes(ground_truth, rows.used)
-    label_of = find_labels(rows.used, ground_truth.names, annotations.number_labels if listed is None else (), notes)
+    number_labels = annotations.number_labels if listed is None else ()
+    label_of = find_labels(
+        rows.used, ground_truth.names, number_labels, notes, is_listed=listed is None and annotations.is_listed
+    )
+    if notes is not None and text_boxes == "xywh":
+        notes += corner_note([np.delete(row, score_at) for row in rows.columns], " (--detection-boxes xyxy)")
     boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
     image_column, scores = np.array(rows.image, dtype=np.int64), np.array(rows.score, dtype=np.float64)
     return ground_truth, DetectionTable(image_column, boxes, scores, rows.labels(label_of))
@@ -145,6 +153,16 @@ def read_text_detections(
 
 def text_paths(folder: Path) -> list[Path]:
     return [path for path in list_files(folder, (".txt",)) if path.name != CLASS_LIST]
+
+
+def refuse_beside(folder: Path, xml_paths: Sequence[Path]) -> None:
+    """UserError for a text file with boxes that belongs to none of the XML files: half of the set would be left out."""
+    stems = {path.stem for path in xml_paths}
+    for path in text_paths(folder):
+        words = [] if path.stem in stems else next((line.split() for _, line in read_lines(path)), [])
+        if len(words) >= 5 and all(map(_is_text_number, words[-4:])):
+            found = f"boxes of a picture without an XML file, beside {len(xml_paths)} VOC XML files"
+            raise UserError(f"{path}: {found}; expected one format in {folder}")
 
 
 def named_below(folder: Path, paths: Sequence[Path]) -> dict[str, Path]:

@@ -59,6 +59,8 @@ def categories_of(*rows):
         ((("person", "person"), ("car", "vehicle")), {1}, ("person", "car")),
         ((("cells", None), ("RBC", "other")), {1}, ("cells", "RBC")),
         ((("a", "none"), ("b", "a"), ("c", "b")), {2}, ("c",)),
+        ((("_background_", None), ("RBC", None)), {1}, ("RBC",)),
+        ((("Background", None), ("RBC", None)), {0, 1}, ("Background", "RBC")),
     ],
 )
 def test_root_categories_are_no_classes(tmp_path, rows, used, expected):

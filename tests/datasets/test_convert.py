@@ -229,12 +229,13 @@ def test_bad_samples_stop_a_conversion(shared_data, tmp_path):
 
 
 @pytest.mark.parametrize("via", ["voc", "kitti", "yolo", "coco"])
-def test_a_picture_with_other_objects_in_each_split_keeps_both_or_is_refused(tmp_path, via):
+def test_a_picture_with_other_objects_in_each_split_keeps_both_or_is_refused(tmp_path, capsys, via):
     """VOC and KITTI have one label file a picture: the second split would take the first one's objects."""
     source = tmp_path / "source"
     picture(source / "images" / "x.png")
     for split, category in (("train", 1), ("test", 2)):
         text(source / "annotations" / f"instances_{split}.json", coco(("cell", "cup"), ((1, category),)))
+    arguments = ["coco", str(source), "train,test", via, str(tmp_path / "said")]
     if via in ("voc", "kitti"):
         with pytest.raises(UserError, match=r"x\.png: has other objects in split 'test' than in one before it"):
             convert("coco", source, ["train", "test"], via, tmp_path / "out")
@@ -243,6 +244,8 @@ def test_a_picture_with_other_objects_in_each_split_keeps_both_or_is_refused(tmp
     convert("coco", source, ["train", "test"], via, tmp_path / "out")
     found = [open_dataset(via, tmp_path / "out", split).samples[0].labels.tolist() for split in ("train", "test")]
     assert found == [[0], [1]]
+    main(arguments)
+    assert "1 of 1 pictures of test are also in train (1 the same file)" in capsys.readouterr().out
 
 
 def test_splits_that_clash(shared_data, tmp_path):

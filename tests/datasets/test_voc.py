@@ -314,6 +314,16 @@ def test_missing_partners(make, tmp_path):
     assert ("picture dropped", "picture without label file") in kinds(read_voc(tmp_path, "all"))
 
 
+def test_a_picture_that_its_annotation_names_is_labelled(make, tmp_path):
+    """The file is x.xml, the picture photo.jpg: found by <filename>, so it does not lack an annotation file."""
+    make(
+        annotation_xml(object_xml((1, 1, 10, 10))).replace("<annotation>", "<annotation><filename>photo.jpg</filename>")
+    )
+    (tmp_path / "JPEGImages" / "x.jpg").rename(tmp_path / "JPEGImages" / "photo.jpg")
+    index = read_voc(tmp_path, "all")
+    assert "photo.jpg" in [sample.image_path.name for sample in index.samples] and not index.faults
+
+
 def test_a_second_picture_of_one_annotation_is_named(make, tmp_path):
     make(annotation_xml(object_xml((1, 1, 10, 10))))
     Image.new("RGB", (100, 80)).save(tmp_path / "JPEGImages" / "x.bmp")

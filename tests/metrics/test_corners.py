@@ -78,3 +78,22 @@ def test_text_files(tmp_path):
 
 def map_to(form, boxes):
     return [form(box) for box in boxes]
+
+
+def test_boxes_that_would_be_corners_too_are_noted(tmp_path):
+    """Of every form in which a size can be meant for a corner; no box of these leaves its picture."""
+    for name in ("gt", "dt"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "gt" / "0.txt").write_text("a 10 20 30 40\na 1 2 3 4")
+    (tmp_path / "dt" / "0.txt").write_text("a 0.5 10 20 30 40")
+    (note,) = read_ground_truth(tmp_path / "gt").notes
+    assert note.startswith("boxes read as left, top, width, height; each would be one as left, top, right, bottom too")
+    assert not read_ground_truth(tmp_path / "gt", text_boxes="xyxy").notes
+    truth = read_ground_truth(write_coco(tmp_path / "gt.json", [(10, 20, 30, 40)]))
+    assert truth.notes[-1] in note
+    for found, boxes in ((tmp_path / "dt", "xywh"), (write_results(tmp_path / "dt.json", [(10, 20, 30, 40)]), None)):
+        notes: list[str] = []
+        read_detections(found, truth, text_boxes=boxes, notes=notes)
+        assert truth.notes[-1] in notes[-1]
+    (tmp_path / "gt" / "1.txt").write_text("a 10 20 10 40")  # no width as corners
+    assert not read_ground_truth(tmp_path / "gt").notes

@@ -266,8 +266,13 @@ def test_one_picture_under_two_ids_is_one(tmp_path):
     rows = [{}, {"image_id": 3, "bbox": [5, 5, 1, 1]}, {"image_id": 2}]
     annotations = read_ground_truth(write_coco(tmp_path / "gt.json", ["a.jpg", "b.jpg", "./a.jpg"], rows))
     assert annotations.ground_truth.num_images == 2 and annotations.ground_truth.image.tolist() == [0, 0, 1]
-    rows = [{"image_id": i, "category_id": 10} for i in (1, 2, 3)]
+    rows = [{"image_id": i, "category_id": 10, "score": 0.3 * i} for i in (1, 2, 3)]
     assert read_detections(write_rows(tmp_path / "dt.json", *rows), annotations)[1].image.tolist() == [0, 1, 0]
+    rows, notes = [{"image_id": i, "category_id": 10} for i in (1, 2, 3, 3)], []  # a model looked at a.jpg twice
+    detections = read_detections(write_rows(tmp_path / "dt.json", *rows), annotations, notes=notes)[1]
+    assert detections.image.tolist() == [0, 1] and "2 detections left out: equal to one of the same" in notes[-1]
+    rows = [{"image_id": 1, "category_id": 10}] * 2  # of one id, all rows count
+    assert len(read_detections(write_rows(tmp_path / "dt.json", *rows), annotations)[1]) == 2
 
 
 def test_a_category_that_only_groups_others_is_no_class(tmp_path):
@@ -415,15 +420,6 @@ def test_numbers_that_predict_writes_for_a_model_without_names_are_places(tmp_pa
         read_detections(tmp_path / "dt.json", digits)
     rows[0]["category_id"] = 5  # a name beside another id is a name
     assert read_detections(write_rows(tmp_path / "dt.json", *rows), digits)[1].labels.tolist() == [0, 1]
-
-
-def test_boxes_that_would_be_corners_too_are_noted(tmp_path):
-    write_text(tmp_path / "gt", {"a.txt": "cat 10 20 30 40\ncat 1 2 3 4"})
-    (note,) = read_ground_truth(tmp_path / "gt").notes
-    assert note.startswith("boxes read as left, top, width, height; each would be one as left, top, right, bottom too")
-    assert not read_ground_truth(tmp_path / "gt", text_boxes="xyxy").notes
-    write_text(tmp_path / "gt", {"b.txt": "cat 10 20 10 40"})  # no width as corners
-    assert not read_ground_truth(tmp_path / "gt").notes
 
 
 def test_places_in_voc_order_against_coco_files_of_another(tmp_path):

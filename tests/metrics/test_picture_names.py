@@ -105,6 +105,11 @@ def test_a_name_goes_before_an_id():
 def test_ids():
     finder = PictureFinder(["1.jpg", "0.jpg"], {0: 0, 1: 1})
     assert finder.find_ids({0: "", 1: ""}) == {0: 0, 1: 1}
+    assert finder.names_like_ids({0: 0, 1: 1}) == [
+        "image_id is read as an id of the ground truth: 0 is '1.jpg', though '0.jpg' is there too"
+    ]
+    assert PictureFinder(["0.jpg", "1.jpg"], {0: 0, 1: 1}).names_like_ids({0: 0, 1: 1}) == []  # both say the same
+    assert PictureFinder(["1.jpg", "2.jpg"], {0: 0, 1: 1}).names_like_ids({0: 0, 1: 1}) == []  # 0 is no name
     with pytest.raises(UserError, match=r"'0' may be the image of this id, '1\.jpg', and '0\.jpg'"):
         finder.find_ids({"0": "", "1": ""})
     assert PictureFinder(["1.jpg", "0.jpg"], {5: 0, 6: 1}).find_ids({"0": "", "1": ""}) == {"0": 1, "1": 0}
