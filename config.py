@@ -135,6 +135,11 @@ class TeacherConfig:
     def is_random(self) -> bool:
         return self.weights == RANDOM
 
+    @property
+    def class_aliases(self) -> dict[str, str]:
+        """`aliases` as names: YAML reads 0 and yes as other values."""
+        return {str(name): str(theirs) for name, theirs in self.aliases.items()}
+
 
 @dataclass(frozen=True)
 class GradientShare:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +51,7 @@ def start_model(
     path: str | Path,
     *,
     new_head: bool = False,
+    aliases: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda line: print(line),
 ) -> nn.Module:
     """A detector for the classes `names`, in train mode, started from a file (ours or public) with other classes.
@@ -65,7 +66,7 @@ def start_model(
 
     A pruned model stays as narrow as it is. One that was fine-tuned for int8 starts from its weights alone.
 
-    new_head: start the whole class head fresh, even if it would fit.
+    new_head: start the whole class head fresh, even if it would fit. aliases: class -> the file's name of it.
     UserError for a file that does not fit, that has no class names to join by, or that check_trained refuses.
     """
     path = Path(path)
@@ -90,7 +91,7 @@ def start_model(
         )
     if info.names_from == "the release":
         say(f"{path}: it does not name its classes; taken for COCO's {len(info.names)}, as {arch} was released")
-    columns = released_columns(names, info.names, str(path))
+    columns = released_columns(names, info.names, str(path), aliases)
     head = models.head_of(arch, len(info.names), theirs)
     if arch.startswith("fasterrcnn_"):
         num_left = len(info.names) - len({column for column in columns if column is not None})

@@ -170,15 +170,26 @@ def map_classes(
     return ClassMap(tuple(dataset_names), tuple(model_names), tuple(columns), tuple(near))
 
 
-def released_columns(names: Sequence[str], released_names: Sequence[str], source: str) -> tuple[int | None, ...]:
+def released_columns(
+    names: Sequence[str], released_names: Sequence[str], source: str, aliases: Mapping[str, str] | None = None
+) -> tuple[int | None, ...]:
     """For each class the column of a weights file's model, by the rules of map_classes; None where there is none.
 
-    UserError, which names the file `source`, for a class that fits two of the file's.
+    aliases: class -> the file's class, where the user says it; the names are compared as everywhere.
+    UserError, which names the file `source`, for a class that fits two of the file's, and for an alias from or to a
+    class that does not exist.
     """
-    of_file = places_by_name(released_names)
+    of_file, own = places_by_name(released_names), places_by_name(names)
+    chosen: dict[int, int] = {}
+    for name, theirs in (aliases or {}).items():
+        rows, places = own.get(normalize_class_name(name)), of_file.get(normalize_class_name(theirs))
+        if not rows or not places:
+            alias = f"alias {name}: {theirs}"
+            raise UserError(f"{source}: {alias} must lead from a class of the dataset to one of the file")
+        chosen[rows[0]] = places[0]
     columns: list[int | None] = []
-    for name in names:
-        found = find_columns(name, of_file, released_names)
+    for row, name in enumerate(names):
+        found = (chosen[row],) if row in chosen else find_columns(name, of_file, released_names)
         if len(found) > 1:
             raise UserError(f"{source}: {unclear(name, found, released_names)}; new_head=true starts the head fresh")
         columns.append(found[0] if found else None)

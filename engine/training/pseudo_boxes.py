@@ -164,9 +164,8 @@ def open_pseudo_teacher(
     model, t_names = load_frozen(teacher, f"teachers.{number}", class_names, given, None)
     if hasattr(model, "requested_outputs"):
         cast(DenseDetector, model).requested_outputs = None  # it is a copy
-    aliases = {str(s_name): str(t_name) for s_name, t_name in teacher.aliases.items()}
     with naming(f"key 'data.unlabelled.pseudo.teacher': teacher {teacher.name!r}", ValueError):
-        columns, t_columns = join_classes(class_names, t_names, aliases=aliases)
+        columns, t_columns = join_classes(class_names, t_names, aliases=teacher.class_aliases)
     label_of = np.full(len(t_names), -1)
     label_of[t_columns.numpy()] = columns.numpy()
     missing = [name for label, name in enumerate(class_names) if label not in label_of]

@@ -83,7 +83,8 @@ def inherit(
 ) -> nn.Module:
     """The student as a selection of the channels of a wider model; what each of its keys means: config.InheritConfig.
 
-    The wider model first becomes one for the classes `names` (fine_tuning.start_model), then it is cut.
+    The wider model first becomes one for the dataset's classes (fine_tuning.start_model), joined by the aliases of the
+    teacher that it is. Then it is cut.
     """
     settings, choice = config.student, config.student.inherit
     assert choice is not None
@@ -91,7 +92,8 @@ def inherit(
         source, wide = f"teacher {choice.teacher!r}", given[choice.teacher]
     else:
         arch, source = inherit_source(config)
-        wide = fine_tuning.start_model(arch, class_names, source, new_head=settings.new_head, say=say)
+        aliases = next((teacher.class_aliases for teacher in config.teachers if teacher.name == choice.teacher), None)
+        wide = fine_tuning.start_model(arch, class_names, source, new_head=settings.new_head, aliases=aliases, say=say)
     head = models.head_of(settings.arch, len(class_names), wide.state_dict())
     head.pop("class_width", None)  # the student's own
     student = models.build(settings.arch, len(class_names), widths=widths_in_config(settings), **head)

@@ -138,7 +138,7 @@ def build_teachers(
         model, t_names = load_frozen(teacher, key, class_names, given, ema)
         frozen[teacher.name] = model
         size = input_size(teacher, key, model, config.image_size)
-        facts[teacher.name] = TeacherFacts(t_names, size, {str(s): str(t) for s, t in teacher.aliases.items()})
+        facts[teacher.name] = TeacherFacts(t_names, size, teacher.class_aliases)
     return Teachers(frozen, facts, changing=frozenset(t.name for t in config.teachers if t.arch == EMA))
 
 
@@ -234,7 +234,7 @@ def build_random(teacher: TeacherConfig, class_names: tuple[str, ...]) -> tuple[
         model = models.build_teacher(teacher.arch)
         if not hasattr(model, "set_class_embeddings"):
             return model, class_names
-        prompts = tuple(str(teacher.aliases.get(name, name)) for name in class_names)
+        prompts = tuple(teacher.class_aliases.get(name, name) for name in class_names)
         width = cast(Tensor, model.background).shape[1]
         cast(Any, model).set_class_embeddings(prompts, torch.randn(len(class_names), width), torch.randn(1, width))
         return model, prompts
@@ -250,7 +250,7 @@ def set_class_prompts(
     if not reader.class_names:
         tokenizer = ClipTokenizer(teacher.vocabulary or VOCABULARY_PATH)
         with naming(f"key '{key}.aliases'"):
-            reader.set_classes(tuple(str(teacher.aliases.get(name, name)) for name in class_names), tokenizer)
+            reader.set_classes(tuple(teacher.class_aliases.get(name, name) for name in class_names), tokenizer)
     return reader.class_names
 
 

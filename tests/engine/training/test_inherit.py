@@ -124,6 +124,25 @@ def test_a_student_of_the_same_widths_is_a_copy_and_random_follows_the_seed(file
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_the_class_rows_follow_the_aliases_of_the_teacher(files, make_tiny):
+    """The dataset's red is the teacher's blue: its rows are those of blue."""
+    teacher = {"name": "big", "arch": "yolov8n", "weights": str(files["yolov8n"])}
+    student = {"arch": "yolov8_half", "inherit": {"teacher": "big"}}
+    aliased, said = start(make_tiny(student=student, teachers=[teacher | {"aliases": {"Red": "blue"}}]))
+    assert "taken over by name: green, red from blue; start fresh: none" in said[0]
+    plain, _ = start(make_tiny(student=student, teachers=[teacher]))
+    theirs, state = checkpoint.load(files["yolov8n"])["ema"], aliased.state_dict()
+    for level in range(3):
+        name = f"head.cls.{level}.2.bias"
+        assert torch.equal(state[name], theirs[name][[2, 1]])
+        assert torch.equal(plain.state_dict()[name], theirs[name][[2, 0]])
+    for wrong in ({"red": "rouge"}, {"rouge": "red"}):
+        with pytest.raises(
+            UserError, match=r"yolov8n\.pt: alias .*rouge.* must lead from a class of the dataset to one"
+        ):
+            start(make_tiny(student=student, teachers=[teacher | {"aliases": wrong}]))
+
+
 def test_new_head_starts_the_class_head_fresh(files, make_tiny):
     inherit = {"weights": str(files["yolov8n"])}
     plain, fresh = (
