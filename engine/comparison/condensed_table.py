@@ -5,6 +5,8 @@ A row with score s (the mean over its seeds) is compared to two rows that train 
     s_full      on all real pictures, without distillation
     s_random    on as many random real pictures, with the row's distillation terms; the mean over its draws
 
+Pictures without labels, if the row has any beside its set, are in both as well.
+
     of full = s / s_full
     gap closed = (s - s_random) / (s_full - s_random)
 
@@ -21,7 +23,7 @@ from engine.comparison.rows import Row, describe_differences, differing_keys, fi
 from engine.comparison.table import METRICS, Result, mean_and_spread, table_row, to_json_value
 from engine.condensing.set_files import read_manifest
 
-SOURCE = ("train", "train_root", "train_format", "max_samples")  # keys that define the real pictures
+SOURCE = ("train", "train_root", "train_format", "max_samples", "per_class", "draw_seed")  # the real pictures
 HEAD = ("row", "method", "stored", "terms", "seeds", "steps", *METRICS, "of full", "gap closed", "seconds", "GB")
 
 
@@ -116,6 +118,7 @@ def full_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
     assert row.task is not None
     source = row.task.data
     of_real = (other for other in rows.values() if other.task is None and not other.is_teacher)
+    of_real = (other for other in of_real if other.config.data.unlabelled == row.config.data.unlabelled)
     same = (other for other in of_real if not other.config.terms and other.config.student == row.config.student)
     return [o for o in same if all(getattr(o.config.data, k) == getattr(source, k) for k in SOURCE)]
 

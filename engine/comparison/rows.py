@@ -127,12 +127,16 @@ def find_random_row(row: Row, rows: dict[str, Row]) -> str | None:
 
 
 def random_rows(row: Row, rows: dict[str, Row]) -> list[Row]:
-    """The rows on as many random real pictures as this one stores, with its terms, also if they train differently."""
+    """The rows on as many random real pictures as this one stores, with its terms and its pictures without labels.
+
+    Also those that train differently.
+    """
     if row.task is None:
         return []
-    size = ("random", row.task.condense.pictures)
+    size, unlabelled = ("random", row.task.condense.pictures), row.config.data.unlabelled
     with_sets = ((other, other.task.condense) for other in rows.values() if other.task is not None)
-    return [other for other, c in with_sets if (c.method, c.pictures) == size and same_teaching(other, row)]
+    fit = (other for other, c in with_sets if (c.method, c.pictures) == size and same_teaching(other, row))
+    return [other for other in fit if other.config.data.unlabelled == unlabelled]
 
 
 def equal_compute_epochs(row: Row, other: Row, teachers: list[Row]) -> int:

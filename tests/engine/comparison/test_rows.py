@@ -130,3 +130,21 @@ def test_full_is_all_the_pictures_the_set_was_made_of(make):
     assert full_row(results["best"], results).name == "full"
     del results["full"]
     assert full_row(results["best"], results) is None
+
+
+@pytest.mark.parametrize("data", [{"per_class": 1}, {"per_class": 1, "draw_seed": 1}, {"unlabelled": {"rest": True}}])
+def test_rows_on_fewer_labels_or_more_pictures_measure_no_set(make, data):
+    """A row of a few labels is not full, and pictures without labels in one of two rows are no matter of the set."""
+    planned = by_name(make({"few": {"data": data}, "full": None, "random": RANDOM, "best": BEST}))
+    results = {name: Result(row) for name, row in planned.items()}
+    assert full_row(results["best"], results).name == "full"
+    del results["full"]
+    assert full_row(results["best"], results) is None
+    if "unlabelled" in data:
+        planned = by_name(make({"full": None, "random": RANDOM | {"data": data}, "best": BEST}))
+        assert find_random_row(planned["best"], planned) is None
+        planned = by_name(
+            make({"full": {"data": data}, "random": RANDOM | {"data": data}, "best": BEST | {"data": data}})
+        )
+        assert find_random_row(planned["best"], planned) == "random"
+        assert full_row(Result(planned["best"]), {n: Result(r) for n, r in planned.items()}).name == "full"
