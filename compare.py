@@ -153,6 +153,7 @@ def make_plan(study: Study, *, only: list[str] | None = None, run: str | None = 
         works = with_needs(every, [run])
         retried, shown = works[-1:], [works[-1].row.name]
     progress = StudyProgress(every, {row.name: find_finished(row) for row in study.rows}, retried)
+    progress.check_weights(works)
     open_rows = {work.row.name for work in works if progress.is_open(work)}
     progress.inputs.add("now", check_rows([row for row in study.rows if row.name in open_rows], study))
     return Plan(study, works, progress, shown)

@@ -16,7 +16,6 @@ from engine.comparison.study import build_study, load_study
 from engine.comparison.work import list_work, write_failure
 from engine.runtime import claims, run_folder
 from engine.training.inputs import labels_of
-from engine.training.state import first_difference
 from errors import UserError
 from tests.tiny_training import tiny_config, write_dataset
 from yaml_files import dump_yaml
@@ -39,7 +38,8 @@ def trained(monkeypatch):
     def run(config, *, resume=False, **_):
         configs.append(dataclasses.replace(config, name=config.name + (" resumed" if resume else "")))
         folder = run_folder.RunFolder(Path(config.runs) / config.name)
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.last.parent.mkdir(parents=True, exist_ok=True)
+        folder.last.touch()
         folder.config.write_text(dump_yaml(to_tree(config)))
         base = {"baseline": 0.5, "teacher": 0.7, "taught": 0.6, "longer": 0.55}[config.name.split("_")[0]]
         score = base + 0.01 * (config.seed - 5) ** 2
@@ -89,9 +89,8 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(config, train
     compare.compare(make(config))
     folder = Path(config.runs) / "study" / "taught_seed5"
     (folder / "report.json").unlink()
-    (folder / "weights").mkdir()
-    (folder / "weights" / "last.pt").write_bytes(b"")
     stale = Path(config.runs) / "study" / "longer_seed5"
+    shutil.rmtree(stale / "weights")
     (stale / "report.json").unlink()
     trained.clear()
     compare.compare(make(config))
@@ -121,6 +120,25 @@ def test_runs_before_and_after_a_change_of_labels_or_weights_are_refused(config,
     inputs["weights big.pt"] = "c"  # changed while they are trained
     with pytest.raises(UserError, match=r"baseline_seed6: the weights big.pt are not those of .*seed5: changed"):
         compare.compare(make(config, seeds=2))
+
+
+def test_weights_that_are_gone_are_noticed_before_anything_is_trained(config, trained):
+    """A teacher that is trained anew is another one: hours later, its new students would not fit to the old ones."""
+    compare.compare(make(config))
+    runs = Path(config.runs) / "study"
+    teacher, taught = (run_folder.RunFolder(runs / f"{name}_seed5") for name in ("teacher_big", "taught"))
+    report = json.loads(taught.report.read_text()) | {"inputs": {f"weights {teacher.last}": "a"}}
+    taught.report.write_text(json.dumps(report))
+    teacher.last.unlink()
+    compare.compare(make(config))  # nothing is left to train with it
+    with pytest.raises(UserError, match=r"last.pt: found no such file, but its run is finished and taught_seed6 b"):
+        compare.compare(make(config, seeds=2))
+    shutil.rmtree(teacher.path)
+    with pytest.raises(UserError, match=r"big_seed5/weights/last.pt: found no such file, but .*taught_seed5 learned"):
+        compare.compare(make(config))
+    shutil.rmtree(taught.path)
+    compare.compare(make(config))
+    assert names(trained)[4:] == ["teacher_big_seed5", "taught_seed5"]
 
 
 def test_more_seeds_and_rows_are_added_to_what_is_there(config, trained):
@@ -350,14 +368,6 @@ def test_arguments(config, trained, tmp_path):
     compare.main([str(path), "--rows", "longer,baseline", "--seeds", "2", "batch_size=4"])
     assert names(trained) == ["baseline_seed5", "longer_seed5", "baseline_seed6", "longer_seed6"]
     assert {c.batch_size for c in trained} == {4}
-
-
-def test_first_difference():
-    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b"
-    assert first_difference({"a": 1}, {"a": 1, "c": 2}) == "c"
-    assert first_difference({"a": [1]}, {"a": [1, 2]}) == "a.1"
-    assert first_difference({"a": None}, {"a": {"b": None}}) == "a"
-    assert first_difference({"a": [1, 2]}, {"a": [1, 2]}) is None
 
 
 @pytest.mark.parametrize(

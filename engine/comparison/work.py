@@ -18,7 +18,7 @@ from engine.condensing.set_files import read_manifest
 from engine.runtime import claims
 from engine.runtime.run_folder import RunFolder, write_text
 from engine.training.building import with_published_settings
-from engine.training.inputs import KnownInputs
+from engine.training.inputs import KnownInputs, weights_name
 from engine.training.state import first_difference
 from errors import UserError, expect
 from yaml_files import read_yaml
@@ -139,6 +139,24 @@ class StudyProgress:
     def can_begin(self, work: Work) -> bool:
         """Whether nothing that it needs is open."""
         return not any(self.is_open(other) for other in self.works if other.name in work.needs)
+
+    def check_weights(self, works: Sequence[Work]) -> None:
+        """UserError where weights are gone that finished runs learned from, or that a work is to begin with.
+
+        works: to be done. A teacher that is trained anew has other weights than before. Its students of before and of
+        later do not belong in one table, and that would show only after the first of the later ones.
+        """
+        by_name = {work.name: work for work in self.works}
+        for work in filter(self.is_open, works):
+            own = RunFolder(work.path).last
+            student = self.inputs.first(weights_name(str(own)))
+            uses = {} if student is None else {own: f"{student} learned from it"}
+            for need in (by_name[name] for name in work.needs):
+                if not need.is_set and not self.is_open(need):
+                    uses[RunFolder(need.path).last] = f"its run is finished and {work.name} begins with it"
+            for weights, use in uses.items():
+                advice = "put it back, or remove its run and all that learned from it"
+                expect(weights.is_file(), f"{weights}", f"no such file, but {use}", f"the weights of then: {advice}")
 
 
 def read_failure(work: Work) -> tuple[int, str] | None:

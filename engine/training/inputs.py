@@ -82,6 +82,10 @@ class KnownInputs:
     def __init__(self) -> None:
         self._first: dict[str, tuple[str, str]] = {}  # name -> digest, and the first run with it
 
+    def first(self, name: str) -> str | None:
+        """The first run with an input of this name; None if there is none."""
+        return self._first[name][1] if name in self._first else None
+
     def add(self, run: str | Path, inputs: Mapping[str, str]) -> None:
         """UserError for an input that was another one in an earlier run."""
         for name, digest in inputs.items():

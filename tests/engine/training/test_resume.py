@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends with the same bytes as one that was not."""
+"""A run that was killed and resumed ends with the same bytes as one that was not, and what may not change meanwhile."""
 
 import csv
 import json
@@ -14,6 +14,7 @@ import torch
 import checkpoint
 from datasets.loader import Loader
 from datasets.yolo_txt import read_yolo
+from engine.training.state import first_difference
 from tests.engine.training import resume_driver
 from tests.forked_processes import run_forked
 from tests.tiny_training import write_dataset
@@ -114,3 +115,11 @@ def processes_of_group(group: int) -> list[int]:
         if int(process_group) == group and state != "Z":
             found.append(int(path.parent.name))
     return found
+
+
+def test_first_difference():
+    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b"
+    assert first_difference({"a": 1}, {"a": 1, "c": 2}) == "c"
+    assert first_difference({"a": [1]}, {"a": [1, 2]}) == "a.1"
+    assert first_difference({"a": None}, {"a": {"b": None}}) == "a"
+    assert first_difference({"a": [1, 2]}, {"a": [1, 2]}) is None
