@@ -19,7 +19,8 @@ def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict], boo
     """(layout, name -> TensorRecord or Tensor, the dicts that may hold class names and training arguments, is_mean).
 
     If a checkpoint has a running mean, these are its weights, and is_mean is True: it is under a key with the word ema,
-    such as model_ema, or one key below it. Raises Refused where there is no state dict.
+    such as model_ema, or one key below it, and has names of the trained weights if these are there (another dict or
+    object is passed over). Raises Refused where there is no state dict.
     """
     top = content.value
     found: Any = top
@@ -27,12 +28,14 @@ def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict], boo
     if isinstance(top, dict) and not _is_flat(top):
         means = sorted((key for key in top if isinstance(key, str) and _names_mean(key)), key=lambda key: key != "ema")
         places = [(key, *inner) for key in means for inner in ((), *((inner,) for inner in STATE_KEYS))]
+        trained = next((value for key in STATE_KEYS if _is_weights(value := top.get(key))), None)
         for place in [*places, *((key,) for key in STATE_KEYS)]:
             found = top
             for key in place:
                 found = found.get(key) if isinstance(found, dict) else None
-            if isinstance(found, Inert) or (isinstance(found, dict) and _is_flat(found)):
-                layout, is_mean = f" under {'.'.join(place)!r}", place[0] in means
+            is_mean = place[0] in means
+            if _is_weights(found) and (not is_mean or trained is None or _share_names(found, trained, content)):
+                layout = f" under {'.'.join(place)!r}"
                 break
         else:
             odd = next((key for key, value in top.items() if isinstance(value, TensorRecord | Tensor)), None)
@@ -43,8 +46,7 @@ def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict], boo
     if isinstance(found, Inert):
         if isinstance(found.state, dict):
             carriers.insert(0, found.state)
-        records: dict[str, Any] = {}
-        _walk(found, "", records, content.attributes, depth=0, visits=[0])
+        records = _entries(found, content)
         layout = f"{'TorchScript' if content.attributes else 'pickled'} module {found.name}{layout}"
     elif isinstance(found, dict) and found:
         records, layout = found, f"state dict{layout}"
@@ -65,8 +67,30 @@ def _names_mean(key: str) -> bool:
     return "ema" in re.split(r"[^a-z]+", key.lower())
 
 
+def _is_weights(value: Any) -> bool:
+    """Whether a value is a state dict, or a pickled object with the state of a module."""
+    if isinstance(value, Inert):
+        return isinstance(value.state, dict) and "_parameters" in value.state
+    return isinstance(value, dict) and _is_flat(value)
+
+
 def _is_flat(value: dict) -> bool:
     return bool(value) and all(isinstance(k, str) and isinstance(v, TensorRecord | Tensor) for k, v in value.items())
+
+
+def _share_names(a: Inert | dict, b: Inert | dict, content: Content) -> bool:
+    """Whether an entry of one has the name of an entry of the other, inside `module.` or not."""
+    first, second = ({name.removeprefix("module.") for name in _entries(value, content)} for value in (a, b))
+    return not first.isdisjoint(second)
+
+
+def _entries(value: Inert | dict, content: Content) -> dict[str, Any]:
+    """Name -> TensorRecord or Tensor."""
+    if isinstance(value, dict):
+        return value
+    records: dict[str, Any] = {}
+    _walk(value, "", records, content.attributes, depth=0, visits=[0])
+    return records
 
 
 def _walk(module: Inert, prefix: str, records: dict, attributes: dict, *, depth: int, visits: list[int]) -> None:

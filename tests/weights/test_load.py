@@ -5,6 +5,7 @@ import io
 import sys
 import types
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 
 import numpy as np
@@ -92,12 +93,29 @@ def test_the_running_mean_is_read_wherever_it_is(place, tmp_path):
     assert not info.uses_ema
 
 
+DECAY = {"decay": torch.ones(1)}
+
+
+@pytest.mark.parametrize("other", [DECAY, {"model": DECAY}, Namespace(**DECAY)])
+def test_what_has_no_name_of_the_weights_is_no_running_mean(other, tmp_path):
+    """Training code keeps the settings and counters of its running mean under such keys, too."""
+    state = Block().state_dict()
+    for trained in (state, {f"module.{name}": value for name, value in state.items()}):
+        torch.save({"ema_state": other, "model": trained}, tmp_path / "a.pt")
+        got, info = read_state_dict(tmp_path / "a.pt")
+        assert_same(got, state)
+        assert not info.uses_ema
+        torch.save({"ema_state": other, "model": trained, "the_ema": state}, tmp_path / "a.pt")
+        assert read_state_dict(tmp_path / "a.pt")[1].uses_ema
+
+
 @pytest.mark.parametrize("key", [None, "model_ema"])
 def test_a_model_averaged_by_torch(key, tmp_path):
     block = Block()
     state = torch.optim.swa_utils.AveragedModel(block).state_dict()
     assert "n_averaged" in state
-    torch.save(state if key is None else {"model": {"x": torch.zeros(1)}, key: state}, tmp_path / "a.pt")
+    trained = {name: torch.zeros_like(value) for name, value in block.state_dict().items()}
+    torch.save(state if key is None else {"model": trained, key: state}, tmp_path / "a.pt")
     got, info = read_state_dict(tmp_path / "a.pt")
     assert_same(got, block.state_dict())
     assert info.uses_ema
