@@ -37,9 +37,11 @@ from config import Config, PseudoBoxConfig
 from datasets.class_names import join_classes
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
+from engine.evaluation.cross_dataset import MOST_DETECTIONS
 from engine.evaluation.measuring import detect_all
 from engine.training.teaching import load_frozen
 from errors import DISK_EXIT_CODE, UserError, expect, naming
+from metrics.matching import position_in_run
 from metrics.tables import DetectionTable
 from structures import DenseDetector, DetectionSettings
 from teachers.output_cache import fingerprint_of
@@ -137,6 +139,7 @@ class PseudoTeacher:
     """The frozen teacher of pseudo boxes.
 
     label_of: for each of its classes the dataset's, or -1. image_size: in pixels.
+    detection: of its own classes. max_detections: of the dataset's classes, the best of them in each picture.
     """
 
     name: str
@@ -144,6 +147,7 @@ class PseudoTeacher:
     label_of: np.ndarray
     image_size: int
     detection: DetectionSettings
+    max_detections: int
 
 
 def open_pseudo_teacher(
@@ -173,10 +177,13 @@ def open_pseudo_teacher(
         say(f"pseudo boxes: teacher {teacher.name!r} has no class {', '.join(missing)}")
     published = models.published_detection(teacher.arch)
     iou_threshold = published.iou_threshold if settings.iou_threshold is None else settings.iou_threshold
-    detection = DetectionSettings(LOWEST_SCORE, iou_threshold, published.max_detections)
+    # Detections of classes that the dataset lacks do not take the places of others.
+    most = MOST_DETECTIONS if (label_of < 0).any() else published.max_detections
+    detection = DetectionSettings(LOWEST_SCORE, iou_threshold, most)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from PyTorch's stubs
-    return PseudoTeacher(teacher.name, model, label_of, pseudo_image_size(config, given), detection)
+    size = pseudo_image_size(config, given)
+    return PseudoTeacher(teacher.name, model, label_of, size, detection, published.max_detections)
 
 
 def make_pseudo_boxes(
@@ -187,7 +194,7 @@ def make_pseudo_boxes(
     labelled: the pictures that the run trains on with their labels; their objects may choose the thresholds.
     """
     labels = teacher.label_of[found.labels]
-    found = replace(found[labels >= 0], labels=labels[labels >= 0])
+    found = best_of_pictures(replace(found[labels >= 0], labels=labels[labels >= 0]), teacher.max_detections)
     thresholds, ignore_above = choose_thresholds(settings, found, pictures, labelled)
     return PseudoBoxes(
         teacher=teacher.name,
@@ -199,6 +206,12 @@ def make_pseudo_boxes(
         ignore_above=ignore_above,
         pictures=pictures,
     )
+
+
+def best_of_pictures(found: DetectionTable, count: int) -> DetectionTable:
+    """The rows of the `count` detections with the highest scores of each picture, in their order."""
+    order = np.lexsort((-found.scores, found.image))
+    return found[np.sort(order[position_in_run(found.image[order]) < count])]
 
 
 def pseudo_image_size(config: Config, given_names: Collection[str] = ()) -> int:

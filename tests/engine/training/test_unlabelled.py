@@ -18,6 +18,7 @@ from engine.training.checks import check_config
 from engine.training.dry_run import dry_run
 from engine.training.splits import count_training_pictures, open_indexes, open_splits
 from errors import UserError
+from structures import DetectionSettings
 from tests.tiny_training import SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,6 +208,23 @@ def test_classes_of_the_teacher_are_joined_by_name(make, tmp_path):
     blue = torch.cat([detections.scores[detections.labels == 1] for detections in found])
     scores = pseudo_of(dataclasses.replace(config, teachers=(aliased,))).detections
     np.testing.assert_allclose(sorted(scores.scores[scores.labels == 0]), blue.sort().values, rtol=1e-3, atol=1e-4)
+
+
+def test_other_classes_of_the_teacher_take_no_places(make, tmp_path, monkeypatch):
+    """Of each picture the best five detections of green and red count, however many of blue are better."""
+    published = DetectionSettings(0.001, 0.7, max_detections=5)
+    monkeypatch.setattr("models.published_detection", lambda arch: published)
+    config = make(data=few(pseudo=PSEUDO))
+    indexes = open_indexes(config)
+    teacher = pseudo_boxes.open_pseudo_teacher(config, indexes["train"].names, {}, quiet)
+    settings, pictures = config.data.unlabelled.pseudo, indexes["unlabelled"]
+    options = dict(folder=tmp_path, device=torch.device("cpu"), say=quiet)
+    found = pseudo_boxes.detect_once(teacher.model, pictures, teacher.image_size, teacher.detection, **options)
+    made = pseudo_boxes.make_pseudo_boxes(teacher, settings, found, len(pictures), indexes["train"]).detections
+    for image in range(len(pictures)):
+        own = (found.image == image) & (found.labels != 1)  # its list is red, blue, green
+        assert own.sum() > 5
+        assert sorted(made.scores[made.image == image]) == sorted(found.scores[own])[-5:]
 
 
 # ---------------------------------------------------------------- steps and runs
