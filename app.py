@@ -60,7 +60,7 @@ def main() -> None:
     keep_uploads_in_memory()
     title, pages = st.columns([3, 2], vertical_alignment="center")
     title.title("Retort: what did distillation buy me?", anchor=False)
-    page = pages.segmented_control(
+    page = pages.container(horizontal=True, horizontal_alignment="right").segmented_control(
         "Page", (COMPARE, EXPLAIN), default=COMPARE, required=True, key="page", label_visibility="collapsed"
     )
     try:
@@ -80,8 +80,7 @@ def main() -> None:
                 [1, 1.25, 1.1, 1.1, 1.25], vertical_alignment="bottom"
             )
             source = choose_source(page, pair, at_source)
-            thresholds = choose_thresholds(page, pair, at_score, at_overlap)
-            steps = choose_enhancement(at_steps)
+            thresholds, steps = choose_thresholds(page, pair, at_score, at_overlap), choose_enhancement(at_steps)
         if pair is None:
             return
         if source == VIDEO:
@@ -177,12 +176,14 @@ def choose_source(page: str, pair: tuple[Side, Side] | None, place: Place) -> st
 
 def choose_thresholds(page: str, pair: tuple[Side, Side] | None, left: Place, right: Place) -> Thresholds:
     """A slider that would change nothing is disabled and says why."""
-    overlap_use = sides.use_of_overlap([suppresses(side.detector.info.arch) for side in pair or ()])
-    uses = (("at least", texts.SCORE), overlap_use) if page == COMPARE else 2 * ((sides.NOT_USED, texts.NO_BOXES),)
-    sliders = ((left, "score", "Score", 0.01, 0.25), (right, "iou", "Overlap (IoU)", 0.05, 0.7))
+    score = ("Score, at least", texts.SCORE)
+    overlap = sides.title_of_overlap([suppresses(side.detector.info.arch) for side in pair or ()])
+    if page != COMPARE:
+        score, overlap = ((f"{what}, {sides.NOT_USED}", texts.NO_BOXES) for what in ("Score", "Overlap"))
+    sliders = ((left, "score", 0.01, 0.25, *score), (right, "iou", 0.05, 0.7, *overlap))
     values = (
-        place.slider(f"{title}, {use}", least, 0.95, first, key=key, help=reason, disabled=use == sides.NOT_USED)
-        for (place, key, title, least, first), (use, reason) in zip(sliders, uses)
+        place.slider(title, least, 0.95, first, key=key, help=reason, disabled=title.endswith(sides.NOT_USED))
+        for place, key, least, first, title, reason in sliders
     )
     return Thresholds(*values)
 
@@ -270,10 +271,7 @@ def find_test_pictures(folder: str, _run: Run) -> dict[str, Path]:
 
 
 def show_results(
-    picture: gallery.Picture,
-    enhanced: np.ndarray,
-    pair: tuple[Side, Side],
-    thresholds: Thresholds,
+    picture: gallery.Picture, enhanced: np.ndarray, pair: tuple[Side, Side], thresholds: Thresholds
 ) -> None:
     found = [detect_once(gallery.digest(enhanced), side.key, thresholds, enhanced, side.detector) for side in pair]
     views = [gallery.shown_with(enhanced, rows, side.detector.names) for rows, side in zip(found, pair)]

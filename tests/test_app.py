@@ -101,7 +101,7 @@ def test_two_models_stand_side_by_side(start, runs):
     facts = [text.value for text in app.markdown if "parameters" in text.value]
     score = json.loads((runs / "runs" / STUDY / RIGHT / "report.json").read_text())["test"]["mAP50-95"]
     assert len(facts) == 2 and all("yolov8_narrow, 0.8" in text and "2 classes, 64 px" in text for text in facts)
-    assert facts[1].endswith(f"**mAP {score:.3f} on test**")
+    assert "64 px, no teacher, **" in facts[0] and facts[1].endswith(f", taught by big, **mAP {score:.3f} on test**")
     assert [button.label for button in app.download_button] == ["Download both pictures", "Download boxes (JSON)"]
 
 
@@ -156,10 +156,10 @@ def test_a_slider_that_would_change_nothing_is_disabled(start, runs, monkeypatch
     file = {"arch": "rtdetr_r18vd", "names": ("green", "red"), "image_size": 64, "ema": state}
     checkpoint.save(tmp_path / "rtdetr.pt", file)
     choose_path(app, "left", tmp_path / "rtdetr.pt")
-    assert labels() == ["Score, at least", "Overlap (IoU), right only"]
+    assert labels() == ["Score, at least", "Overlap, right only"]
     choose_path(app, "right", tmp_path / "rtdetr.pt")
     assert errors(app) == "" and labels() == ["Score, at least"]
-    assert app.slider(key="iou").label == "Overlap (IoU), not used" and "RT-DETR" in app.slider(key="iou").help
+    assert app.slider(key="iou").label == "Overlap, not used" and "RT-DETR" in app.slider(key="iou").help
 
 
 def choose_path(app, side: str, path: Path):

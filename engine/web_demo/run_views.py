@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from checkpoint import CheckpointInfo, previous_path
-from config import Config, GradientShare, TermConfig, from_tree
+from config import STUDENT, Config, GradientShare, TermConfig, from_tree
 from datasets.folders import list_files
 from datasets.letterbox import letterbox
 from distill.terms import LOSSES
@@ -18,6 +18,7 @@ from engine.drawing.heat_maps import attention_heat, grid, heat_colors, heat_leg
 from engine.onnx_files.detector import SUFFIX
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
+from errors import UserError
 from weights import file_of_run
 from yaml_files import read_yaml
 
@@ -44,6 +45,19 @@ class Run:
         if not self.folder.config.is_file():
             return None
         return from_tree(Config, read_yaml(self.folder.config), source=str(self.folder.config))
+
+    def teachers(self) -> str:
+        """`taught by coco` or `no teacher`, by the run's config; "" where there is none, or none of this version."""
+        try:
+            config = self.config()
+        except UserError:
+            return ""
+        if config is None:
+            return ""
+        names = [term.teacher for term in config.terms if term.weight != 0]
+        names += [config.pseudo_boxes.teacher] if config.pseudo_boxes else []
+        unique = dict.fromkeys("itself" if name == STUDENT else name for name in names)
+        return f"taught by {' and '.join(unique)}" if unique else "no teacher"
 
     def score(self) -> str:
         """`mAP 0.311 on test`, of these weights by the run's report; else that it was not measured."""

@@ -8,6 +8,7 @@ STYLE = """<style>
 [data-testid="stImage"] img { border-radius: 6px; }
 [data-testid="stImage"], [data-testid="stImage"] > * { width: 100%; }
 .st-key-sides p, .st-key-views p, .st-key-controls [data-testid="stPopover"] p { font-size: 0.875rem; }
+.st-key-sides strong { white-space: nowrap; }
 .chips { display: flex; flex-wrap: wrap; gap: 0.3rem; }
 .chip { font-size: 0.8rem; line-height: 1.35rem; padding: 0 0.5rem; border-radius: 0.7rem; white-space: nowrap; }
 .chip-none { box-shadow: inset 0 0 0 1px rgba(128, 128, 128, 0.55); opacity: 0.75; }

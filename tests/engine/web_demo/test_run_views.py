@@ -9,7 +9,16 @@ import pytest
 import torch
 
 import checkpoint
-from config import TeacherConfig, TermConfig
+from config import (
+    STUDENT,
+    Config,
+    DataConfig,
+    ModelConfig,
+    PseudoBoxConfig,
+    TeacherConfig,
+    TermConfig,
+    UnlabelledConfig,
+)
 from engine.drawing.heat_maps import LINE
 from engine.runtime import run_folder
 from engine.runtime.run_folder import RunFolder
@@ -116,6 +125,24 @@ def test_the_score_of_a_run_is_that_of_the_weights_shown(tmp_path):
     for damaged in ("{", "[]", '{"test": 3}'):
         run.folder.report.write_text(damaged)
         assert run.score() == "mAP not measured"
+
+
+def test_who_taught_a_run(tmp_path):
+    place(tmp_path, "a", "last.pt")
+    run = run_views.find_runs(tmp_path)["a"]
+    assert run.teachers() == ""
+    pseudo = PseudoBoxConfig("small")
+    data = DataConfig("voc", "data", unlabelled=UnlabelledConfig(pseudo=pseudo))
+    terms = tuple(TermConfig(teacher, "mse", 1.0, student_maps=("p3",)) for teacher in ("big", STUDENT, "big"))
+    off = (TermConfig("big", "mse", 0.0, student_maps=("p3",)),)
+    for config, expected in (
+        (Config("a", DataConfig("voc", "data"), ModelConfig("yolov8n"), terms=off), "no teacher"),
+        (Config("a", data, ModelConfig("yolov8n"), terms=terms), "taught by big and itself and small"),
+    ):
+        run_folder.write_config(run.folder, config)
+        assert run.teachers() == expected
+    run.folder.config.write_text("of: another version\n")
+    assert run.teachers() == ""
 
 
 def test_a_term_in_words():
