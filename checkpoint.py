@@ -40,7 +40,7 @@ import weights
 from config import RANDOM, EvaluationConfig, from_tree, plumbing_mark
 from datasets.class_names import released_names
 from datasets.download import how_to_fetch
-from errors import DISK_EXIT_CODE, UserError, expect
+from errors import DISK_EXIT_CODE, UserError, expect, shortened
 from layers.int8 import add_int8, without_ranges
 
 FORMAT = 1
@@ -341,13 +341,10 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     """Load a state dict whose names and shapes all equal the model's. UserError names the first three that differ."""
     ours = model.state_dict()
     differing = [
-        name
-        for name in [*ours, *state]
-        if name not in state or name not in ours or ours[name].shape != state[name].shape
+        name for name in ours | state if name not in state or name not in ours or ours[name].shape != state[name].shape
     ]
     if differing:
-        names = ", ".join(dict.fromkeys(differing[:3]))
-        raise UserError(f"{path}: {len(set(differing))} parameters do not fit the model, first: {names}")
+        raise UserError(f"{path}: parameters do not fit the model: {shortened(differing, 3)}")
     model.load_state_dict(state, strict=True)
 
 

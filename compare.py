@@ -64,7 +64,7 @@ from engine.training.inputs import Inputs, digest_of_labels, labels_of, weights_
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures
 from engine.training.teaching import build_teachers
-from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, counted, expect, naming, run_script
+from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, counted, expect, naming, run_script, shortened
 from structures import SIZE_MULTIPLE
 
 POLL_S = 5.0  # between two looks at runs that other processes work on
@@ -212,7 +212,7 @@ def finish(plan: Plan, *, with_pictures: bool = True) -> list[Result]:
     names = {work.row.name for work in plan.works}
     failed = [result.name for result in results.values() if result.failures and result.name in names]
     if failed:
-        raise UserError(f"{study.folder}: runs failed, see the table: {', '.join(failed)}", NOT_FINITE_EXIT_CODE)
+        raise UserError(f"{study.folder}: runs failed, see the table: {shortened(failed)}", NOT_FINITE_EXIT_CODE)
     return list(results.values())
 
 
@@ -229,7 +229,7 @@ def submit(study: Study, arguments: argparse.Namespace, *, only: list[str] | Non
     plan.progress.refresh()
     if missing := [work.name for work in plan.works if plan.progress.is_open(work)]:
         why = f"; a worker ended with: {errors[0]}" if errors else ""
-        raise UserError(f"{study.folder}: not made yet: {', '.join(missing)}{why}; give the command again to go on")
+        raise UserError(f"{study.folder}: not made yet: {shortened(missing)}{why}; give the command again to go on")
     finish(plan)
 
 

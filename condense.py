@@ -63,7 +63,7 @@ from engine.runtime.progress import Progress
 from engine.training.batch_norms import norm_of_one_value
 from engine.training.exits import is_out_of_memory
 from engine.training.inputs import Inputs, weights_named
-from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, counted, naming, run_script
+from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, counted, naming, run_script, shortened
 from random_streams import Stream, seeded_generator
 from structures import Targets
 
@@ -103,7 +103,7 @@ def task_of_file(path: str, overrides: list[str]) -> tuple[Config, Task]:
         return file, task_of(file, file.condense, path).with_seed(file.seed)
     advice = "condense.method=NAME"
     if file.rows:
-        advice += f", or --row NAME, one of {', '.join(map(str, file.rows))}"
+        advice += f", or --row NAME, one of {shortened(file.rows)}"
     elif not file.condense:
         advice += f" (train.py {path} trains a config without it)"
     raise UserError(f"{path}: key 'condense.method' is missing, expected {advice}")

@@ -7,7 +7,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import NoReturn
 
@@ -60,6 +60,12 @@ def counted(count: int, noun: str) -> str:
     """`1 class`, `2 classes`, `0 pictures`: a number and its noun, which ends in -es after s, x and tch, else in -s."""
     plural = noun + ("es" if noun.endswith(("s", "x", "tch")) else "s")
     return f"{count} {noun if count == 1 else plural}"
+
+
+def shortened(names: Iterable[object], most: int = 12) -> str:
+    """`a, b, c and 77 more`: the first names of a list that may be long, and how many others there are; "" for none."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ from engine.evaluation.measuring import EvaluationResult, Protocol, measure
 from engine.onnx_files.detector import load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
-from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script
+from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script, shortened
 from metrics import coco
 from metrics.annotations import Annotations, edge_note
 from metrics.coco_files import write_coco_detections
@@ -176,7 +176,7 @@ def name_classes(own: tuple[str, ...], path: str) -> tuple[str, ...]:
     names = read_names(path)
     expect(len(names) == len(own), path, f"{len(names)} names", f"one for each of the model's {len(own)} classes")
     if own != names and not are_numbers(own):
-        print(f"{path}: names the model's classes {', '.join(names[:10])}; its file names them {', '.join(own[:10])}")
+        print(f"{path}: names the model's classes {shortened(names)}; its file names them {shortened(own)}")
     return names
 
 

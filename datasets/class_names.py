@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import UserError, counted, expect
+from errors import UserError, counted, expect, shortened
 
 # fmt: off
 COCO = (
@@ -164,7 +164,7 @@ def map_classes(
     taken = {column for column in columns if column is not None}
     if not taken:
         raise UserError(
-            f"no class in common: the dataset has {', '.join(dataset_names)}; the model has {', '.join(model_names)}"
+            f"no class in common: the dataset has {shortened(dataset_names)}; the model has {shortened(model_names)}"
         )
     near = [tuple(column for column in found if column in taken) for found in near]
     return ClassMap(tuple(dataset_names), tuple(model_names), tuple(columns), tuple(near))
@@ -262,7 +262,7 @@ def find_one(name: str, names: Sequence[str], whose: str) -> int:
         place for place, other in enumerate(names) if normalize_class_name(other) == normalize_class_name(name)
     ]
     if len(found) != 1:
-        expected = f"one of {', '.join(names)}" if not found else f"exactly one of {', '.join(names[k] for k in found)}"
+        expected = f"one of {shortened(names)}" if not found else f"exactly one of {shortened(names[k] for k in found)}"
         raise UserError(f"--class-map: found {name!r}, expected of the {whose}'s classes {expected}")
     return found[0]
 
@@ -313,10 +313,8 @@ def join_classes(
             raise ValueError(f"the student's classes {name} and {others[0]} are both the teacher's {t_name_of[name]}")
     pairs = [(column, t_columns[t_name_of[name]]) for name, column in s_columns.items() if name in t_name_of]
     if not pairs:
-        raise ValueError(
-            f"no class in common: the student has {', '.join(student_names)}; "
-            f"the teacher has {', '.join(teacher_names)}"
-        )
+        student, teacher = shortened(student_names), shortened(teacher_names)
+        raise ValueError(f"no class in common: the student has {student}; the teacher has {teacher}")
     s_index, t_index = torch.tensor(pairs, dtype=torch.int64).T
     return s_index, t_index
 

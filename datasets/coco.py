@@ -28,7 +28,7 @@ from datasets.index import DatasetIndex, Effect
 from datasets.kept_index import Sources
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_misread, refuse_resized
 from datasets.values import read_area, read_flag, read_id, read_number, read_size, short
-from errors import UserError
+from errors import UserError, shortened
 
 MAX_JSON_BYTES = 4 << 30
 TRIED = 100  # pictures of a file to look for in each folder
@@ -95,12 +95,12 @@ def find_json(root: Path, split: str, sources: Sources | None = None) -> Path:
     if len(beside) == 1 and sources.is_file(beside[0]):
         return beside[0]
     if beside:
-        raise UserError(f"{root / split}: {', '.join(path.name for path in beside)}; expected one file of labels")
+        raise UserError(f"{root / split}: {shortened(path.name for path in beside)}; expected one file of labels")
     if root.is_file():
         raise UserError(f"{root}: a file, expected the folder with annotations/instances_{split}.json and the pictures")
     inner = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     others = [str(path.relative_to(root)) for folder in (root, *inner) for path in _json_files(folder, sources)]
-    found = f", found {', '.join(others[:20])}" if others else ""
+    found = f", found {shortened(others)}" if others else ""
     raise UserError(f"{choices[0]}: no such file{found}; expected the labels of split {split!r}")
 
 

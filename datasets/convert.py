@@ -35,7 +35,7 @@ from datasets.index import ANY_CLASS, DatasetIndex, Sample
 from datasets.open import READERS, open_dataset
 from datasets.overlap import find_overlap
 from datasets.scan import check, scan
-from errors import ArgumentParser, UserError, counted, run_script
+from errors import ArgumentParser, UserError, counted, run_script, shortened
 from yaml_files import dump_yaml
 
 Indices = dict[str, DatasetIndex]  # by split
@@ -73,7 +73,7 @@ def convert(
         indices[re.sub(r"[^\w.-]+", "_", split)] = index
     names = {index.names for index in indices.values()}
     if len(names) > 1 or len(indices) < len(src_splits):
-        raise UserError(f"{src_root}: splits {', '.join(src_splits)} differ in their classes or share a name")
+        raise UserError(f"{src_root}: splits {shortened(src_splits)} differ in their classes or share a name")
 
     losses: Counter = Counter()
     samples = [sample for index in indices.values() for sample in index.samples]

@@ -15,7 +15,7 @@ from datasets.index import ANY_CLASS, DatasetIndex, Effect, Sample
 from datasets.rows import FaultLog, LabelRows, log_passed_over, log_unread, make_sample, read_frame, refuse_misread
 from datasets.text_lines import read_lines, read_names
 from datasets.values import read_number
-from errors import UserError
+from errors import UserError, shortened
 
 CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
 
@@ -95,7 +95,7 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
         return unique
     lists = sorted(path.stem for choice in choices for path in files_in(choice.parent, (".txt",)))
     if split != "all" and (lists or split not in ("train", "val")):
-        raise UserError(f"{choices[0]}: no such list, found {', '.join(lists) or 'none'} (`all` takes every frame)")
+        raise UserError(f"{choices[0]}: no such list, found {shortened(lists) or 'none'} (`all` takes every frame)")
     stems: set[str] = set()
     for folder, suffixes in ((base / "label_2", (".txt",)), (base / "image_2", (*SUFFIXES, *UNREAD))):
         stems |= {path.relative_to(folder).with_suffix("").as_posix() for path in list_files(folder, suffixes)}
@@ -119,5 +119,5 @@ def _add_line(line: str, number: int, names: tuple[str, ...], rows: LabelRows) -
     elif name in names:
         rows.add(box, names.index(name), line=number)
     else:
-        return f"class {name!r}, expected one of {', '.join(names[:20])}", "unknown class"
+        return f"class {name!r}, expected one of {shortened(names)}", "unknown class"
     return None

@@ -21,7 +21,7 @@ from datasets.images import read_image
 from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.open import READERS, open_dataset
 from datasets.overlap import find_overlap
-from errors import ArgumentParser, UserError, counted, expect, run_script
+from errors import ArgumentParser, UserError, counted, expect, run_script, shortened
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
 SHOWN_NAME = 24  # characters of a class name in the table
@@ -208,8 +208,7 @@ def _left_out_lines(index: DatasetIndex) -> list[str]:
     counts = Counter(name for sample in index.samples for name in sample.left_out)
     if not counts:
         return []
-    shown = ", ".join(f"{name} {count}" for name, count in counts.most_common(10))
-    shown += f" and {len(counts) - 10} more classes" if len(counts) > 10 else ""
+    shown = shortened(f"{name} {count}" for name, count in counts.most_common())
     emptied = sum(not len(sample) and bool(sample.left_out) for sample in index.samples)
     background = f"{emptied} pictures have no others and stay as background"
     return [f"left out: {counts.total()} objects of other classes ({shown}); {background}", ""]

@@ -36,7 +36,7 @@ from datasets.open import READERS, open_dataset
 from datasets.values import read_id
 from datasets.voc import find_part
 from datasets.yolo_txt import find_yaml
-from errors import ArgumentParser, UserError, expect, run_script
+from errors import ArgumentParser, UserError, expect, run_script, shortened
 from yaml_files import dump_yaml, read_yaml
 
 KEPT_YAML_KEYS = ("kpt_shape", "flip_idx", "task")  # they describe the rows of label files
@@ -161,7 +161,7 @@ def refuse_old(format: str, root: Path, texts: Iterable[Path], names: Iterable[s
     advice = "--prefix NAME_ gives other names"
     there = [str(path) for path in texts if path.exists()]
     if there:
-        raise UserError(f"{', '.join(there)}: there already, expected new files; {advice}")
+        raise UserError(f"{shortened(there)}: there already, expected new files; {advice}")
     for name in names if format in ("voc", "coco") or root.suffix != ".yaml" else ():
         if format == "kitti":  # without lists, read_kitti makes up train and val
             continue
@@ -184,7 +184,7 @@ def default_split(format: str, root: Path) -> str:
     if format == "coco":
         files = [path for folder in (root / "annotations", root) for path in files_in(folder, (".json",))]
         if len(files) != 1:
-            found = ", ".join(path.name for path in files) or "no JSON file"
+            found = shortened(path.name for path in files) or "no JSON file"
             raise UserError(f"{root}: found {found}; expected one, or the name of a split after the root")
         return files[0].stem.removeprefix("instances_")
     return "train" if format == "yolo" and find_yaml(root) is not None else "all"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from datasets.index import ANY_CLASS, DatasetIndex, Sample
-from errors import expect
+from errors import expect, shortened
 
 
 def keep_classes(index: DatasetIndex, classes: tuple[str, ...], title: str) -> DatasetIndex:
@@ -18,7 +18,7 @@ def keep_classes(index: DatasetIndex, classes: tuple[str, ...], title: str) -> D
     UserError, which begins with `title`, for a name that the index does not have and for a name given twice.
     """
     for name in classes:
-        expect(name in index.names, f"{title}: classes", repr(name), f"some of {', '.join(index.names)}")
+        expect(name in index.names, f"{title}: classes", repr(name), f"some of {shortened(index.names)}")
         expect(classes.count(name) == 1, f"{title}: classes", f"{name!r} twice", "each name once")
     columns = [index.names.index(name) for name in classes]
     new_label = np.full(len(index.names) + 1, len(classes), dtype=np.int64)  # the last row is for ANY_CLASS = -1

@@ -23,7 +23,7 @@ from datasets.index import DatasetIndex, Sample
 from datasets.rows import FaultLog
 from datasets.text_lines import read_lines
 from datasets.yolo_txt import list_pictures
-from errors import UserError
+from errors import UserError, shortened
 from random_streams import Stream, seeded_generator
 
 Listed = Iterable[tuple[str, Path | None]]  # the name of each picture, and its file if there is one
@@ -123,7 +123,7 @@ def voc_pictures(root: Path, split: str, log: FaultLog) -> Listed:
         if name == "all":
             yield from ((path.stem, path) for path in list_files(pictures, SUFFIXES))
         elif not (lists / f"{name}.txt").is_file():
-            others = ", ".join(path.stem for path in files_in(lists, (".txt",))) or "none"
+            others = shortened(path.stem for path in files_in(lists, (".txt",))) or "none"
             raise UserError(f"{lists}: no list {name!r}, found {others} (`all` takes every picture)")
         else:
             yield from named_pictures(lists / f"{name}.txt", pictures)

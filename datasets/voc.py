@@ -31,7 +31,7 @@ from datasets.rows import (
 from datasets.text_lines import read_lines, read_names
 from datasets.values import box_fault, read_flag, read_number
 from datasets.voc_xml import Object, read_annotation
-from errors import UserError
+from errors import UserError, shortened
 
 CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -119,7 +119,7 @@ def find_part(root: Path, part: str) -> _Part:
         others = [path.stem for path in files_in(lists, (".txt",))] or [
             path.name for path in list_files(folder, (".csv",))
         ]
-        raise UserError(f"{lists}: no list {name!r}, found {', '.join(others) or 'none'} (`all` takes every picture)")
+        raise UserError(f"{lists}: no list {name!r}, found {shortened(others) or 'none'} (`all` takes every picture)")
     return _Part(folder, annotations, pictures, source)
 
 
@@ -134,7 +134,7 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
             found = f"no XML file in Annotations or in any other folder, for {count} pictures"
             raise UserError(f"{folder}: found {found}; expected a VOC dataset")
         if len(holders) > 1:
-            found = ", ".join(path.name for path in holders)
+            found = shortened(path.name for path in holders)
             raise UserError(f"{folder}: no split {split!r}, found XML files in {found}")
         annotations = holders[0]
     named = (folder / name for name in ("JPEGImages", "images"))
@@ -146,7 +146,7 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
             stem = list_files(annotations, (".xml",))[0].stem
             holders = [path for path in holders if find_picture(path, stem)]
         if len(holders) != 1:
-            found = "pictures in " + ", ".join(path.name for path in holders) if holders else "no pictures"
+            found = "pictures in " + shortened(path.name for path in holders) if holders else "no pictures"
             raise UserError(f"{folder}: found {found}; expected a VOC dataset with one folder JPEGImages")
         pictures = holders[0]
     return annotations, pictures
@@ -178,7 +178,7 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
     if part.source.suffix == ".csv":
         rows = list(csv.DictReader(lines))
         if rows and "filename" not in rows[0]:
-            raise UserError(f"{part.source}:1: columns {', '.join(map(str, rows[0]))}, expected one called filename")
+            raise UserError(f"{part.source}:1: columns {shortened(rows[0])}, expected one called filename")
         lines = list(dict.fromkeys(row["filename"].strip() for row in rows))  # one row an object
     stems = [_stem(line, part) for line in lines]
     unique = list(dict.fromkeys(stems))
@@ -288,7 +288,7 @@ def _add_object(item: Object, names: tuple[str, ...], rows: LabelRows) -> tuple[
     except ValueError as error:
         return f"{key}: {error}", "malformed object"
     if item.name not in names:
-        return f"class {item.name!r}, expected one of {', '.join(names[:20])}", "unknown class"
+        return f"class {item.name!r}, expected one of {shortened(names)}", "unknown class"
     fault = box_fault(*corners)
     if fault is not None:
         return fault

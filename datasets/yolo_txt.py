@@ -27,7 +27,7 @@ from datasets.index import NO_LABEL_FILE, DatasetIndex, Sample
 from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame, refuse_misread
 from datasets.text_lines import check_names, read_lines, read_names
 from datasets.yolo_rows import LongRows, add_row, read_kpt_shape, read_shares
-from errors import UserError
+from errors import UserError, shortened
 from yaml_files import read_mapping
 
 NAME_FILES = ("obj.names", "classes.txt", "_darknet.labels")
@@ -160,7 +160,7 @@ class LabelFolders:
 
     def in_words(self) -> str:
         folders = list(dict.fromkeys(str(place.labels) for place in self.places.values()))
-        return ", ".join(folders[:3]) + (f" and {len(folders) - 3} more folders" if len(folders) > 3 else "")
+        return shortened(folders, 3)
 
 
 def find_yaml(root: Path) -> Path | None:
@@ -174,7 +174,7 @@ def find_yaml(root: Path) -> Path | None:
     others = files_in(root, (".yaml", ".yml"))
     others = [path for path in others if not path.name.endswith("split.yaml")]  # of datasets.split
     if len(others) > 1:
-        raise UserError(f"{root}: {', '.join(path.name for path in others)}; expected one yaml file, or name it")
+        raise UserError(f"{root}: {shortened(path.name for path in others)}; expected one yaml file, or name it")
     return others[0] if others else None
 
 
@@ -188,7 +188,7 @@ def _read_yaml(path: Path, split: str) -> _Set:
     reserved = {"path", "names", "nc", "download", "kpt_shape", "flip_idx", "task"}
     if split not in tree or split in reserved:
         others = [key for key in tree if key not in reserved and isinstance(tree[key], str | list)]
-        raise UserError(f"{path}: no split {split!r}, found {', '.join(others)}")
+        raise UserError(f"{path}: no split {split!r}, found {shortened(others)}")
     entry = tree[split]
     entries = entry if isinstance(entry, list) else [entry]
     if not entries or not all(isinstance(item, str) and item for item in entries):
@@ -205,7 +205,7 @@ def yaml_names(tree: dict[str, Any], path: Path) -> tuple[str, ...]:
     if isinstance(names, dict):
         keys = sorted(names, key=lambda key: int(key) if key.isdecimal() else -1)
         if keys != [str(index) for index in range(len(names))]:
-            raise UserError(f"{path}: key 'names': found the keys {', '.join(keys[:20])}, expected 0..{len(names) - 1}")
+            raise UserError(f"{path}: key 'names': found the keys {shortened(keys)}, expected 0..{len(names) - 1}")
         names = [names[key] for key in keys]
     if names is None and count is not None:
         names = [str(index) for index in range(int(count))] if int(count) <= MAX_CLASSES else None
@@ -227,7 +227,7 @@ def _read_folders(root: Path, split: str) -> _Set:
         entry = str(folder.relative_to(root))
     else:
         others = sorted({path.parent.relative_to(root).as_posix() for path in list_files(root, SUFFIXES)})
-        found = f"found pictures in {', '.join(others[:20])} (`all` takes every one)" if others else "and no pictures"
+        found = f"found pictures in {shortened(others)} (`all` takes every one)" if others else "and no pictures"
         raise UserError(
             f"{root}: no data.yaml, nor a list {split}.txt, nor a folder images/{split} or {split}, {found}; "
             "expected a YOLO dataset"

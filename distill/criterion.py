@@ -28,7 +28,7 @@ from distill.teacher_weights import confidence_weights, of_labelled, teacher_cro
 from distill.term_inputs import ClassColumns, TermInputs, check_anchors
 from distill.terms import LOSSES
 from distill.trained_parts import build_adapters, build_losses
-from errors import UserError, naming
+from errors import UserError, naming, shortened
 from layers.precision import in_precision_of
 from structures import Detector, Targets
 
@@ -328,7 +328,7 @@ def common_classes(teacher: str, class_names: tuple[str, ...], facts: TeacherFac
     missing = [name for name in class_names if name not in shared]
     if renamed or missing:
         line = f"teacher {teacher!r} has {len(pairs)} of {len(class_names)} classes"
-        line += f", not {', '.join(missing)}" if missing else ""
-        print(line + (f"; {', '.join(renamed)}" if renamed else ""))
+        line += f", not {shortened(missing)}" if missing else ""
+        print(line + (f"; {shortened(renamed)}" if renamed else ""))
     is_equal = len(pairs) == len(t_names) == len(class_names) and torch.equal(s_columns, t_columns)
     return None if is_equal else ClassColumns(s_columns, t_columns)

@@ -44,7 +44,7 @@ from distill.pruning.files import widths_text
 from engine.runtime.run_folder import write_text
 from engine.training.building import count_parameters
 from engine.training.splits import take
-from errors import ArgumentParser, UserError, expect, naming, run_script
+from errors import ArgumentParser, UserError, expect, naming, run_script, shortened
 from layers.channel_groups import ChannelGroups, find_groups
 from structures import Targets
 
@@ -100,7 +100,7 @@ def channel_scores(
     torch.manual_seed(args.seed)
     if info.names != index.names:  # the loss is that of the dataset's classes, joined by name
         if not any(c is not None for c in released_columns(index.names, info.names, str(args.checkpoint))):
-            found = f"{args.checkpoint}: none of its classes is among {', '.join(index.names)}"
+            found = f"{args.checkpoint}: none of its classes is among {shortened(index.names)}"
             raise UserError(f"{found}; expected pictures of objects that it detects")
         model = fine_tuning.start_model(info.arch, index.names, args.checkpoint)
     return scores.taylor(model, batches_of(index, image_size), groups)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from datasets.values import are_corners, far_past, fit_as_corners
-from errors import UserError, counted
+from errors import UserError, counted, shortened
 from metrics.picture_names import PictureFinder
 from metrics.tables import GroundTruth
 
@@ -148,9 +148,8 @@ def find_labels(
                     "the numbers are places in: classes.txt beside the text files, or --names FILE"
                 )
     if notes is not None and any(names[label] != number for number, label in first.items()):
-        shown = sorted(first, key=lambda number: int(plain_number(number)))[:20]
-        more = f", ... ({len(first)} in all)" if len(first) > len(shown) else ""
-        notes.append(f"numbers of classes are read as {', '.join(f'{n} = {names[first[n]]}' for n in shown)}{more}")
+        numbers = sorted(first, key=lambda number: int(plain_number(number)))
+        notes.append(f"numbers of classes are read as {shortened(f'{n} = {names[first[n]]}' for n in numbers)}")
     return {token: by_name[token] for token in used if token not in first} | first
 
 
@@ -161,7 +160,7 @@ def places(names: Sequence[str], listed: Sequence[str] | None = None) -> dict[st
 
 
 def _expected(token: str, names: Sequence[str], number_labels: Sequence[Mapping[str, int]]) -> str:
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    shown = shortened(names)
     if not number_labels:
         return f"one of {shown}" + (" (for numbers, name the classes: --names FILE)" if is_number(token) else "")
     return f"one of {shown}, or the place in that list, 0..{max(map(len, number_labels)) - 1}"
@@ -181,7 +180,7 @@ def with_classes(ground_truth: GroundTruth, found: Mapping[str, str]) -> GroundT
     if old and found and not set(old) & found.keys():
         token = next(iter(found))
         raise UserError(
-            f"{found[token]}: found class {token!r}, and none of the ground truth's, {', '.join(old[:20])}: expected "
+            f"{found[token]}: found class {token!r}, and none of the ground truth's, {shortened(old)}: expected "
             "the same classes on both sides (name them: --names FILE)"
         )
     names = sorted_tokens([*old, *found])

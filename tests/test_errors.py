@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import ArgumentParser, UserError, counted
+from errors import ArgumentParser, UserError, counted, shortened
 from tests.forked_processes import run_as_main, run_forked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,3 +56,10 @@ def test_one_is_singular():
     assert [counted(n, "picture") for n in (0, 1, 2)] == ["0 pictures", "1 picture", "2 pictures"]
     assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
     assert [counted(2, noun) for noun in ("epoch", "batch", "box")] == ["2 epochs", "2 batches", "2 boxes"]
+
+
+def test_a_long_list_of_names_is_cut():
+    assert [shortened(names, 2) for names in ([], "a", "ab", "abc", range(5))] == [
+        "", "a", "a, b", "a, b and 1 more", "0, 1 and 3 more",
+    ]  # fmt: skip
+    assert shortened(range(99)).endswith("10, 11 and 87 more")

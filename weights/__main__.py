@@ -19,7 +19,7 @@ could not be written, 130 after Ctrl-C.
 
 from pathlib import Path
 
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, run_script, shortened
 from weights.convert import convert
 from weights.load import file_of_run, read_state_dict
 
@@ -27,7 +27,7 @@ from weights.load import file_of_run, read_state_dict
 def describe(path: str | Path, num_first: int = 5) -> str:
     """A description of a weights file, one property a line, then its first `num_first` tensors."""
     state, info = read_state_dict(path)
-    classes = f"{len(info.names)}: {', '.join(info.names[:10])}{', ...' if len(info.names) > 10 else ''}"
+    classes = f"{len(info.names)}: {shortened(info.names)}"
     checks = ["checksum of every entry" if info.has_checksum else "the container has no checksum"]
     checks += ["SHA-256 as promised"] if info.is_hash_checked else []
     family = info.family or (f"{info.arch}, a checkpoint of train.py" if info.ours else info.arch or "not recognised")

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, shortened
 from weights.containers import MAX_FILE_BYTES, open_weights
 from weights.families import arch_of_family, guess_family
 from weights.inert_pickle import Inert, Refused, short
@@ -369,7 +369,7 @@ def load_public(
     unexpected = [name for name in renamed if name not in own]
     if missing or unexpected:
         found = "; ".join(
-            f"{len(names)} {what} ({_some(names)})"
+            f"{len(names)} {what} ({shortened(names, 3)})"
             for what, names in (("missing", missing), ("unexpected", unexpected))
             if names
         )
@@ -391,10 +391,6 @@ def load_public(
         raise UserError(f"{source}: {shapes}{more}{advice or _family_hint(model, state)}")
     model.load_state_dict({**own, **{name: t.to(own[name].dtype) for name, t in renamed.items()}}, strict=True)
     return LoadReport(source, tuple(renamed), layout.name)
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _family_hint(model: nn.Module, state: dict[str, Tensor]) -> str:

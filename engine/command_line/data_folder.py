@@ -15,7 +15,7 @@ from datasets.open import open_dataset
 from datasets.overlap import find_overlap
 from datasets.split import split_dataset
 from datasets.yolo_txt import find_yaml, holds_labels
-from errors import UserError
+from errors import UserError, shortened
 from yaml_files import read_yaml
 
 TEST_SHARE = 0.2  # of a set that is not divided yet
@@ -102,7 +102,7 @@ def open_set(format: str, root: Path) -> FoundSet:
             if overlap.is_whole and all(pair.is_file for pair in overlap.shared):
                 continue  # one pile under two names, as in the set that tutorials begin with
             unused = [name for name in names if name not in (test, *train.split("+"))]
-            note = f"not used: {', '.join(unused)}"
+            note = f"not used: {shortened(unused)}"
             return replace(found, notes=(note,) if unused else ())
         except UserError as error:  # a test split without labels, as COCO's
             refused = error
@@ -174,7 +174,7 @@ def one_pile(format: str, root: Path) -> str:
         return lists.pop() if len(lists) == 1 else "all"
     files = coco_files(root)
     if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "no JSON file"
+        found = shortened(path.name for path in files) or "no JSON file"
         raise UserError(f"{root}: found {found}; expected one, or instances_train.json and instances_val.json")
     return files[0].stem.removeprefix("instances_")
 

@@ -29,7 +29,7 @@ from engine.runtime.peak_memory import peak_gigabytes, reset_peak
 from engine.runtime.processes import choose_device
 from engine.runtime.run_folder import write_text
 from engine.training.checks import check_data, check_numbers
-from errors import UserError, counted, expect, naming
+from errors import UserError, counted, expect, naming, shortened
 from structures import Detector, Targets
 from yaml_files import dump_yaml
 
@@ -137,11 +137,10 @@ def shown_path(path: Path) -> str:
 def describe(found: FoundSet) -> str:
     """The lines that are printed: format, splits, classes, what was written and what cannot be used."""
     names, train, test = found.train_index.names, found.train_index, found.test_index
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     lines = [
         f"{found.root}: {found.format}, {counted(len(train), 'picture')} to train on ({found.train}), {len(test)} to "
         f"test on ({found.test})",
-        f"{counted(len(names), 'class')}: {shown}",
+        f"{counted(len(names), 'class')}: {shortened(names)}",
         *found.notes,
     ]
     if found.written:

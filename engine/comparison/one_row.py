@@ -10,7 +10,7 @@ from engine.comparison.rows import Row, last_weights
 from engine.comparison.study import Study, load_study
 from engine.condensing.set_files import read_manifest
 from engine.training.student import build_student
-from errors import UserError
+from errors import UserError, shortened
 
 
 def find_row(study: Study, name: str) -> Row:
@@ -18,7 +18,7 @@ def find_row(study: Study, name: str) -> Row:
     for row in study.rows:
         if row.name == name:
             return row
-    raise UserError(f"argument --row: found {name!r}, expected one of {', '.join(row.name for row in study.rows)}")
+    raise UserError(f"argument --row: found {name!r}, expected one of {shortened(row.name for row in study.rows)}")
 
 
 def open_row(path: str, overrides: list[str], name: str) -> tuple[Study, Row, Config]:
@@ -58,7 +58,7 @@ def load_row_for_dry_run(path: str, overrides: list[str], name: str) -> tuple[Co
     if not (missing := untrained(config, study)):
         return config, {}
     names = open_dataset(*config.data.test_place, classes=config.data.classes).names
-    print(f"not trained yet, untrained models are used: {', '.join(missing)}")
+    print(f"not trained yet, untrained models are used: {shortened(missing)}")
     return config, {name: build_student(row.config, names) for name, row in missing.items()}
 
 

@@ -50,7 +50,7 @@ from engine.comparison.rows import (
 from engine.condensing.config import Task, read_condense
 from engine.training.idle_terms import is_idle, without_idle_terms
 from engine.training.teaching import EMA, used_teachers
-from errors import UserError, expect, naming
+from errors import UserError, expect, naming, shortened
 
 FIXED = ("name", "runs", "seed", "teachers")  # one for the whole study
 IN_PLACE = ("epochs", "start_weights", "backbone_weights", "optimizer", "data")  # of a teacher that the study trains
@@ -99,7 +99,7 @@ class Study:
         all_names = [row.name for row in self.rows]
         if unknown := [name for name in names if name not in all_names]:
             found = ", ".join(map(repr, unknown))
-            raise UserError(f"argument --rows: found {found}, expected some of {', '.join(all_names)}")
+            raise UserError(f"argument --rows: found {found}, expected some of {shortened(all_names)}")
         weights = {t.weights for row in self.rows if row.name in names for t in row.config.teachers}
         needed = {row.name for row in self.rows if row.is_teacher and last_weights(row) in weights}
         needed |= {row.network_row for row in self.rows if row.name in names and row.network_row is not None}
@@ -324,7 +324,7 @@ def with_equal_compute(row: Row, planned: dict[str, Row], where: str) -> Row:
     """The row with the epochs that cost as much as those of the row `compute_of` with its teachers."""
     others = [name for name, other in planned.items() if not other.is_teacher and other.compute_of is None]
     if row.compute_of not in others:
-        expected = "a row above: " + (", ".join(others) or "there is none")
+        expected = "a row above: " + (shortened(others) or "there is none")
         raise UserError(f"{where}: key 'compute_of': found {row.compute_of!r}, expected {expected}")
     other = planned[row.compute_of]
     weights = {teacher.weights for teacher in other.config.teachers}
@@ -347,7 +347,7 @@ def with_comparisons(row: Row, planned: dict[str, Row], files: dict[str, RowFile
     against: list[str] = []
     notes = [f"{row.name}: {row.idle}"] if row.idle else []
     for name in default_against(row, planned, baseline) if named is None else named:
-        expect(name in others, where, repr(name), f"one of {', '.join(others)}")
+        expect(name in others, where, repr(name), f"one of {shortened(others)}")
         other = planned[name]
         if refused := refused_keys(row, other):
             what = describe_differences(row, other, refused)

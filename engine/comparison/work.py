@@ -20,7 +20,7 @@ from engine.runtime.run_folder import RunFolder, write_text
 from engine.training.building import with_published_settings
 from engine.training.inputs import KnownInputs, weights_name
 from engine.training.state import first_difference
-from errors import UserError, expect
+from errors import UserError, expect, shortened
 from yaml_files import read_yaml
 
 
@@ -76,7 +76,7 @@ def with_needs(works: Sequence[Work], names: Sequence[str]) -> list[Work]:
     needed, found = list(names), set()
     while needed:
         name = needed.pop()
-        expect(name in by_name, "argument --run", repr(name), f"one of {', '.join(by_name)}")
+        expect(name in by_name, "argument --run", repr(name), f"one of {shortened(by_name)}")
         found.add(name)
         needed += by_name[name].needs
     return [work for work in works if work.name in found]

@@ -14,7 +14,7 @@ from distill.losses.relations import pool_boxes
 from engine.condensing.config import Task
 from engine.condensing.frozen_backbone import PICTURES_AT_ONCE, FrozenBackbone
 from engine.condensing.real_pictures import RealPictures
-from errors import UserError, naming
+from errors import UserError, naming, shortened
 from random_streams import Stream, seeded_generator
 from structures import Detector, Targets
 
@@ -53,8 +53,8 @@ def load_network(task: Task, device: str | torch.device = "cpu") -> tuple[nn.Mod
 def check_classes(task: Task, found: tuple[str, ...], names: tuple[str, ...]) -> None:
     """UserError if the network's loss is needed and its classes are not the dataset's."""
     if task.rule == "highest_loss" and found != names:
-        weights, own = task.condense.network.weights, ", ".join(found[:20])
-        raise UserError(f"{weights}: found the classes {own}; expected those of the dataset: {', '.join(names[:20])}")
+        weights, own = task.condense.network.weights, shortened(found)
+        raise UserError(f"{weights}: found the classes {own}; expected those of the dataset: {shortened(names)}")
 
 
 def first_layout(task: Task, real: RealPictures, network: nn.Module | None) -> Layout:

@@ -21,7 +21,7 @@ from datasets.index import ANY_CLASS, DatasetIndex, Sample
 from datasets.open import open_dataset, require_objects
 from datasets.subset import keep_classes
 from engine.evaluation.measuring import EvaluationResult, evaluate_model
-from errors import counted
+from errors import counted, shortened
 from structures import Detections, Detector
 
 MOST_DETECTIONS = 30_000  # of all classes in an image, before the evaluated ones are selected
@@ -39,7 +39,7 @@ def on_common_classes(
     is_unnamed = are_numbers(names) and not set(names) & set(index.names)
     if not given and (is_unnamed or names == tuple(index.names)):
         if names != tuple(index.names) and len(names) == len(index.names):
-            print(f"the model's classes have no names, so the dataset's are used in order: {', '.join(index.names)}")
+            print(f"the model's classes have no names, so the dataset's are used in order: {shortened(index.names)}")
         return model, index, None
     class_map = map_classes(index.names, names, given)
     if class_map.is_identity:

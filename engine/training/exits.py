@@ -13,7 +13,7 @@ from engine.runtime import run_folder
 from engine.runtime.processes import is_lost_process
 from engine.runtime.run_folder import RunFolder
 from engine.training.state import TrainingState
-from errors import LOST_EXIT_CODE, MEMORY_EXIT_CODE, NOT_FINITE_EXIT_CODE, UserError
+from errors import LOST_EXIT_CODE, MEMORY_EXIT_CODE, NOT_FINITE_EXIT_CODE, UserError, shortened
 
 
 @contextlib.contextmanager
@@ -66,9 +66,8 @@ def check_finite(
     with contextlib.suppress(UserError):
         details = {"step": state.step, "terms": {k: str(v) for k, v in wrong.items()}, "pictures": pictures}
         run_folder.write_text(folder.path / "nonfinite.json", json.dumps(details, indent=2) + "\n")
-    shown = ", ".join(pictures[:8]) + (f" and {len(pictures) - 8} more" if len(pictures) > 8 else "")
     raise UserError(
         f"step {state.step}: {', '.join(f'{name} is {value}' for name, value in wrong.items())}, expected finite "
-        f"numbers; pictures of the batch: {shown}; the last checkpoint is untouched",
+        f"numbers; pictures of the batch: {shortened(pictures, 8)}; the last checkpoint is untouched",
         NOT_FINITE_EXIT_CODE,
     )

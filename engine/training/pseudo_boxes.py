@@ -40,7 +40,7 @@ from datasets.loader import Loader
 from engine.evaluation.cross_dataset import MOST_DETECTIONS
 from engine.evaluation.measuring import detect_all
 from engine.training.teaching import load_frozen
-from errors import DISK_EXIT_CODE, UserError, expect, naming
+from errors import DISK_EXIT_CODE, UserError, expect, naming, shortened
 from metrics.matching import position_in_run
 from metrics.tables import DetectionTable
 from structures import DenseDetector, DetectionSettings
@@ -161,7 +161,7 @@ def open_pseudo_teacher(
     if (settings := config.pseudo_boxes) is None:
         return None
     for name in settings.class_thresholds:
-        key, expected = "key 'data.unlabelled.pseudo.class_thresholds'", f"some of {', '.join(class_names)}"
+        key, expected = "key 'data.unlabelled.pseudo.class_thresholds'", f"some of {shortened(class_names)}"
         expect(name in class_names, key, repr(name), expected)
     number = [teacher.name for teacher in config.teachers].index(settings.teacher)
     teacher = config.teachers[number]
@@ -174,7 +174,7 @@ def open_pseudo_teacher(
     label_of[t_columns.numpy()] = columns.numpy()
     missing = [name for label, name in enumerate(class_names) if label not in label_of]
     if missing:
-        say(f"pseudo boxes: teacher {teacher.name!r} has no class {', '.join(missing)}")
+        say(f"pseudo boxes: teacher {teacher.name!r} has no class {shortened(missing)}")
     published = models.published_detection(teacher.arch)
     iou_threshold = published.iou_threshold if settings.iou_threshold is None else settings.iou_threshold
     # Detections of classes that the dataset lacks do not take the places of others.

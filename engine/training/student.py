@@ -18,7 +18,7 @@ from distill.pruning.files import read_widths
 from distill.pruning.inherit import inherited_state
 from engine.training.int8 import prepare_int8
 from engine.training.optimization import BACKBONE
-from errors import UserError, expect, naming
+from errors import UserError, expect, naming, shortened
 from frcnn.norm import freeze_norms
 from frcnn.pretrained import Backbone, freeze, load_backbone
 from layers.channel_groups import find_groups
@@ -251,5 +251,5 @@ def find_backbone_file(path: Path, arch: str) -> Path:
     if len(files) == 1:
         return files[0]
     expected = " or ".join(f"{name}-*.pth" for name in names)
-    found = ", ".join(file.name for file in files) or "none"
+    found = shortened(file.name for file in files) or "none"
     raise UserError(f"key 'student.backbone_weights': {path}: found {found}, expected one {expected}{advice}")

@@ -23,7 +23,7 @@ from config import Config, TeacherConfig
 from datasets.download import how_to_fetch
 from distill.criterion import TeacherFacts
 from distill.probing import probe
-from errors import UserError, expect, naming
+from errors import UserError, expect, naming, shortened
 from layers.fusion import fuse
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
 from teachers.output_cache import OutputCache, cached_forward, fingerprint_of, image_key, parts_to_keep
@@ -218,7 +218,7 @@ def load_file(teacher: TeacherConfig, key: str, class_names: tuple[str, ...]) ->
         print(f"{path}: it does not name its classes; taken for COCO's {len(info.names)}")
     if info.names_from != "nothing" or len(info.names) != len(class_names):
         return model, info.names
-    print(f"{path}: it does not name its classes; taken for those of the dataset: {', '.join(class_names)}")
+    print(f"{path}: it does not name its classes; taken for those of the dataset: {shortened(class_names)}")
     return model, class_names
 
 

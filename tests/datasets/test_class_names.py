@@ -109,6 +109,7 @@ def test_what_is_said():
     "dataset, model, given, message",
     [
         (("sofa",), ("dog",), {}, "no class in common: the dataset has sofa; the model has dog"),
+        (("sofa",), COCO[:50], {}, f"the model has {', '.join(COCO[:12])} and 38 more"),
         (("car",), ("Car", "c a r"), {}, "class 'car' of the dataset may be 'Car' and 'c a r' of the model"),
         (
             ("television",),
