@@ -52,6 +52,7 @@ from datasets.images import read_image
 from datasets.index import DatasetIndex
 from datasets.letterbox import letterbox
 from datasets.open import READERS, open_dataset, require_objects
+from datasets.overlap import find_overlap
 from datasets.shapes import draw_picture
 from engine.drawing.predictions import spread
 from engine.evaluation.cross_dataset import CommonClasses, on_common_classes
@@ -246,6 +247,9 @@ def open_splits(
     data_format, root, split = args.calibrate if len(args.calibrate) == 3 else (*args.calibrate, "train")
     calibration = open_dataset(data_format, root, split, classes=info.classes, needs_objects=False)
     test = open_dataset(data_format, root, args.test_split, classes=info.classes)
+    overlap = find_overlap(test, calibration, (args.test_split, split))
+    if overlap.shared:
+        print(overlap)
     _, shared, class_map = on_common_classes(nn.Identity(), test, info.names)
     require_objects(shared, f"{data_format} {root} {args.test_split}", root)
     if class_map is None or class_map.is_identity:

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets.folders import files_in
+from datasets.folders import files_in, spellings
 from datasets.index import DatasetIndex, Effect
 from datasets.kept_index import Sources
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_misread, refuse_resized
@@ -124,7 +124,7 @@ def find_image(folder: Path, name: Any, sources: Sources | None = None) -> Path 
     """
     if not isinstance(name, str) or "\0" in name:
         return None
-    for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
+    for spelled in dict.fromkeys((*spellings(name), *spellings(name.replace("\\", "/")))):
         path = folder / spelled
         if os.path.isfile(path) if sources is None else sources.is_file(path):
             return path

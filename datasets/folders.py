@@ -11,6 +11,7 @@ target. Such a file is followed or refused, never skipped.
 
 import heapq
 import os
+import unicodedata
 from pathlib import Path
 
 from errors import UserError
@@ -22,6 +23,13 @@ MAX_TARGET_BYTES = 1024
 def is_left_out(name: str) -> bool:
     """Whether a file or folder of this name does not belong to the data."""
     return name.startswith(".") or name in LEFT_OUT
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A name as it is, with its accents inside the letters, and beside them, as macOS writes the names of files."""
+    if name.isascii():
+        return (name,)
+    return tuple(dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))))
 
 
 def list_files(folder: str | Path, suffixes: tuple[str, ...], *, follow_texts: bool = False) -> list[Path]:

@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from datasets.folders import spellings
 from errors import UserError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
@@ -236,11 +237,12 @@ def exif_orientation(exif: bytes) -> int:
 
 def find_picture(folder: Path, stem: str, suffixes: Iterable[str] = SUFFIXES) -> Path | None:
     """The picture `stem` in a folder, with one of the suffixes (.jpg, .JPG or .Jpg); None where there is none."""
-    for suffix in suffixes:
-        for spelled in (suffix, suffix.upper(), "." + suffix[1:].capitalize()):
-            path = folder / (stem + spelled)
-            if path.is_file():
-                return path
+    for name in spellings(stem):
+        for suffix in suffixes:
+            for spelled in (suffix, suffix.upper(), "." + suffix[1:].capitalize()):
+                path = folder / (name + spelled)
+                if path.is_file():
+                    return path
     return None
 
 

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from datasets.folders import files_in, is_left_out, list_files
+from datasets.folders import files_in, is_left_out, list_files, spellings
 from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import DatasetIndex, Effect, Sample
 from datasets.rows import (
@@ -232,9 +232,8 @@ def _read_sample(
     part: _Part, stem: str, image_id: str, names: tuple[str, ...], given: bool, log: FaultLog
 ) -> Sample | None:
     """The Sample of one annotation file; None, and a fault, for a file or picture that cannot be used."""
-    path = part.annotations / f"{stem}.xml"
-    if not path.is_file() and path.with_name(f"{path.stem}.XML").is_file():
-        path = path.with_name(f"{path.stem}.XML")
+    choices = [part.annotations / f"{name}{suffix}" for name in spellings(stem) for suffix in (".xml", ".XML")]
+    path = next((choice for choice in choices if choice.is_file()), choices[0])
     if not path.is_file():
         log.add(path, None, "no such file, the list names it", "picture without label file", "picture dropped", stem)
         return None

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets.folders import files_in, list_files
+from datasets.folders import files_in, list_files, spellings
 from datasets.images import SUFFIXES, UNREAD
 from datasets.index import NO_LABEL_FILE, DatasetIndex, Sample
 from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame, refuse_misread
@@ -135,7 +135,7 @@ class LabelFolders:
                 stems.setdefault(path.parent, []).append(path.stem)
         for folder, names in stems.items():
             choices = self.choices(folder)
-            held = (place for place in choices if any((place.labels / f"{name}.txt").is_file() for name in names))
+            held = (place for place in choices if any(_label_file(place.labels, name).is_file() for name in names))
             self.places[folder] = next(held, choices[0])
 
     def choices(self, folder: Path) -> list[Place]:
@@ -156,11 +156,17 @@ class LabelFolders:
         return places
 
     def label_path(self, image_path: Path) -> Path:
-        return self.places[image_path.parent].labels / f"{image_path.stem}.txt"
+        return _label_file(self.places[image_path.parent].labels, image_path.stem)
 
     def in_words(self) -> str:
         folders = list(dict.fromkeys(str(place.labels) for place in self.places.values()))
         return shortened(folders, 3)
+
+
+def _label_file(folder: Path, stem: str) -> Path:
+    """The label file of a picture, whichever of its name's spellings it has."""
+    first, *others = (folder / f"{name}.txt" for name in spellings(stem))
+    return next((path for path in (first, *others) if path.is_file()), first) if others else first
 
 
 def find_yaml(root: Path) -> Path | None:
@@ -282,7 +288,8 @@ def _list_pictures(found: _Set, entry: str, folders: LabelFolders | None, log: F
 def _spellings(line: str) -> list[str]:
     """A line of a list: unchanged; with / instead of Windows' \\; also without darknet's first folder, `data/`."""
     straight = line.replace("\\", "/")
-    return list(dict.fromkeys((line, straight, straight.removeprefix("data/"))))
+    lines = (line, straight, straight.removeprefix("data/"))
+    return list(dict.fromkeys(spelled for line in lines for spelled in spellings(line)))
 
 
 def _list_folder(path: Path, folders: LabelFolders | None, log: FaultLog) -> list[Path]:

@@ -1,5 +1,8 @@
 """One walk for every reader: links followed, circles left, what systems leave beside the data left out."""
 
+import json
+import unicodedata
+
 import pytest
 from PIL import Image
 
@@ -109,6 +112,33 @@ def test_every_reader_follows_links(tmp_path):
     for format, root, split in (("yolo", yolo, "train"), ("voc", voc, "all"), ("kitti", kitti, "all")):
         index = open_dataset(format, root, split)
         assert [len(sample) for sample in index.samples] == [1] and not index.faults, format
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_is_the_same_in_both_forms_of_unicode(tmp_path, form):
+    """macOS writes é in two characters, and other systems keep that when they unpack its archives."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    stem, label = (unicodedata.normalize(f, "café") for f in (form, other))
+    for place in ("y/images", "v/JPEGImages", "c/train"):
+        path = tmp_path / place / f"{stem}.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (20, 10)).save(path)
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    row = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}
+    tree = {"images": [{"id": 1, "file_name": f"{label}.png"}], "categories": [{"id": 1, "name": "a"}]}
+    for place, content in (
+        ("y/data.yaml", "train: images\nlisted: list.txt\nnames: [a]\n"),
+        ("y/list.txt", f"images/{label}.png\n"),
+        (f"y/labels/{label}.txt", "0 0.5 0.5 0.5 0.5\n"),
+        (f"v/Annotations/{label}.xml", f"<annotation><object><name>a</name>{box}</object></annotation>"),
+        ("v/ImageSets/Main/train.txt", f"{stem}\n"),
+        ("c/train.json", json.dumps(tree | {"annotations": [row]})),
+    ):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(content, encoding="utf-8")
+    for format, split in (("yolo", "train"), ("yolo", "listed"), ("voc", "train"), ("voc", "all"), ("coco", "train")):
+        index = open_dataset(format, tmp_path / format[0], split)
+        assert [len(sample) for sample in index.samples] == [1] and not index.faults, (format, split)
 
 
 def test_sources_of_predictions_follow_the_same_rule(tmp_path):
