@@ -59,14 +59,20 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
     names = _class_names(parts) if names is None else tuple(names)
     log, samples, stems = FaultLog(), [], set()
     label_of: dict[Path, Path] = {}
+    read: set[Path] = set()
     for part in parts:
-        for stem in _read_list(part, log):
+        listed = [(stem, part.annotations / f"{stem}.xml") for stem in _read_list(part, log)]
+        fresh = [(stem, label) for stem, label in listed if label not in read]
+        if len(fresh) < len(listed):
+            reason = f"{len(listed) - len(fresh)} pictures are in a list before it in {split} too"
+            log.add(part.source, None, reason, "listed twice", "noted")
+        for stem, label in fresh:
+            read.add(label)
             image_id = stem if stem not in stems else f"{part.folder.name}/{stem}"
             stems.add(stem)
             sample = _read_sample(part, stem, image_id, names, given, log)
             if sample is None:
                 continue
-            label = part.annotations / f"{stem}.xml"
             first = label_of.setdefault(sample.image_path, label)
             if first != label:
                 raise UserError(f"{label}: {sample.image_path} is the picture of {first.name} too, expected one file")

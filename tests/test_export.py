@@ -186,7 +186,7 @@ def test_real_pictures_come_first(exported, traced, tmp_path, capsys):
         patch.setattr(export, "print_comparison", lambda *args: None)
         export.main([str(moved), *output, *calibrate])
     overlap, images = capsys.readouterr().out.splitlines()[:2]
-    assert overlap.startswith("4 of 4 pictures of train are also in train (4 the same file)")  # calibrated and measured
+    assert overlap.startswith("8 of 8 pictures of train are also in train (8 the same file)")  # calibrated and measured
     assert images.startswith("4 pictures of the test split at 64 px: ")
 
 

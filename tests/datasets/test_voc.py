@@ -352,6 +352,14 @@ def test_lists(make, tmp_path):
             read_voc(tmp_path, "train")
 
 
+def test_a_picture_in_two_joined_lists_counts_once(make, tmp_path):
+    make(annotation_xml(object_xml((1, 1, 10, 10))))
+    alone = read_voc(tmp_path, "train")
+    joined = read_voc(tmp_path, "train+all")
+    assert [sample.image_id for sample in joined.samples] == [sample.image_id for sample in alone.samples]
+    assert ("noted", "listed twice") in kinds(joined) and ("noted", "listed twice") not in kinds(alone)
+
+
 def test_class_names_stay_text(make, tmp_path):
     make(annotation_xml("".join(object_xml((1, 1, 9, 9), name) for name in ("no", "1e3", "null"))), names=None)
     assert read_voc(tmp_path, "train").names == ("1e3", "cell", "no", "null")
