@@ -111,6 +111,7 @@ class Int8Conv(nn.Module):
         z = [ w^ * [x] + b ],    y = [ z [sigmoid(z)] ]   or   y = [ leaky(z) ]        [ ] rounds by a range of its own
 
     [x] is there where x is not rounded yet: a concatenation, the image (add_int8 finds that out).
+    In float32 under autocast, too: bfloat16 has 8 bits itself, and would round what is rounded already.
     """
 
     def __init__(self, *, has_gate: bool) -> None:
@@ -121,6 +122,9 @@ class Int8Conv(nn.Module):
         self.gate = Int8Range() if has_gate else None
 
     def forward(self, x: Tensor, conv: nn.Conv2d, bn: nn.Module, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # asked, since the exporter does not know the context below
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.float(), conv, bn, activation)
         weight, bias = folded(conv, bn) if isinstance(bn, nn.BatchNorm2d) else (conv.weight, conv.bias)
         x = x if self.input is None else self.input(x)
         z = self.sum(F.conv2d(x, self.weight(weight), bias, conv.stride, conv.padding, conv.dilation, conv.groups))

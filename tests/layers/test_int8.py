@@ -141,3 +141,25 @@ def test_every_convolution_but_the_last_reads_rounded_numbers(arch):
 def test_a_family_without_rounding_is_refused():
     with pytest.raises(ValueError, match="do not round to 8 bits"):
         add_int8(nn.Sequential(nn.Conv2d(3, 3, 1)))
+
+
+@pytest.mark.parametrize("arch", ["yolov8_narrow", "yolov7_tiny"])
+def test_under_autocast_the_maps_are_those_of_float32(arch):
+    """A teacher that rounds to 8 bits may be run in bfloat16; so may an evaluation. Its ranges are the same, too."""
+    torch.manual_seed(0)
+    model = models.build(arch, 2).eval()
+    add_int8(model)
+    images = torch.rand(2, 3, 64, 64)
+    found, ranges = [], []
+    for is_bfloat16 in (False, True):
+        observe_ranges(model, 99.9)
+        for own in ranges_of(model):
+            own.seen.zero_()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16):
+            model(images)
+            observe_ranges(model, None)
+            found.append(model(images).features)
+        ranges.append(torch.stack([torch.stack((own.low, own.high)) for own in ranges_of(model)]))
+    assert torch.equal(*ranges) and ranges[0].abs().sum() > 0
+    for name in ("c3", "c5", "p3", "p5"):
+        assert found[1][name].dtype == torch.float32 and torch.equal(found[0][name], found[1][name]), name
