@@ -4,10 +4,10 @@ An augmented image depends on seed, epoch and index alone, so the runs of a stud
 same seed, and with `view_seed` every seed. An image is known by its pixels (image_key), so that nothing that made it
 can be forgotten. Each part of an output, such as one map, has a file of its own for each image: any batch can be joined
 from them, and rows whose terms read different parts share what they have in common. Floating-point tensors are stored
-as float16.
+as float16, except boxes: beyond 512 pixels float16 has only every half pixel.
 
     row = split_output(teacher(images))[i]          the output for a batch -> one dict of tensors per image
-    part = cache.put(key, part)                     the value of a later `get`: rounded to float16
+    part = cache.put(key, part)                     the value of a later `get`: rounded as it is stored
     part = cache.get(key)                           None if it is not in the cache
     output = join_output(OutputType, rows)          the inverse of split_output
 
@@ -40,6 +40,7 @@ from structures import FOR_LOSSES
 MAGIC = b"RTOC0001"
 SUFFIX = ".output"
 FLOAT16_MAX = 65504.0
+BOXES = "xyxy"  # in the name of a tensor of boxes in pixels
 KEPT_AFTER_TRIM = 0.9  # of the cap, so that only some writes have to scan the folder
 ABANDONED_SECONDS = 3600.0  # an unfinished file of this age belongs to a process that died
 STALE_SECONDS = 24 * 3600.0  # an entry that was not used for a day makes room for others
@@ -119,9 +120,9 @@ class OutputCache:
     def put(self, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Store the tensors of one image, and return them as a later `get` does: floats rounded to float16.
 
-        A tensor with finite values beyond 65504, the largest float16, is stored as float32. Use the returned tensors:
-        then a run gives the same results whether an output was computed or found. If the entry cannot be written, that
-        is counted and nothing else happens.
+        A tensor of BOXES, or with finite values beyond 65504, the largest float16, is stored as float32. Use the
+        returned tensors: then a run gives the same results whether an output was computed or found. If the entry cannot
+        be written, that is counted and nothing else happens.
         """
         path, name = self._path(key)
         data = _encode(tensors, name)
@@ -344,7 +345,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _encode(tensors: dict[str, Tensor], name: str) -> bytes:
     rows, parts = [], []
     for key, tensor in tensors.items():
-        stored = _as_stored(tensor)
+        stored = _as_stored(key, tensor)
         rows.append([key, _name_of(tensor.dtype), _name_of(stored.dtype), list(tensor.shape)])
         parts.append(_bytes_of(stored))
     header = json.dumps({"entry": name, "tensors": rows}).encode()
@@ -352,12 +353,12 @@ def _encode(tensors: dict[str, Tensor], name: str) -> bytes:
     return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def _as_stored(tensor: Tensor) -> Tensor:
-    """A floating-point tensor as float16 if its finite values fit, else as float32; other dtypes unchanged."""
+def _as_stored(key: str, tensor: Tensor) -> Tensor:
+    """A floating-point tensor as float16; boxes, and what does not fit, as float32; other dtypes unchanged."""
     if not tensor.is_floating_point():
         return tensor
     is_large = tensor.isfinite() & (tensor.abs() > FLOAT16_MAX)
-    return tensor.float() if is_large.any() else tensor.half()
+    return tensor.float() if BOXES in key or is_large.any() else tensor.half()
 
 
 def _name_of(dtype: torch.dtype) -> str:

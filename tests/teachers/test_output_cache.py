@@ -172,6 +172,13 @@ def test_large_numbers_keep_float32(tmp_path):
     assert torch.equal(cache.get("k")["x"], with_infinity)  # the later one replaced the earlier
 
 
+def test_boxes_keep_float32(tmp_path):
+    """float16 has only every half pixel beyond 512, and every pixel beyond 1024."""
+    boxes = torch.tensor([[513.3, 0.123, 1279.7, 700.26]])
+    put = OutputCache(tmp_path, 1.0, "a").put("k", {"boxes_xyxy": boxes, "boxes_xyxy[]": boxes, "regions/xyxy": boxes})
+    assert all(torch.equal(kept, boxes) for kept in put.values())
+
+
 def test_half_the_bytes(tmp_path):
     cache = OutputCache(tmp_path, 1.0, "a")
     cache.put("k", {"x": torch.randn(1000)})
