@@ -6,6 +6,7 @@ losses, readers and metrics take plain arguments; the criterion takes the terms,
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -317,10 +318,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a YAML file after overrides, not yet checked."""
+    expect(Path(path).exists(), str(path), "no such file", "a config" + _config_advice(path))
     tree = read_mapping(path)
     for override in overrides:
         apply_override(tree, override)
     return tree
+
+
+def _config_advice(path: str | Path) -> str:
+    """What to do where there is no config at a path: the file here or in configs/ with the nearest name, and --init."""
+    folders = (Path(path).parent, *Path(__file__).parent.glob("configs/**/"))
+    files = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    near = difflib.get_close_matches(Path(path).stem, files, n=1, cutoff=NEAR)
+    advice = f" (did you mean {os.path.relpath(files[near[0]])}?)" if near else ""
+    return f"{advice}; python train.py --init {path} --data FOLDER writes one for your own pictures"
 
 
 def apply_override(tree: dict, override: str) -> None:

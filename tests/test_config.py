@@ -171,3 +171,22 @@ def test_files_too_large_or_not_text(tmp_path):
         with pytest.raises(UserError, match=name):
             read_yaml(tmp_path / name)
     assert read_yaml(tmp_path / "bom.yaml") == {"a": 1, "b": 2}
+
+
+def test_a_missing_config_names_what_comes_nearest(tmp_path, monkeypatch):
+    (tmp_path / "my_set.yaml").touch()
+    begin = (
+        "wheels.yaml: found no such file, expected a config; python train.py --init .*wheels.yaml --data FOLDER writes"
+    )
+    with pytest.raises(UserError, match=begin):
+        load_config(tmp_path / "wheels.yaml")
+    monkeypatch.chdir(tmp_path)
+    for wrong, near in (
+        ("my_sets.yaml", "my_set.yaml"),
+        ("bccd_yolov8", "bccd_yolov8n.yaml"),
+        ("demoo.yaml", "demo.yaml"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"{wrong}: found no such file, .*\(did you mean (\S*/)?{near}\?\); python"
+        ):
+            load_config(wrong)
