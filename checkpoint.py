@@ -40,7 +40,7 @@ import weights
 from config import RANDOM, EvaluationConfig, from_tree, plumbing_mark
 from datasets.class_names import released_names
 from datasets.download import how_to_fetch
-from errors import DISK_EXIT_CODE, UserError, expect, shortened
+from errors import DISK_EXIT_CODE, UserError, counted, expect, shortened
 from layers.int8 import add_int8, without_ranges
 
 FORMAT = 1
@@ -356,7 +356,7 @@ def _build_public(
     if len(own_names) == count + 1 and own_names[0].strip("_").lower() == "background":
         own_names = own_names[1:]  # some two-stage detectors list it among the classes
     if own_names and len(own_names) != count:
-        raise UserError(f"{path}: it names {len(own_names)} classes, and its class head has {count}")
+        raise UserError(f"{path}: it names {counted(len(own_names), 'class')}, and its class head has {count}")
     _check_count(count, path)
     published = released_names(arch, count)
     names = own_names or published or tuple(map(str, range(count)))

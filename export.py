@@ -254,7 +254,7 @@ def open_splits(
     require_objects(shared, f"{data_format} {root} {args.test_split}", root)
     if class_map is None or class_map.is_identity:
         is_met = len(info.names) == len(test.names)
-        expect(is_met, f"{args.checkpoint}", f"{len(info.names)} classes without names", f"{len(test.names)}")
+        expect(is_met, f"{args.checkpoint}", f"{counted(len(info.names), 'class')} without names", f"{len(test.names)}")
         return calibration, shared, lambda detector: detector
     print("\n".join(class_map.lines()))
     return calibration, shared, partial(CommonClasses, class_map=class_map)

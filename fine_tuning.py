@@ -13,7 +13,7 @@ import checkpoint
 import models
 import weights
 from datasets.class_names import released_columns
-from errors import UserError
+from errors import UserError, counted
 from layers.int8 import remove_int8
 
 FRESH_PRIOR = 1e-6  # odds of a class that starts fresh in a softmax; a YOLO's prior at stride 8 is 1e-5
@@ -129,5 +129,5 @@ def describe_join(names: Sequence[str], released_names: Sequence[str], columns: 
     num_left = len(set(range(len(released_names))) - set(columns))
     return (
         f"class rows taken over by name: {', '.join(pairs) or 'none'}; start fresh: {', '.join(fresh) or 'none'}; "
-        f"left in the file: {num_left} of {len(released_names)} classes"
+        f"left in the file: {num_left} of {counted(len(released_names), 'class')}"
     )

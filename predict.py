@@ -310,7 +310,7 @@ def main(argv: list[str]) -> int:
     if not args.quiet:
         print(
             f"{image_size} px, scores from {detection.score_threshold:g}, NMS IoU {detection.iou_threshold:g}, at most "
-            f"{detection.max_detections} detections a picture"
+            f"{counted(detection.max_detections, 'detection')} a picture"
         )
     bfloat16 = use_bfloat16(args.precision, device)
     prediction = Prediction(

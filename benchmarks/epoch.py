@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.folders import list_files
 from datasets.images import SUFFIXES
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, counted, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZE = 16
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> None:
         data = Path(name)
         make_part(args.data.resolve(), data, args.pictures)
         found = measure(data, args)
-    print(f"YOLOv8n, {args.pictures} pictures of {args.image_size} px, {args.threads} threads, {args.rounds} rounds")
+    print(f"YOLOv8n, {args.pictures} pictures of {args.image_size} px, {counted(args.threads, 'thread')}")
     print(f"{'CPU seconds of an epoch':<28}{'all':>8}" + "".join(f"{part:>18}" for part in PARTS))
     for (variant, side), rounds in found.items():
         whole = statistics.median(sum(parts.values()) for parts in rounds)

@@ -28,7 +28,7 @@ from datasets.index import DatasetIndex, Effect
 from datasets.kept_index import Sources
 from datasets.rows import FaultLog, LabelRows, make_sample, read_frame, refuse_misread, refuse_resized
 from datasets.values import read_area, read_flag, read_id, read_number, read_size, short
-from errors import UserError, shortened
+from errors import UserError, counted, shortened
 
 MAX_JSON_BYTES = 4 << 30
 TRIED = 100  # pictures of a file to look for in each folder
@@ -211,7 +211,7 @@ def index_coco(
     label_of = {category: label for label, category in enumerate(categories)}
     images, first_id = _read_images(read_records(tree, "images", json_path), json_path, log)
 
-    source = f"{json_path} ({len(annotations)} annotations)"
+    source = f"{json_path} ({counted(len(annotations), 'annotation')})"
     rows_of: dict[int | str, LabelRows] = {}
     annotations.reverse()
     while annotations:

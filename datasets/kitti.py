@@ -15,7 +15,7 @@ from datasets.index import ANY_CLASS, DatasetIndex, Effect, Sample
 from datasets.rows import FaultLog, LabelRows, log_passed_over, log_unread, make_sample, read_frame, refuse_misread
 from datasets.text_lines import read_lines, read_names
 from datasets.values import read_number
-from errors import UserError, shortened
+from errors import UserError, counted, shortened
 
 CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
 
@@ -91,7 +91,8 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
                 raise UserError(f"{source}: {stem!r}, expected the name of a frame")
         unique = list(dict.fromkeys(listed))
         if len(unique) < len(listed):
-            log.add(source, None, f"{len(listed) - len(unique)} frames are listed twice", "listed twice", "noted")
+            reason = f"listed twice: {counted(len(listed) - len(unique), 'frame')}"
+            log.add(source, None, reason, "listed twice", "noted")
         return unique
     lists = sorted(path.stem for choice in choices for path in files_in(choice.parent, (".txt",)))
     if split != "all" and (lists or split not in ("train", "val")):
@@ -108,7 +109,7 @@ def _add_line(line: str, number: int, names: tuple[str, ...], rows: LabelRows) -
     """Add a row and return None, or return (reason, kind) of the fault."""
     columns = line.split()
     if len(columns) not in (15, 16):
-        return f"{len(columns)} columns, expected 15 (16 with a score)", "malformed row"
+        return f"{counted(len(columns), 'column')}, expected 15 (16 with a score)", "malformed row"
     name = columns[0]
     try:
         box = list(map(read_number, columns[4:8]))

@@ -14,7 +14,7 @@ from datasets.kitti import read_kitti
 from datasets.subset import keep_classes
 from datasets.voc import read_voc
 from datasets.yolo_txt import read_yolo
-from errors import UserError
+from errors import UserError, counted
 
 READERS = {
     "voc": read_voc,
@@ -87,17 +87,17 @@ def require_objects(index: DatasetIndex, title: str, root: str | Path, *, with_d
     effects = ("object dropped", "left out", "picture dropped")
     dropped = [fault for fault in index.faults if fault.effect in effects]
     regions = sum(map(len, index.samples))
-    found = f"{title}: {len(index)} pictures and not one object; labels were looked for in {index.label_source}"
-    found += f", {len(missing)} of {len(index)} label files are missing"
+    found = f"{title}: {counted(len(index), 'picture')} and not one object"
+    found += f"; labels were looked for in {index.label_source}, {len(missing)} of {len(index)} label files are missing"
     if missing:
         found += f" (the first: {missing[0].path}){_found_elsewhere(missing[0].path, root)}"
     others = sum(len(sample.left_out) for sample in index.samples)
     if others:
-        found += f"; {others} objects of other classes were left out"
+        found += f"; left out: {counted(others, 'object')} of other classes"
     if regions:
-        found += f"; {regions} objects or regions that are to be ignored, and no others"
+        found += f"; to be ignored: {counted(regions, 'object')} or regions, and no others"
     if dropped:
-        found += f"; {len(dropped)} objects, labels or pictures cannot be used, the first: {dropped[0]}"
+        found += f"; objects, labels or pictures that cannot be used: {len(dropped)}, the first: {dropped[0]}"
     raise UserError(found)
 
 

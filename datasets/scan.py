@@ -176,13 +176,13 @@ def check(report: ScanReport, max_bad_fraction: float = 0.01, *, flag: str = "")
     if is_empty or report.too_bad(max_bad_fraction):
         first = next(fault for fault in report.index.faults if fault.effect in ("picture dropped", "object dropped"))
         if is_empty:
-            raise UserError(f"{report.title}: none of {report.dropped_pictures} pictures can be used; first: {first}")
+            raise UserError(f"{report.title}: no picture can be used of {report.dropped_pictures}; first: {first}")
         enough = next(limit for limit in SUGGESTED if not report.too_bad(limit))
         setting = (f"{flag} {enough:g}, in a config " if flag else "") + f"data.max_bad_fraction={enough:g}"
         raise UserError(
-            f"{report.title}: {report.dropped_pictures} pictures and {report.dropped_objects} objects are bad "
-            f"({100 * report.bad_fraction:.2f} %), expected at most {100 * max_bad_fraction:g} %; "
-            f"first: {first}; to train without them: {setting}"
+            f"{report.title}: {counted(report.dropped_pictures, 'picture')} and "
+            f"{counted(report.dropped_objects, 'object')} are bad ({100 * report.bad_fraction:.2f} %), "
+            f"expected at most {100 * max_bad_fraction:g} %; first: {first}; to train without them: {setting}"
         )
 
 
@@ -210,8 +210,8 @@ def _left_out_lines(index: DatasetIndex) -> list[str]:
         return []
     shown = shortened(f"{name} {count}" for name, count in counts.most_common())
     emptied = sum(not len(sample) and bool(sample.left_out) for sample in index.samples)
-    background = f"{emptied} pictures have no others and stay as background"
-    return [f"left out: {counts.total()} objects of other classes ({shown}); {background}", ""]
+    background = f"without others, and background: {counted(emptied, 'picture')}"
+    return [f"left out: {counted(counts.total(), 'object')} of other classes ({shown}); {background}", ""]
 
 
 def _sizes(index: DatasetIndex) -> str:

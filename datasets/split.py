@@ -36,7 +36,7 @@ from datasets.open import READERS, open_dataset
 from datasets.values import read_id
 from datasets.voc import find_part
 from datasets.yolo_txt import find_yaml
-from errors import ArgumentParser, UserError, expect, run_script, shortened
+from errors import ArgumentParser, UserError, counted, expect, run_script, shortened
 from yaml_files import dump_yaml, read_yaml
 
 KEPT_YAML_KEYS = ("kpt_shape", "flip_idx", "task")  # they describe the rows of label files
@@ -67,7 +67,9 @@ class Division:
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
         sizes = np.bincount(self.groups)
         shared = sizes[sizes > 1]
-        groups = f"{len(shared)} groups of near-duplicates with {shared.sum()} pictures, the largest with {sizes.max()}"
+        groups = (
+            f"{counted(len(shared), 'group')} of near-duplicates, {shared.sum()} pictures, the largest of {sizes.max()}"
+        )
         return "\n".join(
             [*text, f"{groups}; each group is in one split" if len(shared) else "no near-duplicates found"]
         )
@@ -131,7 +133,7 @@ def split_dataset(
     rows = divide(index, groups, fractions, seed)
     empty = [name for name, found in rows.items() if not found]
     if empty:
-        found = f"{len(index)} pictures in {len(np.unique(groups))} groups of near-duplicates"
+        found = f"{counted(len(index), 'picture')} in {counted(len(np.unique(groups)), 'group')} of near-duplicates"
         raise UserError(f"{root}: {found} leave none for {', '.join(empty)}, expected more pictures or a larger share")
     division = Division(index, {prefix + name: found for name, found in rows.items()}, groups)
     samples = {name: [index.samples[row] for row in found] for name, found in division.rows.items()}
@@ -169,7 +171,9 @@ def refuse_old(format: str, root: Path, texts: Iterable[Path], names: Iterable[s
             count = len(open_dataset(format, root, name, needs_objects=False))
         except UserError:
             continue
-        raise UserError(f"{root}: split {name!r} is there already, of {count} pictures, expected a new name; {advice}")
+        raise UserError(
+            f"{root}: split {name!r} is there already ({counted(count, 'picture')}), expected a new name; {advice}"
+        )
 
 
 def read_back(format: str, root: Path, name: str, names: tuple[str, ...], expected: Sequence[Sample]) -> None:
@@ -177,7 +181,9 @@ def read_back(format: str, root: Path, name: str, names: tuple[str, ...], expect
     found = open_dataset(format, root, name, needs_objects=False)
     a, b = ({os.path.realpath(s.image_path): len(s) for s in samples} for samples in (found.samples, expected))
     if a != b or found.names != names:
-        raise UserError(f"{root}: the new split {name!r} is read as {len(a)} pictures, expected {len(b)}: not written")
+        raise UserError(
+            f"{root}: the new split {name!r} is read as {counted(len(a), 'picture')}, expected {len(b)}: not written"
+        )
 
 
 def default_split(format: str, root: Path) -> str:
@@ -313,7 +319,7 @@ def main(argv: list[str]) -> int:
     print(division.table())
     dropped = sum(fault.effect in ("picture dropped", "left out") for fault in division.index.faults)
     if dropped:
-        print(f"{dropped} pictures or labels cannot be used and are in no split: python -m datasets.scan names them")
+        print(f"pictures or labels that cannot be used, in no split: {dropped} (python -m datasets.scan names them)")
     rule = f"difference hashes with at most {DISTANCE} of 64 bits different, or one picture's names by Roboflow"
     print(f"near-duplicates: {rule}")
     print("written: " + ", ".join(map(str, written)))

@@ -31,7 +31,7 @@ from datasets.rows import (
 from datasets.text_lines import read_lines, read_names
 from datasets.values import box_fault, read_flag, read_number
 from datasets.voc_xml import Object, read_annotation
-from errors import UserError, shortened
+from errors import UserError, counted, shortened
 
 CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -137,7 +137,7 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
         holders = _holders(folder, (".xml",))
         if not holders:
             count = len(list_files(folder, SUFFIXES))
-            found = f"no XML file in Annotations or in any other folder, for {count} pictures"
+            found = f"no XML file in Annotations or in any other folder, for {counted(count, 'picture')}"
             raise UserError(f"{folder}: found {found}; expected a VOC dataset")
         if len(holders) > 1:
             found = shortened(path.name for path in holders)
@@ -189,7 +189,8 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
     stems = [_stem(line, part) for line in lines]
     unique = list(dict.fromkeys(stems))
     if len(unique) < len(stems):
-        log.add(part.source, None, f"{len(stems) - len(unique)} pictures are listed twice", "listed twice", "noted")
+        reason = f"listed twice: {counted(len(stems) - len(unique), 'picture')}"
+        log.add(part.source, None, reason, "listed twice", "noted")
     return unique
 
 

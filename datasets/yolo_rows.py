@@ -20,7 +20,7 @@ import numpy as np
 
 from datasets.rows import Frame, LabelRows
 from datasets.values import NORM_TOLERANCE
-from errors import UserError
+from errors import UserError, counted
 
 SUM_TOLERANCE = 0.001  # a sum of shares this near to 1 comes from rounding; the shares are divided by it
 EDGE_TOLERANCE = 0.02  # how far a box may leave the picture, as a fraction of it
@@ -136,12 +136,13 @@ def add_row(
 
 
 def _wrong_count(count: int, long_rows: LongRows) -> str:
+    found = counted(count, "value")
     if long_rows.columns is not None:
-        return f"{count} values, expected a class and a box (5), or those and the keypoints ({long_rows.columns})"
+        return f"{found}, expected a class and a box (5), or those and the keypoints ({long_rows.columns})"
     expected = "expected a class and a box (5) or three or more points (7, 9, ...)"
     if count == 6:
-        return f"{count} values, {expected}; is the sixth a score?"
-    return f"{count} values, {expected}" + ("; of keypoints, data.yaml states kpt_shape" if count > 6 else "")
+        return f"{found}, {expected}; is the sixth a score?"
+    return f"{found}, {expected}" + ("; of keypoints, data.yaml states kpt_shape" if count > 6 else "")
 
 
 def read_kpt_shape(value: object, source: Path) -> tuple[int, int] | None:
@@ -158,7 +159,7 @@ def read_shares(line: str, num_classes: int) -> tuple[float, ...] | str:
     """The shares of the K classes, or the reason why the row cannot be used."""
     columns = line.split()
     if len(columns) != num_classes:
-        return f"{len(columns)} values, expected {num_classes}: a share for each class"
+        return f"{counted(len(columns), 'value')}, expected {num_classes}: a share for each class"
     try:
         shares = [float(column) for column in columns]
     except ValueError as error:

@@ -27,7 +27,7 @@ from datasets.index import NO_LABEL_FILE, DatasetIndex, Sample
 from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame, refuse_misread
 from datasets.text_lines import check_names, read_lines, read_names
 from datasets.yolo_rows import LongRows, add_row, read_kpt_shape, read_shares
-from errors import UserError, shortened
+from errors import UserError, counted, shortened
 from yaml_files import read_mapping
 
 NAME_FILES = ("obj.names", "classes.txt", "_darknet.labels")
@@ -74,7 +74,7 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
         by_place.setdefault(os.path.abspath(path), path)
     unique = list(by_place.values())
     if len(unique) < len(image_paths):
-        reason = f"{len(image_paths) - len(unique)} pictures are listed more than once"
+        reason = f"listed twice: {counted(len(image_paths) - len(unique), 'picture')}"
         log.add(found.source, None, reason, "listed twice", "noted")
     folders.choose(unique)
     _log_shared_labels(unique, folders, log)
@@ -218,7 +218,7 @@ def yaml_names(tree: dict[str, Any], path: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{path}: key 'names': found {names!r}, expected a list of class names")
     if count is not None and int(count) != len(names):
-        raise UserError(f"{path}: nc is {count}, but there are {len(names)} names")
+        raise UserError(f"{path}: nc is {count}, but there are {counted(len(names), 'name')}")
     return check_names(names, str(path))
 
 
@@ -404,7 +404,7 @@ def _soft_lines(
     try:
         lines = read_lines(path) if count or path.is_file() else []
         if len(lines) != count:
-            found = f"{len(lines)} rows, expected {count}"
+            found = f"{counted(len(lines), 'row')}, expected {count}"
             raise UserError(f"{path}: {found}: one for each of {label_path.name} in {label_path.parent}")
         return lines
     except UserError as error:

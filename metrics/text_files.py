@@ -214,7 +214,7 @@ def read_text_rows(
         if len(words) <= count or (
             len(words) > count + 1 and token not in names and any(map(_is_text_number, words[:-count]))
         ):
-            raise UserError(f"{where}: found {len(words)} columns, expected {expected[score_at]}")
+            raise UserError(f"{where}: found {counted(len(words), 'column')}, expected {expected[score_at]}")
         values = list(read_numbers(texts, where))
         rows.columns.append(tuple(values))
         if score_at is not None:

@@ -59,4 +59,4 @@ def convert(path: Path, output: Path, *, half: bool = False, arch: str | None = 
         raise UserError(f"{output}: could not be written: {error.strerror}", DISK_EXIT_CODE) from None
     classes = counted(len(info.names), "class") if info.names else "no class names"
     named = own_arch or "architecture not known from names and shapes: give --arch here, or to every command"
-    return f"written: {output} ({len(state)} tensors, {len(data):,} bytes; {named}; {classes})"
+    return f"written: {output} ({counted(len(state), 'tensor')}, {len(data):,} bytes; {named}; {classes})"

@@ -22,6 +22,7 @@ import numpy as np
 from engine.comparison.rows import Row, describe_differences, differing_keys, find_random_row, random_rows
 from engine.comparison.table import METRICS, Result, mean_and_spread, table_row, to_json_value
 from engine.condensing.set_files import read_manifest
+from errors import counted
 
 SOURCE = ("train", "train_root", "train_format", "max_samples", "per_class", "draw_seed")  # the real pictures
 HEAD = ("row", "method", "stored", "terms", "seeds", "steps", *METRICS, "of full", "gap closed", "seconds", "GB")
@@ -62,7 +63,9 @@ def phase_lines(results: dict[str, Result], only: Collection[str] | None) -> lis
             continue
         task, data = result.row.task, result.row.config.data
         dataset = (
-            f"all of {data.train}" if task is None else f"{task.condense.pictures} pictures: {task.condense.method}"
+            f"all of {data.train}"
+            if task is None
+            else f"{counted(task.condense.pictures, 'picture')}: {task.condense.method}"
         )
         phase = "baseline" if task is None else "condensed"
         phase += " + distillation" if result.row.config.terms else ""

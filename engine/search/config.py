@@ -103,7 +103,7 @@ def check(file: SearchFile, source: str) -> None:
         ("least", 0 <= search.least < 1, "a share in 0..1, below 1"),
         ("widths", 0 < low < high < math.inf, "the least and the largest factor"),
         ("depth", 1 <= search.depth <= MAX_DEPTH, f"1..{MAX_DEPTH}"),
-        ("short_epochs", rising, f"rising numbers below the {file.epochs} epochs of the file"),
+        ("short_epochs", rising, f"rising numbers below the file's epochs, {file.epochs}"),
         ("keep", search.keep >= 2, "at least 2"),
         ("population", 1 <= search.population <= search.shapes, f"1..{search.shapes}, as many as shapes"),
         ("tournament", search.tournament >= 1, "at least 1"),

@@ -14,6 +14,7 @@ from engine.search.config import SearchFile, Teaching
 from engine.search.kendall import kendall_tau, spread_without_relation
 from engine.search.methods import Scored
 from engine.search.space import Shape, Space
+from errors import counted
 
 AGAINST = (("random", "scaled"), ("evolution", "scaled"), ("evolution", "random"))
 
@@ -64,7 +65,7 @@ class Results:
         proxies = self.ranked[0].proxies
         columns = {name: [ranked.proxies[name] for ranked in self.ranked] for name in proxies}
         for epochs in sorted(self.ranked[0].scores)[:-1]:
-            columns[f"{epochs} epochs"] = [r.scores[epochs] for r in self.ranked]
+            columns[counted(epochs, "epoch")] = [r.scores[epochs] for r in self.ranked]
         again = [r.again for r in self.ranked if r.again is not None]
         if len(again) == len(self.ranked):
             columns["another seed"] = again
@@ -150,9 +151,9 @@ def differences(result: Results) -> list[tuple[str, str, np.ndarray]]:
 def ranked_lines(file: SearchFile, result: Results) -> list[str]:
     first, full, metric = result.ranked[0], file.epochs, file.decide.metric
     short = [epochs for epochs in sorted(first.scores) if epochs != full]
-    another_seed = [f"{metric}, {full} epochs, seed {file.seed + 1}"] if first.again is not None else []
-    columns = [*first.proxies, *(f"{metric}, {epochs} epochs" for epochs in short), *another_seed]
-    columns.append(f"{metric}, {full} epochs")
+    another_seed = [f"{metric}, {counted(full, 'epoch')}, seed {file.seed + 1}"] if first.again is not None else []
+    columns = [*first.proxies, *(f"{metric}, {counted(epochs, 'epoch')}" for epochs in short), *another_seed]
+    columns.append(f"{metric}, {counted(full, 'epoch')}")
     lines = [f"| random shape | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for ranked in sorted(result.ranked, key=lambda ranked: -ranked.scores[full]):
         numbers = [f"{value:.4g}" for value in ranked.proxies.values()]
@@ -162,7 +163,7 @@ def ranked_lines(file: SearchFile, result: Results) -> list[str]:
         numbers += [f"{score:.3f}" for score in scores]
         lines.append(f"| {ranked.shape.name} | {' | '.join(numbers)} |")
     taus = ["-" if tau is None else f"{tau:+.2f}" for tau in result.taus().values()]
-    lines.append(f"| **Kendall's tau with {full} epochs** | {' | '.join(taus)} | |")
+    lines.append(f"| **Kendall's tau with {counted(full, 'epoch')}** | {' | '.join(taus)} | |")
     n = len(result.ranked)
     if n >= 2:
         bound = 1.96 * spread_without_relation(n)

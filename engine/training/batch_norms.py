@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from config import Config
-from errors import UserError
+from errors import UserError, counted
 
 
 def smallest_batch(pictures: int, batch_size: int, processes: int = 1) -> int:
@@ -54,7 +54,9 @@ def check_batches(config: Config, pictures: int, student: nn.Module, processes: 
         return
     size, on_one = config.batch_size, config.batch_size // processes
     each = f" on each of {processes} processes" if processes > 1 else ""
-    which = f"the last of {pictures} pictures in batches of {on_one}{each}" if on_one > 1 else f"a batch{each}"
+    which = (
+        f"the last of {counted(pictures, 'picture')} in batches of {on_one}{each}" if on_one > 1 else f"a batch{each}"
+    )
     raise UserError(
         f"key 'batch_size': found {size}: {which} is one image, which at image_size {config.image_size} gives "
         f"BatchNorm ({norm}) one value per channel, expected at least 2: use another batch_size or an image_size of "

@@ -40,7 +40,7 @@ from datasets.loader import Loader
 from engine.evaluation.cross_dataset import MOST_DETECTIONS
 from engine.evaluation.measuring import detect_all
 from engine.training.teaching import load_frozen
-from errors import DISK_EXIT_CODE, UserError, expect, naming, shortened
+from errors import DISK_EXIT_CODE, UserError, counted, expect, naming, shortened
 from metrics.matching import position_in_run
 from metrics.tables import DetectionTable
 from structures import DenseDetector, DetectionSettings
@@ -124,7 +124,9 @@ class PseudoBoxes:
             "  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
             for row in rows
         ]
-        head = f"pseudo boxes of teacher {self.teacher!r} at {self.image_size} px in {self.pictures} pictures, "
+        head = (
+            f"pseudo boxes of teacher {self.teacher!r} at {self.image_size} px in {counted(self.pictures, 'picture')}, "
+        )
         head += f"suppressed above IoU {self.iou_threshold:g}"
         return "\n".join([head, *lines])
 
@@ -296,7 +298,7 @@ def detect_once(
                 return DetectionTable(*(file[name] for name in COLUMNS))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             say(f"{path}: damaged, made again ({error})")
-    say(f"pseudo boxes: a teacher looks at {len(pictures)} pictures, at {image_size} px")
+    say(f"pseudo boxes: a teacher looks at {counted(len(pictures), 'picture')}, at {image_size} px")
     loader = Loader(pictures, image_size=image_size, batch_size=BATCH, seed=0, shuffle=False, workers=workers)
     found, _ = detect_all(model.to(device), loader, detection, device)
     if keep:

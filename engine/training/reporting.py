@@ -19,6 +19,7 @@ from engine.training.run_pictures import draw, evaluation_pictures
 from engine.training.saving import finish_weights, save, save_best
 from engine.training.state import TrainingState
 from engine.training.step import set_learning_rates
+from errors import counted
 from metrics.report import DetectionReport
 
 
@@ -65,7 +66,7 @@ def finish_epoch(
     save(setup, state, folder)
     shown = {name.split("/")[-1]: value for name, value in row.items() if name not in ("epoch", *run_folder.AP_COLUMNS)}
     kind = "held-out" if is_held_out else setup.config.data.test
-    where = f"  on {len(index)} {kind} pictures" if results else ""
+    where = f"  on {counted(len(index), f'{kind} picture')}" if results else ""
     progress.say(f"epoch {epoch}/{setup.config.epochs}  {format_values(shown)}{where}" + per_iou_line(results))
     for line in setup.criterion.shares.announcements():
         progress.say(line)

@@ -94,7 +94,7 @@ def test_a_row_that_cannot_be_used_is_named(make, soft, line, reason):
 @pytest.mark.parametrize(
     "soft, reason",
     [
-        ("1 0 0", "1 rows, expected 2: one for each of x.txt in "),
+        ("1 0 0", "1 row, expected 2: one for each of x.txt in "),
         ("1 0 0\n" * 3, "3 rows, expected 2"),
         (None, "no such file"),
         ("\udcff", "not UTF-8 text"),

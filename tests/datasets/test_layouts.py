@@ -249,8 +249,8 @@ def test_every_reader_refuses_a_set_without_an_object(tmp_path):
     text(tmp_path / "none.json", coco(objects=()))
     refused("coco", "none", r"not one object; labels were looked for in .*none\.json \(0 annotations\)")
     text(tmp_path / "lost.json", coco(objects=((9, 1), (1, 9))))
-    refused("coco", "lost", r"lost\.json \(2 annotations\).*2 objects, labels or pictures cannot be used")
-    refused("voc", "all", "no XML file in Annotations or in any other folder, for 1 pictures")
+    refused("coco", "lost", r"lost\.json \(2 annotations\).*objects, labels or pictures that cannot be used: 2")
+    refused("voc", "all", "no XML file in Annotations or in any other folder, for 1 picture")
     text(tmp_path / "Annotations" / "x.xml", xml(None))
     refused("voc", "all", "not one object; labels were looked for in .*Annotations")
     text(tmp_path / "ImageSets" / "Main" / "train.txt", "y\nz\n")
@@ -259,7 +259,7 @@ def test_every_reader_refuses_a_set_without_an_object(tmp_path):
     )
     picture(tmp_path / "image_2" / "x.png")
     text(tmp_path / "label_2" / "x.txt", "DontCare -1 -1 -10 1 1 9 9 -1 -1 -1 -1000 -1000 -1000 -10\n")
-    refused("kitti", "all", r"not one object; labels were looked for in .*label_2.*1 objects or regions .* ignored")
+    refused("kitti", "all", r"not one object; labels were looked for in .*label_2.*to be ignored: 1 object or regions")
     (tmp_path / "label_2" / "x.txt").unlink()
     refused("kitti", "all", "1 x picture without label file")
 
@@ -268,7 +268,7 @@ def test_difficult_objects_alone_can_be_measured_and_not_learnt(tmp_path):
     picture(tmp_path / "images" / "x.png")
     text(tmp_path / "xml" / "x.xml", xml().replace("</object>", "<difficult>1</difficult></object>"))
     index = open_dataset("voc", tmp_path, "all")
-    with pytest.raises(UserError, match="1 objects or regions that are to be ignored, and no others"):
+    with pytest.raises(UserError, match="to be ignored: 1 object or regions, and no others"):
         require_objects(index, "set", tmp_path, with_difficult=False)
 
 

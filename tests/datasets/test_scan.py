@@ -63,9 +63,9 @@ def test_bad_fraction_and_check():
     assert report("left out").bad_fraction == 0
     check(report("picture dropped", "picture dropped"), 0.01)  # 1.98 %, but two alone stop nothing
     check(report("picture dropped", "picture dropped", "object dropped", "object dropped"), 0.001)
-    with pytest.raises(UserError, match="1 pictures and 0 objects are bad"):
+    with pytest.raises(UserError, match="1 picture and 0 objects are bad"):
         check(report("picture dropped"), 0)  # unless none at all was asked for
-    with pytest.raises(UserError, match=r"none of 1 pictures can be used; first: x.txt:3: why"):
+    with pytest.raises(UserError, match=r"no picture can be used of 1; first: x.txt:3: why"):
         check(scan(DatasetIndex(("cat",), (), (fault("picture dropped"),))))
     three = ("noted", *["picture dropped"] * 3)
     with pytest.raises(UserError, match=r"3 pictures and 0 objects are bad \(2.94 %\).*first: x.txt:3: why") as caught:

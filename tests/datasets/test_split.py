@@ -58,7 +58,7 @@ def test_every_reader_takes_the_lists(sources, tmp_path, capsys, format):
     arguments = [format, str(root), "all", "--test", "0.2", "--val", "0.1", "--prefix", "my_"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "1 groups of near-duplicates with 4 pictures, the largest with 4; each group is in one split" in printed
+    assert "1 group of near-duplicates, 4 pictures, the largest of 4; each group is in one split" in printed
     names = ("my_train", "my_val", "my_test")
     place = root / "my_split.yaml" if format == "yolo" else root
     written = {path for path in root.rglob("*") if path.is_file()} - before
@@ -127,7 +127,7 @@ def test_roboflow_coco_beside_its_pictures(sources, tmp_path):
     folder = tmp_path / "set/train"
     shutil.copytree(sources / "coco/images/all", folder)
     shutil.copy(sources / "coco/annotations/instances_all.json", folder / "_annotations.coco.json")
-    with pytest.raises(UserError, match=r"split 'train' is there already, of 30 pictures, expected a new name"):
+    with pytest.raises(UserError, match=r"split 'train' is there already \(30 pictures\), expected a new name"):
         main(["coco", str(tmp_path / "set"), "train", "--test", "0.2"])
     assert not (tmp_path / "set/annotations").exists() or not list((tmp_path / "set/annotations").iterdir())
     main(["coco", str(tmp_path / "set"), "train", "--test", "0.2", "--prefix", "new_"])

@@ -105,8 +105,8 @@ def test_killed_and_given_again_it_chooses_the_same(write, trained, monkeypatch,
     full = [pair for draws in labels["found"].values() for draw in draws for pair in draw["rungs"][-1]]
     full += [{"shape": r["shape"], "score": r["scores"]["3"]} for r in labels["ranked"]]
     assert labels["best"]["score"] == max(pair["score"] for pair in full)
-    assert len(labels["ranked"]) == 3 and set(labels["tau"]) == {"GFLOPs", "1 epochs"}
-    assert labels["tau"]["1 epochs"] == 1  # the score of the stand-in
+    assert len(labels["ranked"]) == 3 and set(labels["tau"]) == {"GFLOPs", "1 epoch"}
+    assert labels["tau"]["1 epoch"] == 1  # the score of the stand-in
     assert "If the order of 3 shapes were random, |tau| would stay below 1.25 in about 95 % of cases." in text
     assert "**Kendall's tau with 3 epochs**" in text and "| evolution | random | 2 |" in text
     assert "written: " in capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_ranked_shapes_are_trained_again_with_the_next_seed(write, trained, tmp_
         assert ranked["another_seed"] == pytest.approx(1 - ranked["scores"]["3"])
     assert labels["tau"]["another seed"] == -1 and list(labels["tau"])[-1] == "another seed"
     header = next(line for line in read(tmp_path, "search.md").splitlines() if line.startswith("| random shape"))
-    assert header.endswith("| mAP, 1 epochs | mAP, 3 epochs, seed 1 | mAP, 3 epochs |")
+    assert header.endswith("| mAP, 1 epoch | mAP, 3 epochs, seed 1 | mAP, 3 epochs |")
     row = next(line for line in read(tmp_path, "search.md").splitlines() if "Kendall's tau with 3" in line)
     assert row.endswith("| +1.00 | -1.00 | |")
     first = np.array([ranked["scores"]["3"] for ranked in labels["ranked"]])
