@@ -9,6 +9,7 @@ Runs are paired by seed; d_i is the difference of pair i of n. The confidence in
 The first line that holds is the verdict:
 
     not decided                          n < seeds
+    not defined                          some d_i is not: a run has no number in this metric
     no difference larger than smallest   the interval lies in -smallest .. smallest, even if 0 is outside it
     better, worse                        the interval lies above 0, or below 0
     undecided                            otherwise: more seeds could tell
@@ -52,8 +53,8 @@ class DecisionRule:
         return student_quantile(self.level, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
 
     def interval(self, values: np.ndarray) -> tuple[float, float] | None:
-        """The confidence interval of the mean of n values; None for less than two."""
-        if len(values) < 2:
+        """The confidence interval of the mean of n values; None for less than two, or with one that is not defined."""
+        if len(values) < 2 or not np.isfinite(values).all():
             return None
         mean, half = float(values.mean()), self.half_width(values)
         return mean - half, mean + half
@@ -65,6 +66,8 @@ class DecisionRule:
             return "not trained yet"
         if n < self.seeds:
             return f"not decided: {n} of {self.seeds} seeds"
+        if not np.isfinite(values).all():
+            return "not defined"
         mean, half = float(values.mean()), self.half_width(values)
         if self.smallest and -self.smallest <= mean - half and mean + half <= self.smallest:
             return f"no difference larger than {self.smallest:g}"

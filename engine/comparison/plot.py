@@ -40,6 +40,7 @@ KINDS = {  # beginning of a verdict -> color and marker
     "no difference": (QUIET, "s"),
     "undecided": (QUIET, "D"),
     "not decided": (QUIET, "o"),
+    "not defined": (QUIET, "x"),
     NO_VERDICT: (QUIET, "P"),
 }
 EXPLAINED = {

@@ -64,6 +64,15 @@ def test_scores_and_differences_with_their_intervals(kept, study, tmp_path):
     assert {line.get_marker() for line in differences.lines if len(line.get_xdata()) == 1} >= {"|", "^", "o"}
 
 
+def test_a_difference_that_is_not_defined_has_no_interval(kept, study, tmp_path):
+    results = results_of(study, [0.50, 0.52], [0.53, 0.56])
+    results["taught"].reports[0]["test"]["precision"] = None
+    study = dataclasses.replace(study, rule=DecisionRule("precision", seeds=2))
+    plot.write(tmp_path / "c.png", study, results, with_pictures=False)
+    assert legend_of(kept.axes[1]) == ["not defined", "too small to matter"]
+    assert not [line for line in kept.axes[1].lines if line.get_marker() == "|"]
+
+
 def test_a_row_with_random_weights_has_no_verdict(kept, tmp_path):
     teachers = [{"name": "given", "arch": "yolov8n", "weights": "random"}]
     config = tiny_config(tmp_path, tmp_path / "runs", name="study", teachers=teachers)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from engine.comparison.decision import DecisionRule
@@ -110,6 +111,16 @@ def test_what_is_not_defined_is_a_dash_and_null(study, results):
     results["slow"].reports[0]["test"]["precision"] = None
     assert "| slow | yolov8_narrow | 3.00 M | 2 | 1 of 3 | 0.200 | 0.000 | - | 0.700 |" in markdown(study, results)
     assert json.loads(as_json(study, results))["rows"][2]["precision"] == [None]
+
+
+def test_a_difference_that_is_not_defined_has_no_interval_and_no_verdict(study, results):
+    """More seeds would not tell: `undecided` would be wrong, and JSON has no nan."""
+    results["taught"].reports[1]["test"]["precision"] = None
+    study = dataclasses.replace(study, rule=DecisionRule("precision", seeds=3))
+    assert "| +0.035 ± 0.005 | - | not defined |" in markdown(study, results)
+    (difference,) = json.loads(as_json(study, results))["rows"][1]["differences"]
+    assert difference["interval"] is None and difference["verdict"] == "not defined"
+    assert DecisionRule(seeds=2).verdict(np.array([np.nan, 0.1])) == "not defined"
 
 
 def test_the_numbers_as_json(study, results):
