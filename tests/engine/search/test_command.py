@@ -180,7 +180,7 @@ def test_a_search_in_earnest(write, tmp_path):
         ("search.keep=1", r"'search\.keep': found 1, expected at least 2"),
         (
             "search.short_epochs=[3]",
-            r"'search\.short_epochs': found \(3,\), expected rising numbers below the 3",
+            r"'search\.short_epochs': found \(3,\), expected rising numbers below the file's epochs, 3",
         ),
         ("search.population=9", r"'search\.population': found 9, expected 1\.\.4"),
         ("search.ranked=9", r"'search\.ranked': found 9, expected 0\.\.8"),
