@@ -22,7 +22,7 @@ from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD, read_header, turn_boxes
 from datasets.index import Effect, Fault, Sample
 from datasets.values import are_corners, are_fractions, far_past, fit_as_corners
-from errors import UserError, counted
+from errors import UserError
 
 EDGE_TOLERANCE = 1.0  # pixels
 ONE_FACTOR = 0.1  # a larger share of pictures with the same wrong factor is no accident
@@ -165,7 +165,7 @@ def refuse_misread(log: FaultLog, source: Path, *, is_centered: bool | None = No
     is_centered: the format has a center (True) or a corner (False) and a size; None: two corners.
     """
     if log.objects and log.fractions == log.objects:
-        raise UserError(f"{source}: of {counted(log.objects, 'box')}, all lie in 0..1, expected pixels")
+        raise UserError(f"{source}: every box of {log.objects} lies in 0..1, expected pixels")
     is_cut = log.past_pictures >= 3 and log.past > log.objects / 2
     is_corner = is_centered is not None and are_corners(log.far, log.fitting[is_centered], log.objects)
     if is_cut or is_corner:

@@ -118,7 +118,7 @@ def test_smaller_pictures_than_those_that_were_labelled_are_refused(form, tmp_pa
 @pytest.mark.parametrize("form", ["voc", "coco", "kitti"])
 def test_fractions_in_a_format_of_pixels_are_refused(form, tmp_path):
     boxes = [as_fractions(in_form(form, box)) for box in GOOD]
-    with pytest.raises(UserError, match=r"all 4 boxes lie in 0\.\.1, expected pixels"):
+    with pytest.raises(UserError, match=r"every box of 4 lies in 0\.\.1, expected pixels"):
         open_dataset(form, write_set(tmp_path / "all", form, boxes), "all")
     write_set(tmp_path / "one", form, [*boxes, GOOD[0]])  # one that is no fraction: pixels, and small objects
     assert len(open_dataset(form, tmp_path / "one", "all")) == 5
