@@ -11,6 +11,7 @@ from engine.drawing.style import (
     SEQUENTIAL,
     STRONG,
     WIDTH,
+    broken,
     count_epochs,
     figure_file,
     line_look,
@@ -55,7 +56,7 @@ def draw_results(metrics_csv: Path, path: Path) -> None:
                     draw_line(axis, lines[name], **line_look(place), label=label)
                 if len(names) == 2:
                     axis.legend()
-            axis.set_title(title)
+            axis.set_title(broken(title))
             axis.set_ylabel(unit)
             count_epochs(axis)
 

@@ -10,11 +10,12 @@ matplotlib is imported where it is used.
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.drawing.fonts import drawable
+from engine.drawing.fonts import drawable, has_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +33,7 @@ POINTS = 9  # size of the smallest letters
 FEW = 30  # values: a line of no more has points
 LETTERS = 18  # pixels: height of letters on sheets of pictures
 NAME_LENGTH = 32  # letters of a row's name beside an axis
+TITLE_LENGTH = 20  # letters of a line above a panel, of which WIDTH has four side by side
 
 SETTINGS: dict[str, Any] = {
     "font.size": POINTS,
@@ -92,11 +94,19 @@ def set_fonts(figure: "Figure") -> None:
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-        shown, font = drawable(text.get_text(), default=default_font())
+        shown, font = drawable_lines(text.get_text())
         if shown != text.get_text():
             text.set_text(shown)
         if font != default_font():
             text.set_fontproperties(FontProperties(fname=font, size=text.get_fontsize()))
+
+
+def drawable_lines(text: str) -> tuple[str, str]:
+    """fonts.drawable of a text that may have several lines; one line where no font has all of them."""
+    lines = [drawable(line, default=default_font()) for line in text.split("\n")]
+    font = next((font for _, font in lines if font != default_font()), default_font())
+    shown = [line for line, _ in lines]
+    return ("\n".join(shown), font) if has_all(font, "".join(shown)) else drawable(text, default=default_font())
 
 
 def plot_names(names: Sequence[str]) -> list[str]:
@@ -115,6 +125,12 @@ def default_font() -> str:
 def shorten(name: str) -> str:
     """A name that leaves room for the plot beside it."""
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
+
+
+def broken(title: str) -> str:
+    """A title in lines of at most TITLE_LENGTH letters, which end after an underscore where they have one."""
+    end = TITLE_LENGTH - 1
+    return "\n".join(re.findall(rf".{{1,{TITLE_LENGTH}}}$|.{{1,{end}}}_|.{{1,{TITLE_LENGTH}}}", title))
 
 
 def line_look(number: int) -> dict[str, Any]:

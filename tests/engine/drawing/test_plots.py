@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 from engine.drawing import plots
 from engine.drawing.style import STRONG
 from engine.runtime.run_folder import AP_COLUMNS
-from tests.engine.drawing.figures import Kept, check, legend_of
+from tests.engine.drawing.figures import Kept, check, legend_of, overlap
 
 
 @pytest.fixture
@@ -17,13 +17,13 @@ def kept(monkeypatch):
     return Kept(monkeypatch, plots)
 
 
-def metrics_csv(folder, epochs: int, *, evaluated_every: int = 1):
+def metrics_csv(folder, epochs: int, *, evaluated_every: int = 1, terms=("cwd_t",)):
     scores = ("metrics/precision", "metrics/recall", "metrics/mAP50", "metrics/mAP50-95", *AP_COLUMNS)
-    lines = [",".join(("epoch", "time", "train/box", "train/cwd_t", *scores, "lr"))]
+    lines = [",".join(("epoch", "time", "train/box", *(f"train/{term}" for term in terms), *scores, "lr"))]
     for epoch in range(1, epochs + 1):
         is_evaluated = epoch % evaluated_every == 0
         values = [f"{0.9 - 0.05 * place}" if is_evaluated else "" for place in range(len(scores))]
-        lines.append(",".join([str(epoch), "1.0", f"{1 / epoch}", "0.5", *values, "0.01"]))
+        lines.append(",".join([str(epoch), "1.0", f"{1 / epoch}", *("0.5" for _ in terms), *values, "0.01"]))
     path = folder / "run" / "metrics.csv"
     path.parent.mkdir()
     path.write_text("\n".join(lines) + "\n")
@@ -44,6 +44,18 @@ def test_results(kept, tmp_path, epochs):
         assert all(tick == round(tick) for tick in axis.get_xticks() if low <= tick <= high)
     assert legend_of(kept.axes[2]) == ["precision", "recall"] and legend_of(kept.axes[3]) == ["mAP50-95", "mAP50"]
     assert [text.get_text() for text in kept.axes[4].texts] == ["IoU 0.50", "0.95"] and len(kept.axes[4].lines) == 10
+
+
+def test_titles_of_long_names_stay_apart_and_whole(kept, tmp_path):
+    """A term is called after its loss and its teacher."""
+    terms = ("localization_similarity_of_the_teacher", "soft_class_shapes_teacher", "cwd_" + 30 * "n")
+    plots.draw_results(metrics_csv(tmp_path, 3, terms=terms), tmp_path / "results.png")
+    check(kept.figure)
+    titles = [axis._left_title for axis in kept.axes]
+    assert [title.get_text().replace("\n", "") for title in titles[1:4]] == list(terms)
+    assert titles[2].get_text() == "soft_class_shapes_\nteacher"
+    boxes = [title.get_window_extent(kept.figure.canvas.get_renderer()) for title in titles]
+    assert not any(overlap(a, b) for number, a in enumerate(boxes) for b in boxes[:number])
 
 
 def test_results_leave_out_what_was_not_measured(kept, tmp_path):
