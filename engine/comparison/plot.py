@@ -153,7 +153,8 @@ def frame_rows(axis: "Axes", title: str, labels: Sequence[str], limits: tuple[fl
     """Name the rows, the first at the top, leave room for the numbers, and put the legend between title and frame."""
     axis.set_yticks(range(len(labels)), [shorten(label) for label in labels])
     axis.set_ylim(len(labels) - 0.4, -0.6)
-    axis.set_xlim(limits[0], limits[1] + 0.24 * (limits[1] - limits[0]))
+    span = limits[1] - limits[0]
+    axis.set_xlim(limits[0] - 0.03 * span, limits[1] + 0.24 * span)  # room for an arrow, and for one and the numbers
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(caption)
     legend = axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.995), ncols=2, handletextpad=0.3, columnspacing=1.0)
