@@ -4,8 +4,8 @@
     streamlit run app.py            the same, in an environment with the extra `app`
 
 It shows the runs and ONNX files below runs/, and weights files that are uploaded. The server listens on localhost only
-(`--server.address` changes that; files and folders of this machine can then no longer be named). Uploads stay in memory
-until the session ends: pictures of 10 MB and 24 megapixels, videos of 40 MB, weights files of 200 MB at most.
+(`make app ADDRESS=0.0.0.0` changes that; files and folders of this machine can then no longer be named). Uploads stay
+in memory until the session ends: pictures of 10 MB and 24 megapixels, videos of 40 MB, weights files of 200 MB at most.
 """
 
 import hashlib
@@ -36,6 +36,9 @@ from structures import Detections
 
 # Before any decorator of Streamlit's complains, and not in the processes that multiprocessing starts.
 if __name__ == "__main__" and get_script_run_ctx(suppress_warning=True) is None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        raise SystemExit(0)
     print("error: app.py was started with python, expected `streamlit run app.py` or `make app`", file=sys.stderr)
     raise SystemExit(2)
 
@@ -434,11 +437,7 @@ def show_maps(models: dict[str, Side], picture: np.ndarray, taught: tuple[str, .
 
 @st.cache_data(max_entries=16, show_spinner="Looking into the models")
 def draw_heat(
-    picture_digest: str,
-    keys: tuple[tuple[str, str], ...],
-    map_name: str,
-    _picture: np.ndarray,
-    _models: dict[str, Side],
+    digest: str, keys: tuple[tuple[str, str], ...], map_name: str, _picture: np.ndarray, _models: dict[str, Side]
 ) -> Image.Image:
     """Cached as `detect_once`, and by the titles on it. keys: title and Side.key of each model."""
     with gallery.ONE_AT_A_TIME:

@@ -66,9 +66,9 @@ def run_group(
     return [Finished(code, output.read_text()) for code, (_, output) in zip(codes, children)]
 
 
-def run_as_main(command: str) -> None:
+def run_as_main(command: str, *arguments: str) -> None:
     """For run_forked: what `python command` does, or `python -m command`, where torch has been imported."""
-    sys.argv = [command]
+    sys.argv = [command, *arguments]
     if command.endswith(".py"):
         runpy.run_path(str(Path(__file__).resolve().parent.parent / command), run_name="__main__")
     else:

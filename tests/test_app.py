@@ -88,6 +88,11 @@ def test_started_with_python_it_names_the_command(tmp_path):
     assert (done.code, done.text) == (2, said)
 
 
+def test_help_says_how_it_is_started(tmp_path):
+    done = run_forked(run_as_main, "app.py", "--help", folder=tmp_path)
+    assert done.code == 0 and "\n    streamlit run app.py" in done.text and "make app ADDRESS=" in done.text
+
+
 def test_two_models_stand_side_by_side(start, runs):
     app = start(runs)
     assert (app.selectbox(key="left").value, app.selectbox(key="right").value) == (
