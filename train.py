@@ -57,7 +57,7 @@ from engine.training.reporting import finish, finish_epoch, measure_start
 from engine.training.saving import how_to_go_on, save
 from engine.training.starting import resume_run, start_run
 from engine.training.state import TrainingState
-from engine.training.step import augment_batch, detection_losses, set_learning_rates
+from engine.training.step import augment_batch, detection_losses, scheduled_step, set_learning_rates
 from layers.over_processes import sum_over_processes
 from random_streams import Stream, seeded_generator
 
@@ -76,10 +76,11 @@ def train_step(
     normalisation and random draws. The normalisers of L are those of its own batch.
     """
     config, optimizer, rows = setup.config, setup.optimizer, []
-    set_learning_rates(setup, state.step)
+    scheduled = scheduled_step(setup, state)
+    set_learning_rates(setup, scheduled)
     stream = seeded_generator(Stream.STEP, config.seed, state.step, setup.processes.rank)
     torch.manual_seed(stream.initial_seed())
-    is_warm = state.step >= setup.warmup_steps
+    is_warm = scheduled >= setup.warmup_steps
     # While a term's weight is measured, the gradient on the student's maps is needed, which a compiled graph hides.
     student = setup.student.forward if setup.criterion.shares.is_measuring else setup.student
     for number, batch in enumerate(batches, state.batch):

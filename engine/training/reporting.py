@@ -97,7 +97,7 @@ def row_of_epoch(setup: TrainingSetup, state: TrainingState, results: dict[str, 
     row: dict[str, float | None] = {"epoch": state.epoch + 1, "time": state.seconds}
     row |= {f"train/{name}": value for name, value in state.means().items()}
     row |= {name: results.get(name.removeprefix("metrics/")) for name in run_folder.METRIC_COLUMNS}
-    row["lr"] = set_learning_rates(setup, state.step - 1)
+    row["lr"] = set_learning_rates(setup, (state.epoch + 1) * setup.steps_per_epoch - 1)
     return row | ({run_folder.PLUMBING: 1.0} if setup.config.plumbing else {})
 
 

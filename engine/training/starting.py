@@ -100,4 +100,8 @@ def restore(
         setup.optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:  # a change that was allowed
         raise UserError(f"{folder.path}: {error}; the run cannot go on with this change") from None
-    return TrainingState(**saved["position"])
+    state = TrainingState(**saved["position"])
+    if setup.config.batch_size != saved["config"]["batch_size"]:
+        batches = state.batch * saved["config"]["batch_size"] // setup.config.batch_size
+        state.count_in(min(batches, setup.batches_per_epoch))
+    return state

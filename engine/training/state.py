@@ -40,6 +40,11 @@ class TrainingState:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
+    def count_in(self, batches: int) -> None:
+        """Count what the epoch in progress has had as this number of batches, with the same means."""
+        self.sums = {name: mean * batches for name, mean in self.means().items()}
+        self.batch = batches
+
     def means(self) -> dict[str, float]:
         return {name: total / max(self.batch, 1) for name, total in self.sums.items()}
 

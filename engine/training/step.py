@@ -11,6 +11,7 @@ from datasets.augment import augment, augment_content
 from datasets.loader import Batch
 from engine.training.building import TrainingSetup
 from engine.training.optimization import apply_schedule
+from engine.training.state import TrainingState
 from random_streams import Stream, seeded_generator
 from structures import Detector, Targets, select_images
 
@@ -69,6 +70,11 @@ def detection_losses(setup: TrainingSetup, s_output: Any, targets: Targets, is_l
     student = cast(Detector, setup.student)  # the same module, typed by its own methods
     losses = student.losses(select_images(s_output, has_boxes), targets.of_images(has_boxes))
     return {name: weight * value for name, value in losses.items()}
+
+
+def scheduled_step(setup: TrainingSetup, state: TrainingState) -> int:
+    """The step that the schedules are at: state.step, unless the run was resumed with more or fewer steps an epoch."""
+    return state.epoch * setup.steps_per_epoch + state.batch // setup.config.optimizer.accumulate
 
 
 def set_learning_rates(setup: TrainingSetup, step: int) -> float:

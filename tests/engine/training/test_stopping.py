@@ -13,9 +13,9 @@ import train
 from config import to_tree
 from engine.runtime import claims, run_folder
 from engine.runtime.interruption import StopSignals
-from engine.training import reporting, starting
+from engine.training import reporting, starting, step
 from engine.training.optimization import Ema
-from engine.training.state import refuse_changes
+from engine.training.state import TrainingState, refuse_changes
 from errors import UserError
 from tests.tiny_training import write_dataset
 from yolo.yolov8 import AnchorFreeDetector
@@ -207,6 +207,38 @@ def test_an_allowed_change_counts_or_is_refused_before_anything_is_written(make_
     (groups,) = used
     assert [group["factor"] for group in groups] == [1, 1, 1, 0.2, 0.2, 0.2]
     assert [group["weight_decay"] for group in groups] == [0.25, 0, 0] * 2
+
+
+@pytest.mark.parametrize("size", [24, 4])
+def test_a_run_that_goes_on_with_other_batches_keeps_its_schedule(make_tiny, monkeypatch, size):
+    """By its number of steps alone, that of larger batches would be over, and its rates negative."""
+    config = make_tiny(epochs=3, optimizer={"warmup_epochs": 1, "learning_rate": 0.01, "final_fraction": 0.1})
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)  # of 9: in the last epoch, after 16 of 24 pictures
+        with pytest.raises(SystemExit):
+            train.run(config, quiet=True)
+    rates, numbers = [], []
+    apply = step.apply_schedule
+
+    def spy(optimizer, number, *rest, **options):
+        rate = apply(optimizer, number, *rest, **options)
+        numbers.append(number), rates.append(optimizer.param_groups[0]["lr"])
+        return rate
+
+    monkeypatch.setattr(step, "apply_schedule", spy)
+    changed = dataclasses.replace(config, batch_size=size)
+    train.run(changed, resume=True, quiet=True, allow_change=("batch_size",))
+    expected = {24: [2, 2], 4: [16, 17, 17]}[size]  # of 3 and of 18; the last is that of the table
+    assert numbers == expected
+    assert rates == pytest.approx([0.01 * (1 - 0.9 * number / (3 * 24 / size)) for number in expected])
+    row = run_folder.read_metrics(run_folder.Path(config.runs) / "tiny" / "metrics.csv")[-1]
+    assert float(row["lr"]) == pytest.approx(rates[-1])
+
+
+def test_an_epoch_counted_in_other_batches_has_the_same_means():
+    state = TrainingState(batch=2, sums={"box": 3.0})
+    state.count_in(4)
+    assert state.batch == 4 and state.means() == {"box": 1.5}
 
 
 def test_what_a_resumed_run_may_change(make_tiny):
