@@ -33,10 +33,6 @@ Exit codes: 0 all trained, 2 a mistake in the arguments or the data, 3 a run fai
 4 out of memory, 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
-# Before torch: Ctrl-C while it is imported ends in one line.
-from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, counted, expect, naming, run_script, shortened
-
-# isort: split
 import argparse
 import functools
 import json
@@ -68,6 +64,7 @@ from engine.training.inputs import Inputs, digest_of_labels, labels_of, weights_
 from engine.training.pseudo_boxes import open_pseudo_teacher
 from engine.training.splits import count_training_pictures
 from engine.training.teaching import build_teachers
+from errors import NOT_FINITE_EXIT_CODE, ArgumentParser, UserError, counted, expect, naming, run_script, shortened
 from structures import SIZE_MULTIPLE
 
 POLL_S = 5.0  # between two looks at runs that other processes work on

@@ -20,10 +20,6 @@ Exit codes: 0 made, or finished before, 2 a mistake in the arguments or the data
 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
-# Before torch: Ctrl-C while it is imported ends in one line.
-from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, counted, naming, run_script, shortened
-
-# isort: split
 import dataclasses
 import io
 import json
@@ -67,6 +63,7 @@ from engine.runtime.progress import Progress
 from engine.training.batch_norms import norm_of_one_value
 from engine.training.exits import is_out_of_memory
 from engine.training.inputs import Inputs, weights_named
+from errors import MEMORY_EXIT_CODE, ArgumentParser, UserError, counted, naming, run_script, shortened
 from random_streams import Stream, seeded_generator
 from structures import Targets
 

@@ -8,8 +8,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import NoReturn
 
 LOST_EXIT_CODE, NOT_FINITE_EXIT_CODE, MEMORY_EXIT_CODE, DISK_EXIT_CODE = 1, 3, 4, 5
@@ -99,30 +98,6 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         sys.stderr.close()
         code = 141
     raise SystemExit(code)
-
-
-def _runs_a_command() -> bool:
-    """Whether this process is one of our commands: a script beside this file, or `python -m` with a folder of ours."""
-    root, started = Path(__file__).resolve().parent, getattr(sys, "argv", None) or [""]
-    if started[0] == "-m":  # while Python looks for the module
-        module = sys.orig_argv[sys.orig_argv.index("-m") + 1]
-        return (root / module.split(".")[0]).is_dir()
-    script = Path(started[0]).resolve()
-    return script.is_file() and script.parent == root
-
-
-def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
-        return
-    print("interrupted", file=sys.stderr)
-    raise SystemExit(130)
-
-
-# Before run_script begins, a command imports torch, which takes seconds. The commands and the __init__.py of folders
-# with commands import this module first. A program that uses our modules keeps its own hook.
-if _runs_a_command():
-    sys.excepthook = _report
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

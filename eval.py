@@ -37,10 +37,6 @@ Exit codes: 0 measured, 2 a mistake in the arguments or the data, 3 boxes that a
 in memory, 5 a file that could not be written, 130 after Ctrl-C.
 """
 
-# Before torch: Ctrl-C while it is imported ends in one line.
-from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script, shortened
-
-# isort: split
 import argparse
 import json
 from dataclasses import replace
@@ -58,6 +54,7 @@ from engine.evaluation.measuring import EvaluationResult, Protocol, measure
 from engine.onnx_files.detector import load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
+from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script, shortened
 from metrics import coco
 from metrics.annotations import Annotations, edge_note
 from metrics.coco_files import write_coco_detections

@@ -32,10 +32,6 @@ Exit codes: 0 written, 2 a mistake in the arguments or the data, or a graph that
 do not fit in memory, 5 a file that could not be written, 130 after Ctrl-C.
 """
 
-# Before torch: Ctrl-C while it is imported ends in one line.
-from errors import ArgumentParser, UserError, counted, expect, require, run_script
-
-# isort: split
 import argparse
 import copy
 import statistics
@@ -70,6 +66,7 @@ from engine.onnx_files.other_formats import LEAST_SIDE, command_for, openvino_fi
 from engine.prediction.sources import find_pictures
 from engine.runtime.run_folder import RunFolder, commit, write_bytes
 from engine.runtime.timing import rotate, wall_seconds
+from errors import ArgumentParser, UserError, counted, expect, require, run_script
 from layers.fusion import fuse
 from layers.int8 import has_int8, remove_int8
 from models import check_suppression

@@ -29,10 +29,6 @@ Exit codes: 0 all read, 1 something was skipped, 2 a mistake in the arguments or
 memory, 5 a file that could not be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
-# Before torch: Ctrl-C while it is imported ends in one line.
-from errors import DISK_EXIT_CODE, ArgumentParser, UserError, counted, expect, run_script
-
-# isort: split
 import argparse
 import contextlib
 import itertools
@@ -57,6 +53,7 @@ from engine.prediction.window import Window
 from engine.runtime.interruption import StopSignals
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
+from errors import DISK_EXIT_CODE, ArgumentParser, UserError, counted, expect, run_script
 from models import check_suppression
 from structures import Detections
 

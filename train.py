@@ -23,10 +23,6 @@ saved, and its last good checkpoint always stays whole.
 
 # ruff: noqa: B023  (train_step calls its inner function before the loop goes on)
 
-# Before torch: Ctrl-C while it is imported ends in one line.
-from errors import UserError, run_script
-
-# isort: split
 import contextlib
 import dataclasses
 import itertools
@@ -58,6 +54,7 @@ from engine.training.saving import how_to_go_on, save
 from engine.training.starting import resume_run, start_run
 from engine.training.state import TrainingState
 from engine.training.step import augment_batch, detection_losses, scheduled_step, set_learning_rates
+from errors import UserError, run_script
 from layers.over_processes import sum_over_processes
 from random_streams import Stream, seeded_generator
 

@@ -14,10 +14,6 @@ convert, download           other formats; public sets and weights
 enhance                     better images before detection
 """
 
-# Before torch: Ctrl-C while it is imported ends in one line.
-import errors  # noqa: F401
-
-# isort: split
 from datasets.index import ANY_CLASS, DatasetIndex, Fault, Sample
 from datasets.open import open_dataset
 

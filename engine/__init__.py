@@ -14,6 +14,3 @@ from_python   the parts of retort.py
 runtime       processes, signals, progress, the folder of a run
 drawing       boxes, maps, plots
 """
-
-# Before torch: Ctrl-C while it is imported ends in one line.
-import errors  # noqa: F401

@@ -12,10 +12,6 @@ convert       any of these files -> such a file
 `python -m weights inspect FILE` describes a file, `python -m weights convert FILE OUT.safetensors` converts it.
 """
 
-# Before torch: Ctrl-C while it is imported ends in one line.
-import errors  # noqa: F401
-
-# isort: split
 from weights.class_rows import ClassRows, take_rows
 from weights.families import arch_of_family, guess_family
 from weights.load import (
