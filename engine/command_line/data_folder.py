@@ -14,7 +14,7 @@ from datasets.index import DatasetIndex
 from datasets.open import open_dataset
 from datasets.overlap import find_overlap
 from datasets.split import split_dataset
-from datasets.yolo_txt import find_yaml, holds_labels
+from datasets.yolo_txt import find_yaml, holds_labels, list_pictures
 from errors import UserError, shortened
 from yaml_files import read_yaml
 
@@ -94,6 +94,9 @@ def formats_in(root: Path) -> list[str]:
 def open_set(format: str, root: Path) -> FoundSet:
     """Its splits, made by datasets.split where it is one pile (also under two names). UserError where unusable."""
     names = [name for name in split_names(format, root) if role_of(name) is not None]
+    absent = absent_splits(root, names) if format == "yolo" else []
+    names = [name for name in names if name not in absent]
+    missing = (f"no pictures where its yaml file has {' and '.join(absent)}",) if absent else ()
     refused: UserError | None = None
     for train, test in choices(names):
         try:
@@ -103,7 +106,7 @@ def open_set(format: str, root: Path) -> FoundSet:
                 continue  # one pile under two names, as in the set that tutorials begin with
             unused = [name for name in names if name not in (test, *train.split("+"))]
             note = f"not used: {shortened(unused)}"
-            return replace(found, notes=(note,) if unused else ())
+            return replace(found, notes=(*missing, note) if unused else missing)
         except UserError as error:  # a test split without labels, as COCO's
             refused = error
     if refused is not None:
@@ -118,7 +121,7 @@ def open_set(format: str, root: Path) -> FoundSet:
     year = pile[: pile.rfind("/") + 1]
     found = open_pair(format, place, f"{year}{prefix}train", f"{year}{prefix}test")
     note = f"the set was one pile ({pile}); datasets.split divided it, near-duplicates on one side"
-    return replace(found, written=tuple(written), notes=(note, *found.notes))
+    return replace(found, written=tuple(written), notes=(*missing, note, *found.notes))
 
 
 def open_pair(format: str, root: Path, train: str, test: str) -> FoundSet:
@@ -161,6 +164,22 @@ def yaml_splits(root: Path) -> list[str]:
     if not isinstance(tree, dict) or not ("names" in tree or "nc" in tree):
         return []
     return [key for key, value in tree.items() if role_of(key) is not None and value]
+
+
+def absent_splits(root: Path, names: list[str]) -> list[str]:
+    """Of these the splits to test on that a data.yaml names and nobody has exported, if pictures to train on are there.
+
+    Exporters write the same three lines whatever they export.
+    """
+    if not any(str(role_of(name)).startswith("train") for name in names) or not yaml_splits(root):
+        return []
+    absent = []
+    for name in names:
+        try:
+            list_pictures(root, name)
+        except UserError:
+            absent.append(name)
+    return [] if any(str(role_of(name)).startswith("train") for name in absent) else absent
 
 
 def one_pile(format: str, root: Path) -> str:

@@ -121,6 +121,21 @@ def test_a_single_split_is_divided_under_new_names(tmp_path):
         assert (len(result.train_index), len(result.test_index)) == (8, 2) and len(result.written) == (written and 3)
 
 
+def test_a_split_that_the_yaml_names_and_nobody_exported(tmp_path):
+    """Without any to test on the pile is divided; without one to train on the line names it."""
+    many(tmp_path, "{}/labels", "{}/images", row, ("train", "valid"))
+    text(tmp_path / "data.yaml", "train: train/images\nval: valid/images\ntest: test/images\nnames: [cell]\n")
+    assert found(tmp_path)[2:] == ("train", "val", 10, 10)
+    assert look(tmp_path).notes == ("no pictures where its yaml file has test",)
+    shutil.rmtree(tmp_path / "valid")
+    for _ in range(2):
+        assert found(tmp_path)[1:] == ("own_split.yaml", "own_train", "own_test", 8, 2)
+    (tmp_path / "train").rename(tmp_path / "valid")
+    (tmp_path / "other").mkdir()  # the only folder would be taken as the set
+    with pytest.raises(UserError, match=r"'train/images' leads to .*, no such folder"):
+        look(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["yolo", "coco"])
 def test_one_pile_under_two_names_is_divided(tmp_path, kind):
     """The set that tutorials begin with names one folder train and val: train.py refuses to measure on it."""
