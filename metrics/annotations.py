@@ -126,8 +126,8 @@ def find_labels(
         if token not in plain and token not in by_name:
             raise UserError(f"{place}: found class {token!r}, expected {_expected(token, names, number_labels)}")
     has_words = len(plain) < len(used)
-    fit_all = all(label_of.keys() >= set(plain.values()) for label_of in number_labels)
-    are_places = is_listed and not has_words and fit_all
+    fits_all = bool(number_labels) and all(label_of.keys() >= set(plain.values()) for label_of in number_labels)
+    are_places = is_listed and not has_words and fits_all
     are_names = not are_places and by_name.keys() >= plain.keys()
     readings = [{token: by_name[token] for token in plain}] if are_names else []  # of the numbers, by a rule that fits
     if not are_names or not has_words:

@@ -140,6 +140,9 @@ def read_coco_detections(
 
 def _first_of_picture(ids: list, image: list[int], labels: list[int], xywh: np.ndarray, scores: list) -> np.ndarray:
     """(N,) bool: all but the detections that a picture has twice because the ground truth lists it under two ids."""
+    id_of_image: dict[int, Any] = {}
+    if all(id_of_image.setdefault(row, i) == i for row, i in zip(image, ids)):
+        return np.ones(len(ids), dtype=bool)
     id_of: dict[tuple, Any] = {}  # of the first such detection
     rows = zip(image, labels, map(tuple, xywh.tolist()), scores)
     return np.array([id_of.setdefault(row, i) == i for row, i in zip(rows, ids)], dtype=bool)

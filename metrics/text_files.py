@@ -1,5 +1,6 @@
 """Ground truth and detections from folders of text files; see metrics.files."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +146,8 @@ def read_text_detections(
         rows.used, ground_truth.names, number_labels, notes, is_listed=listed is None and annotations.is_listed
     )
     if notes is not None and text_boxes == "xywh":
-        notes += corner_note([np.delete(row, score_at) for row in rows.columns], " (--detection-boxes xyxy)")
+        values = np.array(rows.columns, dtype=np.float64).reshape(-1, 5)
+        notes += corner_note(np.delete(values, score_at, axis=1), " (--detection-boxes xyxy)")
     boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
     image_column, scores = np.array(rows.image, dtype=np.int64), np.array(rows.score, dtype=np.float64)
     return ground_truth, DetectionTable(image_column, boxes, scores, rows.labels(label_of))
@@ -158,8 +160,10 @@ def text_paths(folder: Path) -> list[Path]:
 def refuse_beside(folder: Path, xml_paths: Sequence[Path]) -> None:
     """UserError for a text file with boxes that belongs to none of the XML files: half of the set would be left out."""
     stems = {path.stem for path in xml_paths}
-    for path in text_paths(folder):
-        words = [] if path.stem in stems else next((line.split() for _, line in read_lines(path)), [])
+    for path in (path for path in text_paths(folder) if path.stem not in stems):
+        words: list[str] = []
+        with contextlib.suppress(UserError):  # notes may have any encoding
+            words = next((line.split() for _, line in read_lines(path)), [])
         if len(words) >= 5 and all(map(_is_text_number, words[-4:])):
             found = f"boxes of a picture without an XML file, beside {len(xml_paths)} VOC XML files"
             raise UserError(f"{path}: {found}; expected one format in {folder}")

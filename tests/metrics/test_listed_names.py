@@ -57,9 +57,18 @@ def test_a_number_that_is_no_place_in_the_list_is_a_name(tmp_path):
     assert read_detections(tmp_path / "dt", annotations)[1].labels.tolist() == [0, 1, 2]
 
 
+def test_names_in_coco_results_stay_names(tmp_path):
+    truth = write_digits(tmp_path, "coco")
+    rows = [{"image_id": n, "category_name": name, "bbox": [0, 0, 5, 8], "score": 0.5} for n, name in enumerate(NAMES)]
+    (tmp_path / "dt.json").write_text(json.dumps(rows))
+    for names in (None, NAMES):
+        detections = read_detections(tmp_path / "dt.json", read_ground_truth(truth, names=names))[1]
+        assert detections.labels.tolist() == [0, 1, 2]
+
+
 def test_text_files_with_boxes_beside_xml_are_refused(tmp_path):
     truth = write_digits(tmp_path, "voc")
-    (truth / "notes.txt").write_text("these are boxes of digits\n")
+    (truth / "notes.txt").write_bytes("boîtes\n".encode("latin-1"))
     (truth / "ImageSets").mkdir()
     (truth / "ImageSets" / "one_test.txt").write_text("0 1\n1 -1\n")
     (truth / "0.txt").write_text("0 0.1 0.1 0.1 0.1\n")  # the same picture in another format
