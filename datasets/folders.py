@@ -32,6 +32,12 @@ def spellings(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))))
 
 
+def find_label(folder: Path, stem: str, suffixes: tuple[str, ...] = (".txt",)) -> Path:
+    """The label file of a picture, whichever spelling of the name it has; the first choice where there is none."""
+    choices = [folder / f"{name}{suffix}" for name in spellings(stem) for suffix in suffixes]
+    return choices[0] if len(choices) == 1 else next((path for path in choices if path.is_file()), choices[0])
+
+
 def list_files(folder: str | Path, suffixes: tuple[str, ...], *, follow_texts: bool = False) -> list[Path]:
     """The files below a folder whose names end with one of `suffixes`, sorted by the parts of their paths.
 

@@ -7,9 +7,10 @@ occlusion and the 3D columns are not.
 Geiger et al., "Are we ready for Autonomous Driving? The KITTI Vision Benchmark Suite", CVPR 2012.
 """
 
+import unicodedata
 from pathlib import Path
 
-from datasets.folders import files_in, list_files
+from datasets.folders import files_in, find_label, list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import ANY_CLASS, DatasetIndex, Effect, Sample
 from datasets.rows import FaultLog, LabelRows, log_passed_over, log_unread, make_sample, read_frame, refuse_misread
@@ -52,7 +53,7 @@ def read_kitti(root: str | Path, split: str, names: tuple[str, ...] | None = Non
 
 def _read_sample(stem: str, base: Path, names: tuple[str, ...], of_others: Effect, log: FaultLog) -> Sample | None:
     """The Sample of one frame; None, and a fault, for one that cannot be used. of_others: on objects not in `names`."""
-    label_path, image_path = base / "label_2" / f"{stem}.txt", find_picture(base / "image_2", stem)
+    label_path, image_path = find_label(base / "label_2", stem), find_picture(base / "image_2", stem)
     unread = None if image_path is not None else find_picture(base / "image_2", stem, UNREAD)
     if unread is not None:
         log_unread([unread], log)
@@ -99,7 +100,8 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
         raise UserError(f"{choices[0]}: no such list, found {shortened(lists) or 'none'} (`all` takes every frame)")
     stems: set[str] = set()
     for folder, suffixes in ((base / "label_2", (".txt",)), (base / "image_2", (*SUFFIXES, *UNREAD))):
-        stems |= {path.relative_to(folder).with_suffix("").as_posix() for path in list_files(folder, suffixes)}
+        names = (path.relative_to(folder).with_suffix("").as_posix() for path in list_files(folder, suffixes))
+        stems |= {unicodedata.normalize("NFC", name) for name in names}
     if split == "all":
         return sorted(stems)
     return [stem for number, stem in enumerate(sorted(stems)) if (number % 5 == 4) == (split == "val")]

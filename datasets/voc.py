@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from datasets.folders import files_in, is_left_out, list_files, spellings
+from datasets.folders import files_in, find_label, is_left_out, list_files
 from datasets.images import SUFFIXES, UNREAD, find_picture
 from datasets.index import DatasetIndex, Effect, Sample
 from datasets.rows import (
@@ -33,6 +33,7 @@ from datasets.values import box_fault, read_flag, read_number
 from datasets.voc_xml import Object, read_annotation
 from errors import UserError, counted, shortened
 
+XML = (".xml", ".XML")
 CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor"
@@ -64,7 +65,7 @@ def read_voc(root: str | Path, split: str, names: tuple[str, ...] | None = None)
         listed = [(stem, part.annotations / f"{stem}.xml") for stem in _read_list(part, log)]
         fresh = [(stem, label) for stem, label in listed if label not in read]
         if len(fresh) < len(listed):
-            reason = f"{len(listed) - len(fresh)} pictures are in a list before it in {split} too"
+            reason = f"in a list before it in {split} too: {counted(len(listed) - len(fresh), 'picture')}"
             log.add(part.source, None, reason, "listed twice", "noted")
         for stem, label in fresh:
             read.add(label)
@@ -210,7 +211,7 @@ def _log_unlabelled(part: _Part, read: set[Path], log: FaultLog) -> None:
     """Log the pictures without an annotation file. read: those that have one, of their own or any other name."""
     for path in list_files(part.pictures, (*SUFFIXES, *UNREAD)):
         stem = path.relative_to(part.pictures).with_suffix("").as_posix()
-        if path in read or any((part.source / f"{stem}{suffix}").is_file() for suffix in (".xml", ".XML")):
+        if path in read or find_label(part.source, stem, XML).is_file():
             continue
         if path.suffix.lower() in UNREAD:
             log_unread([path], log)
@@ -239,8 +240,7 @@ def _read_sample(
     part: _Part, stem: str, image_id: str, names: tuple[str, ...], given: bool, log: FaultLog
 ) -> Sample | None:
     """The Sample of one annotation file; None, and a fault, for a file or picture that cannot be used."""
-    choices = [part.annotations / f"{name}{suffix}" for name in spellings(stem) for suffix in (".xml", ".XML")]
-    path = next((choice for choice in choices if choice.is_file()), choices[0])
+    path = find_label(part.annotations, stem, XML)
     if not path.is_file():
         log.add(path, None, "no such file, the list names it", "picture without label file", "picture dropped", stem)
         return None

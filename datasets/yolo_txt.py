@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets.folders import files_in, list_files, spellings
+from datasets.folders import files_in, find_label, list_files, spellings
 from datasets.images import SUFFIXES, UNREAD
 from datasets.index import NO_LABEL_FILE, DatasetIndex, Sample
 from datasets.rows import FaultLog, LabelRows, log_unread, make_sample, read_frame, refuse_misread
@@ -135,7 +135,7 @@ class LabelFolders:
                 stems.setdefault(path.parent, []).append(path.stem)
         for folder, names in stems.items():
             choices = self.choices(folder)
-            held = (place for place in choices if any(_label_file(place.labels, name).is_file() for name in names))
+            held = (place for place in choices if any(find_label(place.labels, name).is_file() for name in names))
             self.places[folder] = next(held, choices[0])
 
     def choices(self, folder: Path) -> list[Place]:
@@ -156,17 +156,11 @@ class LabelFolders:
         return places
 
     def label_path(self, image_path: Path) -> Path:
-        return _label_file(self.places[image_path.parent].labels, image_path.stem)
+        return find_label(self.places[image_path.parent].labels, image_path.stem)
 
     def in_words(self) -> str:
         folders = list(dict.fromkeys(str(place.labels) for place in self.places.values()))
         return shortened(folders, 3)
-
-
-def _label_file(folder: Path, stem: str) -> Path:
-    """The label file of a picture, whichever of its name's spellings it has."""
-    first, *others = (folder / f"{name}.txt" for name in spellings(stem))
-    return next((path for path in (first, *others) if path.is_file()), first) if others else first
 
 
 def find_yaml(root: Path) -> Path | None:

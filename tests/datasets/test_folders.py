@@ -119,7 +119,7 @@ def test_a_name_is_the_same_in_both_forms_of_unicode(tmp_path, form):
     """macOS writes é in two characters, and other systems keep that when they unpack its archives."""
     other = {"NFC": "NFD", "NFD": "NFC"}[form]
     stem, label = (unicodedata.normalize(f, "café") for f in (form, other))
-    for place in ("y/images", "v/JPEGImages", "c/train"):
+    for place in ("y/images", "v/JPEGImages", "c/train", "k/image_2"):
         path = tmp_path / place / f"{stem}.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (20, 10)).save(path)
@@ -132,13 +132,17 @@ def test_a_name_is_the_same_in_both_forms_of_unicode(tmp_path, form):
         (f"y/labels/{label}.txt", "0 0.5 0.5 0.5 0.5\n"),
         (f"v/Annotations/{label}.xml", f"<annotation><object><name>a</name>{box}</object></annotation>"),
         ("v/ImageSets/Main/train.txt", f"{stem}\n"),
+        (f"k/label_2/{label}.txt", "Car 0 0 0 1 2 9 8 0 0 0 0 0 0 0\n"),
+        ("k/ImageSets/train.txt", f"{stem}\n"),
         ("c/train.json", json.dumps(tree | {"annotations": [row]})),
     ):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(content, encoding="utf-8")
-    for format, split in (("yolo", "train"), ("yolo", "listed"), ("voc", "train"), ("voc", "all"), ("coco", "train")):
-        index = open_dataset(format, tmp_path / format[0], split)
-        assert [len(sample) for sample in index.samples] == [1] and not index.faults, (format, split)
+    splits = {"yolo": ("train", "listed"), "voc": ("train", "all"), "coco": ("train",), "kitti": ("train", "all")}
+    for format, names in splits.items():
+        for split in names:
+            index = open_dataset(format, tmp_path / format[0], split)
+            assert [len(sample) for sample in index.samples] == [1] and not index.faults, (format, split)
 
 
 def test_sources_of_predictions_follow_the_same_rule(tmp_path):
