@@ -318,7 +318,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a YAML file after overrides, not yet checked."""
-    expect(Path(path).exists(), str(path), "no such file", "a config" + _config_advice(path))
+    if not Path(path).exists():
+        raise UserError(f"{path}: found no such file, expected a config{_config_advice(path)}")
     tree = read_mapping(path)
     for override in overrides:
         apply_override(tree, override)

@@ -223,7 +223,8 @@ def main(argv: list[str]) -> None:
         data = Path(name)
         make_part(args.data.resolve(), data, args.pictures)
         found = measure(data, args)
-    print(f"YOLOv8n, {args.pictures} pictures of {args.image_size} px, {counted(args.threads, 'thread')}")
+    scale = f"{args.image_size} px, {counted(args.threads, 'thread')}, {counted(args.rounds, 'round')}"
+    print(f"YOLOv8n, {counted(args.pictures, 'picture')} of {scale}")
     print(f"{'CPU seconds of an epoch':<28}{'all':>8}" + "".join(f"{part:>18}" for part in PARTS))
     for (variant, side), rounds in found.items():
         whole = statistics.median(sum(parts.values()) for parts in rounds)

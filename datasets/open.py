@@ -95,7 +95,7 @@ def require_objects(index: DatasetIndex, title: str, root: str | Path, *, with_d
     if others:
         found += f"; left out: {counted(others, 'object')} of other classes"
     if regions:
-        found += f"; to be ignored: {counted(regions, 'object')} or regions, and no others"
+        found += f"; {counted(regions, 'box')} to be ignored, and no others"
     if dropped:
         found += f"; objects, labels or pictures that cannot be used: {len(dropped)}, the first: {dropped[0]}"
     raise UserError(found)

@@ -176,7 +176,7 @@ def check(report: ScanReport, max_bad_fraction: float = 0.01, *, flag: str = "")
     if is_empty or report.too_bad(max_bad_fraction):
         first = next(fault for fault in report.index.faults if fault.effect in ("picture dropped", "object dropped"))
         if is_empty:
-            raise UserError(f"{report.title}: no picture can be used of {report.dropped_pictures}; first: {first}")
+            raise UserError(f"{report.title}: no picture of {report.dropped_pictures} can be used; first: {first}")
         enough = next(limit for limit in SUGGESTED if not report.too_bad(limit))
         setting = (f"{flag} {enough:g}, in a config " if flag else "") + f"data.max_bad_fraction={enough:g}"
         raise UserError(
@@ -210,7 +210,7 @@ def _left_out_lines(index: DatasetIndex) -> list[str]:
         return []
     shown = shortened(f"{name} {count}" for name, count in counts.most_common())
     emptied = sum(not len(sample) and bool(sample.left_out) for sample in index.samples)
-    background = f"without others, and background: {counted(emptied, 'picture')}"
+    background = f"{counted(emptied, 'picture')} without others, kept as background"
     return [f"left out: {counted(counts.total(), 'object')} of other classes ({shown}); {background}", ""]
 
 

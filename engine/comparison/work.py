@@ -155,8 +155,8 @@ class StudyProgress:
                 if not need.is_set and not self.is_open(need):
                     uses[RunFolder(need.path).last] = f"its run is finished and {work.name} begins with it"
             for weights, use in uses.items():
-                advice = "put it back, or remove its run and all that learned from it"
-                expect(weights.is_file(), f"{weights}", f"no such file, but {use}", f"the weights of then: {advice}")
+                expected = "it as it was: put it back, or remove its run and all that learned from it"
+                expect(weights.is_file(), str(weights), f"no such file, but {use}", expected)
 
 
 def read_failure(work: Work) -> tuple[int, str] | None:

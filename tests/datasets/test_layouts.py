@@ -259,7 +259,7 @@ def test_every_reader_refuses_a_set_without_an_object(tmp_path):
     )
     picture(tmp_path / "image_2" / "x.png")
     text(tmp_path / "label_2" / "x.txt", "DontCare -1 -1 -10 1 1 9 9 -1 -1 -1 -1000 -1000 -1000 -10\n")
-    refused("kitti", "all", r"not one object; labels were looked for in .*label_2.*to be ignored: 1 object or regions")
+    refused("kitti", "all", r"not one object; labels were looked for in .*label_2.*; 1 box to be ignored")
     (tmp_path / "label_2" / "x.txt").unlink()
     refused("kitti", "all", "1 x picture without label file")
 
@@ -268,7 +268,7 @@ def test_difficult_objects_alone_can_be_measured_and_not_learnt(tmp_path):
     picture(tmp_path / "images" / "x.png")
     text(tmp_path / "xml" / "x.xml", xml().replace("</object>", "<difficult>1</difficult></object>"))
     index = open_dataset("voc", tmp_path, "all")
-    with pytest.raises(UserError, match="to be ignored: 1 object or regions, and no others"):
+    with pytest.raises(UserError, match="; 1 box to be ignored, and no others"):
         require_objects(index, "set", tmp_path, with_difficult=False)
 
 

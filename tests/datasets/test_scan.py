@@ -65,7 +65,7 @@ def test_bad_fraction_and_check():
     check(report("picture dropped", "picture dropped", "object dropped", "object dropped"), 0.001)
     with pytest.raises(UserError, match="1 picture and 0 objects are bad"):
         check(report("picture dropped"), 0)  # unless none at all was asked for
-    with pytest.raises(UserError, match=r"no picture can be used of 1; first: x.txt:3: why"):
+    with pytest.raises(UserError, match=r"no picture of 1 can be used; first: x.txt:3: why"):
         check(scan(DatasetIndex(("cat",), (), (fault("picture dropped"),))))
     three = ("noted", *["picture dropped"] * 3)
     with pytest.raises(UserError, match=r"3 pictures and 0 objects are bad \(2.94 %\).*first: x.txt:3: why") as caught:

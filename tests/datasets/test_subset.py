@@ -69,7 +69,7 @@ def test_names_that_are_not_there(roots, format):
 def test_the_scan_counts_what_is_left_out(roots, capsys):
     main(["coco", str(roots / "coco"), "train", "--classes", "hen,cat"])
     printed = capsys.readouterr().out
-    assert "left out: 3 objects of other classes (dog 3); without others, and background: 1 picture" in printed
+    assert "left out: 3 objects of other classes (dog 3); 1 picture without others, kept as background" in printed
     assert "2 without objects, 2 classes" in printed and "bad: 0 pictures, 0 objects" in printed
     main(["coco", str(roots / "coco"), "train"])
     assert "left out" not in capsys.readouterr().out

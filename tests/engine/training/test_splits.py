@@ -164,7 +164,7 @@ def test_a_test_split_of_difficult_objects_alone_is_refused_where_they_do_not_co
     data = {"format": "voc"}
     for evaluation in ({}, {"protocol": "voc12", "ignore_difficult": False}):
         config = tiny_config(tmp_path / "voc", tmp_path / "runs", data=data, evaluation=evaluation)
-        with pytest.raises(UserError, match=r"voc test: 3 pictures and not one .* to be ignored: .*, and no others"):
+        with pytest.raises(UserError, match=r"voc test: 3 pictures and not one object.* to be ignored, and no others"):
             open_splits(config, lambda text: None)
     config = tiny_config(tmp_path / "voc", tmp_path / "runs", data=data, evaluation={"ignore_difficult": False})
     assert len(open_splits(config, lambda text: None).test) == 3
