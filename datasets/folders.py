@@ -26,7 +26,7 @@ def is_left_out(name: str) -> bool:
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """A name as it is, with its accents inside the letters, and beside them, as macOS writes the names of files."""
+    """A name as it is, composed (NFC), and decomposed (NFD), as macOS writes the names of files."""
     if name.isascii():
         return (name,)
     return tuple(dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))))
