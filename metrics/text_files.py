@@ -103,10 +103,11 @@ def read_text_ground_truth(
         declared = sorted_tokens(rows.token)
         label_of = {name: label for label, name in enumerate(declared)}
     else:
-        if listed is not None or is_yolo:
-            name_numbers(rows, listed or declared)
         number_labels = (places(declared),)
-        label_of = find_labels(rows.used, declared, number_labels, is_listed=names is not None)
+        has_places = listed is not None or is_yolo
+        if has_places:  # the tokens are names from here on
+            name_numbers(rows, listed or declared)
+        label_of = find_labels(rows.used, declared, () if has_places else number_labels, is_listed=names is not None)
     ground_truth, notes = rows.ground_truth(label_of, len(pictures), declared)
     if text_boxes == "xywh":
         notes += corner_note(rows.columns, " (--ground-truth-boxes xyxy)")

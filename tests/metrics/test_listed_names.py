@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from errors import UserError
 from metrics.files import read_detections, read_ground_truth
@@ -32,6 +33,37 @@ def write_digits(folder, form):
         else:
             (truth / f"{n}.txt").write_text(f"{n} {10 * n} 0 5 8\n")  # its numbers are places in the list, too
     return truth
+
+
+@pytest.mark.parametrize("given", ["names", "classes.txt", "fractions"])
+def test_places_in_text_are_taken_once(tmp_path, given):
+    """The places become names of digits, which are no places again."""
+    truth = write_digits(tmp_path, "text")
+    names, options = NAMES, {}
+    if given == "classes.txt":
+        names = None
+        for folder in (truth, tmp_path / "dt"):
+            (folder / "classes.txt").write_text("\n".join(NAMES))
+    if given == "fractions":
+        (tmp_path / "images").mkdir()
+        for n in range(3):
+            Image.new("RGB", (100, 50)).save(tmp_path / "images" / f"{n}.png")
+            (truth / f"{n}.txt").write_text(f"{n} 0.5 0.5 0.1 0.1\n")
+        options = {"text_boxes": "cxcywhn", "images": tmp_path / "images"}
+    annotations = read_ground_truth(truth, names=names, **options)
+    assert annotations.ground_truth.labels.tolist() == [0, 1, 2]
+    assert read_detections(tmp_path / "dt", annotations)[1].labels.tolist() == [0, 1, 2]
+
+
+def test_numbers_beside_words_are_names(tmp_path):
+    names = (*NAMES, "cat")
+    truth = write_digits(tmp_path, "coco")
+    tree = json.loads(truth.read_text())
+    truth.write_text(json.dumps(tree | {"categories": [{"id": n, "name": name} for n, name in enumerate(names)]}))
+    for n, name in enumerate(("cat", *NAMES[:2])):
+        (tmp_path / "dt" / f"{n}.txt").write_text(f"{name} 0.9 0 0 5 8\n")
+    annotations = read_ground_truth(truth, names=names)
+    assert read_detections(tmp_path / "dt", annotations)[1].labels.tolist() == [3, 0, 1]
 
 
 @pytest.mark.parametrize("form", ["coco", "voc", "text"])
