@@ -60,6 +60,7 @@ def categories_of(*rows):
         ((("cells", None), ("RBC", "other")), {1}, ("cells", "RBC")),
         ((("a", "none"), ("b", "a"), ("c", "b")), {2}, ("c",)),
         ((("_background_", None), ("RBC", None)), {1}, ("RBC",)),
+        ((("cells", None), ("_background_", None), ("RBC", "cells")), {2}, ("RBC",)),
         ((("Background", None), ("RBC", None)), {0, 1}, ("Background", "RBC")),
     ],
 )
