@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +234,13 @@ def test_a_run_that_goes_on_with_other_batches_keeps_its_schedule(make_tiny, mon
     assert rates == pytest.approx([0.01 * (1 - 0.9 * number / (3 * 24 / size)) for number in expected])
     row = run_folder.read_metrics(run_folder.Path(config.runs) / "tiny" / "metrics.csv")[-1]
     assert float(row["lr"]) == pytest.approx(rates[-1])
+
+
+def test_the_schedule_counts_steps_of_several_batches():
+    config = SimpleNamespace(optimizer=SimpleNamespace(accumulate=2))
+    setup = SimpleNamespace(config=config, steps_per_epoch=2)  # of 3 batches
+    states = [TrainingState(epoch=epoch, batch=batch) for epoch in (0, 1) for batch in (0, 2)]
+    assert [step.scheduled_step(setup, state) for state in states] == [0, 1, 2, 3]
 
 
 def test_an_epoch_counted_in_other_batches_has_the_same_means():
