@@ -183,12 +183,12 @@ def choose_thresholds(page: str, pair: tuple[Side, Side] | None, left: Place, ri
     overlap = sides.title_of_overlap([suppresses(side.detector.info.arch) for side in pair or ()])
     if page != COMPARE:
         score, overlap = ((f"{what}, {sides.NOT_USED}", texts.NO_BOXES) for what in ("Score", "Overlap"))
-    sliders = ((left, "score", 0.01, 0.25, *score), (right, "iou", 0.05, 0.7, *overlap))
-    values = (
-        place.slider(title, least, 0.95, first, key=key, help=reason, disabled=title.endswith(sides.NOT_USED))
-        for place, key, least, first, title, reason in sliders
-    )
-    return Thresholds(*values)
+
+    def slide(place: Place, key: str, least: float, first: float, title: str, reason: str) -> float:
+        is_idle = title.endswith(sides.NOT_USED)
+        return place.slider(title, least, 0.95, first, key=key, help=reason, disabled=is_idle)
+
+    return Thresholds(slide(left, "score", 0.01, 0.25, *score), slide(right, "iou", 0.05, 0.7, *overlap))
 
 
 def choose_enhancement(place: Place) -> Enhancement:

@@ -122,7 +122,7 @@ class Int8Conv(nn.Module):
         self.gate = Int8Range() if has_gate else None
 
     def forward(self, x: Tensor, conv: nn.Conv2d, bn: nn.Module, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # asked, since the exporter does not know the context below
+        if torch.is_autocast_enabled(x.device.type):  # asked first: the exporter cannot trace the context below
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), conv, bn, activation)
         weight, bias = folded(conv, bn) if isinstance(bn, nn.BatchNorm2d) else (conv.weight, conv.bias)

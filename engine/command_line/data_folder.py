@@ -167,9 +167,9 @@ def yaml_splits(root: Path) -> list[str]:
 
 
 def absent_splits(root: Path, names: list[str]) -> list[str]:
-    """Of these the splits to test on that a data.yaml names and nobody has exported, if pictures to train on are there.
+    """The splits among `names` whose pictures are not there; none where those to train on are missing too.
 
-    Exporters write the same three lines whatever they export.
+    Exporters write train, val and test into data.yaml, whatever they export.
     """
     if not any(str(role_of(name)).startswith("train") for name in names) or not yaml_splits(root):
         return []
