@@ -111,7 +111,8 @@ def compare(
     UserError as for train, and after all other runs if one had a loss that is not finite.
     """
     study = load_study(config, as_overrides(changes), seeds=seeds)
-    return comparison.compare(study, only=None if only_rows is None else list(only_rows))
+    only = None if only_rows is None else list(model.list_of_texts("only_rows", only_rows))
+    return comparison.compare(study, only=only)
 
 
 def evaluate(

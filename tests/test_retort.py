@@ -94,6 +94,9 @@ def test_load_takes_a_name_and_refuses_what_it_does_not_know(tmp_path, monkeypat
         retort.load("yolov8_narrow")
     with pytest.raises(retort.UserError, match="argument classes"):
         retort.load("yolov8_narrow", classes=["cat"])
+    for wrong in ("cat", 3, [1, 2]):
+        with pytest.raises(retort.UserError, match=r"argument classes: found .*, expected a list of texts"):
+            retort.load("yolov8n", classes=wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------- predict
@@ -173,6 +176,10 @@ def test_thresholds_are_those_that_are_given(run, model):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("score", "0.5"),
+        ("max_detections", 2.5),
+        ("batch_size", 2.5),
+        ("image_size", 64.0),
         ("iou", 1.5),
         ("iou", float("nan")),
         ("max_detections", 0),
@@ -185,10 +192,10 @@ def test_thresholds_are_those_that_are_given(run, model):
 )
 def test_a_setting_out_of_range_is_refused(run, model, name, value):
     """Python takes a negative count as one from the end, and an empty range as no work: nothing would fail."""
-    with pytest.raises(retort.UserError, match=f"argument {name}: found {value:g}, expected"):
+    with pytest.raises(retort.UserError, match=f"argument {name}: found {value!r}, expected"):
         model.predict(photo(run), **{name: value})
     name = {"iou": "iou_threshold", "score": "score_threshold"}.get(name, name)
-    with pytest.raises(retort.UserError, match=f"argument {name}: found {value:g}, expected"):
+    with pytest.raises(retort.UserError, match=f"argument {name}: found {value!r}, expected"):
         retort.evaluate(model, "yolo", run / "set", "test", **{name: value})
 
 
@@ -199,11 +206,25 @@ def test_weights_that_change_change_what_is_found(run):
     first = model._predictor
     np.testing.assert_array_equal(boxes_of(model.predict(photo(run))), before)
     assert model._predictor is first
-    with torch.no_grad():
-        for level in model.module.head.cls:
-            level[2].bias.add_(1.0)
+    for level in model.module.head.cls:
+        level[2].bias.data.add_(1.0)  # leaves the tensor's address and version alone
     after = model.predict(photo(run))
     assert len(boxes_of(after)) > len(before)
+    model.module.half()
+    for call in (lambda: model.predict(photo(run)), lambda: retort.evaluate(model, "yolo", run / "set", "test")):
+        with pytest.raises(retort.UserError, match="module: found parameters in float16, expected float32"):
+            call()
+
+
+def test_calls_share_neither_settings_nor_pixels(run, model):
+    """Two threads may predict at once, and a caller may fill its buffer with the next frame."""
+    pixels = np.asarray(Image.open(photo(run)).convert("RGB")).copy()
+    (found,), shared = model.predict(pixels, score=0.01), model._predictor[1]
+    before = shared.detection
+    model.predict(pixels, score=0.9, image_size=2 * SIZE)
+    assert shared.detection is before and shared.image_size == SIZE
+    pixels[:] = 0
+    assert found.picture.any()
 
 
 # ------------------------------------------------------------------------------------------------------- Detections
@@ -221,6 +242,7 @@ def test_detections_are_arrays_a_table_and_a_drawing(run, model):
     assert rows[0].split()[1:] == [f"{found.scores[0]:.2f}", *(f"{v:.1f}" for v in found.xyxy[0])]
     sure = found[found.scores > 0.6]
     assert 0 < len(sure) < len(found) and (sure.scores > 0.6).all() and sure.class_names == model.names
+    assert str(found[0]).splitlines()[2:] == rows[:1]
     drawn = found.draw()
     assert drawn.size == (SIZE, SIZE) and (np.asarray(drawn) != found.picture).any()
     none = model.predict(photo(run), score=1.0)[0]
@@ -302,6 +324,9 @@ def test_evaluate_gives_the_numbers_of_the_run_and_of_the_command(run, model, tr
         retort.evaluate(model, "yolo", run / "set", "test", protocol="voc")
     with pytest.raises(retort.UserError, match="argument protocoll: expected one of classes"):
         retort.evaluate(model, "yolo", run / "set", "test", protocoll="voc07")
+    for name in ("classes", "class_map", "ignore_difficult"):
+        with pytest.raises(retort.UserError, match=f"argument {name}: found 'red', expected"):
+            retort.evaluate(model, "yolo", run / "set", "test", **{name: "red"})
 
 
 def test_compare_is_the_command(tmp_path, monkeypatch):

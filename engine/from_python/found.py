@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -51,8 +52,9 @@ class Detections(structures.Detections):
         """A copy of the picture with a box and a label for each detection."""
         return draw_detections(self.picture, self, self.class_names, show_scores=show_scores)
 
-    def __getitem__(self, rows: Tensor) -> "Detections":
-        """The detections chosen by an index or a mask (M,): `found[found.scores > 0.5]`."""
+    def __getitem__(self, rows: Tensor | int) -> "Detections":
+        """The detections chosen by an index, a list of them or a mask (M,): `found[found.scores > 0.5]`."""
+        rows = torch.tensor([rows]) if isinstance(rows, int) else rows
         columns = (self.boxes_xyxy[rows], self.scores[rows], self.labels[rows])
         return Detections(*columns, self.class_names, self.picture, self.source)
 

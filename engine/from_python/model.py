@@ -1,8 +1,10 @@
 """A detector as a user of retort.py holds it: loaded by name or from a file, shown pictures, measured on a dataset."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -32,14 +34,15 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 class Model:
     """A detector with what is known of it. Printed, it is one line.
 
-    module: the nn.Module, a structures.Detector, in eval mode; its tensors may be changed, predict then uses them.
+    module: the nn.Module, a structures.Detector, in eval mode, float32; its tensors may be changed, in any way: predict
+        then uses them.
     names: its K classes. arch, image_size (pixels), and more in info, a checkpoint.CheckpointInfo.
     source: where its weights are from.
     """
 
     def __init__(self, module: nn.Module, info: CheckpointInfo, source: str, device: torch.device) -> None:
         self.module, self.info, self.source, self.device = module, info, source, device
-        self._predictor: tuple[object, Predictor] | None = None
+        self._predictor: tuple[dict[str, Tensor], Predictor] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,8 +80,11 @@ class Model:
         score: detections with a lower one are dropped. iou: non-maximum suppression drops a box with a higher IoU with
             a better one of its class. max_detections: of a picture. None: as the model is evaluated.
         image_size: side of the model's square input in pixels, a multiple of 32. None: as it was trained.
-        UserError for a picture that cannot be read, or that is no picture, and for a value out of range.
+        UserError for a picture that cannot be read, or that is no picture, and for a value out of range. Threads may
+        call it at the same time.
         """
+        whole = {"max_detections": max_detections, "image_size": image_size, "batch_size": batch_size}
+        check_kinds({"score": score, "iou": iou}, whole)
         given = {"score_threshold": score, "iou_threshold": iou, "max_detections": max_detections}
         detection = self.info.evaluation.detection.changed(**given)
         detection.check(score="argument score", iou="argument iou", most="argument max_detections")
@@ -87,7 +93,7 @@ class Model:
         check_image_size("argument image_size", size)
         expect(batch_size >= 1, "argument batch_size", batch_size, "at least 1")
         opened = open_pictures(pictures)
-        predictor = self._fused()
+        predictor = copy.copy(self._fused())  # threads share the model, and have settings of their own
         predictor.image_size, predictor.detection = size, detection
         found = []
         for start in range(0, len(opened), batch_size):
@@ -98,12 +104,45 @@ class Model:
         return found
 
     def _fused(self) -> Predictor:
-        """The predictor of the module's present weights: its copy has folded BatchNorms, and is made anew with them."""
-        tensors = self.module.state_dict(keep_vars=True).values()
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if self._predictor is None or self._predictor[0] != state:
-            self._predictor = (state, Predictor(self.module, image_size=self.image_size, device=self.device))
-        return self._predictor[1]
+        """The predictor of the module's present weights: its copy has folded BatchNorms, and is made anew with them.
+
+        The weights are compared as numbers: a change through `.data` leaves address and version of a tensor alone.
+        """
+        check_float32(self.module)
+        state, held = self.module.state_dict(), self._predictor
+        if held is None or not are_equal(held[0], state):
+            kept = {name: tensor.clone() for name, tensor in state.items()}
+            held = self._predictor = (kept, Predictor(self.module, image_size=self.image_size, device=self.device))
+        return held[1]
+
+
+def are_equal(kept: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same entries."""
+    return kept.keys() == state.keys() and all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(kept.values(), state.values())
+    )
+
+
+def check_float32(module: nn.Module) -> None:
+    """UserError for a module in another precision than load gives it."""
+    found = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    expected = "float32: images are; evaluate has an argument precision"
+    expect(found is None, "module", f"parameters in {str(found).removeprefix('torch.')}", expected)
+
+
+def check_kinds(numbers: dict[str, Any], whole: dict[str, Any]) -> None:
+    """UserError for an argument, by name, that is no number, or no whole number. None stands for the default."""
+    for kind, given, expected in ((Real, numbers, "a number"), (Integral, whole, "a whole number")):
+        for name, value in given.items():
+            is_met = value is None or (isinstance(value, kind) and not isinstance(value, bool))
+            expect(is_met, f"argument {name}", repr(value), expected)
+
+
+def list_of_texts(what: str, given: Sequence[str]) -> tuple[str, ...]:
+    """An argument that is a list of texts; a single text would be taken for the list of its letters."""
+    is_met = isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(one, str) for one in given)
+    expect(is_met, f"argument {what}", repr(given), "a list of texts")
+    return tuple(given)
 
 
 def load(
@@ -112,6 +151,7 @@ def load(
     """See retort.load."""
     chosen = choose_device(device)
     is_name = str(source) in models.ARCHITECTURES and not Path(source).exists()
+    classes = None if classes is None else list_of_texts("classes", classes)
     if classes is not None and not is_name:
         raise UserError(f"argument classes: found {len(classes)} with {source}, whose classes are those of its file")
     if is_name:
@@ -139,12 +179,19 @@ def evaluate(
     known = [f.name for f in fields(EvaluationConfig) if f.name not in ("every_epochs", "of_start")]
     if unknown := [name for name in settings if name not in known]:
         raise UserError(f"argument {unknown[0]}: expected one of classes, class_map, image_size, {', '.join(known)}")
+    settings = {name: value for name, value in settings.items() if value is not None}
     for name in ("protocol", "precision"):
         expected = get_args(get_type_hints(EvaluationConfig)[name])
         if name in settings:
             expect(
                 settings[name] in expected, f"argument {name}", repr(settings[name]), f"one of {', '.join(expected)}"
             )
+    whole = {name: settings.get(name) for name in ("max_detections", "batch_size")}
+    whole |= {"image_size": image_size, "workers": workers}
+    check_kinds({name: settings.get(name) for name in ("score_threshold", "iou_threshold")}, whole)
+    ignores = settings.get("ignore_difficult", True)
+    expect(isinstance(ignores, bool), "argument ignore_difficult", repr(ignores), "True or False")
+    check_float32(model.module)
     models.check_suppression("argument iou_threshold", model.arch, settings.get("iou_threshold"))
     evaluation = replace(model.info.evaluation, **settings)
     size = model.image_size if image_size is None else image_size
@@ -157,9 +204,9 @@ def evaluate(
         model.module,
         model.names,
         place,
-        classes=tuple(classes),
+        classes=list_of_texts("classes", classes),
         own_classes=model.info.classes,
-        given=read_class_map(list(class_map)),
+        given=read_class_map(list_of_texts("class_map", class_map)),
         with_difficult=evaluation.counts_difficult,
         image_size=size,
         device=model.device,
@@ -193,7 +240,7 @@ def open_pictures(pictures: Picture | Sequence[Picture]) -> list[tuple[str, Pict
 
 
 def read_pixels(picture: Picture, source: str) -> np.ndarray:
-    """Its pixels, upright, (H, W, 3) uint8 RGB. UserError for anything that is no picture."""
+    """Its pixels, upright, (H, W, 3) uint8 RGB, in memory of their own. UserError for anything that is no picture."""
     if isinstance(picture, str | Path):
         return read_image(picture)
     if isinstance(picture, Image.Image):
@@ -213,4 +260,4 @@ def read_pixels(picture: Picture, source: str) -> np.ndarray:
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
         found = f"{picture.dtype} {picture.shape}"
         raise UserError(f"{source}: found {found}, expected uint8 (H, W, 3), RGB")
-    return picture
+    return np.array(picture)  # a caller's buffer may have the next picture by the time this one is drawn
