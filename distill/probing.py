@@ -14,6 +14,7 @@ from distill.checks import term_name
 from distill.losses.box_classes import teacher_scale
 from distill.terms import LOSSES
 from errors import UserError
+from layers.eval_mode import in_eval_mode
 from structures import Targets
 
 if TYPE_CHECKING:
@@ -26,12 +27,8 @@ NO_LOSS = 1e-12  # rounding can leave this much of a loss that is 0 by its formu
 def probe(model: nn.Module, image_size: int) -> Any:
     """The model's output for two grey images, in eval mode. Afterwards the model is in the mode it was in before."""
     parameter = next(model.parameters())
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         return model(torch.full((2, 3, image_size, image_size), 0.5, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
@@ -46,7 +43,7 @@ def try_term(criterion: "Criterion", term: TermConfig, s_probe: Any, t_probe: An
     anywhere = {"boxes": "targets"} if "boxes" in LOSSES[term.loss].parameters() else {}
     at_targets = dataclasses.replace(term, parameters={**term.parameters, **anywhere})
     values = []
-    with in_eval_mode(criterion):
+    with trial_of(criterion):
         criterion.term_loss(term, BatchOutputs(s_probe, {term.teacher: t_probe}, targets))
         for _ in range(2):
             s, t = random_output(s_probe, generator), random_output(t_probe, generator)
@@ -75,7 +72,7 @@ def reads_objects(criterion: "Criterion", term: TermConfig, s_probe: Any, t_prob
         best = best / teacher_scale(s.image_size, t.image_size, like=best)
         objects = dataclasses.replace(objects[torch.tensor([0, len(objects) // 2])], boxes_xyxy=best)  # one each
     values = []
-    with in_eval_mode(criterion):
+    with trial_of(criterion):
         for targets in (objects, Targets.empty(objects.labels.device)):
             torch.manual_seed(0)  # a loss that draws draws the same
             values.append(criterion.term_loss(term, BatchOutputs(s, {term.teacher: t}, targets)).item())
@@ -83,18 +80,11 @@ def reads_objects(criterion: "Criterion", term: TermConfig, s_probe: Any, t_prob
 
 
 @contextlib.contextmanager
-def in_eval_mode(criterion: "Criterion") -> Iterator[None]:
+def trial_of(criterion: "Criterion") -> Iterator[None]:
     """Student and criterion in eval mode. The weights of later terms do not depend on draws in here."""
-    student = criterion.student
-    was_training = student.training
-    criterion.to(next(student.parameters()).device).eval()
-    student.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        criterion.train()
-        student.train(was_training)
+    criterion.to(next(criterion.student.parameters()).device)
+    with in_eval_mode(criterion.student), in_eval_mode(criterion), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def objects_of_probe(criterion: "Criterion", term: TermConfig, s_probe: Any) -> Targets:

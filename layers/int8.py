@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.eval_mode import in_eval_mode
 from layers.fusion import folded
 
 WEIGHT_LEVELS = 127  # of each sign
@@ -156,12 +157,10 @@ def add_int8(model: nn.Module) -> None:
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Int8Conv)]
     hooks += [model.get_submodule(n).register_forward_hook(lambda *call: rounded.append(call[2])) for n in modules]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, 64, 64, device=next(model.parameters()).device))
+        with torch.no_grad(), in_eval_mode(model):
+            model(torch.zeros(1, 3, 64, 64, device=next(model.parameters()).device))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
 

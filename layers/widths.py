@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.channel_groups import STAYS, ChannelGroups, find_groups
+from layers.eval_mode import in_eval_mode
 
 Shapes = Mapping[str, tuple[int, ...]]  # of each entry of a state dict
 
@@ -36,10 +37,8 @@ def set_widths(model: nn.Module, widths: Mapping[str, int]) -> None:
         resize(model.get_submodule(path), key, shape)
     model.apply(reset)
     channels = cast(dict[str, int], model.channels)  # structures.Detector declares it
-    training = model.training
-    with torch.no_grad():
-        features = model.eval()(torch.zeros(1, 3, 64, 64)).features
-    model.train(training)
+    with torch.no_grad(), in_eval_mode(model):
+        features = model(torch.zeros(1, 3, 64, 64)).features
     channels.update({name: features[name].shape[1] for name in channels})
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.channel_groups import STAYS, ChannelGroups
+from layers.eval_mode import in_eval_mode
 from structures import Detector, Targets
 
 
@@ -53,19 +54,18 @@ def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Targets]], groups: 
     entries = list(dict.fromkeys(entry for entry, _ in places))
     total, count = torch.zeros(groups.count, dtype=torch.float64), 0
     detector = cast(Detector, model)
-    training, frozen = model.training, [value for value in weights.values() if not value.requires_grad]
-    model.eval()
+    frozen = [value for value in weights.values() if not value.requires_grad]
     for value in frozen:
         value.requires_grad_(True)
-    for images, targets in batches:
-        loss = torch.stack(list(detector.losses(detector(images), targets).values())).sum()
-        gradients = torch.autograd.grad(loss, [weights[entry] for entry in entries])
-        products = {entry: weights[entry].detach() * gradient for entry, gradient in zip(entries, gradients)}
-        total += sum_over_places(groups, places, products).abs()
-        count += 1
+    with in_eval_mode(model):
+        for images, targets in batches:
+            loss = torch.stack(list(detector.losses(detector(images), targets).values())).sum()
+            gradients = torch.autograd.grad(loss, [weights[entry] for entry in entries])
+            products = {entry: weights[entry].detach() * gradient for entry, gradient in zip(entries, gradients)}
+            total += sum_over_places(groups, places, products).abs()
+            count += 1
     for value in frozen:
         value.requires_grad_(False)
-    model.train(training)
     return total / count
 
 

@@ -22,6 +22,7 @@ from datasets.index import DatasetIndex
 from datasets.loader import Batch, Loader
 from engine.runtime.processes import use_bfloat16
 from errors import NOT_FINITE_EXIT_CODE, UserError
+from layers.eval_mode import in_eval_mode
 from metrics import coco, report, voc
 from metrics.tables import DetectionTable, GroundTruth, ground_truth_from_samples
 from structures import Detections, DetectionSettings, Detector
@@ -212,12 +213,8 @@ def evaluate_loader(
     num_classes = getattr(model, "num_classes", len(index.names))
     if num_classes != len(index.names):
         raise UserError(f"the model has {num_classes} classes, the dataset {len(index.names)}: {list(index.names)}")
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         detections, seconds = detect_all(model, loader, detection, device, bfloat16=use_bfloat16(precision, device))
-    finally:
-        model.train(was_training)
     if loader.world_size > 1:
         parts: list[Any] = [None] * loader.world_size
         torch.distributed.all_gather_object(parts, detections)

@@ -13,9 +13,9 @@ from engine.runtime.processes import Processes
 from engine.training.balance import balance_table, balances
 from engine.training.building import TrainingSetup, build, count_parameters, describe_setup
 from engine.training.idle_terms import without_idle_terms
-from engine.training.run_pictures import in_eval_mode
 from engine.training.step import augment_batch, detection_losses, set_learning_rates
 from errors import counted
+from layers.eval_mode import in_eval_mode
 from structures import Targets
 
 

@@ -36,6 +36,7 @@ from engine.runtime.progress import Progress
 from engine.runtime.run_folder import RunFolder
 from engine.training.building import TrainingSetup
 from engine.training.teaching import resize_images
+from layers.eval_mode import in_eval_mode
 from metrics.report import DetectionReport
 from teachers.dinov2 import DINOv2, patch_pca
 
@@ -133,16 +134,6 @@ def term_sheet(setup: TrainingSetup, name: str, term: TermConfig, images: Tensor
     if is_dino:
         legends.append(heat_legend("Attention of the class token, mean of its heads", sheet.width))
     return stack([sheet, *legends])
-
-
-@contextlib.contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 @contextlib.contextmanager
