@@ -10,7 +10,7 @@ truncated ones. Box sizes are COCO's: small below an area of 32 x 32 pixels, lar
 import csv
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +21,10 @@ from datasets.images import read_image
 from datasets.index import ANY_CLASS, NO_LABEL_FILE, DatasetIndex, Fault
 from datasets.open import READERS, open_dataset
 from datasets.overlap import find_overlap
+from datasets.text_table import aligned, short_name
 from errors import ArgumentParser, UserError, counted, expect, run_script, shortened
 
 SMALL_AREA, LARGE_AREA = 32.0**2, 96.0**2  # pixels^2 (cocodataset.org, detection evaluation)
-SHOWN_NAME = 24  # characters of a class name in the table
 FEW = 3  # fewer bad pictures or objects never stop a run: one bad picture of ten is not a bad tenth of a set
 SUGGESTED = (0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -87,8 +87,7 @@ class ScanReport:
             medium = learnt.sum() - small.sum() - large.sum()
             num_pictures = len(np.unique(picture[chosen]))
             counts = num_pictures, learnt.sum(), (chosen & ignore).sum(), small.sum(), medium, large.sum()
-            shown = name if len(name) <= SHOWN_NAME else name[: SHOWN_NAME - 1] + "…"
-            rows.append((shown, *(str(count) for count in counts)))
+            rows.append((short_name(name), *(str(count) for count in counts)))
         empty = sum(len(sample) == 0 for sample in samples)
         missing = sum(fault.kind == NO_LABEL_FILE for fault in self.index.faults)
         without = f"{empty} without objects" + (f" ({missing} of them without a label file)" if missing else "")
@@ -98,7 +97,7 @@ class ScanReport:
             f"{counted(len(samples), 'picture')}{_sizes(self.index)}, {without}, {counted(len(names), 'class')}{soft}; "
             + ("every picture decoded" if self.decoded else "headers read, pictures not decoded"),
             "",
-            *_align(rows),
+            *aligned(rows),
             "",
             *_left_out_lines(self.index),
             *(line for note in self.notes for line in (note, "")),
@@ -121,7 +120,7 @@ class ScanReport:
             fault = first[key]
             where = fault.path if fault.line is None else f"{fault.path}:{fault.line}"
             rows.append((str(count), *key, where))
-        return [*_align(rows, right=(0,)), ""]
+        return [*aligned(rows, right=(0,)), ""]
 
     def write(self, folder: str | Path) -> None:
         """Write dataset_report.txt (the table) and dataset_report.csv (one row a fault) into a folder."""
@@ -220,17 +219,6 @@ def _sizes(index: DatasetIndex) -> str:
     widths, heights = [s.width for s in index.samples], [s.height for s in index.samples]
     low, high = f"{min(widths)} x {min(heights)}", f"{max(widths)} x {max(heights)}"
     return f" of {low}" if low == high else f" of {low} to {high}"
-
-
-def _align(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] | None = None) -> list[str]:
-    """Lines with columns of equal width. right: the columns to align right (default: all but the first)."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = tuple(range(1, len(widths))) if right is None else right
-    cells = []
-    for row in rows:
-        padded = enumerate(zip(row, widths))
-        cells.append([text.rjust(width) if column in right else text.ljust(width) for column, (text, width) in padded])
-    return ["  ".join(row).rstrip() for row in cells]
 
 
 def main(argv: list[str]) -> int:

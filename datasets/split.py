@@ -33,6 +33,7 @@ from datasets.folders import files_in
 from datasets.index import DatasetIndex, Sample
 from datasets.near_duplicates import DISTANCE, group_near_duplicates
 from datasets.open import READERS, open_dataset
+from datasets.text_table import aligned, short_name
 from datasets.values import read_id
 from datasets.voc import find_part
 from datasets.yolo_txt import find_yaml
@@ -56,15 +57,13 @@ class Division:
     def table(self) -> str:
         """A table of the pictures in each split, in all and with each class, as numbers and shares."""
         total = class_pictures(self.index)
-        names = [name if len(name) <= 24 else name[:23] + "…" for name in self.index.names]
         lines = [["", *self.rows]]
         lines.append(["pictures", *(f"{len(rows)} ({len(rows) / len(self.index):.0%})" for rows in self.rows.values())])
-        for label, name in enumerate(names):
+        for label, name in enumerate(self.index.names):
             count = total[:, label].sum()
             cells = (int(total[rows, label].sum()) for rows in self.rows.values())
-            lines.append([name, *(f"{cell} ({cell / count:.0%})" if count else "0" for cell in cells)])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+            lines.append([short_name(name), *(f"{cell} ({cell / count:.0%})" if count else "0" for cell in cells)])
+        text = aligned(lines, right=())
         sizes = np.bincount(self.groups)
         shared = sizes[sizes > 1]
         groups = (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, TermConfig
+from datasets.text_table import aligned
 from distill.criterion import Criterion
 from distill.outputs import named_map
 from distill.terms import LOSSES
@@ -89,8 +90,7 @@ def map_table(criterion: Criterion, s_output: Any, t_outputs: dict[str, Any]) ->
             on_top = f"{name_trained_part(term)}, {trained:,} parameters" if trained else "nothing"
             t_text = f"{term.teacher} {name_and_shape(t_outputs.get(term.teacher, s_output), t_name)}"
             rows.append((name, name_and_shape(s_output, s_name), on_top, t_text))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(aligned(rows, right=()))
 
 
 def name_trained_part(term: TermConfig) -> str:

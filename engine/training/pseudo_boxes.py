@@ -37,6 +37,7 @@ from config import Config, PseudoBoxConfig
 from datasets.class_names import join_classes
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
+from datasets.text_table import aligned
 from engine.evaluation.cross_dataset import MOST_DETECTIONS
 from engine.evaluation.measuring import detect_all
 from engine.training.teaching import load_frozen
@@ -119,16 +120,11 @@ class PseudoBoxes:
         for name, c in tree["classes"].items():
             scores = ["-" if c[key] is None else f"{c[key]:.3f}" for key in ("threshold", "ignore_above")]
             rows.append((name, *scores, str(c["objects"]), str(c["ignored"])))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
-            for row in rows
-        ]
         head = (
             f"pseudo boxes of teacher {self.teacher!r} at {self.image_size} px in {counted(self.pictures, 'picture')}, "
         )
         head += f"suppressed above IoU {self.iou_threshold:g}"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *aligned(rows)])
 
 
 def finite_or_none(score: float) -> float | None:
