@@ -344,23 +344,19 @@ def apply_override(tree: dict, override: str) -> None:
     node: Any = tree
     *parents, last = key.split(".")
     for part in parents:
-        if isinstance(node, list):
-            node = node[_list_index(node, part, override)]
-        elif isinstance(node, dict):
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        else:
-            raise UserError(f"argument {override!r}: {part!r} is inside a plain value")
-    if isinstance(node, list):
-        node[_list_index(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"argument {override!r}: {last!r} is inside a plain value")
+        index = _index_in(node, part, override)
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[index]
+    node[_index_in(node, last, override)] = value
 
 
-def _list_index(node: list, part: str, override: str) -> int:
+def _index_in(node: Any, part: str, override: str) -> str | int:
+    """A part of a dotted key, as it indexes this dict or list."""
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise UserError(f"argument {override!r}: {part!r} is inside a plain value")
     if not part.isdigit() or int(part) >= len(node):
         raise UserError(f"argument {override!r}: found {part!r}, expected an index 0..{len(node) - 1}")
     return int(part)
