@@ -282,6 +282,10 @@ class Config:
     def seed_of_views(self) -> int:
         return self.seed if self.view_seed is None else self.view_seed
 
+    def teacher_named(self, name: str) -> TeacherConfig:
+        """The teacher of this name, which is one of `teachers`."""
+        return next(teacher for teacher in self.teachers if teacher.name == name)
+
     @property
     def pseudo_boxes(self) -> PseudoBoxConfig | None:
         return None if self.data.unlabelled is None else self.data.unlabelled.pseudo

@@ -199,7 +199,7 @@ def check_use_of_unlabelled(config: Config) -> None:
         return
     if not config.detection_weight:
         raise UserError("key 'data.unlabelled.pseudo': nothing learns from boxes, expected detection_weight above 0")
-    teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
+    teacher = config.teacher_named(pseudo.teacher)
     if teacher.arch == EMA or teacher.arch in models.TEACHERS:
         found = f"key 'data.unlabelled.pseudo.teacher': {teacher.name!r} is {teacher.arch}"
         raise UserError(f"{found}, expected a detector that learns nothing during the run")

@@ -65,7 +65,7 @@ def pseudo_flops(config: Config) -> float:
     """FLOPs of making the pseudo boxes of a run, once; 0 without. Opens the dataset to count its pictures."""
     if (pseudo := config.pseudo_boxes) is None:
         return 0.0
-    teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
+    teacher = config.teacher_named(pseudo.teacher)
     pictures = len(open_indexes(config)["unlabelled"])
     size, widths = pseudo_image_size(config), widths_in(teacher.weights, teacher.arch)
     return float(pictures * forward_flops(teacher.arch, size, count_classes(config), widths=widths))

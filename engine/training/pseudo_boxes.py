@@ -219,7 +219,7 @@ def pseudo_image_size(config: Config, given_names: Collection[str] = ()) -> int:
     """
     pseudo = config.pseudo_boxes
     assert pseudo is not None
-    teacher = next(teacher for teacher in config.teachers if teacher.name == pseudo.teacher)
+    teacher = config.teacher_named(pseudo.teacher)
     if size := pseudo.image_size or teacher.image_size:
         return size
     if teacher.weights is None or teacher.name in given_names or teacher.is_random:

@@ -92,7 +92,7 @@ def inherit(
         source, wide = f"teacher {choice.teacher!r}", given[choice.teacher]
     else:
         arch, source = inherit_source(config)
-        aliases = next((teacher.class_aliases for teacher in config.teachers if teacher.name == choice.teacher), None)
+        aliases = None if choice.teacher is None else config.teacher_named(choice.teacher).class_aliases
         wide = fine_tuning.start_model(arch, class_names, source, new_head=settings.new_head, aliases=aliases, say=say)
     head = models.head_of(settings.arch, len(class_names), wide.state_dict())
     head.pop("class_width", None)  # the student's own
@@ -118,7 +118,7 @@ def inherit_source(config: Config) -> tuple[str, str]:
     assert choice is not None
     arch, path = choice.arch, choice.weights
     if choice.teacher is not None:
-        teacher = next(teacher for teacher in config.teachers if teacher.name == choice.teacher)
+        teacher = config.teacher_named(choice.teacher)
         arch, path, found = teacher.arch, teacher.weights, f"key 'student.inherit.teacher': {choice.teacher!r}"
         if teacher.is_random:
             raise UserError(f"{found} has random weights, expected a file to begin from")
