@@ -21,7 +21,7 @@ flattening, RoIAlign) moves the labels with them. Two labels that are added are 
 connections, C2f, C3, SPPF, a pyramid whose levels share a head, and blocks that are written tomorrow need no rule.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,14 @@ class ChannelGroups:
     def widths(self) -> dict[str, int]:
         """The number of channels of each group."""
         return {name: len(channels) for name, channels in self.groups.items()}
+
+    def best(self, scores: Tensor, widths: Mapping[str, int]) -> Tensor:
+        """(C,) bool: in each group as many channels as its width, those of the best scores (C,); ties: the first."""
+        is_best = torch.zeros(self.count, dtype=torch.bool)
+        for name, channels in self.groups.items():
+            order = scores[channels].argsort(descending=True, stable=True)
+            is_best[channels[order[: widths[name]]]] = True
+        return is_best
 
     def select(self, state: dict[str, Tensor], is_kept: Tensor) -> dict[str, Tensor]:
         """The state dict of the narrower model: without the rows and columns of the channels that are not kept.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from layers.channel_groups import ChannelGroups
@@ -51,8 +50,4 @@ def channels_to_keep(
                 f"{limit / 1e9:.3f}"
             )
         widths[best_name] -= widths[best_name] % multiple or multiple
-    is_kept = torch.zeros(groups.count, dtype=torch.bool)
-    for name, own in groups.groups.items():
-        best = scores[own].argsort(descending=True, stable=True)[: widths[name]]
-        is_kept[own[best]] = True
-    return is_kept
+    return groups.best(scores, widths)

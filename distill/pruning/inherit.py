@@ -6,7 +6,6 @@ The paper takes every n-th channel of each layer by itself. Here the layers of a
 what a layer writes is what the next one was trained to read.
 """
 
-import torch
 from torch import Tensor, nn
 
 from layers.channel_groups import ChannelGroups, find_groups
@@ -22,14 +21,11 @@ def inherited_state(narrow: nn.Module, wide: nn.Module, groups: ChannelGroups, s
     if own.groups.keys() != groups.groups.keys():
         first = next(name for name in [*own.groups, *groups.groups] if (name in own.groups) != (name in groups.groups))
         raise ValueError(f"only one of the two has {first!r}, expected models of one family and depth")
-    is_kept = torch.zeros(groups.count, dtype=torch.bool)
+    widths = own.widths()
     for name, channels in groups.groups.items():
-        width = len(own.groups[name])
-        if width > len(channels):
-            raise ValueError(f"{name!r} has {width} channels, and {len(channels)} where it inherits from")
-        best = scores[channels].argsort(descending=True, stable=True)[:width]
-        is_kept[channels[best]] = True
-    state = groups.select(wide.state_dict(), is_kept)
+        if widths[name] > len(channels):
+            raise ValueError(f"{name!r} has {widths[name]} channels, and {len(channels)} where it inherits from")
+    state = groups.select(wide.state_dict(), groups.best(scores, widths))
     for name, value in narrow.state_dict().items():
         if name not in state or state[name].shape != value.shape:
             raise ValueError(f"{name!r} does not fit, expected models of one family and depth")
