@@ -217,6 +217,7 @@ class _Trace(TorchFunctionMode):
         return label
 
     def groups(self) -> ChannelGroups:
+        """What the trace found. A channel is named here by its root, one of its labels."""
         roots = torch.tensor([self._root(label) for label in range(self.used)])
         axes = {place: roots[labels] for place, labels in self.axes.items()}
         is_read = torch.zeros(self.used, dtype=torch.bool)
@@ -231,18 +232,18 @@ class _Trace(TorchFunctionMode):
         for root in sorted(places):
             if is_read[root]:
                 alike.setdefault(tuple(places[root]), []).append(root)
-        parts: dict[str, list[list[int]]] = {}  # of the first layer that writes them
+        of_layer: dict[str, list[list[int]]] = {}  # the groups of the first layer that writes them
         for where, members in alike.items():
-            parts.setdefault(where[0][0].removesuffix(".weight"), []).append(members)
+            of_layer.setdefault(where[0][0].removesuffix(".weight"), []).append(members)
+        members_of = {
+            layer if len(parts) == 1 else f"{layer}/{number}": members
+            for layer, parts in of_layer.items()
+            for number, members in enumerate(parts, 1)
+        }
+        in_order = torch.tensor([root for members in members_of.values() for root in members], dtype=torch.int64)
         channel_of = torch.full((self.used,), STAYS)
-        groups: dict[str, Tensor] = {}
-        count = 0
-        for name, groups_of_layer in parts.items():
-            for part, members in enumerate(groups_of_layer, 1):
-                channels = torch.arange(count, count + len(members))
-                channel_of[members] = channels
-                groups[name if len(groups_of_layer) == 1 else f"{name}/{part}"] = channels
-                count += len(members)
+        channel_of[in_order] = torch.arange(len(in_order))
+        groups = {name: channel_of[members] for name, members in members_of.items()}
         channel_axes = {place: channel_of[own] for place, own in axes.items()}
         cells = {entry: (first / IMAGE_SIZE**2, second) for entry, (first, second) in self.cells.items()}
         return ChannelGroups(channel_axes, groups, tuple(self.norms), cells)
