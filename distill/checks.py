@@ -117,16 +117,24 @@ def expected_instead(name: str, value: Any, default: Any) -> str:
 
     A number out of range would train without an error: a temperature below 0 reverses the teacher's scores.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if isinstance(default, bool):
-        return "" if isinstance(value, bool) else "true or false"
     if isinstance(default, str):
         return ""
-    if isinstance(default, tuple | None):
-        numbers = value if isinstance(value, list | tuple) else ()
-        fits = numbers and all(expected_instead("temperature", number, 1.0) == "" for number in numbers)
-        return "" if fits or value is default else "a list of numbers above 0"
-    if isinstance(default, int):
-        return "" if is_number and value >= 1 and value == int(value) else "a whole number, at least 1"
-    is_in_range, expected = RANGES.get(name, (lambda number: number >= 0, "a number, 0 or more"))
-    return "" if is_number and is_in_range(value) else expected
+    if isinstance(default, bool):
+        fits, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, tuple | None):
+        is_list = isinstance(value, list | tuple) and len(value) > 0
+        fits, expected = value is default or (is_list and all(map(is_above_0, value))), "a list of numbers above 0"
+    elif isinstance(default, int):
+        fits, expected = is_above_0(value) and value == int(value), "a whole number, at least 1"
+    else:
+        is_in_range, expected = RANGES.get(name, (lambda number: number >= 0, "a number, 0 or more"))
+        fits = is_number(value) and is_in_range(value)
+    return "" if fits else expected
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_above_0(value: Any) -> bool:
+    return is_number(value) and value > 0
