@@ -81,14 +81,15 @@ class GradientShares(nn.Module):
             return weights
         if detection is None:
             raise ValueError("found no detection losses, expected them for a weight that is a share of their gradient")
-        sets = list(dict.fromkeys(self.maps[name] for name in names))
+        map_sets = list(dict.fromkeys(self.maps[name] for name in names))
         l_det = torch.stack(list(detection.values())).sum()
-        squares = [squared_norm("the detection loss", l_det, features, maps) for maps in sets]
+        squares = [squared_norm("the detection loss", l_det, features, maps) for maps in map_sets]
         squares += [squared_norm(f"term {name!r}", values[name], features, self.maps[name]) for name in names]
         # The loss of all processes is the mean of theirs, so its gradient on the maps of one has their share of it.
         norms = sum_over_processes(torch.stack(squares)).sqrt() / process_count()
-        for name, term_norm in zip(names, norms[len(sets) :]):
-            pair = torch.stack((norms[sets.index(self.maps[name])], term_norm))  # (2,)
+        detection_norms = dict(zip(map_sets, norms))
+        for name, term_norm in zip(names, norms[len(map_sets) :]):
+            pair = torch.stack((detection_norms[self.maps[name]], term_norm))  # (2,)
             has_both = (pair > 0).all() & pair.isfinite().all()
             weights[name] = torch.where(has_both, self.shares[name] * pair[0] / pair[1], 0.0)
             if counts:
