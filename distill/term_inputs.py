@@ -159,20 +159,19 @@ class TermInputs:
         than the default, that the head's own anchors would replace.
         """
         pairs = ((self.student, self.s_name, self.s_output), (self.teacher, self.t_name, self.t_output))
-        for model, name, output in pairs:
-            if sizes is None and hasattr(model, "anchors_at"):
-                try:
-                    anchors = model.anchors_at(name)
-                except KeyError as error:
-                    raise ValueError(f"mask anchors: {error.args[0]}") from None
-                if tuple(ratios) != ANCHOR_RATIOS:
-                    raise ValueError(
-                        "anchor_ratios: the head has anchors of its own, expected anchor_sizes beside them"
-                    )
-                (height, width), (own_height, own_width) = self.image_size, output.image_size
-                return anchors * anchors.new_tensor([width / own_width, height / own_height])
-        stride = self.image_size[1] / self.grid()["grid_size"][1]
-        return make_anchor_sizes([size * stride for size in sizes or (2.0, 4.0)], list(ratios))
+        with_anchors = [pair for pair in pairs if hasattr(pair[0], "anchors_at")]
+        if sizes is not None or not with_anchors:
+            stride = self.image_size[1] / self.grid()["grid_size"][1]
+            return make_anchor_sizes([size * stride for size in sizes or (2.0, 4.0)], list(ratios))
+        model, name, output = with_anchors[0]
+        try:
+            anchors = model.anchors_at(name)
+        except KeyError as error:
+            raise ValueError(f"mask anchors: {error.args[0]}") from None
+        if tuple(ratios) != ANCHOR_RATIOS:
+            raise ValueError("anchor_ratios: the head has anchors of its own, expected anchor_sizes beside them")
+        (height, width), (own_height, own_width) = self.image_size, output.image_size
+        return anchors * anchors.new_tensor([width / own_width, height / own_height])
 
 
 def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
