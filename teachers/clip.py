@@ -84,7 +84,7 @@ class ImageTower(nn.Module):
         x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)  # (B, 1 + h w, C)
         x = self.first_norm(x + interpolate_positions(self.positions[None], grid))
         maps = {}
-        num_blocks = self._blocks_for(names)
+        num_blocks = self._num_needed_blocks(names)
         for i, block in enumerate(self.blocks[:num_blocks]):
             if i == len(self.blocks) - 1 and "dense" in names:
                 maps["dense"] = tokens_to_map(self._dense_tokens(cast(Block, block), x[:, 1:]), grid)
@@ -96,7 +96,7 @@ class ImageTower(nn.Module):
         embedding = self.last_norm(x[:, 0]) @ self.projection if "image_embedding" in names else None  # (B, D)
         return embedding, maps
 
-    def _blocks_for(self, names: Collection[str]) -> int:
+    def _num_needed_blocks(self, names: Collection[str]) -> int:
         if not {"image_embedding", "patches", "dense"}.isdisjoint(names):
             return len(self.blocks)
         return max((i + 1 for i in range(len(self.blocks)) if f"block{i}" in names), default=0)

@@ -105,11 +105,11 @@ class DINOv2(nn.Module):
     def _is_requested(self, name: str) -> bool:
         return self.requested_outputs is None or name in self.requested_outputs
 
-    def _last_needed_block(self) -> int:
-        """The last block that has to run; -1 for none."""
+    def _num_needed_blocks(self) -> int:
+        """The number of blocks that have to run."""
         if any(self._is_requested(name) for name in ("patches", "class_token", "class_attention")):
-            return len(self.blocks) - 1
-        return max((i for i in range(len(self.blocks)) if self._is_requested(f"block{i}")), default=-1)
+            return len(self.blocks)
+        return max((i + 1 for i in range(len(self.blocks)) if self._is_requested(f"block{i}")), default=0)
 
     def _embed(self, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
         """images (B, 3, H, W) -> the first block's input (B, N, C), and the row of its first patch token."""
@@ -127,8 +127,8 @@ class DINOv2(nn.Module):
         grid = (height // PATCH, width // PATCH)
         x, first = self._embed(images, grid)  # (B, N, C); tokens[:, first:] are patches
         features, attention = {}, None
-        last = self._last_needed_block()
-        for i, block in enumerate(self.blocks[: last + 1]):
+        num_blocks = self._num_needed_blocks()
+        for i, block in enumerate(self.blocks[:num_blocks]):
             if i == len(self.blocks) - 1 and self._is_requested("class_attention"):
                 last_block = cast(Block, block)
                 attention = last_block.attention.probabilities_of(last_block.norm1(x), token=0)  # (B, heads, N)
@@ -136,7 +136,7 @@ class DINOv2(nn.Module):
             x = block(x)
             if self._is_requested(f"block{i}"):
                 features[f"block{i}"] = tokens_to_map(self.norm(x[:, first:]), grid)
-        if last < len(self.blocks) - 1:
+        if num_blocks < len(self.blocks):
             return DINOv2Output(features, None, None, (height, width))
         x = self.norm(x)  # (B, 1 + R + h w, C)
         if self._is_requested("patches"):
