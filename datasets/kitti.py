@@ -65,9 +65,8 @@ def _read_sample(stem: str, base: Path, names: tuple[str, ...], of_others: Effec
     try:
         lines = read_lines(label_path)
     except UserError as error:
-        reason = str(error).removeprefix(f"{label_path}: ")
         kind = "unreadable label file" if label_path.is_file() else "picture without label file"
-        log.add(label_path, None, reason, kind, "picture dropped", stem)
+        log.add_error(label_path, error, kind, "picture dropped", stem)
         return None
     frame = read_frame(image_path, log)
     if frame is None:
@@ -90,11 +89,7 @@ def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
         for stem in listed:
             if "/" in stem or "\\" in stem:
                 raise UserError(f"{source}: {stem!r}, expected the name of a frame")
-        unique = list(dict.fromkeys(listed))
-        if len(unique) < len(listed):
-            reason = f"listed twice: {counted(len(listed) - len(unique), 'frame')}"
-            log.add(source, None, reason, "listed twice", "noted")
-        return unique
+        return log.once_each(listed, source, "frame")
     lists = sorted(path.stem for choice in choices for path in files_in(choice.parent, (".txt",)))
     if split != "all" and (lists or split not in ("train", "val")):
         raise UserError(f"{choices[0]}: no such list, found {shortened(lists) or 'none'} (`all` takes every frame)")

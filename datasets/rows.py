@@ -12,9 +12,10 @@ every format refuse_misread finds boxes that cannot be meant as they are read.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,10 +23,12 @@ from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD, read_header, turn_boxes
 from datasets.index import Effect, Fault, Sample
 from datasets.values import are_corners, are_fractions, far_past, fit_as_corners
-from errors import UserError
+from errors import UserError, counted
 
 EDGE_TOLERANCE = 1.0  # pixels
 ONE_FACTOR = 0.1  # a larger share of pictures with the same wrong factor is no accident
+
+Item = TypeVar("Item")
 
 
 @dataclass(eq=False)
@@ -87,6 +90,22 @@ class FaultLog:
     ) -> None:
         self.faults.append(Fault(str(path), line, reason, kind, effect, str(picture)))
 
+    def add_error(self, path: Path, error: UserError, kind: str, effect: Effect, picture: str) -> None:
+        """Add an error about a file as a fault, without the path that its message begins with."""
+        self.add(path, None, str(error).removeprefix(f"{path}: "), kind, effect, picture)
+
+    def once_each(
+        self, listed: Sequence[Item], source: Path, noun: str = "picture", key: Callable[[Item], object] = lambda x: x
+    ) -> list[Item]:
+        """The listed items in their order, without those whose key an earlier one has; a fault counts the others."""
+        first: dict[object, Item] = {}
+        for item in listed:
+            first.setdefault(key(item), item)
+        if len(first) < len(listed):
+            reason = f"listed twice: {counted(len(listed) - len(first), noun)}"
+            self.add(source, None, reason, "listed twice", "noted")
+        return list(first.values())
+
 
 def log_passed_over(folder: Path, samples: Sequence[Sample], log: FaultLog) -> None:
     """Log each picture, such as a.bmp beside a.jpg, that is not read because another with its label file is."""
@@ -109,8 +128,7 @@ def read_frame(
     try:
         stored_width, stored_height, orientation = read_header(image_path)
     except UserError as error:
-        reason = str(error).removeprefix(f"{image_path}: ")
-        log.add(image_path, None, reason, "unreadable picture", "picture dropped", image_path.name)
+        log.add_error(image_path, error, "unreadable picture", "picture dropped", image_path.name)
         return None
     log.stated += stated is not None
     turned = orientation >= 5

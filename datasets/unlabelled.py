@@ -100,8 +100,7 @@ def open_pictures(format: str | None, root: str | Path, split: str | None, names
         try:
             width, height = read_size(path)
         except UserError as error:
-            reason = str(error).removeprefix(f"{path}: ")
-            log.add(path, None, reason, "unreadable picture", "picture dropped", path.name)
+            log.add_error(path, error, "unreadable picture", "picture dropped", path.name)
             continue
         samples.setdefault(os.path.abspath(path), unlabelled_sample(path, name, width, height))
     if not samples:

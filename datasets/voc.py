@@ -187,12 +187,7 @@ def _read_list(part: _Part, log: FaultLog) -> list[str]:
         if rows and "filename" not in rows[0]:
             raise UserError(f"{part.source}:1: columns {shortened(rows[0])}, expected one called filename")
         lines = list(dict.fromkeys(row["filename"].strip() for row in rows))  # one row an object
-    stems = [_stem(line, part) for line in lines]
-    unique = list(dict.fromkeys(stems))
-    if len(unique) < len(stems):
-        reason = f"listed twice: {counted(len(stems) - len(unique), 'picture')}"
-        log.add(part.source, None, reason, "listed twice", "noted")
-    return unique
+    return log.once_each([_stem(line, part) for line in lines], part.source)
 
 
 def _stem(line: str, part: _Part) -> str:
@@ -247,8 +242,7 @@ def _read_sample(
     try:
         annotation = read_annotation(path)
     except UserError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        log.add(path, None, reason, "unreadable label file", "picture dropped", stem)
+        log.add_error(path, error, "unreadable label file", "picture dropped", stem)
         return None
     image_path = _find_image(part, stem, annotation.filename)
     if image_path is None:

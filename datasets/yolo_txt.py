@@ -69,13 +69,7 @@ def read_yolo(root: str | Path, split: str, names: tuple[str, ...] | None = None
     folders = LabelFolders(found.base)
     for entry in found.entries:
         image_paths += _list_pictures(found, entry, folders, log)
-    by_place: dict[str, Path] = {}  # a path may be spelled in several ways
-    for path in image_paths:
-        by_place.setdefault(os.path.abspath(path), path)
-    unique = list(by_place.values())
-    if len(unique) < len(image_paths):
-        reason = f"listed twice: {counted(len(image_paths) - len(unique), 'picture')}"
-        log.add(found.source, None, reason, "listed twice", "noted")
+    unique = log.once_each(image_paths, found.source, key=os.path.abspath)  # a path may be spelled in several ways
     folders.choose(unique)
     _log_shared_labels(unique, folders, log)
     own_names = found.names or names or _number_names(found.base, log)
@@ -382,8 +376,7 @@ def _label_lines(path: Path, log: FaultLog, picture: str) -> list[tuple[int, str
     try:
         return read_lines(path)
     except UserError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        log.add(path, None, reason, "unreadable label file", "picture dropped", picture)
+        log.add_error(path, error, "unreadable label file", "picture dropped", picture)
         return None
 
 
@@ -402,6 +395,5 @@ def _soft_lines(
             raise UserError(f"{path}: {found}: one for each of {label_path.name} in {label_path.parent}")
         return lines
     except UserError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        log.add(path, None, reason, "unusable soft label file", "picture dropped", picture)
+        log.add_error(path, error, "unusable soft label file", "picture dropped", picture)
         return None
