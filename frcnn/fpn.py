@@ -34,26 +34,22 @@ class Pyramid(nn.Module):
 class FPN(Pyramid):
     """Maps {"c2": (B, C_2, h, w), ...} -> {"p2": (B, width, h, w), ...} of the same sizes, and "p6".
 
+    "p6" is every second pixel of the coarsest level, (ceil(h / 2), ceil(w / 2)): torchvision's max-pooling of a 1x1
+    window at stride 2.
+
     Args:
         in_channels: map name -> channels for each input map, finest first. Level "p3" is made from map "c3", and so on.
             Maps of other names are ignored.
         norm: whether BatchNorm follows each convolution.
-        extra: "pool" adds "p6", every second pixel of the coarsest level: (ceil(h / 2), ceil(w / 2)), torchvision's
-            max-pooling of a 1x1 window at stride 2. None adds nothing.
     """
 
-    def __init__(
-        self, in_channels: dict[str, int], *, width: int = 256, norm: bool = False, extra: str | None = "pool"
-    ) -> None:
+    def __init__(self, in_channels: dict[str, int], *, width: int = 256, norm: bool = False) -> None:
         super().__init__()
-        if extra not in ("pool", None):
-            raise ValueError(f"extra {extra!r}: expected 'pool' or None")
         self.levels = {name: "p" + name.removeprefix("c") for name in in_channels}
         self.coarsest = [*self.levels.values()][-1]
-        self.extra = extra
         self.lateral = nn.ModuleDict({c: convolution(in_channels[c], width, 1, norm) for c in self.levels})
         self.output = nn.ModuleDict({p: convolution(width, width, 3, norm) for p in self.levels.values()})
-        self.channels = dict.fromkeys([*self.levels.values(), *(["p6"] if extra else [])], width)
+        self.channels = dict.fromkeys([*self.levels.values(), "p6"], width)
 
     def reset_parameters(self) -> None:
         for layer in (*self.lateral.values(), *self.output.values()):
@@ -70,14 +66,13 @@ class FPN(Pyramid):
             merged = lateral
             outputs[p] = self.output[p](merged)
         outputs = dict(reversed(outputs.items()))
-        if self.extra:
-            outputs["p6"] = outputs[self.coarsest][:, :, ::2, ::2]  # (B, width, ceil(h / 2), ceil(w / 2))
+        outputs["p6"] = outputs[self.coarsest][:, :, ::2, ::2]  # (B, width, ceil(h / 2), ceil(w / 2))
         return outputs
 
     def level_strides(self, in_strides: dict[str, int]) -> dict[str, int]:
         """The stride of each level in pixels, from the strides of the input maps."""
         strides = {p: in_strides[c] for c, p in self.levels.items()}
-        return strides | ({"p6": 2 * max(strides.values())} if self.extra else {})
+        return strides | {"p6": 2 * max(strides.values())}
 
 
 def convolution(c_in: int, c_out: int, kernel: int, norm: bool) -> nn.Module:

@@ -149,18 +149,17 @@ class SimpleFeaturePyramid(Pyramid):
         p3: deconvolve                               p5: max-pool
 
     Windows are 2x2 at stride 2, and a deconvolution halves the channels. A 1x1 and a 3x3 convolution follow, each with
-    a norm over channels (ChannelNorm). in_channels: {"c4": C}. extra: "pool" adds p6 as FPN does; None adds nothing.
+    a norm over channels (ChannelNorm). in_channels: {"c4": C}. p6 is every second pixel of p5.
 
     forward: {"c4": (B, C, h, w)} -> p2 (B, width, 4h, 4w), p3 (2h, 2w), p4 (h, w), p5 (h / 2, w / 2), p6 (h / 4,
     w / 4), the last two rounded up. If the sides of an image are not multiples of 16, the levels cover its padding.
     """
 
-    def __init__(self, in_channels: dict[str, int], *, width: int = 256, extra: str | None = "pool") -> None:
+    def __init__(self, in_channels: dict[str, int], *, width: int = 256) -> None:
         super().__init__()
-        if list(in_channels) != ["c4"] or extra not in ("pool", None):
-            raise ValueError(f"maps {list(in_channels)} and extra {extra!r}: expected ['c4'], and 'pool' or None")
+        if list(in_channels) != ["c4"]:
+            raise ValueError(f"maps {list(in_channels)}: expected ['c4']")
         c = in_channels["c4"]
-        self.extra = extra
         self.resize = nn.ModuleDict(
             {
                 "p2": nn.Sequential(
@@ -176,12 +175,11 @@ class SimpleFeaturePyramid(Pyramid):
         )
         resized = {"p2": c // 4, "p3": c // 2, "p4": c, "p5": c}
         self.output = nn.ModuleDict({level: pyramid_output(channels, width) for level, channels in resized.items()})
-        self.channels = dict.fromkeys([*resized, *(["p6"] if extra else [])], width)
+        self.channels = dict.fromkeys([*resized, "p6"], width)
 
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         outputs = {level: self.output[level](resize(maps["c4"])) for level, resize in self.resize.items()}
-        if self.extra:
-            outputs["p6"] = outputs["p5"][:, :, ::2, ::2]  # (B, width, ceil(h / 4), ceil(w / 4))
+        outputs["p6"] = outputs["p5"][:, :, ::2, ::2]  # (B, width, ceil(h / 4), ceil(w / 4))
         return outputs
 
     def level_strides(self, in_strides: dict[str, int]) -> dict[str, int]:

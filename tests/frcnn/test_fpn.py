@@ -62,16 +62,12 @@ def test_pooled_level_is_max_pooling_of_one_place_at_stride_two():
     with torch.no_grad():
         levels = fpn({"c5": torch.randn(1, 2, 5, 4)})
     assert torch.equal(levels["p6"], torch.nn.functional.max_pool2d(levels["p5"], 1, stride=2))
-    assert list(FPN({"c5": 2}, extra=None)({"c5": torch.randn(1, 2, 5, 4)})) == ["p5"]
-    with pytest.raises(ValueError, match="expected 'pool' or None"):
-        FPN({"c5": 2}, extra="pooled")
 
 
 def test_names_strides_and_channels_of_the_levels():
     fpn = FPN({"c5_first": 3, "c5": 4}, width=8)
     assert fpn.channels == {"p5_first": 8, "p5": 8, "p6": 8}
     assert fpn.level_strides({"c4": 16, "c5_first": 32, "c5": 32}) == {"p5_first": 32, "p5": 32, "p6": 64}
-    assert FPN(CHANNELS, extra=None).level_strides({"c2": 4, "c3": 8, "c4": 16}) == {"p2": 4, "p3": 8, "p4": 16}
 
 
 @pytest.mark.parametrize("norm, version", [(False, 1), (False, 2), (True, 2)])

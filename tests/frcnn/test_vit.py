@@ -157,8 +157,6 @@ def test_pyramid_matches_float64_reference(pyramid, grid):
 def test_pyramid_strides_and_refusals():
     module = SimpleFeaturePyramid({"c4": 8}, width=6)
     assert module.level_strides({"c4": 16}) == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
-    module = SimpleFeaturePyramid({"c4": 8}, width=6, extra=None)
-    assert module.level_strides({"c4": 16}) == {"p2": 4, "p3": 8, "p4": 16, "p5": 32} and "p6" not in module.channels
-    for channels, extra in (({"c5": 8}, "pool"), ({"c4": 8, "c5": 8}, "pool"), ({"c4": 8}, "p6")):
+    for channels in ({"c5": 8}, {"c4": 8, "c5": 8}):
         with pytest.raises(ValueError, match="expected"):
-            SimpleFeaturePyramid(channels, extra=extra)
+            SimpleFeaturePyramid(channels)
