@@ -10,7 +10,6 @@ truncated ones. Box sizes are COCO's: small below an area of 32 x 32 pixels, lar
 import csv
 import os
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,29 +137,19 @@ class ScanReport:
 
 
 def scan(
-    index: DatasetIndex,
-    decode: bool = False,
-    *,
-    title: str | None = None,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    index: DatasetIndex, decode: bool = False, *, title: str | None = None, workers: int | None = None
 ) -> ScanReport:
-    """Report on an index. With `decode`, decode every picture in threads and leave out those that fail.
-
-    progress(done, total): called from this thread after each decoded picture.
-    """
+    """Report on an index. With `decode`, decode every picture in threads and leave out those that fail."""
     title = title or f"{index.format or 'dataset'}"
     if not decode:
         return ScanReport(index, title, decoded=False)
     kept, faults = [], list(index.faults)
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        for done, (sample, fault) in enumerate(zip(index.samples, pool.map(_decode_fault, index.samples)), 1):
+        for sample, fault in zip(index.samples, pool.map(_decode_fault, index.samples)):
             if fault is None:
                 kept.append(sample)
             else:
                 faults.append(fault)
-            if progress is not None:
-                progress(done, len(index))
     return ScanReport(replace(index, samples=tuple(kept), faults=tuple(faults)), title, decoded=True)
 
 

@@ -133,30 +133,30 @@ class PatchEmbedding(nn.Module):
 
 
 def interpolate_positions(
-    positions: Tensor, grid: tuple[int, int], *, prefix: int = 1, offset: float = 0.0, antialias: bool = False
+    positions: Tensor, grid: tuple[int, int], *, offset: float = 0.0, antialias: bool = False
 ) -> Tensor:
     """Resize a position table that was learnt on a square of patches to a grid of h x w patches (bicubic).
 
-    positions (1, prefix + G G, C): `prefix` tokens without a place (class token), then the patches row by row.
-    Returns (1, prefix + h w, C) in the dtype of the table. The prefix is copied, and a table that fits the grid is
+    positions (1, 1 + G G, C): the class token, which has no place, then the patches row by row.
+    Returns (1, 1 + h w, C) in the dtype of the table. The first position is copied, and a table that fits the grid is
     returned as it is. Resized in float32. Gradient flows.
 
     offset: scale by (h + offset) / G, not h / G. DINOv2 was published with 0.1; 0 is plain resizing.
     antialias: widen the kernel if the grid shrinks; not together with an offset.
     """
-    side = math.isqrt(positions.shape[1] - prefix)
-    if side * side != positions.shape[1] - prefix:
-        raise ValueError(f"{positions.shape[1]} positions are not {prefix} and a square")
+    side = math.isqrt(positions.shape[1] - 1)
+    if side * side != positions.shape[1] - 1:
+        raise ValueError(f"{positions.shape[1]} positions are not 1 and a square")
     if grid == (side, side):
         return positions
-    table = positions[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()  # (1, C, G, G)
+    table = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()  # (1, C, G, G)
     if offset:
         scale = tuple((length + offset) / side for length in grid)
         resized = F.interpolate(table, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
         resized = F.interpolate(table, size=grid, mode="bicubic", antialias=antialias)
     patches = resized.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, h w, C)
-    return torch.cat((positions[:, :prefix], patches), dim=1)
+    return torch.cat((positions[:, :1], patches), dim=1)
 
 
 def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -37,14 +37,13 @@ class CocoResult:
     """The COCO numbers. A number is -1 where there is nothing to measure: no object of that class or size.
 
     names: the K class names.
-    iou_thresholds (T,), recall_thresholds (R,), area_names (A), max_detections (M).
+    iou_thresholds (T,), area_names (A), max_detections (M); R is the number of RECALL_THRESHOLDS.
     precision (T, R, K, A, M): interpolated precision. recall (T, K, A, M): the highest recall reached.
     num_objects (K, A): objects that count.
     """
 
     names: tuple[str, ...]
     iou_thresholds: np.ndarray
-    recall_thresholds: np.ndarray
     area_names: tuple[str, ...]
     max_detections: tuple[int, ...]
     precision: np.ndarray
@@ -140,9 +139,8 @@ def plain_evaluate(
                 precision[t, r, k, a, m] = max(precision_at[recall_at >= needed], default=0)
     thresholds = np.asarray(iou_thresholds, dtype=np.float64)
     return CocoResult(
-        ground_truth.names, thresholds, RECALL_THRESHOLDS, tuple(areas), tuple(max_detections),
-        precision, recall, num_objects,
-    )  # fmt: skip
+        ground_truth.names, thresholds, tuple(areas), tuple(max_detections), precision, recall, num_objects
+    )
 
 
 def _match_in_order(
@@ -219,7 +217,6 @@ def evaluate(
     return CocoResult(
         ground_truth.names,
         thresholds,
-        RECALL_THRESHOLDS,
         tuple(area_ranges),
         max_detections,
         precision,

@@ -102,9 +102,7 @@ def test_decoding_finds_truncated_pictures(yolo_root, tmp_path):
     index = open_dataset("yolo", yolo_root, "train")
     assert len(index) == 10 and scan(index).bad_fraction == 0
     Image.new("RGB", (30, 30)).save(yolo_root / "images" / "7.jpg")
-    seen = []
-    report = scan(index, decode=True, workers=3, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 10) for done in range(1, 11)]
+    report = scan(index, decode=True, workers=3)
     assert [Path(f.path).name for f in report.index.faults] == ["3.jpg", "7.jpg"]
     assert "truncated" in report.index.faults[0].reason and "30 x 30" in report.index.faults[1].reason
     assert [s.image_id for s in report.index.samples] == [str(n) for n in range(10) if n not in (3, 7)]

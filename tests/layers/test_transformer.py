@@ -178,18 +178,17 @@ def test_tokens_to_map_is_a_view_in_row_order():
     ("offset", "antialias"), [(0.0, False), (0.0, True), (0.1, False)], ids=["plain", "antialias", "offset"]
 )
 def test_positions_match_reference(grid, offset, antialias):
-    table = tokens(1, 2 + 7 * 7, 3).float()
-    got = interpolate_positions(table, grid, prefix=2, offset=offset, antialias=antialias)
-    assert torch.equal(got[:, :2], table[:, :2])
-    square = table[0, 2:].double().numpy().reshape(7, 7, 3)
+    table = tokens(1, 1 + 7 * 7, 3).float()
+    got = interpolate_positions(table, grid, offset=offset, antialias=antialias)
+    assert torch.equal(got[:, :1], table[:, :1])
+    square = table[0, 1:].double().numpy().reshape(7, 7, 3)
     expected = reference.resize_positions(square, grid, offset, antialias)
-    np.testing.assert_allclose(got[0, 2:].view(*grid, 3).numpy(), expected, atol=2e-5)
+    np.testing.assert_allclose(got[0, 1:].view(*grid, 3).numpy(), expected, atol=2e-5)
 
 
 def test_the_tables_own_grid_is_untouched():
     table = tokens(1, 1 + 9, 4)
     assert interpolate_positions(table, (3, 3), offset=0.1) is table
-    assert interpolate_positions(table[:, 1:], (3, 3), prefix=0).shape == (1, 9, 4)
 
 
 def test_positions_keep_dtype_and_constants_and_pass_gradients():
@@ -202,5 +201,5 @@ def test_positions_keep_dtype_and_constants_and_pass_gradients():
 
 
 def test_a_table_that_is_no_square_is_refused():
-    with pytest.raises(ValueError, match="10 positions are not 0 and a square"):
-        interpolate_positions(torch.zeros(1, 10, 4), (2, 2), prefix=0)
+    with pytest.raises(ValueError, match="11 positions are not 1 and a square"):
+        interpolate_positions(torch.zeros(1, 11, 4), (2, 2))
