@@ -351,7 +351,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 def _build_public(
     state: dict[str, Tensor], info: weights.WeightsInfo, arch: str, path: Path
 ) -> tuple[nn.Module, CheckpointInfo]:
-    count, renamed = _count_and_rename(state, arch, path)
+    count, renamed = count_and_rename(state, arch, path)
     own_names = info.names
     if len(own_names) == count + 1 and own_names[0].strip("_").lower() == "background":
         own_names = own_names[1:]  # some two-stage detectors list it among the classes
@@ -374,17 +374,17 @@ def _check_count(classes: int, path: Path) -> None:
     expect(classes <= MAX_CLASSES, f"{path}", f"{classes:,} classes", f"at most {MAX_CLASSES:,}")
 
 
-def count_classes(state: dict[str, Tensor], arch: str, path: str | Path) -> int:
-    """K of a public state dict: the last bias of the class head grows by a fixed length with each class."""
-    return _count_and_rename(state, arch, path)[0]
-
-
 def class_head(model: nn.Module) -> tuple[str, ...]:
     """The beginnings of the names of its class head."""
     return cast(tuple[str, ...], model.class_head)  # structures.Detector declares it; models.build returns nn.Module
 
 
-def _count_and_rename(state: dict[str, Tensor], arch: str, path: str | Path) -> tuple[int, dict[str, Tensor]]:
+def count_and_rename(state: dict[str, Tensor], arch: str, path: str | Path) -> tuple[int, dict[str, Tensor]]:
+    """K of a public state dict, and the dict under our names.
+
+    The last bias of the class head grows by a fixed length with each class. UserError for weights of another
+    architecture, or without a class head.
+    """
     one, sizes = models.of_one_class(arch)
     try:
         ours, _ = weights.rename_public(one, state)

@@ -280,7 +280,7 @@ def test_class_count_of_a_public_state(arch):
     model = models.build(arch, 7)
     state = {_public_name(name, model.public_names): tensor for name, tensor in model.state_dict().items()}
     state |= {f"{public}x": torch.zeros(1) for public, ours in model.public_names if ours is None}
-    assert checkpoint.count_classes(state, arch, "x.pt") == 7
+    assert checkpoint.count_and_rename(state, arch, "x.pt")[0] == 7
 
 
 def _public_name(name: str, table) -> str:
