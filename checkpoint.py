@@ -293,11 +293,10 @@ def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Modu
 
 
 def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, CheckpointInfo]:
+    """The model that a checkpoint of ours describes. UserError, before it is built, for what is not written here."""
     require_keys(saved, ("arch", "names", "image_size", "ema"), path)
-    arch = models.RENAMED.get(str(saved["arch"]), str(saved["arch"]))
-    is_state = isinstance(saved["ema"], dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in saved["ema"].items()
-    )
+    arch, state = models.RENAMED.get(str(saved["arch"]), str(saved["arch"])), saved["ema"]
+    is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if arch not in models.ARCHITECTURES or not is_state:
         raise UserError(f"{path}: found weights of {arch!r:.40}, expected one of {', '.join(models.ARCHITECTURES)}")
     names, size, config = saved["names"], saved["image_size"], saved.get("config") or {}
@@ -306,17 +305,9 @@ def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, Checkpoin
         raise UserError(f"{path}: damaged: its class names or its config are not what this code writes")
     expect(type(size) is int and size >= 1, f"{path}: damaged", f"image_size {size!r:.40}", "a number of pixels")
     _check_count(len(names), path)
-    info = CheckpointInfo(
-        arch,
-        tuple(saved["names"]),
-        saved["image_size"],
-        saved.get("epoch"),
-        saved.get("step"),
-        config=config,
-    )
-    model = build_for(info.arch, len(info.names), saved["ema"])
-    load_state(model, saved["ema"], path)
-    return model, info
+    model = build_for(arch, len(names), state)
+    load_state(model, state, path)
+    return model, CheckpointInfo(arch, tuple(names), size, saved.get("epoch"), saved.get("step"), config=config)
 
 
 def build_for(arch: str, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
@@ -351,6 +342,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 def _build_public(
     state: dict[str, Tensor], info: weights.WeightsInfo, arch: str, path: Path
 ) -> tuple[nn.Module, CheckpointInfo]:
+    """The model in a public state dict of this architecture, whose classes are counted in its class head."""
     count, renamed = count_and_rename(state, arch, path)
     own_names = info.names
     if len(own_names) == count + 1 and own_names[0].strip("_").lower() == "background":
