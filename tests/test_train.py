@@ -18,11 +18,10 @@ from engine.runtime.processes import Processes, choose_device, use_bfloat16
 from engine.training import building, reporting, run_pictures, starting, step
 from engine.training.dry_run import losses_of_batch
 from engine.training.optimization import Ema
-from engine.training.splits import open_splits
 from engine.training.state import TrainingState
 from errors import UserError
 from layers.fusion import fuse
-from tests.tiny_training import tiny_config
+from tests.tiny_training import open_splits, tiny_config
 from weights import read_state_dict, to_half
 
 pytestmark = pytest.mark.usefixtures("one_thread")

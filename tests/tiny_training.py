@@ -1,12 +1,14 @@
 """A dataset and a config so small that a training step takes milliseconds; shared by the tests of the loop."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from config import Config, from_tree
+from engine.training.splits import Splits, open_indexes, scan_splits
 
 SIZE = 64
 
@@ -60,3 +62,8 @@ def tiny_config(root: Path, runs: Path, **changes) -> Config:
 def environment() -> dict[str, str]:
     """For child processes: one thread, and no progress of their own to draw."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def open_splits(config: Config, say: Callable[[str], None]) -> Splits:
+    """The splits of a config as a run opens them, without pictures that have no labels."""
+    return scan_splits(config, open_indexes(config), say)

@@ -61,11 +61,6 @@ class Splits:
         return f"{self.labelled} labelled and {self.unlabelled} unlabelled pictures"
 
 
-def open_splits(config: Config, say: Callable[[str], None] = print) -> Splits:
-    """Read and check the dataset: open_indexes, then scan_splits."""
-    return scan_splits(config, open_indexes(config), say)
-
-
 def kept_sets(config: Config) -> KeptSets:
     """The indexes that the runs in one folder share."""
     return KeptSets(Path(config.runs) / "opened_sets")

@@ -8,10 +8,10 @@ import pytest
 import checkpoint
 import eval
 import models
-from engine.training.splits import count_training_pictures, open_splits
+from engine.training.splits import count_training_pictures
 from engine.training.state import describe_model
 from errors import UserError
-from tests.tiny_training import tiny_config, write_dataset
+from tests.tiny_training import open_splits, tiny_config, write_dataset
 from yaml_files import dump_yaml
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from datasets.convert import convert
 from datasets.open import open_dataset
-from engine.training.splits import hold_out, open_splits, take
+from engine.training.splits import hold_out, take
 from errors import UserError
-from tests.tiny_training import tiny_config, write_dataset
+from tests.tiny_training import open_splits, tiny_config, write_dataset
 
 
 @pytest.fixture

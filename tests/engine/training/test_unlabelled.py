@@ -16,10 +16,10 @@ from engine.runtime.processes import Processes
 from engine.training import building, pseudo_boxes, step
 from engine.training.checks import check_config
 from engine.training.dry_run import dry_run
-from engine.training.splits import count_training_pictures, open_indexes, open_splits
+from engine.training.splits import count_training_pictures, open_indexes
 from errors import UserError
 from structures import DetectionSettings
-from tests.tiny_training import SIZE
+from tests.tiny_training import SIZE, open_splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
