@@ -22,10 +22,9 @@ import numpy as np
 from datasets.folders import list_files
 from datasets.images import SUFFIXES, UNREAD, read_header, turn_boxes
 from datasets.index import Effect, Fault, Sample
-from datasets.values import are_corners, are_fractions, far_past, fit_as_corners
+from datasets.values import EDGE_TOLERANCE, are_corners, are_fractions, far_past, fit_as_corners
 from errors import UserError, counted
 
-EDGE_TOLERANCE = 1.0  # pixels
 ONE_FACTOR = 0.1  # a larger share of pictures with the same wrong factor is no accident
 
 Item = TypeVar("Item")

@@ -5,12 +5,15 @@ difficult, a crowd or unusable. Every function raises ValueError for a value wit
 was found and what was expected; the caller adds the file and the line.
 """
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 NORM_TOLERANCE = 0.01  # fractions up to 1.01 come from rounding; larger ones are pixels or broken
+EDGE_TOLERANCE = 1 + 1e-6  # pixels that a box may pass the edge of its picture by: one, in a file with few digits
 OVERSHOOT = 0.1  # of a side: no rounding and no sloppy hand takes a box this far past the edge
 CORNERS = 0.01  # a larger share of boxes that are corners is no accident
 YES = frozenset({"1", "true", "yes", "t", "y"})
@@ -102,6 +105,15 @@ def box_fault(x1: float, y1: float, x2: float, y2: float) -> tuple[str, str] | N
 def are_fractions(boxes: np.ndarray) -> bool:
     """Whether boxes (N, 4), read as pixels, are fractions of their pictures: all in 0..1, and not whole numbers."""
     return len(boxes) > 0 and bool((np.abs(boxes) <= 1 + NORM_TOLERANCE).all() and (boxes % 1 > 0).any())
+
+
+def are_normalised(values: Iterable[float], width: float, height: float) -> bool:
+    """Whether the numbers of a YOLO row, x and y in turn, are fractions of a picture, up to rounding.
+
+    In a small picture NORM_TOLERANCE is less than a pixel: there a box may be longer by EDGE_TOLERANCE at each end.
+    """
+    more = (max(NORM_TOLERANCE, 2 * EDGE_TOLERANCE / side) for side in (width, height))
+    return all(-most <= value <= 1 + most for value, most in zip(values, itertools.cycle(more)))
 
 
 def far_past(boxes_xyxy: np.ndarray, sides: np.ndarray) -> np.ndarray:

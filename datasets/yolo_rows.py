@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.rows import Frame, LabelRows
-from datasets.values import NORM_TOLERANCE
+from datasets.values import NORM_TOLERANCE, are_normalised
 from errors import UserError, counted
 
 SUM_TOLERANCE = 0.001  # a sum of shares this near to 1 comes from rounding; the shares are divided by it
@@ -122,7 +122,7 @@ def add_row(
         return f"{line!r}, expected numbers", "malformed row"
     if is_points and all(np.isfinite(values)):
         long_rows.add(values, where)
-    if not all(-NORM_TOLERANCE <= value <= 1 + NORM_TOLERANCE for value in values):
+    if not are_normalised(values, frame.width, frame.height):
         kind = "not normalised" if all(np.isfinite(values)) else "not a number"
         return f"{kind}: {' '.join(columns[1:6])}, expected fractions of the picture, 0..1", kind
     if is_points:

@@ -12,7 +12,7 @@ import numpy as np
 from datasets.folders import is_left_out, list_files
 from datasets.images import SUFFIXES, read_size
 from datasets.text_lines import read_lines, read_names
-from datasets.values import NORM_TOLERANCE, are_fractions, box_fault, read_number
+from datasets.values import NORM_TOLERANCE, are_fractions, are_normalised, box_fault, read_number
 from errors import UserError, counted
 from metrics.annotations import (
     Annotations,
@@ -228,10 +228,10 @@ def read_text_rows(
         if text_boxes == "cxcywhn":
             if size is None:
                 raise UserError(f"{where}: boxes are fractions of an image of unknown size: name the folder of images")
-            low, high = (-NORM_TOLERANCE, 1 + NORM_TOLERANCE) if score_at is None else (1 - MOST_NORM, MOST_NORM)
-            if not all(low <= value <= high for value in values):
-                raise UserError(f"{where}: not normalised: {' '.join(texts)}, expected fractions of the picture, 0..1")
             width, height = size
+            is_far = any(not 1 - MOST_NORM <= value <= MOST_NORM for value in values)
+            if is_far or (score_at is None and not are_normalised(values, *size)):
+                raise UserError(f"{where}: not normalised: {' '.join(texts)}, expected fractions of the picture, 0..1")
             a, b, c, d = (a - c / 2) * width, (b - d / 2) * height, (a + c / 2) * width, (b + d / 2) * height
         elif text_boxes == "xywh":
             c, d = a + c, b + d

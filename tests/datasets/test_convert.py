@@ -9,7 +9,8 @@ from PIL import Image
 from datasets import ANY_CLASS, open_dataset
 from datasets.convert import convert, data_yaml, main
 from errors import UserError
-from tests.datasets.small_sets import coco, picture, text
+from metrics.files import read_ground_truth
+from tests.datasets.small_sets import boxes, coco, picture, text, xml
 from yaml_files import parse_yaml
 
 
@@ -109,6 +110,16 @@ def test_voc_cannot_hold_objects_of_one_pixel(odd_root, tmp_path):
     assert [sample.labels.tolist() for sample in index.samples] == [
         [1]
     ] * 5 and not index.faults  # the stated size tells
+
+
+def test_yolo_holds_an_object_that_passes_both_edges(tmp_path):
+    picture(tmp_path / "voc" / "JPEGImages" / "x.png", (48, 40))
+    text(tmp_path / "voc" / "Annotations" / "x.xml", xml(size=(48, 40), box=(0, 0, 49, 41)))  # -1..49 of 48
+    convert("voc", tmp_path / "voc", ["all"], "yolo", tmp_path / "out")
+    index = open_dataset("yolo", tmp_path / "out", "all")
+    assert boxes(index) == [[[-1, -1, 49, 41]]] and not index.faults
+    found = read_ground_truth(tmp_path / "out/labels/all", text_boxes="cxcywhn", images=tmp_path / "out/images")
+    assert found.ground_truth.boxes_xyxy.round(6).tolist() == [[-1, -1, 49, 41]]
 
 
 def test_splits_together_share_pictures(shared_data, tmp_path):

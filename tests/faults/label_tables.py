@@ -60,7 +60,7 @@ YOLO_ROWS = {
     "infinity": ("0 0.5 inf 0.2 0.4", DROPPED, NUMBER),
     "overflow": ("0 0.5 0.5 1e999 0.4", DROPPED, NUMBER),
     "pixels": ("0 50 40 20 32", DROPPED, FRACTIONS),
-    "a little too wide": ("0 0.5 0.5 1.02 0.4", DROPPED, FRACTIONS),
+    "a little too wide": ("0 0.5 0.5 1.03 0.4", DROPPED, FRACTIONS),
     "center below zero": ("0 -0.5 0.5 0.2 0.4", DROPPED, FRACTIONS),
     "no width": ("0 0.5 0.5 0 0.4", DROPPED, EMPTY),
     "height below zero": ("0 0.5 0.5 0.2 -0.005", DROPPED, TURNED),
