@@ -227,15 +227,16 @@ class FasterRCNN(nn.Module):
         return self._rpn_losses(output, per_image) | self._roi_losses(output, per_image)
 
     def _rpn_losses(self, output: FasterRCNNOutput, per_image: list[ImageTargets]) -> dict[str, Tensor]:
+        """Sample anchors of each image, run the network at these alone, and compare them with their objects."""
         anchors_xyxy, rows = output.anchors_xyxy, []
-        for b, (objects_xyxy, _, _, ignored_xyxy) in enumerate(per_image):
+        for b, own in enumerate(per_image):
             matched = match(
-                anchors_xyxy, objects_xyxy, ignored_xyxy, positive_iou=0.7, negative_iou=0.3, every_object=True
+                anchors_xyxy, own.objects_xyxy, own.ignored_xyxy, positive_iou=0.7, negative_iou=0.3, every_object=True
             )
             positives, background = sample(matched, RPN_SAMPLES, RPN_POSITIVE_FRACTION)
             anchor = torch.cat((positives, background))
             is_positive = matched[anchor] >= 0
-            target = encode_boxes(objects_xyxy[matched[positives]], anchors_xyxy[positives], RPN_WEIGHTS)
+            target = encode_boxes(own.objects_xyxy[matched[positives]], anchors_xyxy[positives], RPN_WEIGHTS)
             rows.append((torch.full_like(anchor, b), anchor, is_positive, target))
         image, anchor, is_positive, target_deltas = (torch.cat(column) for column in zip(*rows))
         maps = [output.features[level] for level in self.levels]
@@ -250,31 +251,30 @@ class FasterRCNN(nn.Module):
         return {"rpn_objectness": objectness, "rpn_box": box}
 
     def _roi_losses(self, output: FasterRCNNOutput, per_image: list[ImageTargets]) -> dict[str, Tensor]:
-        rois_per_image, roi_labels, target_deltas, roi_scores = [], [], [], []
-        for proposals, (objects_xyxy, labels, class_scores, ignored_xyxy) in zip(
-            output.select(**self.train_selection), per_image
-        ):
-            objects_xyxy = objects_xyxy.to(proposals)
+        """Sample proposals of each image, run the second stage on these, and compare them with their objects."""
+        sampled_xyxy, sampled_labels, target_deltas, class_scores = [], [], [], []  # of each image
+        for proposals, own in zip(output.select(**self.train_selection), per_image):
+            objects_xyxy = own.objects_xyxy.to(proposals)
             boxes_xyxy = torch.cat((proposals, objects_xyxy))  # the objects are proposals too
             matched = match(
-                boxes_xyxy, objects_xyxy, ignored_xyxy, positive_iou=0.5, negative_iou=0.5, every_object=False
+                boxes_xyxy, objects_xyxy, own.ignored_xyxy, positive_iou=0.5, negative_iou=0.5, every_object=False
             )
             positives, background = sample(matched, ROI_SAMPLES, ROI_POSITIVE_FRACTION)
             learnt = matched[positives]  # the object of each positive
-            rois_per_image.append(boxes_xyxy[torch.cat((positives, background))])
-            roi_labels.append(torch.cat((1 + labels[learnt], torch.zeros_like(background))))
+            sampled_xyxy.append(boxes_xyxy[torch.cat((positives, background))])
+            sampled_labels.append(torch.cat((1 + own.labels[learnt], torch.zeros_like(background))))
             target_deltas.append(encode_boxes(objects_xyxy[learnt], boxes_xyxy[positives], ROI_WEIGHTS))
-            if class_scores is not None:
-                roi_scores.append(class_scores[learnt])
-        class_logits, box_deltas = self.predict_at(output, rois_per_image)
-        labels = torch.cat(roi_labels)
+            if own.class_scores is not None:
+                class_scores.append(own.class_scores[learnt])
+        class_logits, box_deltas = self.predict_at(output, sampled_xyxy)
+        labels = torch.cat(sampled_labels)
         positive = labels.nonzero().squeeze(1)
         classes, box = roi_losses(
             class_logits=class_logits,
             labels=labels,
             box_deltas=box_deltas[positive, labels[positive]],
             target_deltas=torch.cat(target_deltas),
-            class_scores=torch.cat(roi_scores) if roi_scores else None,
+            class_scores=torch.cat(class_scores) if class_scores else None,
         )
         return {"roi_class": classes, "roi_box": box}
 
