@@ -144,40 +144,23 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise Refused(f"truncated or damaged zip archive: {error}") from None
     entries = archive.infolist()
+    _check_entries(archive, entries)
     names = [entry.filename for entry in entries]
-    if len(entries) > MAX_ZIP_ENTRIES:
-        raise Refused(f"the archive has {len(entries):,} entries; the limit is {MAX_ZIP_ENTRIES:,}")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise Refused(f"entry {short(twice)} is in the archive twice")
-    if entries and min(entry.header_offset for entry in entries) != 0:
-        raise Refused("bytes before the first entry of the zip archive")
-    for entry in entries:
-        _check_local_header(archive, entry)
     if entries and all(name.endswith(".npy") for name in names):
         return _open_npz(archive, entries, size)
-    pickles = [name for name in names if name.endswith("/data.pkl") or name == "data.pkl"]
-    if len(pickles) != 1:
-        raise Refused(f"a zip archive with {len(pickles)} data.pkl, not one: nothing that torch.save wrote")
-    root = pickles[0].removesuffix("data.pkl")
-    is_script = f"{root}constants.pkl" in names
-    for entry in entries:
-        inside = entry.filename.removeprefix(root)
-        if not entry.filename.startswith(root):
-            raise Refused(f"entry {short(entry.filename)} lies outside {short(root)}")
-        if entry.compress_type != zipfile.ZIP_STORED and not (is_script and inside.startswith(("code/", "extra/"))):
-            raise Refused(f"entry {short(entry.filename)} is compressed, which torch.save never does")
+    root = _find_root(entries)
+    main, is_script = f"{root}data.pkl", f"{root}constants.pkl" in names
     if f"{root}byteorder" in names and _read_entry(archive, f"{root}byteorder", 16) != b"little":
         raise Refused("its tensors are not little-endian")
     entry_names = set(names)
     reader = InertReader()
-    pickle_file = io.BytesIO(_read_entry(archive, pickles[0], MAX_PICKLE_BYTES))
+    pickle_file = io.BytesIO(_read_entry(archive, main, MAX_PICKLE_BYTES))
     value = reader.read(pickle_file)
     if pickle_file.read(1):
         raise Refused("data.pkl has bytes after its end")
 
     for name in names:  # TorchScript's other pickles hold no weights; reading them refuses code in them
-        if name.endswith(".pkl") and name != pickles[0] and not name.startswith((f"{root}code/", f"{root}extra/")):
+        if name.endswith(".pkl") and name != main and not name.startswith((f"{root}code/", f"{root}extra/")):
             InertReader().read(io.BytesIO(_read_entry(archive, name, MAX_PICKLE_BYTES)))
 
     def read_bytes(storage: StorageRecord) -> bytes:
@@ -192,6 +175,37 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
     container = "TorchScript zip" if is_script else "torch zip"
     load = _Storages(read_bytes, size).load
     return Content(container, value, load, frozenset(reader.globals_seen), attributes, has_checksum=True)
+
+
+def _check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
+    """Refused for too many entries, and for an archive in which two programs may see other entries."""
+    names = [entry.filename for entry in entries]
+    if len(entries) > MAX_ZIP_ENTRIES:
+        raise Refused(f"the archive has {len(entries):,} entries; the limit is {MAX_ZIP_ENTRIES:,}")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Refused(f"entry {short(twice)} is in the archive twice")
+    if entries and min(entry.header_offset for entry in entries) != 0:
+        raise Refused("bytes before the first entry of the zip archive")
+    for entry in entries:
+        _check_local_header(archive, entry)
+
+
+def _find_root(entries: list[zipfile.ZipInfo]) -> str:
+    """The folder of torch.save in an archive, "" or "name/". Refused for entries as torch.save never writes them."""
+    names = [entry.filename for entry in entries]
+    pickles = [name for name in names if name.endswith("/data.pkl") or name == "data.pkl"]
+    if len(pickles) != 1:
+        raise Refused(f"a zip archive with {len(pickles)} data.pkl, not one: nothing that torch.save wrote")
+    root = pickles[0].removesuffix("data.pkl")
+    is_script = f"{root}constants.pkl" in names
+    for entry in entries:
+        inside = entry.filename.removeprefix(root)
+        if not entry.filename.startswith(root):
+            raise Refused(f"entry {short(entry.filename)} lies outside {short(root)}")
+        if entry.compress_type != zipfile.ZIP_STORED and not (is_script and inside.startswith(("code/", "extra/"))):
+            raise Refused(f"entry {short(entry.filename)} is compressed, which torch.save never does")
+    return root
 
 
 def _check_local_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
