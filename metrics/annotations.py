@@ -121,26 +121,30 @@ def find_labels(
     is_listed: the caller gave the list, so numbers without words beside them are positions in it where they can be.
     """
     by_name = {name: label for label, name in enumerate(names)}
-    plain = {token: plain_number(token) for token in used if is_number(token)}
+    numbers = {token: plain_number(token) for token in used if is_number(token)}
     for token, place in used.items():
-        if token not in plain and token not in by_name:
+        if token not in numbers and token not in by_name:
             raise UserError(f"{place}: found class {token!r}, expected {_expected(token, names, number_labels)}")
-    has_words = len(plain) < len(used)
-    fits_all = bool(number_labels) and all(label_of.keys() >= set(plain.values()) for label_of in number_labels)
-    are_places = is_listed and not has_words and fits_all
-    are_names = not are_places and by_name.keys() >= plain.keys()
-    readings = [{token: by_name[token] for token in plain}] if are_names else []  # of the numbers, by a rule that fits
-    if not are_names or not has_words:
-        for label_of in number_labels:
-            if label_of.keys() >= set(plain.values()):
-                readings.append({token: label_of[number] for token, number in plain.items()})
-    if not readings:
-        unknown = [t for t, n in plain.items() if t not in by_name and not any(n in of for of in number_labels)]
-        token = [*unknown, *plain][0]
+    has_words = len(numbers) < len(used)
+    as_names = [{token: by_name[token] for token in numbers}] if by_name.keys() >= numbers.keys() else []
+    as_places = [
+        {token: label_of[number] for token, number in numbers.items()}
+        for label_of in number_labels
+        if label_of.keys() >= set(numbers.values())
+    ]
+    if as_names and has_words:
+        fitting = as_names
+    elif is_listed and as_places and len(as_places) == len(number_labels):
+        fitting = as_places
+    else:
+        fitting = as_names + as_places
+    if not fitting:
+        unknown = [t for t, n in numbers.items() if t not in by_name and not any(n in of for of in number_labels)]
+        token = [*unknown, *numbers][0]
         raise UserError(f"{used[token]}: found class {token!r}, expected {_expected(token, names, number_labels)}")
-    first, *others = readings
+    first, *others = fitting
     for other in others:
-        for token in plain:
+        for token in numbers:
             if first[token] != other[token]:
                 both = f"{names[first[token]]!r} and {names[other[token]]!r}"
                 raise UserError(
@@ -148,8 +152,8 @@ def find_labels(
                     "the numbers are places in: classes.txt beside the text files, or --names FILE"
                 )
     if notes is not None and any(names[label] != number for number, label in first.items()):
-        numbers = sorted(first, key=lambda number: int(plain_number(number)))
-        notes.append(f"numbers of classes are read as {shortened(f'{n} = {names[first[n]]}' for n in numbers)}")
+        in_order = sorted(first, key=lambda number: int(plain_number(number)))
+        notes.append(f"numbers of classes are read as {shortened(f'{n} = {names[first[n]]}' for n in in_order)}")
     return {token: by_name[token] for token in used if token not in first} | first
 
 
