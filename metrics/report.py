@@ -110,10 +110,7 @@ def detection_report(
     num_true, num_false = (
         _count_from(grid, scores[chosen], labels[chosen], num_classes) for chosen in (is_true, is_false)
     )
-    has_objects = (instances > 0)[:, None]
-    precision = np.where(has_objects, num_true / np.maximum(num_true + num_false, 1), np.nan)  # (K, S + 1)
-    recall = np.where(has_objects, num_true / np.maximum(instances[:, None], 1), np.nan)
-    f1 = np.where(has_objects, 2 * num_true / np.maximum(num_true + num_false + instances[:, None], 1), np.nan)
+    precision, recall, f1 = _rates(num_true, num_false, instances)  # (K, S + 1)
     sum_of_f1 = f1[instances > 0, :-1].sum(axis=0)  # (S,)
     best = int(np.flatnonzero(sum_of_f1 == sum_of_f1.max())[-1])
 
@@ -142,7 +139,7 @@ def detection_report(
         recall=recall[:, :-1],
         f1=f1[:, :-1],
         recalls=RECALL_THRESHOLDS,
-        pr_precision=np.where(has_objects, pr_precision, np.nan),
+        pr_precision=np.where(instances[:, None] > 0, pr_precision, np.nan),
         confusion=confusion_matrix(
             ground_truth,
             detections,
@@ -158,6 +155,20 @@ def _count_from(thresholds: np.ndarray, scores: np.ndarray, labels: np.ndarray, 
     ordered = [np.sort(scores[labels == k]) for k in range(num_classes)]
     counts = [len(of_class) - np.searchsorted(of_class, thresholds, side="left") for of_class in ordered]
     return np.array(counts, dtype=np.float64).reshape(num_classes, len(thresholds))
+
+
+def _rates(
+    num_true: np.ndarray, num_false: np.ndarray, instances: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """precision, recall and F1 (K, S) of counts (K, S), see the head of this file; nan for a class without objects."""
+    found, objects = num_true + num_false, instances[:, None]
+    rates = (
+        num_true / np.maximum(found, 1),
+        num_true / np.maximum(objects, 1),
+        2 * num_true / np.maximum(found + objects, 1),
+    )
+    precision, recall, f1 = (np.where(objects > 0, rate, np.nan) for rate in rates)
+    return precision, recall, f1
 
 
 def _is_ignored(ground_truth: GroundTruth, ignore_difficult: bool) -> np.ndarray:
