@@ -31,6 +31,7 @@ Ids = tuple[int | str, ...]
 
 
 def read_coco(path: Path) -> Annotations:
+    """Ground truth of a COCO JSON file. UserError, with its place in the file, for a value without a meaning."""
     tree = read_json(path)
     if not isinstance(tree, dict) or not all(isinstance(tree.get(k), list) for k in ("images", "categories")):
         raise UserError(f"{path}: found no lists 'images' and 'categories', expected COCO ground truth")
@@ -103,6 +104,7 @@ def _merge_images(path: Path, entries: list[dict], ids: Ids) -> tuple[dict[int |
 def read_coco_detections(
     path: Path, annotations: Annotations, notes: list[str] | None = None
 ) -> tuple[GroundTruth, DetectionTable]:
+    """files.read_detections of a JSON file: a list of COCO results, or COCO labels with scores."""
     tree = read_json(path)
     rows, kind = tree, "results"
     own_pictures: dict[int | str, str | None] = {}

@@ -45,7 +45,7 @@ from datasets import text_lines
 from datasets.folders import list_files
 from datasets.values import are_fractions, box_fault, read_flag
 from datasets.voc import CLASSES
-from datasets.voc_xml import read_annotation
+from datasets.voc_xml import Object, read_annotation
 from datasets.yolo_txt import yaml_names
 from errors import UserError, expect
 from metrics.annotations import Annotations, find_labels, places
@@ -137,27 +137,14 @@ def read_names(path: str | Path) -> tuple[str, ...]:
 
 
 def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) -> Annotations:
+    """Ground truth of the XML files of a folder. names: of the classes; None: see the head of this file."""
     rows, sizes, stated = Rows(), [], []
     for image, path in enumerate(paths):
         annotation = read_annotation(path)
         sizes.append(annotation.size)
         stated.append(annotation.filename or None)
         for item in annotation.objects:
-            where = f"{path}:{item.line}"
-            if not item.name:
-                raise UserError(f"{where}: object without a name")
-            corners = read_numbers([item.fields.get(key) for key in ("xmin", "ymin", "xmax", "ymax")], where)
-            fault = box_fault(*corners)
-            if fault is not None and fault[1] != "zero-size box":
-                raise UserError(f"{where}: {fault[0]}, expected xmin < xmax and ymin < ymax")
-            try:
-                rows.difficult.append(read_flag(item.fields.get("difficult")))
-            except ValueError as error:
-                raise UserError(f"{where}: difficult: {error}") from None
-            rows.image.append(image)
-            rows.token.append(item.name)
-            rows.box.append(corners)
-            rows.where.append(where)
+            _add_object(rows, item, image, f"{path}:{item.line}")
     if are_fractions(np.array(rows.box).reshape(-1, 4)):
         raise UserError(f"{rows.where[0]}: all boxes lie in 0..1, expected pixels")
     found, is_given = tuple(sorted(set(rows.token))), names is not None
@@ -177,3 +164,21 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
     return Annotations(
         ground_truth, pictures, pictures, finder, tuple(sizes), None, mappings, "inclusive", notes, is_given
     )
+
+
+def _add_object(rows: Rows, item: Object, image: int, where: str) -> None:
+    """Append an object of an XML file. UserError for one without a name, box or flag that can be read."""
+    if not item.name:
+        raise UserError(f"{where}: object without a name")
+    corners = read_numbers([item.fields.get(key) for key in ("xmin", "ymin", "xmax", "ymax")], where)
+    fault = box_fault(*corners)
+    if fault is not None and fault[1] != "zero-size box":
+        raise UserError(f"{where}: {fault[0]}, expected xmin < xmax and ymin < ymax")
+    try:
+        rows.difficult.append(read_flag(item.fields.get("difficult")))
+    except ValueError as error:
+        raise UserError(f"{where}: difficult: {error}") from None
+    rows.image.append(image)
+    rows.token.append(item.name)
+    rows.box.append(corners)
+    rows.where.append(where)

@@ -77,17 +77,14 @@ class Rows:
 def read_text_ground_truth(
     folder: Path, names: Sequence[str] | None, text_boxes: TextBoxes, images: str | Path | None
 ) -> Annotations:
+    """Ground truth of a folder of text files. names, text_boxes, images: as of files.read_ground_truth."""
     listed = class_list(folder)
     path_of = named_below(folder, text_paths(folder))
     sizes: dict[str, tuple[float, float]] = {}
     alone: list[Path] = []
     if images is not None:
         sizes = picture_sizes(Path(images))
-        picture_names = tuple(sizes)
-        finder = PictureFinder(picture_names)
-        alone = [path for name, path in path_of.items() if finder.find_name(name, str(path)) is None]
-        row_of = finder.find_names({name: str(path) for name, path in path_of.items() if path not in alone})
-        path_of = {picture_names[row]: path_of[name] for name, row in row_of.items()}
+        path_of, alone = by_picture(path_of, tuple(sizes))
     pictures = tuple(sorted(path_of.keys() | sizes.keys()))
     rows = Rows()
     for image, picture in enumerate(pictures):
@@ -124,6 +121,7 @@ def read_text_ground_truth(
 def read_text_detections(
     folder: Path, annotations: Annotations, text_boxes: TextBoxes, score_last: bool, notes: list[str] | None = None
 ) -> tuple[GroundTruth, DetectionTable]:
+    """files.read_detections of a folder of text files."""
     paths, listed = text_paths(folder), class_list(folder)
     if not paths and any(not is_left_out(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder}: found no .txt files, expected one per image")
@@ -152,6 +150,14 @@ def read_text_detections(
     boxes = np.array(rows.box, dtype=np.float64).reshape(-1, 4)
     image_column, scores = np.array(rows.image, dtype=np.int64), np.array(rows.score, dtype=np.float64)
     return ground_truth, DetectionTable(image_column, boxes, scores, rows.labels(label_of))
+
+
+def by_picture(path_of: dict[str, Path], pictures: tuple[str, ...]) -> tuple[dict[str, Path], list[Path]]:
+    """(picture -> its text file, the text files without a picture). path_of: name of each text file -> file."""
+    finder = PictureFinder(pictures)
+    alone = [path for name, path in path_of.items() if finder.find_name(name, str(path)) is None]
+    row_of = finder.find_names({name: str(path) for name, path in path_of.items() if path not in alone})
+    return {pictures[row]: path_of[name] for name, row in row_of.items()}, alone
 
 
 def text_paths(folder: Path) -> list[Path]:
