@@ -35,16 +35,13 @@ def layer_outputs(layers: nn.Module, x: Tensor) -> list[Tensor]:
     return outputs
 
 
-def branch_maps(
-    outputs: tuple[list[list[Tensor]], list[list[Tensor]]], requested: frozenset[str] | None
-) -> dict[str, Tensor]:
+def branch_maps(outputs: dict[str, list[list[Tensor]]], requested: frozenset[str] | None) -> dict[str, Tensor]:
     """The requested maps of BRANCH_MAPS by name (None: all).
 
-    outputs: those of the box and of the class branches; per level, the `layer_outputs` of the branch.
+    outputs: "box" and "cls" -> for each level the `layer_outputs` of that branch.
     """
-    outputs_by_kind = dict(zip(("box", "cls"), outputs))
     return {
-        name: outputs_by_kind[kind][row][count - 1]
+        name: outputs[kind][row][count - 1]
         for name, (kind, row, count) in BRANCH_MAPS.items()
         if is_requested(requested, {name})
     }

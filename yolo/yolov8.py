@@ -164,17 +164,17 @@ class AnchorFreeHead(nn.Module):
                 predict = cast(nn.Conv2d, cast(nn.Sequential, layers)[-1])
                 nn.init.constant_(cast(Tensor, predict.bias), bias)
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, tuple[list[list[Tensor]], list[list[Tensor]]]]:
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, dict[str, list[list[Tensor]]]]:
         """maps (B, C_l, H_l, W_l) per level -> box_logits (B, A, 4, R), class_logits (B, A, K), A = sum_l H_l W_l.
 
         Locations are ordered level by level, row by row; edges are left, top, right, bottom. The third result holds the
-        outputs of every layer of the box and of the class branches, per level; taps.branch_maps names them.
+        outputs of every layer of the branches "box" and "cls", per level; taps.branch_maps names them.
         """
         box = [layer_outputs(branch, x) for branch, x in zip(self.box, maps)]
         cls = [layer_outputs(branch, x) for branch, x in zip(self.cls, maps)]
         box_logits = torch.cat([flatten_cells(outputs[-1]) for outputs in box], dim=1)  # (B, A, 4R)
         class_logits = torch.cat([flatten_cells(outputs[-1]) for outputs in cls], dim=1)  # (B, A, K)
-        return box_logits.unflatten(2, (4, NUM_BINS)), class_logits, (box, cls)
+        return box_logits.unflatten(2, (4, NUM_BINS)), class_logits, {"box": box, "cls": cls}
 
 
 def branch(c_in: int, width: int, c_out: int) -> nn.Sequential:
