@@ -278,34 +278,24 @@ def _sort_out(
         log.far += int(is_far.sum())
         for is_centered in log.fitting:
             log.fitting[is_centered] += int((is_far & fit_as_corners(boxes, limit, is_centered=is_centered)).sum())
+
+    def log_row(row: int, kind: str, effect: Effect) -> None:
+        corners = ", ".join(f"{value:g}" for value in boxes[row])
+        reason = f"{kind}: ({corners}) in a picture of {limit[0]:g} x {limit[1]:g}"
+        log.add(label_path, rows.lines[row], reason, kind, effect, image_path.name)
+
     is_kept = np.ones(len(boxes), dtype=bool)
     for kind, is_faulty in tests:
         for row in np.flatnonzero(is_faulty & is_kept).tolist():
-            _log_row(row, kind, "object dropped", boxes, limit, rows, log, image_path, label_path)
+            log_row(row, kind, "object dropped")
         is_kept &= ~is_faulty
     for row in np.flatnonzero(is_past & is_kept).tolist():
-        _log_row(row, "box past the edge", "noted", boxes, limit, rows, log, image_path, label_path)
+        log_row(row, "box past the edge", "noted")
     boxes = np.where(is_past[:, None], np.clip(boxes, 0, np.tile(limit, 2)), boxes)
     earlier: set[tuple] = set()
     for row, key in enumerate(rows.rows):
         if key in earlier and is_kept[row]:
-            _log_row(row, "duplicate box", "duplicate dropped", boxes, limit, rows, log, image_path, label_path)
+            log_row(row, "duplicate box", "duplicate dropped")
             is_kept[row] = False
         earlier.add(key)
     return boxes, is_kept
-
-
-def _log_row(
-    row: int,
-    kind: str,
-    effect: Effect,
-    boxes: np.ndarray,
-    limit: np.ndarray,
-    rows: LabelRows,
-    log: FaultLog,
-    image_path: Path,
-    label_path: Path,
-) -> None:
-    corners = ", ".join(f"{value:g}" for value in boxes[row])
-    reason = f"{kind}: ({corners}) in a picture of {limit[0]:g} x {limit[1]:g}"
-    log.add(label_path, rows.lines[row], reason, kind, effect, image_path.name)
