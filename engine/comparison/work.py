@@ -90,6 +90,7 @@ class StudyProgress:
 
     def __init__(self, works: Sequence[Work], results: dict[str, Result], retried: Iterable[Work]) -> None:
         self.works, self.results, self.inputs = works, results, KnownInputs()
+        self._by_name = {work.name: work for work in works}
         self._failed: dict[str, str] = {}
         self._forgiven = {work.name: read_failure(work) for work in retried}
         self.refresh()
@@ -99,28 +100,30 @@ class StudyProgress:
 
         UserError where labels or weights changed between two runs, or between a set and a run.
         """
-        by_name = {work.name: work for work in self.works}
         self._failed = {}
         for work in self.works:
-            result = self.results[work.row.name]
+            failures = self.results[work.row.name].failures
             if work.is_set and (manifest := read_manifest(work.path)) is not None:
                 self.inputs.add(work.path, manifest.get("inputs", {}))
             if not work.is_set:
-                result.failures.pop(work.seed, None)
+                failures.pop(work.seed, None)
                 if self._read_report(work):
                     continue
-            broken = next((by_name[need] for need in work.needs if need in self._failed), None)
-            if broken is not None:
-                why = self._failed[broken.name] if broken.is_set else f"{broken.row.name} failed"
-            elif (failure := read_failure(work)) is not None and failure != self._forgiven.get(work.name):
-                why = failure[1]
-            else:
-                continue
-            self._failed[work.name] = why
-            if not work.is_set:
-                result.failures[work.seed] = why
+            if (why := self._why_failed(work)) is not None:
+                self._failed[work.name] = why
+                if not work.is_set:
+                    failures[work.seed] = why
+
+    def _why_failed(self, work: Work) -> str | None:
+        """Why a work, or one that it needs, has failed; None if neither has. Those before it are already judged."""
+        broken = next((self._by_name[need] for need in work.needs if need in self._failed), None)
+        if broken is not None:
+            return self._failed[broken.name] if broken.is_set else f"{broken.row.name} failed"
+        failure = read_failure(work)
+        return None if failure is None or failure == self._forgiven.get(work.name) else failure[1]
 
     def _read_report(self, work: Work) -> bool:
+        """Whether a run has finished; its report is then among the results."""
         reports, file = self.results[work.row.name].reports, RunFolder(work.path).report
         if work.seed not in reports and file.is_file():
             refuse_other(RunFolder(work.path), work.row.run(work.seed))  # it may be of another version of the study
@@ -146,12 +149,11 @@ class StudyProgress:
         works: to be done. A teacher that is trained anew has other weights than before. Its students of before and of
         later do not belong in one table, and that would show only after the first of the later ones.
         """
-        by_name = {work.name: work for work in self.works}
         for work in filter(self.is_open, works):
             own = RunFolder(work.path).last
             student = self.inputs.first(weights_name(str(own)))
             uses = {} if student is None else {own: f"{student} learned from it"}
-            for need in (by_name[name] for name in work.needs):
+            for need in (self._by_name[name] for name in work.needs):
                 if not need.is_set and not self.is_open(need):
                     uses[RunFolder(need.path).last] = f"its run is finished and {work.name} begins with it"
             for weights, use in uses.items():
