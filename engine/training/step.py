@@ -21,7 +21,7 @@ def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -
 
     The last value is (B, 1, H, W) bool, False in the padding of the images; None where no term leaves padding out.
     """
-    config, device, groups = setup.config, setup.processes.device, batch.is_labelled
+    config, device = setup.config, setup.processes.device
     settings = augmentation_at(config, epoch)
     stream = (Stream.AUGMENTATION, config.seed_of_views, epoch, number, setup.processes.rank)
     # Augmentation drops objects, so the targets stay on the host until their number is known.
@@ -31,7 +31,7 @@ def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -
         generator=seeded_generator(*stream),
         settings=settings,
         content_xyxy=batch.content_xyxy,
-        groups=groups,
+        groups=batch.is_labelled,
     )
     if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -42,7 +42,7 @@ def augment_batch(setup: TrainingSetup, batch: Batch, epoch: int, number: int) -
             image_size=config.image_size,
             generator=seeded_generator(*stream),  # the draws of the images, once more
             settings=settings,
-            groups=groups,
+            groups=batch.is_labelled,
         )
     return images, targets.to(device), content
 
