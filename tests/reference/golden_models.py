@@ -1,12 +1,13 @@
 """The public state dict and the input picture that a golden file of tests/golden was recorded with."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from boxes import xyxy_to_cxcywh
 from models import build
@@ -43,6 +44,26 @@ def relative_error(ours: Tensor, golden: np.ndarray) -> float:
     assert ours.shape == golden.shape
     ours = ours.detach().double().numpy()
     return np.linalg.norm(ours - golden) / np.linalg.norm(golden.astype(np.float64))
+
+
+def check_anchor_golden(model: nn.Module, arrays: dict[str, np.ndarray], meta: dict, maps: tuple[str, ...]) -> None:
+    """These maps, the logits and the decoded predictions of YOLOv5 and YOLOv7, with the golden's weights."""
+    with torch.no_grad():
+        output = model.eval()(golden_image(meta))
+        boxes_xyxy, scores = model.decode(output)
+    for name in maps:
+        assert relative_error(output.features[name][:, ::8], arrays[name]) < 1e-5, name
+        assert output.features[name].shape[1] == model.channels[name]
+    raw = torch.cat((output.box_logits, output.objectness_logits[..., None], output.class_logits), dim=-1)
+    start = 0
+    for name in ("p3", "p4", "p5"):
+        shape = arrays[f"raw_{name}"].shape  # (B, 3, H, W, 5 + K)
+        count = math.prod(shape[1:4])
+        assert relative_error(raw[:, start : start + count].reshape(shape), arrays[f"raw_{name}"]) < 1e-5, name
+        start += count
+    decoded = arrays["decoded"]  # (B, A, 5 + K): the released code reports objectness and class apart
+    assert relative_error(xyxy_to_cxcywh(boxes_xyxy), decoded[..., :4]) < 1e-5
+    assert relative_error(scores, decoded[..., 4:5] * decoded[..., 5:]) < 1e-5
 
 
 def check_anchor_free_golden(arch: str, arrays: dict[str, np.ndarray], meta: dict, bins_name: str) -> None:

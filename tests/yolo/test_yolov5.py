@@ -12,7 +12,7 @@ from errors import UserError
 from models import build
 from structures import DenseDetector, Targets
 from tests.reference.dense_reading import read_reference
-from tests.reference.golden_models import check_anchor_free_golden, golden_image, public_state, relative_error, undrawn
+from tests.reference.golden_models import check_anchor_free_golden, check_anchor_golden, public_state, undrawn
 from weights import load_public, rename, row_pattern
 from yolo.assigners import anchor_ratio_matches
 from yolo.losses import yolov5_losses
@@ -33,20 +33,7 @@ def test_anchor_variant_reproduces_the_released_model(golden, size):
     state = public_state(meta, {"model.24.anchors": ANCHORS_CELLS})
     assert set(rename(state, model.public_names)) == set(model.state_dict()) and len(state) == len(model.state_dict())
     load_public(model, state)
-    with torch.no_grad():
-        output = model.eval()(golden_image(meta))
-        boxes_xyxy, scores = model.decode(output)
-    raw = torch.cat((output.box_logits, output.objectness_logits[..., None], output.class_logits), dim=-1)
-    start = 0
-    for name in ("p3", "p4", "p5"):
-        assert relative_error(output.features[name][:, ::8], arrays[name]) < 1e-5, name
-        shape = arrays[f"raw_{name}"].shape  # (B, 3, H, W, 5 + K)
-        count = math.prod(shape[1:4])
-        assert relative_error(raw[:, start : start + count].reshape(shape), arrays[f"raw_{name}"]) < 1e-5, name
-        start += count
-    decoded = arrays["decoded"]  # (B, A, 5 + K): the released code reports objectness and class apart
-    assert relative_error(xyxy_to_cxcywh(boxes_xyxy), decoded[..., :4]) < 1e-5
-    assert relative_error(scores, decoded[..., 4:5] * decoded[..., 5:]) < 1e-5
+    check_anchor_golden(model, arrays, meta, maps=("p3", "p4", "p5"))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,18 +1,15 @@
 """YOLOv7-tiny against recorded outputs of the released implementation; its layouts; what trains and what is fused."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import checkpoint
-from boxes import xyxy_to_cxcywh
 from errors import UserError
 from models import build, published_detection
 from structures import DenseDetector
-from tests.reference.golden_models import golden_image, public_state, relative_error
+from tests.reference.golden_models import check_anchor_golden, public_state
 from tests.weights.hostile import fake_modules
 from tests.yolo.test_yolov5 import ANCHORS_CELLS
 from weights import load_public, rename
@@ -39,22 +36,7 @@ def test_it_reproduces_the_released_model(released):
     without_twin = {name: value for name, value in state.items() if not name.endswith("anchor_grid")}
     assert set(rename(without_twin, model.public_names)) == set(model.state_dict())
     load_public(model, state)
-    with torch.no_grad():
-        output = model.eval()(golden_image(meta))
-        boxes_xyxy, scores = model.decode(output)
-    raw = torch.cat((output.box_logits, output.objectness_logits[..., None], output.class_logits), dim=-1)
-    start = 0
-    for name in ("c3", "c4", "c5", "p3", "p4", "p5"):
-        assert relative_error(output.features[name][:, ::8], arrays[name]) < 1e-5, name
-        assert output.features[name].shape[1] == model.channels[name]
-    for name in ("p3", "p4", "p5"):
-        shape = arrays[f"raw_{name}"].shape  # (B, 3, H, W, 5 + K)
-        count = math.prod(shape[1:4])
-        assert relative_error(raw[:, start : start + count].reshape(shape), arrays[f"raw_{name}"]) < 1e-5, name
-        start += count
-    decoded = arrays["decoded"]  # (B, A, 5 + K): the released code reports objectness and class apart
-    assert relative_error(xyxy_to_cxcywh(boxes_xyxy), decoded[..., :4]) < 1e-5
-    assert relative_error(scores, decoded[..., 4:5] * decoded[..., 5:]) < 1e-5
+    check_anchor_golden(model, arrays, meta, maps=("c3", "c4", "c5", "p3", "p4", "p5"))
 
 
 @pytest.mark.parametrize(("num_classes", "count"), [(3, 6_019_432), (20, 6_065_281)])
