@@ -151,18 +151,20 @@ def _npz(state: dict) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("container", ["zip", "npz", "legacy", "safetensors"])
+CONTAINERS = {
+    "zip": saved,
+    "npz": _npz,
+    "legacy": lambda state: saved(state, zipped=False),
+    "safetensors": save_safetensors,
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_flipped_bits_are_refused_or_harmless(container, tmp_path):
     """One flipped bit anywhere: refused, or the tensors are what they were. Where the container has no checksum the
     SHA-256 that the release gives is what notices."""
     state = good_state()
-    make = {
-        "zip": saved,
-        "npz": _npz,
-        "legacy": lambda state: saved(state, zipped=False),
-        "safetensors": save_safetensors,
-    }
-    data = make[container](state)
+    data = CONTAINERS[container](state)
     path = tmp_path / "weights.pt"
     path.write_bytes(data)
     expected, info = read_state_dict(path)
@@ -183,17 +185,11 @@ def test_flipped_bits_are_refused_or_harmless(container, tmp_path):
     assert refused > 150
 
 
-@pytest.mark.parametrize("container", ["zip", "npz", "legacy", "safetensors"])
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_damage_without_a_hash_never_crashes(container, tmp_path):
     """Runs of random bytes written over a good file: a UserError or tensors, no other exception."""
     state = good_state()
-    make = {
-        "zip": saved,
-        "npz": _npz,
-        "legacy": lambda state: saved(state, zipped=False),
-        "safetensors": save_safetensors,
-    }
-    data = make[container](state)
+    data = CONTAINERS[container](state)
     head = data.find(b"conv.weight")
     rng = np.random.default_rng(1)
     path = tmp_path / "weights.pt"
