@@ -137,19 +137,25 @@ def computes_in_float32(arguments: Arguments) -> Check:
     return check_precision
 
 
+def with_gradients(loss: Callable, arguments: Arguments) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss in float32, and its gradients by the student's tensors."""
+    given = tensors(arguments, torch.float32)
+    students, _ = roles(arguments)
+    for s in students:
+        given[s].requires_grad_()
+    value = loss(**given)
+    value.backward()
+    return value, [given[s].grad for s in students]
+
+
 def zero_when_empty(*cases: Arguments) -> Check:
     """0, not nan, and still differentiable."""
 
     def check_empty(loss: Callable) -> None:
         for arguments in cases:
-            given = tensors(arguments, torch.float32)
-            students, _ = roles(arguments)
-            for s in students:
-                given[s].requires_grad_()
-            value = loss(**given)
+            value, gradients = with_gradients(loss, arguments)
             assert value.shape == () and value == 0, f"{value} for nothing"
-            value.backward()
-            assert all(given[s].grad is None or not given[s].grad.any() for s in students)
+            assert all(gradient is None or not gradient.any() for gradient in gradients)
 
     return check_empty
 
@@ -159,13 +165,8 @@ def finite_when_saturated(*cases: Arguments) -> Check:
 
     def check_saturated(loss: Callable) -> None:
         for arguments in cases:
-            given = tensors(arguments, torch.float32)
-            students, _ = roles(arguments)
-            for s in students:
-                given[s].requires_grad_()
-            value = loss(**given)
-            value.backward()
-            assert value.isfinite() and all(given[s].grad.isfinite().all() for s in students)
+            value, gradients = with_gradients(loss, arguments)
+            assert value.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
 
     return check_saturated
 
