@@ -199,15 +199,20 @@ def test_runs_of_another_config_are_refused_before_anything_is_trained(config, t
     assert not trained
 
 
-def test_a_loss_that_is_not_finite_ends_its_row_only(config, trained, monkeypatch):
+def fail_runs(monkeypatch, beginning: str, error: UserError) -> None:
+    """From now on the runs whose names begin so end in this error."""
     run = compare.train.run
 
     def run_or_fail(config, **options):
-        if config.name.startswith("taught"):
-            raise UserError("step 3: mse_big is nan", 3)
+        if config.name.startswith(beginning):
+            raise error
         return run(config, **options)
 
     monkeypatch.setattr(compare.train, "run", run_or_fail)
+
+
+def test_a_loss_that_is_not_finite_ends_its_row_only(config, trained, monkeypatch):
+    fail_runs(monkeypatch, "taught", UserError("step 3: mse_big is nan", 3))
     with pytest.raises(UserError, match="runs failed, see the table: taught") as raised:
         compare.compare(make(config))
     assert raised.value.exit_code == 3 and names(trained)[-1] == "longer_seed5"
@@ -218,14 +223,7 @@ def test_a_loss_that_is_not_finite_ends_its_row_only(config, trained, monkeypatc
 
 
 def test_nothing_is_taught_by_a_teacher_that_failed(config, trained, monkeypatch):
-    run = compare.train.run
-
-    def run_or_fail(config, **options):
-        if config.name.startswith("teacher"):
-            raise UserError("step 3: box is nan", 3)
-        return run(config, **options)
-
-    monkeypatch.setattr(compare.train, "run", run_or_fail)
+    fail_runs(monkeypatch, "teacher", UserError("step 3: box is nan", 3))
     with pytest.raises(UserError, match="runs failed, see the table: teacher_big, taught"):
         compare.compare(make(config))
     assert names(trained) == ["baseline_seed5", "longer_seed5"]
