@@ -221,9 +221,12 @@ class FasterRCNN(nn.Module):
 
         They are means over the samples of all images: 256 anchors per image, at most half of them positive, and 512
         proposals and objects per image, at most a quarter positive. matching.sample draws them from torch's global CPU
-        generator.
+        generator. ValueError for an object of an image that the batch does not have: it would be left out.
         """
-        per_image = [split_targets(targets, image) for image in range(len(output.objectness_logits))]
+        num_images = len(output.objectness_logits)
+        if ((targets.image < 0) | (targets.image >= num_images)).any():
+            raise ValueError(f"targets: image is {targets.image.tolist()}, expected 0..{num_images - 1}")
+        per_image = [split_targets(targets, image) for image in range(num_images)]
         return self._rpn_losses(output, per_image) | self._roi_losses(output, per_image)
 
     def _rpn_losses(self, output: FasterRCNNOutput, per_image: list[ImageTargets]) -> dict[str, Tensor]:

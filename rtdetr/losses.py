@@ -15,7 +15,7 @@ from torch import Tensor
 
 from boxes import box_area, cxcywh_to_xyxy, paired_giou, paired_intersection, paired_iou, xyxy_to_cxcywh
 from layers.over_processes import joint_normaliser
-from layers.precision import at_least_float32
+from layers.precision import at_least_float32, compute_dtype
 from rtdetr.matching import Matches
 from structures import Targets
 
@@ -68,7 +68,8 @@ def query_losses(
         count: N, the number of objects that the sums are divided by.
         is_left_out: (B, L, Q) bool, queries whose background is not learnt; None: none.
     """
-    logits, boxes = at_least_float32(logits), at_least_float32(boxes)
+    dtype = compute_dtype(logits)  # boxes of float64 targets, made noisy, are float64
+    logits, boxes = logits.to(dtype), boxes.to(dtype)
     at = (matches.image, matches.layer, matches.query)
     predicted, true = boxes[at], gt_boxes[matches.row].to(boxes.dtype)  # (M, 4) each
     predicted_xyxy, true_xyxy = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(true)

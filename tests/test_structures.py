@@ -1,6 +1,6 @@
 """Targets: rows are chosen and moved together, with or without class scores."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -31,3 +31,14 @@ def test_rows_that_differ_are_refused():
         with pytest.raises(ValueError, match=r"rows differ.*class_scores"):
             targets_of(3, class_scores)
     assert targets_of(0, torch.rand(0, 5))[torch.zeros(0).long()].class_scores.shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ignore", torch.int64), ("ignore", torch.uint8), ("image", torch.uint8), ("labels", torch.float32)],
+)
+def test_indices_and_masks_of_another_kind_are_refused(name, kind):
+    """~ignore of whole numbers is -1 and -2, which are rows from the end."""
+    targets = targets_of(3, None)
+    with pytest.raises(ValueError, match=f"{name}: found {str(kind).removeprefix('torch.')}, expected"):
+        replace(targets, **{name: getattr(targets, name).to(kind)})

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -275,6 +276,8 @@ def test_losses_are_named_finite_and_reproducible(small, scene):
     again, other = losses_of(model, scene), losses_of(model, scene, seed=1)
     assert all(terms[name] == again[name] for name in LOSSES)
     assert any(terms[name] != other[name] for name in LOSSES)
+    with pytest.raises(ValueError, match=r"targets: image is \[.*\], expected 0..1"):
+        losses_of(model, scene, targets=replace(scene[1], image=scene[1].image + 2))
 
 
 def test_losses_run_the_second_stage_once_and_forward_never(small, scene):

@@ -1,6 +1,7 @@
 """RT-DETR as a student: what a step gives, two processes, an interrupted run, and pictures learnt by heart."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def fresh(**sizes):
 
 def test_a_step_reaches_every_parameter_also_without_objects():
     model, (images, targets) = fresh(), shapes(2)
-    for objects in (targets, Targets.empty()):
+    from_numpy = replace(targets, boxes_xyxy=targets.boxes_xyxy.double())
+    for objects in (targets, from_numpy, Targets.empty()):
         losses = model.losses(model(images), objects)
         assert list(losses) == [*KINDS, *(f"denoising_{kind}" for kind in KINDS)]
         assert all(value.isfinite() and value.dtype == torch.float32 for value in losses.values())
