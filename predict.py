@@ -42,10 +42,11 @@ import numpy as np
 
 from config import check_image_size
 from datasets.images import read_image
+from datasets.yolo_txt import LabelFolders
 from engine.command_line.translation import options_of, refuse_unknown
 from engine.drawing.detections import draw_detections
 from engine.onnx_files.detector import OnnxDetector, load_detector
-from engine.prediction.files import PredictionFiles, complete_file, drawn_path, format_counts
+from engine.prediction.files import PredictionFiles, complete_file, drawn_path, format_counts, text_path
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import Source, find_sources
 from engine.prediction.video import VideoReader, VideoWriter, require_av
@@ -234,15 +235,24 @@ def check_videos(sources: Sequence[Source]) -> None:
             open_video(source).close()
 
 
-def check_output(output: Path, sources: Sequence[Source]) -> None:
-    """UserError if a drawn copy would overwrite one of the pictures or videos themselves."""
+def check_output(output: Path, sources: Sequence[Source], *, draw: bool, write_txt: bool) -> None:
+    """UserError if a drawn copy would overwrite a picture or a video, or a text file the labels of a picture."""
     originals = {source.path.resolve() for source in sources}
     for source in sources:
-        path = drawn_path(output, source).resolve()
-        if path in originals:
+        writes = {drawn_path(output, source).resolve()} & originals if draw else set()
+        if write_txt and not source.is_video:
+            writes |= {text_path(output, source).resolve()} & labels_of(source.path)
+        for path in writes:
             raise UserError(f"--output {output}: would overwrite {path}, expected another folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file, expected a folder")
+
+
+def labels_of(picture: Path) -> set[Path]:
+    """The label files that a picture has, by the layout of YOLO's datasets."""
+    places = LabelFolders(Path("/")).choices(picture.absolute().parent)
+    files = (place.labels / f"{picture.stem}.txt" for place in places)
+    return {file.resolve() for file in files if file.is_file()}
 
 
 def fraction(text: str) -> float:
@@ -293,7 +303,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     sources = find_sources(args.sources)
-    check_output(args.output, [] if args.no_pictures else sources)
+    check_output(args.output, sources, draw=not args.no_pictures, write_txt=args.txt)
     check_videos(sources)
     expect(not args.show or any(source.is_video for source in sources), "--show", "pictures alone", "a video or webcam")
     window = Window("Retort: q ends it") if args.show else None

@@ -122,6 +122,19 @@ def test_never_overwrites_a_source(tmp_path, colour_model):
         predict.main(["w.pt", str(tmp_path / "a.jpg"), "--output", str(tmp_path / "file")])
 
 
+def test_never_overwrites_labels(tmp_path, colour_model, monkeypatch):
+    """In the layout of YOLO, labels/ of the data set is where --txt writes for --output DATASET."""
+    for name in ("images/test/a.png", "labels/test/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+    scene(64, 64).save(tmp_path / "images/test/a.png")
+    (tmp_path / "labels/test/a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    monkeypatch.chdir(tmp_path / "images")
+    for source in (str(tmp_path / "images"), "../images"):
+        with pytest.raises(UserError, match=r"would overwrite .*labels/test/a\.txt, expected another folder"):
+            predict.main(["w.pt", source, "--output", str(tmp_path), "--txt", "--no-pictures"])
+    assert (tmp_path / "labels/test/a.txt").read_text() == "0 0.5 0.5 0.5 0.5\n"
+
+
 @pytest.mark.parametrize(
     "option", [("--image-size", "100"), ("--score-threshold", "1.5"), ("--batch-size", "0"), ("--nms-iou", "x")]
 )
