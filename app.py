@@ -33,6 +33,7 @@ from engine.web_demo.sides import WHERE, Side
 from errors import UserError
 from models import suppresses
 from structures import Detections
+from weights import file_of_run
 
 # Before any decorator of Streamlit's complains, and not in the processes that multiprocessing starts.
 if __name__ == "__main__" and get_script_run_ctx(suppress_warning=True) is None:
@@ -127,15 +128,18 @@ def choose_pair(runs: dict[str, Run], places: Sequence[Place]) -> tuple[Side, Si
     for place, key, name, title in zip(places, WHERE, picked, run_views.short_names(picked)):
         with place:
             run = runs.get(name)
-            side = choose_file(key) if run is None else side_of(run.weights, run.version, title, run)
+            side = choose_file(key) if run is None else side_of(run.weights, title, run)
             if side is not None:
                 chosen.append(side)
                 st.markdown(side.facts)
     return (chosen[0], chosen[1]) if len(chosen) == 2 else None
 
 
-def side_of(path: Path, version: float, name: str, run: Run | None = None) -> Side:
-    return Side(load_file(path, version, name), run, f"{path} {version}")
+def side_of(path: Path, name: str, run: Run | None = None) -> Side:
+    """The model in a file or in the folder of a run, whose own time stays when its weights change."""
+    file = file_of_run(path)
+    version = file.stat().st_mtime_ns if file.is_file() else 0
+    return Side(load_file(file, version, name), run, f"{file} {version}")
 
 
 def choose_file(key: str) -> Side | None:
@@ -151,15 +155,11 @@ def choose_file(key: str) -> Side | None:
         data = file.getvalue()
         content_digest = hashlib.sha256(data).hexdigest()
         return Side(load_upload(content_digest, file.name, data), None, content_digest)
-    if not path:
-        return None
-    file_path = Path(path).expanduser()
-    version = file_path.stat().st_mtime if file_path.exists() else 0.0
-    return side_of(file_path, version, file_path.name)
+    return side_of(Path(path).expanduser(), Path(path).name) if path else None
 
 
 @st.cache_resource(max_entries=6, show_spinner="Loading a model")
-def load_file(path: Path, version: float, name: str) -> Detector:
+def load_file(path: Path, version: int, name: str) -> Detector:
     """version: of the file, so that a run that continues is loaded again."""
     return detectors.load_file(path, name)
 
@@ -380,7 +380,7 @@ def explain(pair: tuple[Side, Side], enhanced: np.ndarray) -> None:
     show_curves(runs, list(terms))
     shown = sides.by_title(pair)
     for name, path in (run_views.find_teachers(config) if config else {}).items():
-        shown[f"teacher {name}"] = side_of(path, path.stat().st_mtime, name)
+        shown[f"teacher {name}"] = side_of(path, name)
     maps = tuple(name for term in terms.values() for name in term.student_maps)
     show_maps({title: side for title, side in shown.items() if side.detector.parameters is not None}, enhanced, maps)
     sheet = run.folder.path / "distillation.jpg" if run else None

@@ -296,7 +296,7 @@ def test_a_short_video(start, runs):
     assert errors(app) == "" and [button.label for button in app.download_button] == ["Download the video"]
 
 
-def test_weights_are_uploaded_or_named(start, runs):
+def test_weights_are_uploaded_or_named(start, runs, tmp_path):
     app = start(runs)
     app.selectbox(key="right").set_value(OTHER_FILE).run()
     assert not check(app).image
@@ -308,6 +308,12 @@ def test_weights_are_uploaded_or_named(start, runs):
     app.selectbox(key="right").set_value(OTHER_FILE).run()
     app.text_input(key="right_path").set_value(str(weights)).run()
     assert errors(app) == "" and chips(app) == uploaded
+    shutil.copytree(weights.parent, tmp_path / "run" / "weights")
+    app.text_input(key="right_path").set_value(str(tmp_path / "run")).run()
+    assert errors(app) == "" and chips(app) == uploaded
+    shutil.copyfile(runs / "runs" / STUDY / LEFT / "weights" / "last.pt", tmp_path / "run" / "weights" / "last.pt")
+    app.text_input(key="right_path").run()  # the run went on: its folder is as old as before, its weights are not
+    assert errors(app) == "" and chips(app) != uploaded
     app.text_input(key="right_path").set_value("nowhere.pt").run()
     assert "nowhere.pt: no such file" in errors(app) and not app.image
     app.file_uploader(key="right_file").upload("mine.pt", weights.read_bytes()[:-100]).run()

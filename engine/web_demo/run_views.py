@@ -35,11 +35,6 @@ class Run:
     folder: RunFolder
     weights: Path
 
-    @property
-    def version(self) -> float:
-        """A number that changes when the weights file does."""
-        return self.weights.stat().st_mtime if self.weights.is_file() else 0.0
-
     def config(self) -> Config | None:
         """The config of the run; None for a checkpoint without one."""
         if not self.folder.config.is_file():
