@@ -25,6 +25,7 @@ from datasets.index import Effect, Fault, Sample
 from datasets.values import EDGE_TOLERANCE, are_corners, are_fractions, far_past, fit_as_corners
 from errors import UserError, counted
 
+ONE_SIZE = 0.05  # a smaller difference of two sizes moves boxes by less than a careless hand
 ONE_FACTOR = 0.1  # a larger share of pictures with the same wrong factor is no accident
 
 Item = TypeVar("Item")
@@ -122,7 +123,8 @@ def read_frame(
     """The frame of a picture from its header, compared with the (width, height) stated in its label file.
 
     The header counts. If the stated size equals the stored pixels of a picture that EXIF turns by 90 degrees, the
-    labels refer to those pixels and must be turned. None, and a fault, for a picture that does not open.
+    labels refer to those pixels and must be turned. None, and a fault, for a picture that does not open, and for one of
+    the stated shape in another size: its boxes are in pixels of a larger or a smaller picture.
     """
     try:
         stored_width, stored_height, orientation = read_header(image_path)
@@ -146,11 +148,17 @@ def read_frame(
     if stated == (stored_width, stored_height):
         note(f"{found} upright (EXIF orientation {orientation}); boxes turned with it", "boxes turned with EXIF")
         return Frame(width, height, orientation)
-    note(f"{found}; the picture's own size is used", "wrong size stated")
     is_rounded = max(abs(width - stated[0]), abs(height - stated[1])) <= EDGE_TOLERANCE
     if not is_rounded and stated != (height, width):  # some tools swap width and height
         factors = round(width / stated[0], 2), round(height / stated[1], 2)
         log.resized.append((factors, f"{label_path or image_path}: {image_path.name}: {found}"))
+        rounding = max(sum(stated), width + height) / 2  # of the smaller size to whole pixels
+        is_of_shape = abs(stated[0] * height - stated[1] * width) <= rounding
+        if is_of_shape and max(width / stated[0], stated[0] / width) > 1 + ONE_SIZE:
+            reason = f"{found}: resized after labelling, so its boxes are those of another picture"
+            log.add(label_path or image_path, None, reason, "resized picture", "picture dropped", image_path.name)
+            return None
+    note(f"{found}; the picture's own size is used", "wrong size stated")
     return Frame(width, height)
 
 
@@ -158,7 +166,8 @@ def refuse_resized(log: FaultLog, source: Path) -> None:
     """UserError where the pictures were resized after labelling: the boxes are then in pixels of other pictures.
 
     This is so if more than half of the pictures differ from their stated size, or if more than a tenth, at least three,
-    differ by the same factor. Fewer are only noted, and so are differences of a pixel.
+    differ by the same factor. Of fewer, read_frame drops those of the stated shape; the others are noted, and so are
+    differences of a pixel.
     """
     if not log.resized:
         return

@@ -321,8 +321,9 @@ def test_pictures_resized_after_labelling_stop_the_run(tmp_path, format, sizes):
 @pytest.mark.parametrize(
     "sizes, count",
     [
-        ([(200, 160)] + [(100, 80)] * 3, 1),
-        ([(200, 160), (50, 40)] + [(100, 80)] * 3, 2),
+        ([(200, 130)] + [(100, 80)] * 3, 1),
+        ([(200, 130), (50, 60)] + [(100, 80)] * 3, 2),
+        ([(103, 82)] + [(100, 80)] * 3, 1),  # boxes are off by three pixels at most
         ([(80, 100)] * 4, 4),  # width and height by each other's names
         ([(0, 0)] * 4, 0),
         ([(100.0, "80")] * 4, 0),
@@ -333,6 +334,13 @@ def test_single_wrong_sizes_are_noted(tmp_path, format, sizes, count):
     index = states(tmp_path, format, sizes)
     assert [fault.kind for fault in index.faults] == ["wrong size stated"] * count
     assert boxes(index) == [BOX] * len(sizes)
+
+
+@pytest.mark.parametrize("format", ["voc", "coco"])
+def test_a_few_resized_pictures_are_bad(tmp_path, format):
+    index = states(tmp_path, format, [(200, 160), (33, 27)] + [(100, 80)] * 3)  # a third of 100 x 80, rounded
+    assert [(fault.kind, fault.effect) for fault in index.faults] == [("resized picture", "picture dropped")] * 2
+    assert boxes(index) == [BOX] * 3
 
 
 def test_sizes_of_null_and_as_floats(tmp_path):
