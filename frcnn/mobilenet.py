@@ -15,12 +15,12 @@ Released files: frcnn/pretrained.py.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frcnn.norm import EPSILON, ConvNorm, NormOptions
+from frcnn.norm import ConvNorm
 from frcnn.pretrained import IMAGENET_NORMALIZATION, Backbone, backbone_layouts, read_classifier_file
 
 FILE_EPSILON = 1e-3  # of the BatchNorms in the released ImageNet files
@@ -115,15 +115,15 @@ class InvertedResidual(nn.Module):
     (B, C_in, H, W) -> (B, c_out, ceil(H / stride), ceil(W / stride)). Without expansion there is no first 1x1.
     """
 
-    def __init__(self, c_in: int, row: Bneck, **norm: Unpack[NormOptions]) -> None:
+    def __init__(self, c_in: int, row: Bneck) -> None:
         super().__init__()
         width = row.expanded
         self.activation = row.activation
         self.is_residual = row.stride == 1 and c_in == row.c_out
-        self.expand = ConvNorm(c_in, width, 1, **norm) if width != c_in else None
-        self.depthwise = ConvNorm(width, width, row.kernel, row.stride, groups=width, **norm)
+        self.expand = ConvNorm(c_in, width, 1) if width != c_in else None
+        self.depthwise = ConvNorm(width, width, row.kernel, row.stride, groups=width)
         self.squeeze = SqueezeExcite(width, round_to_eight(width / 4)) if row.has_squeeze else None
-        self.project = ConvNorm(width, row.c_out, 1, **norm)
+        self.project = ConvNorm(width, row.c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x if self.expand is None else self.activation(self.expand(x))
@@ -136,36 +136,34 @@ class MobileNetV3(Backbone):
     """MobileNetV3 without its classifier. size: "small" or "large".
 
     forward: images (B, 3, H, W) -> {"c2", "c3", "c4", "c5_first", "c5"}, (B, channels[name], ceil(H / s), ceil(W / s)).
-    norm_frozen, norm_eps: `frozen` and `eps` of every BatchNorm (norm.py). The released ImageNet files have an epsilon
-    of 1e-3, torchvision's detectors 1e-5. The six `stages` begin at the stem, at each strided block and at the last
-    convolution.
+    The released ImageNet files have an epsilon of 1e-3 (norm.py), torchvision's detectors 1e-5. The six `stages` begin
+    at the stem, at each strided block and at the last convolution.
     """
 
     mean, std = IMAGENET_NORMALIZATION
 
-    def __init__(self, size: str, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
+    def __init__(self, size: str) -> None:
         super().__init__()
         rows, last, self.hidden = SIZES[size]
-        norm = NormOptions(frozen=norm_frozen, eps=norm_eps)
-        self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2, **norm)
+        self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2)
         c_in, stride = STEM_CHANNELS, 2
         self.blocks = nn.ModuleList()
         taps: dict[str, int] = {}  # map -> index of its block
         for index, row in enumerate(rows):
-            self.blocks.append(InvertedResidual(c_in, row, **norm))
+            self.blocks.append(InvertedResidual(c_in, row))
             c_in, stride = row.c_out, stride * row.stride
             if stride == 32:
                 taps.setdefault("c5_first", index)
             elif stride >= 4:
                 taps[f"c{stride.bit_length() - 1}"] = index
-        self.last = ConvNorm(c_in, last, 1, **norm)
+        self.last = ConvNorm(c_in, last, 1)
         self.taps = {index: name for name, index in taps.items()}
         self.first_blocks = [index for index, row in enumerate(rows) if row.stride == 2]
         self.strides = {"c2": 4, "c3": 8, "c4": 16, "c5_first": 32, "c5": 32}
         self.channels = {name: rows[index].c_out for name, index in taps.items()} | {"c5": last}
         self.head_names = [("classifier.0.", "0."), ("classifier.3.", "2.")]
         self.public_names = mobilenet_names(rows)
-        convert = partial(read_classifier_file, file_epsilon=FILE_EPSILON, epsilon=norm_eps)
+        convert = partial(read_classifier_file, file_epsilon=FILE_EPSILON)
         self.public_layouts = backbone_layouts(self.public_names, self.head_names, convert)
 
     @property

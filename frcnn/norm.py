@@ -16,11 +16,9 @@ The epsilon belongs to the weights, but no weights file holds it. The released f
     fasterrcnn_resnet50_fpn_v2, COCO                        1e-5   (live)
     fasterrcnn_mobilenet_v3_large_fpn and _320_fpn, COCO    1e-5   (frozen, in the MobileNet too)
 
-Every backbone here has one epsilon, 1e-5 by default. `rescale_for_epsilon` changes weights trained with another epsilon
+Every backbone here has the epsilon 1e-5. `rescale_for_epsilon` changes weights trained with another epsilon
 so that they compute the same with ours. So our checkpoints do not depend on the file they started from.
 """
-
-from typing import TypedDict, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,14 +26,6 @@ from torch import Tensor, nn
 from layers.fusion import fold_batchnorm
 
 EPSILON = 1e-5
-
-
-class NormOptions(TypedDict, total=False):
-    """Keyword arguments of BatchNorm that blocks hand on."""
-
-    eps: float
-    momentum: float
-    frozen: bool
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -49,11 +39,9 @@ class BatchNorm(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, *, eps: float = EPSILON, momentum: float = 0.1, frozen: bool = False) -> None:
-        super().__init__(channels, eps=eps, momentum=momentum)
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=EPSILON)
         self.is_frozen = False
-        if frozen:
-            self.freeze()
 
     def freeze(self) -> None:
         """Use the running statistics in train mode too, without updating them, and make gamma and beta constants."""
@@ -89,7 +77,7 @@ def freeze_norms(module: nn.Module) -> None:
 class ConvNorm(nn.Module):
     """A convolution without bias, then BatchNorm: y = norm(conv(x)), (B, C_in, H, W) -> (B, C_out, H', W').
 
-    Padding is (kernel - 1) // 2 on every side: H' = ceil(H / stride) for odd kernels. norm: keywords of BatchNorm.
+    Padding is (kernel - 1) // 2 on every side: H' = ceil(H / stride) for odd kernels.
 
     If the statistics are fixed, the normalisation is applied to the weights, not to the map, with the same gradients:
 
@@ -99,13 +87,11 @@ class ConvNorm(nn.Module):
     (ResNet-18), 5% (ResNet-50) or 9% (MobileNetV3-Large) less time.
     """
 
-    def __init__(
-        self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, *, groups: int = 1, **norm: Unpack[NormOptions]
-    ) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, *, groups: int = 1) -> None:
         super().__init__()
         padding = (kernel - 1) // 2
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
-        self.norm: BatchNorm | nn.Identity = BatchNorm(c_out, **norm)
+        self.norm: BatchNorm | nn.Identity = BatchNorm(c_out)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

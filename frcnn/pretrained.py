@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from frcnn.norm import freeze_norms, rescale_for_epsilon
+from frcnn.norm import EPSILON, freeze_norms, rescale_for_epsilon
 from weights import LoadReport, PublicLayout, load_public
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, of images in [0, 1]
@@ -85,12 +85,12 @@ def strip_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def read_classifier_file(state: dict[str, Tensor], *, file_epsilon: float, epsilon: float) -> dict[str, Tensor]:
-    """strip_wrapper, then norm.rescale_for_epsilon if the two epsilons differ."""
+def read_classifier_file(state: dict[str, Tensor], *, file_epsilon: float) -> dict[str, Tensor]:
+    """strip_wrapper, then norm.rescale_for_epsilon if the file's epsilon is not ours."""
     state = strip_wrapper(state)
-    if file_epsilon == epsilon:
+    if file_epsilon == EPSILON:
         return state
-    return rescale_for_epsilon(state, file_epsilon=file_epsilon, epsilon=epsilon)
+    return rescale_for_epsilon(state, file_epsilon=file_epsilon, epsilon=EPSILON)
 
 
 def backbone_layouts(

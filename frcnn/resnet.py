@@ -10,12 +10,12 @@ The input is normalised with `mean` and `std`. Released files: frcnn/pretrained.
 """
 
 from functools import partial
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frcnn.norm import EPSILON, ConvNorm, NormOptions
+from frcnn.norm import ConvNorm
 from frcnn.pretrained import IMAGENET_NORMALIZATION, Backbone, backbone_layouts, read_classifier_file
 
 STAGE_WIDTHS = (64, 128, 256, 512)  # of stage2..stage5, before a bottleneck's expansion
@@ -40,11 +40,11 @@ SIZES = {
 class BasicBlock(nn.Module):
     """relu(x + norm(conv3x3(relu(norm(conv3x3(x)))))), (B, C_in, H, W) -> (B, width, H / stride, W / stride)."""
 
-    def __init__(self, c_in: int, width: int, stride: int, **norm: Unpack[NormOptions]) -> None:
+    def __init__(self, c_in: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(c_in, width, 3, stride, **norm)
-        self.conv2 = ConvNorm(width, width, 3, **norm)
-        self.shortcut = shortcut(c_in, width, stride, **norm)
+        self.conv1 = ConvNorm(c_in, width, 3, stride)
+        self.conv2 = ConvNorm(width, width, 3)
+        self.shortcut = shortcut(c_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(F.relu(self.conv1(x), inplace=True))
@@ -54,12 +54,12 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 to `width` channels, 3x3, 1x1 to 4 width: (B, C_in, H, W) -> (B, 4 width, H / stride, W / stride)."""
 
-    def __init__(self, c_in: int, width: int, stride: int, **norm: Unpack[NormOptions]) -> None:
+    def __init__(self, c_in: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(c_in, width, 1, **norm)
-        self.conv2 = ConvNorm(width, width, 3, stride, **norm)
-        self.conv3 = ConvNorm(width, EXPANSION * width, 1, **norm)
-        self.shortcut = shortcut(c_in, EXPANSION * width, stride, **norm)
+        self.conv1 = ConvNorm(c_in, width, 1)
+        self.conv2 = ConvNorm(width, width, 3, stride)
+        self.conv3 = ConvNorm(width, EXPANSION * width, 1)
+        self.shortcut = shortcut(c_in, EXPANSION * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.conv1(x), inplace=True)
@@ -67,33 +67,31 @@ class Bottleneck(nn.Module):
         return F.relu(y + self.shortcut(x), inplace=True)
 
 
-def shortcut(c_in: int, c_out: int, stride: int, **norm: Unpack[NormOptions]) -> nn.Module:
+def shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
     """The identity if the block keeps the shape, else a strided 1x1 projection."""
-    return nn.Identity() if stride == 1 and c_in == c_out else ConvNorm(c_in, c_out, 1, stride, **norm)
+    return nn.Identity() if stride == 1 and c_in == c_out else ConvNorm(c_in, c_out, 1, stride)
 
 
 class ResNet(Backbone):
     """ResNet without its classifier. depth: 18, 34 or 50.
 
     forward: images (B, 3, H, W) -> {"c2", "c3", "c4", "c5"} of (B, channels[name], ceil(H / s), ceil(W / s)).
-    norm_frozen, norm_eps: `frozen` and `eps` of every BatchNorm (norm.py).
     """
 
     mean, std = IMAGENET_NORMALIZATION
 
-    def __init__(self, depth: int, *, norm_frozen: bool = False, norm_eps: float = EPSILON) -> None:
+    def __init__(self, depth: int) -> None:
         super().__init__()
         depths, bottleneck = SIZES[depth]
-        norm = NormOptions(frozen=norm_frozen, eps=norm_eps)
         block: type[Bottleneck | BasicBlock] = Bottleneck if bottleneck else BasicBlock
         expansion = EXPANSION if bottleneck else 1
-        self.stem = ConvNorm(3, 64, 7, stride=2, **norm)
+        self.stem = ConvNorm(3, 64, 7, stride=2)
         c_in, stages = 64, []
         for stage_depth, width in zip(depths, STAGE_WIDTHS):
             blocks = []
             for index in range(stage_depth):
                 stride = 2 if index == 0 and width != STAGE_WIDTHS[0] else 1
-                blocks.append(block(c_in, width, stride, **norm))
+                blocks.append(block(c_in, width, stride))
                 c_in = expansion * width
             stages.append(nn.Sequential(*blocks))
         self.stage2, self.stage3, self.stage4, self.stage5 = stages
@@ -101,7 +99,7 @@ class ResNet(Backbone):
         self.strides = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
         self.channels = {name: expansion * width for name, width in zip(self.strides, STAGE_WIDTHS)}
         self.public_names = resnet_names(bottleneck)
-        convert = partial(read_classifier_file, file_epsilon=FILE_EPSILON, epsilon=norm_eps)
+        convert = partial(read_classifier_file, file_epsilon=FILE_EPSILON)
         self.public_layouts = backbone_layouts(self.public_names, self.head_names, convert)
 
     @property

@@ -1,11 +1,13 @@
 """The backbones with their classifiers against the recorded outputs of torchvision's and timm's models."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from frcnn.fpn import FPN, fpn_names
 from frcnn.mobilenet import MobileNetV3
-from frcnn.norm import EPSILON
+from frcnn.norm import BatchNorm, freeze_norms
 from frcnn.pretrained import ImageClassifier, load_backbone
 from frcnn.resnet import ResNet
 from frcnn.vit import VisionTransformer
@@ -13,11 +15,11 @@ from tests.reference.golden_models import golden_image, public_state, relative_e
 from weights import load_public, rename
 
 BACKBONES = {
-    "resnet18": lambda **norm: ResNet(18, **norm),
-    "resnet34": lambda **norm: ResNet(34, **norm),
-    "resnet50": lambda **norm: ResNet(50, **norm),
-    "mobilenet_v3_small": lambda **norm: MobileNetV3("small", **norm),
-    "mobilenet_v3_large": lambda **norm: MobileNetV3("large", **norm),
+    "resnet18": partial(ResNet, 18),
+    "resnet34": partial(ResNet, 34),
+    "resnet50": partial(ResNet, 50),
+    "mobilenet_v3_small": partial(MobileNetV3, "small"),
+    "mobilenet_v3_large": partial(MobileNetV3, "large"),
     "vit_tiny_patch16_224": VisionTransformer,
     "deit_tiny_patch16_224": VisionTransformer,
 }
@@ -50,18 +52,22 @@ def test_reproduces_the_released_classifier(golden, name):
 
 @pytest.mark.parametrize("name, epsilon", [("resnet18", 1e-5), ("mobilenet_v3_small", 1e-3)])
 def test_a_released_file_decides_the_epsilon_not_the_backbone(golden, name, epsilon):
-    """Built with another epsilon, live or frozen, a backbone is filled so that it computes the released maps; and the
-    epsilon matters: told a wrong one for the file, it does not."""
+    """Live or frozen, a backbone is filled so that it computes the released maps with its own epsilon; and the epsilon
+    matters: with a wrong one for the file, it does not."""
     arrays, meta = golden(name)
     state = public_state(meta, {})
     level, step = ("c5", 16) if "c5" in arrays else ("features", 8)
-    for norm_eps, norm_frozen in [(1e-3, True), (1e-5, True), (1e-5, False), (0.03, False)]:
-        backbone = BACKBONES[name](norm_eps=norm_eps, norm_frozen=norm_frozen)
+    for is_frozen in (True, False):
+        backbone = BACKBONES[name]()
         load_backbone(backbone, state)
+        if is_frozen:
+            freeze_norms(backbone)
         with torch.no_grad():
-            maps = backbone.train(norm_frozen)(golden_image(meta))
+            maps = backbone.train(is_frozen)(golden_image(meta))
         assert relative_error(maps["c5"][:, ::step], arrays[level]) < 1e-5
-    backbone = BACKBONES[name](norm_eps=epsilon + 3e-3)
+    backbone = BACKBONES[name]()
+    for norm in (module for module in backbone.modules() if isinstance(module, BatchNorm)):
+        norm.eps = epsilon + 3e-3
     backbone.load_state_dict({key: value for key, value in rename(state, backbone.public_layouts[0].table).items()})
     with torch.no_grad():
         assert relative_error(backbone.eval()(golden_image(meta))["c5"][:, ::step], arrays[level]) > 1e-3
@@ -74,7 +80,7 @@ def test_pyramid_of_the_released_detector(golden, name):
     arrays, meta = golden(name)
     meta = meta | {"keys": [key for key in meta["keys"] if key[0].startswith("backbone.")]}
     is_mobile = "mobilenet" in name
-    backbone = MobileNetV3("large", norm_eps=EPSILON) if is_mobile else ResNet(50)
+    backbone = MobileNetV3("large") if is_mobile else ResNet(50)
     taps = {c: backbone.channels[c] for c in (("c5_first", "c5") if is_mobile else ("c2", "c3", "c4", "c5"))}
     model = torch.nn.ModuleDict({"body": backbone, "fpn": FPN(taps, norm=not is_mobile)})
     table = [(f"backbone.body.{old.removeprefix('features.')}", f"body.{new}") for old, new in backbone.public_names]

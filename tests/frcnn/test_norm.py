@@ -23,7 +23,10 @@ def reference(x, bn, mean, var):
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
 @pytest.mark.parametrize("kind", ["live train", "live eval", "frozen train", "frozen eval"])
 def test_normalises_by_the_statistics_it_should(kind, eps):
-    bn = draw_statistics(BatchNorm(5, eps=eps, frozen="frozen" in kind).double()).train("train" in kind)
+    bn = draw_statistics(BatchNorm(5).double()).train("train" in kind)
+    bn.eps = eps
+    if "frozen" in kind:
+        bn.freeze()
     x = torch.randn(3, 5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mean, var = bn.running_mean.numpy().copy(), bn.running_var.numpy().copy()
     got = bn(x).detach().numpy()
@@ -38,7 +41,8 @@ def test_normalises_by_the_statistics_it_should(kind, eps):
 
 
 def test_frozen_and_live_exchange_weights_and_only_live_learns():
-    live, frozen = draw_statistics(BatchNorm(3)), BatchNorm(3, frozen=True)
+    live, frozen = draw_statistics(BatchNorm(3)), BatchNorm(3)
+    frozen.freeze()
     frozen.load_state_dict(live.state_dict())
     live.load_state_dict(frozen.state_dict())
     x = torch.randn(2, 3, 4, 4)
@@ -49,7 +53,8 @@ def test_frozen_and_live_exchange_weights_and_only_live_learns():
 
 
 def test_freeze_norms_freezes_norms_alone():
-    model = nn.Sequential(ConvNorm(2, 3), nn.Sequential(ConvNorm(3, 3, frozen=True), BatchNorm(3), nn.Conv2d(3, 3, 1)))
+    model = nn.Sequential(ConvNorm(2, 3), nn.Sequential(ConvNorm(3, 3), BatchNorm(3), nn.Conv2d(3, 3, 1)))
+    freeze_norms(model[1][0])
     freeze_norms(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {"0.conv.weight", "1.0.conv.weight", "1.2.weight", "1.2.bias"}
@@ -68,7 +73,9 @@ CONVOLUTIONS = {
 def test_conv_norm_is_norm_of_conv_in_value_and_gradients(options, kind):
     """However it computes it. In float64, against torch's convolution and the plain BatchNorm one after the other."""
     torch.manual_seed(0)
-    layer = draw_statistics(ConvNorm(**options, frozen="frozen" in kind).double()).train("train" in kind)
+    layer = draw_statistics(ConvNorm(**options).double()).train("train" in kind)
+    if "frozen" in kind:
+        freeze_norms(layer)
     twin = copy.deepcopy(layer)
     x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -94,7 +101,8 @@ def test_conv_norm_is_norm_of_conv_in_value_and_gradients(options, kind):
 
 def test_fused_layers_compute_the_same_and_have_no_norm():
     torch.manual_seed(0)
-    model = draw_statistics(nn.Sequential(ConvNorm(3, 8, 3, 2, eps=1e-3), nn.ReLU(), ConvNorm(8, 5, frozen=True)))
+    model = draw_statistics(nn.Sequential(ConvNorm(3, 8, 3, 2), nn.ReLU(), ConvNorm(8, 5)))
+    freeze_norms(model[2])
     x = torch.randn(2, 3, 9, 9)
     fused = fuse(fuse(model))  # folding twice is folding once
     with torch.no_grad():
@@ -106,10 +114,9 @@ def test_fused_layers_compute_the_same_and_have_no_norm():
 @pytest.mark.parametrize("least_variance", [0.5, 1e-9], ids=["usual", "tiny variances"])
 def test_rescaled_state_computes_the_same_with_another_epsilon(file_epsilon, epsilon, least_variance):
     torch.manual_seed(0)
-    theirs = draw_statistics(
-        nn.Sequential(ConvNorm(3, 64, eps=file_epsilon), ConvNorm(64, 8, eps=file_epsilon)), least_variance=0
-    )
+    theirs = draw_statistics(nn.Sequential(ConvNorm(3, 64), ConvNorm(64, 8)), least_variance=0)
     for layer in theirs:
+        layer.norm.eps = file_epsilon
         layer.norm.running_var.mul_(least_variance).add_(least_variance)
     state = {f"any.{name}": value for name, value in theirs.state_dict().items()} | {"head.weight": torch.ones(2, 2)}
     before = {name: value.clone() for name, value in state.items()}
@@ -117,7 +124,9 @@ def test_rescaled_state_computes_the_same_with_another_epsilon(file_epsilon, eps
     assert rescaled.keys() == state.keys() and all(torch.equal(state[name], before[name]) for name in state)
     changed = {name for name in state if not torch.equal(rescaled[name], state[name])}
     assert changed == {"any.0.norm.weight", "any.1.norm.weight"}
-    ours = nn.Sequential(ConvNorm(3, 64, eps=epsilon), ConvNorm(64, 8, eps=epsilon))
+    ours = nn.Sequential(ConvNorm(3, 64), ConvNorm(64, 8))
+    for layer in ours:
+        layer.norm.eps = epsilon
     ours.load_state_dict({name.removeprefix("any."): value for name, value in rescaled.items() if name[0] == "a"})
     x = torch.randn(2, 3, 5, 5)
     with torch.no_grad():
@@ -128,9 +137,10 @@ def test_rescaled_state_computes_the_same_with_another_epsilon(file_epsilon, eps
 
 def test_rescaled_live_norms_agree_where_the_batch_has_the_running_variance():
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    theirs = draw_statistics(BatchNorm(3, eps=0.5).double())
+    theirs = draw_statistics(BatchNorm(3).double())
+    theirs.eps = 0.5
     theirs.running_var.copy_(x.var((0, 2, 3), correction=0))
-    ours = BatchNorm(3, eps=1e-5).double()
+    ours = BatchNorm(3).double()
     ours.load_state_dict(rescale_for_epsilon(theirs.state_dict(), file_epsilon=0.5, epsilon=1e-5))
     torch.testing.assert_close(ours.train()(x), theirs.train()(x))
 

@@ -7,7 +7,7 @@ import torch
 
 from errors import UserError
 from frcnn.mobilenet import MobileNetV3
-from frcnn.norm import BatchNorm
+from frcnn.norm import BatchNorm, freeze_norms
 from frcnn.pretrained import IMAGENET_NORMALIZATION, ImageClassifier, freeze, load_backbone, strip_wrapper
 from frcnn.resnet import ResNet
 from frcnn.vit import VisionTransformer
@@ -48,7 +48,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
 def test_layouts_that_training_scripts_leave(states, filled, change):
-    backbone = ResNet(18, norm_frozen=True)
+    backbone = ResNet(18)
+    freeze_norms(backbone)
     load_backbone(backbone, change(states["resnet18"]))
     assert same(backbone, filled)
 

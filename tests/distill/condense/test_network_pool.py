@@ -120,7 +120,8 @@ def test_what_cannot_learn_is_refused():
 
 
 def test_statistics_are_those_of_the_batch_and_stay():
-    network = nn.Sequential(nn.BatchNorm2d(3, momentum=0.03), nn.Conv2d(3, 3, 1), BatchNorm(3, frozen=True))
+    network = nn.Sequential(nn.BatchNorm2d(3, momentum=0.03), nn.Conv2d(3, 3, 1), BatchNorm(3))
+    network[2].freeze()
     frozen = copy.deepcopy(network[2].state_dict())
     images = torch.rand(5, 3, 4, 6)
     set_statistics(network, images)
