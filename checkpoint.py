@@ -116,6 +116,7 @@ def save_student(path: str | Path, state: dict[str, Any], *, half: bool = False)
 
 
 def _replace(path: Path, data: bytes | memoryview, *, keep_previous: bool = False) -> None:
+    """Write a file under its name as a whole: see save."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

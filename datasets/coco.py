@@ -380,6 +380,7 @@ def _read_images(records: list[dict], path: Path, log: FaultLog) -> tuple[dict, 
 
 
 def _image_fault(record: dict) -> str | None:
+    """What is wrong with the entry of a picture; None if it can be used."""
     name = record.get("file_name")
     try:
         read_id(record.get("id"))

@@ -158,6 +158,7 @@ class LabelFolders:
 
 
 def find_yaml(root: Path) -> Path | None:
+    """The yaml file of a set, given by itself or by its folder; None for a folder without one."""
     if root.is_file():
         return root
     if not root.is_dir():
@@ -281,6 +282,7 @@ def _spellings(line: str) -> list[str]:
 
 
 def _list_folder(path: Path, folders: LabelFolders | None, log: FaultLog) -> list[Path]:
+    """The pictures below a folder, sorted; logs those in other formats, and labels without a picture."""
     files = list_files(path, (*SUFFIXES, *UNREAD))
     found = [file for file in files if file.suffix.lower() not in UNREAD]
     unread = [file for file in files if file.suffix.lower() in UNREAD]

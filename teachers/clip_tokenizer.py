@@ -128,6 +128,7 @@ class ClipTokenizer:
         return [number for word in split_words(clean_text(text)) for number in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
+        """The ids of a word: its bytes, the pair of lowest rank merged until no pair has one."""
         if word in (START, END):
             return [self.ids[word]]
         pieces = [self.letters[byte] for byte in word.encode()]

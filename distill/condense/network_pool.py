@@ -111,6 +111,7 @@ class NetworkPool:
         return member.network, number, member.trained
 
     def _create(self, number: int, life: int) -> Member:
+        """A fresh network and its optimizer, by the seed of the pool, the place in it and the life there."""
         seed = seeded_generator(Stream.NETWORK, self.seed, number, life).initial_seed()
         with reproducible(seed):
             network = self._build(seed).to(self.device).requires_grad_()
@@ -124,6 +125,7 @@ class NetworkPool:
         return Member(network, optimizer, life)
 
     def _train(self, member: Member, number: int, steps: int) -> None:
+        """Train a network on real images, each step seeded by its own number. UserError where it diverges."""
         network = member.network.train()
         detector = cast(Detector, network)
         for _ in range(steps):

@@ -312,6 +312,7 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
 
 
 def difference_tree(difference: Difference) -> dict:
+    """A comparison as plain values, for JSON."""
     is_many = len(difference.seeds) > 1
     return {
         "against": difference.against,

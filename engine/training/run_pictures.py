@@ -105,6 +105,7 @@ def map_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.I
 
 
 def term_sheet(setup: TrainingSetup, name: str, term: TermConfig, images: Tensor, s_output: Any) -> Image.Image:
+    """The sheet of one term: see map_pictures. images (B, 3, S, S): the student's."""
     pictures = to_pictures(images, SIDE, smooth=True)
     columns: dict[str, Sequence[Image.Image]] = {"picture": pictures}
     teacher = setup.teachers.models[term.teacher]
