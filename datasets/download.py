@@ -285,6 +285,7 @@ def fetch(archive: Archive, folder: Path, *, say: Callable[[str], None] = print)
 
 def _stream(archive: Archive, part: Path, start: int, say: Callable[[str], None]) -> None:
     """Append the bytes from `start` on to the part file. It may be called again after an error."""
+    again = "run again to go on" if archive.digest is not None else "run again to start anew"
     request = urllib.request.Request(archive.url, headers={"User-Agent": "retort", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -311,11 +312,9 @@ def _stream(archive: Archive, part: Path, start: int, say: Callable[[str], None]
                         say(f"  {written / 1e6:,.0f} MB" + (f" of {total / 1e6:,.0f} MB" if total else ""))
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         done = part.stat().st_size if part.exists() else 0
-        again = "run again to go on" if archive.digest is not None else "run again to start anew"
         raise UserError(f"{archive.url}: {getattr(error, 'reason', None) or error} at byte {done}; {again}") from None
     expected = archive.bytes if archive.bytes is not None else total
     if expected is not None and written < expected:
-        again = "run again to go on" if archive.digest is not None else "run again to start anew"
         raise UserError(f"{archive.url}: cut off at byte {written} of {expected}; {again}")
 
 

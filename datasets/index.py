@@ -64,11 +64,9 @@ class Sample:
     def __post_init__(self) -> None:
         if self.crowd is None:
             object.__setattr__(self, "crowd", np.zeros(len(self.labels), dtype=bool))
-        count = len(self.labels)
-        scores, one = self.class_scores, (count,)
-        others = self.labels.shape == one and self.ignore.shape == one and self.area.shape == one
-        if self.boxes_xyxy.shape != (count, 4) or not others or self.crowd.shape != one:
-            rows = {name: getattr(self, name).shape for name in ("labels", "ignore", "area", "crowd")}
+        count, scores = len(self.labels), self.class_scores
+        rows = {name: getattr(self, name).shape for name in ("labels", "ignore", "area", "crowd")}
+        if self.boxes_xyxy.shape != (count, 4) or any(shape != (count,) for shape in rows.values()):
             raise ValueError(f"{self.image_path}: rows differ: boxes_xyxy {self.boxes_xyxy.shape}, {rows}")
         if scores is not None and (scores.ndim != 2 or len(scores) != count):
             raise ValueError(f"{self.image_path}: class_scores {scores.shape}, expected ({count}, K)")
