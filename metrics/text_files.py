@@ -221,30 +221,37 @@ def read_text_rows(
     count = 4 if score_at is None else 5
     for number, line in read_lines(path):
         words, where = line.split(), f"{path}:{number}"
-        token, texts = " ".join(words[:-count]), words[-count:]
-        if len(words) <= count or (
-            len(words) > count + 1 and token not in names and any(map(_is_text_number, words[:-count]))
-        ):
+        name, texts = words[:-count], words[-count:]
+        token = " ".join(name)
+        is_class = len(name) == 1 or token in names or not any(map(_is_text_number, name))  # a name may have spaces
+        if not name or not is_class:
             raise UserError(f"{where}: found {counted(len(words), 'column')}, expected {expected[score_at]}")
         values = list(read_numbers(texts, where))
         rows.columns.append(tuple(values))
         if score_at is not None:
             rows.score.append(check_score(values.pop(score_at), where, ORDER_HINT))
-        a, b, c, d = values
         if text_boxes == "cxcywhn":
             if size is None:
                 raise UserError(f"{where}: boxes are fractions of an image of unknown size: name the folder of images")
-            width, height = size
             is_far = any(not 1 - MOST_NORM <= value <= MOST_NORM for value in values)
             if is_far or (score_at is None and not are_normalised(values, *size)):
                 raise UserError(f"{where}: not normalised: {' '.join(texts)}, expected fractions of the picture, 0..1")
-            a, b, c, d = (a - c / 2) * width, (b - d / 2) * height, (a + c / 2) * width, (b + d / 2) * height
-        elif text_boxes == "xywh":
-            c, d = a + c, b + d
         rows.image.append(image)
         rows.token.append(token)
-        rows.box.append((a, b, c, d))
+        rows.box.append(_corners(values, text_boxes, size))
         rows.where.append(where)
+
+
+def _corners(values: Sequence[float], text_boxes: TextBoxes, size: tuple[float, float] | None) -> tuple[float, ...]:
+    """The four numbers of a box, in pixels, as xyxy. size: of the picture; fractions need it."""
+    a, b, c, d = values
+    if text_boxes == "xyxy":
+        return a, b, c, d
+    if text_boxes == "xywh":
+        return a, b, a + c, b + d
+    assert size is not None
+    width, height = size
+    return (a - c / 2) * width, (b - d / 2) * height, (a + c / 2) * width, (b + d / 2) * height
 
 
 def check_score(score: float, where: str, hint: str = "") -> float:
