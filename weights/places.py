@@ -22,27 +22,11 @@ def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict], boo
     such as model_ema, or one key below it, and has names of the trained weights if these are there (another dict or
     object is passed over). Raises Refused where there is no state dict.
     """
-    top = content.value
-    found: Any = top
-    layout, carriers, is_mean = "", [top] if isinstance(top, dict) else [], False
-    if isinstance(top, dict) and not _is_flat(top):
-        means = sorted((key for key in top if isinstance(key, str) and _names_mean(key)), key=lambda key: key != "ema")
-        places = [(key, *inner) for key in means for inner in ((), *((inner,) for inner in STATE_KEYS))]
-        trained = next((value for key in STATE_KEYS if _is_weights(value := top.get(key))), None)
-        for place in [*places, *((key,) for key in STATE_KEYS)]:
-            found = top
-            for key in place:
-                found = found.get(key) if isinstance(found, dict) else None
-            is_mean = place[0] in means
-            if _is_weights(found) and (not is_mean or trained is None or _share_names(found, trained, content)):
-                layout = f" under {'.'.join(place)!r}"
-                break
-        else:
-            odd = next((key for key, value in top.items() if isinstance(value, TensorRecord | Tensor)), None)
-            what = f"beside tensors such as {short(odd)} it holds others" if odd else "it holds no tensors"
-            raise Refused(
-                f"no state dict: {what}; its keys are {', '.join(short(key) for key in list(top)[:6]) or 'none'}"
-            )
+    found, layout, is_mean = content.value, "", False
+    carriers = [found] if isinstance(found, dict) else []
+    if isinstance(found, dict) and not _is_flat(found):
+        found, keys, is_mean = _find_in_checkpoint(found, content)
+        layout = f" under {'.'.join(keys)!r}"
     if isinstance(found, Inert):
         if isinstance(found.state, dict):
             carriers.insert(0, found.state)
@@ -60,6 +44,23 @@ def find_weights(content: Content) -> tuple[str, dict[str, Any], list[dict], boo
     if all(map(is_wrapped, records)):  # saved from inside DistributedDataParallel
         records, layout = {name.removeprefix("module."): r for name, r in records.items()}, f"{layout}, parallel"
     return layout, records, carriers, is_mean
+
+
+def _find_in_checkpoint(top: dict, content: Content) -> tuple[Any, tuple[str, ...], bool]:
+    """(the weights in a checkpoint, the keys that lead to them, whether they are its running mean)."""
+    key = next((key for key in STATE_KEYS if _is_weights(top.get(key))), None)
+    trained = None if key is None else top[key]
+    for mean in sorted((k for k in top if isinstance(k, str) and _names_mean(k)), key=lambda k: k != "ema"):
+        value = top[mean]
+        inside = value if isinstance(value, dict) else {}
+        for keys, found in [((mean,), value), *(((mean, k), inside.get(k)) for k in STATE_KEYS)]:
+            if _is_weights(found) and (trained is None or _share_names(found, trained, content)):
+                return found, keys, True
+    if key is not None:
+        return trained, (key,), False
+    odd = next((key for key, value in top.items() if isinstance(value, TensorRecord | Tensor)), None)
+    what = f"beside tensors such as {short(odd)} it holds others" if odd else "it holds no tensors"
+    raise Refused(f"no state dict: {what}; its keys are {', '.join(short(key) for key in list(top)[:6]) or 'none'}")
 
 
 def _names_mean(key: str) -> bool:
