@@ -298,7 +298,9 @@ def _open_legacy(file: BinaryIO, size: int) -> Content:
     """
     reader = InertReader()
     start = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    is_pickle = start.getvalue()[:1] == b"\x80"
+    head = start.getvalue()[:8]
+    is_pickle = head[:1] == b"\x80"
+    unknown = f"no container known here (first bytes {short(head)})"
     try:
         first = reader.read(start)
     except ForbiddenName:
@@ -306,11 +308,9 @@ def _open_legacy(file: BinaryIO, size: int) -> Content:
     except Refused:
         if is_pickle:
             raise
-        raise Refused(f"no container known here (first bytes {short(start.getvalue()[:8])})") from None
+        raise Refused(unknown) from None
     if type(first) is not int or first != LEGACY_MAGIC:
-        if is_pickle:
-            raise Refused("a bare pickle, not a checkpoint that torch.save wrote")
-        raise Refused(f"no container known here (first bytes {short(start.getvalue()[:8])})")
+        raise Refused("a bare pickle, not a checkpoint that torch.save wrote" if is_pickle else unknown)
     protocol, system = reader.read(start), reader.read(start)
     if protocol != LEGACY_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refused("a legacy torch file of another protocol or byte order")
@@ -319,22 +319,28 @@ def _open_legacy(file: BinaryIO, size: int) -> Content:
         raise Refused("a legacy torch file whose list of storages is damaged")
     if set(keys) != set(reader.storages):
         raise Refused("a legacy torch file whose list of storages is not what its tensors use")
-    position, places = start.tell(), {}
-    for key in keys:
-        storage = reader.storages[key]
-        file.seek(position)
-        if file.read(8) != storage.numel.to_bytes(8, "little"):
-            raise Refused(f"storage {short(key)} is truncated or not of its declared {storage.numel:,} elements")
-        places[key] = position + 8
-        position = places[key] + storage.numel * storage.dtype.itemsize
-    if position != size:
-        raise Refused(f"a legacy torch file of {size:,} bytes, where its storages end at {position:,}")
+    places = _place_storages(file, [reader.storages[key] for key in keys], start.tell(), size)
 
     def read_bytes(storage: StorageRecord) -> bytes:
         file.seek(places[storage.key])
         return file.read(storage.numel * storage.dtype.itemsize)
 
     return Content("legacy torch", value, _Storages(read_bytes, size).load, frozenset(reader.globals_seen))
+
+
+def _place_storages(file: BinaryIO, storages: list[StorageRecord], position: int, size: int) -> dict[str, int]:
+    """Key -> position of the bytes of each storage, the first of which begins at `position`; they fill the file."""
+    places = {}
+    for storage in storages:
+        key, numel = storage.key, storage.numel
+        file.seek(position)
+        if file.read(8) != numel.to_bytes(8, "little"):
+            raise Refused(f"storage {short(key)} is truncated or not of its declared {numel:,} elements")
+        places[key] = position + 8
+        position = places[key] + numel * storage.dtype.itemsize
+    if position != size:
+        raise Refused(f"a legacy torch file of {size:,} bytes, where its storages end at {position:,}")
+    return places
 
 
 # safetensors --------------------------------------------------------------------------------------------------------
