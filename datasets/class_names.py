@@ -57,6 +57,17 @@ def are_numbers(names: Sequence[str]) -> bool:
     return tuple(names) == tuple(map(str, range(len(names))))
 
 
+def doubtful_numbers(names: Sequence[str], others: Sequence[str]) -> str:
+    """Words for lists like ("1", "2", "3") and ("0", "1", "2"), where a number may be a name or a place; "" for others.
+
+    The same numbers in another order are names, and so are those of lists of different lengths.
+    """
+    are_alike = len(names) == len(others) and set(names) != set(others) and bool(set(names) & set(others))
+    if not (are_alike and all(map(str.isdecimal, (*names, *others))) and (are_numbers(names) or are_numbers(others))):
+        return ""
+    return f"{shortened(names)} and {shortened(others)} may be names, or places in one list"
+
+
 def coco_by_id() -> tuple[str, ...]:
     """The 90 classes of models that predict category ids (torchvision's detectors): column k is the id k + 1.
 
@@ -141,8 +152,11 @@ def map_classes(
     """Map the classes of a dataset to those of a model by their meaning.
 
     given: the user's choices, class of the dataset -> class of the model; None leaves the class out.
-    UserError for no class in common, two classes of the model that both fit, and names in `given` that do not exist.
+    UserError for no class in common, two classes of the model that both fit, names in `given` that do not exist, and
+    doubtful_numbers without any given.
     """
+    if not given and (doubt := doubtful_numbers(dataset_names, model_names)):
+        raise UserError(f"classes {doubt}: expected --names FILE with the model's classes, or --class-map")
     of_model = places_by_name(model_names)
     chosen = {find_one(name, dataset_names, "dataset"): model for name, model in (given or {}).items()}
     columns: list[int | None] = []
@@ -176,9 +190,11 @@ def released_columns(
     """For each class the column of a weights file's model, by the rules of map_classes; None where there is none.
 
     aliases: class -> the file's class, where the user says it; the names are compared as everywhere.
-    UserError, which names the file `source`, for a class that fits two of the file's, and for an alias from or to a
-    class that does not exist.
+    UserError, which names the file `source`, for a class that fits two of the file's, for an alias from or to a class
+    that does not exist, and for doubtful_numbers without aliases.
     """
+    if not aliases and (doubt := doubtful_numbers(names, released_names)):
+        raise UserError(f"{source}: classes {doubt}; new_head=true starts the head fresh")
     of_file, own = places_by_name(released_names), places_by_name(names)
     chosen: dict[int, int] = {}
     for name, theirs in (aliases or {}).items():
@@ -290,8 +306,10 @@ def join_classes(
     map_classes, a class is not joined to a broader one: a teacher's score for any person is no score for a pedestrian.
     Raises ValueError for a name that stands twice in a list, an alias from or to a class that does not exist, two
     classes of the student that are joined to one of the teacher, a class of the student that fits two of the teacher,
-    and no class in common.
+    no class in common, and doubtful_numbers without aliases.
     """
+    if not aliases and (doubt := doubtful_numbers(student_names, teacher_names)):
+        raise ValueError(f"classes {doubt}: expected aliases")
     s_columns, t_columns = columns_by_name("student", student_names), columns_by_name("teacher", teacher_names)
     t_name_of = {normalize_class_name(s): normalize_class_name(t) for s, t in (aliases or {}).items()}
     for s, t in t_name_of.items():

@@ -14,6 +14,7 @@ from datasets.class_names import (
     map_classes,
     normalize_class_name,
     read_class_map,
+    released_columns,
     released_names,
 )
 from datasets.kitti import CLASSES as KITTI
@@ -122,6 +123,7 @@ def test_what_is_said():
         (("car",), ("car",), {"car": "bus"}, "--class-map: found 'bus', expected of the model's classes one of car"),
         (("car",), ("Car", "CAR"), {"car": "car"}, "expected of the model's classes exactly one of Car, CAR"),
         (("car",), ("car",), {"car": None}, "no class in common"),
+        (("0", "1", "2"), ("1", "2", "3"), {}, "classes 0, 1, 2 and 1, 2, 3 may be names, or places in one list"),
     ],
 )
 def test_doubt_is_refused(dataset, model, given, message):
@@ -131,6 +133,12 @@ def test_doubt_is_refused(dataset, model, given, message):
 
 
 def test_what_is_given_settles_doubt():
+    assert map_classes(("0", "1"), ("1", "2"), {"0": "1", "1": "2"}).columns == (0, 1)
+    assert released_columns(("1", "2"), ("0", "1"), "a.pt", {"1": "0", "2": "1"}) == (0, 1)
+    with pytest.raises(UserError, match=r"a\.pt: classes 1, 2 and 0, 1 may be names"):
+        released_columns(("1", "2"), ("0", "1"), "a.pt")
+    assert map_classes(("0", "1"), ("1", "0")).columns == (1, 0)  # digits in another order are names
+    assert map_classes(("1", "2"), ("0", "1", "2")).columns == (1, 2)
     assert map_classes(("television",), ("tv", "tvmonitor"), {"television": "tvmonitor"}).columns == (1,)
     assert map_classes(("car", "sofa"), ("Car", "CAR", "couch"), {"car": None}).columns == (None, 2)
     assert map_classes(KITTI, COCO, {"Misc": "bus"}).fates()["Misc"] == "-> bus"

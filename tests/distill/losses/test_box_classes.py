@@ -72,6 +72,7 @@ def test_names_are_equal_up_to_case_spaces_underscores_and_hyphens():
         (["cat"], ["cat"], {"kitten": "cat"}, "alias kitten: cat"),
         (["kitten"], ["cat"], {"kitten": "feline"}, "alias kitten: feline"),
         (["kitten", "cat"], ["cat"], {"kitten": "cat"}, "kitten and cat are both the teacher's cat"),
+        (["1", "2"], ["0", "1"], {}, "classes 1, 2 and 0, 1 may be names, or places in one list: expected aliases"),
         (["television", "tv monitor"], ["tv"], {}, "television and tvmonitor are both the teacher's tv"),
         (
             ["television"],
