@@ -251,7 +251,8 @@ def open_splits(
     if overlap.shared:
         print(overlap)
     _, shared, class_map = on_common_classes(nn.Identity(), test, info.names)
-    require_objects(shared, f"{data_format} {root} {args.test_split}", root)
+    counts_difficult = info.evaluation.counts_difficult
+    require_objects(shared, f"{data_format} {root} {args.test_split}", root, with_difficult=counts_difficult)
     if class_map is None or class_map.is_identity:
         is_met = len(info.names) == len(test.names)
         expect(is_met, f"{args.checkpoint}", f"{counted(len(info.names), 'class')} without names", f"{len(test.names)}")

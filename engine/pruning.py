@@ -36,7 +36,7 @@ from config import check_image_size, load_config
 from datasets.class_names import released_columns
 from datasets.index import DatasetIndex
 from datasets.loader import Loader
-from datasets.open import READERS, open_dataset
+from datasets.open import READERS, open_dataset, require_objects
 from distill.pruning import scores
 from distill.pruning.cost import count_regions, flops_of_widths
 from distill.pruning.cut import channels_to_keep
@@ -107,15 +107,21 @@ def channel_scores(
 
 
 def take_pictures(data: list[str], count: int) -> DatasetIndex:
-    """At most `count` of the training pictures that --data names, the same ones each time."""
+    """At most `count` of the training pictures that --data names, the same ones each time.
+
+    UserError where they have no object to learn.
+    """
+    classes: tuple[str, ...] = ()
     if data[0] in READERS and len(data) in (2, 3):
-        index = open_dataset(data[0], data[1], data[2] if len(data) == 3 else "train")
+        place = data[0], data[1], data[2] if len(data) == 3 else "train"
     elif len(data) == 1:
         settings = load_config(data[0]).data
-        index = open_dataset(*settings.train_place, classes=settings.classes)
+        place, classes = settings.train_place, settings.classes
     else:
         raise UserError(f"--data: found {' '.join(data)!r}, expected a config, or {'|'.join(READERS)} ROOT [SPLIT]")
-    return take(index, count)
+    index = take(open_dataset(*place, classes=classes), count)
+    require_objects(index, f"--data: {' '.join(place)}", place[1], with_difficult=False)
+    return index
 
 
 def batches_of(index: DatasetIndex, image_size: int) -> Iterator[tuple[Tensor, Targets]]:

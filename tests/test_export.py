@@ -23,6 +23,7 @@ from layers.fusion import fuse
 from rtdetr.rtdetr import RTDETR
 from structures import Detections, DetectionSettings
 from tests.conftest import ROOT
+from tests.datasets import small_sets
 from tests.exporting import ARCH, NAMES, fill, save_model
 from tests.tiny_training import SIZE
 from weights import PublicLayout
@@ -290,6 +291,15 @@ def test_a_dataset_of_other_classes_is_refused_before_any_work(exported, tmp_pat
             export.main([str(path), "--int8", "--calibrate", "yolo", str(exported.data), "train"])
     with pytest.raises(UserError, match=r"--calibrate: found 'nothing', expected voc\|coco"):
         export.main([str(exported.checkpoint), "--int8", "--calibrate", "nothing"])
+
+
+def test_pictures_with_nothing_that_counts_measure_no_loss(tmp_path):
+    small_sets.picture(tmp_path / "a.png")
+    difficult = small_sets.xml("red").replace("</name>", "</name><difficult>1</difficult>")
+    small_sets.text(tmp_path / "Annotations" / "a.xml", difficult)
+    args = export.parse_arguments(["w.pt", "--int8", "--calibrate", "voc", str(tmp_path), "all", "--test-split", "all"])
+    with pytest.raises(UserError, match=r"not one object; .*1 box to be ignored"):
+        export.open_splits(args, checkpoint.CheckpointInfo(ARCH, ("red",), SIZE))
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import eval
@@ -173,6 +174,18 @@ def test_mistakes_are_one_line_and_leave_nothing(pruned, tmp_path, words, messag
     with pytest.raises(UserError, match=message) as caught:
         main([str(pruned[0] / "whole.pt"), *(put.get(word, word) for word in words)])
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_pictures_without_an_object_to_learn_measure_no_channel(pruned, tmp_path):
+    """Their loss is that of the background alone."""
+    (tmp_path / "Annotations").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    box = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>40</xmax><ymax>40</ymax></bndbox>"
+    words = f"<annotation><object><name>red</name><difficult>1</difficult>{box}</object></annotation>"
+    (tmp_path / "Annotations" / "a.xml").write_text(words)
+    options = ["--flops", "0.5", "--by", "taylor", "--data", "voc", str(tmp_path), "all"]
+    with pytest.raises(UserError, match=r"--data: .*not one object; .*1 box to be ignored"):
+        main([str(pruned[0] / "whole.pt"), *options, "--out", str(tmp_path / "out.pt")])
 
 
 @pytest.mark.parametrize("name", ["own.pt", "own.yaml"])
