@@ -56,10 +56,11 @@ def cosine_distance(*, s_map: Tensor, t_map: Tensor) -> Tensor:
     Args:
         s_map, t_map: (B, C, H, W).
     Returns:
-        scalar (). A vector of zeros counts as orthogonal to all others, and gets no gradient.
+        scalar (). A vector of zeros is equal to another one and orthogonal to all others; it gets no gradient.
     """
     s_map, t_map = as_map_pair(s_map, t_map)
     cosine = (unit_vectors(s_map, dim=1) * unit_vectors(t_map, dim=1)).sum(1)  # (B, H, W)
+    cosine = torch.where(s_map.any(1) | t_map.any(1), cosine, 1)
     return (1 - cosine).sum() / joint_normaliser(cosine.numel(), cosine)
 
 

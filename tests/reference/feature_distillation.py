@@ -7,7 +7,8 @@ def cosine_distance(s_map, t_map):
     total = pixels = 0
     for b, y, x in np.ndindex(s_map.shape[0], *s_map.shape[2:]):
         s, t = s_map[b, :, y, x], t_map[b, :, y, x]
-        total, pixels = total + 1 - (s @ t / np.sqrt((s @ s) * (t @ t)) if s.any() and t.any() else 0.0), pixels + 1
+        cosine = s @ t / np.sqrt((s @ s) * (t @ t)) if s.any() and t.any() else float(not s.any() and not t.any())
+        total, pixels = total + 1 - cosine, pixels + 1
     return total / max(pixels, 1)
 
 
