@@ -41,6 +41,16 @@ class Result:
     def missing(self) -> list[int]:
         return [seed for seed in self.row.seeds if seed not in self.reports]
 
+    @property
+    def notes(self) -> list[str]:
+        """Those of the row, and the terms that were 0 in every epoch of a run."""
+        terms = ((seed, self.reports[seed].get("distillation", {})) for seed in self.seeds)
+        idle = [(seed, term) for seed, found in terms for term in found if found[term]["highest"] == 0]
+        return [
+            *self.row.notes,
+            *(f"{self.name} with seed {s}: {t} was 0 in every epoch, it never acted" for s, t in idle),
+        ]
+
     def values(self, metric: str, seeds: list[int] | None = None) -> np.ndarray:
         """(seeds,): one of METRICS on the test split, from the last EMA weights; nan if it is not defined."""
         reports = [self.reports[seed] for seed in (self.seeds if seeds is None else seeds)]
@@ -142,7 +152,7 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     lines += ["", *difference_lines(study, compared)] if compared else []
     marked = [f"**{r.name}: {r.row.config.plumbing}.**" for r in shown if r.row.config.plumbing]
     lines += ["", *marked] if marked else []
-    notes = [note for result in shown for note in result.row.notes]
+    notes = [note for result in shown for note in result.notes]
     pairs = [describe_pair(results[d.name].row, results[d.against].row) for d in compared]
     notes += [pair for pair in pairs if pair is not None]
     lines += ["", *(f"{note}." for note in notes)] if notes else []
@@ -296,7 +306,7 @@ def as_json(study: Study, results: dict[str, Result], *, condensed: Sequence[dic
                 "seconds": to_json_value(result.seconds()),
                 "steps": [result.reports[seed]["steps"] for seed in result.seeds],
                 "baseline": result.row.baseline,
-                "notes": [*result.row.notes, *filter(None, pairs)],
+                "notes": [*result.notes, *filter(None, pairs)],
                 "cost_per_step": cost_per_step(result, results),
                 "differences": [difference_tree(d) for d in compared if d.name == result.name],
             }

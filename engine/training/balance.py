@@ -65,7 +65,10 @@ def balance_table(rows: list[TermBalance]) -> str:
 
 @dataclass(frozen=True)
 class TermRange:
-    """The lowest and highest share of a distillation term in the detection loss, over the epochs in which it acted."""
+    """The lowest and highest share of a distillation term in the detection loss, over the epochs in which it acted.
+
+    Both are 0 for a term that never acted.
+    """
 
     name: str
     lowest: float
@@ -75,17 +78,29 @@ class TermRange:
     def stayed(self) -> bool:
         return LOWEST <= self.lowest and self.highest <= HIGHEST
 
+    @property
+    def acted(self) -> bool:
+        return self.highest > 0
+
     def __str__(self) -> str:
+        if not self.acted:
+            return f"{self.name}: 0 in every epoch, it never acted"
         line = f"{self.name}: {self.lowest:.1%} to {self.highest:.1%} of the detection loss"
         return line if self.stayed else f"{line}; it left {LOWEST:.0%} to {HIGHEST:.0%}, reconsider its weight"
 
 
 def term_ranges(epochs: list[dict[str, float]], distillation: list[str]) -> list[TermRange]:
-    """One TermRange per distillation term that ever acted. epochs: the mean of every term, by name, for each epoch."""
+    """One TermRange per distillation term. epochs: the mean of every term, by name, for each epoch.
+
+    None for a term that acted only where the detection loss is 0, and none at all without an epoch.
+    """
     shares: dict[str, list[float]] = {name: [] for name in distillation}
     for means in epochs:
         detection = sum(value for name, value in means.items() if name not in shares)
         for name in distillation:
             if means[name] != 0 and detection > 0:
                 shares[name].append(means[name] / detection)
+    for name in distillation if epochs else ():
+        if all(means[name] == 0 for means in epochs):
+            shares[name].append(0.0)
     return [TermRange(name, min(values), max(values)) for name, values in shares.items() if values]

@@ -179,7 +179,8 @@ def closing_lines(
 ) -> Iterator[str]:
     """What a run prints at its end: the ranges of its terms, the outputs kept of its teachers, and the test numbers."""
     for term in ranges:
-        if term.name not in setup.criterion.shares.shares:  # those are sized by gradient: their values say nothing
+        # Those with a share are sized by gradient: their values say nothing.
+        if term.name not in setup.criterion.shares.shares or not term.acted:
             yield str(term)
     for name, counts in setup.teachers.counts().items():
         yield f"parts of outputs of {name}: " + ", ".join(f"{number} {what}" for what, number in counts.items())

@@ -76,6 +76,11 @@ def test_the_text(study, results):
     assert "| slow |" not in text  # it has no number yet
     assert "Not trained yet, row (seeds): slow (0, 1, 2)." in text
     assert "Trained on cpu, float32, 1 thread, torch 2." in text
+    shares = {"mse_big": {"lowest": 0.0, "highest": 0.0, "stayed": False}, "cwd_big": {"lowest": 0.1, "highest": 0.2}}
+    results["taught"].reports[1] |= {"distillation": shares}
+    idle = "taught with seed 1: mse_big was 0 in every epoch, it never acted"
+    assert f"\n{idle}.\n" in markdown(study, results) and "cwd_big" not in markdown(study, results)
+    assert json.loads(as_json(study, results))["rows"][1]["notes"] == [idle]
     results["slow"].failures[1] = "step 7: mse is nan"
     assert "Failed: slow with seed 1: step 7: mse is nan" in markdown(study, results)
 

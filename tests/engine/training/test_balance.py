@@ -48,8 +48,10 @@ def test_ranges_are_over_the_epochs_in_which_a_term_acted():
         {"box": 1.0, "cls": 1.0, "low": 0.04, "high": 5.0, "off": 0.0},
         {"box": 0.5, "cls": 0.5, "low": 0.0, "high": 0.5, "off": 0.0},
     ]
-    low, high = term_ranges(epochs, ["low", "high", "off"])
+    low, high, off = term_ranges(epochs, ["low", "high", "off"])
     assert (low.lowest, low.highest) == (0.02 / 4, 0.04 / 2) and not low.stayed
     assert (high.lowest, high.highest) == (0.5, 2.5) and "left 1% to 200%" in str(high)
     assert TermRange("fine", 0.01, 2.0).stayed and "reconsider" not in str(TermRange("fine", 0.01, 2.0))
+    assert off == TermRange("off", 0, 0) and str(off) == "off: 0 in every epoch, it never acted" and not off.stayed
     assert term_ranges([], ["low"]) == []
+    assert term_ranges([{"box": 0.0, "alone": 1.0}], ["alone"]) == []
