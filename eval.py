@@ -51,7 +51,7 @@ from datasets.open import READERS
 from engine.command_line.translation import options_of, refuse_unknown
 from engine.evaluation.cross_dataset import evaluate_on_dataset
 from engine.evaluation.measuring import EvaluationResult, Protocol, measure
-from engine.onnx_files.detector import load_detector
+from engine.onnx_files.detector import check_precision, load_detector
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.run_folder import write_text
 from errors import DISK_EXIT_CODE, ArgumentParser, UserError, expect, run_script, shortened
@@ -124,7 +124,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
     config = load_config(args.config, args.dataset) if args.config else None
     place = place_in_arguments(args.dataset) if config is None else config.data.test_place
     device = choose_device(args.device or ("auto" if config is None else config.device))
-    model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision or "float32")
+    model, info = load_detector(args.checkpoint, args.arch, device=str(device))
     if info.config.get("channels_last"):
         # As in its run: other kernels round differently.
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's types
@@ -136,6 +136,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> EvaluationResult:
         evaluation = config.evaluation.completed(published_detection(info.arch))
         image_size, workers, classes = config.image_size, config.data.workers, config.data.classes
     evaluation = replace(evaluation, **given_settings(args))
+    check_precision(model, evaluation.precision)
     image_size = image_size if args.image_size is None else args.image_size
     workers = workers if args.workers is None else args.workers
     check_settings(evaluation, image_size, workers)

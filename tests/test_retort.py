@@ -30,6 +30,9 @@ from tests.test_fine_tuning import released_state
 from tests.tiny_training import SIZE, write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+_file = io.BytesIO()
+Image.effect_noise((64, 64), 50).save(_file, "JPEG")
+CUT_JPEG = _file.getvalue()[:-500]  # opens as whole; its pixels do not decode
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,8 @@ def test_a_picture_of_16_bits_is_that_of_its_file(model, tmp_path):
     ("picture", "message"),
     [
         (Image.fromarray(np.zeros((8, 8), np.float32)), "picture 0: its pixels are floats"),
+        (Image.new("RGB", (0, 8)), r"picture 0: found uint8 \(8, 0, 3\), expected uint8 \(H, W, 3\)"),
+        (Image.open(io.BytesIO(CUT_JPEG)), "picture 0: .*truncated"),
         (np.zeros((8, 8), np.uint8), r"picture 0: found uint8 \(8, 8\), expected uint8 \(H, W, 3\)"),
         (np.zeros((8, 8, 3)), r"picture 0: found float64 \(8, 8, 3\), expected uint8"),
         (torch.zeros(8, 8, 3), r"picture 0: found a tensor \(8, 8, 3\), expected \(3, H, W\)"),

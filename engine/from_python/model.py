@@ -22,7 +22,7 @@ from datasets.images import pillow_pixels, read_image
 from engine.evaluation.cross_dataset import evaluate_on_dataset
 from engine.evaluation.measuring import EvaluationResult
 from engine.from_python.found import Detections
-from engine.onnx_files.detector import OnnxDetector, load_detector
+from engine.onnx_files.detector import OnnxDetector, check_precision, load_detector
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import find_pictures
 from engine.runtime.processes import choose_device
@@ -194,6 +194,7 @@ def evaluate(
     check_float32(model.module)
     models.check_suppression("argument iou_threshold", model.arch, settings.get("iou_threshold"))
     evaluation = replace(model.info.evaluation, **settings)
+    check_precision(model.module, evaluation.precision)
     size = model.image_size if image_size is None else image_size
     check_image_size("argument image_size", size)
     names = {"score": "score_threshold", "iou": "iou_threshold", "most": "max_detections"}
@@ -244,8 +245,8 @@ def read_pixels(picture: Picture, source: str) -> np.ndarray:
     if isinstance(picture, str | Path):
         return read_image(picture)
     if isinstance(picture, Image.Image):
-        with naming(source, ValueError):
-            return pillow_pixels(picture)
+        with naming(source, Exception):  # decoders raise any exception; Pillow decodes when the pixels are needed
+            picture = pillow_pixels(picture)
     if isinstance(picture, Tensor):
         if picture.dim() != 3 or picture.shape[0] != 3:
             raise UserError(f"{source}: found a tensor {tuple(picture.shape)}, expected (3, H, W), RGB")

@@ -186,6 +186,12 @@ def load_detector(
     info = detector.info
     if arch is not None and arch != info.arch:
         raise UserError(f"{path}: holds {info.arch}, expected {arch}")
-    if precision == "bfloat16":
-        raise UserError(f"{path}: computes in {info.precision}, found the precision bfloat16, expected float32 or auto")
+    check_precision(detector, precision)
     return detector.eval(), describe_onnx(detector)
+
+
+def check_precision(model: nn.Module, precision: str) -> None:
+    """UserError for bfloat16 with an ONNX file, which computes in its own precision whatever is asked for."""
+    if precision == "bfloat16" and isinstance(model, OnnxDetector):
+        found = f"computes in {model.info.precision}, found the precision bfloat16"
+        raise UserError(f"{model.path}: {found}, expected float32 or auto")
