@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from config import STUDENT, GradientShare, TermConfig
+from config import STUDENT, GradientShare, TermConfig, from_tree, to_tree
 from distill.terms import LOSSES
 from errors import UserError, expect
 
@@ -29,6 +29,7 @@ def check_terms(terms: tuple[TermConfig, ...], teachers: tuple[str, ...]) -> dic
     by_name: dict[str, TermConfig] = {}
     for index, term in enumerate(terms):
         key = f"terms.{index}"
+        term = from_tree(TermConfig, to_tree(term), source=key)  # one made in Python may hold anything
         term = check_term(term, key, teachers)
         name = term_name(term)
         if name in by_name:

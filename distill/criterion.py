@@ -22,13 +22,13 @@ from distill.adapters import like_adapted, resize_like, resize_shown
 from distill.batch import BatchOutputs
 from distill.checks import check_terms, term_name
 from distill.gradient_shares import GradientShares
-from distill.outputs import content_at, head_levels, named_map, only_at
+from distill.outputs import any_map, content_at, head_levels, named_map, only_at
 from distill.probing import probe, reads_objects, try_term
 from distill.teacher_weights import confidence_weights, of_labelled, teacher_cross_entropy
 from distill.term_inputs import ClassColumns, TermInputs, check_anchors
 from distill.terms import LOSSES
 from distill.trained_parts import build_adapters, build_losses
-from errors import UserError, naming, shortened
+from errors import UserError, expect, naming, shortened
 from layers.precision import in_precision_of
 from structures import Detector, Targets
 
@@ -183,7 +183,11 @@ class Criterion(nn.Module):
             a batch of these images alone, 0 without any; None: all are labelled.
         detection: the student's own losses with their graph, needed where a weight is a share of their gradient.
         is_warm: whether the optimizer's warm-up is over, so that such weights are measured.
+        UserError for an epoch below 0, which would turn the sign of a warm-up, and for an is_labelled that is no mask.
         """
+        expect(not self.terms or epoch >= 0, "argument epoch", epoch, "0 or more")
+        if self.terms and is_labelled is not None:
+            check_mask(is_labelled, len(any_map(s_output)))
         zero = torch.zeros((), device=targets.boxes_xyxy.device)
         whole = BatchOutputs(s_output, t_outputs, targets, content)
         factors = {name: term_factor(term, epoch, self.epochs) for name, term in self.terms.items()}
@@ -259,6 +263,13 @@ class Criterion(nn.Module):
         )
         cross_entropy, num_objects = map(torch.stack, zip(*found))
         return dict(zip(self.teacher_classes, confidence_weights(cross_entropy, num_objects)))
+
+
+def check_mask(is_labelled: Tensor, num_images: int) -> None:
+    """UserError unless it is (B,) bool: ~ of a whole number is no inverse of a mask."""
+    found = f"{str(is_labelled.dtype).removeprefix('torch.')} {tuple(is_labelled.shape)}"
+    is_met = is_labelled.dtype == torch.bool and is_labelled.shape == (num_images,)
+    expect(is_met, "argument is_labelled", found, f"bool ({num_images},)")
 
 
 def images_of(kind: str, batch: BatchOutputs, is_labelled: Tensor | None) -> BatchOutputs | None:

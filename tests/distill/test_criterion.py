@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from config import TermConfig
+from config import GradientShare, TermConfig
 from distill.checks import check_term, expected_instead
 from distill.criterion import Criterion, TeacherFacts, term_factor
 from distill.losses.logits import soft_class_targets
@@ -138,6 +138,9 @@ def test_schedule_scales_the_loss_and_a_stopped_term_is_logged_as_zero():
     full, half, off = (criterion(s, t, Targets.empty(), epoch=e)["mse_big"] for e in (0.0, 5.0, 9.5))
     torch.testing.assert_close(half, full / 2)
     assert off == 0
+    for before in (-1.0, float("nan")):  # of a warm-up: a weight below 0
+        with pytest.raises(UserError, match=r"argument epoch: found .*, expected 0 or more"):
+            criterion(s, t, Targets.empty(), epoch=before)
 
 
 REFUSED = {
@@ -174,6 +177,10 @@ REFUSED = {
         "terms.0.content_only: loss 'soft_class' compares more than maps",
     ),
     "old name": (dict(loss="box_beliefs"), "terms.0.loss: found 'box_beliefs', which is called 'box_classes' now"),
+    "images": (dict(on="labeled"), "terms.0: key 'on': found 'labeled', expected one of all, labelled, unlabelled"),
+    "decay": (dict(decay="steps"), "terms.0: key 'decay': found 'steps', expected one of none, linear, cosine"),
+    "text as maps": (dict(student_maps="p3"), "terms.0: key 'student_maps': found 'p3', expected a list"),
+    "text as weight": (dict(weight="1"), "terms.0: key 'weight': found '1', expected a number"),
     "no head on the grid": (dict(loss="score_weighted_l2", student_maps=("c2",)), "'c2' is not among"),
 }
 
@@ -300,6 +307,10 @@ def test_options_of_masks_reach_them():
 
 def test_relations_need_no_adapter():
     build(term(loss="attention", adapter="none"))
+
+
+def test_a_share_may_be_written_as_in_a_config():
+    assert build(term(weight={"share": 0.1})).terms["mse_big"].weight == GradientShare(0.1)
 
 
 def test_one_name_for_two_terms_is_refused():

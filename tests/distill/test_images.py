@@ -134,6 +134,9 @@ def test_a_term_acts_on_its_images_alone(on, content_only):
         torch.testing.assert_close(mixed[name], alone[name], rtol=1e-5, atol=1e-7, msg=name)
     whole = criterion_of(*TERMS.values())[0]
     assert whole(student(images), {"big": teacher(images)}, targets, 0.0)["mse_big"] != mixed["mse"]
+    for wrong in (CHOSEN.long(), CHOSEN.to(torch.uint8), CHOSEN[:3]):  # ~ of a number is no inverse of a mask
+        with pytest.raises(UserError, match=r"argument is_labelled: found .*, expected bool \(4,\)"):
+            losses(images, targets, content, wrong)
     nobody = losses(images, targets, content, torch.full((4,), on != "labelled"))
     assert all(value == 0 for value in nobody.values())
     if on == "labelled":  # a run without unlabelled images
