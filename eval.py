@@ -301,6 +301,8 @@ def main(argv: list[str]) -> None:
     for file in filter(None, (args.json, args.save_detections)):
         if not Path(file).parent.is_dir():
             raise UserError(f"{file}: could not be written: no such folder", DISK_EXIT_CODE)
+    if args.json and args.save_detections and Path(args.json).resolve() == Path(args.save_detections).resolve():
+        raise UserError(f"--json: found {args.json}, which --save-detections names too, expected another file")
     if args.ground_truth or args.detections:
         if not (args.ground_truth and args.detections) or args.checkpoint or args.config:
             raise UserError("expected --ground-truth and --detections together, without a checkpoint or config")

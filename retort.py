@@ -35,7 +35,7 @@ from engine.from_python import model
 from engine.from_python.changes import as_overrides
 from engine.from_python.found import Detections
 from engine.from_python.model import Model
-from errors import UserError
+from errors import UserError, expect
 from models import ARCHITECTURES, TEACHERS, build, build_teacher
 from structures import Targets
 
@@ -80,6 +80,7 @@ def train(
     *,
     resume: bool = False,
     quiet: bool = False,
+    allow_change: Sequence[str] = (),
     teacher_models: dict[str, nn.Module] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
@@ -89,12 +90,17 @@ def train(
         config: a YAML file.
         resume: go on with the run <name> in its folder.
         quiet: print nothing but the line about a signal.
+        allow_change: keys that may differ from those of the run that goes on.
         teacher_models: modules by the names in config.teachers, instead of their weights.
         changes: keys of the config, `epochs=10, **{"optimizer.learning_rate": 0.002}`; a dict changes the keys it has.
     UserError for a mistake in the config or the data; SystemExit after Ctrl-C, when all is saved.
     """
+    for name, teacher in (teacher_models or {}).items():
+        expected = "an nn.Module with the dataset's classes; a file is named as teachers.0.weights in the config"
+        expect(isinstance(teacher, nn.Module), f"argument teacher_models: {name}", type(teacher).__name__, expected)
     loaded: Config = load_config(config, as_overrides(changes))
-    return training.run(loaded, resume=resume, quiet=quiet, teachers=teacher_models)
+    allowed = model.list_of_texts("allow_change", allow_change)
+    return training.run(loaded, resume=resume, quiet=quiet, teachers=teacher_models, allow_change=allowed)
 
 
 def compare(
@@ -110,6 +116,7 @@ def compare(
     Returns the results of all rows in the order of the table; `result.reports[seed]["test"]` has the numbers of a run.
     UserError as for train, and after all other runs if one had a loss that is not finite.
     """
+    model.check_kinds({}, {"seeds": seeds})
     study = load_study(config, as_overrides(changes), seeds=seeds)
     only = None if only_rows is None else list(model.list_of_texts("only_rows", only_rows))
     return comparison.compare(study, only=only)

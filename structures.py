@@ -68,6 +68,8 @@ class Targets:
 
     def of_images(self, chosen: Tensor) -> "Targets":
         """The objects of the images where chosen (B,) bool is True; the first of these images becomes image 0."""
+        if chosen.dtype != torch.bool:
+            raise ValueError(f"chosen: found {str(chosen.dtype).removeprefix('torch.')}, expected bool")
         if bool(chosen.all()):
             return self
         chosen = chosen.to(self.image.device)

@@ -143,6 +143,8 @@ def test_checkpoint_on_a_dataset(tmp_path, capsys):
     settings += ["--score-threshold", "0.0001"]
     found = tmp_path / "found.json"
     eval.main([str(weights), "yolo", str(root), "test", *settings, "--save-detections", str(found)])
+    with pytest.raises(UserError, match=r"--json: found .*out\.json, which --save-detections names too"):
+        eval.main([str(weights), "yolo", str(root), "test", *settings, "--save-detections", f"{tmp_path}/./out.json"])
     tree = json.loads(out.read_text())
     assert tree["images"] == 8 and 0 < tree["detections"] == len(json.loads(found.read_text())) <= 8 * 50
     assert "Speed: loading" in capsys.readouterr().out

@@ -19,7 +19,7 @@ import eval
 import models
 import predict
 import retort
-from config import apply_override
+from config import apply_override, to_tree
 from distill import losses
 from distill.terms import LOSSES
 from engine.from_python.changes import as_overrides
@@ -275,15 +275,18 @@ def test_predict_finds_what_the_command_finds(run, model, tmp_path):
 
 
 def test_a_call_is_the_command_line():
-    """Python's values become what a command line would have."""
+    """Python's values become what a command line would have, and so do numpy's and the parts of a config."""
     changes = {"epochs": 10, "optimizer.learning_rate": 1e-5, "teachers": [], "compile": True, "name": "a: b"}
     changes |= {"data": {"root": "x", "classes": ["Ä", "1e3"]}, "patience": None, "runs": Path("r")}
+    term = retort.TermConfig("big", "cwd", weight=np.float64(2), student_maps=("p3",))
+    changes |= {"seed": np.int64(3), "detection_weight": torch.tensor(0.5), "terms": [term]}
     tree: dict = {"data": {"root": "y", "format": "yolo"}}
     for override in as_overrides(changes):
         apply_override(tree, override)
     assert tree == {
         "epochs": 10, "optimizer": {"learning_rate": 1e-5}, "teachers": [], "compile": True, "name": "a: b",
         "data": {"root": "x", "format": "yolo", "classes": ["Ä", "1e3"]}, "patience": None, "runs": "r",
+        "seed": 3, "detection_weight": 0.5, "terms": [to_tree(term)],
     }  # fmt: skip
 
 
@@ -313,6 +316,17 @@ def test_train_returns_the_report_that_it_writes(trained):
     assert saved["optimizer"]["learning_rate"] == 0.02 and saved["evaluation"]["every_epochs"] == 0
 
 
+def test_train_goes_on_as_the_command_does(trained, monkeypatch):
+    config, given = trained[0] / "config.yaml", []
+    monkeypatch.setattr("train.run", lambda config, **arguments: given.append(arguments))
+    retort.train(config, resume=True, allow_change=["epochs", "runs"])
+    assert given[0]["resume"] and given[0]["allow_change"] == ("epochs", "runs")
+    with pytest.raises(retort.UserError, match="argument allow_change: found 'epochs', expected a list of texts"):
+        retort.train(config, resume=True, allow_change="epochs")
+    with pytest.raises(retort.UserError, match=r"argument teacher_models: big: found Model, expected an nn\.Module"):
+        retort.train(config, teacher_models={"big": retort.load(trained[0] / "runs" / "look", device="cpu")})
+
+
 def test_evaluate_gives_the_numbers_of_the_run_and_of_the_command(run, model, trained, tmp_path):
     folder, report = trained
     result = retort.evaluate(folder / "runs" / "look", "yolo", folder / "set", "test")
@@ -332,6 +346,12 @@ def test_evaluate_gives_the_numbers_of_the_run_and_of_the_command(run, model, tr
     for name in ("classes", "class_map", "ignore_difficult"):
         with pytest.raises(retort.UserError, match=f"argument {name}: found 'red', expected"):
             retort.evaluate(model, "yolo", run / "set", "test", **{name: "red"})
+
+
+def test_compare_refuses_what_no_command_line_could_have(tmp_path):
+    for name, value in (("seeds", 1.5), ("only_rows", "baseline")):
+        with pytest.raises(retort.UserError, match=f"argument {name}: found {value!r}, expected"):
+            retort.compare(ROOT / "configs/studies/demo.yaml", runs=str(tmp_path), **{name: value})
 
 
 def test_compare_is_the_command(tmp_path, monkeypatch):

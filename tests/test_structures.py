@@ -40,5 +40,7 @@ def test_rows_that_differ_are_refused():
 def test_indices_and_masks_of_another_kind_are_refused(name, kind):
     """~ignore of whole numbers is -1 and -2, which are rows from the end."""
     targets = targets_of(3, None)
+    with pytest.raises(ValueError, match="chosen: found int64, expected bool"):
+        targets.of_images(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=f"{name}: found {str(kind).removeprefix('torch.')}, expected"):
         replace(targets, **{name: getattr(targets, name).to(kind)})
