@@ -1,4 +1,4 @@
-"""A distilled student of a few steps, exported in three forms; shared by the tests of ONNX."""
+"""A distilled student of a few steps, exported in three forms, and a small RT-DETR; shared by several tests."""
 
 import contextlib
 import io
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 import models
+from rtdetr.rtdetr import RTDETR
 from tests.golden import recipe
 from tests.tiny_training import SIZE, tiny_config, write_dataset
+from weights import PublicLayout
 from yolo.yolov8 import NUM_BINS
 
 ARCH, NAMES = "yolov8_narrow", ("green", "red")  # of the student
@@ -52,6 +54,32 @@ def save_model(path: Path, arch: str, names: tuple[str, ...] = NAMES, image_size
     fill(state)
     checkpoint.save(path, {"arch": arch, "names": list(names), "image_size": image_size, "ema": state})
     return path
+
+
+class StridedBackbone(nn.Module):
+    """c3, c4, c5 from one convolution each: what an RT-DETR that is quick to trace stands on."""
+
+    channels = {"c3": 8, "c4": 8, "c5": 8}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 2, 2)])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = {}
+        for name, convolution in zip(self.channels, self.convolutions):
+            x = maps[name] = convolution(x)
+        return maps
+
+
+def small_rtdetr() -> RTDETR:
+    """Weights by their names: fresh ones give all queries nearly one score, and rounding would choose among them."""
+    model = RTDETR(
+        backbone=StridedBackbone(), num_classes=2, width=32, hidden=16, feedforward=32, num_layers=1,
+        batchnorm_eps=1e-5, public_layout=PublicLayout("none", []),
+    )  # fmt: skip
+    fill(model.state_dict())
+    return model.eval().requires_grad_(False)
 
 
 def export_student(folder: Path) -> Exported:

@@ -12,10 +12,11 @@ import pytest
 
 import checkpoint
 import models
-from engine.web_demo import gallery, sides
+from engine.web_demo import detectors, gallery, sides
 from tests.conftest import ROOT
 from tests.engine.training.test_distilled_training import TERMS
 from tests.engine.web_demo.tiny_app import clip, photo, png, write_runs
+from tests.exporting import small_rtdetr
 from tests.forked_processes import run_as_main, run_forked
 
 pytest.importorskip("streamlit", reason="the demo in a browser needs the extra `app`")
@@ -32,13 +33,17 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def start(monkeypatch):
-    """start(folder): the demo, started there, for this machine alone unless another address is given."""
+    """start(folder): the demo, started there, for this machine alone unless another address is given.
+
+    It times each pair of models once, not for a second.
+    """
     import streamlit
     from streamlit.testing.v1 import AppTest
 
     def start(folder: Path, address: str | None = "localhost") -> AppTest:
         option = streamlit.get_option
         monkeypatch.setattr(streamlit, "get_option", lambda k: address if k == "server.address" else option(k))
+        monkeypatch.setattr(detectors, "MOST_ROUNDS", 1)
         monkeypatch.chdir(folder)
         monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # put back: AppTest makes the page of it
         return check(AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run())
@@ -157,6 +162,7 @@ def test_a_slider_that_would_change_nothing_is_disabled(start, runs, monkeypatch
     assert labels() == [] and app.slider(key="score").label == "Score, not used"
     app.segmented_control(key="page").set_value("Compare two models").run()
     assert labels() == ["Score, at least", "Overlap (IoU), at most"] and app.slider(key="iou").value == 0.5
+    monkeypatch.setitem(models.ARCHITECTURES, "rtdetr_r18vd", lambda num_classes: small_rtdetr())
     state = models.build("rtdetr_r18vd", 2).state_dict()
     file = {"arch": "rtdetr_r18vd", "names": ("green", "red"), "image_size": 64, "ema": state}
     checkpoint.save(tmp_path / "rtdetr.pt", file)

@@ -24,9 +24,8 @@ from rtdetr.rtdetr import RTDETR
 from structures import Detections, DetectionSettings
 from tests.conftest import ROOT
 from tests.datasets import small_sets
-from tests.exporting import ARCH, NAMES, fill, save_model
+from tests.exporting import ARCH, NAMES, save_model, small_rtdetr
 from tests.tiny_training import SIZE
-from weights import PublicLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -320,32 +319,6 @@ def test_a_missing_package_is_named_before_any_work(tmp_path, monkeypatch, missi
 
 
 # -------------------------------------------------------------------------------------------------- the other families
-
-
-class StridedBackbone(nn.Module):
-    """c3, c4, c5 from one convolution each: what an RT-DETR that is quick to trace stands on."""
-
-    channels = {"c3": 8, "c4": 8, "c5": 8}  # noqa: RUF012
-
-    def __init__(self):
-        super().__init__()
-        self.convolutions = nn.ModuleList([nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 2, 2)])
-
-    def forward(self, x):
-        maps = {}
-        for name, convolution in zip(self.channels, self.convolutions):
-            x = maps[name] = convolution(x)
-        return maps
-
-
-def small_rtdetr():
-    """Weights by their names: fresh ones give all queries nearly one score, and rounding would choose among them."""
-    model = RTDETR(
-        backbone=StridedBackbone(), num_classes=2, width=32, hidden=16, feedforward=32, num_layers=1,
-        batchnorm_eps=1e-5, public_layout=PublicLayout("none", []),
-    )  # fmt: skip
-    fill(model.state_dict())
-    return model.eval().requires_grad_(False)
 
 
 @pytest.mark.slow
