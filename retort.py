@@ -12,8 +12,9 @@
     retort.compare("configs/studies/demo.yaml", seeds=3)
     print(retort.evaluate("runs/own_data", "yolo", "data/mine", "test").text())
 
-In a training loop of one's own: `build` a model, give its losses and those of a `Criterion` to backward. `losses` has
-each distillation loss as a function of tensors. A mistake that a user can make raises `UserError`, one line of text.
+In a training loop of one's own: `build` a model, give its losses and those of a `Criterion` to backward; `TeacherFacts`
+say which classes and what image size a teacher has. `losses` has each distillation loss as a function of tensors. A
+mistake that a user can make raises `UserError`, one line of text.
 Images are float (B, 3, H, W), RGB, in [0, 1]; boxes are x1, y1, x2, y2 in pixels.
 """
 
@@ -27,7 +28,7 @@ import compare as comparison
 import train as training
 from config import Config, TermConfig, load_config
 from distill import losses
-from distill.criterion import Criterion
+from distill.criterion import Criterion, TeacherFacts
 from engine.comparison.study import load_study
 from engine.comparison.table import Result
 from engine.evaluation.measuring import EvaluationResult
@@ -46,6 +47,7 @@ __all__ = [
     "Detections",
     "Model",
     "Targets",
+    "TeacherFacts",
     "TermConfig",
     "UserError",
     "build",

@@ -28,7 +28,7 @@ from distill.teacher_weights import confidence_weights, of_labelled, teacher_cro
 from distill.term_inputs import ClassColumns, TermInputs, check_anchors
 from distill.terms import LOSSES
 from distill.trained_parts import build_adapters, build_losses
-from errors import UserError, expect, naming, shortened
+from errors import UserError, counted, expect, naming, shortened
 from layers.precision import in_precision_of
 from structures import Detector, Targets
 
@@ -114,12 +114,16 @@ class Criterion(nn.Module):
 
         @functools.cache  # it prints its line once for each teacher
         def classes_of(teacher: str) -> ClassColumns | None:
+            check_names("student", student, class_names)
+            check_names(f"teacher {teacher!r}", teachers[teacher], facts[teacher].class_names or class_names)
             return common_classes(teacher, class_names, facts[teacher])
 
         self.terms = check_terms(terms, tuple(teachers))
         s_probe = probe(student, image_size)
-        t_probes = {name: probe(teacher, facts[name].image_size or image_size) for name, teacher in teachers.items()}
-        t_probes[STUDENT] = s_probe
+        t_probes = {STUDENT: s_probe}
+        for name, teacher in teachers.items():
+            with naming(f"teacher {name!r}", ValueError):  # another size than the student's is one of its facts
+                t_probes[name] = probe(teacher, facts[name].image_size or image_size)
         for index, (name, term) in enumerate(self.terms.items()):
             key, t_probe = f"terms.{index}", t_probes[term.teacher]
             with naming(key):
@@ -321,6 +325,13 @@ def check_comparable(teachers: dict[str, nn.Module]) -> None:
     for name, teacher in teachers.items():
         if not hasattr(teacher, "class_logits_at"):
             raise UserError(f"teacher {name!r} cannot classify given boxes")
+
+
+def check_names(who: str, model: nn.Module, names: tuple[str, ...]) -> None:
+    """UserError where names are given, and not one for each class of the model: columns would be left out unsaid."""
+    count = getattr(model, "num_classes", None)
+    is_met = not names or count is None or len(names) == count
+    expect(is_met, who, counted(len(names), "class name"), f"{count}, one for each of its classes")
 
 
 def common_classes(teacher: str, class_names: tuple[str, ...], facts: TeacherFacts) -> ClassColumns | None:

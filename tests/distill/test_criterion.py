@@ -358,6 +358,21 @@ def test_class_lists_without_a_common_name_are_refused():
     build(term(), **names)  # maps do not care
 
 
+def test_a_fault_of_a_teacher_names_it():
+    logits = term(loss="soft_class", student_maps=("class_logits",), adapter="none")
+    named, teacher = dict(class_names=("a", "b", "c")), TinyDetector(6)
+    teacher.num_classes = 3
+    with pytest.raises(UserError, match=r"terms\.0: teacher 'big': found 2 class names, expected 3, one for each"):
+        build(logits, teachers={"big": teacher}, facts={"big": TeacherFacts(("a", "b"))}, **named)
+
+    def forward(images):
+        raise ValueError("images are 32 x 32 pixels, expected multiples of 14")
+
+    teacher.forward = forward
+    with pytest.raises(UserError, match="teacher 'big': images are 32 x 32 pixels, expected multiples of 14"):
+        build(term(), teachers={"big": teacher}, **named)
+
+
 def test_no_terms_cost_nothing():
     criterion = Criterion((), student=TinyDetector(4), teachers={}, epochs=1)
     assert criterion(None, {}, Targets.empty(), epoch=0.0) == {} and not list(criterion.parameters())
