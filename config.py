@@ -361,7 +361,7 @@ def _index_in(node: Any, part: str, override: str) -> str | int:
         return part
     if not isinstance(node, list):
         raise UserError(f"argument {override!r}: {part!r} is inside a plain value")
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise UserError(f"argument {override!r}: found {part!r}, expected an index 0..{len(node) - 1}")
     return int(part)
 

@@ -86,6 +86,8 @@ def test_overrides(write):
     assert (config.epochs, config.optimizer.learning_rate, config.terms[0].weight) == (3, 1e-4, 2.0)
     assert config.student.weights is None and config.name == "1e3"
     assert load_config(path, ["terms=[]"]).terms == ()
+    # null is a section without values
+    assert load_config(path, ["optimizer=null", "optimizer.momentum=0.5"]).optimizer.momentum == 0.5
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,7 @@ def test_overrides(write):
         ("=3", "expected key=value"),
         ("terms.1.weight=2", "found '1', expected an index 0..0"),
         ("terms.x.weight=2", "found 'x', expected an index"),
+        ("terms.².weight=2", "found '²', expected an index"),
         ("name.x=2", "inside a plain value"),
         ("name.x.y=2", "inside a plain value"),
         ("a: b=[", "argument"),
