@@ -247,7 +247,8 @@ def test_detections_are_arrays_a_table_and_a_drawing(run, model):
     assert rows[0].split()[1:] == [f"{found.scores[0]:.2f}", *(f"{v:.1f}" for v in found.xyxy[0])]
     sure = found[found.scores > 0.6]
     assert 0 < len(sure) < len(found) and (sure.scores > 0.6).all() and sure.class_names == model.names
-    assert str(found[0]).splitlines()[2:] == rows[:1]
+    for first in (0, np.int64(0), found.scores.argmax()):
+        assert str(found[first]).splitlines()[2:] == rows[:1]
     drawn = found.draw()
     assert drawn.size == (SIZE, SIZE) and (np.asarray(drawn) != found.picture).any()
     none = model.predict(photo(run), score=1.0)[0]
@@ -343,6 +344,10 @@ def test_evaluate_gives_the_numbers_of_the_run_and_of_the_command(run, model, tr
         retort.evaluate(model, "yolo", run / "set", "test", protocol="voc")
     with pytest.raises(retort.UserError, match="argument protocoll: expected one of classes"):
         retort.evaluate(model, "yolo", run / "set", "test", protocoll="voc07")
+    with pytest.raises(retort.UserError, match="argument workers: found None, expected at least 0"):
+        retort.evaluate(model, "yolo", run / "set", "test", workers=None)
+    with pytest.raises(retort.UserError, match="argument batch_size: found None, expected at least 1"):
+        model.predict(photo(run), batch_size=None)
     for name in ("classes", "class_map", "ignore_difficult"):
         with pytest.raises(retort.UserError, match=f"argument {name}: found 'red', expected"):
             retort.evaluate(model, "yolo", run / "set", "test", **{name: "red"})

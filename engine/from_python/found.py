@@ -54,7 +54,7 @@ class Detections(structures.Detections):
 
     def __getitem__(self, rows: Tensor | int) -> "Detections":
         """The detections chosen by an index, a list of them or a mask (M,): `found[found.scores > 0.5]`."""
-        rows = torch.tensor([rows]) if isinstance(rows, int) else rows
+        rows = torch.arange(len(self))[rows].reshape(-1)  # a single index, of any kind, gives one row too
         columns = (self.boxes_xyxy[rows], self.scores[rows], self.labels[rows])
         return Detections(*columns, self.class_names, self.picture, self.source)
 

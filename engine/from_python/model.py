@@ -91,7 +91,7 @@ class Model:
         models.check_suppression("argument iou", self.arch, iou)
         size = self.image_size if image_size is None else image_size
         check_image_size("argument image_size", size)
-        expect(batch_size >= 1, "argument batch_size", batch_size, "at least 1")
+        expect(batch_size is not None and batch_size >= 1, "argument batch_size", batch_size, "at least 1")
         opened = open_pictures(pictures)
         predictor = copy.copy(self._fused())  # threads share the model, and have settings of their own
         predictor.image_size, predictor.detection = size, detection
@@ -126,7 +126,7 @@ def are_equal(kept: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
 def check_float32(module: nn.Module) -> None:
     """UserError for a module in another precision than load gives it."""
     found = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    expected = "float32: images are; evaluate has an argument precision"
+    expected = "float32, as images are (evaluate has an argument precision)"
     expect(found is None, "module", f"parameters in {str(found).removeprefix('torch.')}", expected)
 
 
@@ -200,7 +200,7 @@ def evaluate(
     names = {"score": "score_threshold", "iou": "iou_threshold", "most": "max_detections"}
     evaluation.detection.check(**{key: f"argument {name}" for key, name in names.items()})
     expect(evaluation.batch_size >= 1, "argument batch_size", evaluation.batch_size, "at least 1")
-    expect(workers >= 0, "argument workers", workers, "at least 0")
+    expect(workers is not None and workers >= 0, "argument workers", workers, "at least 0")
     result, _ = evaluate_on_dataset(
         model.module,
         model.names,
