@@ -52,6 +52,11 @@ def test_which_channels_go_by_hand(limit, options, expected):
     assert keep(GROUPS, SCORES, limit, **options) == expected
 
 
+def test_of_equal_scores_the_first_stay():
+    is_kept = two_groups(a=40, b=30).best(torch.ones(70), {"a": 20, "b": 1})
+    assert is_kept.nonzero().squeeze(1).tolist() == [*range(20), 40]
+
+
 def test_per_flops_prefers_the_dear_group():
     """As shares b is the worse group, 0.5 against 0.9; but two channels of a save six FLOPs, of b two."""
     scores = [9, 9, 11, 11, 5, 5, 10, 10, 15, 15]
