@@ -152,6 +152,10 @@ def test_fractions_for_pixels_and_pixels_for_fractions_are_refused(tmp_path):
     truth = write_text(tmp_path / "gt", {"a.txt": "0 0.5 0.5 0.3 0.2"})
     with pytest.raises(UserError, match=r"all boxes lie in 0\.\.1, expected pixels \(.*--ground-truth-boxes cxcywhn"):
         read_ground_truth(truth)
+    annotations = read_ground_truth(truth, text_boxes="cxcywhn", images=tmp_path)
+    found = write_text(tmp_path / "dt", {"a.txt": "0 20 10 12 4 0.9"})
+    with pytest.raises(UserError, match=r"a\.txt:1: not normalised: 20 10 12 4"):
+        read_detections(found, annotations, text_boxes="cxcywhn", score_last=True)
     write_text(tmp_path / "gt", {"a.txt": "0 20 10 12 4"})
     with pytest.raises(UserError, match=r"a\.txt:1: not normalised: 20 10 12 4"):
         read_ground_truth(truth, text_boxes="cxcywhn", images=tmp_path)
