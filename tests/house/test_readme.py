@@ -83,9 +83,18 @@ def test_it_names_every_loss_once():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page):
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
-    assert not missing
+    """To a file that exists, and to a heading of it."""
+    links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8"))
+    links = [(page.parent / target if target else page, anchor) for target, anchor in links if "://" not in target]
+    assert not [target for target, _ in links if not target.exists()]
+    assert not [(target.name, anchor) for target, anchor in links if anchor and anchor not in anchors(target)]
+
+
+def anchors(page):
+    """What GitHub makes of the headings: lower case, hyphens for spaces, other punctuation left out."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    headings = [re.sub(r"\]\([^)]*\)", "", heading) for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
