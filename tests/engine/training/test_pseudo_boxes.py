@@ -14,6 +14,8 @@ from datasets.index import DatasetIndex
 from datasets.unlabelled import unlabelled_sample
 from engine.training import pseudo_boxes
 from engine.training.pseudo_boxes import PseudoBoxes, choose_thresholds, detect_once, score_of_rank
+from engine.training.splits import require_pseudo_objects
+from errors import UserError
 from metrics.tables import DetectionTable
 from structures import Detections, DetectionSettings, select_images
 from tests.datasets.test_unlabelled import index_of
@@ -104,6 +106,15 @@ def test_detections_become_objects_ignored_regions_or_nothing():
     nothing = dataclasses.replace(made, thresholds=np.array([np.inf, 0.55]))
     assert json.loads(json.dumps(nothing.to_tree(), allow_nan=False))["classes"]["a"]["threshold"] is None
     assert str(nothing).splitlines()[2].split() == ["a", "-", "0.200", "0", "2"]
+
+
+def test_pictures_without_a_pseudo_object_are_refused():
+    made = PseudoBoxes("t", 64, 0.7, ("a", "b"), FOUND, np.array([0.91, 0.71]), np.array([0.2, 0.3]), 4)
+    with pytest.raises(UserError, match=r"teacher 't' finds no object in 4 pictures, its best score: 0\.900; expected"):
+        require_pseudo_objects(made)
+    with pytest.raises(UserError, match="its best score: none"):
+        require_pseudo_objects(dataclasses.replace(made, detections=DetectionTable.empty()))
+    require_pseudo_objects(dataclasses.replace(made, thresholds=np.array([0.9, 0.71])))
 
 
 class Corner(torch.nn.Module):

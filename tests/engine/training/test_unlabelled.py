@@ -24,7 +24,7 @@ from tests.tiny_training import SIZE, open_splits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ARCH = "yolov8_narrow"
-PSEUDO = {"teacher": "t", "threshold": 0.52, "ignore_above": 0.2}
+PSEUDO = {"teacher": "t", "threshold": 0.5, "ignore_above": 0.2}
 TERM = {"teacher": "t", "loss": "cwd", "weight": 1.0, "student_maps": ["p3"], "on": "unlabelled"}
 NO_AUGMENTATION = dict.fromkeys(("mosaic", "scale", "translate", "flip_horizontal", "hue", "saturation", "value"), 0.0)
 
@@ -321,8 +321,8 @@ def test_a_run_is_reported_and_resumed_with_the_same_bytes(make, monkeypatch, ca
     with pytest.raises(KeyError):
         train.run(other, quiet=True)
     monkeypatch.setattr(train, "train_step", step)
-    changed = make(data=few(pseudo=PSEUDO | {"threshold": 0.5}), terms=[TERM], name="stopped", epochs=1)
-    with pytest.raises(UserError, match=r"'data.unlabelled.pseudo.threshold': the run was started with 0.52"):
+    changed = make(data=few(pseudo=PSEUDO | {"threshold": 0.49}), terms=[TERM], name="stopped", epochs=1)
+    with pytest.raises(UserError, match=r"'data.unlabelled.pseudo.threshold': the run was started with 0.5,"):
         train.run(changed, resume=True, quiet=True)
     with pytest.raises(UserError, match="not those that the run started with"):
         train.run(changed, resume=True, quiet=True, allow_change=("data.unlabelled",))
