@@ -23,7 +23,7 @@ from distill.batch import BatchOutputs
 from distill.checks import check_terms, term_name
 from distill.gradient_shares import GradientShares
 from distill.outputs import any_map, content_at, head_levels, named_map, only_at
-from distill.probing import probe, reads_objects, try_term
+from distill.probing import own_losses, probe, reads_objects, try_term
 from distill.teacher_weights import confidence_weights, of_labelled, teacher_cross_entropy
 from distill.term_inputs import ClassColumns, TermInputs, check_anchors
 from distill.terms import LOSSES
@@ -81,8 +81,8 @@ class Criterion(nn.Module):
     Raises:
         UserError where a term could never act: an unknown teacher, loss, map or parameter; a weight of 0; a schedule
         that is always 0; widths that no adapter joins; logits of different shapes; no class in common; a name used
-        twice; models that lack what the loss reads; a loss that is 0 for any outputs, such as image_kl of one class; a
-        loss that compares at the objects of images without any.
+        twice, or by one of the student's own losses; models that lack what the loss reads; a loss that is 0 for any
+        outputs, such as image_kl of one class; a loss that compares at the objects of images without any.
     """
 
     def __init__(
@@ -120,6 +120,11 @@ class Criterion(nn.Module):
 
         self.terms = check_terms(terms, tuple(teachers))
         s_probe = probe(student, image_size)
+        taken = own_losses(student, s_probe) if any(term.name for term in terms) else []
+        for index, name in enumerate(self.terms):
+            if name in taken:
+                expected = f"another than {', '.join(taken)}: these are the student's own losses"
+                raise UserError(f"terms.{index}.name: found {name!r}, expected {expected}")
         t_probes = {STUDENT: s_probe}
         for name, teacher in teachers.items():
             with naming(f"teacher {name!r}", ValueError):  # another size than the student's is one of its facts

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from distill.losses.box_classes import teacher_scale
 from distill.terms import LOSSES
 from errors import UserError
 from layers.eval_mode import in_eval_mode
-from structures import Targets
+from structures import Detector, Targets
 
 if TYPE_CHECKING:
     from distill.criterion import Criterion
@@ -29,6 +29,15 @@ def probe(model: nn.Module, image_size: int) -> Any:
     parameter = next(model.parameters())
     with in_eval_mode(model):
         return model(torch.full((2, 3, image_size, image_size), 0.5, device=parameter.device, dtype=parameter.dtype))
+
+
+@torch.no_grad()
+def own_losses(student: nn.Module, s_probe: Any) -> list[str]:
+    """The names of the student's own losses, if it has any. Later draws do not depend on those in here."""
+    if not hasattr(student, "losses"):
+        return []
+    with torch.random.fork_rng(devices=[]):
+        return list(cast(Detector, student).losses(s_probe, Targets.empty(next(student.parameters()).device)))
 
 
 @torch.no_grad()

@@ -112,6 +112,12 @@ def test_a_teacher_whose_output_is_missing_is_no_teacher(yolos, pictures):
         criterion(yolos["student"](pictures), {}, TARGETS, 0.0)
 
 
+@pytest.mark.parametrize(("student", "name"), [("student", "dfl"), ("v5 student", "obj")])
+def test_no_term_takes_the_name_of_a_loss_of_the_student(student, name, yolos):
+    with pytest.raises(UserError, match=rf"terms\.0\.name: found '{name}', expected another than box, "):
+        build(yolos[student], yolos["v8"], "box_classes", name=name)
+
+
 def test_the_valuable_region_leaves_out_ignored_boxes(yolos, pictures, monkeypatch):
     """An ignored box over both images takes the region around the positives, and leaves the positives."""
     student, teacher = yolos["student"], yolos["v8"]
