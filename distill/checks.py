@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from config import STUDENT, GradientShare, TermConfig, from_tree, to_tree
 from distill.terms import LOSSES
 from errors import UserError, expect
@@ -66,6 +68,7 @@ def check_term(term: TermConfig, key: str, teachers: tuple[str, ...]) -> TermCon
     name = term_name(term)
     is_met = name.replace("-", "_").isidentifier()
     expect(is_met, f"{key}.name", repr(name), "letters, digits, _ and - (it names a column of the log)")
+    expect(not hasattr(nn.ModuleDict, name), f"{key}.name", repr(name), "another: PyTorch has an attribute so called")
     return dataclasses.replace(term, name=name, student_maps=student_maps, teacher_maps=teacher_maps)
 
 

@@ -170,6 +170,7 @@ REFUSED = {
         "terms.0.teacher_maps: found 'cls3_1', a map of the branch that loss 'crosskd_edges' is not for",
     ),
     "name": (dict(name="a.b"), "terms.0.name"),
+    "name of an attribute": (dict(name="train"), "terms.0.name"),
     "mask": (dict(loss="masked_mse", parameters={"mask": "ovals"}), "terms.0: mask: found 'ovals'"),
     "module parameter": (dict(loss="mgd", parameters={"drop": 1.5}), "terms.0.parameters.drop: found 1.5"),
     "padding of logits": (
