@@ -7,8 +7,9 @@ Every reader collects LabelRows and passes them to `make_sample`, so one rule ho
     more than one pixel past the edge of the picture                    kept, clipped to the picture, noted
     up to one pixel past the edge (rounding of the source)              kept unchanged
 
-Where label files state the size of their pictures, refuse_resized finds pictures that were resized after labelling. In
-every format refuse_misread finds boxes that cannot be meant as they are read.
+Where label files state the size of their pictures, read_frame drops single pictures that were resized after labelling,
+and refuse_resized refuses a set with many. In every format refuse_misread finds boxes that cannot be meant as they are
+read.
 """
 
 from collections import Counter
@@ -124,7 +125,7 @@ def read_frame(
 
     The header counts. If the stated size equals the stored pixels of a picture that EXIF turns by 90 degrees, the
     labels refer to those pixels and must be turned. None, and a fault, for a picture that does not open, and for one of
-    the stated shape in another size: its boxes are in pixels of a larger or a smaller picture.
+    the stated shape that is larger or smaller by more than ONE_SIZE: its boxes are in pixels of another picture.
     """
     try:
         stored_width, stored_height, orientation = read_header(image_path)
