@@ -23,7 +23,7 @@ from datasets.values import NORM_TOLERANCE, are_normalised
 from errors import UserError, counted
 
 SUM_TOLERANCE = 0.001  # a sum of shares this near to 1 comes from rounding; the shares are divided by it
-EDGE_TOLERANCE = 0.02  # how far a box may leave the picture, as a fraction of it
+EDGE_FRACTION = 0.02  # of a side of the picture, by which a box may leave it
 CERTAIN = 0.2  # share of rows that cannot have keypoints: 0.25 to 0.9 for polygons, near 0 for keypoints
 SAME = 0.9  # share of rows with one number of columns from which the few others are strays
 JUDGED = 1000  # rows of a number of columns that are looked at
@@ -75,7 +75,7 @@ def _may_be_box_and_more(values: list[float]) -> bool:
     if not (width > 0 and height > 0):
         return False
     for center, size in ((x, width), (y, height)):
-        if center - size / 2 < -EDGE_TOLERANCE or center + size / 2 > 1 + EDGE_TOLERANCE:
+        if center - size / 2 < -EDGE_FRACTION or center + size / 2 > 1 + EDGE_FRACTION:
             return False
     if len(rest) == 2 and any(0 <= a <= 1 and b >= 0 and b.is_integer() for a, b in (rest, rest[::-1])):
         return True  # a confidence and an id, in either order
