@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from errors import UserError
+from metrics.annotations import find_labels
 from metrics.files import read_detections, read_ground_truth
 
 NAMES = ("1", "2", "0")
@@ -87,6 +88,9 @@ def test_a_number_that_is_no_place_in_the_list_is_a_name(tmp_path):
     for n, name in enumerate("127"):
         (tmp_path / "dt" / f"{n}.txt").write_text(f"{name} 0.9 0 0 5 8\n")
     assert read_detections(tmp_path / "dt", annotations)[1].labels.tolist() == [0, 1, 2]
+    from_0, from_1 = {"0": 0, "1": 1}, {"1": 0, "2": 1}  # a place by one of two ways to count is none for sure
+    with pytest.raises(UserError, match=r"a\.txt:1: class '2' may be '2' and '0'"):
+        find_labels({"2": "a.txt:1"}, ("2", "0"), (from_0, from_1), is_listed=True)
 
 
 def test_names_in_coco_results_stay_names(tmp_path):
