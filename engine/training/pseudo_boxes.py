@@ -124,7 +124,12 @@ class PseudoBoxes:
             f"pseudo boxes of teacher {self.teacher!r} at {self.image_size} px in {counted(self.pictures, 'picture')}, "
         )
         head += f"suppressed above IoU {self.iou_threshold:g}"
-        return "\n".join([head, *aligned(rows)])
+        lines = [head, *aligned(rows)]
+        if not self.is_object.any():
+            best = f"{self.detections.scores.max():.3f}" if len(self.detections) else "none"
+            found = f"warning: teacher {self.teacher!r} finds no object, its best score: {best}"
+            lines.append(f"{found}; the student learns that these pictures are background, expected lower thresholds")
+        return "\n".join(lines)
 
 
 def finite_or_none(score: float) -> float | None:

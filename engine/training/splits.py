@@ -241,22 +241,10 @@ def with_unlabelled(
                 keep=keep,
             )
             made = make_pseudo_boxes(teacher, settings, found, len(index), splits.train)
-            if not config.plumbing:
-                require_pseudo_objects(made)
         pseudo = processes.from_first(made)
         index = pseudo.index(index)
         say(f"{pseudo}\n")
     return dataclasses.replace(splits, train=join(splits.train, index), unlabelled=len(index), pseudo=pseudo)
-
-
-def require_pseudo_objects(pseudo: PseudoBoxes) -> None:
-    """UserError where no detection is an object: the student would learn that these pictures are background."""
-    if not pseudo.is_object.any():
-        best = f"{pseudo.detections.scores.max():.3f}" if len(pseudo.detections) else "none"
-        raise UserError(
-            f"key 'data.unlabelled.pseudo': teacher {pseudo.teacher!r} finds no object in "
-            f"{counted(pseudo.pictures, 'picture')}, its best score: {best}; expected lower thresholds"
-        )
 
 
 def refuse_overlap(overlap: Overlap, data: DataConfig) -> None:
