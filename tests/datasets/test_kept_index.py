@@ -54,7 +54,7 @@ def root(tmp_path):
     root = tmp_path / "set"
     for name in ("a.png", "sub/b.png", "empty.png", "ü.png"):
         picture(root / "train" / name)
-    picture(root / "train" / "small.png", (50, 40))
+    picture(root / "train" / "small.png", (50, 30))  # of another shape than stated: noted, not dropped
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (100, 80)).save(root / "train" / "turned.jpg", exif=exif.tobytes())
