@@ -136,7 +136,7 @@ def choose_pair(runs: dict[str, Run], places: Sequence[Place]) -> tuple[Side, Si
 
 
 def side_of(path: Path, name: str, run: Run | None = None) -> Side:
-    """The model in a file or in the folder of a run, whose own time stays when its weights change."""
+    """The model of a weights file or of a run's folder, anew when the file changes; a folder keeps its time then."""
     file = file_of_run(path)
     version = file.stat().st_mtime_ns if file.is_file() else 0
     return Side(load_file(file, version, name), run, f"{file} {version}")

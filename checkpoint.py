@@ -116,7 +116,7 @@ def save_student(path: str | Path, state: dict[str, Any], *, half: bool = False)
 
 
 def _replace(path: Path, data: bytes | memoryview, *, keep_previous: bool = False) -> None:
-    """Write a file under its name as a whole: see save."""
+    """Write a temporary file and rename it to `path`, which is so never half-written: see save."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,7 +294,7 @@ def _read_other(path: Path, arch: str | None, error: UserError) -> tuple[nn.Modu
 
 
 def _build_ours(saved: dict[str, Any], path: Path) -> tuple[nn.Module, CheckpointInfo]:
-    """The model that a checkpoint of ours describes. UserError, before it is built, for what is not written here."""
+    """Build the model that one of our checkpoints describes. UserError, before that, for a missing or damaged entry."""
     require_keys(saved, ("arch", "names", "image_size", "ema"), path)
     arch, state = models.RENAMED.get(str(saved["arch"]), str(saved["arch"])), saved["ema"]
     is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
@@ -343,7 +343,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 def _build_public(
     state: dict[str, Tensor], info: weights.WeightsInfo, arch: str, path: Path
 ) -> tuple[nn.Module, CheckpointInfo]:
-    """The model in a public state dict of this architecture, whose classes are counted in its class head."""
+    """Build this architecture from a public state dict. Its class head tells the number of classes."""
     count, renamed = count_and_rename(state, arch, path)
     own_names = info.names
     if len(own_names) == count + 1 and own_names[0].strip("_").lower() == "background":
@@ -373,7 +373,7 @@ def class_head(model: nn.Module) -> tuple[str, ...]:
 
 
 def count_and_rename(state: dict[str, Tensor], arch: str, path: str | Path) -> tuple[int, dict[str, Tensor]]:
-    """K of a public state dict, and the dict under our names.
+    """Count the classes K of a public state dict, and rename its entries to ours.
 
     The last bias of the class head grows by a fixed length with each class. UserError for weights of another
     architecture, or without a class head.

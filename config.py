@@ -283,7 +283,7 @@ class Config:
         return self.seed if self.view_seed is None else self.view_seed
 
     def teacher_named(self, name: str) -> TeacherConfig:
-        """The teacher of this name, which is one of `teachers`."""
+        """The teacher with this name, which must be one of `teachers`."""
         return next(teacher for teacher in self.teachers if teacher.name == name)
 
     @property
@@ -356,7 +356,7 @@ def apply_override(tree: dict, override: str) -> None:
 
 
 def _index_in(node: Any, part: str, override: str) -> str | int:
-    """A part of a dotted key, as it indexes this dict or list."""
+    """Turn one part of a dotted key into a key of this dict or an index of this list."""
     if isinstance(node, dict):
         return part
     if not isinstance(node, list):

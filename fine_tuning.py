@@ -37,7 +37,7 @@ def check_trained(info: checkpoint.CheckpointInfo, path: Path) -> None:
 
 
 def run_report(last: Path) -> dict[str, Any]:
-    """The report.json of the run whose weights/last.pt this is; empty where there is none, or none that can be read."""
+    """The report.json of the run whose weights/last.pt this is; empty if there is none, or none that can be read."""
     try:
         report = json.loads((last.parent.parent / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

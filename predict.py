@@ -45,7 +45,7 @@ from datasets.images import read_image
 from datasets.yolo_txt import LabelFolders
 from engine.command_line.translation import options_of, refuse_unknown
 from engine.drawing.detections import draw_detections
-from engine.onnx_files.detector import OnnxDetector, load_detector
+from engine.onnx_files.detector import OnnxDetector, check_precision, load_detector
 from engine.prediction.files import PredictionFiles, complete_file, drawn_path, format_counts, text_path
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import Source, find_sources
@@ -236,7 +236,7 @@ def check_videos(sources: Sequence[Source]) -> None:
 
 
 def check_output(output: Path, sources: Sequence[Source], *, draw: bool, write_txt: bool) -> None:
-    """UserError if a drawn copy would overwrite a picture or a video, or a text file the labels of a picture."""
+    """UserError if a drawn copy would overwrite a source, or a text file the labels of a picture."""
     originals = {source.path.resolve() for source in sources}
     for source in sources:
         writes = {drawn_path(output, source).resolve()} & originals if draw else set()
@@ -249,7 +249,7 @@ def check_output(output: Path, sources: Sequence[Source], *, draw: bool, write_t
 
 
 def labels_of(picture: Path) -> set[Path]:
-    """The label files that a picture has, by the layout of YOLO's datasets."""
+    """The label files of a picture that exist, in the layout of YOLO's datasets."""
     places = LabelFolders(Path("/")).choices(picture.absolute().parent)
     files = (place.labels / f"{picture.stem}.txt" for place in places)
     return {file.resolve() for file in files if file.is_file()}
@@ -308,7 +308,8 @@ def main(argv: list[str]) -> int:
     expect(not args.show or any(source.is_video for source in sources), "--show", "pictures alone", "a video or webcam")
     window = Window("Retort: q ends it") if args.show else None
     device = choose_device(args.device)
-    model, info = load_detector(args.checkpoint, args.arch, device=str(device), precision=args.precision)
+    model, info = load_detector(args.checkpoint, args.arch, device=str(device))
+    check_precision(model, args.precision)
     image_size = args.image_size or info.image_size
     if isinstance(model, OnnxDetector):
         model.check_size(image_size, image_size)

@@ -12,7 +12,7 @@
     retort.compare("configs/studies/demo.yaml", seeds=3)
     print(retort.evaluate("runs/own_data", "yolo", "data/mine", "test").text())
 
-In a training loop of one's own: `build` a model, give its losses and those of a `Criterion` to backward; `TeacherFacts`
+In your own training loop: `build` a model, give its losses and those of a `Criterion` to backward; `TeacherFacts`
 say which classes and what image size a teacher has. `losses` has each distillation loss as a function of tensors. A
 mistake that a user can make raises `UserError`, one line of text.
 Images are float (B, 3, H, W), RGB, in [0, 1]; boxes are x1, y1, x2, y2 in pixels.

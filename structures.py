@@ -44,7 +44,7 @@ class Targets:
             columns = {f.name: getattr(self, f.name) for f in fields(self)}
             shapes = {name: tuple(x.shape) for name, x in columns.items() if x is not None}
             raise ValueError(f"rows differ: {shapes}")
-        # as indices and masks, other kinds of numbers mean other rows
+        # As an index or a mask, a tensor of another kind would select other rows.
         for name, kind in (("labels", torch.int64), ("image", torch.int64), ("ignore", torch.bool)):
             if getattr(self, name).dtype != kind:
                 found, expected = (str(x).removeprefix("torch.") for x in (getattr(self, name).dtype, kind))

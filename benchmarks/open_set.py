@@ -64,7 +64,7 @@ def generate(root: Path, count: int) -> int:
 
 
 def measure(root: str) -> dict[str, float]:
-    """Open the split in this process, and keep its index where there is none yet."""
+    """Open the split in this process, and keep its index if there is none yet."""
     kept, began, clock = KeptSets(Path(root) / "opened_sets"), time.process_time(), time.perf_counter()
     index = open_dataset("coco", root, "train", kept=kept)
     opened, clock = time.process_time(), time.perf_counter() - clock

@@ -58,9 +58,9 @@ def are_numbers(names: Sequence[str]) -> bool:
 
 
 def doubtful_numbers(names: Sequence[str], others: Sequence[str]) -> str:
-    """Words for lists like ("1", "2", "3") and ("0", "1", "2"), where a number may be a name or a place; "" for others.
+    """A message for lists such as ("1", "2", "3") and ("0", "1", "2"), where a number may be a name or a position.
 
-    The same numbers in another order are names, and so are those of lists of different lengths.
+    "" for all other lists. Equal numbers in another order are names, and so are lists of different lengths.
     """
     are_alike = len(names) == len(others) and set(names) != set(others) and bool(set(names) & set(others))
     if not (are_alike and all(map(str.isdecimal, (*names, *others))) and (are_numbers(names) or are_numbers(others))):
@@ -187,7 +187,7 @@ def map_classes(
 def released_columns(
     names: Sequence[str], released_names: Sequence[str], source: str, aliases: Mapping[str, str] | None = None
 ) -> tuple[int | None, ...]:
-    """For each class the column of a weights file's model, by the rules of map_classes; None where there is none.
+    """For each class the column of a weights file's model, by the rules of map_classes; None if there is none.
 
     aliases: class -> the file's class, where the user says it; the names are compared as everywhere.
     UserError, which names the file `source`, for a class that fits two of the file's, for an alias from or to a class
@@ -230,7 +230,7 @@ def alike(names: Sequence[str]) -> list[str]:
 def find_columns(name: str, of_model: dict[str, list[int]], model_names: Sequence[str]) -> tuple[int, ...]:
     """The model's columns for a class of the dataset: of the same name, else of a synonym, else of a broader class.
 
-    () where there is none; more than one where the choice is unclear.
+    () if there is none; more than one where the choice is unclear.
     """
     for words in ([normalize_class_name(name)], other_words(name), broader_words(name)):
         if found := columns_of(words, of_model):

@@ -118,7 +118,7 @@ def _json_files(folder: Path, sources: Sources) -> list[Path]:
 
 
 def find_image(folder: Path, name: Any, sources: Sources | None = None) -> Path | None:
-    """The picture `file_name` in a folder; its parts are separated by / or Windows' \\. None where there is none.
+    """The picture `file_name` in a folder; its parts are separated by / or Windows' \\. None if there is none.
 
     sources: see read_coco.
     """
@@ -337,7 +337,7 @@ def _used_elsewhere(path: Path, name_of: dict[int | str, str], sources: Sources)
 
 
 def match_id(value: Any, table: Mapping[int | str, Any]) -> int | str | None:
-    """The key of a table that equals an id; None where there is none. The text "7" is 7 if no key is that text."""
+    """The key of a table that equals an id; None if there is none. The text "7" is 7 if no key is that text."""
     if type(value) is int and value in table:
         return value
     try:
@@ -380,7 +380,7 @@ def _read_images(records: list[dict], path: Path, log: FaultLog) -> tuple[dict, 
 
 
 def _image_fault(record: dict) -> str | None:
-    """What is wrong with the entry of a picture; None if it can be used."""
+    """The reason why the entry of a picture cannot be used; None if it can."""
     name = record.get("file_name")
     try:
         read_id(record.get("id"))

@@ -33,7 +33,7 @@ def spellings(name: str) -> tuple[str, ...]:
 
 
 def find_label(folder: Path, stem: str, suffixes: tuple[str, ...] = (".txt",)) -> Path:
-    """The label file of a picture, whichever spelling of the name it has; the first choice where there is none."""
+    """The label file of a picture, whichever spelling of the name it has; the first choice if there is none."""
     choices = [folder / f"{name}{suffix}" for name in spellings(stem) for suffix in suffixes]
     return choices[0] if len(choices) == 1 else next((path for path in choices if path.is_file()), choices[0])
 

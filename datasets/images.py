@@ -175,7 +175,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _png_exif(source: str | Path | bytes) -> bytes:
-    """The eXIf chunk at the end of a PNG file, after its pixels; b"" where there is none.
+    """The eXIf chunk at the end of a PNG file, after its pixels; b"" if there is none.
 
     A chunk is its length (4 bytes, big-endian), its type (4), its data, and a checksum of the last two (4). Only the
     end of the file is searched: a large picture has hundreds of chunks before it.
@@ -236,7 +236,7 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def find_picture(folder: Path, stem: str, suffixes: Iterable[str] = SUFFIXES) -> Path | None:
-    """The picture `stem` in a folder, with one of the suffixes (.jpg, .JPG or .Jpg); None where there is none."""
+    """The picture `stem` in a folder, with one of the suffixes (.jpg, .JPG or .Jpg); None if there is none."""
     for name in spellings(stem):
         for suffix in suffixes:
             for spelled in (suffix, suffix.upper(), "." + suffix[1:].capitalize()):

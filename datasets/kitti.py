@@ -82,7 +82,7 @@ def _read_sample(stem: str, base: Path, names: tuple[str, ...], of_others: Effec
 
 
 def _read_list(root: Path, base: Path, split: str, log: FaultLog) -> list[str]:
-    """The frames of a split: see read_kitti."""
+    """The names of the frames in a split: see read_kitti."""
     choices = [folder / "ImageSets" / f"{split}.txt" for folder in dict.fromkeys((root, base))]
     source = next((path for path in choices if path.is_file()), None)
     if source is not None:

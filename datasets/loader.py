@@ -371,7 +371,7 @@ def _end_with(parent: int) -> None:
 
 
 def _fits_in_memory(count: int, image_size: int) -> bool:
-    """Whether a cache of so many pictures leaves half of the memory free; a warning where it does not."""
+    """Whether a cache of `count` pictures takes at most MAX_CACHE_FRACTION of the memory. Warns if it takes more."""
     if not hasattr(os, "sysconf"):  # on Windows the size of the memory needs further libraries
         return True
     needed = 3 * image_size**2 * count

@@ -81,7 +81,7 @@ def count_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _name_keys(path: Path, pattern: str | None) -> list[tuple]:
-    """What the name of a picture shares with those of its near-duplicates."""
+    """Keys made of a picture's name. Pictures that share a key are near-duplicates."""
     keys: list[tuple] = []
     version = re.match(r"(.+)\.rf\.[0-9A-Za-z]+$", path.stem)
     if version is not None:

@@ -26,7 +26,7 @@ from datasets.index import Effect, Fault, Sample
 from datasets.values import EDGE_TOLERANCE, are_corners, are_fractions, far_past, fit_as_corners
 from errors import UserError, counted
 
-ONE_SIZE = 0.05  # a smaller difference of two sizes moves boxes by less than a careless hand
+SIZE_TOLERANCE = 0.05  # a picture that differs by less from its stated size keeps its boxes: they are nearly right
 ONE_FACTOR = 0.1  # a larger share of pictures with the same wrong factor is no accident
 
 Item = TypeVar("Item")
@@ -98,7 +98,7 @@ class FaultLog:
     def once_each(
         self, listed: Sequence[Item], source: Path, noun: str = "picture", key: Callable[[Item], object] = lambda x: x
     ) -> list[Item]:
-        """The listed items in their order, without those whose key an earlier one has; a fault counts the others."""
+        """The listed items in their order, the first of those with equal keys. One fault counts the ones left out."""
         first: dict[object, Item] = {}
         for item in listed:
             first.setdefault(key(item), item)
@@ -125,7 +125,7 @@ def read_frame(
 
     The header counts. If the stated size equals the stored pixels of a picture that EXIF turns by 90 degrees, the
     labels refer to those pixels and must be turned. None, and a fault, for a picture that does not open, and for one of
-    the stated shape that is larger or smaller by more than ONE_SIZE: its boxes are in pixels of another picture.
+    the stated shape that is larger or smaller by more than SIZE_TOLERANCE: its boxes are in pixels of another one.
     """
     try:
         stored_width, stored_height, orientation = read_header(image_path)
@@ -153,9 +153,9 @@ def read_frame(
     if not is_rounded and stated != (height, width):  # some tools swap width and height
         factors = round(width / stated[0], 2), round(height / stated[1], 2)
         log.resized.append((factors, f"{label_path or image_path}: {image_path.name}: {found}"))
-        rounding = max(sum(stated), width + height) / 2  # of the smaller size to whole pixels
+        rounding = max(sum(stated), width + height) / 2  # the smaller size may be off by half a pixel on each side
         is_of_shape = abs(stated[0] * height - stated[1] * width) <= rounding
-        if is_of_shape and max(width / stated[0], stated[0] / width) > 1 + ONE_SIZE:
+        if is_of_shape and max(width / stated[0], stated[0] / width) > 1 + SIZE_TOLERANCE:
             reason = f"{found}: resized after labelling, so its boxes are those of another picture"
             log.add(label_path or image_path, None, reason, "resized picture", "picture dropped", image_path.name)
             return None

@@ -186,7 +186,7 @@ def read_back(format: str, root: Path, name: str, names: tuple[str, ...], expect
 
 
 def default_split(format: str, root: Path) -> str:
-    """The split to divide where none is named: see the head of this file."""
+    """The split to divide if the user names none: see the head of this file."""
     if format == "coco":
         files = [path for folder in (root / "annotations", root) for path in files_in(folder, (".json",))]
         if len(files) != 1:

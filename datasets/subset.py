@@ -40,7 +40,7 @@ def _is_of_other_class(kind: str, effect: str) -> bool:
 
 
 def _keep(sample: Sample, new_label: np.ndarray, columns: list[int], names: tuple[str, ...]) -> Sample:
-    """The sample with the objects of the kept classes alone. columns: the kept ones among all classes."""
+    """Keep the objects of the chosen classes. columns: the positions of these classes among all."""
     labels = new_label[sample.labels]
     is_kept = labels < len(columns)
     if is_kept.all() and sample.class_scores is None:

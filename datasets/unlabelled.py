@@ -110,7 +110,7 @@ def open_pictures(format: str | None, root: str | Path, split: str | None, names
 
 
 def voc_pictures(root: Path, split: str, log: FaultLog) -> Listed:
-    """The pictures that lists of a VOC set name, or all of it."""
+    """The pictures in the lists of a VOC set; those of its folder for `all`."""
     for part in split.split("+"):
         year, slash, name = part.rpartition("/")
         bases = (root, root / "VOCdevkit") if slash else (root,)
@@ -130,7 +130,7 @@ def voc_pictures(root: Path, split: str, log: FaultLog) -> Listed:
 
 
 def kitti_pictures(root: Path, split: str, log: FaultLog) -> Listed:
-    """The frames that a list of a KITTI set names, or all of them."""
+    """The frames in a list of a KITTI set; those of its folder for `all` without a list."""
     base = next((folder for folder in (root / "training", root) if (folder / "image_2").is_dir()), None)
     if base is None:
         raise UserError(f"{root}: no folder image_2, expected a KITTI dataset")
@@ -160,7 +160,7 @@ def yolo_pictures(root: Path, split: str, log: FaultLog) -> Listed:
 
 
 def coco_pictures(root: Path, split: str, log: FaultLog) -> Listed:
-    """The pictures that the JSON file of a split names."""
+    """The pictures in the JSON file of a split."""
     json_path = find_json(root, split)
     records = read_records(read_json(json_path), "images", json_path)
     folder = find_folder(root, split, json_path, records)

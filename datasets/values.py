@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 NORM_TOLERANCE = 0.01  # fractions up to 1.01 come from rounding; larger ones are pixels or broken
-EDGE_TOLERANCE = 1 + 1e-6  # pixels that a box may pass the edge of its picture by: one, in a file with few digits
+EDGE_TOLERANCE = 1 + 1e-6  # pixels by which a box may pass the edge of its picture: one, and what few digits add
 OVERSHOOT = 0.1  # of a side: no rounding and no sloppy hand takes a box this far past the edge
 CORNERS = 0.01  # a larger share of boxes that are corners is no accident
 YES = frozenset({"1", "true", "yes", "t", "y"})
@@ -108,7 +108,7 @@ def are_fractions(boxes: np.ndarray) -> bool:
 
 
 def are_normalised(values: Iterable[float], width: float, height: float) -> bool:
-    """Whether the numbers of a YOLO row, x and y in turn, are fractions of a picture, up to rounding.
+    """Whether the numbers of a YOLO row (x and y alternate) are fractions of a picture, up to rounding.
 
     In a small picture NORM_TOLERANCE is less than a pixel: there a box may be longer by EDGE_TOLERANCE at each end.
     """

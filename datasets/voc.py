@@ -215,7 +215,7 @@ def _log_unlabelled(part: _Part, read: set[Path], log: FaultLog) -> None:
 
 
 def _class_names(parts: list[_Part]) -> tuple[str, ...]:
-    """The class names of a set that the caller does not name: see read_voc."""
+    """The class names of a set if the caller gives none: see read_voc."""
     for part in parts:
         for folder in (part.folder, part.annotations):
             if (folder / "classes.txt").is_file():

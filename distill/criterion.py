@@ -127,7 +127,7 @@ class Criterion(nn.Module):
                 raise UserError(f"terms.{index}.name: found {name!r}, expected {expected}")
         t_probes = {STUDENT: s_probe}
         for name, teacher in teachers.items():
-            with naming(f"teacher {name!r}", ValueError):  # another size than the student's is one of its facts
+            with naming(f"teacher {name!r}", ValueError):  # its facts may state an image size of its own
                 t_probes[name] = probe(teacher, facts[name].image_size or image_size)
         for index, (name, term) in enumerate(self.terms.items()):
             key, t_probe = f"terms.{index}", t_probes[term.teacher]
@@ -275,7 +275,7 @@ class Criterion(nn.Module):
 
 
 def check_mask(is_labelled: Tensor, num_images: int) -> None:
-    """UserError unless it is (B,) bool: ~ of a whole number is no inverse of a mask."""
+    """UserError unless it is (B,) bool. Of integers, ~ would not select the other images."""
     found = f"{str(is_labelled.dtype).removeprefix('torch.')} {tuple(is_labelled.shape)}"
     is_met = is_labelled.dtype == torch.bool and is_labelled.shape == (num_images,)
     expect(is_met, "argument is_labelled", found, f"bool ({num_images},)")
@@ -333,7 +333,7 @@ def check_comparable(teachers: dict[str, nn.Module]) -> None:
 
 
 def check_names(who: str, model: nn.Module, names: tuple[str, ...]) -> None:
-    """UserError where names are given, and not one for each class of the model: columns would be left out unsaid."""
+    """UserError for names, if any, that are not one for each class of the model: columns would be left out silently."""
     count = getattr(model, "num_classes", None)
     is_met = not names or count is None or len(names) == count
     expect(is_met, who, counted(len(names), "class name"), f"{count}, one for each of its classes")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def named_map(output: Any, name: str) -> Tensor:
-    """The tensor `name` of a model's output: of its `features`, or else an attribute. KeyError where there is none."""
+    """The tensor `name` of a model's output: of its `features`, or else an attribute. KeyError if there is none."""
     if name in output.features:
         return output.features[name]
     value = getattr(output, name, None)

@@ -33,7 +33,7 @@ def probe(model: nn.Module, image_size: int) -> Any:
 
 @torch.no_grad()
 def own_losses(student: nn.Module, s_probe: Any) -> list[str]:
-    """The names of the student's own losses, if it has any. Later draws do not depend on those in here."""
+    """The names of the student's own losses; [] for a module without `losses`. Keeps the state of the random stream."""
     if not hasattr(student, "losses"):
         return []
     with torch.random.fork_rng(devices=[]):

@@ -68,7 +68,7 @@ class ChannelGroups:
         return {name: len(channels) for name, channels in self.groups.items()}
 
     def best(self, scores: Tensor, widths: Mapping[str, int]) -> Tensor:
-        """(C,) bool: in each group as many channels as its width, those of the best scores (C,); ties: the first."""
+        """(C,) bool: the widths[name] channels of each group with the highest scores (C,); of equal ones the first."""
         is_best = torch.zeros(self.count, dtype=torch.bool)
         for name, channels in self.groups.items():
             order = scores[channels].argsort(descending=True, stable=True)
@@ -217,7 +217,7 @@ class _Trace(TorchFunctionMode):
         return label
 
     def groups(self) -> ChannelGroups:
-        """What the trace found. A channel is named here by its root, one of its labels."""
+        """The groups that the trace found. One of a channel's labels, its root, stands for the channel."""
         roots = torch.tensor([self._root(label) for label in range(self.used)])
         axes = {place: roots[labels] for place, labels in self.axes.items()}
         is_read = torch.zeros(self.used, dtype=torch.bool)

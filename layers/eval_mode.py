@@ -1,4 +1,4 @@
-"""A module that is in eval mode for a while, such as for a pass that finds the shapes of its maps."""
+"""Put a module in eval mode for a while, such as for a pass that finds the shapes of its maps."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is in eval mode; afterwards, after an error too, in the mode that it was in before."""
+    """Put the module in eval mode. Afterwards, also after an error, it is in its earlier mode again."""
     was_training = module.training
     module.eval()
     try:

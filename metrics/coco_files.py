@@ -31,7 +31,7 @@ Ids = tuple[int | str, ...]
 
 
 def read_coco(path: Path) -> Annotations:
-    """Ground truth of a COCO JSON file. UserError, with its place in the file, for a value without a meaning."""
+    """Read ground truth from a COCO JSON file. UserError, with the place in the file, for an invalid value."""
     tree = read_json(path)
     if not isinstance(tree, dict) or not all(isinstance(tree.get(k), list) for k in ("images", "categories")):
         raise UserError(f"{path}: found no lists 'images' and 'categories', expected COCO ground truth")
@@ -104,7 +104,7 @@ def _merge_images(path: Path, entries: list[dict], ids: Ids) -> tuple[dict[int |
 def read_coco_detections(
     path: Path, annotations: Annotations, notes: list[str] | None = None
 ) -> tuple[GroundTruth, DetectionTable]:
-    """files.read_detections of a JSON file: a list of COCO results, or COCO labels with scores."""
+    """Read detections from COCO results, a list, or from COCO labels with scores: see files.read_detections."""
     tree = read_json(path)
     rows, kind = tree, "results"
     own_pictures: dict[int | str, str | None] = {}

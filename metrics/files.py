@@ -137,7 +137,7 @@ def read_names(path: str | Path) -> tuple[str, ...]:
 
 
 def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) -> Annotations:
-    """Ground truth of the XML files of a folder. names: of the classes; None: see the head of this file."""
+    """Read ground truth from XML files. names: of the classes; None: see the head of this file."""
     rows, sizes, stated = Rows(), [], []
     for image, path in enumerate(paths):
         annotation = read_annotation(path)
@@ -167,7 +167,7 @@ def _read_voc(folder: Path, paths: Sequence[Path], names: Sequence[str] | None) 
 
 
 def _add_object(rows: Rows, item: Object, image: int, where: str) -> None:
-    """Append an object of an XML file. UserError for one without a name, box or flag that can be read."""
+    """Append an object of an XML file. UserError if its name, box or difficult flag cannot be read."""
     if not item.name:
         raise UserError(f"{where}: object without a name")
     corners = read_numbers([item.fields.get(key) for key in ("xmin", "ymin", "xmax", "ymax")], where)

@@ -77,7 +77,7 @@ class Rows:
 def read_text_ground_truth(
     folder: Path, names: Sequence[str] | None, text_boxes: TextBoxes, images: str | Path | None
 ) -> Annotations:
-    """Ground truth of a folder of text files. names, text_boxes, images: as of files.read_ground_truth."""
+    """Read ground truth from a folder of text files. names, text_boxes, images: see files.read_ground_truth."""
     listed = class_list(folder)
     path_of = named_below(folder, text_paths(folder))
     sizes: dict[str, tuple[float, float]] = {}
@@ -121,7 +121,7 @@ def read_text_ground_truth(
 def read_text_detections(
     folder: Path, annotations: Annotations, text_boxes: TextBoxes, score_last: bool, notes: list[str] | None = None
 ) -> tuple[GroundTruth, DetectionTable]:
-    """files.read_detections of a folder of text files."""
+    """Read detections from a folder of text files: see files.read_detections."""
     paths, listed = text_paths(folder), class_list(folder)
     if not paths and any(not is_left_out(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder}: found no .txt files, expected one per image")
@@ -153,7 +153,7 @@ def read_text_detections(
 
 
 def by_picture(path_of: dict[str, Path], pictures: tuple[str, ...]) -> tuple[dict[str, Path], list[Path]]:
-    """(picture -> its text file, the text files without a picture). path_of: name of each text file -> file."""
+    """Return (picture -> its text file, the text files without a picture). path_of: name of a text file -> file."""
     finder = PictureFinder(pictures)
     alone = [path for name, path in path_of.items() if finder.find_name(name, str(path)) is None]
     row_of = finder.find_names({name: str(path) for name, path in path_of.items() if path not in alone})
@@ -243,7 +243,7 @@ def read_text_rows(
 
 
 def _corners(values: Sequence[float], text_boxes: TextBoxes, size: tuple[float, float] | None) -> tuple[float, ...]:
-    """The four numbers of a box, in pixels, as xyxy. size: of the picture; fractions need it."""
+    """The corners xyxy of a box in pixels. size: of the picture, which fractions need."""
     a, b, c, d = values
     if text_boxes == "xyxy":
         return a, b, c, d

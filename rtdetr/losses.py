@@ -68,7 +68,7 @@ def query_losses(
         count: N, the number of objects that the sums are divided by.
         is_left_out: (B, L, Q) bool, queries whose background is not learnt; None: none.
     """
-    dtype = compute_dtype(logits)  # boxes of float64 targets, made noisy, are float64
+    dtype = compute_dtype(logits)  # noisy boxes have the dtype of the targets, which may be float64
     logits, boxes = logits.to(dtype), boxes.to(dtype)
     at = (matches.image, matches.layer, matches.query)
     predicted, true = boxes[at], gt_boxes[matches.row].to(boxes.dtype)  # (M, 4) each

@@ -128,7 +128,7 @@ class ClipTokenizer:
         return [number for word in split_words(clean_text(text)) for number in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
-        """The ids of a word: its bytes, the pair of lowest rank merged until no pair has one."""
+        """The ids of a word by byte-pair encoding: merge the pair with the lowest rank until no pair has a rank."""
         if word in (START, END):
             return [self.ids[word]]
         pieces = [self.letters[byte] for byte in word.encode()]

@@ -141,7 +141,7 @@ class OutputCache:
         return not self._is_full
 
     def _write(self, path: Path, data: bytes) -> None:
-        """Write an entry, which gets its name when it is whole; a failure is counted."""
+        """Write a temporary file and rename it when it is whole. A failure is counted."""
         temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

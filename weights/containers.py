@@ -178,7 +178,7 @@ def _open_zip(file: BinaryIO, size: int) -> Content:
 
 
 def _check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
-    """Refused for too many entries, and for an archive in which two programs may see other entries."""
+    """Refused for too many entries, and for an archive in which two programs could see different ones."""
     names = [entry.filename for entry in entries]
     if len(entries) > MAX_ZIP_ENTRIES:
         raise Refused(f"the archive has {len(entries):,} entries; the limit is {MAX_ZIP_ENTRIES:,}")
@@ -192,7 +192,7 @@ def _check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> 
 
 
 def _find_root(entries: list[zipfile.ZipInfo]) -> str:
-    """The folder of torch.save in an archive, "" or "name/". Refused for entries as torch.save never writes them."""
+    """The folder in an archive of torch.save, "" or "name/". Refused for entries that torch.save never writes."""
     names = [entry.filename for entry in entries]
     pickles = [name for name in names if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(pickles) != 1:
@@ -329,7 +329,7 @@ def _open_legacy(file: BinaryIO, size: int) -> Content:
 
 
 def _place_storages(file: BinaryIO, storages: list[StorageRecord], position: int, size: int) -> dict[str, int]:
-    """Key -> position of the bytes of each storage, the first of which begins at `position`; they fill the file."""
+    """Key -> position of each storage's bytes. The first begins at `position`; Refused unless they fill the file."""
     places = {}
     for storage in storages:
         key, numel = storage.key, storage.numel

@@ -111,7 +111,7 @@ class NetworkPool:
         return member.network, number, member.trained
 
     def _create(self, number: int, life: int) -> Member:
-        """A fresh network and its optimizer, by the seed of the pool, the place in it and the life there."""
+        """A fresh network and its optimizer. Its seed depends on the seed of the pool, its number and its life."""
         seed = seeded_generator(Stream.NETWORK, self.seed, number, life).initial_seed()
         with reproducible(seed):
             network = self._build(seed).to(self.device).requires_grad_()
@@ -125,7 +125,7 @@ class NetworkPool:
         return Member(network, optimizer, life)
 
     def _train(self, member: Member, number: int, steps: int) -> None:
-        """Train a network on real images, each step seeded by its own number. UserError where it diverges."""
+        """Train a network on real images. Every step has a seed of its own. UserError if the loss diverges."""
         network = member.network.train()
         detector = cast(Detector, network)
         for _ in range(steps):

@@ -167,7 +167,7 @@ def yaml_splits(root: Path) -> list[str]:
 
 
 def absent_splits(root: Path, names: list[str]) -> list[str]:
-    """The splits among `names` whose pictures are not there; none where those to train on are missing too.
+    """The splits among `names` whose pictures are missing; [] if the training pictures are missing too.
 
     Exporters write train, val and test into data.yaml, whatever they export.
     """

@@ -43,7 +43,7 @@ class Result:
 
     @property
     def notes(self) -> list[str]:
-        """Those of the row, and the terms that were 0 in every epoch of a run."""
+        """The notes of the row, and one for each term that was 0 in every epoch of a run."""
         terms = ((seed, self.reports[seed].get("distillation", {})) for seed in self.seeds)
         idle = [(seed, term) for seed, found in terms for term in found if found[term]["highest"] == 0]
         return [
@@ -141,7 +141,7 @@ def markdown(study: Study, results: dict[str, Result], only: Collection[str] | N
     """The tables of scores and comparisons, and the missing runs, for all rows or those in `only`.
 
     A row without a finished run is in no table; it stands among the missing runs. Nor is a comparison without a seed
-    that both rows have finished, and where there is none, there is no table of them.
+    that both rows have finished, and if there is none, there is no table of them.
     """
     shown = [result for name, result in results.items() if only is None or name in only]
     trained = [result for result in shown if result.reports]

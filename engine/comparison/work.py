@@ -115,7 +115,7 @@ class StudyProgress:
                     failures[work.seed] = why
 
     def _why_failed(self, work: Work) -> str | None:
-        """Why a work, or one that it needs, has failed; None if neither has. Those before it are already judged."""
+        """Why a work has failed, or one that it needs; None if none has. The works before it are judged first."""
         broken = next((self._by_name[need] for need in work.needs if need in self._failed), None)
         if broken is not None:
             return self._failed[broken.name] if broken.is_set else f"{broken.row.name} failed"
@@ -123,7 +123,7 @@ class StudyProgress:
         return None if failure is None or failure == self._forgiven.get(work.name) else failure[1]
 
     def _read_report(self, work: Work) -> bool:
-        """Whether a run has finished; its report is then among the results."""
+        """Read the report of a run into the results. False if the run has not finished."""
         reports, file = self.results[work.row.name].reports, RunFolder(work.path).report
         if work.seed not in reports and file.is_file():
             refuse_other(RunFolder(work.path), work.row.run(work.seed))  # it may be of another version of the study

@@ -24,7 +24,7 @@ def as_overrides(changes: Mapping[str, Any]) -> list[str]:
 
 
 def _as_plain(value: Any) -> Any:
-    """What JSON has for a value of another kind; a path becomes a text."""
+    """A value that JSON does not know as one that it knows; a path becomes a text."""
     if is_dataclass(value):
         return to_tree(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)

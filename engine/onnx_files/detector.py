@@ -174,7 +174,7 @@ def describe_onnx(detector: OnnxDetector) -> CheckpointInfo:
 
 
 def load_detector(
-    path: str | Path, arch: str | None = None, *, device: str = "cpu", precision: str = "float32"
+    path: str | Path, arch: str | None = None, *, device: str = "cpu"
 ) -> tuple[nn.Module, CheckpointInfo]:
     """The detector in an ONNX file (suffix .onnx) or in a checkpoint (checkpoint.load_model), in eval mode.
 
@@ -186,7 +186,6 @@ def load_detector(
     info = detector.info
     if arch is not None and arch != info.arch:
         raise UserError(f"{path}: holds {info.arch}, expected {arch}")
-    check_precision(detector, precision)
     return detector.eval(), describe_onnx(detector)
 
 

@@ -92,7 +92,7 @@ class TermRange:
 def term_ranges(epochs: list[dict[str, float]], distillation: list[str]) -> list[TermRange]:
     """One TermRange per distillation term. epochs: the mean of every term, by name, for each epoch.
 
-    None for a term that acted only where the detection loss is 0, and none at all without an epoch.
+    A term that acted only where the detection loss is 0 has none; without an epoch the list is empty.
     """
     shares: dict[str, list[float]] = {name: [] for name in distillation}
     for means in epochs:

@@ -62,7 +62,7 @@ def check_config(
 
 
 def check_numbers(config: Config, processes: int) -> None:
-    """Every number that needs neither data nor models, in its range."""
+    """Check the range of every number that needs neither data nor models."""
     if config.batch_size < 1 or config.batch_size % processes:
         expected = f"a multiple of {processes} processes" if processes > 1 else "at least 1"
         raise UserError(f"key 'batch_size': found {config.batch_size}, expected {expected}")
@@ -158,7 +158,7 @@ def check_unlabelled(settings: UnlabelledConfig, *, has_labelled: bool) -> None:
 
 
 def check_pseudo_boxes(settings: PseudoBoxConfig, key: str) -> None:
-    """The scores and counts by which a teacher's detections become boxes."""
+    """Check the scores and counts that decide which of a teacher's detections become boxes."""
     of_classes = {f"class_thresholds.{name}": value for name, value in settings.class_thresholds.items()}
     for where, value in {"threshold": settings.threshold, **of_classes}.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

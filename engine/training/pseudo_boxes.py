@@ -128,7 +128,7 @@ class PseudoBoxes:
         if not self.is_object.any():
             best = f"{self.detections.scores.max():.3f}" if len(self.detections) else "none"
             found = f"warning: teacher {self.teacher!r} finds no object, its best score: {best}"
-            lines.append(f"{found}; the student learns that these pictures are background, expected lower thresholds")
+            lines.append(f"{found}; the student learns these pictures as background; lower the thresholds")
         return "\n".join(lines)
 
 

@@ -179,7 +179,7 @@ def closing_lines(
 ) -> Iterator[str]:
     """What a run prints at its end: the ranges of its terms, the outputs kept of its teachers, and the test numbers."""
     for term in ranges:
-        # Those with a share are sized by gradient: their values say nothing.
+        # The weight of a term with a share is set by gradients, so its values say nothing.
         if term.name not in setup.criterion.shares.shares or not term.acted:
             yield str(term)
     for name, counts in setup.teachers.counts().items():

@@ -105,7 +105,7 @@ def map_pictures(setup: TrainingSetup, index: DatasetIndex) -> dict[str, Image.I
 
 
 def term_sheet(setup: TrainingSetup, name: str, term: TermConfig, images: Tensor, s_output: Any) -> Image.Image:
-    """The sheet of one term: see map_pictures. images (B, 3, S, S): the student's."""
+    """Draw the sheet of one term: see map_pictures. images: the student's, (B, 3, S, S)."""
     pictures = to_pictures(images, SIDE, smooth=True)
     columns: dict[str, Sequence[Image.Image]] = {"picture": pictures}
     teacher = setup.teachers.models[term.teacher]

@@ -42,7 +42,7 @@ class Run:
         return from_tree(Config, read_yaml(self.folder.config), source=str(self.folder.config))
 
     def teachers(self) -> str:
-        """`taught by coco` or `no teacher`, by the run's config; "" where there is none, or none of this version."""
+        """`taught by coco` or `no teacher`, by the run's config; "" if there is none, or none of this version."""
         try:
             config = self.config()
         except UserError:

@@ -168,15 +168,14 @@ def test_a_file_of_others_is_refused(exported, tmp_path):
 def test_what_does_not_fit_is_refused(exported, index, tmp_path):
     with pytest.raises(UserError, match=rf"fixed\.onnx: holds {ARCH}, expected yolov8s"):
         load_detector(exported.fixed, "yolov8s")
-    with pytest.raises(UserError, match=r"fixed\.onnx: computes in float32, found the precision bfloat16"):
-        load_detector(exported.fixed, precision="bfloat16")
     config = ["--config", str(exported.data.parent / "runs" / "tiny" / "config.yaml")]
     for call in (
         lambda: retort.evaluate(exported.fixed, "yolo", exported.data, precision="bfloat16"),
         lambda: eval.main([str(exported.fixed), *config, "evaluation.precision=bfloat16"]),
         lambda: eval.main([str(exported.fixed), "yolo", str(exported.data), "--precision", "bfloat16"]),
+        lambda: predict.main([str(exported.fixed), str(exported.data), "--precision", "bfloat16"]),
     ):
-        with pytest.raises(UserError, match=r"fixed\.onnx: computes in float32"):
+        with pytest.raises(UserError, match=r"fixed\.onnx: computes in float32, found the precision bfloat16"):
             call()
     size = rf"found pictures of 96 px, expected {SIZE}, or a file exported with --dynamic"
     with pytest.raises(UserError, match=size):
