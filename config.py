@@ -110,6 +110,7 @@ class ModelConfig:
     backbone_weights: str | None = None  # an ImageNet file for a Faster R-CNN's backbone, or a folder of them
     trainable_stages: int | None = None  # number of last stages of a Faster R-CNN's backbone to train; None: all
     frozen_norms: bool = False  # freeze the BatchNorms of a Faster R-CNN's backbone, for small batches
+    roi_samples: int | None = None  # proposals of a picture that a Faster R-CNN's second stage learns from; None: 512
     new_head: bool = False  # start the whole class head fresh; otherwise classes with the same name keep their rows
     inherit: InheritConfig | None = None  # begin as a part of a wider model; instead of `weights`
     widths: str | None = None  # a file of engine.pruning or engine.search: other widths, or depths, than arch has

@@ -43,7 +43,7 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 LEVEL_SIZES = ((32,), (64,), (128,), (256,), (512,))  # anchor sizes in pixels on p2..p6
 ALL_SIZES = ((32, 64, 128, 256, 512),) * 3  # MobileNet has every size on each of p5_first, p5, p6
 RPN_SAMPLES, RPN_POSITIVE_FRACTION = 256, 0.5  # anchors per image
-ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # proposals per image
+ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # proposals per image; 512 unless `roi_samples` is set
 TRAIN_CANDIDATES = TRAIN_PROPOSALS = 2000  # candidates per level, before suppression; proposals per image
 
 
@@ -139,6 +139,7 @@ class FasterRCNN(nn.Module):
         self.train_selection = Selection(
             candidates=TRAIN_CANDIDATES, proposals=TRAIN_PROPOSALS, min_score=min_objectness
         )
+        self.roi_samples = ROI_SAMPLES
         self.eval_selection = Selection(candidates=eval_proposals, proposals=eval_proposals, min_score=min_objectness)
         self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
@@ -219,9 +220,10 @@ class FasterRCNN(nn.Module):
     def losses(self, output: FasterRCNNOutput, targets: Targets) -> dict[str, Tensor]:
         """rpn_objectness, rpn_box, roi_class and roi_box (losses.py), all with weight 1, float32 under autocast.
 
-        They are means over the samples of all images: 256 anchors per image, at most half of them positive, and 512
-        proposals and objects per image, at most a quarter positive. matching.sample draws them from torch's global CPU
-        generator. ValueError for an object of an image that the batch does not have: it would be left out.
+        They are means over the samples of all images: 256 anchors per image, at most half of them positive, and
+        `roi_samples` (512) proposals and objects per image, at most a quarter positive. matching.sample draws them
+        from torch's global CPU generator. ValueError for an object of an image that the batch does not have: it would
+        be left out.
         """
         num_images = len(output.objectness_logits)
         if ((targets.image < 0) | (targets.image >= num_images)).any():
@@ -262,7 +264,7 @@ class FasterRCNN(nn.Module):
             matched = match(
                 boxes_xyxy, objects_xyxy, own.ignored_xyxy, positive_iou=0.5, negative_iou=0.5, every_object=False
             )
-            positives, background = sample(matched, ROI_SAMPLES, ROI_POSITIVE_FRACTION)
+            positives, background = sample(matched, self.roi_samples, ROI_POSITIVE_FRACTION)
             learnt = matched[positives]  # the object of each positive
             sampled_xyxy.append(boxes_xyxy[torch.cat((positives, background))])
             sampled_labels.append(torch.cat((1 + own.labels[learnt], torch.zeros_like(background))))

@@ -37,7 +37,9 @@ def step_flops(config: Config) -> float:
     widths = widths_in(student.weights, student.arch)
     if student.widths is not None and Path(student.widths).is_file():
         widths = tuple(read_widths(student.widths, student.arch).items())
-    total = 3.0 * forward_flops(student.arch, size, count, is_trained=True, widths=widths)
+    total = 3.0 * forward_flops(
+        student.arch, size, count, is_trained=True, widths=widths, roi_samples=student.roi_samples
+    )
     named = {term.teacher for term in config.terms}
     for teacher in config.teachers:
         if teacher.name in named:
@@ -77,11 +79,18 @@ def count_classes(config: Config) -> int:
 
 @functools.cache
 def forward_flops(
-    arch: str, image_size: int, num_classes: int, *, is_trained: bool = False, widths: Widths = None
+    arch: str,
+    image_size: int,
+    num_classes: int,
+    *,
+    is_trained: bool = False,
+    widths: Widths = None,
+    roi_samples: int | None = None,
 ) -> int:
     """FLOPs of a forward pass for one square picture, whose side is rounded up to what the model takes.
 
-    is_trained: of a Faster R-CNN also the second stage, for the ROI_SAMPLES boxes of a picture that it learns from.
+    is_trained: of a Faster R-CNN also the second stage, for the boxes of a picture that it learns from.
+    roi_samples: their number, as student.roi_samples.
     widths: of a pruned model.
     """
     model: nn.Module
@@ -95,7 +104,7 @@ def forward_flops(
         side = multiple * math.ceil(image_size / multiple)
         images = torch.empty(1, 3, side, side)
         width = model.channels["p2"] if isinstance(model, FasterRCNN) and "p2" in model.channels else PYRAMID_WIDTH
-        pooled = torch.empty(ROI_SAMPLES, width, POOLED_SIZE, POOLED_SIZE)
+        pooled = torch.empty(roi_samples or ROI_SAMPLES, width, POOLED_SIZE, POOLED_SIZE)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(images)
         if is_trained and isinstance(model, FasterRCNN):

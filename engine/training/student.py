@@ -19,6 +19,7 @@ from distill.pruning.inherit import inherited_state
 from engine.training.int8 import prepare_int8
 from engine.training.optimization import BACKBONE
 from errors import UserError, expect, naming, shortened
+from frcnn.faster_rcnn import FasterRCNN
 from frcnn.norm import freeze_norms
 from frcnn.pretrained import Backbone, freeze, load_backbone
 from layers.channel_groups import find_groups
@@ -57,6 +58,8 @@ def build_student(
         file = find_backbone_file(Path(config.student.backbone_weights), arch)
         load_backbone(backbone_of(student), file)
     freeze_backbone(student, config.student)
+    if config.student.roi_samples is not None:
+        cast(FasterRCNN, student).roi_samples = config.student.roi_samples
     check_backbone_factor(student, config)
     prepare_int8(student, config)
     return student
@@ -199,6 +202,9 @@ def check_backbone(settings: ModelConfig) -> None:
     ):
         if is_given and not has_backbone:
             raise UserError(f"key 'student.{key}': {settings.arch} learns as a whole, expected none")
+    if (samples := settings.roi_samples) is not None and not (has_backbone and samples >= 1):
+        expected = "at least 1" if has_backbone else f"none, since {settings.arch} has no second stage"
+        raise UserError(f"key 'student.roi_samples': found {samples}, expected {expected}")
     is_fresh = settings.weights is None and settings.backbone_weights is None and settings.inherit is None
     if settings.frozen_norms and is_fresh:
         raise UserError(

@@ -22,6 +22,8 @@ def test_a_student_of_two_stages_runs_its_second_on_512_boxes():
     """Two fully connected layers of 1024 on 256 x 7 x 7 values, then 81 classes and four edges for each of 80."""
     first, both = (forward_flops("fasterrcnn_resnet18", 160, 80, is_trained=flag) for flag in (False, True))
     assert both - first == 2 * 512 * (256 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * (81 + 4 * 81))
+    fewer = forward_flops("fasterrcnn_resnet18", 160, 80, is_trained=True, roi_samples=128)
+    assert 4 * (fewer - first) == both - first
     assert forward_flops("yolov8n", 160, 80, is_trained=True) == forward_flops("yolov8n", 160, 80)
 
 

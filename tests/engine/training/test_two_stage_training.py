@@ -13,6 +13,7 @@ from engine.evaluation import measuring
 from engine.runtime import run_folder
 from engine.training import building
 from errors import UserError
+from frcnn import faster_rcnn
 from structures import DetectionSettings
 from tests.engine.training.test_distilled_training import save_teacher
 from tests.tiny_training import SIZE, tiny_config, write_dataset
@@ -137,6 +138,8 @@ def test_frozen_stages_and_norms_stay_while_the_rest_learns(data, tmp_path):
         (dict(student=fresh), "frozen_norms': found true without weights"),
         (dict(student=student | {"trainable_stages": 9}), "9 trainable stages: expected 0 to 5"),
         (dict(student={"arch": "yolov8n", "frozen_norms": True}), "frozen_norms': yolov8n learns as a whole"),
+        (dict(student={"arch": "yolov8n", "roi_samples": 64}), "roi_samples': found 64, expected none"),
+        (dict(student=student | {"roi_samples": 0}), "roi_samples': found 0, expected at least 1"),
         (
             dict(student=student | {"trainable_stages": 0}, optimizer=SGD | {"backbone_factor": 0.1}),
             "backbone_factor': found 0.1, but no backbone of fasterrcnn_resnet18 learns, expected 1",
@@ -144,6 +147,17 @@ def test_frozen_stages_and_norms_stay_while_the_rest_learns(data, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             train.run(tiny_config(data, tmp_path / "refused", **changes), quiet=True)
+
+
+def test_the_second_stage_learns_from_as_many_boxes_as_the_config_says(data, tmp_path, monkeypatch):
+    counts = []
+    compare = faster_rcnn.roi_losses
+    monkeypatch.setattr(
+        faster_rcnn, "roi_losses", lambda **inputs: counts.append(len(inputs["labels"])) or compare(**inputs)
+    )
+    student = {"arch": "fasterrcnn_mobilenet_v3_small", "roi_samples": 3}
+    train.run(tiny_config(data, tmp_path / "runs", student=student, optimizer=SGD, epochs=1, batch_size=2), quiet=True)
+    assert set(counts) == {2 * 3}
 
 
 def public_state(backbone: torch.nn.Module) -> dict[str, torch.Tensor]:
