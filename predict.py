@@ -304,9 +304,10 @@ def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     sources = find_sources(args.sources)
     check_output(args.output, sources, draw=not args.no_pictures, write_txt=args.txt)
-    check_videos(sources)
     expect(not args.show or any(source.is_video for source in sources), "--show", "pictures alone", "a video or webcam")
+    # before the first import of av: on Linux OpenCV never returns from opening a window where av's libxcb is loaded
     window = Window("Retort: q ends it") if args.show else None
+    check_videos(sources)
     device = choose_device(args.device)
     model, info = load_detector(args.checkpoint, args.arch, device=str(device))
     check_precision(model, args.precision)

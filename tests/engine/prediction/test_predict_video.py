@@ -243,10 +243,14 @@ def test_show(keys, frames, clip, tmp_path, colour_model, monkeypatch, capsys):
     fake = FakeOpenCV(**keys)
     monkeypatch.setitem(sys.modules, "cv2", fake)
     monkeypatch.setenv("DISPLAY", ":0")
+    check = predict.check_videos
+    was_open = []  # OpenCV hangs in opening its window where av was imported before
+    monkeypatch.setattr(predict, "check_videos", lambda sources: was_open.append(fake.is_open) or check(sources))
     second = tmp_path / "z.mp4"
     second.write_bytes(clip.read_bytes())
     assert run(clip, second, "--output", tmp_path / "out", "--show", "--max-frames", 10) == 0
     assert len(fake.shown) == (frames if keys else 20) and not fake.is_open
+    assert was_open == [True]
     assert len(seconds_of(tmp_path / "out" / "clip.mp4")) == frames
     assert (tmp_path / "out" / "z.mp4").exists() != bool(keys)
     blue, _, red = fake.shown[0][20:44, 12:44].reshape(-1, 3).mean(0)  # OpenCV's order
