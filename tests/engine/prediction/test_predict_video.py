@@ -213,16 +213,20 @@ def test_finds_videos_and_webcams(clip, tmp_path, monkeypatch):
 class FakeOpenCV(types.ModuleType):
     """cv2, as far as a window needs it; `q` is pressed at frame `quit_at`, or the window is closed at `close_at`."""
 
-    WINDOW_NORMAL, WINDOW_KEEPRATIO, WND_PROP_VISIBLE = 0, 0, 4
+    WINDOW_NORMAL, WINDOW_KEEPRATIO, WINDOW_GUI_NORMAL, WND_PROP_VISIBLE = 0, 0, 16, 4
     error = RuntimeError
 
     def __init__(self, quit_at: int = -1, close_at: int = -1) -> None:
         super().__init__("cv2")
         self.shown: list[np.ndarray] = []
+        self.sizes: list[tuple[int, int]] = []
         self.quit_at, self.close_at, self.is_open = quit_at, close_at, False
 
     def namedWindow(self, title, flags):
         self.is_open = True
+
+    def resizeWindow(self, title, width, height):
+        self.sizes.append((width, height))
 
     def imshow(self, title, pixels):
         self.shown.append(pixels)
@@ -251,6 +255,7 @@ def test_show(keys, frames, clip, tmp_path, colour_model, monkeypatch, capsys):
     assert run(clip, second, "--output", tmp_path / "out", "--show", "--max-frames", 10) == 0
     assert len(fake.shown) == (frames if keys else 20) and not fake.is_open
     assert was_open == [True]
+    assert fake.sizes == [fake.shown[0].shape[1::-1]]
     assert len(seconds_of(tmp_path / "out" / "clip.mp4")) == frames
     assert (tmp_path / "out" / "z.mp4").exists() != bool(keys)
     blue, _, red = fake.shown[0][20:44, 12:44].reshape(-1, 3).mean(0)  # OpenCV's order
