@@ -5,7 +5,8 @@ A run that would end in an error after minutes of decoding ends in the same erro
 
 import functools
 import math
-from collections.abc import Collection
+import operator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import checkpoint
@@ -38,6 +39,33 @@ from errors import UserError, expect, naming
 from frcnn.pretrained import load_backbone
 from teachers.clip_tokenizer import VOCABULARY_PATH, ClipTokenizer
 from weights import file_of_run, load_public
+
+# What is expected of a number: (in words, as a test, of these keys). Null is allowed where the key's type allows it.
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "epochs optimizer.accumulate evaluation.batch_size evaluation.max_detections",
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        "patience save_every_steps seed view_seed detection_weight teacher_cache_gigabytes augment.close_mosaic_epochs "
+        "evaluation.every_epochs optimizer.weight_decay optimizer.warmup_epochs optimizer.warmup_bias_learning_rate "
+        "optimizer.clip_norm optimizer.ema_ramp_steps",
+    ),
+    ("a number above 0", lambda value: value > 0, "optimizer.learning_rate optimizer.backbone_factor"),
+    (
+        "a number of 0 up to less than 1",
+        lambda value: 0 <= value < 1,
+        "optimizer.momentum optimizer.warmup_momentum optimizer.ema_decay",
+    ),
+    (
+        "a number in 0..1",
+        lambda value: 0 <= value <= 1,
+        "optimizer.final_fraction evaluation.score_threshold evaluation.iou_threshold",
+    ),
+)
 
 
 def check_config(
@@ -76,42 +104,14 @@ def check_numbers(config: Config, processes: int) -> None:
     check_image_size("key 'image_size'", config.image_size)
     if config.patience and not config.data.holdout_fraction:
         raise UserError("key 'patience': needs held-out pictures to judge by, expected data.holdout_fraction above 0")
-    optimizer, evaluation = config.optimizer, config.evaluation
-    at_least = {
-        "epochs": (config.epochs, 1),
-        "patience": (config.patience, 0),
-        "save_every_steps": (config.save_every_steps, 0),
-        "seed": (config.seed, 0),
-        "view_seed": (config.view_seed, 0),
-        "detection_weight": (config.detection_weight, 0),
-        "optimizer.accumulate": (optimizer.accumulate, 1),
-        "optimizer.weight_decay": (optimizer.weight_decay, 0),
-        "optimizer.warmup_epochs": (optimizer.warmup_epochs, 0),
-        "optimizer.warmup_bias_learning_rate": (optimizer.warmup_bias_learning_rate, 0),
-        "optimizer.clip_norm": (optimizer.clip_norm, 0),
-        "optimizer.ema_ramp_steps": (optimizer.ema_ramp_steps, 0),
-        "augment.close_mosaic_epochs": (config.augment.close_mosaic_epochs, 0),
-        "teacher_cache_gigabytes": (config.teacher_cache_gigabytes, 0),
-        "evaluation.every_epochs": (evaluation.every_epochs, 0),
-        "evaluation.batch_size": (evaluation.batch_size, 1),
-        "evaluation.max_detections": (evaluation.max_detections, 1),
-    }
-    at_least |= {f"teachers.{index}.epochs": (teacher.epochs, 1) for index, teacher in enumerate(config.teachers)}
-    for key, (value, least) in at_least.items():
-        is_met = value is None or (math.isfinite(value) and value >= least)
-        expect(is_met, f"key {key!r}", value, f"at least {least}")
-    for key in ("score_threshold", "iou_threshold"):
-        value = getattr(evaluation, key)
-        expect(value is None or 0 <= value <= 1, f"key 'evaluation.{key}'", value, "a number in 0..1")
-    models.check_suppression("key 'evaluation.iou_threshold'", config.student.arch, evaluation.iou_threshold)
-    for key in ("learning_rate", "backbone_factor"):
-        value = getattr(optimizer, key)
-        expect(math.isfinite(value) and value > 0, f"key 'optimizer.{key}'", value, "a number above 0")
-    for key in ("momentum", "warmup_momentum", "ema_decay"):
-        value = getattr(optimizer, key)
-        expect(0 <= value < 1, f"key 'optimizer.{key}'", value, "a number of 0 up to less than 1")
-    value = optimizer.final_fraction
-    expect(0 <= value <= 1, "key 'optimizer.final_fraction'", value, "a number in 0..1")
+    for expected, holds, keys in RANGES:
+        for key in keys.split():
+            value = operator.attrgetter(key)(config)
+            expect(value is None or (math.isfinite(value) and holds(value)), f"key {key!r}", value, expected)
+    for index, teacher in enumerate(config.teachers):
+        is_met = teacher.epochs is None or teacher.epochs >= 1
+        expect(is_met, f"key 'teachers.{index}.epochs'", teacher.epochs, "at least 1")
+    models.check_suppression("key 'evaluation.iou_threshold'", config.student.arch, config.evaluation.iou_threshold)
 
 
 def check_data(data: DataConfig) -> None:
