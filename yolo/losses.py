@@ -107,10 +107,11 @@ def objectness_loss(
 
         L = sum_l balance_l / (B A_l) sum_(b, a in l) BCE(z_ba, o_ba)
 
-    objectness_logits and target o (B, A), A_l = level_sizes. A location with target -1 contributes 0 to the sum.
+    objectness_logits and target o (B, A), A_l = level_sizes. A location with target -1 contributes 0 to the sum. B = 0
+    gives 0.
     """
     bce = F.binary_cross_entropy_with_logits(objectness_logits, target.clamp(min=0), reduction="none")  # (B, A)
-    means = [x.mean() for x in torch.where(target < 0, 0, bce).split(level_sizes, dim=1)]
+    means = [x.mean() if len(x) else x.sum() for x in torch.where(target < 0, 0, bce).split(level_sizes, dim=1)]
     return sum(weight * mean for weight, mean in zip(balance, means, strict=True))
 
 

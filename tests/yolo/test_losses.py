@@ -243,6 +243,13 @@ def test_targets_carry_no_gradient():
     assert box_logits.grad is None and class_logits.grad is None  # the objectness target is a detached overlap
 
 
+def test_objectness_of_no_images_is_0_and_not_the_mean_of_nothing():
+    logits = torch.zeros(0, 3, requires_grad=True)
+    found = losses.objectness_loss(logits, torch.zeros(0, 3), [2, 1], (4.0, 1.0))
+    found.backward()
+    assert found == 0 and logits.grad.shape == (0, 3)
+
+
 def test_v5_objectness_target_is_at_least_zero():
     """Predictions far from the object have CIoU < 0; their target is 0, that of a perfect one is 1."""
     targets = targets_of([[16.0, 16.0, 32.0, 46.0]], [0], [0])
