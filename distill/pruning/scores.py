@@ -47,7 +47,7 @@ def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Targets]], groups: 
     which a pruned model is used.
 
     batches: images (B, 3, H, W) and targets, at least one; small ones, because effects of opposite sign cancel within a
-    batch. The model stays as it was.
+    batch. The model stays as it was, also after an error.
     """
     weights = {name: value for name, value in model.named_parameters() if value.dim() >= 2}
     places = [place for place in groups.axes if place[1] == 1 and place[0] in weights]
@@ -57,15 +57,17 @@ def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Targets]], groups: 
     frozen = [value for value in weights.values() if not value.requires_grad]
     for value in frozen:
         value.requires_grad_(True)
-    with in_eval_mode(model):
-        for images, targets in batches:
-            loss = torch.stack(list(detector.losses(detector(images), targets).values())).sum()
-            gradients = torch.autograd.grad(loss, [weights[entry] for entry in entries])
-            products = {entry: weights[entry].detach() * gradient for entry, gradient in zip(entries, gradients)}
-            total += sum_over_places(groups, places, products).abs()
-            count += 1
-    for value in frozen:
-        value.requires_grad_(False)
+    try:
+        with in_eval_mode(model):
+            for images, targets in batches:
+                loss = torch.stack(list(detector.losses(detector(images), targets).values())).sum()
+                gradients = torch.autograd.grad(loss, [weights[entry] for entry in entries])
+                products = {entry: weights[entry].detach() * gradient for entry, gradient in zip(entries, gradients)}
+                total += sum_over_places(groups, places, products).abs()
+                count += 1
+    finally:
+        for value in frozen:
+            value.requires_grad_(False)
     return total / count
 
 

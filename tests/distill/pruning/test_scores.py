@@ -80,6 +80,9 @@ def test_taylor_is_the_derivative_by_a_gate(little):
     found = scores.taylor(model, batches, groups)
     assert model.training and not any(value.requires_grad or value.grad is not None for value in model.parameters())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="channels"):
+        scores.taylor(model, [(torch.rand(2, 4, 5, 5, dtype=torch.float64), some_targets(1))], groups)
+    assert model.training and not any(value.requires_grad for value in model.parameters())
     model.eval()
 
     def loss(channel: int, step: float, images: Tensor, targets: Targets) -> float:
