@@ -18,7 +18,7 @@ def find_row(study: Study, name: str) -> Row:
     for row in study.rows:
         if row.name == name:
             return row
-    raise UserError(f"argument --row: found {name!r}, expected one of {shortened(row.name for row in study.rows)}")
+    raise UserError(f"argument --row: found {name!r}, expected one of {', '.join(row.name for row in study.rows)}")
 
 
 def open_row(path: str, overrides: list[str], name: str) -> tuple[Study, Row, Config]:

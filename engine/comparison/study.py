@@ -99,7 +99,7 @@ class Study:
         all_names = [row.name for row in self.rows]
         if unknown := [name for name in names if name not in all_names]:
             found = ", ".join(map(repr, unknown))
-            raise UserError(f"argument --rows: found {found}, expected some of {shortened(all_names)}")
+            raise UserError(f"argument --rows: found {found}, expected some of {', '.join(all_names)}")
         weights = {t.weights for row in self.rows if row.name in names for t in row.config.teachers}
         needed = {row.name for row in self.rows if row.is_teacher and last_weights(row) in weights}
         needed |= {row.network_row for row in self.rows if row.name in names and row.network_row is not None}

@@ -7,6 +7,7 @@ import pytest
 
 from config import to_tree
 from engine.comparison.decision import DEFAULT_RULE, DecisionRule
+from engine.comparison.one_row import find_row
 from engine.comparison.study import build_study, four_rows, load_study, merge
 from engine.training.flops import forward_flops
 from errors import UserError
@@ -198,6 +199,16 @@ def test_some_rows_with_the_teachers_they_need(write):
     assert [row.name for row in study.with_teachers(["other_taught"])] == ["other_taught"]
     with pytest.raises(UserError, match="--rows: found 'bath', expected some of baseline, teacher_big"):
         study.with_teachers(["bath"])
+
+
+def test_a_row_that_is_not_there_is_answered_with_all_that_are(write):
+    rows = {"baseline": None} | {f"row{number}": {"epochs": 20 + number} for number in range(20)}
+    study = load_study(write(rows, teachers=[]))
+    expected = ", ".join(rows)
+    with pytest.raises(UserError, match=rf"--rows: found 'bath', expected some of {expected}$"):
+        study.with_teachers(["bath"])
+    with pytest.raises(UserError, match=rf"--row: found 'bath', expected one of {expected}$"):
+        find_row(study, "bath")
 
 
 @pytest.mark.parametrize(
