@@ -8,10 +8,14 @@ from torch import nn
 
 @contextlib.contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put the module in eval mode. Afterwards, also after an error, it is in its earlier mode again."""
-    was_training = module.training
+    """Put the module in eval mode. Afterwards, also after an error, each of its parts is in its earlier mode again.
+
+    Parts of a module in train mode may be in eval mode, such as BatchNorms whose statistics are kept.
+    """
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part, was_training in modes:
+            part.training = was_training
