@@ -5,7 +5,7 @@ A wrong term is a UserError with the key, what was found and what was expected.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # by parameter; all 
 }
 
 
-def check_terms(terms: tuple[TermConfig, ...], teachers: tuple[str, ...]) -> dict[str, TermConfig]:
+def check_terms(terms: Sequence[TermConfig], teachers: tuple[str, ...]) -> dict[str, TermConfig]:
     """The terms of a config by their names, with names and maps filled in. teachers: their names."""
     if STUDENT in teachers:
         raise UserError(f"teacher {STUDENT!r}: this name stands for the student itself, expected another")

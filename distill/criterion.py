@@ -11,6 +11,7 @@ could never act is refused before any training step: see Criterion.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from distill.adapters import like_adapted, resize_like, resize_shown
 from distill.batch import BatchOutputs
 from distill.checks import check_terms, term_name
 from distill.gradient_shares import GradientShares
+from distill.losses.crosskd import TRAINS_OTHERWISE
 from distill.outputs import any_map, content_at, head_levels, named_map, only_at
 from distill.probing import own_losses, probe, reads_objects, try_term
 from distill.teacher_weights import confidence_weights, of_labelled, teacher_cross_entropy
@@ -79,15 +81,16 @@ class Criterion(nn.Module):
             factor as well, from how well it predicts the labels of the batch (distill.teacher_weights).
         unlabelled_has_boxes: False where the run has unlabelled images without pseudo boxes.
     Raises:
-        UserError where a term could never act: an unknown teacher, loss, map or parameter; a weight of 0; a schedule
-        that is always 0; widths that no adapter joins; logits of different shapes; no class in common; a name used
-        twice, or by one of the student's own losses; models that lack what the loss reads; a loss that is 0 for any
-        outputs, such as image_kl of one class; a loss that compares at the objects of images without any.
+        UserError for a teacher in train mode, and where a term could never act: an unknown teacher, loss, map or
+        parameter; a weight of 0; a schedule that is always 0; widths that no adapter joins; logits of different shapes;
+        no class in common; a name used twice, or by one of the student's own losses; models that lack what the loss
+        reads; a loss that is 0 for any outputs, such as image_kl of one class; a loss that compares at the objects of
+        images without any.
     """
 
     def __init__(
         self,
-        terms: tuple[TermConfig, ...],
+        terms: Sequence[TermConfig],
         *,
         student: nn.Module,
         teachers: dict[str, nn.Module],
@@ -127,6 +130,8 @@ class Criterion(nn.Module):
                 raise UserError(f"terms.{index}.name: found {name!r}, expected {expected}")
         t_probes = {STUDENT: s_probe}
         for name, teacher in teachers.items():
+            is_training = any(part.training for part in teacher.modules() if isinstance(part, TRAINS_OTHERWISE))
+            expect(not is_training, f"teacher {name!r}", "train mode, where BatchNorm answers by the batch", ".eval()")
             with naming(f"teacher {name!r}", ValueError):  # its facts may state an image size of its own
                 t_probes[name] = probe(teacher, facts[name].image_size or image_size)
         for index, (name, term) in enumerate(self.terms.items()):

@@ -56,6 +56,8 @@ def term(**changes) -> TermConfig:
 def build(*terms, student=None, teachers=None, epochs=10, **names) -> Criterion:
     torch.manual_seed(0)
     teachers = {"big": TinyDetector(6)} if teachers is None else teachers
+    for teacher in teachers.values():
+        teacher.eval()
     return Criterion(
         terms, student=student or TinyDetector(4), teachers=teachers, epochs=epochs, image_size=32, **names
     )
@@ -374,6 +376,12 @@ def test_a_fault_of_a_teacher_names_it():
     teacher.forward = forward
     with pytest.raises(UserError, match="teacher 'big': images are 32 x 32 pixels, expected multiples of 14"):
         build(term(), teachers={"big": teacher}, **named)
+
+
+def test_a_teacher_in_train_mode_is_refused():
+    """Its maps would be those of the batch, and its statistics would follow the pictures."""
+    with pytest.raises(UserError, match=r"^teacher 'big': found train mode, .*, expected \.eval\(\)$"):
+        Criterion([term()], student=TinyDetector(4), teachers={"big": TinyDetector(6)}, epochs=1, image_size=32)
 
 
 def test_no_terms_cost_nothing():

@@ -172,7 +172,7 @@ def test_an_object_of_a_class_that_the_teacher_lacks_makes_no_query():
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_both_need_a_decoder_that_takes_queries(role):
-    models_of = {"student": detector(0), "teacher": detector(1)} | {role: models.build("yolov8_narrow", 3)}
+    models_of = {"student": detector(0), "teacher": detector(1)} | {role: models.build("yolov8_narrow", 3).eval()}
     with pytest.raises(UserError, match=f"^terms.0: the {role} has no decoder that takes queries .* an RT-DETR has$"):
         Criterion((QUERIES,), student=models_of["student"], teachers={"t": models_of["teacher"]}, epochs=1)
 

@@ -95,7 +95,7 @@ def test_detection_losses_of_a_mixed_batch_are_those_of_its_labelled_images(arch
 
 def criterion_of(*terms, **options) -> tuple[Criterion, TinyDetector, TinyDetector]:
     torch.manual_seed(0)
-    student, teacher = TinyDetector(4), TinyDetector(6)
+    student, teacher = TinyDetector(4), TinyDetector(6).eval()
     names = ("a", "b", "c")
     made = Criterion(
         terms, student=student, teachers={"big": teacher}, epochs=10, image_size=32, class_names=names, **options

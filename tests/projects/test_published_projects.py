@@ -88,7 +88,7 @@ def test_every_config_can_be_built(path, monkeypatch):
     monkeypatch.setattr(criterion_module, "probe", probe_once)
     for config in runs_of(path):
         archs = {t.name: config.student.arch if t.arch == EMA else t.arch for t in config.teachers}
-        teachers = {name: fresh(arch) for name, arch in archs.items()}
+        teachers = {name: fresh(arch).eval() for name, arch in archs.items()}
         multiples = {name: getattr(teacher, "size_multiple", 1) for name, teacher in teachers.items()}
         criterion = criterion_module.Criterion(
             config.terms,
