@@ -20,7 +20,8 @@ SIZE_MULTIPLE = 32  # the coarsest stride of every detector; the sides of its im
 class Targets:
     """The N objects of one batch of B images, as flat rows in any order; N may be 0.
 
-    boxes_xyxy (N, 4) float: pixels of the batch's images.
+    boxes_xyxy (N, 4) float: pixels of the batch's images. nan and infinity are a ValueError on the CPU; elsewhere the
+        host would have to wait.
     labels (N,) int64: in 0..K-1.
     image (N,) int64: the image of the object, a row 0..B-1 of the batch.
     ignore (N,) bool: regions that are neither learnt as objects nor as background (VOC difficult, COCO crowd, KITTI
@@ -49,6 +50,10 @@ class Targets:
             if getattr(self, name).dtype != kind:
                 found, expected = (str(x).removeprefix("torch.") for x in (getattr(self, name).dtype, kind))
                 raise ValueError(f"{name}: found {found}, expected {expected}")
+        # An object at nan would be left out without a word: it has no area.
+        if self.boxes_xyxy.device.type == "cpu" and not (is_finite := self.boxes_xyxy.isfinite().all(1)).all():
+            row = int(is_finite.int().argmin())
+            raise ValueError(f"boxes_xyxy: row {row} is {self.boxes_xyxy[row].tolist()}, expected finite numbers")
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -33,6 +33,16 @@ def test_rows_that_differ_are_refused():
     assert targets_of(0, torch.rand(0, 5))[torch.zeros(0).long()].class_scores.shape == (0, 5)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_boxes_that_are_not_finite_are_refused(wrong):
+    """An object at nan would not be learnt, and one that ends at infinity would make every loss nan."""
+    boxes_xyxy = torch.arange(12.0).view(3, 4)
+    boxes_xyxy[1, 2] = wrong
+    with pytest.raises(ValueError, match=rf"boxes_xyxy: row 1 is \[4.0, 5.0, {wrong}, 7.0\], expected finite numbers"):
+        replace(targets_of(3), boxes_xyxy=boxes_xyxy)
+    assert len(replace(targets_of(3), boxes_xyxy=boxes_xyxy.to("meta"))) == 3  # where the host would wait
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("ignore", torch.int64), ("ignore", torch.uint8), ("image", torch.uint8), ("labels", torch.float32)],
