@@ -46,7 +46,7 @@ from datasets.yolo_txt import LabelFolders
 from engine.command_line.translation import options_of, refuse_unknown
 from engine.drawing.detections import draw_detections
 from engine.onnx_files.detector import OnnxDetector, check_precision, load_detector
-from engine.prediction.files import PredictionFiles, complete_file, drawn_path, format_counts, text_path
+from engine.prediction.files import CLASS_LIST, PredictionFiles, complete_file, drawn_path, format_counts, text_path
 from engine.prediction.predictor import Predictor
 from engine.prediction.sources import Source, find_sources
 from engine.prediction.video import VideoReader, VideoWriter, require_av
@@ -54,7 +54,7 @@ from engine.prediction.window import Window
 from engine.runtime.interruption import StopSignals
 from engine.runtime.processes import choose_device, use_bfloat16
 from engine.runtime.progress import Progress
-from errors import DISK_EXIT_CODE, ArgumentParser, UserError, counted, expect, run_script
+from errors import DISK_EXIT_CODE, ArgumentParser, UserError, counted, expect, run_script, shortened
 from models import check_suppression
 from structures import Detections
 
@@ -248,6 +248,15 @@ def check_output(output: Path, sources: Sequence[Source], *, draw: bool, write_t
         raise UserError(f"--output {output}: is a file, expected a folder")
 
 
+def check_class_list(output: Path, names: Sequence[str]) -> None:
+    """UserError where the folder of the text files lists other classes than those that their numbers would mean."""
+    path = output / "labels" / CLASS_LIST
+    if path.is_file():
+        listed = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line]
+        found, expected = f"the classes {shortened(listed)} in {path}", f"{shortened(names)}, or another folder"
+        expect(listed == list(names), f"--output {output}", found, expected)
+
+
 def labels_of(picture: Path) -> set[Path]:
     """The label files of a picture that exist, in the layout of YOLO's datasets."""
     places = LabelFolders(Path("/")).choices(picture.absolute().parent)
@@ -311,6 +320,8 @@ def main(argv: list[str]) -> int:
     device = choose_device(args.device)
     model, info = load_detector(args.checkpoint, args.arch, device=str(device))
     check_precision(model, args.precision)
+    if args.txt:
+        check_class_list(args.output, info.names)
     image_size = args.image_size or info.image_size
     if isinstance(model, OnnxDetector):
         model.check_size(image_size, image_size)

@@ -135,6 +135,23 @@ def test_never_overwrites_labels(tmp_path, colour_model, monkeypatch):
     assert (tmp_path / "labels/test/a.txt").read_text() == "0 0.5 0.5 0.5 0.5\n"
 
 
+@pytest.mark.parametrize("names", [NAMES, ("0", "1")])
+def test_numbers_of_text_files_keep_their_meaning(tmp_path, colour_model, monkeypatch, names):
+    """A list of classes for pictures that nobody has labelled yet, or of another model's predictions."""
+    info = checkpoint.CheckpointInfo("colours", names, 160)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **kwargs: (ColourDetector(), info))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "classes.txt").write_text("cat\ndog\n")
+    scene(64, 64).save(tmp_path / "a.png")
+    arguments = ["w.pt", str(tmp_path / "a.png"), "--output", str(tmp_path), "--txt", "--no-pictures"]
+    message = rf"^--output .*: found the classes cat, dog in .*classes.txt, expected {names[0]}, {names[1]}, or another"
+    with pytest.raises(UserError, match=message):
+        predict.main(arguments)
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["classes.txt"]
+    (tmp_path / "labels" / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    assert predict.main(arguments) == 0
+
+
 @pytest.mark.parametrize(
     "option", [("--image-size", "100"), ("--score-threshold", "1.5"), ("--batch-size", "0"), ("--nms-iou", "x")]
 )
