@@ -16,8 +16,8 @@ up to then are kept, and a video written so far can be played. Below --output it
     predictions.json    with --json: a list of {"image_id", "file_name", "category_id", "category_name",
                         "bbox": [x, y, width, height], "score"}, in pixels of the upright picture, best first in each
                         picture. image_id counts pictures and frames from 1 in the order given, category_id the
-                        classes from 0: pycocotools and FiftyOne read it as it is. Frames also have "frame", their
-                        number from 0, and "seconds" since the first frame
+                        classes from 0: pycocotools reads it as it is, FiftyOne with a dict of names. Frames also
+                        have "frame", their number from 0, and "seconds" since the first frame
     labels/<name>.txt   with --txt: a line `class center_x center_y width height score` for each detection, as
                         fractions of the upright picture's size; empty if nothing was found
     labels/<name>.mp4/000000.txt ...    the same for each frame of a video

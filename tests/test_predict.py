@@ -232,15 +232,15 @@ def test_pycocotools_reads_the_json_as_it_is(predictions):
 
 
 def test_the_json_follows_the_rules_of_fiftyones_reader(predictions):
-    """Its add_coco_labels: a list; image_id is the sample's place from 1, category_id that of its class from 0."""
+    """Its add_coco_labels: a list; image_id is the sample's place from 1, category_id a key of docs/use.md's dict."""
     pictures, path = predictions
-    rows = json.loads(path.read_text())
+    rows, categories = json.loads(path.read_text()), dict(enumerate(NAMES))
     assert isinstance(rows, list) and rows
     of_sample = [[row for row in rows if row["image_id"] == place] for place in range(1, len(pictures) + 1)]
     assert [len(found) for found in of_sample] == [0, 2, 1] and sum(map(len, of_sample)) == len(rows)
     for picture, found in zip(pictures, of_sample):
         for row in found:
-            assert type(row["category_id"]) is int and NAMES[row["category_id"]] == row["category_name"]
+            assert type(row["category_id"]) is int and categories[row["category_id"]] == row["category_name"]
             assert row["file_name"] == str(picture) and 0 <= row["score"] <= 1
             x, y, width, height = row["bbox"]  # of the top-left corner, in pixels
             assert 0 <= x < x + width <= 200 and 0 <= y < y + height <= 100
