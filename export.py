@@ -22,7 +22,7 @@ the command that makes the rest where those run.
 
 The check uses --pictures; else the test split of --calibrate or of the run that the checkpoint belongs to; else drawn
 pictures. BatchNorm is folded; adapters and teachers of distillation are not exported. The metadata holds architecture,
-class names, image size and commit. eval.py and predict.py take the file instead of a checkpoint.
+class names, image size and commit. eval.py and predict.py take an ONNX file instead of a checkpoint.
 
 --int8 also writes <name>.int8.onnx, with ranges from pictures of --calibrate or, of a student trained with
 student.int8, the learnt ones. With --calibrate it prints mAP (on --test-split), time and size of both files. It is for
@@ -303,6 +303,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.checkpoint = file_of_run(args.checkpoint)
     suffix = FORMATS[args.format]
+    is_met = bool(args.checkpoint.name)  # of . and / nothing with another suffix can be made
+    expect(is_met, str(args.checkpoint), "no run", "a weights file or the folder of a run, such as runs/NAME")
     args.output = args.output or args.checkpoint.with_suffix(suffix)
     expect(args.output.suffix.lower() == suffix, "argument --output", args.output, f"a name ending in {suffix}")
     if args.format != "onnx" and (args.int8 or args.with_nms):

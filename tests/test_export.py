@@ -254,6 +254,8 @@ def test_bad_options_are_usage_errors(arguments, said):
 
 
 def test_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"^\.: found no run, expected a weights file or the folder of a run"):
+        export.main(["."])
     pytest.importorskip("onnxscript")
     with pytest.raises(UserError, match=r"absent\.pt: no such file, expected a weights file"):
         export.main([str(tmp_path / "absent.pt")])
