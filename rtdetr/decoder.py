@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from kernels.deformable_attention import deformable_attention
 from layers.precision import at_least_float32, compute_dtype
+from rtdetr.attention import MultiHeadAttention
 from rtdetr.conv_bn import ConvBN
 from rtdetr.denoising import NoisyObjects
 
@@ -124,7 +125,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int) -> None:
         super().__init__()
-        self.self_attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.self_attention = MultiHeadAttention(width, heads)
         self.self_norm = nn.LayerNorm(width)
         self.cross_attention = DeformableAttention(width, heads, levels, points)
         self.cross_norm = nn.LayerNorm(width)
@@ -146,9 +147,8 @@ class DecoderLayer(nn.Module):
         keys, values, is_hidden = placed, x, None
         if others is not None:
             keys, values = torch.cat((placed, others.x + others.position), 1), torch.cat((x, others.x), 1)
-            is_hidden = others.is_hidden.repeat_interleave(self.self_attention.num_heads, 0)  # (B M, Q, Q + O)
-        attended, _ = self.self_attention(placed, keys, values, attn_mask=is_hidden, need_weights=False)
-        x = self.self_norm(x + attended)
+            is_hidden = others.is_hidden  # (B, Q, Q + O)
+        x = self.self_norm(x + self.self_attention(placed, keys, values, is_hidden))
         x = self.cross_norm(x + self.cross_attention(x + position, boxes, memory, level_sizes))
         return self.network_norm(x + self.contract(F.relu(self.expand(x))))
 

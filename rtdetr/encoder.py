@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rtdetr.attention import MultiHeadAttention
 from rtdetr.conv_bn import ConvBN
 
 TEMPERATURE = 10_000.0  # of the position embedding's wavelengths, as in arXiv:1706.03762, section 3.5
@@ -44,7 +45,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = MultiHeadAttention(width, heads)
         self.attention_norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, hidden)
         self.contract = nn.Linear(hidden, width)
@@ -55,7 +56,7 @@ class EncoderLayer(nn.Module):
         _, C, H, W = maps.shape
         x = maps.flatten(2).transpose(1, 2)  # (B, H W, C)
         placed = x + embed_positions(H, W, C).to(x)
-        x = self.attention_norm(x + self.attention(placed, placed, x, need_weights=False)[0])
+        x = self.attention_norm(x + self.attention(placed, placed, x))
         x = self.network_norm(x + self.contract(F.gelu(self.expand(x))))
         return x.transpose(1, 2).unflatten(2, (H, W))
 

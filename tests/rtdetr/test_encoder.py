@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from rtdetr.attention import MultiHeadAttention
 from rtdetr.encoder import FusionBlock, HybridEncoder, RepVGG, embed_positions
 
 
@@ -95,3 +96,17 @@ def test_gradient_of_each_image_is_its_slope(count):
     with torch.no_grad():
         slope = (value(c5 + step * direction) - value(c5 - step * direction)) / (2 * step)
     assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5)
+
+
+def test_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(16, 4).double()
+    nn.init.normal_(attention.in_proj_bias)
+    own = nn.MultiheadAttention(16, 4, batch_first=True).double()
+    own.load_state_dict(attention.state_dict())
+    queries, keys, values = (torch.rand(2, count, 16, dtype=torch.float64) for count in (5, 7, 7))
+    is_hidden = torch.rand(2, 5, 7) < 0.4
+    is_hidden[:, :, 0] = False
+    for hidden, mask in ((None, None), (is_hidden, is_hidden.repeat_interleave(4, 0))):
+        expected, _ = own(queries, keys, values, attn_mask=mask, need_weights=False)
+        torch.testing.assert_close(attention(queries, keys, values, hidden), expected)

@@ -10,11 +10,11 @@ import torch
 
 import checkpoint
 import export
-from engine.onnx_files.other_formats import command_for
+from engine.onnx_files.other_formats import command_for, trace_program
 from errors import UserError
 from layers.fusion import fuse
 from tests.conftest import ROOT
-from tests.exporting import NAMES, save_model
+from tests.exporting import NAMES, save_model, small_rtdetr
 from tests.tiny_training import SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +39,15 @@ def test_torch_program(tmp_path, capsys):
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for trace in (str(ROOT).encode(), b"site-packages", str(tmp_path).encode()):
         assert trace not in data, trace
+
+
+@pytest.mark.slow
+def test_a_program_of_rtdetr_takes_a_single_image():
+    """torch's own attention would tie it to batches of more than one."""
+    model, images = small_rtdetr(), torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    program = trace_program(model, SIZE, dynamic=True).module()
+    for found, expected in zip(program(images), model.decode(model(images)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_openvino(tmp_path, capsys):
