@@ -43,7 +43,7 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 LEVEL_SIZES = ((32,), (64,), (128,), (256,), (512,))  # anchor sizes in pixels on p2..p6
 ALL_SIZES = ((32, 64, 128, 256, 512),) * 3  # MobileNet has every size on each of p5_first, p5, p6
 RPN_SAMPLES, RPN_POSITIVE_FRACTION = 256, 0.5  # anchors per image
-ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # proposals per image; 512 unless `roi_samples` is set
+ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # proposals per image; of a FasterRCNN `roi_samples`
 TRAIN_CANDIDATES = TRAIN_PROPOSALS = 2000  # candidates per level, before suppression; proposals per image
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from errors import UserError, require
 
-LARGEST = 1280, 800  # pixels, width and height that a window opens with
+LARGEST = 1280, 800  # width and height in pixels that a window opens with at most
 
 INSTALL = (
     "a window (--show) needs OpenCV with its windows: pip install '.[window]', and no opencv-python-headless beside it"
